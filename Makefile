@@ -1,0 +1,31 @@
+# Two commands on a fresh machine: `make demo` (learn a thing, show it, measure it) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Torch's CPU build where pip is offered one; the exact versions are in constraints.txt.
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check install clean format
+demo: install
+	$(BIN)/pcs demo --out demo --overwrite
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+install: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Command lines of `pcs_image`: thin doors to the runner."""

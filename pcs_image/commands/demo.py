@@ -1,0 +1,27 @@
+"""`pcs demo`: the whole path on the toybox, in minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(
+    help="Learn a toybox subject from five pictures, show it in new scenes, and measure it.",
+    invoke_without_command=True,
+)
+
+
+@app.callback()
+def demo(
+    out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes"),
+    subject: str = typer.Option("development-duck", help="a held-out toybox subject (`pcs toybox subjects`)"),
+    recipe: str = typer.Option("dreambooth_lora", help="how to learn it"),
+    overwrite: bool = typer.Option(False, help="replace an earlier demo"),
+) -> None:
+    """Writes references, the concept, a contact sheet (references | new scenes | without the concept), scores, index.html."""
+    from pcs_image.demo import run
+    from shared.commands.progress import Counter, StepBar
+
+    for line in run(out, subject, recipe, overwrite, StepBar, Counter):
+        print(line)

@@ -1,0 +1,140 @@
+"""`pcs image personalize | generate | evaluate | benchmark`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
+
+_CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; may be given several times")
+_SEEDS = 2**62
+_DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; the GPU where there is one")
+_PRECISION = typer.Option("no", help="no (float32), bf16 or fp16")
+_CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)")
+_DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with")
+
+
+@app.command()
+def personalize(
+    recipe: str = typer.Argument(help="a recipe's name (see `pcs methods`) or a YAML file"),
+    settings: list[str] = typer.Argument(
+        None, help="key=value: subject.images=photos/ subject.class_noun=mug output=my-mug.concept"
+    ),
+    resume: bool = typer.Option(False, help="go on with an interrupted run"),
+    overwrite: bool = typer.Option(False, help="replace an existing concept"),
+    concept: list[str] = _CONCEPT,
+    device: str = _DEVICE,
+    clip: Path = _CLIP,
+    dino: Path = _DINO,
+) -> None:
+    """Learn a concept from pictures. The concept is a folder; training state and logs go beside it."""
+    from pcs_image import tasks
+    from pcs_image.scoring import training_scorers
+    from shared.commands.progress import StepBar
+    from shared.recipes import load
+    from shared.train import checkpoint
+
+    resolved = load(recipe, settings or [])
+    planned = tasks.plan(resolved, overwrite, resume)
+    runner = tasks.open_runner(resolved.backbone, concept, device, resolved.train.mixed_precision)
+    scorers = training_scorers(planned, runner.backbone, clip, dino)
+    with StepBar() as bar:
+        try:
+            made = tasks.personalize(
+                planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, on_step=bar.step
+            )
+        except KeyboardInterrupt:
+            if checkpoint.load(planned.workdir) is not None:
+                print(f"the state is in {planned.workdir}: go on with --resume", file=sys.stderr)
+            raise
+    for name, path in made.items():
+        print(f"<{name}> is in {path}")
+
+
+@app.command()
+def generate(
+    prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> on the beach"; several give several rows'),
+    concept: list[str] = _CONCEPT,
+    out: Path = typer.Option(Path("out"), help="folder for the pictures"),
+    num: int = typer.Option(1, min=1, help="pictures per prompt"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="of the first picture; the next ones count up"),
+    negative: str = typer.Option("", help="what should not be seen"),
+    guidance: float = typer.Option(None, help="classifier-free guidance; the model's own where none is given"),
+    steps: int = typer.Option(None, min=1, help="denoising steps"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
+    height: int = typer.Option(None, min=1, help="pixels"),
+    width: int = typer.Option(None, min=1, help="pixels"),
+    grid: bool = typer.Option(False, help="also write all pictures as one"),
+    backbone: str = typer.Option(None, help="folder, file or hub id; default: what the first concept was learned on"),
+    device: str = _DEVICE,
+    precision: str = _PRECISION,
+    overwrite: bool = typer.Option(False, help="replace an existing folder"),
+) -> None:
+    """Make pictures, with any number of concepts. Each PNG holds all that is needed to make it again."""
+    from pcs_image import tasks
+    from shared.io.files import check_output
+
+    check_output(out, overwrite)
+    runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
+    paths = tasks.generate(
+        runner, prompts, out, num=num, seed=seed, overwrite=overwrite, as_grid=grid, negative=negative,
+        guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
+    )  # fmt: skip
+    print("\n".join(map(str, paths)))
+
+
+@app.command()
+def evaluate(
+    concept: list[str] = _CONCEPT,
+    prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
+    out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and pictures"),
+    references: Path = typer.Option(None, help="the subject's pictures; default: where they were when it was learned"),
+    gallery: Path = typer.Option(
+        None, help="a folder of folders: other things of the same class, for identity retrieval"
+    ),
+    num: int = typer.Option(2, min=1, help="pictures per prompt"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS),
+    limit: int = typer.Option(None, min=1, help="only the first prompts of the set"),
+    clip: Path = _CLIP,
+    dino: Path = _DINO,
+    backbone: str = typer.Option(None, help="default: what the concept was learned on"),
+    device: str = _DEVICE,
+    precision: str = _PRECISION,
+    overwrite: bool = typer.Option(False, help="replace an existing report"),
+) -> None:
+    """Measure a concept: subject fidelity, prompt following, drift, copying, diversity, time and memory."""
+    from pcs_image import scoring, tasks
+    from shared.commands.progress import Counter
+    from shared.io.files import check_output
+
+    check_output(out, overwrite)
+    if len(concept) != 1:
+        raise ValueError(f"evaluate takes exactly one --concept, got {len(concept)}")
+    runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
+    with Counter() as counter:
+        report = scoring.evaluate_concept(
+            runner, tasks.parse_concept(concept[0])[0], prompts, out, references=references, gallery=gallery,
+            seeds=range(seed, seed + num), limit=limit, clip=clip, dino=dino, overwrite=overwrite, progress=counter,
+        )  # fmt: skip
+    for score in report.scores:
+        print(f"{score.title:28} {scoring.shown(score)}")
+    print(f"{out / 'index.html'}")
+
+
+@app.command()
+def benchmark(
+    recipes: list[str] = typer.Argument(None, help="recipes to compare; default: all"),
+    split: str = typer.Option("development", help="development while working; reporting once, at the end"),
+    subjects: int = typer.Option(4, min=1, help="how many of the split's subjects"),
+    limit: int = typer.Option(10, min=1, help="prompts"),
+    num: int = typer.Option(2, min=1, help="pictures per prompt"),
+    out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there"),
+    device: str = _DEVICE,
+) -> None:
+    """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
+    from pcs_image.toybox_benchmark import run
+
+    print(run(recipes or None, split, subjects, limit, num, out, device))

@@ -1,0 +1,267 @@
+"""The public face of `pcs_image`: personalize, generate. Command line, Python and web page are doors to this."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.concept import Concept, attach, capture
+from shared.prompts import check_named, expand, names_in, without
+from shared.recipe import Recipe
+from shared.recipes import expand_phases
+from shared.sampling.changes import Change
+from shared.sampling.sampler import sample
+from shared.sampling.schedulers import make_scheduler
+from shared.train.loop import Record
+from shared.train.session import Session
+from shared.types import Subject
+
+_ROWS = 8  # pictures sampled together
+
+
+def cache_folder() -> Path:
+    """Where class pictures are kept between runs: $PCS_CACHE, else the user's cache folder."""
+    root = os.environ.get("PCS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "pcs")
+    return Path(root).expanduser()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A concept that is attached to a backbone, with the strength it is used at."""
+
+    concept: Concept
+    strength: float = 1.0
+
+
+@dataclass
+class Runner:
+    """One backbone and the concepts attached to it."""
+
+    backbone: Backbone
+    loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def load(self, concept: Concept, strength: float = 1.0) -> None:
+        """Attach a concept. ValueError when it does not fit, or another of its name is loaded."""
+        attach(concept, self.backbone, strength)
+        self.loaded[concept.meta.name] = Loaded(concept, strength)
+
+    def unload(self, name: str) -> None:
+        """Take a concept off; the backbone is what it was before."""
+        self.backbone.remove(name)
+        del self.loaded[name]
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        return {name: loaded.strength for name, loaded in self.loaded.items() if name in self.backbone.adapters}
+
+    @property
+    def class_nouns(self) -> dict[str, str]:
+        return {name: loaded.concept.meta.class_noun for name, loaded in self.loaded.items()}
+
+    def personalize(
+        self,
+        subjects: Mapping[str, Subject],
+        recipe: Recipe,
+        workdir: Path,
+        *,
+        resume: bool = False,
+        scorers: Mapping[str, Callable[[Tensor, Sequence[str]], Mapping[str, float]]] | None = None,
+        on_step: Callable[[str, Record, int], None] | None = None,
+        tensorboard: bool = True,
+    ) -> dict[str, Concept]:
+        """Learn every subject in one run; the concepts by name, also left attached.
+
+        Args:
+            subjects: name -> pictures
+            workdir: training state, logs and sample pictures
+            resume: go on from the newest checkpoint in `workdir`
+            scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
+            on_step: called with (phase, record, total steps) after each step
+
+        Raises:
+            ValueError: names, pictures or recipe do not fit
+            NotFinite, Interrupted: after the last good state was saved
+        """
+        for name in subjects:
+            if name in self.loaded:
+                raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
+        make_scheduler(self.backbone, recipe.sampling.scheduler)  # an unknown name is said now, not after training
+        session = Session(
+            self.backbone,
+            recipe,
+            subjects,
+            workdir,
+            cache_folder(),
+            generate=self._class_pictures(recipe),
+            preview=self._preview(subjects, recipe, scorers or {}),
+            others=self.strengths,
+            tensorboard=tensorboard,
+        )
+        try:
+            for phase, record in session.steps(resume):
+                if on_step:
+                    on_step(phase, record, session.total_steps)
+            metrics = {"training_seconds": round(session.seconds, 3), **session.final_scores}
+            concepts = {n: self._captured(n, subjects[n], recipe, session, metrics) for n in subjects}
+        finally:
+            self._forget(session)
+        for concept in concepts.values():
+            self.load(concept)
+        return concepts
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str = "",
+        guidance: float | None = None,
+        steps: int | None = None,
+        scheduler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        base: bool = False,
+        must_name: bool = True,
+        changes: Sequence[Change] = (),
+    ) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] on the CPU, one picture per (prompt, seed) pair.
+
+        `<name>` in a prompt is a loaded concept. With `base`, concepts are off and names are said as class nouns.
+        Raises ValueError for a name that is not loaded, and, unless `must_name` is off, for a loaded subject that a
+        prompt does not name.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: one of each per picture")
+        if base:
+            said = [without(p, self.class_nouns) for p in prompts]
+        else:
+            kinds = {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()}
+            for prompt in prompts if must_name else ():
+                check_named(prompt, kinds)
+            said = [expand(p, self.backbone.namings) for p in prompts]
+        rows = []
+        with self.backbone.active({} if base else self.strengths):
+            for start in range(0, len(said), _ROWS):
+                part = slice(start, start + _ROWS)
+                rows.append(
+                    sample(
+                        self.backbone,
+                        said[part],
+                        seeds=seeds[part],
+                        negative=negative,
+                        guidance=guidance,
+                        steps=steps,
+                        scheduler=scheduler,
+                        height=height,
+                        width=width,
+                        changes=changes,
+                    ).cpu()
+                )
+        return torch.cat(rows)
+
+    def _class_pictures(self, recipe: Recipe) -> Callable[..., Tensor]:
+        side = recipe.train.resolution or self.backbone.resolution
+
+        def make(prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int) -> Tensor:
+            return sample(
+                self.backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=side, width=side
+            ).cpu()
+
+        return make
+
+    def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
+        phases = dict(expand_phases(recipe))
+
+        def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
+            check, sampling = phases[phase].train.validation, phases[phase].sampling
+            side = phases[phase].train.resolution or self.backbone.resolution
+            pictures, scores = [], {}
+            for name in subjects:
+                prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
+                seeds = [10_000 + i for i in range(len(prompts))]
+                said = [expand(p, self.backbone.namings) for p in prompts]
+                pixels = sample(
+                    self.backbone,
+                    said,
+                    seeds=seeds,
+                    height=side,
+                    width=side,
+                    guidance=sampling.guidance,
+                    steps=sampling.steps,
+                    scheduler=sampling.scheduler,
+                ).cpu()
+                pictures.append(pixels)
+                if name in scorers:
+                    plain = [without(p, {name: subjects[name].class_noun}) for p in prompts]
+                    for key, value in scorers[name](pixels, plain).items():
+                        scores[key] = scores.get(key, 0.0) + value / len(subjects)
+            return torch.cat(pictures), scores
+
+        return preview
+
+    def _captured(
+        self, name: str, subject: Subject, recipe: Recipe, session: Session, metrics: Mapping[str, float]
+    ) -> Concept:
+        return capture(
+            self.backbone,
+            name,
+            adapters_of=session.run_name,
+            class_noun=subject.class_noun,
+            kind=recipe.kind,
+            recipe=recipe,
+            metrics=metrics,
+            references=subject.images,
+            ports=sorted(session.ports),
+        )
+
+    def _forget(self, session: Session) -> None:
+        for name in {*session.names, session.run_name}:
+            if name in self.backbone.namings or name in self.backbone.adapters:
+                self.backbone.remove(name)
+
+
+@contextmanager
+def attached(runner: Runner, concepts: Sequence[tuple[Concept, float]]) -> Iterator[Runner]:
+    """The runner with these concepts loaded, and without them afterwards."""
+    names = []
+    try:
+        for concept, strength in concepts:
+            runner.load(concept, strength)
+            names.append(concept.meta.name)
+        yield runner
+    finally:
+        for name in names:
+            runner.unload(name)
+
+
+def metadata(prompt: str, seed: int, runner: Runner, **settings: Any) -> dict[str, str]:
+    """What a picture's PNG says about how it was made: everything that is needed to make it again."""
+    used = {n: runner.loaded[n].strength for n in runner.loaded}
+    backbone = runner.backbone
+    made = {
+        "steps": backbone.default_steps,
+        "guidance": backbone.default_guidance,
+        "height": backbone.resolution,
+        "width": backbone.resolution,
+        **{k: v for k, v in settings.items() if v is not None},
+    }
+    about = {
+        "prompt": prompt,
+        "expanded": expand(prompt, backbone.namings),
+        "seed": seed,
+        "concepts": used,
+        "named": list(names_in(prompt)),
+        "backbone": backbone.name,
+        "checkpoint": backbone.checkpoint,
+        **made,
+    }
+    return {"pcs": json.dumps(about), "Software": "pcs", "Description": prompt}

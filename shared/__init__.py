@@ -1,0 +1,1 @@
+"""The personalization core. It never imports a `pcs_` package."""

@@ -1,0 +1,45 @@
+"""Another background behind the subject, so that the background is not learned."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.augment.base import Augmentation, integer, uniform
+from shared.types import Example, Role
+
+Fill = Literal["color", "noise", "grey"]
+
+
+class Background(Augmentation):
+    """Replaces what is outside the mask, with probability `p`, by one of `fills` (DreamTuner's random masking).
+
+    "color": one random colour; "noise": uniform noise per pixel; "grey": 0. Needs a mask on every example that it may
+    change: ValueError names the picture that has none. Captions that describe the background become untrue.
+    """
+
+    kind: Literal["background"] = "background"
+    roles: tuple[Role, ...] = ("instance",)
+    p: float = Field(default=0.5, ge=0, le=1)
+    fills: tuple[Fill, ...] = Field(default=("color", "noise"), min_length=1)
+
+    @property
+    def random(self) -> bool:
+        return self.p > 0
+
+    def apply(self, example: Example, generator: torch.Generator) -> Example:
+        if example.mask is None:
+            raise ValueError(f"augment background needs a mask for {example.source}: put it in masks/ beside it")
+        if uniform(0, 1, generator) >= self.p:
+            return example
+        ground = self._ground(example.pixels, self.fills[integer(len(self.fills), generator)], generator)
+        return example.with_(pixels=torch.lerp(ground, example.pixels, example.mask))
+
+    def _ground(self, like: Tensor, fill: Fill, generator: torch.Generator) -> Tensor:
+        if fill == "grey":
+            return torch.zeros_like(like)
+        shape = (3, 1, 1) if fill == "color" else tuple(like.shape)
+        return (torch.rand(shape, generator=generator) * 2 - 1).expand_as(like)

@@ -1,0 +1,37 @@
+"""Mirror left and right."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from shared.augment.base import Augmentation, uniform
+from shared.types import Example
+
+_SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
+
+
+class Flip(Augmentation):
+    """Mirrors with probability `p`, except a picture whose caption says left or right: that would become untrue.
+
+    Things with writing or asymmetric parts on them should not be flipped at all.
+    """
+
+    kind: Literal["flip"] = "flip"
+    p: float = Field(default=0.5, ge=0, le=1)
+
+    @property
+    def random(self) -> bool:
+        return 0 < self.p < 1
+
+    def apply(self, example: Example, generator: torch.Generator) -> Example:
+        if uniform(0, 1, generator) >= self.p or _SIDES.search(example.caption):
+            return example
+        return example.with_(
+            pixels=example.pixels.flip(-1),
+            mask=None if example.mask is None else example.mask.flip(-1),
+            valid=None if example.valid is None else example.valid.flip(-1),
+        )

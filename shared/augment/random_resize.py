@@ -1,0 +1,90 @@
+"""Custom Diffusion's resizing: the thing smaller or larger in the frame, and said so in the caption."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.augment.base import Augmentation, integer, uniform
+from shared.types import Example, Role
+
+
+class RandomResize(Augmentation):
+    """Resizes the picture by a factor from `scale` and places it, or a cut of it, at random (arXiv 2212.04488, 3.2).
+
+    Below `small_below` one of `small_words` joins the caption, above 1 one of `large_words`; an empty caption stays
+    empty. What is not picture is grey, and 0 in `valid`; `margin` pixels of the picture's rim count as invalid too,
+    because the autoencoder mixes them with the padding. The reference code draws sizes from two ranges; the paper's one
+    range is used.
+    """
+
+    kind: Literal["random_resize"] = "random_resize"
+    roles: tuple[Role, ...] = ("instance",)
+    p: float = Field(default=1.0, ge=0, le=1)
+    scale: tuple[float, float] = (0.4, 1.4)
+    small_below: float = Field(default=0.6, ge=0)
+    small_words: tuple[str, ...] = ("very small", "far away")
+    large_words: tuple[str, ...] = ("zoomed in", "close up")
+    margin: int = Field(default=8, ge=0)  # pixels; at most an eighth of the resized side
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomResize:
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 8:
+            raise ValueError(f"scale must be two factors from 0.05 to 8, the smaller first, not {low}, {high}")
+        return self
+
+    @property
+    def random(self) -> bool:
+        return self.p > 0
+
+    def apply(self, example: Example, generator: torch.Generator) -> Example:
+        draw, factor = uniform(0, 1, generator), uniform(*self.scale, generator)
+        if draw >= self.p:
+            return example
+        height, width = example.pixels.shape[-2:]
+        inner = (max(1, round(height * factor)), max(1, round(width * factor)))
+        top, left = (integer(abs(a - b) + 1, generator) for a, b in zip(inner, (height, width), strict=True))
+        valid = torch.ones(1, height, width) if example.valid is None else example.valid
+        pixels = resized(example.pixels, inner, "bicubic", -1)
+        frame = (height, width, top, left)
+        rim = 0 if inner[0] >= height else min(self.margin, min(inner) // 8)
+        return example.with_(
+            pixels=placed(pixels, *frame),
+            mask=None if example.mask is None else placed(resized(example.mask, inner, "bilinear", 0), *frame),
+            valid=placed(_inside(resized(valid, inner, "bilinear", 0), rim), *frame),
+            caption=self._caption(example.caption, factor, generator),
+        )
+
+    def _caption(self, caption: str, factor: float, generator: torch.Generator) -> str:
+        words = self.small_words if factor < self.small_below else self.large_words if factor > 1 else ()
+        if not words or not caption.strip():
+            return caption
+        return f"{caption}, {words[integer(len(words), generator)]}"
+
+
+def resized(plane: Tensor, size: tuple[int, int], mode: str, low: float) -> Tensor:
+    """[C, H, W] at another (height, width), anti-aliased; values stay in [low, 1]."""
+    return F.interpolate(plane[None], size=size, mode=mode, antialias=True, align_corners=False)[0].clamp(low, 1)
+
+
+def placed(plane: Tensor, height: int, width: int, top: int, left: int) -> Tensor:
+    """A plane set into a frame of zeros at (top, left), or, where it is larger, cut from there."""
+    h, w = plane.shape[-2:]
+    if h >= height:
+        return plane[:, top : top + height, left : left + width].contiguous()
+    frame = plane.new_zeros(plane.shape[0], height, width)
+    frame[:, top : top + h, left : left + w] = plane
+    return frame
+
+
+def _inside(valid: Tensor, rim: int) -> Tensor:
+    if rim == 0:
+        return valid
+    out = torch.zeros_like(valid)
+    out[:, rim:-rim, rim:-rim] = valid[:, rim:-rim, rim:-rim]
+    return out

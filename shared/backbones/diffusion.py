@@ -1,0 +1,79 @@
+"""The forward process and the parametrisations of a prediction, as pure functions of (alpha, sigma).
+
+`x_t = alpha * x_0 + sigma * noise`. Variance preserving (epsilon, v, sample): alpha^2 + sigma^2 = 1.
+Flow matching: alpha = 1 - sigma.
+
+    epsilon   Ho et al., DDPM, arXiv 2006.11239, eq. 14:         p = noise
+    v         Salimans & Ho, arXiv 2202.00512, appendix D:       p = alpha * noise - sigma * x_0
+    sample    p = x_0
+    flow      Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206:  p = noise - x_0
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+
+
+class ForwardProcess:
+    """The diffusion half of a backbone: a family says `prediction_type` and gives `alpha_sigma`."""
+
+    prediction_type: str  # one of PREDICTIONS
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of the shape of `t`: x_t = alpha * x_0 + sigma * noise."""
+        raise NotImplementedError
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma shaped [B, 1, 1, 1…], at least float32, on the device of `like`."""
+        alpha, sigma = self.alpha_sigma(torch.as_tensor(t, device=like.device))
+        wide = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1, *([1] * (like.ndim - 1)))
+        return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, C, h, w] at training times t: [B] or a scalar."""
+        alpha, sigma = self._coefficients(t, x0)
+        return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is trained to predict."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        if self.prediction_type == "flow":
+            return noise - x0
+        alpha, sigma = self._coefficients(t, x0)
+        return (alpha * noise - sigma * x0).to(x0.dtype)
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a prediction stands for."""
+        alpha, sigma = self._coefficients(t, x_t)
+        if self.prediction_type == "sample":
+            out = prediction
+        elif self.prediction_type == "epsilon":
+            out = (x_t - sigma * prediction) / alpha
+        elif self.prediction_type == "v_prediction":
+            out = alpha * x_t - sigma * prediction
+        else:
+            out = x_t - sigma * prediction
+        return out.to(x_t.dtype)
+
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction stands for."""
+        alpha, sigma = self._coefficients(t, x_t)
+        if self.prediction_type == "epsilon":
+            out = prediction
+        elif self.prediction_type == "sample":
+            out = (x_t - alpha * prediction) / sigma
+        elif self.prediction_type == "v_prediction":
+            out = sigma * x_t + alpha * prediction
+        else:
+            out = x_t + alpha * prediction
+        return out.to(x_t.dtype)

@@ -1,0 +1,214 @@
+"""FLUX.1: a flow-matching MMDiT (Esser et al., arXiv 2403.03206) with CLIP's pooled text and T5's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones.base import BaseBackbone
+from shared.backbones.protocol import Site
+from shared.backbones.roles import RoleSpec
+from shared.types import Conditioning
+
+_DOUBLE = r"transformer_blocks\.\d+\."
+_ANY = r"(single_)?transformer_blocks\.\d+\."
+_PICTURE = r"attn\.(to_q|to_k|to_v|to_out\.0)"
+_TEXT = r"attn\.(add_[qkv]_proj|to_add_out)"
+_CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
+_T5 = r"encoder\.block\.\d+\.layer\.\d+\."
+_NET = "transformer"
+
+
+def _port(pattern: str, note: str) -> tuple[RoleSpec, ...]:
+    return (RoleSpec(_NET, pattern, "port", note),)
+
+
+ROLES = {
+    "attention": (RoleSpec(_NET, f"{_ANY}({_PICTURE}|{_TEXT})"),),
+    "self_attention": _port(
+        _ANY + _PICTURE, "the picture stream of joint attention, with the single blocks' shared one"
+    ),
+    "self_attention.kv": _port(_ANY + r"attn\.to_[kv]", "keys and values of the picture stream of joint attention"),
+    "self_attention.q": _port(_ANY + r"attn\.to_q", "queries of the picture stream of joint attention"),
+    "cross_attention": _port(_DOUBLE + _TEXT, "the text stream of joint attention in the double blocks"),
+    "cross_attention.kv": _port(_DOUBLE + r"attn\.add_[kv]_proj", "keys and values of joint attention's text stream"),
+    "cross_attention.q": _port(
+        _DOUBLE + r"attn\.to_q", "queries of the picture stream, which attend to text and picture"
+    ),
+    "feed_forward": (RoleSpec(_NET, rf"{_DOUBLE}ff(_context)?\.net\.(0\.proj|2)|single_{_DOUBLE}proj_mlp"),),
+    "proj": _port(rf"single_{_DOUBLE}proj_out", "the single blocks' joint projection of attention and feed-forward"),
+    "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),
+    "text_encoder.mlp": (RoleSpec("text_encoder", _CLIP + r"mlp\.fc[12]"),),
+    "text_encoder_2": (RoleSpec("text_encoder_2", _T5 + r"SelfAttention\.[qkvo]"),),
+    "text_encoder_2.mlp": (RoleSpec("text_encoder_2", _T5 + r"DenseReluDense\.w[io](_[01])?"),),
+}
+
+
+class FluxBackbone(BaseBackbone):
+    """A diffusers `FluxPipeline` behind the protocol.
+
+    Latents are unpacked [B, C, h, w] outside; 2x2 cells become one token inside. Time is t = 1000 * sigma.
+
+    Args:
+        pipe: the pipeline; its networks are used in place and frozen
+        name: as the user gave it
+        max_sequence_length: T5 tokens per prompt; default the smaller of 512 and what the tokenizer says
+    """
+
+    family = "flux"
+    context_component = "text_encoder_2"
+    pooled_component = "text_encoder"
+    role_table = ROLES
+    latent_multiple = 2
+    prediction_type = "flow"
+    discrete_time = False
+    default_guidance = 3.5
+    default_steps = 28
+    #: What `predict` tells a guidance-distilled transformer where nothing else is said. At 1 it is nearest to the
+    #: velocity without guidance, which is what the training target is.
+    training_guidance = 1.0
+
+    def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
+        length = max_sequence_length or min(512, pipe.tokenizer_2.model_max_length)
+        super().__init__(
+            name=name,
+            components={
+                "transformer": pipe.transformer,
+                "text_encoder": pipe.text_encoder,
+                "text_encoder_2": pipe.text_encoder_2,
+            },
+            tokenizers={"text_encoder": pipe.tokenizer, "text_encoder_2": pipe.tokenizer_2},
+            max_length={"text_encoder": pipe.tokenizer.model_max_length, "text_encoder_2": length},
+            vae=pipe.vae,
+            scheduler=pipe.scheduler,
+        )
+        self.transformer: Any = pipe.transformer
+        channels = self.transformer.config.in_channels
+        if channels != 4 * self.vae.config.latent_channels:
+            given = 4 * self.vae.config.latent_channels
+            raise ValueError(f"flux: the transformer reads {channels} channels, and gets {given} (control or fill?)")
+        self.resolution = 128 * self.vae_factor
+        self.num_train_timesteps = 1000
+        doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
+        names = [f"transformer_blocks.{i}.attn" for i in range(doubles)]
+        names += [f"single_transformer_blocks.{i}.attn" for i in range(singles)]
+        self._sites = tuple(Site(n, "joint", 2) for n in names)
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline around the same networks, with the base tokenizers and a scheduler of its own."""
+        from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+        networks: dict[str, Any] = dict(self._components)
+        return FluxPipeline(
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            vae=self.vae,
+            tokenizer=self.tokens.base["text_encoder"],
+            tokenizer_2=self.tokens.base["text_encoder_2"],
+            **networks,
+        )
+
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the transformer reads a guidance scale (FLUX.1-dev) instead of a second, negative prediction."""
+        return bool(self.transformer.config.guidance_embeds)
+
+    # --- the forward process -------------------------------------------------------------------------------
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma = t / 1000, alpha = 1 - sigma; t in [0, 1000]: [B] or a scalar."""
+        t = torch.as_tensor(t)
+        sigma = (t if t.is_floating_point() else t.float()) / 1000
+        return 1 - sigma, sigma
+
+    def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
+        """As `FluxPipeline`: even sigmas, shifted by the number of picture tokens where the scheduler does that."""
+        import numpy as np
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = scheduler.config
+        mu = calculate_shift(
+            (latent_shape[-2] // 2) * (latent_shape[-1] // 2),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device=self.device)
+        scheduler.set_begin_index(0)
+
+    # --- the network ---------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+        """The velocity noise - x_0: [B, C, h, w].
+
+        Args:
+            x_t: [B, C, h, w], unpacked
+            t: [B] or a scalar
+            guidance: the scale told to a guidance-distilled transformer; default `training_guidance`
+
+        Raises:
+            ValueError: for a context per site, or image tokens
+        """
+        if conditioning.image_tokens:
+            raise ValueError("flux: image tokens need an image encoder's attention, and none is attached")
+        if not isinstance(conditioning.context, Tensor):
+            raise ValueError("flux: text and picture attend jointly, so the context must be one tensor")
+        batch, _, h, w = x_t.shape
+        dtype, device = self.transformer.dtype, x_t.device
+        t = torch.as_tensor(t, device=device).expand(batch).to(dtype)
+        told = self.training_guidance if guidance is None else guidance
+        out = self.transformer(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=t / 1000,
+            guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
+            pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
+            encoder_hidden_states=conditioning.context.to(dtype),
+            txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),
+            img_ids=picture_ids(h // 2, w // 2).to(device, dtype),
+            return_dict=False,
+        )[0]
+        return unpack(out, h, w)
+
+    def needs_negative(self, guidance: float) -> bool:
+        """A guidance-distilled transformer reads the scale itself and no negative prompt."""
+        return not self.distilled and guidance > 1
+
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
+    ) -> Tensor:
+        """Distilled guidance where the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
+        if self.distilled and negative is None:
+            return self.predict(x_t, t, positive, guidance)
+        return super().predict_guided(x_t, t, positive, negative, guidance)
+
+    def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self._components[component](ids)  # no mask: FLUX attends to the padding, too
+        return out[0], getattr(out, "pooler_output", None)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h/2 * w/2, 4C]: each 2x2 of cells is one token."""
+    b, c, h, w = latents.shape
+    cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(b, (h // 2) * (w // 2), c * 4)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `pack`: [B, h/2 * w/2, 4C] -> [B, C, h, w]."""
+    b, _, channels = tokens.shape
+    cells = tokens.reshape(b, h // 2, w // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(b, channels // 4, h, w)
+
+
+def picture_ids(rows: int, columns: int) -> Tensor:
+    """Rotary positions of the picture's tokens: [rows * columns, 3] = (0, row, column)."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(rows * columns, 3)

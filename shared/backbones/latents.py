@@ -1,0 +1,60 @@
+"""Pictures to latents and back, with the autoencoder's scale and shift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LatentCodec:
+    """The autoencoder half of a backbone. Latent units: (z - shift) * scale, as diffusers' pipelines use them."""
+
+    family: str
+    vae: Any
+    latent_multiple: int = 1  # the latent grid must be a multiple of this
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def _scale_shift(self) -> tuple[float, float]:
+        return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
+
+    def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean where no generator is given."""
+        posterior = self._posterior(pixels)
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        scale, shift = self._scale_shift
+        return ((z - shift) * scale).to(self.dtype)
+
+    def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
+        posterior = self._posterior(pixels)
+        scale, shift = self._scale_shift
+        return ((posterior.mean - shift) * scale).to(self.dtype), (posterior.std * scale).to(self.dtype)
+
+    def _posterior(self, pixels: Tensor) -> Any:
+        self.latent_shape(pixels.shape[-2], pixels.shape[-1])
+        return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
+        scale, shift = self._scale_shift
+        return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
+        unit = self.vae_factor * self.latent_multiple
+        if height < unit or width < unit or height % unit or width % unit:
+            raise ValueError(
+                f"a picture of {width}x{height} does not fit {self.family}: both sides must be multiples of {unit}"
+            )
+        return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor

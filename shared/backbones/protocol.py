@@ -1,0 +1,213 @@
+"""What a model family offers to the rest of the suite.
+
+A backbone is a frozen diffusion model behind one small protocol. It knows diffusers classes and names *roles* and
+*sites*; it knows no method. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from shared.types import Conditioning, SiteContext
+
+Resolution = Literal["exact", "port"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The modules a role stands for. Names are dotted paths inside `component`."""
+
+    role: str
+    component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
+    modules: tuple[str, ...]  # leaf modules (Linear, Conv2d)
+    resolution: Resolution = "exact"
+    note: str = ""  # for a port: what it stands in for
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer: where text meets the picture (or the picture itself)."""
+
+    name: str  # dotted path in the denoiser
+    kind: Literal["cross", "self", "joint"]
+    scale: int  # how many times smaller than the latent grid it works
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Something injected into a backbone under a concept's name, with a strength."""
+
+    def set_strength(self, strength: float) -> None:
+        """0 switches it off exactly; 1 is as trained."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors with the component as prefix (`unet.….lora_A.weight`), fp32, on the CPU."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when keys or shapes do not match exactly."""
+        ...
+
+    def eject(self) -> None:
+        """Restores the modules, their outputs and their repr to what they were."""
+        ...
+
+
+@runtime_checkable
+class Naming(Protocol):
+    """A modifier attached to a backbone for one concept: how `<name>` is said and encoded."""
+
+    name: str
+    frozen: bool  # loaded, not in training
+    words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
+    tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
+    varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
+
+    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+        """Input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] when they vary with time."""
+        ...
+
+    def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
+        """Change the text encoder's output; `positions` is bool [B, L], True at this concept's tokens."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `namings`."""
+
+    family: str  # "stable_diffusion", "flux"
+    name: str  # as the user gave it, "toybox" for the embedded one
+    fingerprint: str  # of the architecture and shapes; equal for two checkpoints of one architecture
+    checkpoint: str  # of the weights; differs between two checkpoints of one architecture
+    resolution: int  # default picture size in pixels
+    prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
+    discrete_time: bool  # True: trained on whole timesteps
+    adapters: dict[str, list[Adapter]]
+    namings: dict[str, Naming]
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def denoiser(self) -> nn.Module: ...
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """Every trainable network by name: the denoiser and the text encoders."""
+        ...
+
+    # text
+    def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning: ...
+    def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
+        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
+        ...
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises ValueError when the prompt is longer than the text encoders read; names what would be cut."""
+        ...
+
+    # pictures
+    def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean where no generator is given."""
+        ...
+
+    def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the latents, in latent units, for caches: each [B, C, h, w]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels in [-1, 1]."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
+        ...
+
+    # the forward process; every function takes t: [B] or a scalar
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t = alpha * x_0 + sigma * noise."""
+        ...
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor: ...
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor: ...
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    # sampling
+    scheduler: Any  # the family's own diffusers scheduler; others are built from its configuration
+    default_guidance: float
+    default_steps: int
+
+    def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
+        """Sets a scheduler's steps as the family's diffusers pipeline does."""
+        ...
+
+    def needs_negative(self, guidance: float) -> bool:
+        """Whether sampling with this guidance looks at the negative prompt."""
+        ...
+
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
+    ) -> Tensor:
+        """Classifier-free guidance, or the family's own; plain where `negative` is None and nothing is distilled."""
+        ...
+
+    def pipeline(self) -> Any:
+        """The family's diffusers pipeline around the same networks, with base tokenizers."""
+        ...
+
+    # naming of modules
+    def roles(self) -> tuple[str, ...]: ...
+    def group(self, role: str) -> tuple[Group, ...]:
+        """The modules of a role, one Group per component. ValueError lists the roles there are."""
+        ...
+
+    def sites(self) -> tuple[Site, ...]: ...
+
+    # what is attached, by concept name
+    def add_naming(self, naming: Naming) -> None:
+        """Adds the naming's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
+        ...
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Registers an injected adapter under a concept's name (several may share one); a new name starts at 1."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Ejects all that is attached under this name; outputs, repr and tokenizers are what they were before."""
+        ...
+
+    def word_rows(self, component: str, words: str) -> Tensor:
+        """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
+        ...
+
+    # adapters by named set
+    @property
+    def strengths(self) -> dict[str, float]:
+        """How strong each concept's adapters are now; 0 is off."""
+        ...
+
+    def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off."""
+        ...
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """A lasting strength for one concept's adapters, unlike `active`. ValueError when nothing of that name is here."""
+        ...

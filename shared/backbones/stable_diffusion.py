@@ -1,0 +1,221 @@
+"""Stable Diffusion 1.x and 2.x, and the toybox: a U-Net with cross-attention to one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.backbones.base import BaseBackbone
+from shared.backbones.diffusion import PREDICTIONS
+from shared.backbones.protocol import Site
+from shared.backbones.roles import RoleSpec
+from shared.types import Conditioning, SiteContext
+
+_QKVO = r"(to_q|to_k|to_v|to_out\.0)"
+_CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
+_OLD_SELF = r"(.*_block\w*\.)(\d+\.)?attentions\.\d+\." + _QKVO  # AttnDownBlock2D: attention without text
+
+ROLES = {
+    "attention": (RoleSpec("unet", rf".*\.attn[12]\.{_QKVO}|{_OLD_SELF}"),),
+    "self_attention": (RoleSpec("unet", rf".*\.attn1\.{_QKVO}|{_OLD_SELF}"),),
+    "self_attention.kv": (RoleSpec("unet", r".*\.attn1\.to_[kv]"),),
+    "self_attention.q": (RoleSpec("unet", r".*\.attn1\.to_q"),),
+    "cross_attention": (RoleSpec("unet", rf".*\.attn2\.{_QKVO}"),),
+    "cross_attention.kv": (RoleSpec("unet", r".*\.attn2\.to_[kv]"),),
+    "cross_attention.q": (RoleSpec("unet", r".*\.attn2\.to_q"),),
+    "feed_forward": (RoleSpec("unet", r".*\.ff\.net\.(0\.proj|2)"),),
+    "conv": (RoleSpec("unet", r".*\.resnets\.\d+\.conv(1|2|_shortcut)"),),
+    "proj": (RoleSpec("unet", r".*\.attentions\.\d+\.proj_(in|out)"),),
+    "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),
+    "text_encoder.mlp": (RoleSpec("text_encoder", _CLIP + r"mlp\.fc[12]"),),
+}
+
+
+class StableDiffusionBackbone(BaseBackbone):
+    """A diffusers `StableDiffusionPipeline` behind the protocol.
+
+    Args:
+        pipe: the pipeline; its networks are used in place and frozen, its tokenizer is left alone
+        name: as the user gave it
+
+    Raises:
+        ValueError: when the U-Net is of a kind that this family does not cover (inpainting, guidance-distilled, …)
+    """
+
+    family = "stable_diffusion"
+    role_table = ROLES
+
+    def __init__(self, pipe: Any, name: str = "") -> None:
+        text = pipe.text_encoder
+        limit = min(pipe.tokenizer.model_max_length, text.config.max_position_embeddings)
+        super().__init__(
+            name=name,
+            components={"unet": pipe.unet, "text_encoder": text},
+            tokenizers={"text_encoder": pipe.tokenizer},
+            max_length={"text_encoder": limit},
+            vae=pipe.vae,
+            scheduler=pipe.scheduler,
+        )
+        self.unet: Any = pipe.unet
+        _check_unet(self.unet, self.vae.config.latent_channels)
+        size = self.unet.config.sample_size
+        self.resolution = (size if isinstance(size, int) else max(size)) * self.vae_factor
+        self.prediction_type = _prediction_type(self.scheduler)
+        self.alphas_cumprod = _alphas_cumprod(self.scheduler)
+        self.num_train_timesteps = len(self.alphas_cumprod)
+        self._sites = _sites(self.unet)
+        self._routes: dict[str, tuple[nn.Module, Any]] = {}
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline around the same networks, with the base tokenizer and a scheduler of its own."""
+        from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+        parts: dict[str, Any] = {**self._components, "safety_checker": None, "feature_extractor": None}
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            tokenizer=self.tokens.base["text_encoder"],
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            requires_safety_checker=False,
+            **parts,
+        )
+
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
+
+    # --- the forward process -------------------------------------------------------------------------------
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """From the scheduler's table at whole times, exactly; between them alpha_bar is interpolated linearly.
+
+        Args:
+            t: [B] or a scalar, in [0, 1000)
+        """
+        t = torch.as_tensor(t)
+        table = self.alphas_cumprod.to(t.device)
+        if not t.is_floating_point():
+            bar = table[t]
+        else:
+            low = t.floor().clamp(0, len(table) - 1)
+            high = (low + 1).clamp_max(len(table) - 1)
+            bar = torch.lerp(table[low.long()], table[high.long()], (t - low).clamp(0, 1).to(table.dtype))
+        return bar.sqrt(), (1 - bar).sqrt()
+
+    # --- the network ---------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's output [B, C, h, w], in the backbone's own parametrisation.
+
+        Args:
+            x_t: [B, C, h, w]
+            t: [B] or a scalar
+            conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
+        """
+        if conditioning.image_tokens:
+            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
+        context = conditioning.context
+        if not isinstance(context, Tensor):
+            context = self._route(context)
+        dtype = self.unet.dtype
+        return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+
+    def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
+        """All sites' keys and values side by side, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.
+
+        The contexts travel as the network's ordinary argument, and the slicing hooks hold no state: so gradient
+        checkpointing, which runs the layers again in the backward pass, sees what the forward pass saw. On a plain
+        context (of width D) the hooks do nothing.
+        """
+        names = self.text_sites()
+        missing = [n for n in names if n not in contexts]
+        if missing:
+            raise ValueError(f"{self.family}: the conditioning has no context for the sites {', '.join(missing)}")
+        width = contexts[names[0]].key.shape[-1]
+        for i, name in enumerate(names):
+            for j, leaf in enumerate(("to_k", "to_v")):
+                self._install(f"{name}.{leaf}", 2 * i + j, width, 2 * len(names) * width)
+        return torch.cat([part for n in names for part in (contexts[n].key, contexts[n].value)], dim=-1)
+
+    def _install(self, path: str, index: int, width: int, total: int) -> None:
+        module = self.unet.get_submodule(path)
+        known = self._routes.get(path)
+        if known is not None and known[0] is module:
+            return
+        if known is not None:  # the layer was wrapped or unwrapped since
+            known[1].remove()
+
+        def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if args[0].shape[-1] != total:
+                return args
+            return (args[0][..., index * width : (index + 1) * width], *args[1:])
+
+        self._routes[path] = (module, module.register_forward_pre_hook(take))
+
+    def remove(self, name: str) -> None:
+        """Ejects all that is attached under this name. ValueError when nothing is."""
+        super().remove(name)
+        if not self.namings:
+            for _, handle in self._routes.values():
+                handle.remove()
+            self._routes.clear()
+
+    def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        encoder: Any = self._components[component]
+        attention_mask = mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(ids, attention_mask=attention_mask)[0], None
+
+
+def _check_unet(unet: Any, channels: int) -> None:
+    if unet.config.in_channels != channels:
+        raise ValueError(
+            f"stable_diffusion: the U-Net reads {unet.config.in_channels} channels and gets {channels} (inpainting?)"
+        )
+    for key in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type"):
+        if unet.config.get(key) is not None:
+            raise ValueError(
+                f"stable_diffusion: U-Nets with {key} ({unet.config[key]!r}) are not covered by this family"
+            )
+
+
+def _prediction_type(scheduler: Any) -> str:
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS[:3]:
+        raise ValueError(
+            f"stable_diffusion: prediction type {kind!r} is not known. There are: {', '.join(PREDICTIONS[:3])}."
+        )
+    return kind
+
+
+def _alphas_cumprod(scheduler: Any) -> Tensor:
+    """The scheduler's own table [T], float32 on the CPU."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+
+        same: Any = DDPMScheduler.from_config(scheduler.config)
+        table = same.alphas_cumprod
+    return torch.as_tensor(table).float().cpu()
+
+
+def _sites(unet: Any) -> tuple[Site, ...]:
+    """Attention layers in the order of the forward pass, with how much smaller than the latents they work."""
+    from diffusers.models.attention_processor import Attention
+
+    scales: dict[str, int] = {}
+    scale = 1
+    for i, block in enumerate(unet.down_blocks):
+        scales[f"down_blocks.{i}."] = scale
+        scale *= 2 if getattr(block, "downsamplers", None) else 1
+    scales["mid_block."] = scale
+    for i, block in enumerate(unet.up_blocks):
+        scales[f"up_blocks.{i}."] = scale
+        scale //= 2 if getattr(block, "upsamplers", None) else 1
+    found = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
+    return tuple(
+        Site(name, "cross" if module.is_cross_attention else "self", size)
+        for prefix, size in scales.items()
+        for name, module in found.items()
+        if name.startswith(prefix)
+    )

@@ -1,0 +1,208 @@
+"""Text encoding with namings: one run of the text encoder, or one per site, with learned rows in their places."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.backbones.protocol import Naming
+from shared.backbones.tokens import Tokenized, TokenOverlay, join_rows, overlaid, same_rows, slots
+from shared.types import Conditioning, SiteContext
+
+log = logging.getLogger(__name__)
+
+
+class TextEncoding:
+    """The text half of a backbone. A family gives `_run_text` and says which encoder's output is the context."""
+
+    family: str
+    name: str
+    context_component: str = "text_encoder"  # whose hidden states are the text context
+    pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
+    tokens: TokenOverlay
+    namings: dict[str, Naming]
+    _components: dict[str, nn.Module]
+    _warned: set[str]
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def text_sites(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises ValueError when the prompt is longer than the text encoder reads; names what would be cut."""
+        cut = self.tokens.overflow(self.context_component, prompt)
+        if cut:
+            limit = self.tokens.max_length[self.context_component]
+            raise ValueError(
+                f"the prompt is too long: {self.name or self.family} reads {limit} tokens, and would cut {cut!r}"
+            )
+
+    def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
+        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
+        texts = self._tokenize(list(prompts))
+        return frozenset().union(*(n.varies_with for n in self._used(texts)))
+
+    def word_rows(self, component: str, words: str) -> Tensor:
+        """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
+        ids = torch.tensor(self.tokens.word_ids(component, words), device=self.device)
+        return self._embedding(component).weight[ids].detach().clone()
+
+    def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
+        """Prompts, already expanded, as the network is told them.
+
+        One run of the text encoder; where a naming varies with "site", one run per site whose rows differ.
+        Differentiable with respect to the rows and to text-encoder adapters.
+
+        Args:
+            prompts: B texts
+            t: [B] or a scalar, needed where a naming that these prompts use varies with "time"
+
+        Raises:
+            ValueError: when time is needed and not given, or the family cannot have a context per site
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self._warn_cut(prompts)
+        texts = self._tokenize(prompts)
+        used = self._used(texts)
+        time = self._time(used, t, len(prompts))
+        places = {n.name: self._find(self.context_component, texts, n) for n in used}
+        by_site = any("site" in n.varies_with for n in used)
+        sites: Sequence[str | None] = self._need_text_sites(used) if by_site else (None,)
+        runs: list[tuple[list[Tensor], Tensor]] = []
+        contexts: dict[str | None, SiteContext] = {}
+        for site in sites:
+            hidden = self._hidden(texts, used, time, site, runs)
+            context = SiteContext(hidden, hidden)
+            for naming in used:
+                context = naming.edit(
+                    context, places[naming.name], _if(naming, "time", time), _if(naming, "site", site)
+                )
+            contexts[site] = context
+        pooled = None
+        if self.pooled_component:
+            rows = self._rows(self.pooled_component, texts, used, time, None)
+            pooled = self._run(self.pooled_component, texts, used, rows)[1]
+        return Conditioning(context=self._gather(contexts, used), pooled=pooled, token_positions=places)
+
+    def _hidden(
+        self,
+        texts: Mapping[str, Tokenized],
+        used: Sequence[Naming],
+        time: Tensor | None,
+        site: str | None,
+        runs: list[tuple[list[Tensor], Tensor]],
+    ) -> Tensor:
+        rows = self._rows(self.context_component, texts, used, time, site)
+        for known, hidden in runs:
+            if same_rows(known, rows):
+                return hidden
+        hidden = self._run(self.context_component, texts, used, rows)[0]
+        runs.append((rows, hidden))
+        return hidden
+
+    def _gather(
+        self, contexts: Mapping[str | None, SiteContext], used: Sequence[Naming]
+    ) -> Tensor | dict[str, SiteContext]:
+        if None not in contexts:
+            return {str(k): v for k, v in contexts.items()}
+        one = contexts[None]
+        if one.key is one.value:
+            return one.key
+        return {site: one for site in self._need_text_sites(used)}
+
+    def _need_text_sites(self, used: Sequence[Naming]) -> tuple[str, ...]:
+        sites = self.text_sites()
+        if not sites:
+            names = ", ".join(repr(n.name) for n in used)
+            raise ValueError(
+                f"{names}: a text context per attention site (or keys and values apart) needs cross-attention layers, "
+                f"and {self.family} has none: its text and picture attend jointly"
+            )
+        return sites
+
+    def _time(self, used: Sequence[Naming], t: Tensor | None, batch: int) -> Tensor | None:
+        timed = [n.name for n in used if "time" in n.varies_with]
+        if not timed:
+            return None
+        if t is None:
+            raise ValueError(f"the words of {', '.join(timed)} vary with time: encode(prompts, t) needs t")
+        t = torch.as_tensor(t, device=self.device)
+        return t.expand(batch) if t.ndim == 0 else t
+
+    def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
+        names = [self.context_component]
+        if self.pooled_component and self.pooled_component not in names:
+            names.append(self.pooled_component)
+        return {c: self.tokens.tokenize(c, prompts, self.device) for c in names}
+
+    def _find(self, component: str, texts: Mapping[str, Tokenized], naming: Naming) -> Tensor:
+        return self.tokens.find(component, texts[component].ids, naming.tokens, naming.words)
+
+    def _used(self, texts: Mapping[str, Tokenized]) -> list[Naming]:
+        return [n for n in self.namings.values() if any(bool(self._find(c, texts, n).any()) for c in texts)]
+
+    def _rows(
+        self,
+        component: str,
+        texts: Mapping[str, Tokenized],
+        used: Sequence[Naming],
+        time: Tensor | None,
+        site: str | None,
+    ) -> list[Tensor]:
+        """Rows of the used namings that have tokens, in order: each [n, d] or [B, n, d]."""
+        out = []
+        batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
+        for naming in (n for n in used if n.tokens):
+            rows = naming.rows(component, _if(naming, "time", time), _if(naming, "site", site))
+            n = len(naming.tokens)
+            if rows is None or tuple(rows.shape) not in ((n, width), (batch, n, width)):
+                got = None if rows is None else list(rows.shape)
+                raise ValueError(
+                    f"{naming.name!r}: rows for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
+                )
+            out.append(rows)
+        return out
+
+    def _run(
+        self, component: str, texts: Mapping[str, Tokenized], used: Sequence[Naming], rows: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        text = texts[component]
+        if not rows:
+            return self._run_text(component, text.ids, text.mask)
+        added = [t for n in used for t in n.tokens]
+        places = slots(text.ids, self.tokens.ids_of(component, added))
+        ids = text.ids.masked_fill(places >= 0, self.tokens.filler(component))
+        table = join_rows([r.to(ids.device) for r in rows], ids.shape[0])
+        with overlaid(self._embedding(component), places, table):
+            return self._run_text(component, ids, text.mask)
+
+    def _embedding(self, component: str) -> Any:
+        """The token embedding that this text encoder's forward calls (T5's is not the one its accessor returns)."""
+        module: Any = self._components[component]
+        stack = getattr(module, "encoder", None)
+        return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
+
+    def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One run of a text encoder: hidden states [B, L, D], pooled [B, P] where it has one."""
+        raise NotImplementedError
+
+    def _warn_cut(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if prompt not in self._warned:
+                self._warned.add(prompt)
+                cut = self.tokens.overflow(self.context_component, prompt)
+                if cut:
+                    log.warning(
+                        "prompt cut at %d tokens: %r is not read", self.tokens.max_length[self.context_component], cut
+                    )
+
+
+def _if(naming: Naming, what: str, value: Any) -> Any:
+    return value if what in naming.varies_with else None

@@ -1,0 +1,170 @@
+"""The token overlay: words that a base model does not have, without touching its embedding table or its tokenizer.
+
+Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
+is given a harmless base id in their place, and while it runs a hook puts the learned rows where those ids were. So
+tables keep their size, gradients reach the rows, the end-of-text pooling of old CLIP configurations (`argmax` of the
+ids) stays right, and when the last token leaves, everything is what it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Prompts as one text encoder reads them, padded to its length."""
+
+    ids: Tensor  # [B, L], added tokens with their own ids
+    mask: Tensor  # [B, L], 1 at text, 0 at padding
+
+
+class TokenOverlay:
+    """The tokenizers of a backbone, by text-encoder name, and the tokens added to them.
+
+    Args:
+        tokenizers: the base tokenizers; never changed
+        max_length: tokens per prompt that each text encoder reads, specials included
+    """
+
+    def __init__(self, tokenizers: Mapping[str, Any], max_length: Mapping[str, int]) -> None:
+        self.base = dict(tokenizers)
+        self.current: dict[str, Any] = dict(tokenizers)
+        self.max_length = dict(max_length)
+        self.tokens: tuple[str, ...] = ()
+
+    def check_new(self, tokens: Sequence[str]) -> None:
+        """Raises ValueError when a token is empty, has blanks, comes twice, or is taken."""
+        for i, token in enumerate(tokens):
+            if not token or any(c.isspace() for c in token):
+                raise ValueError(f"token {token!r} must not be empty or hold blanks")
+            if token in tokens[:i]:
+                raise ValueError(f"token {token!r} is named twice")
+            for component, tokenizer in self.current.items():
+                if token in tokenizer.get_vocab():
+                    raise ValueError(f"token {token!r} is already in the vocabulary of {component}: choose another")
+
+    def set(self, tokens: Sequence[str]) -> None:
+        """The base tokenizers plus exactly these tokens, matched exactly (case, hyphens and digits count)."""
+        self.tokens = tuple(tokens)
+        if not tokens:
+            self.current = dict(self.base)
+            return
+        from transformers import AddedToken
+
+        added = [AddedToken(t, single_word=False, lstrip=False, rstrip=False, normalized=False) for t in tokens]
+        for component, tokenizer in self.base.items():
+            fresh = copy.deepcopy(tokenizer)
+            fresh.add_tokens(added)
+            self.current[component] = fresh
+
+    def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
+        """`prompts` padded and cut to the encoder's length, as diffusers' pipelines do it."""
+        out = self.current[component](
+            list(prompts),
+            padding="max_length",
+            max_length=self.max_length[component],
+            truncation=True,
+            return_tensors="pt",
+        )
+        return Tokenized(out.input_ids.to(device), out.attention_mask.to(device))
+
+    def overflow(self, component: str, prompt: str) -> str:
+        """What of `prompt` this encoder would not read; empty when all fits."""
+        tokenizer = self.current[component]
+        room = self.max_length[component] - tokenizer.num_special_tokens_to_add()
+        out = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if len(out["input_ids"]) <= room:
+            return ""
+        return prompt[out["offset_mapping"][room][0] :].strip()
+
+    def ids_of(self, component: str, tokens: Sequence[str]) -> list[int]:
+        """The ids of added tokens."""
+        return [self.current[component].convert_tokens_to_ids(t) for t in tokens]
+
+    def find(self, component: str, ids: Tensor, tokens: Sequence[str], words: str) -> Tensor:
+        """Bool [B, L]: where a concept stands: its added tokens where it has some, else all places of its `words`."""
+        if tokens:
+            return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        pattern = self.current[component](words, add_special_tokens=False)["input_ids"] if words.strip() else []
+        n = len(pattern)
+        if not 0 < n <= ids.shape[1]:
+            return found
+        hits = (ids.unfold(1, n, 1) == torch.tensor(pattern, device=ids.device)).all(-1)  # [B, L-n+1]
+        for i in range(n):
+            found[:, i : i + hits.shape[1]] |= hits
+        return found
+
+    def filler(self, component: str) -> int:
+        """A base id to stand where an added token is: the first that is no special token."""
+        special = set(self.base[component].all_special_ids)
+        return next(i for i in range(len(special) + 1) if i not in special)
+
+    def word_ids(self, component: str, words: str) -> list[int]:
+        """Base ids of `words` without special tokens. ValueError when there are none."""
+        ids = self.base[component](words, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"{words!r} holds no word that {component} could read")
+        return list(ids)
+
+
+def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Index into `token_ids` at every place of `ids`, or -1: [B, L]."""
+    out = torch.full_like(ids, -1)
+    for i, token in enumerate(token_ids):
+        out[ids == token] = i
+    return out
+
+
+@contextmanager
+def overlaid(embedding: nn.Module, places: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside, the embedding's output is `rows` wherever `places` is not -1.
+
+    Args:
+        embedding: the token embedding; its output is [B, L, d]
+        places: [B, L], index into the rows, or -1
+        rows: [n, d], or [B, n, d] where every sample has its own; differentiable
+    """
+
+    def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        at = places.clamp_min(0)
+        picked = rows[at] if rows.ndim == 2 else rows[torch.arange(rows.shape[0], device=at.device)[:, None], at]
+        return torch.where((places >= 0)[..., None], picked.to(output), output)
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def join_rows(parts: Sequence[Tensor], batch: int) -> Tensor:
+    """Rows of several namings as one table: [N, d], or [B, N, d] as soon as one of them has rows per sample."""
+    if all(p.ndim == 2 for p in parts):
+        return torch.cat(list(parts))
+    return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
+
+
+def same_rows(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two sets of rows give the same encoding *and* the same gradients, so that one run serves both.
+
+    Rows that are learned are the same only when they are the same memory: sites that start equal must learn apart.
+    """
+
+    def equal(x: Tensor, y: Tensor) -> bool:
+        if x is y:
+            return True
+        if x.requires_grad or y.requires_grad:
+            place = (x.data_ptr(), x.shape, x.stride(), x.requires_grad)
+            return place == (y.data_ptr(), y.shape, y.stride(), y.requires_grad)
+        return x.shape == y.shape and torch.equal(x, y)
+
+    return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,46 @@
+"""Which recipes there are, and where they stand in the survey. Light: nothing here imports torch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from shared.config import Part, unknown
+
+
+class Taxonomy(Part):
+    """Where a method stands in the survey (https://arxiv.org/abs/2405.05538)."""
+
+    scheme: Literal["test-time fine-tuning", "pre-trained adaptation"] = "test-time fine-tuning"
+    concept: tuple[Literal["subject", "face", "style", "high-level semantics"], ...] = ("subject",)
+    modifier: str = ""
+    trains: str = ""
+    prompt_engineering: str = ""
+    attention: str = ""
+    mask: str = ""
+    augmentation: str = ""
+    regularization: str = ""
+
+
+def config_folder() -> Path:
+    """The `configs` folder: shipped in the wheel beside the packages, or at the top of the checkout."""
+    return Path(str(files("configs")))
+
+
+def recipe_files(modality: str) -> dict[str, Path]:
+    """Every shipped recipe of a modality ("image", "video", "3d") by name."""
+    return {p.stem: p for p in sorted((config_folder() / modality).glob("*.yaml"))}
+
+
+def find(recipe: str, modality: str) -> Path:
+    """A recipe by its name or by a path. ValueError lists the names there are."""
+    known = recipe_files(modality)
+    if recipe in known:
+        return known[recipe]
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ValueError(f"recipe file {recipe} does not exist")
+    raise ValueError(unknown(recipe, known, "recipe"))

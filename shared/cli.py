@@ -1,0 +1,94 @@
+"""`pcs`: finds the commands that the installed packages offer (entry points `pcs.commands`) and turns errors into words.
+
+Command modules import only the CLI library at the top; everything heavy is imported inside a command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import typer
+
+GROUP = "pcs.commands"
+_STOPPED = 130  # the exit code after Ctrl-C
+
+
+def build() -> typer.Typer:
+    """The whole command tree. A package whose commands cannot be loaded is said aloud; the others work."""
+    app = typer.Typer(
+        name="pcs",
+        help="Learn a thing from a few pictures, keep it as one concept, show it in new scenes, measure how well.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        _add(app, entry)
+    return app
+
+
+def _add(app: typer.Typer, entry: EntryPoint) -> None:
+    try:
+        app.add_typer(entry.load(), name=entry.name)
+    except ImportError as error:
+        print(f"pcs: the command {entry.name!r} cannot be loaded: {error}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.showwarning = _warn
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.exit(run(build(), arguments))
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run one command line; its exit code. Errors of users become one message without a traceback."""
+    import click
+
+    try:
+        result: Any = typer.main.get_command(app)(args=arguments, standalone_mode=False)
+        if result == _STOPPED:  # Ctrl-C, as newer versions of typer return it; older ones raise Abort
+            print("stopped", file=sys.stderr)
+        return result if isinstance(result, int) else 0
+    except Exception as error:
+        if type(error).__name__ in ("Exit",):
+            return int(getattr(error, "exit_code", 0))
+        if type(error).__name__ in ("Abort",):
+            print("stopped", file=sys.stderr)
+            return _STOPPED
+        show = getattr(error, "show", None)
+        if isinstance(error, click.ClickException) or callable(show):
+            show(file=sys.stderr)  # type: ignore[misc]
+            return int(getattr(error, "exit_code", 2))
+        return _failed(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _STOPPED
+
+
+def _failed(error: Exception) -> int:
+    if isinstance(error, ValueError):
+        print(f"pcs: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, (OSError, MemoryError)) or type(error).__name__ in ("NotFinite", "OutOfMemoryError"):
+        print(f"pcs: {type(error).__name__ if not str(error) else error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

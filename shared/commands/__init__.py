@@ -1,0 +1,1 @@
+"""Command lines of the core: thin doors to Python functions."""

@@ -1,0 +1,82 @@
+"""`pcs doctor`: whether this machine is ready, and what for."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    help="Check this machine: versions, devices, the toybox, and one tiny run.", invoke_without_command=True
+)
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic", "pillow")
+
+
+@app.callback()
+def doctor() -> None:
+    """Print what works and what does not, each with what to do about it. Exits with 1 when something must be mended."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    bad = 0
+
+    def line(ok: bool | None, what: str) -> None:
+        nonlocal bad
+        bad += ok is False
+        print({True: "  ok  ", False: "BROKEN", None: "  --  "}[ok], what)
+
+    line(True, f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}")
+    for name in _PACKAGES:
+        try:
+            line(True, f"{name} {version(name)}")
+        except PackageNotFoundError:
+            line(False, f"{name} is missing: pip install -e .")
+    _torchvision(line)
+    _devices(line)
+    _toybox(line)
+    raise typer.Exit(1 if bad else 0)
+
+
+def _torchvision(line) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torchvision") is None:
+        line(True, "torchvision is absent: not needed")
+        return
+    try:
+        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        line(True, "torchvision imports: not needed, harmless")
+    except Exception as error:
+        line(
+            False,
+            f"torchvision is installed and broken, which breaks transformers: pip uninstall torchvision ({error})",
+        )
+
+
+def _devices(line) -> None:
+    import torch
+
+    line(None, f"CPU threads used by torch: {torch.get_num_threads()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(i)
+            line(True, f"GPU {i}: {about.name}, {about.total_memory / 2**30:.0f} GiB; use --device cuda")
+    else:
+        line(None, "no GPU: the toybox runs here; Stable Diffusion would take minutes per picture")
+
+
+def _toybox(line) -> None:
+    import time
+
+    try:
+        from shared.backbones import load_backbone
+        from shared.sampling.sampler import sample
+
+        backbone = load_backbone()
+        start = time.perf_counter()
+        pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], steps=2)
+        fine = bool(pixels.isfinite().all())
+        line(fine, f"the toybox paints: 2 steps in {time.perf_counter() - start:.1f} s")
+    except Exception as error:
+        line(False, f"the toybox does not load: {error}")

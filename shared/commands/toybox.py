@@ -1,0 +1,93 @@
+"""`pcs toybox train | evaluate | sheet | subjects`: the embedded world, its model, and how both were made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(help="The embedded toy world and its model: train, evaluate, look.", no_args_is_help=True)
+
+_WORK = typer.Option(Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it")
+_STAGES = ("data", "vae", "unet", "recognizer", "identity", "clip", "assemble")
+
+
+@app.command()
+def train(
+    stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(_STAGES)}; default: all, in this order"),
+    work: Path = _WORK,
+    pictures: int = typer.Option(48_000, min=64, help="how many pictures to render"),
+    minutes: float = typer.Option(None, help="time for each training stage (default: its own number of steps)"),
+    device: str = typer.Option("cpu", help="cpu or cuda"),
+    threads: int = typer.Option(2, min=1, help="CPU threads"),
+    seed: int = typer.Option(0, min=0),
+) -> None:
+    """Make the toybox's weights from seeds: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
+    from shared.config import unknown
+    from shared.toybox.train import pipeline
+
+    for name in stage or ():
+        if name not in _STAGES:
+            raise ValueError(unknown(name, _STAGES, "stage"))
+    pipeline.run(stage or list(_STAGES), work, pictures, minutes, device, threads, seed)
+
+
+@app.command()
+def evaluate(
+    out: Path = typer.Option(None, help="also write the figures to this JSON file"),
+    pictures: int = typer.Option(256, min=8, help="captions to paint"),
+    guidance: float = typer.Option(None, help="default: the guidance that the card states"),
+    steps: int = typer.Option(25, min=1),
+    seed: int = typer.Option(0, min=0),
+    backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
+    card: bool = typer.Option(False, help="write the model card (shared/toybox/weights/CARD.md)"),
+) -> None:
+    """Measure the evaluators on fresh renders, and the shipped model on random captions."""
+    from shared.toybox.report import evaluate as measure
+
+    for line in measure(out, pictures, guidance, steps, seed, backbone, card):
+        print(line)
+
+
+@app.command()
+def sheet(
+    out: Path = typer.Argument(help="PNG to write"),
+    source: str = typer.Option(
+        "world", help="world (renders), model (the shipped model's pictures) or vae (renders | decoded)"
+    ),
+    rows: int = typer.Option(4, min=1),
+    columns: int = typer.Option(8, min=1),
+    seed: int = typer.Option(0, min=0),
+    guidance: float = typer.Option(None),
+    prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
+) -> None:
+    """A sheet of captioned pictures, to look at."""
+    from shared.toybox.report import draw_sheet
+
+    print(draw_sheet(out, source, rows, columns, seed, guidance, prompt))
+
+
+@app.command()
+def subjects(
+    name: str = typer.Argument(None, help="a subject to write as pictures; none: list them"),
+    out: Path = typer.Option(None, help="folder for the reference pictures"),
+    num: int = typer.Option(5, min=1, help="reference pictures"),
+    seed: int = typer.Option(0, min=0),
+    overwrite: bool = typer.Option(False, help="replace an existing folder"),
+) -> None:
+    """The held-out things that no caption can describe: list them, or write one as a folder of photos to learn from."""
+    from shared.toybox import album
+    from shared.toybox.subjects import faces
+    from shared.toybox.subjects import subjects as things
+
+    if name is None:
+        for split in album.SPLITS:
+            for held in (*things(split), *faces(split)):
+                thing = held.thing
+                print(
+                    f"{held.name:24} {thing.class_name}, {thing.main} and {thing.second}; {len(held.distractors)} look-alikes"
+                )
+        return
+    folder = out or Path(name)
+    for path in album.write_album(name, folder, num, seed, overwrite):
+        print(path)

@@ -1,0 +1,43 @@
+"""The saved concept: one folder, loaded without executing anything. Importing this loads no model library."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.concept.attaching import attach, detach
+    from shared.concept.capturing import capture
+    from shared.concept.exporting import export
+    from shared.concept.folder import Concept, read, save
+    from shared.concept.schema import ConceptMeta
+    from shared.concept.show import as_json, describe, lines
+
+_HOME = {
+    **dict.fromkeys(("attach", "detach"), "attaching"),
+    "capture": "capturing",
+    "export": "exporting",
+    **dict.fromkeys(("Concept", "read", "save"), "folder"),
+    "ConceptMeta": "schema",
+    **dict.fromkeys(("as_json", "describe", "lines"), "show"),
+}
+
+__all__ = [
+    "Concept",
+    "ConceptMeta",
+    "as_json",
+    "attach",
+    "capture",
+    "describe",
+    "detach",
+    "export",
+    "lines",
+    "read",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,192 @@
+"""A saved concept on a backbone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from shared.backbones.protocol import Adapter, Backbone
+from shared.concept.capturing import describe_parts
+from shared.concept.folder import Concept
+from shared.concept.sharing import SharedAdapter, unshared
+from shared.config import Part, validate
+from shared.modifiers import Modifier
+from shared.trainable.adapter import PeftAdapter, config_from_dict
+from shared.trainable.delta import DeltaAdapter, find_parameter
+
+_ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # which adapter_id an attached adapter has
+
+
+class _Named(Part):
+    modifier: Modifier
+
+
+def attach(concept: Concept, backbone: Backbone, strength: float = 1.0) -> None:
+    """Name the concept on the backbone and inject its adapters, frozen. `backbone.remove(name)` takes it off again.
+
+    Args:
+        strength: of its adapters; 0 is off, 1 as learned. Tokens have none: they act where a prompt names them
+
+    Raises:
+        ValueError: when the concept was learned on another architecture (with the reason), when its tensors fit only in
+            part or not at all (with the numbers), when the name is taken, and when it shares its adapters with an
+            attached concept of another strength. The backbone is then as it was.
+
+    Warns:
+        UserWarning: when it was learned on another checkpoint of this architecture
+    """
+    name = concept.meta.name
+    if name in backbone.namings or name in backbone.adapters:
+        raise ValueError(
+            f"a concept named {name!r} is attached already: remove it first, or save this one under another name"
+        )
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength of {name!r} must be a number, and is {strength}")
+    _check_fit(concept, backbone)
+    twin = _twin(concept, backbone, strength)
+    try:
+        _attach_naming(concept, backbone)
+        if twin is not None:
+            _share(backbone, twin, name)
+        else:
+            _attach_adapters(concept, backbone)
+        if name in backbone.adapters:
+            backbone.set_strength(name, strength)  # lasting, unlike `active`
+    except BaseException:
+        if name in backbone.namings or name in backbone.adapters:
+            backbone.remove(name)
+        raise
+
+
+def detach(backbone: Backbone, name: str) -> None:
+    """Take a concept off: outputs, repr and tokenizers are what they were. ValueError when it is not there."""
+    backbone.remove(name)
+
+
+def _check_fit(concept: Concept, backbone: Backbone) -> None:
+    meta, info = concept.meta, concept.meta.backbone
+    if info.family != backbone.family:
+        raise ValueError(
+            f"{meta.name!r} was learned on {info.family} ({info.name}), "
+            f"and this backbone is {backbone.family} ({backbone.name})"
+        )
+    missing = [c for c in meta.requires if c not in backbone.components]
+    if missing:
+        raise ValueError(
+            f"{meta.name!r} needs {', '.join(missing)}; this backbone has {', '.join(backbone.components)}"
+        )
+    if info.fingerprint != backbone.fingerprint:
+        raise ValueError(
+            f"{meta.name!r} was learned on another architecture of the family {info.family} ({info.name}), "
+            f"not that of {backbone.name}: {_difference(concept, backbone)}"
+        )
+    if info.checkpoint != backbone.checkpoint:
+        warnings.warn(
+            f"{meta.name!r} was learned on another checkpoint of this architecture ({info.name}, "
+            f"and this is {backbone.name}): it may look different here",
+            stacklevel=3,
+        )
+
+
+def _difference(concept: Concept, backbone: Backbone) -> str:
+    """At which tensor, or in which component, two architectures of one family differ."""
+    for component, rows in concept.of("embeddings").items():
+        width = backbone.word_rows(component, "a").shape[1] if component in backbone.components else None
+        if width != rows.shape[1]:
+            return f"its token embeddings for {component} are {rows.shape[1]} wide, here they are {width}"
+    for key, tensor in concept.of("adapter").items():
+        layer, found, kind = key.partition(".")[2].rpartition(".lora_A.weight")
+        weight = find_parameter(backbone, f"{layer}.weight") if found and not kind else None
+        if found and (weight is None or weight.shape[1:] != tensor.shape[1:]):
+            here = "there is no such layer here" if weight is None else f"here it reads {list(weight.shape[1:])}"
+            return f"its {layer} reads {list(tensor.shape[1:])}, {here}"
+    here = describe_parts(backbone)
+    for component, what in concept.meta.backbone.parts.items():
+        if here.get(component) != what:
+            return f"its {component} was {what}, here it is {here.get(component, 'missing')}"
+    return "layers of other names or shapes (the autoencoder counts)"
+
+
+def _attach_naming(concept: Concept, backbone: Backbone) -> None:
+    meta = concept.meta
+    if not meta.modifier:
+        if concept.of("embeddings"):
+            raise ValueError(f"{meta.name!r} has token embeddings, and no modifier that they belong to")
+        return
+    modifier = validate(_Named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
+    naming = modifier.attach(backbone, meta.name, meta.class_noun)
+    naming.load_state_dict(concept.of("embeddings"))
+    naming.frozen = True
+
+
+def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
+    meta, left = concept.meta, dict(concept.of("adapter"))
+    total = len(left)
+    for slot, components in meta.adapters.items():
+        for component, settings in components.items():
+            if component not in backbone.components:
+                raise ValueError(
+                    f"{meta.name!r} adapts {component!r}; this backbone has {', '.join(backbone.components)}"
+                )
+            prefix = f"{slot}.{component}."
+            state = {k[len(slot) + 1 :]: left.pop(k) for k in list(left) if k.startswith(prefix)}
+            _check_size(settings, state, f"{slot}.{component}")
+            adapter = PeftAdapter.inject(backbone, meta.name, slot, component, config_from_dict(settings), seed=0)
+            adapter.load_state_dict(state)
+            adapter.train(False)
+            _ids[adapter] = meta.adapter_id
+    if left:
+        raise ValueError(
+            f"{len(left)} of {total} adapter tensors of {meta.name!r} belong to no adapter, "
+            f"for example {next(iter(left))!r}"
+        )
+    if concept.of("weights"):
+        _ids[DeltaAdapter.inject(backbone, meta.name, concept.of("weights"))] = meta.adapter_id
+
+
+def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError before memory is taken for an adapter that is larger than its tensors."""
+    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
+    largest = max((max(t.shape, default=0) for t in state.values()), default=0)
+    if not state:
+        raise ValueError(f"{where}: 0 tensors for an adapter of {len(settings['target_modules'])} modules")
+    if max(ranks) > largest:
+        raise ValueError(
+            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, the largest side of which is {largest}"
+        )
+
+
+# --- concepts that were learned together ------------------------------------------------------
+
+
+def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
+    """The attached concept with the same adapters, if there is one. ValueError when its strength is another."""
+    meta = concept.meta
+    if not meta.adapter_id:
+        return None
+    for other, adapters in backbone.adapters.items():
+        if adapters and all(_ids.get(unshared(a)) == meta.adapter_id for a in adapters):
+            there = backbone.strengths[other]
+            if there != strength:
+                raise ValueError(
+                    f"{meta.name!r} and {other!r} were learned together and share one adapter: "
+                    f"give both the same strength ({other!r} has {there:g}, {meta.name!r} was to have {strength:g})"
+                )
+            return other
+    return None
+
+
+def _share(backbone: Backbone, other: str, name: str) -> None:
+    strength = backbone.strengths[other]
+    shares = [
+        a if isinstance(a, SharedAdapter) else SharedAdapter(a, other, {other: strength})
+        for a in backbone.adapters[other]
+    ]
+    backbone.adapters[other] = list(shares)
+    for share in shares:
+        backbone.add_adapter(name, share.share(name))

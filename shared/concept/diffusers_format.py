@@ -1,0 +1,208 @@
+"""The files that diffusers loads: `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`.
+
+diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B, and several
+slots on one layer are laid side by side along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.concept.folder import Concept
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TOKEN_FILE = "learned_embeds.safetensors"
+_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+
+
+@dataclass
+class Layer:
+    """What one or several slots add to one layer, with the scale already in B."""
+
+    downs: list[Tensor] = field(default_factory=list)  # each [r, in, …]
+    ups: list[Tensor] = field(default_factory=list)  # each [out, r, …]
+    magnitude: Tensor | None = None  # DoRA
+
+    @property
+    def rank(self) -> int:
+        return sum(d.shape[0] for d in self.downs)
+
+
+def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
+    """component -> path -> what is added there.
+
+    Raises ValueError for what this format has no place for: other adapters than LoRA, changed weights, DoRA that shares
+    a layer or a component with something else.
+    """
+    if concept.of("weights"):
+        raise ValueError(f"{concept.name!r} holds changed weights, and diffusers' LoRA files have no place for them")
+    layers: dict[str, dict[str, Layer]] = defaultdict(dict)
+    for slot, components in concept.meta.adapters.items():
+        for component, settings in components.items():
+            if settings.get("peft_type") != "LORA":
+                raise ValueError(
+                    f"slot {slot!r} is {settings.get('peft_type')}; diffusers' LoRA files hold LoRA and DoRA only"
+                )
+            prefix = f"{slot}.{component}."
+            state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}
+            _add(layers[component], state, settings, strength)
+    for component, found in layers.items():
+        _check_dora(component, found)
+    return dict(layers)
+
+
+def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mapping[str, Any], strength: float) -> None:
+    for key, tensor in state.items():
+        path, kind = next(((key[: -len(k) - 1], k) for k in _KINDS if key.endswith("." + k)), (key, ""))
+        if not kind:
+            raise ValueError(f"diffusers' LoRA files have no place for the adapter tensor {key!r}")
+        layer = layers.setdefault(path, Layer())
+        if kind == _KINDS[0]:
+            layer.downs.append(tensor)
+            layer.ups.append(state[f"{path}.{_KINDS[1]}"] * (strength * _scale(settings, path)))
+        elif kind == _KINDS[2]:
+            if layer.magnitude is not None:
+                raise ValueError(f"two DoRA slots meet on {path}: diffusers' files hold one magnitude per layer")
+            layer.magnitude = tensor
+
+
+def _scale(settings: Mapping[str, Any], path: str) -> float:
+    """alpha / rank of one layer, as peft computes it."""
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))
+    alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
+    dora = [p for p, layer in layers.items() if layer.magnitude is not None]
+    mixed = [p for p in dora if len(layers[p].downs) > 1]
+    if mixed:
+        raise ValueError(
+            f"DoRA and another slot meet on {mixed[0]} of {component}: DoRA can be written only where it is alone"
+        )
+    if dora and len(dora) < len(layers):
+        plain = next(p for p in layers if p not in dora)
+        raise ValueError(
+            f"{component} has DoRA on {len(dora)} layers and plain LoRA on {len(layers) - len(dora)} "
+            f"(for example {plain}); diffusers reads a component's layers as all of one kind"
+        )
+
+
+def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any] | None:
+    """Write the LoRA file; None when the concept has no adapter.
+
+    Every layer of a component gets the same rank (zeros fill up): versions of diffusers differ in how they read mixed
+    ranks.
+    """
+    layers = lora_layers(concept, strength)
+    if not layers:
+        return None
+    _check_loadable(backbone, layers)
+    state: dict[str, Tensor] = {}
+    for component, found in layers.items():
+        rank = max(layer.rank for layer in found.values())
+        for path, layer in found.items():
+            key = f"{component}.{_public(backbone, component, path)}"
+            state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
+            state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
+            if layer.magnitude is not None:
+                # transformers 5 looks for the full name, and leaves the magnitude at its start without it
+                full = ".weight" if component.startswith("text_encoder") else ""
+                state[f"{key}.{_KINDS[2]}{full}"] = layer.magnitude.contiguous()
+    save_file(state, folder / LORA_FILE, metadata={"format": "pt"})
+    return {"file": LORA_FILE, "components": sorted(layers), "tensors": len(state)}
+
+
+def _fill(tensor: Tensor, axis: int, rank: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis).contiguous()
+
+
+def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
+    loadable = type(backbone.pipeline())._lora_loadable_modules  # type: ignore[attr-defined]
+    extra = sorted(set(layers) - set(loadable))
+    if extra:
+        raise ValueError(
+            f"diffusers loads LoRA for {backbone.family} into {', '.join(loadable)}, not into {', '.join(extra)}"
+        )
+
+
+def _public(backbone: Backbone, component: str, path: str) -> str:
+    """The layer's name in files: transformers 5 dropped CLIP's `text_model.`, files and older versions have it."""
+    clip = type(backbone.components[component]).__name__.startswith("CLIPText")
+    return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
+
+
+def write_tokens(concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Write one `{token: [n, d]}` file per text encoder; the first of `tokens` names all n rows, as diffusers has it.
+
+    "end_of_text" says where the user has to correct a CLIP of the old kind, whose pooled output is that of the highest
+    token id: an added token's, instead of the end's.
+
+    Raises ValueError when the tokens are not named as diffusers names them: `tok`, `tok_1`, `tok_2`, …
+    """
+    embeddings = concept.of("embeddings")
+    if embeddings and tokens != (tokens[0], *(f"{tokens[0]}_{i}" for i in range(1, len(tokens)))):
+        raise ValueError(
+            f"tokens {', '.join(tokens)} cannot be written: diffusers names them {tokens[0]}, {tokens[0]}_1, …"
+        )
+    out = []
+    for component, rows in sorted(embeddings.items()):
+        if rows.ndim != 2 or rows.shape[0] != len(tokens):
+            raise ValueError(f"embeddings of {component} are {list(rows.shape)}, and there are {len(tokens)} tokens")
+        file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
+        token = tokens[0].lower()
+        save_file({token: rows.float().contiguous()}, folder / file, metadata={"format": "pt"})
+        old = getattr(backbone.components[component], "eos_token_id", None) == 2
+        pooled = getattr(backbone, "pooled_component", None) == component
+        entry = {"file": file, "component": component, "token": token, "vectors": len(tokens)}
+        out.append({**entry, "end_of_text": old and pooled})
+    return out
+
+
+def public_words(words: str, tokens: Sequence[str]) -> str:
+    """How a concept is said in a diffusers prompt: its first token alone, which diffusers follows up with the others.
+
+    In small letters: CLIP's tokenizer makes them small, and diffusers then does not find what it has to follow up.
+    """
+    return words.replace(" ".join(tokens), tokens[0].lower()) if tokens else words
+
+
+def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Mapping[str, Any], words: str) -> None:
+    """How to load it: the lines to copy."""
+    pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
+    lines = [f"from diffusers import {pipeline}"]
+    source = json.dumps(concept.meta.backbone.name)
+    if concept.meta.backbone.name == "toybox":
+        lines.append("from shared.toybox.weights import backbone_path  # where the toybox's folder is")
+        source = "backbone_path()"
+    lines.append(f"pipe = {pipeline}.from_pretrained({source})")
+    if written.get("lora"):
+        lines.append(f'pipe.load_lora_weights("{{folder}}", weight_name="{LORA_FILE}")')
+    for entry in written["tokens"]:
+        tokenizer = entry["component"].replace("text_encoder", "tokenizer")
+        where = (
+            f", text_encoder=pipe.{entry['component']}, tokenizer=pipe.{tokenizer}"
+            if len(written["tokens"]) > 1
+            else ""
+        )
+        lines.append(f'pipe.load_textual_inversion("{{folder}}/{entry["file"]}"{where})')
+        if entry["end_of_text"]:
+            lines.append(f"pipe.{entry['component']}.eos_token_id = pipe.{tokenizer}.eos_token_id")
+    lines.append(f"pipe({json.dumps(f'a photo of a {words}'.strip())}).images[0].save('picture.png')")
+    head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file:\n\n"
+    (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")

@@ -1,0 +1,50 @@
+"""One adapter under several concepts' names: what was learned in one run is loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from shared.backbones.protocol import Adapter
+
+
+class SharedAdapter:
+    """One concept's share of an adapter. The adapter acts as strongly as the strongest of its concepts, once, and
+    leaves with the last of them."""
+
+    def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
+        self.adapter, self.owner = adapter, owner
+        self.strengths: dict[str, float] = {} if strengths is None else strengths  # by owner, common to all shares
+
+    def share(self, owner: str) -> SharedAdapter:
+        """The same adapter under another concept's name."""
+        return SharedAdapter(self.adapter, owner, self.strengths)
+
+    def set_strength(self, strength: float) -> None:
+        self.strengths[self.owner] = strength
+        self._apply()
+
+    def _apply(self) -> None:
+        self.adapter.set_strength(max(self.strengths.values(), key=abs))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.adapter.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.adapter.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.adapter.load_state_dict(state)
+
+    def eject(self) -> None:
+        self.strengths.pop(self.owner, None)
+        if self.strengths:
+            self._apply()
+        else:
+            self.adapter.eject()
+
+
+def unshared(adapter: Adapter) -> Adapter:
+    """The adapter itself."""
+    return adapter.adapter if isinstance(adapter, SharedAdapter) else adapter

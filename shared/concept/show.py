@@ -1,0 +1,141 @@
+"""What a concept is, in words: `pcs concept show`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from shared.concept.folder import Concept
+
+
+def rows(concept: Concept) -> list[tuple[str, str]]:
+    """(label, text) of everything worth saying, in order; labels without a text are left out."""
+    meta = concept.meta
+    said = [
+        ("name", meta.name),
+        ("kind", f"{meta.kind} ({meta.class_noun})" if meta.class_noun else meta.kind),
+        ("named by", _modifier(meta.modifier)),
+        ("learned on", f"{meta.backbone.name} ({meta.backbone.family}, checkpoint {meta.backbone.checkpoint[:12]})"),
+        ("adapters", "; ".join(_adapters(concept))),
+        ("embeddings", "; ".join(f"{c}: {v.shape[0]} × {v.shape[1]}" for c, v in concept.of("embeddings").items())),
+        ("weights", f"{len(concept.of('weights'))} changed tensors" if concept.of("weights") else ""),
+        ("parameters", f"{parameters(concept):,}"),
+        ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
+        ("recipe", _recipe(meta.recipe)),
+        ("stand-ins", "; ".join(meta.ports)),
+        ("metrics", "; ".join(f"{k} {_short(v)}" for k, v in _flat(meta.metrics).items())),
+        ("references", _listed([r.file for r in meta.references])),
+        ("made", ", ".join(t for t in (meta.created, f"seed {meta.seed}", _versions(meta.versions)) if t)),
+        ("use", _use(concept)),
+    ]
+    return [(label, text) for label, text in said if text]
+
+
+def lines(concept: Concept) -> list[str]:
+    """The same as plain text."""
+    said = rows(concept)
+    width = max(len(label) for label, _ in said)
+    return [f"{label:<{width}}  {text}" for label, text in said]
+
+
+def describe(concept: Concept) -> Any:
+    """The same as a rich table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows(concept):
+        table.add_row(label, Text(text))  # Text: nothing in a file is read as markup
+    return table
+
+
+def as_json(concept: Concept) -> dict[str, Any]:
+    """`concept.json` and what was counted: parameters, bytes per file."""
+    out = json.loads(concept.meta.model_dump_json())
+    return {**out, "parameters": parameters(concept), "bytes": sizes(concept)}
+
+
+def parameters(concept: Concept) -> int:
+    """How many numbers were learned."""
+    return sum(t.numel() for tensors in concept.tensors.values() for t in tensors.values())
+
+
+def sizes(concept: Concept) -> dict[str, int]:
+    """Bytes of each file in the folder; empty for a concept that is not saved."""
+    if concept.path is None:
+        return {}
+    return {p.name: p.stat().st_size for p in sorted(concept.path.iterdir()) if p.is_file()}
+
+
+def _modifier(modifier: Mapping[str, Any]) -> str:
+    kind = str(modifier.get("kind", "")).replace("_", " ")
+    settings = ", ".join(f"{k} {v}" for k, v in modifier.items() if k != "kind" and v not in ("", None, False))
+    return f"{kind} ({settings})" if settings else kind
+
+
+def _adapters(concept: Concept) -> list[str]:
+    out = []
+    for slot, components in concept.meta.adapters.items():
+        for component, settings in components.items():
+            kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "?"))
+            rank = f" rank {settings['r']}" if "r" in settings else ""
+            alpha = f" alpha {settings['lora_alpha']:g}" if "lora_alpha" in settings else ""
+            out.append(
+                f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers of {component}"
+            )
+    return out
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    train = recipe.get("train")
+    train = train if isinstance(train, Mapping) else {}
+    facts = [
+        str(recipe.get("method") or ""),
+        f"{train['steps']} steps" if "steps" in train else "",
+        f"batch {train['batch_size']}" if "batch_size" in train else "",
+        f"{len(recipe['phases'])} phases" if recipe.get("phases") else "",
+    ]
+    return ", ".join(f for f in facts if f)
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{key}."))
+        elif isinstance(value, int | float | str):
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return " ".join(f"{k} {v}" for k, v in versions.items())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _use(concept: Concept) -> str:
+    """How the concept is named in a prompt; a motion or style acts unnamed."""
+    folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
+    named = concept.meta.kind in ("subject", "identity")
+    prompt = f"a photo of a <{concept.meta.name}> on the beach" if named else "a photo of a mug on the beach"
+    return f'pcs image generate "{prompt}" --concept {folder} --out pictures'

@@ -1,0 +1,185 @@
+"""Is what was exported what was learned? The files are loaded by diffusers itself and compared number by number."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from shared.backbones.protocol import Backbone
+
+_SEED, _TIME, _SIDE = 0, 500, 256  # of the noise; of the model's own training time; pixels
+#: Rounding that two orders of the same sums may differ by, relative to the largest value; and how large a part of what
+#: the concept changes may differ (root mean squares): an export that does nothing is at 1.
+_ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
+
+
+@torch.no_grad()
+def compare(
+    backbone: Backbone, name: str, strength: float, folder: Path, written: Mapping[str, Any], words: str
+) -> dict[str, Any]:
+    """Outputs with the attached concept `name` beside those of diffusers' own pipeline that loaded `folder`.
+
+    Args:
+        written: what `write_lora` and `write_tokens` said
+        words: how the concept is said in a diffusers prompt
+
+    Returns:
+        {"prompt", "checks": what `check` says of each output}
+    """
+    naming = backbone.namings.get(name)
+    said = naming.words if naming is not None else ""
+    prompt, public = f"a photo of a {said}".strip(), f"a photo of a {words}".strip()
+    adapted = set((written.get("lora") or {}).get("components", ()))
+    with backbone.active({name: strength}):
+        text = backbone.encode([prompt])
+        call = _call(backbone, text)
+    with backbone.active({}):
+        without = [backbone.encode([prompt])] if adapted - {next(iter(backbone.components))} else []
+        without += [backbone.encode([f"a photo of a {_unnamed(said, naming)}".strip()])] if written["tokens"] else []
+        bare = (
+            [_first(backbone.denoiser(*call["args"], **call["kwargs"]))]
+            if adapted & {next(iter(backbone.components))}
+            else []
+        )
+        pipe = loaded(backbone, folder, written)
+        context, pooled = _encode(pipe, backbone, public)
+        output = _first(pipe.components[next(iter(backbone.components))](*call["args"], **call["kwargs"]))
+    checks = {"denoiser": check(call["output"], output, bare)}
+    if not isinstance(text.context, Tensor):
+        raise ValueError(
+            f"{name!r} has a text context for each attention layer, which diffusers' pipelines do not read"
+        )
+    checks["text"] = check(text.context, context, [w.context for w in without if isinstance(w.context, Tensor)])
+    if text.pooled is not None and pooled is not None:
+        checks["pooled text"] = check(text.pooled, pooled, [w.pooled for w in without if w.pooled is not None])
+    return {"prompt": public, "checks": checks}
+
+
+def _unnamed(said: str, naming: Any) -> str:
+    """The words without the concept's own tokens."""
+    for token in sorted(naming.tokens if naming is not None else (), key=len, reverse=True):
+        said = said.replace(token, "")
+    return " ".join(said.split())
+
+
+def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, Any]:
+    """How far two outputs are apart, in numbers that can be judged.
+
+    Args:
+        ours: with the concept attached
+        theirs: with the exported files loaded
+        without: ours with one ingredient of the concept (adapters, tokens) left out each
+
+    Returns:
+        max_abs_difference and its limit (rounding); the least effect of an ingredient (largest absolute change) and the
+        difference as a share of it (root mean squares; None when no ingredient has an effect on this output); ok
+    """
+    a, b = ours.float(), theirs.float().to(ours.device)
+    if a.shape != b.shape:
+        return {"max_abs_difference": None, "shapes": [list(a.shape), list(b.shape)], "ok": False}
+    difference = float((a - b).abs().max())
+    limit = _ROUNDING.get(ours.dtype, 2e-5) * float(a.abs().max())
+    effects = [(float((a - w.float()).abs().max()), float((a - w.float()).square().mean().sqrt())) for w in without]
+    effect, spread = min((e for e in effects if e[0] > 0), default=(0.0, 0.0))
+    share = float((a - b).square().mean().sqrt()) / spread if spread else None
+    ok = difference <= limit and (share is None or share <= _SHARE.get(ours.dtype, 0.02))
+    return {"max_abs_difference": difference, "limit": limit, "effect": effect, "share": share, "ok": ok}
+
+
+def _first(output: Any) -> Tensor:
+    return output[0]
+
+
+# --- diffusers' side --------------------------------------------------------------------------
+
+
+def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
+    """The family's own diffusers pipeline on bare copies of the backbone's networks, with the exported files loaded.
+
+    The copies share their weights with the backbone (but for embedding tables that grow), so that a large model fits.
+    """
+    pipe = backbone.pipeline()  # type: ignore[attr-defined]
+    grows = {entry["component"] for entry in written["tokens"]}
+    touched = {*backbone.components} if written.get("lora") else grows | {next(iter(backbone.components))}
+    for component in backbone.components:
+        if component in touched or any(isinstance(m, BaseTunerLayer) for m in backbone.components[component].modules()):
+            pipe.register_modules(**{component: bare_copy(backbone.components[component], component in grows)})
+    for entry in written["tokens"]:
+        tokenizer = entry["component"].replace("text_encoder", "tokenizer")
+        pipe.register_modules(**{tokenizer: copy.deepcopy(getattr(pipe, tokenizer))})
+        with torch.random.fork_rng():  # the grown table is first filled with noise
+            pipe.load_textual_inversion(
+                str(folder / entry["file"]),
+                text_encoder=getattr(pipe, entry["component"]),
+                tokenizer=getattr(pipe, tokenizer),
+                local_files_only=True,
+            )
+        if entry["end_of_text"]:
+            getattr(pipe, entry["component"]).eos_token_id = getattr(pipe, tokenizer).eos_token_id
+    if written.get("lora"):
+        pipe.load_lora_weights(str(folder), weight_name=written["lora"]["file"], local_files_only=True)
+    return pipe
+
+
+def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
+    """A copy of the network's structure without adapters, on the same weights."""
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    if own_embeddings:
+        for table in (m for m in module.modules() if isinstance(m, nn.Embedding)):
+            memo.pop(id(table.weight), None)
+    out: Any = copy.deepcopy(module, memo)
+    for path, layer in list(out.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, leaf = path.rpartition(".")
+            setattr(out.get_submodule(parent), leaf, layer.get_base_layer())
+    if hasattr(out, "peft_config"):
+        del out.peft_config
+    return out
+
+
+def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor | None]:
+    """(context, pooled) by the pipeline's own `encode_prompt`."""
+    lengths = backbone.tokens.max_length  # type: ignore[attr-defined]
+    settings = {
+        "prompt": prompt,
+        "device": backbone.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": max(lengths.values()),
+    }
+    takes = inspect.signature(pipe.encode_prompt).parameters
+    out = pipe.encode_prompt(**{k: v for k, v in settings.items() if k in takes})
+    return out[0], out[1] if getattr(backbone, "pooled_component", None) else None
+
+
+def _call(backbone: Backbone, conditioning: Any) -> dict[str, Any]:
+    """One call of the denoiser as the backbone makes it: its arguments and its output."""
+    side = min(backbone.resolution, _SIDE)
+    generator = torch.Generator().manual_seed(_SEED)
+    noise = torch.randn(1, *backbone.latent_shape(side, side), generator=generator).to(backbone.device, backbone.dtype)
+    with _watched(backbone.denoiser) as seen:
+        backbone.predict(noise, torch.tensor([_TIME], device=backbone.device), conditioning)
+    return seen
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[dict[str, Any]]:
+    seen: dict[str, Any] = {}
+
+    def watch(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.update(args=args, kwargs=kwargs, output=output[0])
+
+    handle = module.register_forward_hook(watch, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

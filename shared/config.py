@@ -1,0 +1,208 @@
+"""Configuration: YAML layers and `key=value` overrides become one validated model, with errors meant for users."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Part(BaseModel):
+    """Base of every part and of every group of settings: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key", "{message}", {"message": unknown(str(key), cls.model_fields)}
+                    )
+        return data
+
+
+def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
+    """One sentence: what is unknown, the nearest valid one, and all that there are."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {value!r}.{hint} There are: {', '.join(names) or 'none'}."
+
+
+#: What a concept, a subject or a part may be called.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+
+
+def _kinds_from_keys(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if not re.match(NAME, str(key)):
+            raise ValueError(f"{str(key)!r} cannot be a part's name: letters, digits, - and _ only")
+    return {
+        k: ({"kind": k, **v} if isinstance(v, Mapping) else v if v is not None else None)
+        for k, v in value.items()
+        if v is not None
+    }
+
+
+T = TypeVar("T")
+#: A slot that holds several parts under free names; `kind` defaults to the name.
+Slot = Annotated[dict[str, T], BeforeValidator(_kinds_from_keys)]
+
+
+def slots(model: type[BaseModel]) -> tuple[str, ...]:
+    """The fields of a model that hold several parts under free names."""
+    return tuple(n for n, f in model.model_fields.items() if any(_is_slot(m) for m in f.metadata))
+
+
+def _is_slot(mark: Any) -> bool:
+    return isinstance(mark, BeforeValidator) and mark.func is _kinds_from_keys
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """For a slot that holds one part: which kind is meant where none is said (`noise.offset=0.1`)."""
+    return BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, Mapping) and "kind" not in v else v)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`. Mappings merge; anything else replaces; a changed `kind` drops its stale siblings."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            changed = "kind" in value and value["kind"] != old.get("kind", key)
+            out[key] = dict(value) if changed else merge(old, value)
+        elif isinstance(value, Mapping):
+            out[key] = merge({}, value)
+        else:
+            out[key] = value
+    return out
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["train.steps=5", "regularize.prior.weight=0.5"]` as nested mappings; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not all(key.strip().split(".")):
+            raise ValueError(f"{item!r} is not a setting: write key=value, for example train.steps=500")
+        node: dict[str, Any] = {}
+        leaf = node
+        *parents, last = key.strip().split(".")
+        for name in parents:
+            leaf = leaf.setdefault(name, {})
+        leaf[last] = _scalar(text, item)
+        out = merge(out, node)
+    return out
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data: tags run nothing, aliases (which can grow without bound, or hold themselves) and keys that come twice
+    are errors. Where YAML 1.1 reads 1e-4 as text, and no and 2024-01-01 as something else, here they are what they look
+    like."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":bool", ":timestamp"))]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _scalar(text: str, item: str) -> Any:
+    if not text.strip():
+        return ""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value of {item!r}: {error.__class__.__name__}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping. ValueError on anything else; nothing in it is executed."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ValueError(f"{path} is not readable YAML{line}: {problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, and holds {type(data).__name__}")
+    return data
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
+    """The validated model. ValueError with one line per problem: the key, the value, the choices."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_line(problem, data) for problem in error.errors()]
+        head = f"{where}: " if where else ""
+        raise ValueError("\n".join(head + line for line in dict.fromkeys(lines))) from None
+
+
+def _line(problem: Mapping[str, Any], data: Any) -> str:
+    path: list[str] = []
+    node = data
+    loc = list(problem["loc"])
+    for i, part in enumerate(loc):
+        inside = isinstance(node, Mapping) and part in node
+        if inside or (isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node)):
+            node = node[part]
+        elif i < len(loc) - 1 or problem["type"] not in ("missing",):
+            continue  # the tag of a union: no key of the user's
+        path.append(str(part))
+    key = ".".join(path)
+    value = problem.get("input")
+    shown = "" if isinstance(value, (Mapping, list)) or problem["type"] == "missing" else f" = {value!r}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.kind is required"
+    if problem["type"] in ("union_tag_invalid", "literal_error"):
+        context = problem.get("ctx", {})
+        choices = context.get("expected_tags") or context.get("expected", "")
+        tag = context.get("tag", value)
+        names = [c.strip(" '") for c in str(choices).replace(" or ", ",").split(",") if c.strip(" '")]
+        what = "kind" if "tag" in context else "value"
+        return f"{key}: {unknown(str(tag), names, what)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'recipe'}{shown}: {message}"

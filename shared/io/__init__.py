@@ -1,0 +1,1 @@
+"""Pictures, captions, masks and files: in and out, safely."""

@@ -1,0 +1,218 @@
+"""A file becomes 8-bit sRGB and, where it is transparent, a mask. It is bounded before it is decoded."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageFile, features
+from torch import Tensor
+
+from shared.io.listing import sniff
+
+MAX_PIXELS = 128_000_000  # width * height; 512 MB while it is decoded
+MIN_SIDE = 16  # pixels
+GROUND = (128, 128, 128)  # what shows through transparency and around a picture that is fitted into a frame
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+_PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # by the colour space in a profile's header
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One decoded picture: 8 bits in sRGB, upright, with what is known about its pixels."""
+
+    image: Image.Image  # mode RGB
+    alpha: Image.Image | None = None  # mode L: 255 where the subject is
+    real: Image.Image | None = None  # mode L: 255 where the picture is, 0 on padding; None: everywhere
+    path: Path | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.size
+
+    @property
+    def pixels(self) -> Tensor:
+        """[3, H, W] float32 in [-1, 1]."""
+        return to_pixels(self.image)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[1, H, W] float32 in [0, 1]: where the subject is; None where nothing says so."""
+        return None if self.alpha is None else _plane(self.alpha)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """[1, H, W] float32 in [0, 1]: where the picture is real; None where it is everywhere."""
+        return None if self.real is None else _plane(self.real)
+
+
+def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
+    """Decode a picture file, whatever its name says: upright, 8-bit sRGB, transparency as a mask on a neutral ground.
+
+    Of an animation the first frame is used, with a UserWarning. Raises ValueError, naming the file, when it is missing,
+    not a picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or
+    wholly transparent.
+    """
+    path = Path(path).expanduser()
+    image = _decode(path, max_pixels, min_side)
+    with _named(path):
+        profile = image.info.get("icc_profile")
+        colour, alpha = _split(image)
+        rgb = _to_srgb(colour, profile, path)
+        if alpha is not None and alpha.getextrema() == (0, 0):
+            raise ValueError(f"{path} is wholly transparent: there is nothing to learn from it")
+        if alpha is None or alpha.getextrema() == (255, 255):
+            return Picture(rgb, path=path)
+        return Picture(Image.composite(rgb, Image.new("RGB", rgb.size, GROUND), alpha), alpha, path=path)
+
+
+def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A mask file as mode L: its transparency where it has some, else its brightness; bright is the subject.
+
+    A mask of only two values (0 and 1, or two label colours) is black and white. Raises ValueError as `read_picture`
+    does, and when the mask marks nothing.
+    """
+    path = Path(path).expanduser()
+    image = _decode(path, max_pixels, 1)
+    with _named(path):
+        colour, alpha = _split(image)
+        grey = colour.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
+    values = np.asarray(grey)
+    levels = np.unique(values)
+    if levels[-1] == 0:
+        raise ValueError(f"the mask {path} is empty: it marks no pixel of its picture")
+    if len(levels) <= 2:
+        return Image.fromarray(np.where(values == levels[-1], 255, 0).astype(np.uint8))
+    return grey
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header. ValueError when it cannot be read."""
+    path = Path(path).expanduser()
+    with _opened(path) as image:
+        turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
+        return (image.height, image.width) if turned else image.size
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """A picture of mode RGB as [3, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def _plane(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).unsqueeze(0).float().div_(255.0)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # decoders raise nearly everything on hostile data
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        what = f"{error}".strip() or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a picture, it is damaged or cut off: {what}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """The header of a picture file. Unlike Image.open it tries one format, and leaves the check of the size to us."""
+    try:
+        kind = sniff(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
+    if kind is None:
+        raise ValueError(f"{path} is not a picture, or of a kind that is not read here: save it as PNG or JPEG")
+    Image.init()
+    factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
+    if factory is None:
+        raise ValueError(f"{path} is {kind}, which this Pillow does not read: save it as JPEG or PNG")
+    with _named(path), path.open("rb") as stream:
+        yield factory(stream, str(path))  # type: ignore[misc]
+
+
+def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
+    """The first frame, decoded and upright, in the file's own mode."""
+    with _opened(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            total = f"{width}x{height} = {width * height:,} pixels"
+            raise ValueError(f"{path} is {total}, over the limit of {max_pixels:,}: make it smaller")
+        if min(width, height) < min_side:
+            raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
+            warnings.warn(f"{path} has {frames} frames: only the first is used", UserWarning, stacklevel=4)
+        image.seek(0)
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        upright = image.transpose(turn) if turn is not None else image.copy()
+        upright.info = dict(image.info)
+        return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF is no reason to refuse the picture
+        return 1
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour (mode L, RGB or CMYK) and transparency (mode L) of a decoded picture."""
+    if image.mode.startswith(("I", "F")):
+        return _grey(image)
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if image.mode in ("RGBA", "RGBa", "La", "PA") or "transparency" in image.info:
+        whole = image.convert("RGBA")
+        return whole.convert("RGB"), whole.getchannel("A")
+    return (image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")), None
+
+
+def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit, 32-bit and float grey as 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not (low >= 0.0 and high <= top):
+        raise ValueError(f"grey values from {low:g} to {high:g}, where 0 to {top:g} is read: save it with 8 or 16 bits")
+    grey = Image.fromarray(np.floor(values / top * 255.0 + 0.5).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return grey, None
+    return grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
+    """Mode RGB in sRGB, through the embedded colour profile where there is one for this kind of picture."""
+    if icc and features.check("littlecms2"):
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            known = "sRGB" in ImageCms.getProfileDescription(profile)
+            if _PROFILE_MODES.get(icc[16:20]) == image.mode and not known:
+                out = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                assert out is not None
+                return out
+        except (ImageCms.PyCMSError, OSError) as error:
+            warnings.warn(f"{path}: its colour profile is not readable, colours are as stored ({error})", stacklevel=4)
+    return image if image.mode == "RGB" else image.convert("RGB")

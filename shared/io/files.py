@@ -1,0 +1,193 @@
+"""Files, whole or not at all, and foreign files with care."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+_MAX_HEADER = 32 * 1024 * 1024  # bytes
+_MAX_DIMS = 8
+_ITEM = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
+    **{"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8},
+}
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The folder or file to write, as a path. ValueError when it exists and holds something, unless `overwrite`.
+
+    To be called before work starts: it also fails when the place cannot be written.
+    """
+    path = Path(path).expanduser()
+    if not path.name:
+        raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
+    if not overwrite and path.exists():
+        inside = sum(1 for _ in path.iterdir()) if path.is_dir() else 0
+        what = f"holds {inside} file(s)" if path.is_dir() else "is a file"
+        if inside or not path.is_dir():
+            raise ValueError(f"{path} exists already and {what}: choose another output, or overwrite it explicitly")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission in {parent}")
+    return path
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; it takes the name at the end, and vanishes on an error.
+
+    With `overwrite`, what was there stays until the new folder is complete. ValueError as `check_output`.
+    """
+    path = check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _take_place(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = _beside(path)
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path (same ending) to write to; it replaces `path` at the end, and vanishes on an error.
+
+    The folder must exist. `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8 text, whole or not at all; the folder must exist."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _beside(path: Path) -> Path:
+    """A free hidden name in the same folder, on the same file system."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    state = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def safe_relative(root: str | os.PathLike[str], name: str) -> Path:
+    """The file `name` inside the folder `root`. ValueError when the name, or a link on the way, leads out of it."""
+    pure = PureWindowsPath(name)  # knows both / and \, and drives
+    if not name or name[0] == "~" or "\0" in name or pure.drive or pure.root or ".." in pure.parts:
+        raise ValueError(f"{name!r} is not a plain path inside {root}")
+    base = Path(root).resolve()
+    path = base.joinpath(*pure.parts)
+    if base not in path.resolve().parents:
+        raise ValueError(f"{name!r} leads out of {root}")
+    return path
+
+
+def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
+
+    Raises ValueError, naming the file, when it is missing, cut off, or its header is not what the format allows.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"{path} is cut off, or not a safetensors file: no header of {length:,} bytes fits")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path} is damaged, or not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is damaged: its header holds no tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{path} is damaged: its metadata is not text")
+    for name, entry in header.items():
+        _check_entry(path, name, entry, size - 8 - length)
+    return header, metadata
+
+
+def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
+    where = f"{path} is damaged or not made by safetensors: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.get("dtype") not in _ITEM:
+        raise ValueError(f"{where} has no dtype that is known here: {entry!s:.80}")
+    shape: Any = entry.get("shape")
+    span: Any = entry.get("data_offsets")
+    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    if not whole or len(shape) > _MAX_DIMS:
+        raise ValueError(f"{where} has the shape {shape}")
+    pair = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+    if not pair or not 0 <= span[0] <= span[1] <= data or span[1] - span[0] != math.prod(shape) * _ITEM[entry["dtype"]]:
+        raise ValueError(f"{where} of shape {shape} and {entry['dtype']} does not fit its place in the file {span}")
+
+
+def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU. Nothing in the file is executed.
+
+    Raises ValueError, naming file and tensor, when the file is missing, cut off or malformed, or (with `finite`) when a
+    value is NaN or Inf.
+    """
+    read_safetensors_header(path)
+    try:
+        tensors = load_file(path, device="cpu")
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    for name, tensor in tensors.items():
+        if finite and tensor.is_floating_point():
+            values = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{path}: tensor {name!r} holds values that are not numbers (NaN or Inf)")
+    return tensors

@@ -1,0 +1,91 @@
+"""Pictures in and out: list, read, fit to a size, write with metadata, lay out on a sheet. The one module to import."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from PIL import Image
+
+from shared.io.decode import GROUND, MAX_PIXELS, MIN_SIDE, Picture, picture_size, read_mask, read_picture, to_pixels
+from shared.io.listing import Listing, list_pictures, scan, sniff
+from shared.io.sheets import contact_sheet, grid, read_metadata, to_image, write_picture
+
+__all__ = [
+    "GROUND",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "Listing",
+    "Picture",
+    "contact_sheet",
+    "fit",
+    "grid",
+    "list_pictures",
+    "picture_size",
+    "read_mask",
+    "read_metadata",
+    "read_picture",
+    "scan",
+    "sniff",
+    "to_image",
+    "to_pixels",
+    "write_picture",
+]
+
+Fit = Literal["cover", "contain"]
+
+
+def fit(picture: Picture, size: int | tuple[int, int], mode: Fit = "cover") -> Picture:
+    """Resize to `size` (a side, or (height, width)) in pixels, picture and mask together; the same file, the same bits.
+
+    "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture.
+    "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"cannot fit a picture to {width}x{height} pixels")
+    if mode == "contain":
+        return _contain(picture, width, height)
+    if mode != "cover":
+        raise ValueError(f"unknown way to fit {mode!r}. There are: contain, cover.")
+    full_w, full_h = picture.size
+    scale = max(width / full_w, height / full_h)
+    cut_w, cut_h = min(full_w, width / scale), min(full_h, height / scale)
+    middle_x, middle_y = _middle(picture)
+    left = min(max(middle_x - cut_w / 2, 0.0), full_w - cut_w)
+    top = min(max(middle_y - cut_h / 2, 0.0), full_h - cut_h)
+    box = (left, top, min(left + cut_w, full_w), min(top + cut_h, full_h))
+    return replace(
+        picture,
+        image=picture.image.resize((width, height), Image.Resampling.LANCZOS, box),
+        alpha=picture.alpha and picture.alpha.resize((width, height), Image.Resampling.BILINEAR, box),
+        real=picture.real and picture.real.resize((width, height), Image.Resampling.BILINEAR, box),
+    )
+
+
+def _middle(picture: Picture) -> tuple[float, float]:
+    """(x, y) of what must stay in the frame."""
+    box = picture.alpha.getbbox() if picture.alpha is not None else None
+    left, top, right, bottom = box or (0, 0, *picture.size)
+    return (left + right) / 2, (top + bottom) / 2
+
+
+def _contain(picture: Picture, width: int, height: int) -> Picture:
+    full_w, full_h = picture.size
+    scale = min(width / full_w, height / full_h)
+    inner = (max(1, min(width, round(full_w * scale))), max(1, min(height, round(full_h * scale))))
+    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
+
+    def placed(layer: Image.Image, how: Image.Resampling, ground: tuple[int, int, int] | int) -> Image.Image:
+        frame = Image.new(layer.mode, (width, height), ground)
+        frame.paste(layer.resize(inner, how), corner)
+        return frame
+
+    linear = Image.Resampling.BILINEAR
+    real = picture.real or Image.new("L", picture.size, 255)
+    return replace(
+        picture,
+        image=placed(picture.image, Image.Resampling.LANCZOS, GROUND),
+        alpha=picture.alpha and placed(picture.alpha, linear, 0),
+        real=placed(real, linear, 0) if inner != (width, height) or picture.real is not None else None,
+    )

@@ -1,0 +1,27 @@
+"""A rectangle around the mask."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.masks.base import MaskPart
+
+
+class Box(MaskPart):
+    """1 inside the smallest upright rectangle around the mask (above one half), `margin` pixels larger on each side."""
+
+    kind: Literal["box"] = "box"
+    margin: int = Field(default=0, ge=0)
+
+    def change(self, mask: Tensor) -> Tensor:
+        inside = mask[0] > 0.5
+        rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+        out = torch.zeros_like(mask)
+        if len(rows):
+            top, left = max(0, int(rows[0]) - self.margin), max(0, int(columns[0]) - self.margin)
+            out[0, top : int(rows[-1]) + self.margin + 1, left : int(columns[-1]) + self.margin + 1] = 1.0
+        return out

@@ -1,0 +1,30 @@
+"""The masks that came with the pictures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shared.masks.base import MaskPart
+from shared.types import Example
+
+
+class Given(MaskPart):
+    """Keeps masks, as they are or black and white at a threshold; with `require`, each reference must have one."""
+
+    kind: Literal["given"] = "given"
+    require: bool = False
+    threshold: float | None = None  # in (0, 1): above it 1, else 0
+
+    def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
+        if self.require and example.mask is None and example.role == "instance":
+            raise ValueError(
+                f"{example.source} has no mask, and this recipe requires one: put it in masks/ beside the pictures, "
+                "with the same name, or give pictures with a transparent background"
+            )
+        return super().__call__(example, generator)
+
+    def change(self, mask: Tensor) -> Tensor:
+        return mask if self.threshold is None else (mask > self.threshold).float()

@@ -1,0 +1,119 @@
+"""Does an output repeat a reference picture instead of showing the subject anew?
+
+Two measures, and an output counts as a copy when both pass their limit: the picture as a whole is the same (embedding
+cosine), and it is the same point by point (zero-mean normalised cross-correlation, maximal over shifts, zooms and
+mirroring). One alone is not enough: a faithful new view has a high cosine, two objects before one plain wall correlate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics.scores import cosine
+
+GRID = 32  # pictures are compared at this size
+MARGIN = 5  # cells of the grid by which a copy may be shifted: 16 % of the picture
+ZOOMS = (0.87, 1.0, 1.15)
+PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # no limit is below these
+SAME = 0.995  # from here on two references are one picture given twice
+PIXEL_DEFAULT, EMBED_DEFAULT = 0.9, 0.95  # with one reference there is nothing to calibrate on
+
+
+@dataclass(frozen=True)
+class CopyLimits:
+    """From where on an output counts as a copy of a reference."""
+
+    pixel: float
+    embed: float
+    calibrated_on: int  # number of pictures behind the limits; 0: the defaults
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Per output: its most alike reference, both measures `[N]`, and whether it is a copy."""
+
+    nearest: Tensor  # long [N]
+    pixel: Tensor  # float64 [N]
+    embed: Tensor  # float64 [N]
+    copied: Tensor  # bool [N]
+
+
+def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
+    """Best point-by-point correlation `[N, R]` in [-1, 1] of `[N, 3, H, W]` with `[R, 3, H', W']`.
+
+    The middle of each output is looked for in each reference, as template matching does (Lewis 1995), each colour
+    channel about its own mean; also mirrored and slightly zoomed. 1: the same picture; a flat picture has 0 with
+    everything.
+    """
+    side = GRID - 2 * MARGIN
+    whole = _grid(references)
+    best = torch.full((len(pixels), len(references)), -1.0, dtype=torch.float64)
+    for zoom in ZOOMS:
+        size = round(GRID * zoom)
+        middle = _grid(pixels, size)
+        start = (size - side) // 2
+        patch = middle[:, :, start : start + side, start : start + side]
+        for template in (patch, patch.flip(3)):
+            best = torch.maximum(best, _match(template, whole))
+    return best
+
+
+def _match(template: Tensor, whole: Tensor) -> Tensor:
+    """Maximum over positions of the normalised cross-correlation: `[N, 3, s, s]` in `[R, 3, G, G]` -> `[N, R]`."""
+    n, channels, s, _ = template.shape
+    zero = template - template.mean((2, 3), keepdim=True)
+    cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has no mean, so the window's own drops out
+    mean = F.avg_pool2d(whole, s, 1)
+    spread = ((F.avg_pool2d(whole**2, s, 1) - mean**2).clamp_min(0) * s * s).sum(1, keepdim=True)
+    norm = spread.sqrt() * zero.square().sum((1, 2, 3)).sqrt().view(1, n, 1, 1)
+    flat = 1e-3 * s * s * channels  # below this a picture has no structure to compare
+    score = torch.where(norm > flat, cross / norm.clamp_min(1e-12), torch.zeros_like(cross))
+    return score.flatten(2).max(2).values.T
+
+
+def _grid(pixels: Tensor, size: int = GRID) -> Tensor:
+    """The picture at `size`², area-averaged, in float64; the middle square of one that is not square."""
+    side = min(pixels.shape[2:])
+    top, left = (pixels.shape[2] - side) // 2, (pixels.shape[3] - side) // 2
+    square = pixels[:, :, top : top + side, left : left + side].detach().double().cpu()
+    mode = "area" if side >= size else "bilinear"
+    return F.interpolate(square, size=(size, size), mode=mode)
+
+
+def calibrate(
+    references: Tensor, embeddings: Tensor, fresh: Tensor | None = None, fresh_embeddings: Tensor | None = None
+) -> CopyLimits:
+    """Limits half-way between "two different pictures of the subject" and "the same picture".
+
+    The first is the largest similarity to a reference of any picture that is known to be no copy of it: the other
+    references `[R, 3, H, W]`, and `fresh` pictures of the subject `[F, 3, H, W]` (new renders) where there are some.
+    Pictures given twice among the references are not counted.
+    """
+    others, vectors = references, embeddings
+    if fresh is not None and fresh_embeddings is not None:
+        others, vectors = torch.cat([references, fresh]), torch.cat([embeddings, fresh_embeddings])
+    if len(others) < 2:
+        return CopyLimits(PIXEL_DEFAULT, EMBED_DEFAULT, 0)
+    pixel, embed = aligned_similarity(others, references), cosine(vectors, embeddings)
+    for values in (pixel, embed):
+        values[: len(references)].fill_diagonal_(-1)
+    different = pixel < SAME
+    half = [(float(v[different].max()) + 1) / 2 if different.any() else 1.0 for v in (pixel, embed)]
+    return CopyLimits(max(PIXEL_FLOOR, min(half[0], 0.98)), max(EMBED_FLOOR, min(half[1], 0.99)), len(others))
+
+
+def find_copies(
+    pixels: Tensor, embeddings: Tensor, references: Tensor, reference_embeddings: Tensor, limits: CopyLimits
+) -> Copying:
+    """Which outputs `[N, 3, H, W]` repeat one of the references `[R, 3, H, W]`; embeddings `[N, D]`, `[R, D]` of the
+    whole picture.
+    """
+    pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
+    nearest = pixel.argmax(1)
+    rows = torch.arange(len(pixels))
+    both = (pixel >= limits.pixel) & (embed >= limits.embed)
+    return Copying(nearest, pixel[rows, nearest], embed[rows, nearest], both.any(1))

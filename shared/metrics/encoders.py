@@ -1,0 +1,298 @@
+"""The instruments: models that turn pictures and texts into embeddings, or read what is in a picture.
+
+All take pixels `[N, 3, H, W]` in [-1, 1] of any size and resize as their own processor says. Pictures are rounded to
+8 bits first, so that a score is the same for a tensor and for the PNG it was saved as. Nothing here needs torchvision
+or a network.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+BATCH = 64  # pictures encoded at once
+
+
+@dataclass(frozen=True)
+class InstrumentInfo:
+    """What a score was measured with, and how far that is to be believed."""
+
+    name: str  # "CLIP (clip-vit-base-patch32)"
+    measures: str  # "text alignment"
+    toybox: bool = False
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card says so; in [0, 1]
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """Pictures to unit vectors whose scalar product is a similarity."""
+
+    info: InstrumentInfo
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, H, W]` in [-1, 1] -> `[N, D]`, float32 on the CPU, of length one."""
+        ...
+
+
+@runtime_checkable
+class TextImageEncoder(ImageEncoder, Protocol):
+    """Pictures and texts to one space."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> `[N, D]`, float32 on the CPU, of length one."""
+        ...
+
+
+@runtime_checkable
+class AttributeReader(Protocol):
+    """Reads named attributes (background, view, …) off pictures."""
+
+    info: InstrumentInfo
+
+    def read(self, pixels: Tensor) -> dict[str, list[str]]:
+        """`[N, 3, H, W]` in [-1, 1] -> per attribute the N values seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What an evaluation measures with; None where an instrument is missing (its scores are left out, and the report
+    says so).
+    """
+
+    text_image: TextImageEncoder | None = None
+    identity: ImageEncoder | None = None
+    attributes: AttributeReader | None = None
+
+    @property
+    def toybox(self) -> bool:
+        return any(i.toybox for i in self.infos())
+
+    def infos(self) -> tuple[InstrumentInfo, ...]:
+        return tuple(i.info for i in (self.text_image, self.identity, self.attributes) if i is not None)
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError on another shape or on values that are not
+    finite.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
+    if not torch.isfinite(pixels).all():
+        raise ValueError("pixels: not finite (NaN or infinity); the model that made these pictures diverged")
+    array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(a)) for a in array.permute(0, 2, 3, 1).numpy()]
+
+
+def resize01(pixels: Tensor, size: int) -> Tensor:
+    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], rounded to 8 bits; the shorter side fits, the
+    middle is kept.
+    """
+    parts = []
+    for picture in to_pil(pixels):
+        if picture.size != (size, size):
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        parts.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return torch.stack(parts).float() / 255 if parts else torch.zeros(0, 3, size, size)
+
+
+class ClipEncoder:
+    """A `CLIPModel` (Radford et al., arXiv 2103.00020): text–image and image–image cosines (CLIP-T, CLIP-I)."""
+
+    def __init__(self, model: Any, image_processor: Any, tokenizer: Any, info: InstrumentInfo) -> None:
+        self.model, self.image_processor, self.tokenizer, self.info = model, image_processor, tokenizer, info
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        pictures = to_pil(pixels)
+        parts = []
+        for start in range(0, len(pictures), BATCH):
+            values = self.image_processor(pictures[start : start + BATCH], return_tensors="pt")["pixel_values"]
+            parts.append(_unit(self.model.get_image_features(pixel_values=values.to(self.model.device))))
+        return _stack(parts, self.model.config.projection_dim)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        limit = int(self.model.config.text_config.max_position_embeddings)
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            chunk = list(texts[start : start + BATCH])
+            for text, ids in zip(chunk, self.tokenizer(chunk)["input_ids"], strict=True):
+                if len(ids) > limit:
+                    warnings.warn(
+                        f"{self.info.name} reads {limit} tokens; the end of {text!r} is not scored", stacklevel=2
+                    )
+            tokens = self.tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            ids, mask = (tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
+            parts.append(_unit(self.model.get_text_features(input_ids=ids, attention_mask=mask)))
+        return _stack(parts, self.model.config.projection_dim)
+
+
+class DinoEncoder:
+    """The CLS embedding of a DINO or DINOv2 vision transformer (arXiv 2104.14294, 2304.07193): DINO-I."""
+
+    def __init__(self, model: Any, image_processor: Any, info: InstrumentInfo) -> None:
+        self.model, self.image_processor, self.info = model, image_processor, info
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        pictures = to_pil(pixels)
+        parts = []
+        for start in range(0, len(pictures), BATCH):
+            values = self.image_processor(pictures[start : start + BATCH], return_tensors="pt")["pixel_values"]
+            hidden = self.model(pixel_values=values.to(self.model.device)).last_hidden_state
+            parts.append(F.normalize(hidden[:, 0].float(), dim=1).cpu())
+        return _stack(parts, self.model.config.hidden_size)
+
+
+class ToyboxIdentity:
+    """The toybox's identity encoder behind the common interface."""
+
+    def __init__(self, model: Any, info: InstrumentInfo) -> None:
+        self.model, self.info = model, info
+
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.model.embed(resize01(pixels, 64))
+
+
+class ToyboxReader:
+    """The toybox's recognizer: class, main, second, background, view, accessory, style."""
+
+    def __init__(self, model: Any, info: InstrumentInfo) -> None:
+        self.model, self.info = model, info
+
+    def read(self, pixels: Tensor) -> dict[str, list[str]]:
+        return self.model.predict(resize01(pixels, 64))
+
+
+def _unit(output: Any) -> Tensor:
+    """transformers 5 returns an object whose `pooler_output` is the projection; 4 the tensor itself."""
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dimensions)
+
+
+def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
+    """A CLIP from a local transformers folder. ValueError when it is not one."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    path = _check_folder(folder, {"clip"}, "CLIP")
+    model = cast(Any, CLIPModel).from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    info = InstrumentInfo(f"CLIP ({path.name})", "text alignment and likeness (CLIP-T, CLIP-I)")
+    return ClipEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), tokenizer, info)
+
+
+DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
+
+
+def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
+    """A DINO or DINOv2 from a local transformers folder. ValueError when it is not one."""
+    from transformers import AutoModel
+
+    path = _check_folder(folder, DINO_TYPES, "DINO")
+    model = cast(Any, AutoModel).from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
+    info = InstrumentInfo(f"DINO ({path.name})", "likeness (DINO-I)")
+    return DinoEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), info)
+
+
+def load_toybox() -> Instruments:
+    """The shipped evaluators. FileNotFoundError says how to make one that is missing."""
+    from shared.toybox.evaluators.clip import load_clip as toybox_clip
+    from shared.toybox.evaluators.identity import load_identity
+    from shared.toybox.evaluators.recognizer import load_recognizer
+
+    card = toybox_accuracy()
+    model, processor = toybox_clip()
+    text = InstrumentInfo("toybox CLIP", "text alignment and likeness (CLIP-T, CLIP-I)", True, card.get("clip", {}))
+    who = InstrumentInfo("toybox identity encoder", "which individual thing it is", True, card.get("identity", {}))
+    what = InstrumentInfo("toybox recognizer", "background, view, accessory, style", True, card.get("recognizer", {}))
+    return Instruments(
+        ClipEncoder(model, processor.image_processor, processor.tokenizer, text),
+        ToyboxIdentity(load_identity(), who),
+        ToyboxReader(load_recognizer(), what),
+    )
+
+
+CARD_KEYS = {
+    "recognizer": {k: k for k in ("class", "background", "view", "accessory_shown", "style_shown")},
+    "identity_reporting": {"retrieval": "held-out things among their look-alikes"},
+    "clip": {"caption_of_64": "the right caption of 64", "zero_shot_background": "background"},
+}
+
+
+def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
+    """`{instrument: {what: accuracy}}` from the toybox's `card.json`, after the VAE's round trip where it was measured
+    (generated pictures have made it too); empty where there is no card.
+    """
+    from shared.toybox.evaluators.trunk import WEIGHTS
+
+    path = card or WEIGHTS / "card.json"
+    if not path.is_file():
+        return {}
+    measured = json.loads(path.read_text("utf-8")).get("accuracies", {})
+    found: dict[str, dict[str, float]] = {}
+    for name, keys in CARD_KEYS.items():
+        ways = measured.get(name, {})
+        values = ways.get("vae") or ways.get("clean") or {}
+        said = {label.removesuffix("_shown"): float(values[k]) for k, label in keys.items() if k in values}
+        found[name.removesuffix("_reporting")] = said
+    return found
+
+
+def load_instruments(
+    clip: Path | str | None = None, dino: Path | str | None = None, toybox: bool = False, device: str = "cpu"
+) -> Instruments:
+    """The instruments for a run. A folder takes the place of the toybox's own; without a DINO, CLIP judges likeness
+    too.
+
+    toybox: whether the pictures are the toybox's: only then do its evaluators mean anything.
+    ValueError when nothing is left to measure with.
+    """
+    own = load_toybox() if toybox else Instruments()
+    text = load_clip(clip, device) if clip else own.text_image
+    who: ImageEncoder | None = load_dino(dino, device) if dino else own.identity or text
+    if who is None:
+        raise ValueError(
+            "nothing to measure with: give a local CLIP folder (clip=PATH), a DINO folder (dino=PATH), or both"
+        )
+    return Instruments(text, who, own.attributes)
+
+
+def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{what}: {path} is not a model folder (no config.json in it); nothing is downloaded here")
+    try:
+        kind = json.loads((path / "config.json").read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{what}: {path / 'config.json'} is not readable JSON") from None
+    if kind not in types:
+        raise ValueError(f"{what}: {path} holds a model of type {kind!r}; expected {', '.join(sorted(types))}")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{what}: {path} holds no .safetensors weights")
+    return path.resolve()
+
+
+def _image_processor(path: Path) -> Any:
+    """The folder's own processor, on Pillow (`backend="pil"`): transformers' default needs torchvision."""
+    from transformers import AutoImageProcessor
+
+    if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ValueError(f"{path} has no preprocessor_config.json: how pictures are resized for it is not known")
+    return AutoImageProcessor.from_pretrained(str(path), backend="pil", local_files_only=True)

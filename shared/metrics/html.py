@@ -1,0 +1,165 @@
+"""One HTML page per report: pictures and plots inline, no script, no host named; readable on a phone, in the dark, by
+a screen reader.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from shared.metrics.plots import Point, trade_off_svg
+from shared.metrics.report import PictureRow, Report, Score
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+LARGEST = 320  # pixels: larger pictures are scaled down for the page; the files keep their size
+MAIN = ("trade_off", "identity", "text")  # beside the plot
+MORE = ("copied", "drift", "diversity")
+ATTRIBUTES = ("background", "view", "accessory", "style")
+
+
+@lru_cache(maxsize=1)
+def _templates() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"shown": shown, "seconds": seconds, "bytes": size, "percent": percent, "pretty": pretty}
+    return env
+
+
+def render(template: str, **values: Any) -> str:
+    """One of the templates in this package, filled; everything is escaped but what is marked safe."""
+    return _templates().get_template(template).render(**values)
+
+
+def report_html(report: Report) -> str:
+    """The page of one report, self-contained."""
+    by_key = {s.key: s for s in report.scores}
+    return render(
+        "report.html.j2",
+        report=report,
+        main=[by_key[k] for k in MAIN if k in by_key],
+        cards=[by_key[k] for k in (*ATTRIBUTES, *MORE) if k in by_key],
+        rest=[s for s in report.scores if s.key not in (*MAIN, *ATTRIBUTES, *MORE)],
+        plot=plot_of([report]),
+        references=[inline(report.thumbs.get(name)) for name in report.references],
+        gallery=_gallery(report),
+        drift=_drift_pairs(report),
+        pixelated=_is_small(report),
+    )
+
+
+def plot_of(reports: Sequence[Report]) -> str | None:
+    """The trade-off plot of several reports and the base's floor; None where text was not measured."""
+    points = []
+    for r in reports:
+        identity, text = r.score("identity"), r.score("text")
+        if identity is None or text is None or identity.value is None or text.value is None:
+            continue
+        if not points and identity.base is not None and text.base is not None:
+            points.append(Point("base model, told only the class", identity.base, text.base, base=True))
+        points.append(Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text)))
+    if not points:
+        return None
+    said = "; ".join(f"{p.label}: identity {p.identity:.2f}, prompt followed {p.text:.2f}" for p in points)
+    first = reports[0].score("identity")
+    return trade_off_svg(points, f"Identity against prompt following. {said}", chance=first.chance if first else None)
+
+
+def _span(score: Score) -> tuple[float, float] | None:
+    return None if score.low is None or score.high is None else (score.low, score.high)
+
+
+def _gallery(report: Report) -> list[dict[str, Any]]:
+    """Per prompt: its row, the pictures with the concept, and those of the base model."""
+    out = []
+    for prompt in report.prompts:
+        made = [p for p in report.rows("concept") if p.prompt == prompt.prompt]
+        base = [p for p in report.rows("base") if p.prompt == prompt.prompt]
+        out.append(
+            {"prompt": prompt, "made": [_tile(report, p) for p in made], "base": [_tile(report, p) for p in base]}
+        )
+    return out
+
+
+def _drift_pairs(report: Report) -> list[dict[str, Any]]:
+    base = {(p.prompt, p.seed): p for p in report.rows("drift_base")}
+    pairs = [(p, base.get((p.prompt, p.seed))) for p in report.rows("drift")]
+    return [{"made": _tile(report, p), "base": _tile(report, b), "drift": p.scores.get("drift")} for p, b in pairs if b]
+
+
+def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
+    who = {"concept": "with the concept", "base": "base model", "drift": "concept loaded", "drift_base": "base model"}[
+        row.kind
+    ]
+    wrong = f"; marked: {', '.join(row.flags)}" if row.flags else ""
+    return {
+        "src": inline(report.thumbs.get(row.file)),
+        "alt": f"“{row.text}”, {who}, seed {row.seed}{wrong}",
+        "row": row,
+    }
+
+
+def _is_small(report: Report) -> bool:
+    """Whether the pictures are so small that smoothing would only blur them."""
+    data = next(iter(report.thumbs.values()), None)
+    return data is not None and max(Image.open(io.BytesIO(data)).size) <= 128
+
+
+def inline(png: bytes | None) -> str:
+    """A `data:` URL of a picture, scaled down to what a page needs; "" where there is none."""
+    if png is None:
+        return ""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    if max(picture.size) <= LARGEST:
+        return "data:image/png;base64," + base64.b64encode(png).decode()
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def shown(value: float | None, unit: str = "score") -> str:
+    """A score for people: rates as whole percent, the rest with two digits."""
+    if value is None:
+        return "–"
+    return percent(value) if unit == "rate" else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}\u00a0%"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    return f"{int(value) // 60} min {int(value) % 60:02d} s"
+
+
+def size(value: float | None) -> str:
+    """Bytes for people, in powers of 1024."""
+    if value is None:
+        return "–"
+    amount, units = float(value), ["bytes", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:.0f} {units[0]}" if units[0] == "bytes" or amount >= 100 else f"{amount:.1f} {units[0]}"
+
+
+def pretty(value: Any) -> str:
+    """JSON for people."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,105 @@
+"""Plots as SVG text for inlining in HTML: no host is named in them, and their text takes the page's colour (dark
+mode).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+INK = "#123456"  # stands for the page's own colour
+COLORS = ("#2f7fd1", "#d9822b", "#2a9d6f", "#b0579b", "#c0473e", "#8a7a2f", "#5f6fd0", "#4a9aa8")
+MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe in the trade-off plot; identity and text on [0, 1], intervals where known."""
+
+    label: str
+    identity: float
+    text: float
+    identity_range: tuple[float, float] | None = None
+    text_range: tuple[float, float] | None = None
+    base: bool = False  # the floor: the base model without the concept
+
+
+def trade_off_svg(
+    points: Sequence[Point],
+    title: str,
+    identity_label: str = "identity",
+    text_label: str = "prompt followed",
+    chance: float | None = None,
+) -> str:
+    """Identity (up) against prompt following (right); grey lines join equal trade-off. Returns one `<svg>` element."""
+    plt = _pyplot()
+    with plt.rc_context(_style()):
+        figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+        grid = np.linspace(1e-3, 1, 200)
+        x, y = np.meshgrid(grid, grid)
+        lines = axes.contour(
+            x, y, 2 * x * y / (x + y), levels=[0.2, 0.4, 0.6, 0.8], colors=INK, alpha=0.22, linewidths=0.8
+        )
+        axes.clabel(lines, fmt="%.1f", fontsize=7)
+        if chance is not None:
+            axes.axhline(chance, color=INK, alpha=0.5, linewidth=0.9, linestyle=":")
+            axes.text(0.01, chance + 0.012, "chance", fontsize=8, alpha=0.8)
+        number = 0
+        for point in points:
+            color, marker = (INK, "x") if point.base else (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
+            number += not point.base
+            errors: dict[str, Any] = {}
+            if point.text_range:
+                errors["xerr"] = _error(point.text, point.text_range)
+            if point.identity_range:
+                errors["yerr"] = _error(point.identity, point.identity_range)
+            axes.plot(point.text, point.identity, marker, color=color, markersize=8, label=point.label, clip_on=False)
+            if errors:
+                axes.errorbar(
+                    point.text, point.identity, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7, **errors
+                )
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=text_label, ylabel=identity_label)
+        axes.grid(alpha=0.12, color=INK)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        return _inline(figure, title)
+
+
+def _error(value: float, span: tuple[float, float]) -> list[list[float]]:
+    return [[max(0.0, value - span[0])], [max(0.0, span[1] - value)]]
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _style() -> dict[str, Any]:
+    ink = {k: INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
+    sides = {"axes.spines.top": False, "axes.spines.right": False}
+    return {**ink, **sides, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "pcs"}
+
+
+def _inline(figure: Any, title: str) -> str:
+    plt = _pyplot()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.S)  # it would apply to the whole page
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" class="plot">', text, count=1)
+    text = text.replace(INK, "currentColor").replace("xlink:href", "href")
+    name = escape(title, quote=True)
+    return text.replace('class="plot">', f'class="plot" aria-label="{name}"><title>{name}</title>', 1)

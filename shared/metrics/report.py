@@ -1,0 +1,222 @@
+"""What an evaluation found: a `Report`, kept as JSON, CSV, pictures and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from shared.io.files import atomic_folder, safe_relative, write_text
+
+SCHEMA_VERSION = 1
+REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
+Kind = Literal["concept", "base", "drift", "drift_base"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Score(_Row):
+    """One headline number. `value` and what stands beside it share a unit: rates and scores on [0, 1], or a cosine."""
+
+    key: str
+    title: str
+    value: float | None
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    unit: Literal["rate", "score", "cosine"] = "score"
+    better: Literal["higher", "lower"] = "higher"
+    base: float | None = None  # the same for the base model, told only the class: the floor
+    chance: float | None = None
+    explanation: str = ""
+
+
+class PictureRow(_Row):
+    """One picture and all that was measured on it."""
+
+    kind: Kind
+    prompt: int  # row of `prompts`; for drift pictures, number of the drift prompt
+    text: str  # as the model was told
+    seed: int
+    file: str  # below the report's folder
+    scores: dict[str, float | None] = {}
+    expects: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    nearest: str = ""
+    flags: list[str] = []  # what is wrong, in words
+    failed: bool = False
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _no_nan(cls, value: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: number(v) for k, v in value.items()}
+
+
+class PromptRow(_Row):
+    """Means over the pictures of one prompt, with the concept and without (`base_…`)."""
+
+    prompt: int
+    text: str
+    plain: str
+    pictures: int
+    failures: int
+    scores: dict[str, float | None] = {}
+
+
+class Instrument(_Row):
+    """What was measured with, and its accuracy on fresh renders where a card says it."""
+
+    name: str
+    measures: str
+    toybox: bool = False
+    accuracy: dict[str, float] = {}
+
+
+class Costs(_Row):
+    """Time in seconds, memory and size in bytes; None where it was not measured."""
+
+    seconds_per_picture: float | None = None
+    base_seconds_per_picture: float | None = None
+    training_seconds: float | None = None
+    peak_memory: int | None = None
+    peak_memory_of: str = ""  # "process" (resident) or "gpu"
+    concept_bytes: int | None = None
+
+
+class Report(BaseModel):
+    """The whole evaluation of one concept. `thumbs` (PNG bytes by file name) is kept as files, not in the JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    class_noun: str = ""
+    recipe: str = ""
+    backbone: str = ""
+    created: str = ""  # UTC, ISO 8601
+    prompt_set: str = ""
+    seeds: list[int] = []
+    toybox: bool = False
+    scores: list[Score] = []
+    prompts: list[PromptRow] = []
+    pictures: list[PictureRow] = []
+    references: list[str] = []  # files below the report's folder
+    instruments: list[Instrument] = []
+    gallery: list[str] = []  # the other things that the subject was told from
+    copy_limits: dict[str, float] = {}
+    costs: Costs = Costs()
+    metadata: dict[str, Any] = {}  # of the concept, as it says itself
+    notes: list[str] = []  # what a reader must know: instruments missing, a small gallery
+    thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
+
+    def score(self, key: str) -> Score | None:
+        """The headline score of this key; None when it was not measured."""
+        return next((s for s in self.scores if s.key == key), None)
+
+    def value(self, key: str) -> float | None:
+        """The value of a headline score; None when it was not measured."""
+        found = self.score(key)
+        return None if found is None else found.value
+
+    def rows(self, kind: Kind) -> list[PictureRow]:
+        return [p for p in self.pictures if p.kind == kind]
+
+    def save(self, out: Path | str, overwrite: bool = False) -> Path:
+        """Writes `report.json`, `pictures.csv`, `prompts.csv`, `index.html` and `pictures/`; all or nothing.
+
+        ValueError when `out` exists and is not empty, unless `overwrite`.
+        """
+        from shared.metrics.html import report_html
+
+        with atomic_folder(out, overwrite) as folder:
+            for name, data in self.thumbs.items():
+                path = safe_relative(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            write_text(folder / REPORT_FILE, self.to_json())
+            write_text(folder / "pictures.csv", pictures_csv(self.pictures))
+            write_text(folder / "prompts.csv", prompts_csv(self.prompts))
+            write_text(folder / HTML_FILE, report_html(self))
+        return Path(out) / HTML_FILE
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def load(path: Path | str, pictures: bool = True) -> Report:
+        """Reads a report from its folder or its JSON. ValueError when it is missing, damaged or of another schema
+        version.
+        """
+        path = Path(path)
+        path = path / REPORT_FILE if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise ValueError(f"{path}: no report there") from None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path} is not readable JSON") from None
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"{path} is a report of schema version {version}; this program reads {SCHEMA_VERSION}")
+        try:
+            report = Report.model_validate(raw)
+        except ValidationError as error:
+            where = ".".join(str(p) for p in error.errors()[0]["loc"])
+            raise ValueError(f"{path} is not a whole report: {where}: {error.errors()[0]['msg']}") from None
+        if pictures:
+            for name in [*report.references, *(p.file for p in report.pictures)]:
+                file = safe_relative(path.parent, name)
+                if file.is_file():
+                    report.thumbs[name] = file.read_bytes()
+        return report
+
+
+def number(value: Any) -> float | None:
+    """A float, or None for what is no finite number: JSON knows neither NaN nor infinity."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _cells(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
+    rows = list(rows)
+    rest = sorted({k for r in rows for k in r} - set(first))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*first, *rest], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def pictures_csv(pictures: Sequence[PictureRow]) -> str:
+    """One row per picture: `score.*`, `expects.*` and `seen.*` as columns; flags joined with "; "."""
+    rows = []
+    for p in pictures:
+        row: dict[str, Any] = {"kind": p.kind, "prompt": p.prompt, "text": p.text, "seed": p.seed, "file": p.file}
+        row |= {"failed": int(p.failed), "flags": "; ".join(p.flags), "nearest": p.nearest}
+        row |= {f"score.{k}": "" if v is None else v for k, v in p.scores.items()}
+        row |= {f"expects.{k}": v for k, v in p.expects.items()} | {f"seen.{k}": v for k, v in p.seen.items()}
+        rows.append(row)
+    return _cells(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
+
+
+def prompts_csv(prompts: Sequence[PromptRow]) -> str:
+    """One row per prompt, with the mean scores as columns `score.*`."""
+    rows = []
+    for p in prompts:
+        row: dict[str, Any] = {
+            "prompt": p.prompt,
+            "text": p.text,
+            "plain": p.plain,
+            "pictures": p.pictures,
+            "failures": p.failures,
+        }
+        rows.append(row | {f"score.{k}": "" if v is None else v for k, v in p.scores.items()})
+    return _cells(rows, ("prompt", "text", "plain", "pictures", "failures"))

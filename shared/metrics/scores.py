@@ -1,0 +1,236 @@
+"""Scores as pure functions of embeddings. Embeddings are `[N, D]`; all arithmetic is in float64.
+
+The standard ones follow DreamBooth (arXiv 2208.12242, section 4.1): CLIP-T, CLIP-I, DINO-I; KID is arXiv 1801.01401.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CLIP_SCORE_WEIGHT = 2.5
+"""CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) over [0, 1]."""
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines `[N, M]` in float64 of `[N, D]` and `[M, D]`. A zero vector has cosine 0 with everything."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"embeddings: expected [N, D] and [M, D], got {list(a.shape)} and {list(b.shape)}")
+    return F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T
+
+
+def clip_t(images: Tensor, texts: Tensor) -> Tensor:
+    """CLIP-T: the cosine `[N]` of each picture with its own text; both `[N, D]`."""
+    if images.shape != texts.shape:
+        raise ValueError(f"one text per picture: got {list(images.shape)} and {list(texts.shape)}")
+    return (F.normalize(images.double(), dim=1) * F.normalize(texts.double(), dim=1)).sum(1)
+
+
+def clip_i(outputs: Tensor, references: Tensor) -> Tensor:
+    """CLIP-I: per output `[N]` the mean cosine with all references; `[N, D]`, `[R, D]`."""
+    if len(references) == 0:
+        raise ValueError("no references to compare with")
+    return cosine(outputs, references).mean(1)
+
+
+def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
+    """DINO-I: the same as `clip_i`, on DINO's embeddings."""
+    return clip_i(outputs, references)
+
+
+def text_score(cosines: Tensor) -> Tensor:
+    """CLIP-T on [0, 1]: `min(1, 2.5 max(cos, 0))` (CLIPScore, arXiv 2104.08718)."""
+    return (CLIP_SCORE_WEIGHT * cosines.double().clamp_min(0)).clamp_max(1)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Who each output looks most like."""
+
+    nearest: tuple[str, ...]  # N names of gallery entries
+    hits: Tensor  # bool [N]: the subject itself
+    margin: Tensor  # float64 [N]: similarity to the subject minus to the nearest other entry
+    chance: float  # accuracy of a guess: 1 / entries
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.hits.double().mean()) if len(self.hits) else math.nan
+
+
+def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
+    """Nearest gallery entry of each output `[N, D]`; an entry is several pictures `[n, D]` of one thing (their mean
+    direction).
+
+    ValueError when the subject is not in the gallery or stands there alone.
+    """
+    if subject not in gallery or len(gallery) < 2:
+        raise ValueError(
+            f"the gallery must hold {subject!r} and at least one other; it holds {', '.join(gallery) or 'nothing'}"
+        )
+    names = list(gallery)
+    means = torch.stack([F.normalize(gallery[n].double().reshape(-1, outputs.shape[1]), dim=1).mean(0) for n in names])
+    similarity = cosine(outputs, means)
+    own = names.index(subject)
+    others = similarity.clone()
+    others[:, own] = -torch.inf
+    margin = similarity[:, own] - others.max(1).values
+    # A tie is not a hit: it is what two equal gallery entries give.
+    nearest = torch.where(margin > 0, torch.full_like(margin, own, dtype=torch.long), others.argmax(1))
+    return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
+
+
+def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
+    """1 − mean cosine over pairs of outputs of one group (one prompt, several seeds). Groups with one output are left
+    out.
+    """
+    if len(groups) != len(embeddings):
+        raise ValueError(f"{len(embeddings)} embeddings and {len(groups)} groups")
+    out: dict[Hashable, float] = {}
+    for group in dict.fromkeys(groups):
+        rows = embeddings[torch.tensor([g == group for g in groups])]
+        if (n := len(rows)) > 1:
+            similarity = cosine(rows, rows)
+            out[group] = 1 - float((similarity.sum() - similarity.diagonal().sum()) / (n * (n - 1)))
+    return out
+
+
+def drift(base: Tensor, loaded: Tensor) -> Tensor:
+    """Per pair `[N]`: 1 − cosine of the picture without and with the concept loaded (same prompt and seed, concept
+    unnamed).
+
+    0: loading the concept changes nothing it should not. The measure of peft's image benchmark.
+    """
+    return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
+
+
+def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Sequence[str]]) -> list[dict[str, bool]]:
+    """Per picture, for each attribute its prompt names, whether it was seen.
+
+    ValueError when a prompt expects an attribute that the reader does not read.
+    """
+    out = []
+    for i, wanted in enumerate(expected):
+        for name in wanted:
+            if name not in seen:
+                raise ValueError(f"unknown attribute {name!r}; there are: {', '.join(sorted(seen))}")
+        out.append({name: seen[name][i] == value for name, value in wanted.items()})
+    return out
+
+
+def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
+    """Kernel Inception Distance on any features: unbiased MMD² with the kernel `(x·y / D + 1)^degree` (arXiv
+    1801.01401, eq. 3–4).
+
+    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, also below, for two samples of one distribution.
+    """
+    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"kid needs two samples of at least 2 features of one width; got {list(x.shape)} and {list(y.shape)}"
+        )
+    a, b = x.double(), y.double()
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / u.shape[1] + 1) ** degree
+
+    kxx, kyy, kxy = kernel(a, a), kernel(b, b), kernel(a, b)
+    n, m = len(a), len(b)
+    within = (kxx.sum() - kxx.trace()) / (n * (n - 1)) + (kyy.sum() - kyy.trace()) / (m * (m - 1))
+    return float(within - 2 * kxy.mean())
+
+
+def trade_off(identity: float, text: float) -> float:
+    """One number for both: the harmonic mean of two scores on [0, 1]; 0 when either is (copying, or ignoring the
+    subject).
+    """
+    a, b = (min(1.0, max(0.0, v)) for v in (identity, text))
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+
+
+def bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    rounds: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron 1979). NaN values are left out; (nan, nan) of nothing.
+
+    clusters: what hangs together (all pictures of one prompt and subject) is drawn together. When the values are all
+    0 or all 1 resampling says nothing, and Wilson's interval for the number of clusters is given instead.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    labels = list(range(len(data))) if clusters is None else list(clusters)
+    if len(labels) != len(data):
+        raise ValueError(f"{len(data)} values and {len(labels)} clusters")
+    keep = ~np.isnan(data)
+    data, labels = data[keep], [c for c, k in zip(labels, keep, strict=True) if k]
+    if len(data) == 0:
+        return math.nan, math.nan
+    index = {c: i for i, c in enumerate(dict.fromkeys(labels))}
+    group = np.array([index[c] for c in labels])
+    if np.all(data == data[0]) and data[0] in (0.0, 1.0):
+        return wilson(int(data[0]) * len(index), len(index), level)
+    sums, counts = np.bincount(group, data), np.bincount(group)
+    draws = np.random.default_rng(seed).integers(0, len(index), (rounds, len(index)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a rate (1927); (nan, nan) of no trials."""
+    if trials == 0:
+        return math.nan, math.nan
+    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+    p, zz = hits / trials, z * z / trials
+    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / trials + zz / (4 * trials))
+    low, high = (middle - half) / (1 + zz), (middle + half) / (1 + zz)
+    return (0.0 if hits == 0 else low), (1.0 if hits == trials else high)
+
+
+def bootstrap_trade_off(
+    identity: Sequence[float],
+    text: Sequence[float],
+    clusters: Sequence[Hashable],
+    level: float = 0.95,
+    rounds: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of `trade_off(mean identity, mean text)`, the clusters drawn together; NaN values are left out of
+    their mean.
+
+    Where one of the two is all 0 or all 1, its Wilson interval (see `bootstrap`) widens the result.
+    """
+    columns = [np.asarray(v, dtype=np.float64) for v in (identity, text)]
+    index = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
+    if not index:
+        return math.nan, math.nan
+    group = np.array([index[c] for c in clusters])
+    draws = np.random.default_rng(seed).integers(0, len(index), (rounds, len(index)))
+    means = []
+    for column in columns:
+        known = ~np.isnan(column)
+        sums = np.bincount(group, np.where(known, column, 0.0), len(index))
+        counts = np.bincount(group, known.astype(float), len(index))
+        total = counts[draws].sum(1)
+        means.append(np.divide(sums[draws].sum(1), total, out=np.full(rounds, np.nan), where=total > 0))
+    values = [trade_off(a, b) for a, b in zip(*means, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    if not values:
+        return math.nan, math.nan
+    low, high = (float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
+    ends = [_ends(c, clusters, level) for c in columns]
+    return min(low, trade_off(ends[0][0], ends[1][0])), max(high, trade_off(ends[0][1], ends[1][1]))
+
+
+def _ends(column: np.ndarray, clusters: Sequence[Hashable], level: float) -> tuple[float, float]:
+    """Wilson's interval of a column that is all 0 or all 1; its mean, twice, of any other."""
+    known = column[~np.isnan(column)]
+    if len(known) and np.all(known == known[0]) and known[0] in (0.0, 1.0):
+        return bootstrap(column.tolist(), clusters, level)
+    return float(known.mean()), float(known.mean())

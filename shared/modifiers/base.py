@@ -1,0 +1,40 @@
+"""What every modifier attaches: the name of one concept on one backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from shared.types import SiteContext
+
+
+class PlainNaming:
+    """Words and nothing learned; the base of the others. Satisfies `shared.backbones.protocol.Naming`."""
+
+    tokens: tuple[str, ...] = ()
+    varies_with: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, words: str, frozen: bool = False) -> None:
+        self.name, self.words, self.frozen = name, words, frozen
+
+    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+        return None
+
+    def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
+        return context
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"this concept's name learns nothing, but {len(state)} tensors were given for it")
+
+
+def spoken(words: str, class_noun: str, with_class_noun: bool) -> str:
+    """Modifier and class noun, without an article."""
+    return f"{words} {class_noun}".strip() if with_class_noun else words

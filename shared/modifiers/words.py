@@ -1,0 +1,36 @@
+"""Concepts named by words that the text encoder already knows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shared.backbones.protocol import Backbone
+from shared.config import Part
+from shared.modifiers.base import PlainNaming, spoken
+
+
+class PlainText(Part):
+    """`<name>` is said in plain words; with none, by the class noun alone."""
+
+    kind: Literal["plain_text"] = "plain_text"
+    words: str = ""
+    with_class_noun: bool = True
+
+    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlainNaming:
+        return _attach(backbone, PlainNaming(name, spoken(self.words, class_noun, self.with_class_noun)))
+
+
+class RareToken(Part):
+    """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242)."""
+
+    kind: Literal["rare_token"] = "rare_token"
+    token: str = "sks"
+    with_class_noun: bool = True
+
+    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlainNaming:
+        return _attach(backbone, PlainNaming(name, spoken(self.token, class_noun, self.with_class_noun)))
+
+
+def _attach(backbone: Backbone, naming: PlainNaming) -> PlainNaming:
+    backbone.add_naming(naming)
+    return naming

@@ -1,0 +1,64 @@
+"""Distributions of the training time t in [0, 1000), and the noise that goes with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from shared.config import Part
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Times(Part):
+    low: Fraction = 0.0  # fraction of the whole time range: a stage trains on part of it
+    high: Fraction = 1.0
+    offset: Annotated[float, Field(ge=0)] = 0.0  # noise offset: one shift per picture and channel
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Times:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        return self
+
+    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
+        raise AssertionError("a distribution of times says how it draws")
+
+    def draw_times(self, rows: int, generator: torch.Generator, discrete: bool) -> Tensor:
+        """[rows] in [0, 1000); whole numbers where the model was trained on timesteps."""
+        t = 1000 * (self.low + (self.high - self.low) * self._fractions(rows, generator))
+        return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
+
+    def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Gaussian noise of the shape of `like` [B, C, h, w], drawn on the CPU so that devices agree."""
+        noise = torch.randn(like.shape, generator=generator)
+        if self.offset:
+            noise = noise + self.offset * torch.randn(*like.shape[:2], *([1] * (like.ndim - 2)), generator=generator)
+        return noise.to(like.device, like.dtype)
+
+
+class Uniform(_Times):
+    """Every time equally often (DDPM, https://arxiv.org/abs/2006.11239)."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(rows, generator=generator)
+
+
+class LogitNormal(_Times):
+    """sigmoid(N(mean, std)), then shifted: t' = s t / (1 + (s - 1) t) (SD 3, https://arxiv.org/abs/2403.03206, eq. 19, 23)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+
+    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
+        u = torch.sigmoid(self.mean + self.std * torch.randn(rows, generator=generator))
+        assert math.isfinite(self.shift)
+        return self.shift * u / (1 + (self.shift - 1) * u)

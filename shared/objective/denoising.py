@@ -1,0 +1,56 @@
+"""The denoising loss, per row, on the backbone's own target."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.config import Part
+
+
+class Denoising(Part):
+    """Squared error between prediction and target (epsilon, v or flow velocity).
+
+    `masked` keeps the loss to the subject where a mask is given: sum(m * e^2) / sum(m), so that a small subject weighs as
+    much as a large one. `outside` is the weight of the background, which keeps it from being learned as noise.
+    `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    """
+
+    kind: Literal["denoising"] = "denoising"
+    masked: bool = False
+    outside: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+
+    def rows(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        """Mean squared error per row: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
+        error = (prediction.float() - target.float()) ** 2
+        if weight is None:
+            return error.flatten(1).mean(1)
+        weight = weight.float().expand_as(error)
+        return (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
+
+    def weight(self, mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
+        """[B, 1, h, w] per-pixel weight, or None where every pixel counts alike."""
+        weight = None
+        if self.masked and mask is not None:
+            weight = self.outside + (1 - self.outside) * mask
+        if valid is not None:
+            weight = valid if weight is None else weight * valid
+        return weight
+
+    def time_weight(self, backbone: Backbone, t: Tensor) -> Tensor:
+        """[B]: min(SNR, gamma) in the parametrisation of the model; 1 where it is off."""
+        if self.min_snr_gamma is None:
+            return torch.ones_like(t, dtype=torch.float32)
+        alpha, sigma = (x.float() for x in backbone.alpha_sigma(t))
+        snr = (alpha / sigma.clamp_min(1e-8)) ** 2
+        clipped = snr.clamp_max(self.min_snr_gamma)
+        # the weight belongs to the loss on x_0; each parametrisation's error is that error times a known factor
+        return {"epsilon": clipped / snr.clamp_min(1e-8), "v_prediction": clipped / (snr + 1), "sample": clipped}.get(
+            backbone.prediction_type,
+            clipped * sigma**2,  # flow: |v - v'|^2 = |x_0 - x_0'|^2 / sigma^2
+        )

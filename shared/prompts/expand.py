@@ -1,0 +1,40 @@
+"""From a user's prompt to what the text encoder reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from shared.backbones.protocol import Naming
+
+_NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
+
+
+def names_in(prompt: str) -> tuple[str, ...]:
+    """The concepts a prompt names as `<name>`, in order, each once."""
+    return tuple(dict.fromkeys(_NAME.findall(prompt)))
+
+
+def expand(prompt: str, namings: Mapping[str, Naming]) -> str:
+    """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are."""
+    for name in names_in(prompt):
+        if name not in namings:
+            there = ", ".join(f"<{n}>" for n in sorted(namings)) or "none"
+            raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {there}")
+    spoken = _NAME.sub(lambda m: namings[m.group(1)].words, prompt)
+    return re.sub(r"\s+", " ", spoken).strip()
+
+
+def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
+    """The same prompt with each `<name>` said as its class noun: what the base model would be asked."""
+    return re.sub(r"\s+", " ", _NAME.sub(lambda m: class_nouns.get(m.group(1), m.group(0)), prompt)).strip()
+
+
+def check_named(prompt: str, must: Mapping[str, str]) -> None:
+    """ValueError when a loaded subject (name -> kind) is not named in the prompt; motions and styles act unnamed."""
+    named = names_in(prompt)
+    for name, kind in must.items():
+        if kind in ("subject", "identity") and name not in named:
+            raise ValueError(
+                f"{name!r} is loaded but the prompt {prompt!r} does not name it: write <{name}> where it should appear"
+            )

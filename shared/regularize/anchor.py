@@ -1,0 +1,24 @@
+"""Keeping learned tokens near where they started."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from shared.config import Part
+from shared.types import Step
+
+
+class EmbeddingAnchor(Part):
+    """weight * mean squared distance of the token rows from their start (Cross Initialization,
+    https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
+    needs_prior_rows: ClassVar[bool] = False
+    kind: Literal["embedding_anchor"] = "embedding_anchor"
+    weight: Annotated[float, Field(ge=0)] = 1e-5
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.weight * step.need("token_drift").mean()  # [n], squared distances

@@ -1,0 +1,45 @@
+"""Keeping what the model knew about the class while it learns one member of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from shared.config import Part
+from shared.types import Step
+
+
+class PriorPreservation(Part):
+    """The denoising loss on class pictures (DreamBooth, https://arxiv.org/abs/2208.12242, eq. 2).
+
+    Needs a source of class pictures, such as `sources.class_pictures.kind=generated`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"row_loss"})
+    needs_prior_rows: ClassVar[bool] = True
+    kind: Literal["prior_preservation"] = "prior_preservation"
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    def __call__(self, step: Step) -> Tensor:
+        rows = step.batch.rows("prior").to(step.prediction.device)
+        assert rows.any(), "the loop adds prior rows for parts that ask for them"
+        return self.weight * step.need("row_loss")[rows].mean()
+
+
+class PriorPrediction(Part):
+    """On the same noisy latents and the class prompt, stay where the model was without the concept in training.
+
+    |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, no class pictures needed. "Base" is the model with every
+    concept that was loaded before, without the ones in training: adapters are switched off by name.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})
+    needs_prior_rows: ClassVar[bool] = False
+    kind: Literal["prior_prediction"] = "prior_prediction"
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    def __call__(self, step: Step) -> Tensor:
+        difference = step.need("class_prediction").float() - step.need("base_class_prediction").detach().float()
+        return self.weight * (difference**2).mean()

@@ -1,0 +1,186 @@
+"""One sampler around diffusers' schedulers, with changes between the steps.
+
+It gives the pixels that the family's diffusers pipeline gives with the same prompt, negative prompt, guidance, steps,
+scheduler and generators (tested). Each picture has a generator of its own: it does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.sampling.changes import Change, Moment
+from shared.sampling.schedulers import make_scheduler
+from shared.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What one step leaves."""
+
+    index: int
+    steps: int
+    t: Tensor  # scalar: the time of the prediction
+    latents: Tensor  # [B, C, h, w] after the step
+
+
+def sample(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str | Sequence[str] = "",
+    guidance: float | None = None,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    changes: Sequence[Change] = (),
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1], float32, one per seed.
+
+    Args:
+        prompts: B texts, already expanded, or one for all seeds
+        seeds: B seeds; generators are on the CPU, so that a seed means the same noise on every device
+        negative: one text, or B
+        guidance: classifier-free guidance (the distilled one where the model reads it); default the backbone's
+        steps: scheduler steps; default the backbone's
+        height, width: pixels; default the backbone's resolution
+        scheduler: a name of `scheduler_names(backbone)`; default the backbone's own
+        changes: what happens between steps, in order
+
+    Raises:
+        ValueError: on prompts past the token limit, sizes that do not fit, unknown schedulers, a negative prompt that
+            would not be read
+    """
+    latents = None
+    for state in denoise(
+        backbone,
+        prompts,
+        seeds=seeds,
+        negative=negative,
+        guidance=guidance,
+        steps=steps,
+        height=height,
+        width=width,
+        scheduler=scheduler,
+        changes=changes,
+    ):
+        latents = state.latents
+    assert latents is not None
+    with torch.no_grad():
+        return backbone.decode(latents).float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def denoise(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    negative: str | Sequence[str] = "",
+    guidance: float | None = None,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    changes: Sequence[Change] = (),
+) -> Iterator[Denoised]:
+    """The sampler as a generator of its steps; arguments as in `sample`."""
+    guidance = backbone.default_guidance if guidance is None else guidance
+    steps = backbone.default_steps if steps is None else steps
+    guided = backbone.needs_negative(guidance)
+    texts, negatives = _requests(backbone, prompts, negative, len(seeds), steps, guided, guidance)
+    shape = backbone.latent_shape(height or backbone.resolution, width or backbone.resolution)
+    solver = make_scheduler(backbone, scheduler)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    backbone.set_timesteps(solver, steps, shape)
+    told = _Told(backbone, negatives if guided else None)
+    latents = _noise(backbone, shape, generators) * getattr(solver, "init_noise_sigma", 1.0)
+    options = _step_options(solver, generators)
+    for i, t in enumerate(solver.timesteps):
+        moment = Moment(i, len(solver.timesteps), t, backbone)
+        for change in changes:
+            latents = change.latents(moment, latents)
+        said: Sequence[str] = texts
+        for change in changes:
+            said = change.prompts(moment, said)
+        scaled = solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
+        with ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change.during(moment))
+            positive, unwanted = told(said, t)
+            prediction = backbone.predict_guided(scaled, t, positive, unwanted, guidance)
+        latents = solver.step(prediction, t, latents, **options, return_dict=False)[0]
+        yield Denoised(i, len(solver.timesteps), t, latents)
+
+
+class _Told:
+    """Conditionings, encoded again only when something they depend on has changed: words, time, strengths."""
+
+    def __init__(self, backbone: Backbone, negatives: Sequence[str] | None) -> None:
+        self.backbone = backbone
+        self.negatives = negatives
+        self.words: Any = None
+        self.timed = False
+        self.key: Any = None
+        self.value: tuple[Conditioning, Conditioning | None]
+
+    def __call__(self, prompts: Sequence[str], t: Tensor) -> tuple[Conditioning, Conditioning | None]:
+        words = (tuple(prompts), tuple(self.negatives or ()))
+        if words != self.words:
+            self.words = words
+            self.timed = "time" in self.backbone.varies_with([*words[0], *words[1]])
+        key = (words, self.backbone.strengths, float(t) if self.timed else None)
+        if key != self.key:
+            self.key = key
+            negative = None if self.negatives is None else self.backbone.encode(self.negatives, t)
+            self.value = self.backbone.encode(prompts, t), negative
+        return self.value
+
+
+def _requests(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    negative: str | Sequence[str],
+    batch: int,
+    steps: int,
+    guided: bool,
+    guidance: float,
+) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts, one for each picture, checked."""
+    if steps < 1 or batch < 1:
+        raise ValueError(f"sampling needs at least one step and one seed, got steps={steps} and {batch} seeds")
+    texts = _texts(prompts, batch, "prompts")
+    negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
+    if any(negatives) and not guided:
+        raise ValueError(f"{backbone.family} reads no negative prompt at guidance={guidance}: leave it out")
+    for text in dict.fromkeys([*texts, *(negatives if guided else ())]):
+        backbone.check_prompt(text)
+    return texts, negatives
+
+
+def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
+    out = [texts] if isinstance(texts, str) else list(texts)
+    if len(out) == 1:
+        return out * batch
+    if len(out) != batch:
+        raise ValueError(f"{len(out)} {what} for {batch} seeds: give one for each seed, or one for all")
+    return out
+
+
+def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """[B, C, h, w], drawn per picture on the CPU in the backbone's precision, as diffusers' `randn_tensor` does."""
+    rows = [torch.randn((1, *shape), generator=g, dtype=backbone.dtype) for g in generators]
+    return torch.cat(rows).to(backbone.device)
+
+
+def _step_options(solver: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    return {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}

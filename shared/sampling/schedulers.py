@@ -1,0 +1,51 @@
+"""Schedulers by name, built from a backbone's own configuration, as `X.from_config(pipe.scheduler.config)` is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared.backbones.protocol import Backbone
+from shared.config import unknown
+
+#: name -> (diffusers class, settings on top of the backbone's configuration)
+DIFFUSION: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),  # Song et al., arXiv 2010.02502
+    "ddpm": ("DDPMScheduler", {}),  # Ho et al., arXiv 2006.11239
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # Liu et al., arXiv 2202.09778
+    "euler": ("EulerDiscreteScheduler", {}),  # Karras et al., arXiv 2206.00364, algorithm 2
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),  # Karras et al., second order
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),  # Lu et al., arXiv 2211.01095
+    "dpm++_karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "deis": ("DEISMultistepScheduler", {}),  # Zhang & Chen, arXiv 2204.13902
+    "unipc": ("UniPCMultistepScheduler", {}),  # Zhao et al., arXiv 2302.04867
+}
+FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),  # Esser et al., arXiv 2403.03206
+    "flow_euler_sde": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+}
+
+
+def scheduler_names(backbone: Backbone) -> tuple[str, ...]:
+    """The names that `make_scheduler` knows for this backbone."""
+    return tuple(sorted(FLOW if backbone.prediction_type == "flow" else DIFFUSION))
+
+
+def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
+    """A fresh diffusers scheduler: the named one, or the backbone's own kind where no name is given.
+
+    Raises:
+        ValueError: on an unknown name; lists those that fit the family
+    """
+    import diffusers
+
+    own = backbone.scheduler
+    if name is None:
+        return type(own).from_config(own.config)
+    choices = FLOW if backbone.prediction_type == "flow" else DIFFUSION
+    if name not in choices:
+        raise ValueError(f"{backbone.family}: {unknown(name, choices, 'scheduler')}")
+    kind, settings = choices[name]
+    return getattr(diffusers, kind).from_config(own.config, **settings)

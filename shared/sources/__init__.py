@@ -1,0 +1,16 @@
+"""Where examples come from: the user's pictures, the model's own, a folder. Touches no model in training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.sources.context import Generate, SourceContext
+from shared.sources.folder import Folder
+from shared.sources.generated import Generated
+from shared.sources.references import References
+
+Source = Annotated[References | Generated | Folder, Field(discriminator="kind")]
+
+__all__ = ["Folder", "Generate", "Generated", "References", "Source", "SourceContext"]

@@ -1,0 +1,41 @@
+"""What a source is given besides its own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from shared.types import Subject
+
+
+class Generate(Protocol):
+    """Pictures of the model itself, without any concept; one seed per prompt."""
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int) -> Tensor:
+        """[N, 3, H, W] in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """The run that examples are for."""
+
+    subjects: Mapping[str, Subject]
+    resolution: int  # side of the pictures, in pixels
+    seed: int
+    cache_dir: Path  # generated pictures are kept here, between runs
+    generate: Generate | None = None  # None: this run cannot make pictures
+    backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
+
+    def owner(self, name: str, what: str) -> str:
+        """The subject called `name`, or the only one there is. ValueError lists them."""
+        there = ", ".join(sorted(self.subjects)) or "none"
+        if name and name not in self.subjects:
+            raise ValueError(f"{what}: there is no subject {name!r}. There are: {there}.")
+        if not name and len(self.subjects) != 1:
+            raise ValueError(f"{what}: say which subject it belongs to. There are: {there}.")
+        return name or next(iter(self.subjects))

@@ -1,0 +1,110 @@
+"""Pictures of the class, made by the model itself before it is tuned: DreamBooth's prior preservation.
+
+DreamBooth, arXiv 2208.12242, section 3.3 (equation 2): x_pr = x(z, c_pr) from the frozen model and "a [class noun]".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from shared.config import Part
+from shared.io.files import write_text
+from shared.io.pictures import Picture, read_metadata, read_picture, write_picture
+from shared.sources.context import SourceContext
+from shared.types import Example
+
+_SCHEME = 1  # raise it when the way that pictures are made changes
+
+
+class Generated(Part):
+    """`num_images` class pictures per subject, of role "prior", made once and kept under `SourceContext.cache_dir`.
+
+    Their place depends on everything that they depend on (weights, prompt, guidance, steps, seed, resolution), not on
+    how many there are: more are added to those that exist. Missing and damaged files are made again. Two subjects of
+    one class share them. The caption is the prompt that they were made with.
+    """
+
+    kind: Literal["generated"] = "generated"
+    num_images: int = Field(default=200, ge=1)
+    prompt: str = "a photo of a {class_noun}"
+    guidance: float = Field(default=7.5, ge=0)
+    steps: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    seed: int = 0
+
+    @field_validator("prompt")
+    @classmethod
+    def _plain(cls, prompt: str) -> str:
+        other = [p for p in re.findall(r"{(.*?)}|<(.*?)>", prompt) if p[0] != "class_noun"]
+        if other or not prompt.strip():
+            raise ValueError("class pictures are made before the concept is known: only plain words and {class_noun}")
+        return prompt
+
+    def examples(self, context: SourceContext) -> list[Example]:
+        """ValueError when a subject has no class noun but the prompt needs it, or when the run cannot make pictures."""
+        out: list[Example] = []
+        for name, subject in context.subjects.items():
+            if "{class_noun}" in self.prompt and not subject.class_noun:
+                raise ValueError(f"class pictures need {self.prompt!r}, and {name!r} has no subject.class_noun")
+            prompt = self.prompt.replace("{class_noun}", subject.class_noun)
+            for path, picture in self._filled(context, prompt).items():
+                out.append(Example(picture.pixels, prompt, name, "prior", source=str(path), user_caption=True))
+        return out
+
+    def key(self, context: SourceContext, prompt: str) -> str:
+        """sha256 of all that the pictures depend on."""
+        facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _filled(self, context: SourceContext, prompt: str) -> dict[Path, Picture]:
+        """The pictures of one prompt, after making those that are missing."""
+        key = self.key(context, prompt)
+        folder = context.cache_dir / "class" / key[:24]
+        paths = [folder / f"{i:05d}.png" for i in range(self.num_images)]
+        found = {path: picture for path in paths if (picture := _read(path, key)) is not None}
+        todo = [i for i, path in enumerate(paths) if path not in found]
+        if todo and context.generate is None:
+            raise ValueError(
+                f"{len(todo)} class pictures of {prompt!r} are missing in {folder}, and this run cannot make pictures"
+            )
+        if todo:
+            self._make(context, prompt, key, {i: paths[i] for i in todo})
+        return {path: found[path] if path in found else read_picture(path, min_side=1) for path in paths}
+
+    def _make(self, context: SourceContext, prompt: str, key: str, todo: dict[int, Path]) -> None:
+        """Make the pictures with these numbers, a batch at a time; what is made is kept even if the rest fails."""
+        assert context.generate is not None
+        folder = next(iter(todo.values())).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"backbone": context.backbone_key, "resolution": context.resolution, **self.model_dump()}
+        write_text(folder / "about.json", json.dumps({**about, "prompt": prompt, "key": key}, indent=1))
+        for start in range(0, len(todo), self.batch_size):
+            some = list(todo)[start : start + self.batch_size]
+            seeds = [_seed(key, i) for i in some]
+            pixels = context.generate([prompt] * len(some), seeds, guidance=self.guidance, steps=self.steps)
+            side = context.resolution
+            if pixels.shape != (len(some), 3, side, side):
+                raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, side, side]}")
+            for i, seed, picture in zip(some, seeds, pixels, strict=True):
+                write_picture(picture, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
+
+
+def _seed(key: str, index: int) -> int:
+    """The seed of one picture: never one that a user would choose for a test."""
+    return int.from_bytes(hashlib.sha256(f"{key}/{index}".encode()).digest()[:6], "big")
+
+
+def _read(path: Path, key: str) -> Picture | None:
+    """A picture of the cache; None where it is missing, damaged, or was put there by somebody else."""
+    if not path.is_file():
+        return None
+    try:
+        return read_picture(path, min_side=1) if read_metadata(path).get("key") == key else None
+    except ValueError:
+        return None

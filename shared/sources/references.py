@@ -1,0 +1,46 @@
+"""The user's own pictures of the subjects."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from pydantic import Field
+
+from shared.config import Part
+from shared.io.listing import names
+from shared.io.pictures import Fit
+from shared.sources.context import SourceContext
+from shared.sources.reading import example, load
+from shared.types import Example
+
+
+class References(Part):
+    """Every picture of every subject, `repeats` times: the rows of role "instance" that all methods learn from.
+
+    The mask is the user's where one lies beside the picture, else the picture's transparency, else None. The caption is
+    the user's own, or "" for the prompt part to fill.
+    """
+
+    kind: Literal["references"] = "references"
+    repeats: int = Field(default=1, ge=1)
+    fit: Fit = "cover"  # how pictures that are not square become so
+
+    def examples(self, context: SourceContext) -> list[Example]:
+        """ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
+        if not context.subjects:
+            raise ValueError("there is no subject: give pictures with subject.images=FOLDER")
+        out: list[Example] = []
+        small: list[str] = []
+        for name, subject in context.subjects.items():
+            for path in subject.images:
+                picture = load(path, subject.masks.get(path))
+                if min(picture.size) * 2 < context.resolution:
+                    small.append(f"{path.name} ({picture.size[0]}x{picture.size[1]})")
+                caption = subject.captions.get(path, "")
+                out.append(example(picture, name, "instance", context.resolution, self.fit, caption))
+        if small:
+            warnings.warn(
+                f"enlarged to {context.resolution} pixels, and soft: {names(small)}", UserWarning, stacklevel=2
+            )
+        return out * self.repeats

@@ -1,0 +1,180 @@
+"""Words for scenes: captions in a small, regular grammar, drawn from the same parameters as the pictures.
+
+    [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
+
+The first color is always the main one, the second belongs to the named part; "a red and blue duck" says the same.
+Patterns and identities are never mentioned.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from shared.toybox.world import (
+    ACCESSORIES,
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    STYLES,
+    VIEWS,
+    Camera,
+    Scene,
+    Thing,
+    identity_of,
+)
+
+# What carries the second color, with an article where it is singular.
+PARTS = {
+    "duck": "wings",
+    "car": "a roof",
+    "mug": "a handle",
+    "robot": "arms",
+    "rocket": "fins",
+    "house": "a roof",
+    "dog": "ears",
+    "cat": "a tail",
+    "teapot": "a lid",
+    "boot": "a sole",
+    "boat": "a cabin",
+    "bear": "a shirt",
+    "face": "a shirt",
+}
+# The first of each is the canonical one.
+PLACES = {
+    "beach": ("on the beach",),
+    "snow": ("in the snow",),
+    "grass": ("on top of green grass", "on the grass"),
+    "wooden floor": ("on top of a wooden floor", "on a wooden floor"),
+    "brick wall": ("in front of a brick wall",),
+    "night sky": ("at night", "under the night sky"),
+    "water": ("floating on top of water", "on the water"),
+    "city": ("with a city in the background", "in the city"),
+    "mountain": ("with a mountain in the background", "in the mountains"),
+    "forest": ("in the forest", "in the jungle"),
+    "white studio": ("in a white studio", "on a plain white background"),
+    "gray studio": ("in a gray studio", "on a plain gray background"),
+    "black studio": ("in a black studio", "on a plain black background"),
+    "blue studio": ("in a blue studio", "on a plain blue background"),
+}
+SEEN = {
+    "front": ("front view", "seen from the front"),
+    "side": ("side view", "seen from the side"),
+    "back": ("back view", "seen from behind"),
+    "above": ("top view", "seen from above"),
+}
+WORN = {
+    "red hat": "a red hat",
+    "yellow crown": "a yellow crown",
+    "pink glasses": "pink glasses",
+    "rainbow scarf": "a rainbow scarf",
+}
+MAX_WORDS = 26
+OPENINGS = {
+    "photo": ("a photo of", "a picture of"),
+    "pencil sketch": ("a pencil sketch of",),
+    "watercolor painting": ("a watercolor painting of",),
+    "pixel art": ("pixel art of",),
+    "cartoon": ("a cartoon of",),
+    "neon": ("a neon drawing of",),
+}
+
+
+def background_phrase(name: str) -> str:
+    """The canonical words for a background, for example "on the beach"."""
+    if name not in PLACES:
+        raise ValueError(f"the toybox has no background {name!r}; choose from {', '.join(BACKGROUNDS)}")
+    return PLACES[name][0]
+
+
+def opening(style: str) -> str:
+    """The canonical words that open a caption in a style, for example "a pencil sketch of"."""
+    return OPENINGS.get(style, (f"a {style} of",))[0]
+
+
+def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
+    """A thing in words, without its accessory: "a red duck with blue wings".
+
+    colors: "parts" as above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck".
+    noun: said in place of the class name, for example "toy duck".
+    """
+    noun = noun or thing.class_name
+    if colors == "none":
+        return f"a {noun}"
+    if thing.class_name == "face":
+        hair = f"a {noun} with {thing.main} hair"
+        return hair if colors == "main" else f"{hair} and a {thing.second} shirt"
+    if colors == "main":
+        return f"a {thing.main} {noun}"
+    if colors == "pair":
+        return f"a {thing.main} and {thing.second} {noun}"
+    article, _, part = PARTS[thing.class_name].rpartition(" ")
+    return " ".join(w for w in (f"a {thing.main} {noun} with", article, thing.second, part) if w)
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7) -> str:
+    """The first option with probability `first`, else one of the others."""
+    if len(options) == 1 or rng.random() < first:
+        return options[0]
+    return options[1 + int(rng.integers(len(options) - 1))]
+
+
+def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> str:
+    """One caption of a scene, at most 26 words.
+
+    full: class, both colors, accessory, background and view in the one canonical form; otherwise some are left out and
+    the wording varies. Accessories and styles are always named, views only where they are clear.
+    """
+    detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
+
+    def say() -> bool:
+        return full or detail == 1.0 or bool(rng.random() < detail)
+
+    start = opening(scene.style) if full else _pick(rng, OPENINGS[scene.style], 0.9)
+    if scene.style == "photo" and not full and rng.random() < 0.25:
+        start = ""
+    colors = "parts" if full else _colors(rng, say())
+    if len(scene.things) == 2:
+        kind = {"parts": "pair"}.get(colors, colors)
+        subject = " next to ".join(describe(thing, kind) for thing in scene.things)
+    else:
+        thing = scene.things[0]
+        toy = "" if full or thing.class_name == "face" or rng.random() > 0.06 else f"toy {thing.class_name}"
+        subject = describe(thing, colors, toy)
+        if thing.accessory != "none":
+            subject += f" wearing {WORN[thing.accessory]}"
+    text = " ".join(word for word in (start, subject) if word)
+    place = background_phrase(scene.background) if full else _pick(rng, PLACES[scene.background])
+    seen = SEEN[scene.view][0] if full else _pick(rng, SEEN[scene.view])
+    clear = all(c.view_is_clear and c.view == scene.view for c in scene.cameras)
+    with_place, with_view = say(), say() and (clear or full)
+    for extra, said in ((f" {place}", with_place), (f", {seen}", with_view)):
+        if said and _count(text + extra) <= MAX_WORDS:
+            text += extra
+    return text
+
+
+def _count(text: str) -> int:
+    """Words and commas."""
+    return len(text.split()) + text.count(",")
+
+
+def _colors(rng: np.random.Generator, both: bool) -> str:
+    if both:
+        return "parts" if rng.random() < 0.8 else "pair"
+    return "main" if rng.random() < 0.5 else "none"
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a caption can contain, sorted; the comma is one of them."""
+    texts = [phrase for table in (PLACES, SEEN, OPENINGS) for options in table.values() for phrase in options]
+    texts += [*PARTS.values(), *WORN.values(), *CLASSES, *COLORS, *BACKGROUNDS, *VIEWS, *STYLES, *ACCESSORIES[1:]]
+    texts += ["a toy", "wearing", "next to", "and", "with hair", ","]
+    return tuple(sorted({word for text in texts for word in re.findall(r"[a-z]+|,", text)}))
+
+
+def example() -> str:
+    """The full caption of one fixed scene, for help texts and tests."""
+    face = Thing("face", "red", "blue", identity=identity_of(0))
+    return caption(Scene((face,), "beach", (Camera(),)), np.random.default_rng(0), full=True)

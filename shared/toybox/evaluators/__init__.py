@@ -1,0 +1,31 @@
+"""The toybox's measuring instruments: a recognizer of attributes, an identity encoder and a CLIP.
+
+How far each is to be believed is in `weights/CARD.md`. Imports are lazy: naming this package loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .clip import load_clip
+    from .identity import IdentityEncoder, load_identity, retrieve
+    from .recognizer import Recognizer, load_recognizer
+
+__all__ = ["IdentityEncoder", "Recognizer", "load_clip", "load_identity", "load_recognizer", "retrieve"]
+_HOME = {
+    "IdentityEncoder": "identity",
+    "Recognizer": "recognizer",
+    "load_clip": "clip",
+    "load_identity": "identity",
+    "load_recognizer": "recognizer",
+    "retrieve": "identity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

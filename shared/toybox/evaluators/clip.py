@@ -1,0 +1,161 @@
+"""A CLIP of the toybox's own: an ordinary transformers folder (model, tokenizer, image processor), only small.
+
+`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it with nothing of this project
+imported, so CLIP-T and CLIP-I run through exactly the code that would load a full-size CLIP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn import functional as F
+
+from .trunk import WEIGHTS
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+class ClipConfig(BaseModel):
+    """Sizes of the two transformers; `patch` in pixels; `length` in tokens, begin and end included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: int = 64
+    patch: int = 16
+    vision_width: int = 192
+    vision_layers: int = 4
+    text_width: int = 128
+    text_layers: int = 2
+    heads: int = 2
+    dimensions: int = 128
+    length: int = 32
+
+
+def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
+    """An untrained `CLIPModel` for the words of `tokenizer`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shared = {"num_attention_heads": config.heads, "hidden_act": "relu", "projection_dim": config.dimensions}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.text_width,
+        "intermediate_size": 3 * config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "max_position_embeddings": config.length,
+        **shared,
+        **ids,
+    }
+    vision = {
+        "image_size": config.size,
+        "patch_size": config.patch,
+        "hidden_size": config.vision_width,
+        "intermediate_size": 3 * config.vision_width,
+        "num_hidden_layers": config.vision_layers,
+        **shared,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.dimensions))
+
+
+def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
+    """The `CLIPProcessor` that goes with it; its image processor works on Pillow pictures (no torchvision)."""
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": config.size},
+        crop_size={"height": config.size, "width": config.size},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    return CLIPProcessor(pictures, tokenizer)
+
+
+def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
+    """Writes the transformers folder with fp16 weights; the folder is replaced as a whole."""
+    from transformers import CLIPModel
+
+    from shared.toybox import tokenizer as tokenizer_files
+
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    half = CLIPModel(model.config)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(str(temporary), safe_serialization=True)
+    processor.save_pretrained(str(temporary))
+    processor.image_processor.save_pretrained(str(temporary))
+    tokenizer_files.save(processor.tokenizer, temporary)
+    _state_float32(temporary / "config.json")
+    for file in temporary.iterdir():
+        file.chmod(0o644)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@lru_cache(maxsize=4)
+def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
+    """`(CLIPModel, CLIPProcessor)` of any CLIP folder (default: the shipped one), float32, frozen; loaded once per
+    process.
+    """
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"clip: no config.json in {folder}; make it with `pcs toybox train clip`")
+    model = cast(Any, CLIPModel).from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    pictures = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return model.eval().requires_grad_(False), CLIPProcessor(pictures, tokenizer)
+
+
+def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
+    """Pictures `[B, 3, H, W]` in [0, 1] of the model's own size -> unit vectors `[B, D]`."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
+    parts = [
+        _projected(model.get_image_features(pixel_values=(chunk - mean) / std)) for chunk in pixels.split(batch_size)
+    ]
+    return F.normalize(torch.cat(parts).float(), dim=1)
+
+
+def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Captions -> unit vectors `[B, D]`; longer ones than the model's `length` are cut."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        chunk = list(texts[start : start + batch_size])
+        limit = model.config.text_config.max_position_embeddings
+        tokens = tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        parts.append(_projected(model.get_text_features(**tokens)))
+    return F.normalize(torch.cat(parts).float(), dim=1)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) of unit vectors `[B, D]` each; scalar."""
+    logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def _state_float32(path: Path) -> None:
+    """transformers 5 computes in the type that the configuration states: float32, although the file is fp16."""
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
+
+
+def _projected(output: Any) -> Tensor:
+    """transformers 5 returns an object whose `pooler_output` is the projection; 4 the tensor itself."""
+    return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,0 +1,118 @@
+"""The identity encoder: is this the same individual thing?
+
+Trained with the supervised contrastive loss (Khosla et al., arXiv 2004.11362, eq. 2) on things seen from many views
+on many
+backgrounds; every batch holds things of the same class and palette that differ in their pattern only (hard negatives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .trunk import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
+
+HIDDEN = 256
+
+
+class IdentityConfig(BaseModel):
+    """The trunk, the dimensions of the embedding, and how many mixtures of colours `Palette` counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    trunk: TrunkConfig = TrunkConfig()
+    dimensions: int = 128
+    palette: int = 96
+
+
+class Palette(nn.Module):
+    """A learned histogram of the colours of the thing alone, its accents among them: `[B, counts]`.
+
+    Every point of the picture at half resolution is mapped, on its own, to `counts` activations; their mean, weighted by
+    where the thing is, and their maximum on it are returned (`2 * counts`).
+    """
+
+    def __init__(self, counts: int) -> None:
+        super().__init__()
+        self.points = nn.Sequential(nn.Conv2d(3, 48, 1), nn.ReLU(), nn.Conv2d(48, counts, 1), nn.ReLU())
+
+    def forward(self, pixels: Tensor, where: Tensor) -> Tensor:
+        """`[B, 3, H, W]` in [0, 1] and weights `[B, 1, h, w]` in [0, 1] -> `[B, 2 * counts]`."""
+        small = F.avg_pool2d(pixels, 2) * 4 - 2
+        found = self.points(small.contiguous(memory_format=torch.channels_last))
+        weights = F.interpolate(where.to(found.dtype), size=found.shape[2:], mode="bilinear", align_corners=False)
+        mean = (found * weights).sum((2, 3)) / (weights.sum((2, 3)) + 1)
+        return torch.cat([mean, (found * weights).amax((2, 3))], 1).float()
+
+
+class IdentityEncoder(nn.Module):
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`; their scalar product is the similarity of
+    identities.
+    """
+
+    def __init__(self, config: IdentityConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config.trunk)
+        self.palette = Palette(config.palette)
+        inputs = self.trunk.features + 2 * config.palette
+        self.norm = nn.BatchNorm1d(inputs)
+        self.neck = nn.Sequential(nn.Linear(inputs, 2 * HIDDEN), nn.ReLU(), nn.Linear(2 * HIDDEN, HIDDEN), nn.ReLU())
+        self.last = nn.Linear(HIDDEN, config.dimensions)
+
+    def hidden(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`: what the embedding is a linear map of."""
+        features, where = self.trunk.read(pixels)
+        return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, 64, 64]` -> `[B, D]`, of length one."""
+        return F.normalize(self.last(self.hidden(pixels)), dim=1)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
+        """`[B, 3, 64, 64]` in [0, 1] -> `[B, D]` on the CPU, of length one, without gradients."""
+        check_pixels(pixels)
+        device = next(self.parameters()).device
+        parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.config.dimensions)
+
+
+def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
+    """Cosines `[Q, G]` of `queries` `[Q, D]` to gallery entries, each `[D]` or `[n, D]` (n pictures of one thing:
+    their mean direction).
+    """
+    if not len(gallery):
+        raise ValueError("gallery: empty; give at least one entry of embeddings")
+    means = [entry if entry.ndim == 1 else entry.mean(0) for entry in gallery]
+    return F.normalize(queries.float(), dim=1) @ F.normalize(torch.stack(means).float(), dim=1).T
+
+
+def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
+    """The index `[Q]` of the entry that each query `[Q, D]` is most similar to; `gallery` as in `similarities`."""
+    return similarities(queries, gallery).argmax(1)
+
+
+def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; scalar.
+
+    A row without a positive in the batch is left out.
+    """
+    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    logits = (embeddings @ embeddings.T / temperature).masked_fill(own, -torch.inf)
+    log_p = logits.log_softmax(1).masked_fill(own, 0.0)
+    positive = (labels[:, None] == labels[None]) & ~own
+    count = positive.sum(1)
+    return -((log_p * positive).sum(1)[count > 0] / count[count > 0]).mean()
+
+
+@lru_cache(maxsize=4)
+def load_identity(folder: Path | str = WEIGHTS / "identity") -> IdentityEncoder:
+    """The identity encoder in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    path, raw = read_config(folder, "identity")
+    return load_state(IdentityEncoder(IdentityConfig.model_validate(raw)), path)

@@ -1,0 +1,82 @@
+"""The recognizer: what is in a toybox picture, in the words of its captions.
+
+One small convolutional network with a head per attribute. It is the instrument behind "attribute accuracy"; how far it
+is to be believed is in `weights/CARD.md`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .trunk import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
+
+ATTRIBUTES = ("class", "main", "second", "background", "view", "accessory", "style")
+
+
+class RecognizerConfig(BaseModel):
+    """The trunk, and for each attribute the names of its values in the order of the head's outputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    trunk: TrunkConfig = TrunkConfig()
+    values: dict[str, tuple[str, ...]]
+
+
+class Recognizer(nn.Module):
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> one distribution per attribute: `class`, `main`, `second`, `background`,
+    `view`, `accessory`, `style`.
+
+    `second` is the colour of the class's second part, so that swapped colours count as wrong.
+    """
+
+    def __init__(self, config: RecognizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config.trunk)
+        hidden = 192
+        self.neck = nn.Sequential(nn.Linear(self.trunk.features, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.heads = nn.ModuleDict(
+            {f"head_{name}": nn.Linear(hidden, len(names)) for name, names in config.values.items()}
+        )
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, 64, 64]` -> `[B, 192]`: the layer before the heads, for KID."""
+        return self.neck(self.trunk(pixels))
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Logits `[B, values]` per attribute."""
+        return self.read(pixels)[0]
+
+    def read(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of where things are."""
+        features, where = self.trunk.read(pixels)
+        hidden = self.neck(features)
+        return {name: self.heads[f"head_{name}"](hidden) for name in self.config.values}, where
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
+        """`[B, 3, 64, 64]` in [0, 1] -> for each attribute probabilities `[B, values]`, in the order of
+        `config.values`.
+        """
+        check_pixels(pixels)
+        device = next(self.parameters()).device
+        parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
+        return (
+            {name: torch.cat([p[name] for p in parts]).softmax(1).cpu() for name in self.config.values} if parts else {}
+        )
+
+    def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
+        """`[B, 3, 64, 64]` in [0, 1] -> for each attribute the most probable value of each picture."""
+        found = self.probabilities(pixels, batch_size)
+        return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in found.items()}
+
+
+@lru_cache(maxsize=4)
+def load_recognizer(folder: Path | str = WEIGHTS / "recognizer") -> Recognizer:
+    """The recognizer in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    path, raw = read_config(folder, "recognizer")
+    return load_state(Recognizer(RecognizerConfig.model_validate(raw)), path)

@@ -1,0 +1,143 @@
+"""What is learned: the losses of the recognizer, the identity encoder and the CLIP, each over one batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from shared.toybox.train import common
+
+from . import clip as clips
+from .augment import augment
+from .data import IdentityPictures, Pictures
+from .identity import HIDDEN, IdentityConfig, IdentityEncoder, contrastive_loss
+from .recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
+from .trunk import save_model
+
+
+class RecognizerTask:
+    """Cross-entropy of every attribute; what a picture's label leaves open (-1) is not counted."""
+
+    def __init__(self, data: Pictures, batch_size: int, seed: int, config: RecognizerConfig | None = None) -> None:
+        torch.manual_seed(seed)
+        self.data, self.batch_size = data, batch_size
+        self.config = config or RecognizerConfig(values=data.values)
+        self.recognizer = Recognizer(self.config)
+        self.module: nn.Module = self.recognizer
+
+    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+        """One cross-entropy per attribute, and one for where things are."""
+        rows, pixels = self.data.draw(generator, self.batch_size)
+        pixels = augment(pixels, generator).to(device)
+        with common.amp(device, autocast):
+            logits, where = self.recognizer.read(pixels)
+        labels = {name: torch.from_numpy(self.data.labels[name][rows]).to(device) for name in ATTRIBUTES}
+        terms = {
+            name: F.cross_entropy(logits[name].float(), labels[name], ignore_index=-1, label_smoothing=0.02)
+            for name in ATTRIBUTES
+            if bool((labels[name] >= 0).any())
+        }
+        covered = F.adaptive_avg_pool2d(self.data.masks(rows), where.shape[2:]).to(device)  # pyright: ignore[reportArgumentType]
+        return {**terms, "where": F.binary_cross_entropy_with_logits(where, covered)}
+
+    def export(self, out: Path) -> None:
+        """Writes the recognizer."""
+        save_model(self.module, self.config, out)
+
+
+class IdentityTask:
+    """Supervised contrastive loss; a batch holds groups of one class and palette, in each several things in several views.
+
+    While training, what the renderer drew the individual from is read off the layer before the embedding (not kept).
+    `start`: a recognizer, whose trunk the encoder takes over as it is: only what follows it is learned (three times
+    faster). `thaw`: the trunk is learned too, for a second round.
+    """
+
+    def __init__(
+        self,
+        data: IdentityPictures,
+        batch_size: int,
+        seed: int,
+        config: IdentityConfig | None = None,
+        start: Recognizer | None = None,
+        thaw: bool = False,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.data, self.batch_size = data, batch_size
+        self.config = config or IdentityConfig()
+        self.encoder = IdentityEncoder(self.config)
+        if start is not None:
+            self.encoder.trunk.load_state_dict(start.trunk.state_dict())
+            self.encoder.trunk.requires_grad_(thaw)
+        self.frozen = start is not None and not thaw
+        self.kinds = nn.Linear(HIDDEN, int(data.kinds.max()) + 1)
+        self.numbers = nn.Linear(HIDDEN, data.numbers.shape[1])
+        self.module: nn.Module = nn.ModuleList([self.encoder, self.kinds, self.numbers])
+
+    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+        """Contrastive over the whole batch, the same within the groups of hard negatives, and the readings."""
+        self.encoder.trunk.train(not self.frozen)
+        labels, groups, pixels = self.data.draw(generator, self.batch_size)
+        pixels = augment(pixels, generator).to(device)
+        with common.amp(device, autocast):
+            hidden = self.encoder.hidden(pixels)
+        hidden = hidden.float()
+        embeddings, size, labels = (
+            F.normalize(self.encoder.last(hidden), dim=1),
+            len(labels) // groups,
+            labels.to(device),
+        )
+        hard = [contrastive_loss(e, y) for e, y in zip(embeddings.split(size), labels.split(size), strict=True)]
+        kinds = torch.from_numpy(self.data.kinds).to(device)[labels]
+        numbers = torch.from_numpy(self.data.numbers).to(device)[labels]
+        known = ~numbers.isnan()
+        terms = {"all": contrastive_loss(embeddings, labels), "hard": torch.stack(hard).mean()}
+        errors = (self.numbers(hidden) - numbers.nan_to_num()).square() * known
+        terms["numbers"] = errors.sum() / known.sum().clamp(min=1)
+        if bool((kinds >= 0).any()):
+            terms["kinds"] = 0.5 * F.cross_entropy(self.kinds(hidden), kinds, ignore_index=-1)
+        return terms
+
+    def export(self, out: Path) -> None:
+        """Writes the encoder."""
+        save_model(self.encoder, self.config, out)
+
+
+class ClipTask:
+    """CLIP's loss, and while training a linear reading of every attribute from the picture's embedding (not kept)."""
+
+    def __init__(
+        self, data: Pictures, batch_size: int, seed: int, tokenizer: Any, config: clips.ClipConfig | None = None
+    ) -> None:
+        torch.manual_seed(seed)
+        config = config or clips.ClipConfig()
+        self.data, self.batch_size, self.tokenizer = data, batch_size, tokenizer
+        self.processor = clips.new_processor(config, tokenizer)
+        model = clips.new_clip(config, tokenizer)
+        heads = {f"head_{name}": nn.Linear(config.dimensions, len(v)) for name, v in data.values.items()}
+        self.model, self.heads = model, nn.ModuleDict(heads)
+        self.module: nn.Module = nn.ModuleDict({"clip": model, "heads": self.heads})
+
+    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+        """The contrastive term and the mean of the readings."""
+        rows, pixels = self.data.draw(generator, self.batch_size)
+        pixels = augment(pixels, generator).to(device)
+        texts = self.data.draw_captions(rows, generator)
+        with common.amp(device, autocast):
+            images = clips.image_features(self.model, pixels, len(pixels))
+            words = clips.text_features(self.model, self.tokenizer, texts, len(texts))
+        terms = {"clip": clips.contrastive_loss(images, words, self.model.logit_scale)}
+        readings = []
+        for name in ATTRIBUTES:
+            label = torch.from_numpy(self.data.labels[name][rows]).to(device)
+            if bool((label >= 0).any()):
+                readings.append(F.cross_entropy(10.0 * self.heads[f"head_{name}"](images), label, ignore_index=-1))
+        return {**terms, "readings": 0.3 * torch.stack(readings).mean()}
+
+    def export(self, out: Path) -> None:
+        """Writes the transformers folder."""
+        clips.save_clip(self.model, self.processor, out)

@@ -1,0 +1,142 @@
+"""The convolutional trunk that the recognizer and the identity encoder share, and how their folders are read and
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class TrunkConfig(BaseModel):
+    """Widths and numbers of residual blocks of the stages; stage `i` works at `size / 2^(i+1)` pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    widths: tuple[int, ...] = (24, 64, 128, 224)
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with batch normalisation and a skip (He et al., arXiv 1512.03385): `[B, C, H, W]` in and
+    out.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(h)) + self.skip(x))
+
+
+class Trunk(nn.Module):
+    """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
+
+    They are the means of every stage, the maxima of the last, and the means of the later ones over the thing alone: where
+    it is, is read off the 8×8 stage (`where`) and taught with the renderer's masks.
+    """
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        first = config.widths[0]
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 4, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.stages = nn.ModuleList()
+        inputs = first
+        for index, (width, count) in enumerate(zip(config.widths, config.blocks, strict=True)):
+            stride = 1 if index == 0 else 2
+            blocks = [Block(inputs if n == 0 else width, width, stride if n == 0 else 1) for n in range(count)]
+            self.stages.append(nn.Sequential(*blocks))
+            inputs = width
+        self.looks = min(2, len(config.widths) - 1)
+        self.where = nn.Conv2d(config.widths[self.looks], 1, 1)
+        self.features = sum(config.widths) + config.widths[-1] + sum(config.widths[1:])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.read(pixels)[0]
+
+    def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 3, H, W]` -> features `[B, features]` and logits `[B, 1, H/8, W/8]` of where the thing is."""
+        x = self.stem(((pixels - 0.5) * 4.0).contiguous(memory_format=torch.channels_last))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        where = self.where(maps[self.looks]).float()
+        pooled = [m.mean((2, 3)) for m in maps] + [x.amax((2, 3))]
+        pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
+        return torch.cat(pooled, 1).float(), where
+
+
+def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
+    """The mean `[B, C]` of `[B, C, H, W]` with weights `[B, 1, h, w]` of another resolution."""
+    weights = F.adaptive_avg_pool2d(weights, features.shape[2:])  # pyright: ignore[reportArgumentType]
+    weights = (weights / (weights.sum((2, 3), keepdim=True) + 1e-2)).to(features.dtype)
+    return (features * weights).sum((2, 3))
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """`ValueError` unless `pixels` is a batch of pictures `[B, 3, 64, 64]` in [0, 1]."""
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, 64, 64):
+        raise ValueError(
+            f"pixels: expected [B, 3, 64, 64], got {list(pixels.shape)}; resize the pictures to 64×64 RGB first"
+        )
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels: expected floats in [0, 1], got {pixels.dtype}; divide bytes by 255")
+
+
+def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
+    """Writes `config.json` and fp16 `model.safetensors` into `folder`, each file atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: _half(tensor) for name, tensor in model.state_dict().items()}
+    temporary = folder / (WEIGHTS_FILE + ".tmp")
+    save_file(state, str(temporary), metadata={"format": "pt"})
+    temporary.chmod(0o644)
+    os.replace(temporary, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
+
+
+def load_state(model: Model, folder: Path) -> Model:
+    """Loads `model.safetensors` of `folder` strictly, as float32, frozen and in eval mode."""
+    state = load_file(str(folder / WEIGHTS_FILE))
+    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    return model.eval().requires_grad_(False)
+
+
+def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and its parsed `config.json`; `FileNotFoundError` says what is missing and how to make it."""
+    folder = Path(folder)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{name}: no {file} in {folder}; make it with `pcs toybox train {name}`")
+    return folder, json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()

@@ -1,0 +1,186 @@
+"""Pictures of scenes, with everything that is known about each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.toybox import patterns, styles
+from shared.toybox.backgrounds import PAINTERS, Canvas
+from shared.toybox.parts import SLOTS
+from shared.toybox.splat import DISTANCE, FILL, Hits, Instances, groups, instances, turned, visible
+from shared.toybox.world import Scene
+
+FAR = 2 * DISTANCE  # the depth of the background
+_CHUNK = 32
+# Backgrounds without a floor to stand on take no shadow above their horizon; on these it falls everywhere.
+_ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue studio")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """B pictures of H×W pixels.
+
+    pixels: [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], the part of each pixel that things cover;
+    thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] in radii of the thing
+    from its camera (10 in the background); position: [B, 3, H, W], object space of the thing (unit sphere, x forward,
+    y left, z up), 0 in the background.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    thing_mask: Tensor
+    depth: Tensor
+    position: Tensor
+
+
+def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Rendered:
+    """Pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU."""
+    if not scenes:
+        raise ValueError("render needs at least one scene")
+    where = torch.device(device)
+    chunks = [_chunk(list(scenes[i : i + _CHUNK]), size, where) for i in range(0, len(scenes), _CHUNK)]
+    return Rendered(*(torch.cat([getattr(c, f.name) for c in chunks]) for f in fields(Rendered)))
+
+
+@torch.no_grad()
+def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
+    fine = 2 * size
+    draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
+    numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
+    grids = torch.tensor(np.stack([d.uniform(-1, 1, (4, 8, 8)) for d in draws]), dtype=torch.float32).to(device)
+    found = instances(scenes, device)
+    hits = visible(found, groups(found, 0.02 * 64 / size, device), len(scenes), fine)
+    picture = _backgrounds(scenes, found, numbers, grids, fine)
+    picture = picture.permute(0, 2, 3, 1).reshape(-1, 3)
+    picture[hits.at] = _shade(hits, found, numbers)
+    picture = picture.view(len(scenes), fine, fine, 3).permute(0, 3, 1, 2)
+
+    def scatter(values: Tensor, fill: float = 0.0) -> Tensor:
+        """Values [M, D] of the hits as pictures [B, D, S, S]."""
+        flat = values.new_full((len(scenes) * fine * fine, values.shape[1]), fill)
+        flat[hits.at] = values
+        return flat.view(len(scenes), fine, fine, -1).permute(0, 3, 1, 2)
+
+    mask = scatter(torch.ones_like(hits.depth[:, None]))
+    which = scatter(found.which[hits.who][:, None] + 1.0)
+    depth, position = scatter(hits.depth[:, None], FAR), scatter(hits.position)
+    styled = _styled(scenes, picture, mask, depth, hits, found, scatter, numbers)
+    cover = _halved(mask)
+    first = _halved((which == 1).float())
+    thing = torch.where(cover >= 0.5, torch.where(first * 2 >= cover, 1, 2), 0)[:, 0]
+    weight = cover.clamp_min(1e-6)
+    near = torch.where(cover > 0, _halved(depth * mask) / weight, torch.full_like(cover, FAR))
+    return Rendered(
+        _halved(styled).clamp(0, 1),
+        cover,
+        thing,
+        near,
+        _halved(position) / weight,
+    )
+
+
+def _halved(picture: Tensor) -> Tensor:
+    """The mean of 2×2 pixels: [B, C, S, S] to [B, C, S / 2, S / 2]."""
+    rows = picture[..., ::2, :] + picture[..., 1::2, :]
+    return (rows[..., ::2] + rows[..., 1::2]) * 0.25
+
+
+@lru_cache(maxsize=8)
+def _stretch(points: int, size: int, device: torch.device) -> Tensor:
+    """The matrix [size, points] of a bicubic interpolation."""
+    basis = torch.eye(points)[None, None]
+    return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
+
+
+def _backgrounds(scenes: list[Scene], found: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
+    """Backgrounds [B, 3, S, S] with the shadows of the things on them."""
+    device = numbers.device
+    step = (torch.arange(fine, device=device) + 0.5) / fine
+    y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
+    elevation = torch.tensor([s.cameras[0].elevation_deg for s in scenes], device=device)
+    horizon = 0.5 + 0.1 * (numbers[:, 0] - 0.5) - 0.3 * (elevation / 60).clamp(-0.15, 1)
+    horizon = horizon.clamp_min(0.18)[:, None, None]
+    names = [s.background for s in scenes]
+    stretch = _stretch(grids.shape[-1], fine, device)
+    picture = torch.empty((len(scenes), 3, fine, fine), device=device)
+    for name in dict.fromkeys(names):
+        rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
+        noise = stretch @ grids[rows] @ stretch.T
+        picture[rows] = PAINTERS[name](Canvas(x, y, horizon[rows], numbers[rows], noise)).clamp(0, 1)
+    everywhere = torch.tensor([name in _ALL_FLOOR for name in names], device=device)[:, None, None]
+    floor = torch.where(everywhere, 1.0, ((y - horizon - 0.02) / 0.05).clamp(0, 1))
+    dark = torch.zeros((len(scenes), fine, fine), device=device)
+    shadow = _shadow(found, x, y)
+    for which in (0, 1):
+        rows = (found.which == which).nonzero()[:, 0]
+        dark[found.scene[rows]] = torch.maximum(dark[found.scene[rows]], shadow[rows])
+    return picture * (1 - (floor * dark)[:, None])
+
+
+def _shadow(found: Instances, x: Tensor, y: Tensor) -> Tensor:
+    """The contact shadows [I, S, S]: how much darker the ground under a thing is."""
+    cx, cy, scale, cos, sin = (v[:, None, None] for v in found.place.unbind(1))
+    right, up, toward = found.axes.unbind(1)
+    u, v = (x - cx) / (FILL * scale), (y - cy) / (FILL * scale)
+    u, v = u * cos + v * sin, v * cos - u * sin
+    low, length, width = (g[:, None, None] for g in found.ground.unbind(1))
+    steep = toward[:, 2, None, None].clamp_min(0.17)
+    # The point of the ground plane seen at (u, v): `right` is the same, the rest follows from the elevation.
+    ahead = (v + up[:, 2, None, None] * low) / steep
+    # Ground axes: (right_x, right_y) across, and toward the viewer that turned by -90 degrees.
+    px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
+    py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead
+    far = ((px / (1.1 * length + 0.1)) ** 2 + (py / (1.1 * width + 0.1)) ** 2).sqrt()
+    return 0.5 * (1.25 - far).clamp(0, 0.6) / 0.6
+
+
+def _shade(hits: Hits, found: Instances, numbers: Tensor) -> Tensor:
+    """The colors [M, 3] of the hits: albedo with its pattern, a light beside the camera, one above, a sheen."""
+    slots = found.colors.shape[1]
+    albedo = found.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
+    body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]
+    albedo[body] = patterns.paint(albedo[body], hits.canonical[body], hits.who[body], found.patterns)
+    u = numbers[found.scene, 40:43].index_select(0, hits.who)
+    side, height = -0.45 + 0.5 * (u[:, 0] - 0.5), 0.55 + 0.3 * (u[:, 1] - 0.5)
+    light = F.normalize(torch.stack([side, height, torch.full_like(side, 0.75)], 1), dim=1)
+    normal = turned(found.axes, hits.who, hits.normal)
+    lambert = (normal * light).sum(1).clamp_min(0)
+    above = 0.5 + 0.5 * hits.normal[:, 2]
+    strength = 0.95 + 0.14 * (u[:, 2] - 0.5)
+    shade = (0.44 + 0.14 * above + 0.52 * lambert) * strength
+    half = F.normalize(light + light.new_tensor([0.0, 0.0, 1.0]), dim=1)
+    sheen = 0.2 * (normal * half).sum(1).clamp_min(0) ** 24
+    # A little light at grazing angles keeps black things apart from dark backgrounds.
+    rim = 0.1 * (1 - normal[:, 2].clamp(0, 1)) ** 3 * above
+    return (albedo * shade[:, None] + (sheen + rim)[:, None]).clamp(0, 1)
+
+
+def _styled(
+    scenes: list[Scene],
+    picture: Tensor,
+    mask: Tensor,
+    depth: Tensor,
+    hits: Hits,
+    found: Instances,
+    scatter,
+    numbers: Tensor,
+) -> Tensor:
+    """The pictures with each scene's drawing style."""
+    names = [s.style for s in scenes]
+    if all(name == "photo" for name in names):
+        return picture
+    normal = scatter(turned(found.axes, hits.who, hits.normal))
+    picture = picture.clone()
+    for name in dict.fromkeys(names):
+        if name != "photo":
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=picture.device)
+            sheet = styles.Sheet(picture[rows], mask[rows], depth[rows], normal[rows], numbers[rows])
+            picture[rows] = styles.draw(name, sheet)
+    return picture

@@ -1,0 +1,112 @@
+"""What training never sees: subjects, faces and styles for personalization, in two splits.
+
+"development" is for working, "reporting" for the numbers at the end. Every subject comes with distractors: other
+things of the same class and palette from which only its pattern, or its identity, tells it apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from shared.toybox.patterns import accents, pattern
+from shared.toybox.world import BACKGROUNDS, CLASSES, COLORS, SEEDS, Camera, Scene, Thing, identity_of
+
+DISTRACTORS = 8
+_STYLES = {
+    "development": ("blueprint", "halftone", "stained glass", "thermal"),
+    "reporting": ("duotone", "mosaic", "woodcut", "crosshatch"),
+}
+_PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "purple"))  # of the faces
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out subject: its name, the thing, and the things it must not be mistaken for."""
+
+    name: str
+    thing: Thing
+    distractors: tuple[Thing, ...]
+
+
+def _check(split: str) -> None:
+    if split not in _STYLES:
+        raise ValueError(f"no held-out split {split!r}; choose from {', '.join(_STYLES)}")
+
+
+def styles(split: str) -> tuple[str, ...]:
+    """The drawing styles that only this split uses."""
+    _check(split)
+    return _STYLES[split]
+
+
+def _differ(a: Thing, b: Thing) -> bool:
+    """Whether two patterned things of one class and palette are clearly told apart."""
+    assert a.pattern_seed is not None and b.pattern_seed is not None
+    first, second = pattern(a.pattern_seed), pattern(b.pattern_seed)
+    gap = float(np.abs(np.subtract(accents(a)[0], accents(b)[0])).sum())
+    return gap > (0.35 if first.kind != second.kind else 0.8)
+
+
+def _faces_differ(a: Thing, b: Thing) -> bool:
+    return float(np.linalg.norm(np.subtract(a.identity, b.identity))) > 2.0  # type: ignore[arg-type]
+
+
+def _gather(thing: Thing, candidates: list[Thing], differ: Callable[[Thing, Thing], bool]) -> tuple[Thing, ...]:
+    """The first DISTRACTORS candidates that differ from the thing and from each other."""
+    chosen: list[Thing] = []
+    for other in candidates:
+        if all(differ(other, known) for known in (thing, *chosen)):
+            chosen.append(other)
+        if len(chosen) == DISTRACTORS:
+            return tuple(chosen)
+    raise AssertionError(f"too few distractors for {thing}")
+
+
+@lru_cache(maxsize=2)
+def subjects(split: str) -> tuple[HeldOut, ...]:
+    """The 12 subjects of a split, one of each class but the face."""
+    _check(split)
+    rng = np.random.default_rng([SEEDS[split].start, 1])
+    found = []
+    for index, name in enumerate(c for c in CLASSES if c != "face"):
+        main = COLORS[(index * 3 + int(rng.integers(2))) % len(COLORS)]
+        second = [c for c in COLORS if c != main][int(rng.integers(len(COLORS) - 1))]
+        first = SEEDS[split].start + 500 * index
+        things = [Thing(name, main, second, seed) for seed in range(first, first + 500)]
+        found.append(HeldOut(f"{split}-{name}", things[0], _gather(things[0], things[1:], _differ)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=2)
+def faces(split: str) -> tuple[HeldOut, ...]:
+    """The held-out identities of a split; the distractors have the same hair and shirt colors."""
+    _check(split)
+    found = []
+    for index, (hair, shirt) in enumerate(_PALETTES):
+        first = SEEDS[split].start + 8000 + 500 * index
+        things = [Thing("face", hair, shirt, identity=identity_of(seed)) for seed in range(first, first + 500)]
+        found.append(HeldOut(f"{split}-face-{index}", things[0], _gather(things[0], things[1:], _faces_differ)))
+    return tuple(found)
+
+
+def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
+    """n photos of a thing as a person would take them: near the middle, from several sides, in several places.
+
+    The views go round (front, left, behind, right, above, between), the backgrounds do not repeat before all were used.
+    """
+    rng = np.random.default_rng([seed, SEEDS[split].start, 9])
+    order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
+    turn = float(rng.uniform(-15, 15))
+    scenes = []
+    for i in range(n):
+        azimuth = (20, 95, 180, -95, 35, -40)[i % 6] + turn + float(rng.uniform(-12, 12))
+        elevation = rng.uniform(55, 65) if i % 6 == 4 else rng.uniform(8, 25)
+        rest = rng.normal(0, 2), rng.normal(0, 0.03), rng.normal(0.03, 0.02), rng.uniform(0.82, 1.0)
+        camera = Camera(*(round(float(v), 3) for v in ((azimuth + 180) % 360 - 180, elevation, *rest)))
+        background, number = order[i % len(order)], int(rng.integers(2**31))
+        scenes.append(Scene((replace(thing, accessory="none"),), background, (camera,), "photo", number))
+    return scenes

@@ -1,0 +1,169 @@
+"""The toybox's networks and their sizes: stock diffusers and transformers classes throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from shared.toybox.tokenizer import MAX_LENGTH
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+S = TypeVar("S")
+
+LATENT_CHANNELS = 4
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class VaeSize:
+    """``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, 4, S / 2^(levels - 1), …]."""
+
+    channels: tuple[int, ...] = (16, 32, 64)
+    layers_per_block: int = 1
+    groups: int = 8
+    sample_size: int = 64
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """``CLIPTextModel``: 32 tokens to [B, 32, hidden]."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class UnetSize:
+    """``UNet2DConditionModel`` on latents [B, 4, 16, 16]; attention at every level but the first."""
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    layers_per_block: int = 1
+    heads: int = 4
+    groups: int = 16
+    sample_size: int = 16
+
+
+def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
+    """A freshly initialised autoencoder; its ``scaling_factor`` is measured after training."""
+    from diffusers import AutoencoderKL
+
+    levels = len(size.channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=size.channels,  # pyright: ignore[reportArgumentType]
+        layers_per_block=size.layers_per_block,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=size.groups,
+        sample_size=size.sample_size,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTextModel:
+    """A freshly initialised text model for ``tokenizer``.
+
+    Its end-of-text id is the tokenizer's: with transformers' legacy value 2 the pooled output would be read at the
+    highest id, which is wrong as soon as a token is added.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=4 * size.hidden,
+        projection_dim=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,  # pyright: ignore[reportArgumentType]
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionModel:
+    """A freshly initialised U-Net that reads text states of ``context`` channels."""
+    from diffusers import UNet2DConditionModel
+
+    deeper = len(size.channels) - 1
+    return UNet2DConditionModel(
+        sample_size=size.sample_size,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
+        up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
+        block_out_channels=size.channels,
+        layers_per_block=size.layers_per_block,
+        cross_attention_dim=context,
+        attention_head_dim=size.heads,  # diffusers' name for the number of heads in SD 1.x-style configurations
+        norm_num_groups=size.groups,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Cosine noise, v-prediction, sampling from pure noise ("trailing").
+
+    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so a
+    picture's overall tone is not given away by the noise; v: Salimans and Ho, arXiv 2202.00512.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,  # unused by "trailing"; diffusers asks for it
+        set_alpha_to_one=True,
+    )
+
+
+class Denoiser(nn.Module):
+    """Text model and U-Net as one module: what is trained along, averaged and saved together."""
+
+    def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Predicts v.
+
+        Args:
+            noisy: scaled latents [B, 4, H, W]
+            t: timesteps [B] in [0, 1000)
+            ids: token ids [B, L]
+
+        Returns:
+            [B, 4, H, W]
+        """
+        context: Any = self.text_encoder(input_ids=ids)
+        return self.unet(noisy, t, encoder_hidden_states=context.last_hidden_state).sample
+
+
+def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = None) -> Denoiser:
+    """A freshly initialised text model and U-Net.
+
+    Args:
+        tokenizer: gives the number of token embeddings
+        sizes: ``{"text": …, "unet": …}``, each the fields of ``TextSize`` or ``UnetSize``; the shipped sizes where None
+    """
+    text, unet = size_from(TextSize, (sizes or {}).get("text")), size_from(UnetSize, (sizes or {}).get("unet"))
+    return Denoiser(build_text(tokenizer, text), build_unet(text.hidden, unet))
+
+
+def size_from(kind: type[S], fields: Mapping[str, Any] | None) -> S:
+    """A size from JSON data (lists become tuples); the default size where None."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in (fields or {}).items()})

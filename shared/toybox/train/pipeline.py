@@ -1,0 +1,114 @@
+"""Every stage of making the toybox's weights, in order, each resumable: `pcs toybox train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+STAGES = ("data", "vae", "unet", "recognizer", "identity", "clip", "assemble")
+#: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
+VAE_STEPS, UNET_STEPS, IDENTITY_GROUPS = 12_000, 16_000, 1_500
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run: where its files lie and what it may spend."""
+
+    folder: Path
+    pictures: int
+    minutes: float | None
+    device: str
+    threads: int
+    seed: int
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+
+def run(
+    stages: Sequence[str], folder: Path, pictures: int, minutes: float | None, device: str, threads: int, seed: int
+) -> None:
+    """Do the stages, in order. Each prints what it made and goes on from where an earlier call stopped."""
+    work = Work(folder, pictures, minutes, device, threads, seed)
+    for stage in STAGES:
+        if stage in stages:
+            print(f"{stage}: {_STAGES[stage](work)}", flush=True)
+
+
+def _data(work: Work) -> str:
+    from shared.toybox import dataset
+    from shared.toybox.evaluators.data import build_identity
+
+    dataset.build(work.data, work.pictures, work.seed, work.threads)
+    build_identity(work.folder / "identity", groups=IDENTITY_GROUPS, seed=work.seed)
+    return f"{work.pictures} pictures in {work.data}"
+
+
+def _vae(work: Work) -> str:
+    from shared.toybox.train.vae import train_vae
+
+    if (work.run / "vae" / "config.json").is_file() and not (work.run / "vae.safetensors").is_file():
+        return f"{work.run / 'vae'} is adopted from the shipped weights and stays"
+
+    steps = VAE_STEPS if work.minutes is None else None
+    return str(
+        train_vae(work.data, work.run, steps=steps, minutes=work.minutes, threads=work.threads, device=work.device)
+    )
+
+
+def _unet(work: Work) -> str:
+    from shared.toybox.train.adopt import adopt
+    from shared.toybox.train.unet import train_unet
+
+    if adopt(work.run):
+        print("unet: goes on from the shipped weights", flush=True)
+
+    steps = UNET_STEPS if work.minutes is None else None
+    decay = 0.2 if work.minutes is None else 0.0
+    made = train_unet(
+        work.data, work.run, steps=steps, minutes=work.minutes, decay=decay, threads=work.threads, device=work.device
+    )
+    return str(made)
+
+
+def _evaluator(name: str) -> Callable[[Work], str]:
+    def train(work: Work) -> str:
+        from shared.toybox.evaluators.data import reconstruct
+        from shared.toybox.evaluators.train import TRAININGS
+        from shared.toybox.evaluators.trunk import WEIGHTS
+
+        source = work.folder / "identity" if name == "identity" else work.data
+        through = source / "reconstructions.npy"
+        if not through.is_file() and (work.run / "vae" / "config.json").is_file():
+            rows = min(16_000, work.pictures)
+            reconstruct(source, work.run / "vae", through, rows)
+        fit, settings = TRAININGS[name]
+        settings = replace(settings, seed=work.seed, threads=work.threads, device=work.device, minutes=work.minutes)
+        target = WEIGHTS / name
+        fit(source, target, work.folder / "evaluators" / name, settings, True, through if through.is_file() else None)
+        return str(target)
+
+    return train
+
+
+def _assemble(work: Work) -> str:
+    from shared.toybox.weights import assemble
+
+    return str(assemble(work.run))
+
+
+_STAGES: dict[str, Callable[[Work], str]] = {
+    "data": _data,
+    "vae": _vae,
+    "unet": _unet,
+    "recognizer": _evaluator("recognizer"),
+    "identity": _evaluator("identity"),
+    "clip": _evaluator("clip"),
+    "assemble": _assemble,
+}

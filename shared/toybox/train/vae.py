@@ -1,0 +1,273 @@
+"""The autoencoder: 64×64 pictures to latents of 16×16×4, and the cache of those latents.
+
+Trained on random crops first (cheap, and convolutions do not care) and on full pictures at the end, with L1 and
+squared errors of pixels, L1 of their differences, and a tiny KL. When the budget ends, the averaged weights are
+*normalised*: each latent channel is shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean
+and a common spread, whose inverse is the ``scaling_factor``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.toybox import weights
+from shared.toybox.train import common, models
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+HELD_OUT = 256
+"""Pictures at the data's end that the autoencoder never trains on: its PSNR is measured there."""
+
+FULL_PICTURE_SHARE = 0.3
+"""The last part of the budget that trains on full pictures instead of crops."""
+
+
+class Pictures(Protocol):
+    """What the trainings read of a data set (``shared.toybox.dataset.load`` gives it)."""
+
+    @property
+    def captions(self) -> Sequence[Sequence[str]]:
+        """N times V captions."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, index: Any) -> np.ndarray:
+        """The pictures of an index (integers or a slice) as uint8 [n, S, S, 3]."""
+        ...
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """Settings of the autoencoder's training; ``crop`` is in pixels, ``lr`` AdamW's peak rate."""
+
+    size: models.VaeSize = field(default_factory=models.VaeSize)
+    batch: int = 32
+    crop: int = 32
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    square_weight: float = 2.0
+    gradient_weight: float = 0.5
+    kl_weight: float = 1e-5
+    clip: float = 1.0
+    ema: float = 0.998
+    seed: int = 0
+    bf16: bool = True
+    save_minutes: float = 3.0
+    log_every: int = 50
+
+
+def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+
+
+def crops(pictures: Pictures, among: int, count: int, crop: int, generator: torch.Generator) -> Tensor:
+    """Random square crops of random pictures.
+
+    Args:
+        pictures: of size S
+        among: only the first so many are used
+        count: number of crops
+        crop: their side in pixels, at most S
+
+    Returns:
+        float [count, 3, crop, crop] in [-1, 1]
+    """
+    whole = pictures.pixels(torch.randint(among, (count,), generator=generator).numpy())
+    place = torch.randint(whole.shape[1] - crop + 1, (count, 2), generator=generator).tolist()
+    return to_signed(np.stack([x[i : i + crop, j : j + crop] for x, (i, j) in zip(whole, place, strict=True)]))
+
+
+def loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
+    """L1 and squares of pixels [B, 3, H, W], L1 of their differences, KL per latent element.
+
+    Args:
+        noise: [B, 4, h, w], standard normal, for the posterior's sample
+
+    Returns:
+        the loss and its parts
+    """
+    posterior: Any = vae.encode(x, return_dict=True).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    decoded: Any = vae.decode(posterior.mean + posterior.std * noise, return_dict=True)
+    y = decoded.sample.float()
+    error = y - x
+    pixel = error.abs().mean()
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    total = pixel + settings.square_weight * error.square().mean()
+    total = total + settings.gradient_weight * gradient + settings.kl_weight * kl
+    parts = {"l1": float(pixel.detach()), "psnr_batch": psnr_db(error.detach()), "kl": float(kl.detach())}
+    return total, parts
+
+
+def psnr_db(error: Tensor) -> float:
+    """Peak signal-to-noise ratio of differences of pictures in [-1, 1], in dB (mean over all elements first)."""
+    return float(10 * torch.log10(4.0 / error.double().square().mean()))
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
+    """The autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, outputs clipped."""
+    device = next(vae.parameters()).device
+    squares = 0.0
+    for start in range(0, len(pixels), batch):
+        x = to_signed(pixels[start : start + batch]).to(device)
+        latents: Any = vae.encode(x, return_dict=True)
+        decoded: Any = vae.decode(latents.latent_dist.mean, return_dict=True)
+        squares += float((decoded.sample.clamp(-1, 1) - x).double().square().sum())
+    return float(10 * np.log10(4.0 * pixels.size / max(squares, 1e-12)))
+
+
+class VaeRun:
+    """A training under way: the network, its average, the optimizer and the step they are at."""
+
+    def __init__(self, settings: VaeTraining, out: Path, device: torch.device, resume: bool) -> None:
+        self.settings, self.path, self.device, self.step = settings, out / weights.VAE_CHECKPOINT, device, 0
+        torch.manual_seed(settings.seed)
+        size = settings.size
+        tree, facts = common.load_checkpoint(self.path) if resume and self.path.is_file() else ({}, {})
+        if tree:
+            size, self.step = models.size_from(models.VaeSize, facts["size"]), int(facts["step"])
+        self.size = size
+        self.vae = models.build_vae(size).to(device)  # pyright: ignore[reportArgumentType]
+        self.ema = common.Ema(self.vae, settings.ema)
+        groups = common.parameter_groups(self.vae, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+        if tree:
+            self.vae.load_state_dict(tree["model"])
+            self.ema.load(tree["ema"])
+            common.restore_optimizer(self.optimizer, tree["optimizer"])
+
+    def save(self) -> None:
+        state = {"model": self.vae.state_dict(), "ema": self.ema.shadow}
+        tensors = {**state, "optimizer": common.optimizer_tensors(self.optimizer)}
+        common.save_checkpoint(self.path, tensors, {"step": self.step, "size": asdict(self.size)})
+
+    def update(self, pictures: Pictures, among: int, crop: int, count: int, factor: float) -> dict[str, float]:
+        """One step on ``count`` crops with the learning rate's ``factor``."""
+        settings, generator = self.settings, common.step_generator(self.settings.seed, self.step)
+        x = crops(pictures, among, count, crop, generator).to(self.device)
+        grid = crop // 2 ** (len(self.size.channels) - 1)
+        noise = torch.randn(count, models.LATENT_CHANNELS, grid, grid, generator=generator).to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        with common.amp(self.device, settings.bf16):
+            total, parts = loss(self.vae, x, noise, settings)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.vae, self.step)
+        self.step += 1
+        return {**parts, "norm": float(norm)}
+
+
+def train_vae(
+    data: Path,
+    out: Path,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    decay: float = 0.3,
+    resume: bool = True,
+    threads: int | None = None,
+    device: str | None = None,
+    settings: VaeTraining = VaeTraining(),
+) -> Path:
+    """Trains the autoencoder and writes its normalised average to ``out/vae``.
+
+    Args:
+        data: a data set's folder
+        out: the run's folder (checkpoint, log and result)
+        steps: ends the training at this step of the run, or
+        minutes: ends it after this time of this session
+        decay: the last fraction of the budget, over which the learning rate falls to 0
+        resume: go on from ``out``'s checkpoint where there is one
+        threads: of torch on a CPU
+        device: as torch names it; the GPU if there is one where None
+
+    Returns:
+        the folder of the finished autoencoder
+    """
+    from shared.toybox import dataset
+
+    common.set_threads(threads)
+    budget = common.Budget(steps=steps, minutes=minutes, decay=decay, warmup=100)
+    run = VaeRun(settings, out, common.pick_device(device), resume)
+    pictures = dataset.load(data)
+    fit(run, pictures, budget, common.Log(out / "vae_log.jsonl"))
+    return finish(run, pictures, out)
+
+
+def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:
+    """The loop: crops, then full pictures of the same number of pixels a step; checkpoints by the clock."""
+    settings, started = run.settings, time.time()
+    among, side = _train_count(pictures), pictures.pixels([0]).shape[1]
+    saved = started
+    while (spent := budget.progress(run.step, time.time() - started)) < 1:
+        full = spent >= 1 - FULL_PICTURE_SHARE
+        crop = side if full else min(settings.crop, side)
+        count = max(1, settings.batch * settings.crop**2 // crop**2)
+        parts = run.update(pictures, among, crop, count, budget.rate(run.step, time.time() - started))
+        if run.step % settings.log_every == 0:
+            log.write(step=run.step, crop=crop, **{k: round(v, 5) for k, v in parts.items()})
+        if time.time() - saved > settings.save_minutes * common.SECONDS_PER_MINUTE:
+            run.save()
+            saved = time.time()
+    run.save()
+
+
+def _train_count(pictures: Pictures) -> int:
+    n = len(pictures)
+    return n - min(HELD_OUT, n // 10)
+
+
+@torch.no_grad()
+def finish(run: VaeRun, pictures: Pictures, out: Path) -> Path:
+    """Normalises the averaged autoencoder, measures it on held-out pictures and writes ``out/vae``."""
+    vae = models.build_vae(run.size).to(run.device).eval()  # pyright: ignore[reportArgumentType]
+    vae.load_state_dict(run.vae.state_dict())
+    run.ema.copy_to(vae)
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(_train_count(pictures), min(2048, _train_count(pictures)), replace=False))
+    normalise(vae, pictures.pixels(chosen))
+    decibels = psnr(vae, pictures.pixels(slice(_train_count(pictures), None)))
+    common.Log(out / "vae_log.jsonl").write(step=run.step, psnr=decibels, scaling_factor=vae.config["scaling_factor"])
+    folder = out / weights.VAE_FOLDER
+    vae.save_pretrained(str(folder))
+    return folder
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
+    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``; pictures stay the same.
+
+    Folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
+    """
+    device = next(vae.parameters()).device
+    parts = [to_signed(pixels[i : i + batch]).to(device) for i in range(0, len(pixels), batch)]
+    means: list[Any] = [vae.encode(x, return_dict=True) for x in parts]
+    latents = torch.cat([m.latent_dist.mean for m in means]).double()
+    shift, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    common_spread = spread.square().mean().sqrt()
+    scale = spread / common_spread  # old = new * scale + shift
+    c, before, after = models.LATENT_CHANNELS, vae.quant_conv, vae.post_quant_conv
+    assert before is not None and after is not None and before.bias is not None and after.bias is not None
+    after.bias += (after.weight[:, :, 0, 0].double() @ shift).float()
+    after.weight *= scale.float()[None, :, None, None]
+    before.weight[:c] /= scale.float()[:, None, None, None]
+    before.bias[:c] = ((before.bias[:c].double() - shift) / scale).float()
+    before.bias[c:] -= 2 * scale.log().float()
+    vae.register_to_config(scaling_factor=round(float(1 / common_spread), 5))

@@ -1,0 +1,1 @@
+"""One loop for tuning and distillation; what it needs to log, save and resume."""

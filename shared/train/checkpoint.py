@@ -1,0 +1,72 @@
+"""Training state on disk: written beside, then renamed, so that a kill at any moment leaves the last good one whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a run needs to go on."""
+
+    phase: int
+    step: int  # steps done in this phase
+    learned: Mapping[str, Tensor] = field(default_factory=dict)  # tokens and adapters
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
+    info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
+
+
+def save(folder: Path, state: State) -> Path:
+    """Write `checkpoint-PP-SSSSSSS` and drop the older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{PREFIX}{state.phase:02d}-{state.step:07d}"
+    while target.exists():  # the same step again: beside it, for it is whole until the new one is
+        target = target.with_name(target.name + "x")
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in ("learned", "optimizer", "best"):
+        tensors = dict(getattr(state, name))
+        if tensors:
+            save_file(tensors, temporary / f"{name}.safetensors")
+    files = sorted(f.name for f in temporary.iterdir())
+    meta = {"phase": state.phase, "step": state.step, "files": files, **state.info}
+    (temporary / "state.json").write_text(json.dumps(meta, indent=1))
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    os.rename(temporary, target)
+    for old in folder.glob(f"{PREFIX}*"):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    for stale in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return target
+
+
+def load(folder: Path) -> State | None:
+    """The newest whole checkpoint, or None. ValueError when one is there and cannot be read."""
+    found = sorted(folder.glob(f"{PREFIX}*"))
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        info = json.loads((path / "state.json").read_text())
+        tensors = {Path(name).stem: load_file(path / name) for name in info.pop("files")}
+        return State(phase=int(info.pop("phase")), step=int(info.pop("step")), info=info, **tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        what = str(error) or type(error).__name__
+        raise ValueError(f"checkpoint {path} is damaged ({what}); delete it to start anew") from None

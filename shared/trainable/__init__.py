@@ -1,0 +1,13 @@
+"""Where parameters appear or wake. A new part is one file and one line in the union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.trainable.base import Woken
+from shared.trainable.lora import Lora
+from shared.trainable.tokens import Tokens
+
+Trainable = Annotated[Lora | Tokens, Field(discriminator="kind")]
+
+__all__ = ["Lora", "Tokens", "Trainable", "Woken"]

@@ -1,0 +1,34 @@
+"""Waking the rows of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.backbones.protocol import Backbone
+from shared.config import Part
+from shared.trainable.base import Woken
+
+
+class Tokens(Part):
+    """Train what the concept's modifier learns: its token rows. Every other row stays what it was, bit for bit,
+    because the new rows never enter the table."""
+
+    kind: Literal["tokens"] = "tokens"
+    lr: Annotated[float, Field(gt=0)] = 5e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> Woken:
+        """`name` is ignored: the tokens of every attached concept that has some which are not loaded are woken.
+
+        Raises ValueError when no concept in training has anything to learn in its name.
+        """
+        parameters = [p for naming in backbone.namings.values() if not naming.frozen for p in naming.parameters()]
+        if not parameters:
+            raise ValueError(
+                f"trainable.{slot} trains tokens, but the modifier learns none; use modifier.kind=learnable_token"
+            )
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return Woken(slot, parameters, self.lr, self.weight_decay, touches_text=True)

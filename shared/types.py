@@ -1,0 +1,212 @@
+"""The objects that pass between the parts of the suite: frozen dataclasses, shapes in comments.
+
+Legend: B batch, C channels, H and W pixels, h and w latent cells, L text tokens, D width of the text context, F frames.
+Pixels are float32 in [-1, 1] unless a name says otherwise; masks are float32 in [0, 1]; `t` is the model's own training
+time, in [0, 1000): for epsilon and v models a timestep, for flow matching 1000 * sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shared.backbones.protocol import Backbone
+
+Role = Literal["instance", "prior"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the user gives: pictures of one thing, and what kind of thing it is."""
+
+    images: tuple[Path, ...]  # files; a folder is listed by `shared.io.pictures.list_pictures`
+    class_noun: str = ""  # "mug"; empty where the concept has none (a style)
+    captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture
+    masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture on its way into a batch."""
+
+    pixels: Tensor  # [3, H, W] in [-1, 1]
+    caption: str  # may hold {concept}, {class_noun} or <name>; resolved by the prompt part
+    owner: str  # the subject it belongs to
+    role: Role = "instance"
+    mask: Tensor | None = None  # [1, H, W] in [0, 1]: where the subject is
+    valid: Tensor | None = None  # [1, H, W] in [0, 1]: where the picture is real (not padding)
+    source: str = ""  # the file or the recipe it came from; key of caches
+    user_caption: bool = False  # True: the caption is the user's own, templates do not replace it
+
+    def with_(self, **changes: Any) -> Example:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are trained on together. `latents` may come from a cache; `pixels` is None then."""
+
+    captions: tuple[str, ...]  # B, fully expanded
+    owner: tuple[str, ...]  # B
+    role: tuple[Role, ...]  # B
+    latents: Tensor  # [B, C, h, w]
+    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]; 1 where nothing is masked
+    valid: Tensor | None = None  # [B, 1, h, w]
+    pixels: Tensor | None = None  # [B, 3, H, W]
+
+    @property
+    def size(self) -> int:
+        return len(self.captions)
+
+    def rows(self, role: Role) -> Tensor:
+        """Boolean [B] on the CPU: which rows have this role."""
+        return torch.tensor([r == role for r in self.role])
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """One further stream of K/V next to the text (IP-Adapter and kin)."""
+
+    tokens: Tensor  # [B, N, D]
+    scale: float = 1.0
+    region: Tensor | None = None  # [B, 1, h, w] in [0, 1]
+
+
+@dataclass(frozen=True)
+class SiteContext:
+    """Text context of one attention site, K and V apart (P+, NeTI, Perfusion)."""
+
+    key: Tensor  # [B, L, D]
+    value: Tensor  # [B, L, D]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told besides the noisy picture and the time."""
+
+    context: Tensor | Mapping[str, SiteContext]  # [B, L, D], or one per site name (see `Backbone.sites`)
+    pooled: Tensor | None = None  # [B, P]: FLUX and SDXL
+    image_tokens: tuple[ImageTokens, ...] = ()
+    token_positions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> bool [B, L]
+    size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
+    regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply `fn` to every tensor whose first axis is the batch (to, repeat, index)."""
+        if isinstance(self.context, Tensor):
+            context: Tensor | Mapping[str, SiteContext] = fn(self.context)
+        else:
+            context = {k: SiteContext(fn(v.key), fn(v.value)) for k, v in self.context.items()}
+        return Conditioning(
+            context=context,
+            pooled=None if self.pooled is None else fn(self.pooled),
+            image_tokens=tuple(
+                ImageTokens(fn(i.tokens), i.scale, None if i.region is None else fn(i.region))
+                for i in self.image_tokens
+            ),
+            token_positions={k: fn(v) for k, v in self.token_positions.items()},
+            size_ids=None if self.size_ids is None else fn(self.size_ids),
+            regions={k: fn(v) for k, v in self.regions.items()},
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Stack along the batch, as classifier-free guidance does.
+
+        Raises ValueError when the parts do not carry the same streams.
+        """
+        first = parts[0]
+        sites = [set() if isinstance(p.context, Tensor) else set(p.context) for p in parts]
+        if any(s for s in sites) and any(s != sites[0] for s in sites):
+            parts = [p.per_site(sorted(set().union(*sites))) for p in parts]
+            first = parts[0]
+        if isinstance(first.context, Tensor):
+            context: Any = torch.cat([p.context for p in parts])  # type: ignore[misc]
+        else:
+            context = {
+                k: SiteContext(
+                    torch.cat([p.context[k].key for p in parts]),  # type: ignore[index]
+                    torch.cat([p.context[k].value for p in parts]),  # type: ignore[index]
+                )
+                for k in first.context
+            }
+        for name in ("image_tokens", "regions"):
+            if len({len(getattr(p, name)) for p in parts}) > 1:
+                raise ValueError(f"cannot batch conditionings with different {name}")
+        tokens = tuple(
+            ImageTokens(
+                torch.cat([p.image_tokens[i].tokens for p in parts]),
+                stream.scale,
+                _cat([p.image_tokens[i].region for p in parts]),
+            )
+            for i, stream in enumerate(first.image_tokens)
+        )
+        return Conditioning(
+            context=context,
+            pooled=_cat([p.pooled for p in parts]),
+            image_tokens=tokens,
+            token_positions=_cat_positions(parts),
+            size_ids=_cat([p.size_ids for p in parts]),
+            regions={k: torch.cat([p.regions[k] for p in parts]) for k in first.regions},
+        )
+
+    def per_site(self, sites: Sequence[str]) -> Conditioning:
+        """The same conditioning with its one context written out for each site."""
+        if not isinstance(self.context, Tensor):
+            return self
+        return replace(self, context={s: SiteContext(self.context, self.context) for s in sites})
+
+    @property
+    def batch_size(self) -> int:
+        context = self.context if isinstance(self.context, Tensor) else next(iter(self.context.values())).key
+        return context.shape[0]
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    if all(t is None for t in tensors):
+        return None
+    if any(t is None for t in tensors):
+        raise ValueError("cannot batch conditionings of which only some carry this stream")
+    return torch.cat([t for t in tensors if t is not None])
+
+
+def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
+    names = {n for p in parts for n in p.token_positions}
+    out = {}
+    for name in sorted(names):
+        like = next(p.token_positions[name] for p in parts if name in p.token_positions)
+        rows = [
+            p.token_positions.get(name, torch.zeros(p.batch_size, like.shape[1], dtype=torch.bool, device=like.device))
+            for p in parts
+        ]
+        out[name] = torch.cat(rows)
+    return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step as penalties see it. `needs` are filled lazily by the loop: read them through the properties."""
+
+    index: int
+    batch: Batch
+    backbone: Backbone
+    conditioning: Conditioning
+    noise: Tensor  # [B, C, h, w]
+    t: Tensor  # [B]
+    x_t: Tensor  # [B, C, h, w]
+    prediction: Tensor  # [B, C, h, w], in the backbone's own parametrisation
+    target: Tensor  # [B, C, h, w]
+    lazy: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def need(self, name: str) -> Tensor:
+        """A declared need ("base_prediction", "attention_maps", …), computed once."""
+        if name not in self.lazy:
+            raise AssertionError(f"the part did not declare the need {name!r}; it has {sorted(self.lazy)}")
+        return self.lazy[name]()

@@ -1,0 +1,132 @@
+"""Where a training step's time goes, and what the caches gain: ratios measured in one run.
+
+    python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
+
+Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
+the suite against a plain loop without caches, taken in turns so that a machine whose speed drifts does not favour either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcs_image.runner import Runner
+from shared.backbones import load_backbone
+from shared.io.subjects import read_subject
+from shared.recipes import load
+from shared.toybox.album import write_album
+from shared.train.optim import Optimizers
+from shared.train.session import Session
+from shared.train.tune import Tune
+
+SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer")
+
+
+class Clock:
+    """Seconds by name; nested blocks count once, for the inner one."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(SHOWN, 0.0)
+        self.inner = 0.0
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        outer, self.inner, start = self.inner, 0.0, time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] += spent - self.inner
+            self.inner = outer + spent
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        plain: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.of(name):
+                return plain(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[Session, Tune, Optimizers]:
+    """A session at the point where its first phase would start stepping."""
+    settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
+    settings += [f"backbone={backbone}"] if backbone else []
+    resolved = load(
+        recipe, [*settings, "sources.class_pictures.num_images=16"] if recipe == "dreambooth_lora" else settings
+    )
+    model = load_backbone(backbone)
+    subject = read_subject(folder, "duck")
+    session = Session(
+        model, resolved, {"bench": subject}, folder / "work", folder / "cache",
+        generate=Runner(model)._class_pictures(resolved), tensorboard=False,
+    )  # fmt: skip
+    session._attach_names()
+    _, phase = session.phases[-1]
+    woken = session._wake(phase)
+    task = Tune(model, phase, session.examples(phase), session.class_nouns, session.run_name, woken)
+    return session, task, Optimizers({"main": woken}, phase.train.optimizer, session.accelerator)
+
+
+def step(session: Session, task: Tune, optimizers: Optimizers, index: int, clock: Clock | None = None) -> None:
+    quiet = clock or Clock()
+    update = next(iter(task.updates(index, 0)))
+    with quiet.of("backward"):
+        session.accelerator.backward(update.loss)
+    with quiet.of("optimizer"):
+        optimizers.step("main", session.accelerator, index)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="dreambooth_lora")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--backbone")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "photos"
+        write_album("development-duck", folder)
+        cached = prepare(given.recipe, given.backbone, folder, cache=True)
+        plain = prepare(given.recipe, given.backbone, folder, cache=False)
+        rates: dict[str, list[float]] = {"suite": [], "plain": []}
+        for index in range(3):  # caches fill, kernels warm up
+            step(*cached, index)
+            step(*plain, index)
+        rounds = max(2, given.steps // 10)
+        for turn in range(rounds):
+            for name, run in (("suite", cached), ("plain", plain)):
+                start = time.perf_counter()
+                for index in range(5):
+                    step(*run, 3 + turn * 5 + index)
+                rates[name].append(5 / (time.perf_counter() - start))
+        clock = Clock()
+        session, task, optimizers = cached
+        clock.wrap(task.data, "batch", "data")
+        clock.wrap(task.backbone, "latent_moments", "autoencoder")
+        clock.wrap(task, "encode", "text encoder")
+        clock.wrap(task.backbone, "predict", "denoiser")
+        for index in range(given.steps):
+            step(session, task, optimizers, 100 + index, clock)
+    total = sum(clock.seconds.values())
+    print(f"{given.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:")
+    for name in SHOWN:
+        print(f"  {name:13} {clock.seconds[name] / given.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
+    suite, loop = statistics.median(rates["suite"]), statistics.median(rates["plain"])
+    ratios = [a / b for a, b in zip(rates["suite"], rates["plain"], strict=True)]
+    print(
+        f"steps per second: {suite:.2f} with caches, {loop:.2f} without: {statistics.median(ratios):.2f} times as fast"
+    )
+
+
+if __name__ == "__main__":
+    main()

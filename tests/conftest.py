@@ -1,0 +1,198 @@
+"""Tiny random pipelines of the real diffusers classes, built locally: nothing is downloaded.
+
+`make_tiny_*` are factories (session scope) that return a fresh pipeline at every call, with the same weights for the
+same `seed`; `tiny_*` are one fresh pipeline per test. Pictures are 32×32, latents 4×8×8.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+#: Words that are one token each in the tiny tokenizers; other text falls into letters.
+WORDS = (
+    *("a", "an", "the", "of", "in", "on", "at", "with", "and", "photo", "picture", "painting", "mug", "dog", "cat"),
+    *("toy", "person", "style", "red", "green", "blue", "yellow", "beach", "forest", "snow", "street", "sks", "ohwx"),
+    *("zwx", "front", "side", "back", "above", "bad", "blurry", "teapot"),
+)
+
+
+def build_clip_tokenizer() -> Any:
+    """A real CLIPTokenizer of a few hundred symbols, 32 tokens per prompt."""
+    from shared.toybox.tokenizer import build
+
+    return build(WORDS)
+
+
+def build_t5_tokenizer(max_length: int = 48) -> Any:
+    """A real (Unigram) T5 tokenizer with the same words."""
+    from transformers import T5TokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>-_0123456789,.'!?{}"
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocab += [(c, -9.0) for c in letters] + [("▁" + w, -1.0) for w in WORDS]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=max_length)
+
+
+def build_clip(tokenizer: Any, width: int = 16) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def build_vae(**changes: Any) -> Any:
+    """An AutoencoderKL that shrinks by 4: 32×32×3 to 8×8×4."""
+    from diffusers import AutoencoderKL
+
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKL(**{**config, **changes}).eval()
+
+
+def build_sd(seed: int = 0, *, prediction_type: str = "epsilon", linear: bool = False) -> Any:
+    """A fresh StableDiffusionPipeline with random weights; `linear` as in SD 2.x (linear projections, more heads)."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    tokenizer = build_clip_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4, 4) if linear else 2,
+            use_linear_projection=linear,
+            norm_num_groups=4,
+        ).eval()
+        text_encoder, vae = build_clip(tokenizer), build_vae()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_sd_v(seed: int = 0) -> Any:
+    """As SD 2.x: v-prediction and linear projections."""
+    return build_sd(seed, prediction_type="v_prediction", linear=True)
+
+
+def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = True) -> Any:
+    """A fresh FluxPipeline with random weights: two double blocks, two single ones."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 4, 8),
+        ).eval()
+        text_encoder = build_clip(tokenizer)
+        config = T5Config(vocab_size=len(tokenizer_2), d_model=24, d_ff=32, d_kv=8, num_layers=2, num_heads=2)
+        text_encoder_2 = T5EncoderModel(config).eval()
+        vae = build_vae(scaling_factor=1.3, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """Ctrl-C as in a terminal, also where the tests run as a background job, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sd() -> Callable[..., Any]:
+    return build_sd
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sd_v() -> Callable[..., Any]:
+    return build_sd_v
+
+
+@pytest.fixture(scope="session")
+def make_tiny_flux() -> Callable[..., Any]:
+    return build_flux
+
+
+@pytest.fixture
+def tiny_sd(make_tiny_sd: Callable[..., Any]) -> Any:
+    return make_tiny_sd()
+
+
+@pytest.fixture
+def tiny_sd_v(make_tiny_sd_v: Callable[..., Any]) -> Any:
+    return make_tiny_sd_v()
+
+
+@pytest.fixture
+def tiny_flux(make_tiny_flux: Callable[..., Any]) -> Any:
+    return make_tiny_flux()

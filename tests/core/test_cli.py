@@ -1,0 +1,167 @@
+"""`pcs`: quick to answer, complete in its help, and honest in its exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from shared.catalog import recipe_files
+from shared.cli import build, run
+from shared.recipes import dump, load
+
+HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
+
+
+def ran(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, (*path, name))
+
+
+TREE = sorted(commands(typer.main.get_command(build())))
+
+
+def test_help_imports_nothing_heavy():
+    """Its time is that of the CLI library: nothing else of weight is imported."""
+    code, out, err = ran(
+        "-c",
+        "import sys; from shared.cli import build, run; code = run(build(), ['--help']); "
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)",
+    )
+    assert code == 0, err
+    assert out.rstrip().endswith("HEAVY []")
+    for name in ("concept", "demo", "doctor", "image", "methods", "toybox"):
+        assert f"\n  {name}" in out
+
+
+def test_help_takes_at_most_twice_the_cli_library_s_own_modules():
+    """`-X importtime` in microseconds, the best of three, as the machine is noisy."""
+
+    def cost(statement: str) -> int:
+        lines = ran("-X", "importtime", "-c", statement)[2].splitlines()
+        return sum(
+            int(line.split("|")[0].split(":")[1])
+            for line in lines
+            if line.startswith("import time:") and "us" not in line
+        )
+
+    plain = min(cost("import typer, typer.main") for _ in range(3))
+    ours = min(cost("from shared.cli import build, run; run(build(), ['--help'])") for _ in range(3))
+    assert ours < 2 * plain
+
+
+@pytest.mark.parametrize("path", TREE, ids=lambda p: " ".join(p) or "pcs")
+def test_every_command_has_help(capsys, path):
+    assert run(build(), [*path, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Usage: ") and len(said.splitlines()) > 4
+    assert (*path,) == () or path[-1] in said.splitlines()[0]
+
+
+def test_the_commands_of_the_design_are_there():
+    for path in (
+        *(
+            ("image", "personalize"),
+            ("image", "generate"),
+            ("image", "evaluate"),
+            ("concept", "show"),
+            ("concept", "export"),
+        ),
+        *(
+            ("methods", "show"),
+            ("toybox", "train"),
+            ("toybox", "evaluate"),
+            ("toybox", "sheet"),
+            ("toybox", "subjects"),
+        ),
+        *(("doctor",), ("demo",)),
+    ):
+        assert path in TREE
+
+
+def test_methods_lists_every_recipe_in_the_survey_s_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(build(), ["methods"]) == 0
+    said = capsys.readouterr().out
+    assert "test-time fine-tuning" in said and "modifier" in said and "trains" in said
+    for name in recipe_files("image"):
+        assert any(line.split()[:1] == [name] for line in said.splitlines()), name
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files("image")))
+def test_methods_show_prints_the_resolved_recipe(capsys, name):
+    assert run(build(), ["methods", "show", name, "backbone=x", "train.steps=7"]) == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert said == dump(load(name, ["backbone=x", "train.steps=7"]))
+
+
+@pytest.mark.parametrize("arguments", [["methods", "show", "nothing"], ["methods", "show", "dreambooth_lora", "a=1"]])
+def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
+    assert run(build(), arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("pcs: ") and said.out == "" and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("wrong: a=1"), 2, "pcs: wrong: a=1"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "pcs: [Errno 2] No such file: 'x'"),
+        (MemoryError(), 1, "pcs: MemoryError"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (typer.Exit(3), 3, ""),
+    ],
+)
+def test_exit_codes(capsys, error, code, said):
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    assert run(app, []) == code
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_a_bug_is_not_dressed_up():
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        run(app, [])
+
+
+def test_a_package_that_cannot_be_loaded_does_not_take_the_others_with_it(capsys, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    import shared.cli as cli
+
+    broken = EntryPoint("broken", "shared.no_such_module:app", cli.GROUP)
+    there = cli.entry_points(group=cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [*there, broken])
+    assert run(build(), ["methods", "show", "dreambooth_lora"]) == 0
+    assert "the command 'broken' cannot be loaded" in capsys.readouterr().err
+
+
+def test_the_installed_command_works():
+    script = Path(sys.executable).with_name("pcs")
+    done = subprocess.run([script, "methods", "show", "nothing"], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 2 and done.stderr.startswith("pcs: unknown recipe 'nothing'")

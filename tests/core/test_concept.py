@@ -1,0 +1,351 @@
+"""Saved concepts: what comes back is what was saved, what does not fit is refused, and nothing in a folder is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.concept import Concept, attach, capture, detach, read, save
+from shared.concept.folder import with_fields
+from shared.modifiers import LearnableToken, RareToken
+from shared.trainable import Lora
+from shared.trainable.adapter import PeftAdapter
+from shared.trainable.delta import DeltaAdapter
+
+PROMPT = "a photo of a <my-mug> on the beach"
+ROLES = ("cross_attention", "text_encoder")
+
+
+@pytest.fixture
+def sd(make_tiny_sd: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda seed=0, **changes: StableDiffusionBackbone(make_tiny_sd(seed, **changes), "tiny")
+
+
+@pytest.fixture
+def flux(make_tiny_flux: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda seed=0: FluxBackbone(make_tiny_flux(seed), "tiny-flux")
+
+
+def output(backbone: Any, prompt: str = "a photo of a mug") -> torch.Tensor:
+    noise = torch.randn(1, *backbone.latent_shape(32, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return backbone.predict(noise, torch.tensor([400]), backbone.encode([prompt]))
+
+
+def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", seed: int = 0, **settings: Any) -> None:
+    """An adapter that does something, as if it had been trained."""
+    woken = Lora(**{"roles": ROLES, "rank": 4, "alpha": 2.0, "dropout": 0.3, **settings}).inject(
+        backbone, name, slot, 0
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in woken.parameters:
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    for adapter in backbone.adapters[name]:
+        if isinstance(adapter, PeftAdapter):
+            adapter.train(False)
+
+
+def learned(backbone: Any, name: str = "my-mug", **settings: Any) -> Concept:
+    modifier = LearnableToken(vectors=2)
+    naming = modifier.attach(backbone, name, "mug")
+    for parameter in naming.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    learn(backbone, name, **settings)
+    return capture(backbone, name, class_noun="mug", modifier=modifier, recipe={"method": "test", "seed": 7})
+
+
+def said(backbone: Any, name: str = "my-mug") -> str:
+    return PROMPT.replace(f"<{name}>", backbone.namings[name].words)
+
+
+def traces(backbone: Any) -> tuple[Any, ...]:
+    """All that must be as before when a concept has left."""
+    networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
+    return networks, output(backbone).tolist(), sorted(backbone.namings), sorted(backbone.adapters), backbone.strengths
+
+
+# --- round trip
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: Any, tmp_path: Path) -> None:
+    make = request.getfixturevalue(family)
+    backbone = make()
+    roles = ROLES if family == "sd" else ("attention", "text_encoder")
+    concept = learned(backbone, roles=roles)
+    expected = output(backbone, said(backbone))
+    save(concept, tmp_path / "my-mug.concept")
+    fresh = make()
+    before = traces(fresh)
+    attach(read(tmp_path / "my-mug.concept"), fresh)
+    assert torch.equal(output(fresh, said(fresh)), expected)
+    assert not torch.equal(output(fresh, said(fresh)), output(make(), "a photo of a mug on the beach"))
+    assert fresh.namings["my-mug"].frozen
+    assert not any(p.requires_grad for m in fresh.components.values() for p in m.parameters())
+    detach(fresh, "my-mug")
+    assert traces(fresh) == before
+
+
+def test_everything_in_the_description_survives(sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = sd()
+    learned(backbone)
+    picture = tmp_path / "IMG 1.jpg"
+    picture.write_bytes(b"not opened")
+    concept = capture(
+        backbone,
+        "my-mug",
+        kind="identity",
+        class_noun="mug",
+        modifier=LearnableToken(vectors=2),
+        recipe={"subject": {"images": "/home/anna/photos"}, "backbone": "/models/sd", "seed": 7},
+        metrics={"clip_t": 0.31, "broken": float("nan")},
+        references=[picture],
+        ports=["cross_attention: the text stream"],
+    )
+    again = read(save(concept, tmp_path / "c.concept").path or "")
+    assert again.meta.recipe == {"subject": {"images": "photos"}, "backbone": "/models/sd", "seed": 7}
+    assert again.meta.references[0].file == "IMG 1.jpg"
+    assert again.meta.references[0].sha256 == hashlib.sha256(b"not opened").hexdigest()
+    assert again.meta.metrics == {"clip_t": 0.31, "broken": None}
+    assert (again.meta.kind, again.meta.seed, again.meta.ports) == (
+        "identity",
+        7,
+        ("cross_attention: the text stream",),
+    )
+    assert again.meta.requires == ("text_encoder", "unet") and "torch" in again.meta.versions and again.meta.created
+    for kind, tensors in concept.tensors.items():
+        assert all(torch.equal(again.tensors[kind][k], v) for k, v in tensors.items())
+
+
+def test_strength_goes_from_the_base_to_the_concept(sd: Callable[..., Any]) -> None:
+    backbone = sd()
+    concept = learned(backbone)
+    prompt = "a photo of a mug"
+    full, base = output(backbone, prompt), output(sd(), prompt)
+    outs = {}
+    for strength in (0.0, 0.5, 1.0):
+        fresh = sd()
+        attach(concept, fresh, strength)
+        outs[strength] = output(fresh, prompt)
+        assert fresh.strengths == {"my-mug": strength}
+    assert torch.equal(outs[0.0], base) and torch.equal(outs[1.0], full)
+    assert 0 < (outs[0.5] - base).norm() < (full - base).norm()
+
+
+def test_plain_words_are_a_concept_too(sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = sd()
+    RareToken().attach(backbone, "my-mug", "mug")
+    learn(backbone)
+    concept = capture(backbone, "my-mug", class_noun="mug", modifier=RareToken())
+    save(concept, tmp_path / "c")
+    fresh = sd()
+    attach(read(tmp_path / "c"), fresh)
+    assert fresh.namings["my-mug"].words == "sks mug"
+    assert torch.equal(output(fresh, said(fresh)), output(backbone, said(backbone)))
+
+
+def test_dora_conv_and_several_slots_come_back(sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = sd()
+    RareToken().attach(backbone, "lora_x", "mug")
+    learn(backbone, "lora_x", "lora_A", roles=("self_attention", "conv"), rank=3)
+    learn(backbone, "lora_x", "fine", roles=("cross_attention",), dora=True)
+    learn(backbone, "lora_x", "both", roles=("attention",), rank=2)
+    save(capture(backbone, "lora_x", class_noun="mug", modifier=RareToken()), tmp_path / "c")
+    fresh = sd()
+    attach(read(tmp_path / "c"), fresh, 1.0)
+    assert torch.equal(output(fresh), output(backbone))
+
+
+def test_changed_weights_have_a_strength_and_leave_no_trace(sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = sd()
+    before = traces(backbone)
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    weight = backbone.denoiser.get_parameter(key.partition(".")[2])
+    original, change = weight.detach().clone(), torch.randn_like(weight)
+    DeltaAdapter.inject(backbone, "a", {key: change})
+    DeltaAdapter.inject(backbone, "b", {key: 2 * change})
+    learn(backbone, "b")  # wraps the very layer
+    assert torch.allclose(weight, original + 3 * change)
+    with backbone.active({"b": 0.5}):
+        assert torch.allclose(weight, original + change)
+        with backbone.active({}):
+            assert torch.equal(weight, original)
+    concept = capture(backbone, "b")
+    backbone.remove("a")
+    assert torch.allclose(weight, original + 2 * change)
+    backbone.remove("b")
+    assert traces(backbone) == before and torch.equal(weight, original) and not hasattr(weight, "_delta_stack")
+    save(concept, tmp_path / "b.concept")
+    attach(read(tmp_path / "b.concept"), backbone, 0.5)
+    assert torch.allclose(weight, original + change)
+    detach(backbone, "b")
+    assert traces(backbone) == before
+
+
+# --- several concepts
+
+
+def test_concepts_of_one_run_share_their_adapter(sd: Callable[..., Any]) -> None:
+    backbone = sd()
+    for name in ("cup", "pot"):
+        LearnableToken().attach(backbone, name, "mug")
+    learn(backbone, "run")
+    both = [
+        capture(backbone, n, class_noun="mug", modifier=LearnableToken(), adapters_of="run") for n in ("cup", "pot")
+    ]
+    assert both[0].meta.adapter_id == both[1].meta.adapter_id
+    expected = output(backbone)
+    fresh = sd()
+    before = traces(fresh)
+    for concept in both:
+        attach(concept, fresh, 0.7)
+    with fresh.active({"cup": 1.0, "pot": 1.0}):
+        assert torch.equal(output(fresh), expected)  # once, not twice
+    with fresh.active({"pot": 1.0}):
+        assert torch.equal(output(fresh), expected)
+    with fresh.active({}):
+        assert torch.equal(output(fresh), output(sd()))
+    detach(fresh, "cup")
+    other = with_fields(learned(sd(), "cup", seed=9).meta)
+    attach(Concept(other, learned(sd(), "cup", seed=9).tensors), fresh)  # the first one's name is free again
+    detach(fresh, "cup")
+    with fresh.active({"pot": 1.0}):
+        assert torch.equal(output(fresh), expected)
+    with pytest.raises(ValueError, match=r"learned together.*same strength.*'pot' has 0\.7.*'cup' was to have 1"):
+        attach(both[0], fresh, 1.0)
+    detach(fresh, "pot")
+    assert traces(fresh) == before
+
+
+def test_removing_one_leaves_the_others_as_they_were(sd: Callable[..., Any]) -> None:
+    a, b = learned(sd(), "cup", seed=1), learned(sd(), "pot", seed=2)
+    backbone, alone = sd(), sd()
+    attach(a, backbone, 0.0)
+    attach(b, backbone)
+    detach(backbone, "pot")
+    attach(a, alone, 0.0)
+    assert torch.equal(output(backbone), output(alone)) and torch.equal(output(backbone), output(sd()))
+    assert not any(p.requires_grad for p in backbone.denoiser.parameters())
+
+
+def test_the_same_concept_twice_is_refused(sd: Callable[..., Any]) -> None:
+    concept, backbone = learned(sd()), sd()
+    attach(concept, backbone)
+    with pytest.raises(ValueError, match="'my-mug' is attached already"):
+        attach(concept, backbone)
+
+
+# --- what does not fit
+
+
+def _rebuilt(pipe: Any, **changes: Any) -> StableDiffusionBackbone:
+    pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **changes})
+    return StableDiffusionBackbone(pipe, "other")
+
+
+def test_another_family_or_shape_is_refused_with_the_reason(
+    sd: Callable[..., Any], flux: Callable[..., Any], make_tiny_sd: Callable[..., Any]
+) -> None:
+    concept = learned(sd())
+    head = r"another architecture of the family stable_diffusion \(tiny\), not that of \w+: "
+    for other, reason in (
+        (flux(), r"learned on stable_diffusion \(tiny\), and this backbone is flux"),
+        (
+            _rebuilt(make_tiny_sd(), block_out_channels=(8, 16, 16)),
+            head + r"its unet\.\S+ reads \[\d+\], here it reads",
+        ),
+        (
+            _rebuilt(make_tiny_sd(), layers_per_block=2),
+            head + r"its unet was UNet2DConditionModel with [\d,]+ parameters",
+        ),
+        (sd(linear=True), head + "layers of other names or shapes"),
+    ):
+        before = traces(other)
+        with pytest.raises(ValueError, match=reason):
+            attach(concept, other)
+        assert traces(other) == before
+
+
+def test_another_checkpoint_warns_and_works(sd: Callable[..., Any]) -> None:
+    concept, other = learned(sd()), sd(seed=1)
+    with pytest.warns(UserWarning, match="another checkpoint of this architecture"):
+        attach(concept, other)
+    assert "my-mug" in other.adapters
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(concept, sd())
+
+
+def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
+    tensors = {k: {n: t for n, t in v.items() if not drop(n)} for k, v in concept.tensors.items()}
+    return Concept(concept.meta, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: _without(c, lambda k: "mid_block" in k), r"\d+ tensors missing, 0 unknown"),
+        (
+            lambda c: _without(c, lambda k: k.startswith("lora.unet")),
+            r"lora\.unet: 0 tensors for an adapter of \d+ modules",
+        ),
+        (
+            lambda c: Concept(c.meta, {**c.tensors, "adapter": {**c.of("adapter"), "x.unet.y": torch.ones(1)}}),
+            r"1 of \d+ adapter tensors .* belong to no adapter, for example 'x\.unet\.y'",
+        ),
+        (
+            lambda c: Concept(c.meta, {**c.tensors, "embeddings": {"text_encoder": torch.zeros(2, 99)}}),
+            r"embeddings of text_encoder are \[2, 99\], this model needs \[2, 16\]",
+        ),
+        (lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}), r"embeddings are for \[\]"),
+        (
+            lambda c: Concept(c.meta, {**c.tensors, "weights": {"unet.nowhere.weight": torch.ones(1)}}),
+            r"1 of 1 changed weights are not in this model",
+        ),
+        (lambda c: Concept(with_fields(c.meta, requires=("text_encoder_2",)), c.tensors), "needs text_encoder_2"),
+        (lambda c: Concept(with_fields(c.meta, modifier={"kind": "magic"}), c.tensors), "unknown kind 'magic'"),
+        (
+            lambda c: Concept(
+                with_fields(c.meta, adapters={"lora": {"unet": {**c.meta.adapters["lora"]["unet"], "r": 4096}}}),
+                c.tensors,
+            ),
+            r"rank 4096 does not fit",
+        ),
+    ],
+)
+def test_a_concept_that_fits_in_part_is_refused_and_leaves_nothing(
+    sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
+) -> None:
+    concept, backbone = change(learned(sd())), sd()
+    before = traces(backbone)
+    with pytest.raises(ValueError, match=message):
+        attach(concept, backbone)
+    assert traces(backbone) == before
+
+
+def test_modules_that_match_nothing_are_refused(sd: Callable[..., Any]) -> None:
+    concept, backbone = learned(sd()), sd()
+    settings = {**concept.meta.adapters["lora"]["unet"], "target_modules": ["nowhere.to_q"]}
+    text = concept.meta.adapters["lora"]["text_encoder"]
+    meta = with_fields(concept.meta, adapters={"lora": {"text_encoder": text, "unet": settings}})
+    before = traces(backbone)
+    with pytest.raises(ValueError, match=r"cannot put .*LORA on unet"):
+        attach(Concept(meta, concept.tensors), backbone)
+    assert traces(backbone) == before
+
+
+def test_nothing_attached_is_nothing_to_save(sd: Callable[..., Any]) -> None:
+    backbone = sd()
+    with pytest.raises(ValueError, match="nothing is attached under 'x'"):
+        capture(backbone, "x")
+    RareToken().attach(backbone, "x", "mug")
+    with pytest.raises(ValueError, match="say which modifier"):
+        capture(backbone, "x")

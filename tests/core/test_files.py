@@ -1,0 +1,193 @@
+"""Files, whole or not at all; foreign files with care."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shared.io.files import (
+    atomic_folder,
+    atomic_write,
+    check_output,
+    read_safetensors_header,
+    safe_load_safetensors,
+    safe_relative,
+    sha256,
+    write_text,
+)
+
+
+def test_check_output(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "new/deep") == tmp_path / "new/deep"
+    assert check_output(tmp_path) == tmp_path  # empty
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=rf"{tmp_path} exists already and holds 1 file"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.txt exists already and is a file"):
+        check_output(tmp_path / "a.txt")
+    assert check_output(tmp_path, overwrite=True) == tmp_path
+    with pytest.raises(ValueError, match=r"cannot be written: .*a\.txt is a file, not a folder"):
+        check_output(tmp_path / "a.txt/out")
+    with pytest.raises(ValueError, match="'/' cannot be the output"):
+        check_output("/", overwrite=True)
+
+
+def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "sub/my.concept"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in target.parent.iterdir()] == ["my.concept"]
+    with pytest.raises(ValueError, match=r"my\.concept exists already"), atomic_folder(target):
+        raise AssertionError("must not start")
+
+
+def test_atomic_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_folder(tmp_path / "x") as folder:
+            (folder / "half").write_text("1")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["old"]
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "x", Path.rename
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def fails(self: Path, to: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and [p.name for p in target.iterdir()] == ["old"]
+
+
+def test_atomic_write(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.json", "één")
+    assert path.read_text(encoding="utf-8") == "één"
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        assert temporary.suffix == ".json" and temporary.parent == tmp_path
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, as temporary files are
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_safe_relative(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    assert safe_relative(root, "sub/a.png") == root / "sub/a.png"
+    bad = ["../a", "sub/../../a", "/etc/passwd", "C:\\a", "..\\a", "\\\\host\\a", "~/a", "", ".", "a\0b", "c:a"]
+    for name in bad:
+        with pytest.raises(ValueError, match=r"is not a plain path|leads out"):
+            safe_relative(root, name)
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="'link/a' leads out of"):
+        safe_relative(root, "link/a")
+
+
+# --- safetensors --------------------------------------------------------------------------------
+
+
+def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def test_good_files_load_as_they_were(tmp_path: Path) -> None:
+    kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    tensors = {str(k): torch.arange(6).reshape(2, 3).to(k) for k in kinds}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.0), "f8": torch.ones(3).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    loaded = safe_load_safetensors(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(v.dtype == tensors[k].dtype and torch.equal(v.float(), tensors[k].float()) for k, v in loaded.items())
+    header, metadata = read_safetensors_header(tmp_path / "a.safetensors")
+    assert metadata == {"format": "pt"} and header["scalar"]["shape"] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_numbers(tmp_path: Path, value: float, kind: torch.dtype) -> None:
+    save_file({"good": torch.ones(2), "up.weight": torch.tensor([1.0, value], dtype=kind)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: tensor 'up\.weight' holds values that are not numbers"):
+        safe_load_safetensors(tmp_path / "a.safetensors")
+    assert len(safe_load_safetensors(tmp_path / "a.safetensors", finite=False)) == 2
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HOSTILE = {
+    "huge header": ({}, b"", 2**63, "no header of 9,223,372,036,854,775,808 bytes fits"),
+    "header beyond the end": ({}, b"", 100, "no header of 100 bytes fits"),
+    "not json": (b"{]", b"", None, "its header is not JSON"),
+    "not utf-8": (b"\xff\xff", b"", None, "its header is not JSON"),
+    "deep json": (b"[" * 100_000, b"", None, "its header is not JSON"),
+    "a list": ([1], b"", None, "holds no tensors"),
+    "metadata": ({"__metadata__": {"a": 1}}, b"", None, "its metadata is not text"),
+    "dtype": ({"w": {**ENTRY, "dtype": "PICKLE"}}, bytes(8), None, "'w' has no dtype that is known here"),
+    "no entry": ({"w": 3}, bytes(8), None, "'w' has no dtype that is known here: 3"),
+    "negative": ({"w": {**ENTRY, "shape": [-2]}}, bytes(8), None, r"'w' has the shape \[-2\]"),
+    "bool shape": ({"w": {**ENTRY, "shape": [True]}}, bytes(8), None, "'w' has the shape"),
+    "enormous": ({"w": {**ENTRY, "shape": [2**39, 2**39]}}, bytes(8), None, "does not fit its place"),
+    "beyond": ({"w": {**ENTRY, "data_offsets": [0, 80]}}, bytes(8), None, "does not fit its place"),
+    "backwards": ({"w": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None, "does not fit its place"),
+    "cut off": ({"w": ENTRY}, bytes(4), None, "does not fit its place"),
+    "overlap": ({"v": ENTRY, "w": ENTRY}, bytes(8), None, "cannot be read as safetensors"),
+    "hole": ({"w": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16), None, "cannot be read as safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_safetensors(tmp_path: Path, case: str) -> None:
+    header, data, length, message = HOSTILE[case]
+    path = raw(tmp_path / "bad.safetensors", header, data, length)
+    with pytest.raises(ValueError, match=message) as caught:
+        safe_load_safetensors(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_missing_empty_or_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.safetensors cannot be read: No such file"):
+        safe_load_safetensors(tmp_path / "gone.safetensors")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        safe_load_safetensors(tmp_path)
+    for data in (b"", b"abc", b"\x80\x02}q\x00." + bytes(100), bytes(8)):
+        (tmp_path / "x.safetensors").write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            safe_load_safetensors(tmp_path / "x.safetensors")

@@ -1,0 +1,237 @@
+"""Pictures that are fitted, found in folders, and written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.io.pictures import (
+    contact_sheet,
+    fit,
+    grid,
+    list_pictures,
+    read_metadata,
+    read_picture,
+    to_image,
+    write_picture,
+)
+from shared.io.subjects import read_subject
+
+
+def scene(width: int = 48, height: int = 32) -> np.ndarray:
+    """A picture without any symmetry: uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    rgb = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
+    rgb[:8, :8] = (250, 10, 10)
+    return rgb
+
+
+def levels(path: Path) -> np.ndarray:
+    """What read_picture makes of a file, as 0 to 255, [H, W, 3]."""
+    return (read_picture(path).pixels.permute(1, 2, 0).numpy() + 1) * 127.5
+
+
+def save(path: Path, array: np.ndarray, **options: object) -> Path:
+    Image.fromarray(array).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+# --- fitting --------------------------------------------------------------------------------
+
+
+def test_cover_cuts_the_middle_or_follows_the_mask(tmp_path: Path) -> None:
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 255
+    picture = fit(read_picture(save(tmp_path / "w.png", wide)), 64)
+    assert picture.size == (64, 64) and picture.pixels.min() == 1  # exactly the white third
+    alpha = np.zeros((64, 192), np.uint8)
+    alpha[20:30, 150:170] = 255
+    image = Image.fromarray(wide)
+    image.putalpha(Image.fromarray(alpha))
+    image.save(tmp_path / "m.png")
+    moved = fit(read_picture(tmp_path / "m.png"), 64)
+    assert moved.mask is not None and moved.mask.sum() == 200
+    assert moved.mask[0].nonzero()[:, 1].float().mean() == pytest.approx(31.5)
+
+
+def test_contain_pads_and_says_where_the_picture_is(tmp_path: Path) -> None:
+    square = fit(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
+    assert square.size == (32, 32) and square.valid is not None
+    assert square.valid[0, 8:24].min() == 1 and square.valid[0, :8].max() == 0 and square.valid[0, 24:].max() == 0
+    np.testing.assert_allclose((square.pixels[:, 0, 0] + 1) * 127.5, 128, atol=1e-4)
+    assert fit(read_picture(save(tmp_path / "b.png", scene(40, 40))), 32, "contain").valid is None
+
+
+def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path: Path) -> None:
+    big = np.kron(scene(48, 48), np.ones((7, 7, 1), np.uint8))
+    image = Image.fromarray(big)
+    image.putalpha(Image.fromarray((big[..., 0] > 128).astype(np.uint8) * 255))
+    image.save(tmp_path / "a.png")
+    one, two = (fit(read_picture(tmp_path / "a.png"), (40, 56)) for _ in range(2))
+    assert one.pixels.shape == (3, 40, 56)
+    assert torch.equal(one.pixels, two.pixels) and one.mask is not None and two.mask is not None
+    assert torch.equal(one.mask, two.mask) and one.mask.shape == (1, 40, 56)
+    red = (one.pixels[0] + 1) / 2 * one.mask[0]
+    assert red[one.mask[0] == 1].min() > 0.45  # where the mask is, the picture is the bright part
+    with pytest.raises(ValueError, match=r"unknown way to fit 'stretch'. There are: contain, cover"):
+        fit(one, 32, "stretch")  # type: ignore[arg-type]
+
+
+# --- folders --------------------------------------------------------------------------------
+
+
+def folder(tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name, scene())
+    return tmp_path
+
+
+def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
+    folder(tmp_path, "b.jpg", "a.png", ".hidden.png", ".ipynb_checkpoints/a.png", "more/c.png")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (tmp_path / "notes.txt").write_text("my notes")
+    (tmp_path / "zero.jpg").touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning) as caught:
+        pictures, notes = list_pictures(tmp_path)
+    assert [p.name for p in pictures] == ["a.png", "b.jpg"]
+    assert len(caught) == len(notes) == 1 and str(caught[0].message) == notes[0]
+    for said in (str(tmp_path), ".DS_Store (hidden)", "zero.jpg (empty, 0 bytes)", ".ipynb_checkpoints (hidden)"):
+        assert said in notes[0]
+    assert "more (a folder)" in notes[0] and not notes[0].endswith("more")
+    for name in ("x1.txt", "x2.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.warns(UserWarning, match=r"x1\.txt \(its content is no picture\) and 2 more$"):
+        list_pictures(tmp_path)
+
+
+def test_captions_and_masks_are_not_stray(tmp_path: Path) -> None:
+    folder(tmp_path, "a.jpg", "b.jpg", "c.jpg", "masks/a.png", "b.mask.png", "c-mask.png", "wolf-mask.png")
+    (tmp_path / "a.txt").write_text("a {concept}\non a table\n", encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures, notes = list_pictures(tmp_path)
+        subject = read_subject(tmp_path, " mug ")
+    assert [p.name for p in pictures] == ["a.jpg", "b.jpg", "c.jpg", "wolf-mask.png"] and not notes
+    assert subject.class_noun == "mug" and subject.images == pictures
+    assert subject.captions == {tmp_path / "a.jpg": "a {concept} on a table"}
+    assert {k.name: v.relative_to(tmp_path).as_posix() for k, v in subject.masks.items()} == {
+        "a.jpg": "masks/a.png",
+        "b.jpg": "b.mask.png",
+        "c.jpg": "c-mask.png",
+    }
+
+
+def test_masks_that_belong_to_nothing_or_cannot_be_used_are_named(tmp_path: Path) -> None:
+    folder(tmp_path, "a.jpg", "masks/other.png")
+    (tmp_path / "masks/a.png").touch()
+    with pytest.warns(UserWarning, match=r"masks/other\.png \(a mask of no picture\)") as caught:
+        list_pictures(tmp_path)
+    assert "masks/a.png (empty, 0 bytes)" in str(caught[0].message)
+
+
+def test_nothing_to_use_is_an_error_that_names_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{tmp_path}/none does not exist"):
+        list_pictures(tmp_path / "none")
+    with pytest.raises(ValueError, match=rf"no pictures in {tmp_path}: found nothing"):
+        list_pictures(tmp_path)
+    (tmp_path / "readme.txt").write_text("x")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"found only readme.txt \(its content is no picture\), sub \(a folder\)"):
+        list_pictures(tmp_path)
+    with pytest.raises(ValueError, match=r"readme\.txt is not a picture"):
+        list_pictures(tmp_path / "readme.txt")
+    with pytest.raises(ValueError, match="the list of files is empty"):
+        list_pictures([])
+
+
+def test_files_and_lists(tmp_path: Path) -> None:
+    folder(tmp_path, "a.png", "b.png", "masks/b.png")
+    assert list_pictures(str(tmp_path / "a.png"))[0] == (tmp_path / "a.png",)
+    with pytest.warns(UserWarning, match=r"named twice, used once: b\.png"):
+        pictures, _ = list_pictures([tmp_path / "b.png", tmp_path])
+    assert [p.name for p in pictures] == ["b.png", "a.png"]
+    assert read_subject([tmp_path / "b.png"]).masks == {tmp_path / "b.png": tmp_path / "masks/b.png"}
+
+
+def test_masks_of_another_size(tmp_path: Path) -> None:
+    folder(tmp_path, "a.png")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (10, 20), 255).save(tmp_path / "masks/a.png")
+    with pytest.raises(ValueError, match=r"mask .*masks/a\.png is 10x20 pixels, and its picture .*a\.png is 48x32"):
+        read_subject(tmp_path)
+
+
+def test_masks_and_captions_given_apart(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", "a.png", "b.png")
+    other = folder(tmp_path / "cut", "a.png", "zzz.png")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/b.txt").write_text("﻿hello", encoding="utf-8")
+    subject = read_subject(photos, masks=other, captions=tmp_path / "words")
+    assert subject.masks == {photos / "a.png": other / "a.png"} and subject.captions == {photos / "b.png": "hello"}
+    assert read_subject(photos, captions={"a.png": "x  y"}).captions == {photos / "a.png": "x y"}
+    with pytest.raises(ValueError, match=r"captions: 'q\.png' names no picture. There are: a\.png, b\.png"):
+        read_subject(photos, captions={"q.png": "x"})
+    with pytest.raises(ValueError, match=r"masks: nothing in .*words has a picture's name; it holds b\.txt, .* a\.png"):
+        read_subject(folder(tmp_path / "one", "a.png"), masks=tmp_path / "words")
+    (photos / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match=r"caption .*a\.txt is not UTF-8"):
+        read_subject(photos)
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def test_written_pictures_come_back_with_their_text(tmp_path: Path) -> None:
+    path = write_picture(
+        read_picture(save(tmp_path / "a.png", scene())).pixels, tmp_path / "new/b.png", {"prompt": "é 猫"}
+    )
+    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)
+    assert read_metadata(path) == {"prompt": "é 猫"} and read_metadata(tmp_path / "a.png") == {}
+    assert [p.name for p in path.parent.iterdir()] == ["b.png"]
+    with pytest.raises(ValueError, match="'猫' cannot be a key"):
+        write_picture(torch.zeros(3, 20, 20), path, {"猫": "x"})
+    with pytest.raises(ValueError, match="not numbers"):
+        write_picture(torch.full((3, 20, 20), torch.nan), path)
+    with pytest.raises(ValueError, match=r"\[3, H, W\], and this one has \[1, 20, 20\]"):
+        write_picture(torch.zeros(1, 20, 20), path)
+    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)  # failures leave the old file
+    (tmp_path / "x.png").write_text("no")
+    with pytest.raises(ValueError, match=r"x\.png is not a readable PNG"):
+        read_metadata(tmp_path / "x.png")
+
+
+def test_to_image_clamps_and_rounds() -> None:
+    pixels = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).expand(3, 1, 5)
+    assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_grid_places_row_by_row() -> None:
+    pixels = torch.stack([torch.full((3, 4, 6), v) for v in (-1.0, 0.0, 1.0)])
+    sheet = np.asarray(grid(pixels, 2, gap=1))
+    assert sheet.shape == (9, 13, 3)
+    assert sheet[0, 0, 0] == 0 and sheet[0, 7, 0] == 128 and sheet[5, 0, 0] == 255 and sheet[0, 6, 0] == 255
+    assert grid(pixels[:1], 4).size == (6, 4)
+    with pytest.raises(ValueError, match=r"\[0, 3, 4, 4\]"):
+        grid(torch.zeros(0, 3, 4, 4))
+
+
+def test_contact_sheet_labels_and_enlarges_without_smoothing() -> None:
+    tiny = torch.rand(3, 3, 64, 64) * 2 - 1
+    sheet = contact_sheet({"references of the thing": tiny, "猫 new scenes": torch.zeros(2, 3, 64, 64)})
+    assert sheet.height >= 256
+    cut = np.asarray(sheet)[4 : 4 + 128, -(4 + 128) : -4]
+    expected = np.kron(np.asarray(to_image(tiny[2])), np.ones((2, 2, 1), np.uint8))
+    np.testing.assert_array_equal(cut, expected)
+    left = np.asarray(sheet)[4:132, : sheet.width - 3 * 132 - 4]
+    assert left.min() < 100  # there is writing
+    assert contact_sheet({"a": torch.zeros(5, 3, 64, 64)}, columns=2).height > 3 * 128
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet({})

@@ -1,0 +1,80 @@
+"""Which model it is, and from where it loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.backbones import load_backbone
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+
+
+def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
+    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
+
+
+def test_fingerprint_is_of_the_shapes_and_checkpoint_of_the_weights(make_tiny_sd: Any, make_tiny_sd_v: Any) -> None:
+    one, again, other = (StableDiffusionBackbone(make_tiny_sd(seed)) for seed in (0, 0, 1))
+    assert one.fingerprint == again.fingerprint == other.fingerprint
+    assert one.checkpoint == again.checkpoint != other.checkpoint
+    assert StableDiffusionBackbone(make_tiny_sd_v()).fingerprint != one.fingerprint
+    half = make_tiny_sd().to(torch.bfloat16)
+    assert StableDiffusionBackbone(half).checkpoint == one.checkpoint  # the precision it is loaded in is no difference
+
+
+def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
+    for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
+        folder = tmp_path / kind.family
+        pipe.save_pretrained(folder)
+        loaded, own = load_backbone(folder), kind(copy.deepcopy(pipe))
+        assert isinstance(loaded, kind) and loaded.name == str(folder)
+        assert (loaded.fingerprint, loaded.checkpoint) == (own.fingerprint, own.checkpoint)
+        assert torch.allclose(predict(loaded), predict(own), atol=1e-5)
+        assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> None:
+    folder, stray, foreign, broken = (tmp_path / n for n in ("sd", "stray", "foreign", "broken"))
+    tiny_sd.save_pretrained(folder)
+    for path in (stray, foreign, broken):
+        path.mkdir()
+    (stray / "notes.txt").write_text("hello")
+    (foreign / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    (broken / "model_index.json").write_text("{")
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    families = "FluxPipeline, StableDiffusionPipeline"
+    for source, message in [
+        (tmp_path / "nowhere", f"no such file or folder.*{families}"),
+        (stray, f"no model_index.json, and holds notes.txt.*{families}"),
+        (foreign, f"holds a KandinskyPipeline.*{families}"),
+        (broken, "not readable JSON"),
+        (tmp_path / "model.ckpt", "not a .safetensors file"),
+        (tmp_path / "model.safetensors", "cannot load"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_backbone(source)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot load .* as StableDiffusionPipeline"):
+        load_backbone(folder)
+
+
+def test_importing_the_package_loads_no_model_library() -> None:
+    code = (
+        "import sys, shared.backbones; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,169 @@
+"""How a concept is named: plain words, a rare token, learned tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.modifiers import LearnableToken, PlainText, RareToken
+from shared.prompts import expand
+from shared.trainable import Tokens
+
+
+@pytest.fixture
+def sd(make_tiny_sd):
+    return StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+def table(backbone, component="text_encoder"):
+    return backbone.components[component].get_input_embeddings().weight
+
+
+def said(backbone, prompt="a photo of a <mug>"):
+    return expand(prompt, backbone.namings)
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (PlainText(), "mug"),
+        (PlainText(words="red"), "red mug"),
+        (PlainText(words="red", with_class_noun=False), "red"),
+        (PlainText(with_class_noun=False), ""),
+        (RareToken(), "sks mug"),
+        (RareToken(token="ohwx"), "ohwx mug"),
+        (RareToken(with_class_noun=False), "sks"),
+    ],
+)
+def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
+    naming = part.attach(sd, "mug", "mug")
+    assert naming.words == words and said(sd) == f"a photo of a {words}".strip()
+    assert naming.tokens == () and not list(naming.parameters()) and naming.state_dict() == {}
+    naming.load_state_dict({})
+    with pytest.raises(ValueError, match="learns nothing, but 1 tensors"):
+        naming.load_state_dict({"text_encoder": torch.zeros(1, 16)})
+    assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
+
+
+def test_without_a_class_noun_nothing_is_left_over(sd):
+    assert RareToken().attach(sd, "a", "").words == "sks"
+    assert PlainText().attach(sd, "b", "").words == ""
+    assert expand("a photo of <b> on the beach", sd.namings) == "a photo of on the beach"
+
+
+# --- learned tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vectors", "noun", "words"),
+    [
+        (1, False, "<mug>"),
+        (1, True, "<mug> mug"),
+        (3, True, "<mug> <mug>_1 <mug>_2 mug"),
+    ],
+)
+def test_one_name_becomes_so_many_tokens(sd, vectors, noun, words):
+    naming = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
+    assert said(sd) == f"a photo of a {words}"
+    assert len(naming.tokens) == vectors
+    ids = sd.tokens.current["text_encoder"](naming.words, add_special_tokens=False)["input_ids"]
+    assert len(ids) == vectors + noun, "each is one token"
+    assert [p.shape for p in naming.parameters()] == [(vectors, 16)]
+    conditioning = sd.encode([said(sd)])
+    assert int(conditioning.token_positions["mug"].sum()) == vectors
+
+
+def test_rows_start_as_the_words_of_init_or_the_class_noun(sd):
+    rows = table(sd)
+    word = {w: rows[sd.tokens.word_ids("text_encoder", w)[0]] for w in ("mug", "red", "dog")}
+    one = LearnableToken().attach(sd, "a", "mug").state_dict()["text_encoder"]
+    two = LearnableToken(vectors=2, init="red dog").attach(sd, "b", "mug").state_dict()["text_encoder"]
+    cut = LearnableToken(init="dog red mug").attach(sd, "c", "").state_dict()["text_encoder"]
+    assert torch.equal(one, word["mug"][None])
+    assert torch.equal(two, torch.stack([word["red"], word["dog"]]))
+    assert torch.equal(cut, word["dog"][None]), "more words than vectors are cut"
+
+
+def test_a_start_from_one_word_acts_as_that_word(sd):
+    LearnableToken().attach(sd, "a", "mug")
+    same = sd.encode([said(sd, "a photo of a <a>")]).context
+    assert torch.equal(same, sd.encode(["a photo of a mug"]).context)
+
+
+def test_further_vectors_start_near_the_words_and_apart_from_each_other(sd):
+    rows = LearnableToken(vectors=4, init="red dog").attach(sd, "a", "").state_dict()["text_encoder"]
+    words = sd.word_rows("text_encoder", "red dog")
+    assert torch.equal(rows[:2], words)
+    for far, near in ((rows[2], words[0]), (rows[3], words[1])):
+        assert 0 < (far - near).norm() < 0.5 * words.std() * far.numel() ** 0.5
+
+
+def test_a_random_start_has_the_table_s_spread_and_its_seed(sd):
+    part = LearnableToken(vectors=64, init="<rand>")
+    first = part.attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
+    again = part.attach(sd, "b", "", seed=3).state_dict()["text_encoder"]
+    other = part.attach(sd, "c", "", seed=4).state_dict()["text_encoder"]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
+
+
+def test_no_word_to_start_from_is_an_error(sd):
+    with pytest.raises(ValueError, match=r"give subject\.class_noun or modifier\.init"):
+        LearnableToken().attach(sd, "a", "")
+    assert not sd.namings
+
+
+def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
+    LearnableToken().attach(sd, "a", "mug")
+    with pytest.raises(ValueError, match="'a' is already named here"):
+        LearnableToken().attach(sd, "a", "mug")
+    with pytest.raises(ValueError, match="'a' is already named here"):
+        RareToken().attach(sd, "a", "mug")
+    assert list(sd.namings) == ["a"] and sd.tokens.tokens == ("<a>",)
+
+
+def test_every_other_row_is_bit_equal_after_training(sd):
+    before, size = table(sd).detach().clone(), len(table(sd))
+    tokenizer = sd.tokens.base["text_encoder"]
+    naming = LearnableToken(vectors=2).attach(sd, "mug", "mug")
+    woken = Tokens(lr=0.1).inject(sd, "mug", "tokens", seed=0)
+    start = naming.state_dict()["text_encoder"]
+    optimizer = torch.optim.AdamW(woken.parameters, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        sd.encode([said(sd)]).context.square().mean().backward()
+        optimizer.step()
+    assert torch.equal(table(sd), before) and len(table(sd)) == size and table(sd).grad is None
+    moved = naming.state_dict()["text_encoder"]
+    assert all(not torch.equal(a, b) for a, b in zip(moved, start, strict=True))
+    sd.remove("mug")
+    assert torch.equal(table(sd), before) and sd.tokens.current["text_encoder"] is tokenizer
+    assert "<mug>" not in tokenizer.get_vocab()
+
+
+def test_the_state_goes_round(sd):
+    one = LearnableToken(vectors=2, init="<rand>").attach(sd, "a", "", seed=1)
+    two = LearnableToken(vectors=2, init="<rand>").attach(sd, "b", "", seed=2)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two.state_dict()["text_encoder"], one.state_dict()["text_encoder"])
+    with pytest.raises(ValueError, match=r"are \[1, 16\], this model needs \[2, 16\]"):
+        two.load_state_dict({"text_encoder": torch.zeros(1, 16)})
+    with pytest.raises(ValueError, match="text encoders are"):
+        two.load_state_dict({"text_encoder_2": torch.zeros(2, 16)})
+
+
+def test_two_text_encoders_have_rows_of_their_own(make_tiny_flux):
+    flux = FluxBackbone(make_tiny_flux(), "tiny")
+    naming = LearnableToken(vectors=2, with_class_noun=True).attach(flux, "mug", "mug")
+    shapes = {c: tuple(v.shape) for c, v in naming.state_dict().items()}
+    assert shapes == {"text_encoder": (2, 16), "text_encoder_2": (2, 24)}
+    plain = flux.encode(["a photo of a mug"])
+    with torch.no_grad():
+        for p in naming.parameters():
+            p.add_(1.0)
+    named = flux.encode([said(flux)])
+    assert not torch.equal(named.pooled, plain.pooled) and not torch.equal(named.context, plain.context)

@@ -1,0 +1,122 @@
+"""From a user's prompt, or a picture's caption, to what the text encoder reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from shared.modifiers.base import PlainNaming
+from shared.prompts import Templates, check_named, expand, names_in, without
+from shared.prompts.templates import SETS
+from shared.types import Example
+
+NAMINGS = {"my-mug": PlainNaming("my-mug", "<my-mug> <my-mug>_1 mug"), "spin": PlainNaming("spin", "")}
+
+
+def example(caption: str = "", role="instance", owner: str = "my-mug") -> Example:
+    return Example(torch.zeros(3, 2, 2), caption, owner, role, user_caption=bool(caption))
+
+
+def captioned(part: Templates, given: Example, seed: int = 0, words: str = "sks mug", noun: str = "mug") -> str:
+    return part(given, torch.Generator().manual_seed(seed), words, noun).caption
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def test_names_in_order_each_once():
+    assert names_in("<b> and <my-mug> and <b>, 1 < 2 > 0, <lora:x:1>, < a >, <3>") == ("b", "my-mug", "3")
+
+
+def test_a_name_becomes_its_words_and_one_without_words_nothing():
+    assert expand("a <my-mug> <spin> on  the beach", NAMINGS) == "a <my-mug> <my-mug>_1 mug on the beach"
+    assert expand("two <my-mug>s", NAMINGS) == "two <my-mug> <my-mug>_1 mugs"
+    assert expand("no name", {}) == "no name"
+
+
+def test_an_unknown_name_lists_what_is_loaded():
+    with pytest.raises(ValueError, match="names <mug>, which is not loaded; loaded concepts: <my-mug>, <spin>"):
+        expand("a <mug>", NAMINGS)
+    with pytest.raises(ValueError, match="loaded concepts: none"):
+        expand("a <mug>", {})
+
+
+def test_the_base_model_is_asked_for_the_class():
+    assert without("a <my-mug> <spin> on the beach", {"my-mug": "mug", "spin": ""}) == "a mug on the beach"
+    assert without("a <other>", {"my-mug": "mug"}) == "a <other>"
+
+
+def test_a_loaded_subject_must_be_named_and_a_style_need_not():
+    kinds = {"my-mug": "subject", "me": "identity", "ink": "style", "spin": "motion"}
+    check_named("<me> with <my-mug>", kinds)
+    with pytest.raises(ValueError, match="'my-mug' is loaded but the prompt 'a <me>' does not name it: write <my-mug>"):
+        check_named("a <me>", kinds)
+    with pytest.raises(ValueError, match="'me' is loaded"):
+        check_named("a <my-mug>", kinds)
+
+
+# --- captions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a <my-mug> by the sea", "a sks mug by the sea"),
+        ("{concept} by the sea", "sks mug by the sea"),
+        ("a red mug by the sea", "a red sks mug by the sea"),
+        ("a mug beside a mug", "a sks mug beside a mug"),
+        ("mugs by the sea", "sks mug, mugs by the sea"),
+        ("by the sea", "sks mug, by the sea"),
+        ("the {class_noun} <my-mug>", "the mug sks mug"),
+    ],
+)
+def test_a_user_s_caption_is_kept_with_the_concept_in_it(caption, said):
+    assert captioned(Templates(set="subject"), example(caption)) == said
+
+
+def test_a_caption_without_a_class_noun_has_the_concept_in_front():
+    assert captioned(Templates(), example("by the sea"), words="sks", noun="") == "sks, by the sea"
+
+
+def test_templates_are_drawn_with_the_generator_all_of_them():
+    part = Templates(set="subject")
+    drawn = Counter(captioned(part, example(), seed) for seed in range(300))
+    assert set(drawn) == {t.replace("{concept}", "sks mug") for t in SETS["subject"]}
+    assert captioned(part, example(), 5) == captioned(part, example(), 5)
+    assert max(drawn.values()) < 300 / len(SETS["subject"]) * 2
+
+
+def test_one_s_own_templates_replace_the_set():
+    part = Templates(set="subject", templates=("{concept}, {class_noun}",))
+    assert captioned(part, example()) == "sks mug, mug"
+    with pytest.raises(ValueError, match=r"'a photo' has no \{concept\}"):
+        Templates(templates=("a photo",))
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_every_shipped_template_has_its_place_once(name):
+    assert all(t.count("{concept}") == 1 for t in SETS[name])
+    assert len(set(SETS[name])) == len(SETS[name])
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    part = Templates(drop=0.3)
+    dropped = sum(captioned(part, example("a mug"), seed) == "" for seed in range(500)) / 500
+    assert abs(dropped - 0.3) < 0.07
+    assert captioned(Templates(drop=1.0), example("a mug")) == ""
+
+
+def test_class_pictures_keep_their_caption_or_are_called_by_their_class():
+    drop = Templates(drop=1.0, set="plain")
+    assert captioned(drop, example("a photo of a {class_noun}", "prior")) == "a photo of a mug"
+    assert captioned(drop, example("a mug on a table", "prior")) == "a mug on a table"
+    assert captioned(drop, example("", "prior")) == "a photo of a mug"
+    assert captioned(Templates(set="subject"), example("", "prior"), 4).count("mug") == 1
+
+
+def test_the_picture_and_its_mask_pass_untouched():
+    given = example("a mug")
+    made = Templates()(given, torch.Generator().manual_seed(0), "sks mug", "mug")
+    assert made.pixels is given.pixels and made.owner == given.owner and given.caption == "a mug"

@@ -1,0 +1,285 @@
+"""Recipes: the shipped ones, how layers outrank each other, and phases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import shared.recipes
+from shared.catalog import Taxonomy, config_folder, recipe_files
+from shared.config import read_yaml, slots, validate
+from shared.recipe import Recipe
+from shared.recipes import dump, expand_phases, load
+
+SHIPPED = sorted(recipe_files("image"))
+ELSEWHERE = "backbone=some/folder"
+
+
+def phases(recipe: Recipe) -> dict[str, Recipe]:
+    return dict(expand_phases(recipe))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a recipe file of one's own and loads it."""
+
+    def make(text: str, *overrides: str) -> Recipe:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return load(str(path), [ELSEWHERE, *overrides])
+
+    return make
+
+
+TWO = """
+trainable: {tokens: {lr: 1.0e-3}}
+modifier: {kind: learnable_token}
+regularize: {anchor: {kind: embedding_anchor, weight: 0.1}}
+train: {steps: 10, batch_size: 2}
+phases:
+  first: {train: {steps: 4}}
+  second:
+    trainable: {lora: {rank: 16, lr: 1.0e-4}}
+    regularize: {anchor: null, prior: {kind: prior_prediction, weight: 1.0}}
+    train: {steps: 6}
+"""
+
+
+# --- the shipped ones ------------------------------------------------------------------------
+
+
+def test_the_three_of_the_issue_are_there():
+    assert {"textual_inversion", "dreambooth_lora", "pivotal_tuning"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("place", [[], [ELSEWHERE]], ids=["toybox", "elsewhere"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
+    recipe = load(name, place)
+    assert recipe.method == name
+    assert validate(Recipe, json.loads(json.dumps(dump(recipe)))) == recipe
+    assert validate(Recipe, yaml.safe_load(yaml.safe_dump(dump(recipe)))) == recipe
+    for phase in phases(recipe).values():
+        assert phase.trainable and phase.train.steps > 0 and not phase.phases
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_links_its_papers_at_the_top_and_says_where_it_stands(name):
+    text = recipe_files("image")[name].read_text()
+    data = read_yaml(recipe_files("image")[name])
+    head = text[: text.index("title:")]
+    assert "https://" in head.splitlines()[0] + head.splitlines()[1]
+    assert data["papers"] and all(p in head for p in data["papers"])
+    place = validate(Taxonomy, data["taxonomy"])
+    assert place.modifier and place.trains and data["title"]
+
+
+def test_what_the_recipes_are():
+    inversion, dreambooth, pivotal = (
+        load(n, [ELSEWHERE]) for n in ("textual_inversion", "dreambooth_lora", "pivotal_tuning")
+    )
+    assert set(inversion.trainable) == {"tokens"} and inversion.modifier.kind == "learnable_token"
+    assert dreambooth.modifier.kind == "rare_token" and dreambooth.regularize["prior"].kind == "prior_preservation"
+    pivot, tune = phases(pivotal).values()
+    assert set(pivot.trainable) == {"tokens"} and set(tune.trainable) == {"tokens", "lora"}
+    assert not pivot.regularize and tune.regularize["prior"].kind == "prior_prediction"
+
+
+# --- finding ---------------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe_lists_them_and_the_nearest():
+    with pytest.raises(
+        ValueError, match="unknown recipe 'dreambooth_lra'.*Did you mean 'dreambooth_lora'.*textual_inversion"
+    ):
+        load("dreambooth_lra")
+    with pytest.raises(ValueError, match="recipe file gone.yaml does not exist"):
+        load("gone.yaml")
+    with pytest.raises(ValueError, match="unknown recipe"):
+        load(str(config_folder()))
+
+
+def test_a_path_is_the_same_recipe_as_its_name():
+    path = recipe_files("image")["dreambooth_lora"]
+    assert load(str(path)) == load("dreambooth_lora")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trane: {steps: 3}", "mine.yaml: recipe: unknown key 'trane'. Did you mean 'train'?"),
+        ("train: {step: 3}", "train: unknown key 'step'. Did you mean 'steps'?"),
+        ("trainable: {lora: {rnk: 3}}", "trainable.lora: unknown key 'rnk'. Did you mean 'rank'?"),
+        ("trainable: {x: {kind: lorra}}", "trainable.x: unknown kind 'lorra'. Did you mean 'lora'?"),
+        ("trainable: {lora.a: {rank: 3}}", "trainable: 'lora.a' cannot be a part's name"),
+        ("trainable: [lora]", "trainable"),
+        ("phases: 3", "phases = 3"),
+        ("phases: [a, b]", "phases"),
+        ("phases: {a: 3}", "phases.a = 3"),
+        ("train: 3", "train = 3"),
+        ("seed: -1", "seed = -1"),
+        ("train: {optimizer: {betas: [0.9, 1.5]}}", "train.optimizer.betas.1 = 1.5"),
+        ("name: a b", "name = 'a b'"),
+        ("noise: {low: 0.5, high: 0.2}", "low = 0.5 must be below high = 0.2"),
+        ("prompts: {templates: [a photo]}", "has no {concept}"),
+    ],
+)
+def test_a_wrong_file_names_the_place(own, text, said):
+    with pytest.raises(ValueError) as error:
+        own(text)
+    assert said in str(error.value)
+
+
+def test_values_of_the_wrong_kind_on_the_command_line():
+    with pytest.raises(ValueError, match=r"train\.steps = 'many'"):
+        load("dreambooth_lora", ["train.steps=many"])
+    with pytest.raises(ValueError, match=r"subject\.images is required"):
+        load("dreambooth_lora", ["subject.class_noun=mug"])
+    with pytest.raises(ValueError, match="either subject"):
+        load("dreambooth_lora", ["subject.images=a", "subjects.b.images=b"])
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+def test_the_toybox_overlay_is_laid_on_the_toybox_only():
+    there = load("dreambooth_lora")
+    elsewhere = load("dreambooth_lora", [ELSEWHERE])
+    plain = validate(Recipe, {**read_yaml(recipe_files("image")["dreambooth_lora"]), "method": "dreambooth_lora"})
+    assert elsewhere == plain.model_copy(update={"backbone": "some/folder"})
+    assert there.train.resolution == 64 and elsewhere.train.resolution is None
+    assert there.trainable["lora"] != elsewhere.trainable["lora"]
+    assert there.trainable["lora"].rank == elsewhere.trainable["lora"].rank
+
+
+def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypatch):
+    rules = {
+        "common": {"train": {"steps": 7, "batch_size": 3}},
+        "by_kind": {"trainable": {"lora": {"lr": 0.5}, "tokens": {"lr": 0.25}}},
+        "recipes": {"mine": {"train": {"batch_size": 4}}, "other": {"seed": 9}},
+    }
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "toybox.yaml").write_text(yaml.safe_dump(rules))
+    monkeypatch.setattr(shared.recipes, "config_folder", lambda: tmp_path)
+    said = "{a: {trainable: {t: {kind: tokens}}}, b: {train: {steps: 2}}}"
+    text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + said
+    recipe = own(text, "backbone=toybox")
+    assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 4, 0)
+    a, b = phases(recipe).values()
+    assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
+    assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"
+    assert own(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
+    assert own(text).train.batch_size == 1
+
+
+def test_the_user_outranks_the_file():
+    recipe = load("dreambooth_lora", ["train.steps=3", "trainable.lora.rank=2", "regularize.prior.weight=0.5"])
+    assert (recipe.train.steps, recipe.trainable["lora"].rank, recipe.regularize["prior"].weight) == (3, 2, 0.5)
+    other = load("dreambooth_lora", ["regularize.prior.kind=prior_prediction", "sources.class_pictures=null"])
+    assert other.regularize["prior"].kind == "prior_prediction" and set(other.sources) == {"references"}
+
+
+def test_a_slot_of_one_part_needs_no_kind(own):
+    assert own("seed: 1", "noise.offset=0.1").noise.model_dump() == {
+        "kind": "uniform",
+        "low": 0.0,
+        "high": 1.0,
+        "offset": 0.1,
+    }
+    assert own("seed: 1", "modifier.token=ohwx").modifier.token == "ohwx"
+    assert own("seed: 1", "noise.kind=logit_normal", "noise.shift=3").noise.shift == 3
+
+
+def test_a_source_that_is_added_joins_the_references(own):
+    recipe = own("seed: 1", "regularize.prior.kind=prior_preservation", "sources.class_pictures.kind=generated")
+    assert set(recipe.sources) == {"references", "class_pictures"}
+
+
+def test_prior_preservation_without_class_pictures_is_an_error(own):
+    with pytest.raises(ValueError, match=r"regularize\.prior needs class pictures: add sources"):
+        own("regularize: {prior: {kind: prior_preservation}}")
+    with pytest.raises(ValueError, match=r"phases\.b: .*regularize\.prior needs class pictures"):
+        own("phases: {a: {}, b: {regularize: {prior: {kind: prior_preservation}}}}")
+    assert own(
+        "regularize: {prior: {kind: prior_preservation}}\nsources: {references: {}, mine: {kind: folder, images: x}}"
+    )
+
+
+# --- phases ----------------------------------------------------------------------------------
+
+
+def test_a_recipe_without_phases_is_one_phase(own):
+    recipe = own("trainable: {lora: {}}")
+    assert phases(recipe) == {"tune": recipe}
+    assert own(TWO, "phases=null").phases == {} and own(TWO, "regularize=null").regularize == {}
+    assert set(phases(own("train: {steps: 3}\nphases:\n  one:\n  two: {train: {steps: 4}}"))) == {"one", "two"}
+
+
+def test_a_phase_is_laid_on_the_recipe(own):
+    first, second = phases(own(TWO)).values()
+    assert set(first.trainable) == {"tokens"} and set(second.trainable) == {"tokens", "lora"}
+    assert set(first.regularize) == {"anchor"} and set(second.regularize) == {"prior"}, "null takes a part away"
+    assert (first.train.steps, second.train.steps, second.train.batch_size) == (4, 6, 2)
+    assert first.modifier == second.modifier
+
+
+def test_the_user_outranks_a_phase(own):
+    first, second = phases(own(TWO, "train.steps=1", "train.batch_size=5")).values()
+    assert (first.train.steps, second.train.steps, first.train.batch_size) == (1, 1, 5)
+    first, second = phases(own(TWO, "phases.second.train.steps=1")).values()
+    assert (first.train.steps, second.train.steps) == (4, 1)
+
+
+def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(own):
+    first, second = phases(own(TWO, "trainable.lora.rank=2", "regularize.prior.weight=0.5")).values()
+    assert set(first.trainable) == {"tokens"} and second.trainable["lora"].rank == 2
+    assert second.trainable["lora"].lr == 1e-4 and second.regularize["prior"].weight == 0.5
+    assert set(first.regularize) == {"anchor"}
+    shipped = phases(load("pivotal_tuning", ["regularize.prior.weight=0.5", "trainable.lora.dora=true"]))
+    assert shipped["tune"].regularize["prior"].weight == 0.5 and shipped["tune"].trainable["lora"].dora
+    assert set(shipped["pivot"].trainable) == {"tokens"}
+
+
+def test_a_part_that_a_phase_took_away_is_not_brought_back(own):
+    first, second = phases(own(TWO, "regularize.anchor.weight=0.7")).values()
+    assert first.regularize["anchor"].weight == 0.7 and "anchor" not in second.regularize
+
+
+def test_the_user_changes_the_kind_of_a_phase_s_part(own):
+    text = TWO.replace("prior: {kind: prior_prediction, weight: 1.0}", "prior: {kind: prior_prediction, weight: 3.0}")
+    second = phases(own(text, "regularize.prior.kind=embedding_anchor"))["second"]
+    assert second.regularize["prior"].kind == "embedding_anchor" and second.regularize["prior"].weight == 1e-5
+    assert "prior" not in phases(own(text, "regularize.prior=null"))["second"].regularize
+
+
+def test_a_part_that_is_new_goes_to_every_phase(own):
+    first, second = phases(own(TWO, "trainable.more.kind=lora", "trainable.more.rank=2")).values()
+    assert first.trainable["more"].rank == second.trainable["more"].rank == 2
+
+
+def test_a_wrong_key_inside_a_phase_is_found_at_load(own):
+    with pytest.raises(ValueError, match=r"phases\.second: trainable\.lora: unknown key 'rnk'. Did you mean 'rank'"):
+        own(TWO.replace("rank: 16", "rnk: 16"))
+    with pytest.raises(ValueError, match=r"phases\.first: train\.steps = -1"):
+        own(TWO, "phases.first.train.steps=-1")
+
+
+@pytest.mark.parametrize("key", ["modifier: {kind: plain_text}", "backbone: x", "phases: {}", "name: x"])
+def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(own, key):
+    with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": this is the same in all phases"):
+        own(f"phases: {{a: {{{key}}}}}")
+
+
+def test_slots_are_found_by_their_type():
+    assert set(slots(Recipe)) == {"sources", "masks", "augment", "trainable", "regularize"}
+
+
+def test_paths_stay_paths():
+    recipe = load("dreambooth_lora", ["subject.images=photos/", "output=a/b.concept", "subject.class_noun=mug"])
+    assert recipe.subject is not None and recipe.subject.images == Path("photos")
+    assert recipe.output == Path("a/b.concept")
+    assert validate(Recipe, dump(recipe)) == recipe

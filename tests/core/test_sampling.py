@@ -1,0 +1,272 @@
+"""The sampler against diffusers' own pipelines, and what changes between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.sampling import ChangeBase, Moment, StrengthSchedule, denoise, sample, scheduler_names
+from shared.sampling.schedulers import DIFFUSION, FLOW
+from shared.trainable.adapter import PeftAdapter
+
+PROMPTS, SEEDS = ["a mug", "a red dog"], [1, 2]
+TOLERANCE = 1e-5
+
+
+def diffusers_pixels(pipe: Any, **options: Any) -> Tensor:
+    """What the family's pipeline gives for the same generators, in [-1, 1]."""
+    generators = [torch.Generator().manual_seed(s) for s in SEEDS]
+    options = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 32, "width": 32, **options}
+    return pipe(generator=generators, output_type="pt", **options).images * 2 - 1
+
+
+@pytest.fixture
+def sd(tiny_sd: Any) -> StableDiffusionBackbone:
+    return StableDiffusionBackbone(tiny_sd)
+
+
+def add_lora(backbone: StableDiffusionBackbone, name: str, roles: Sequence[str], seed: int = 0) -> None:
+    """A LoRA with random weights, so that it does something."""
+    for role in roles:
+        for group in backbone.group(role):
+            config = LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
+            PeftAdapter.inject(backbone, name, role.replace(".", "_"), group.component, config, seed)
+
+
+# --- the same pixels as diffusers -----------------------------------------------------------------------------
+
+
+CASES = [("tiny_sd", s) for s in (None, *DIFFUSION)] + [("tiny_sd_v", s) for s in (None, "dpm++", "euler_a")]
+
+
+@pytest.mark.parametrize(("version", "scheduler"), CASES)
+def test_equal_to_stable_diffusion_pipeline(version: str, scheduler: str | None, request: Any) -> None:
+    pipe = request.getfixturevalue(version)
+    options = {"seeds": SEEDS, "negative": "bad", "guidance": 5.0, "steps": 4, "scheduler": scheduler}
+    ours = sample(StableDiffusionBackbone(pipe), PROMPTS, **options)
+    if scheduler:
+        kind, settings = DIFFUSION[scheduler]
+        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
+    theirs = diffusers_pixels(pipe, negative_prompt=["bad"] * 2, guidance_scale=5.0)
+    assert ours.shape == (2, 3, 32, 32) and ours.dtype == torch.float32
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+def test_equal_without_guidance(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+    ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=1.0, steps=4)
+    assert (ours - diffusers_pixels(tiny_sd, guidance_scale=1.0)).abs().max() < TOLERANCE
+
+
+def test_the_comparison_is_not_blind(sd: StableDiffusionBackbone) -> None:
+    """Prompt, seed, negative prompt and guidance all move these pixels by far more than the tolerance."""
+    options: dict[str, Any] = {"seeds": [1], "guidance": 5.0, "steps": 4}
+    plain = sample(sd, ["a mug"], **options)
+    for other in (
+        sample(sd, ["a red dog"], **options),
+        sample(sd, ["a mug"], **{**options, "seeds": [2]}),
+        sample(sd, ["a mug"], negative="bad", **options),
+        sample(sd, ["a mug"], **{**options, "guidance": 9.0}),
+    ):
+        assert (other - plain).abs().max() > 0.01
+
+
+def test_equal_with_a_concept_in_place(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
+    """A LoRA on U-Net and text encoder acts in our sampler as in the pipeline around the same networks."""
+    before = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
+    add_lora(sd, "my-mug", ["cross_attention", "text_encoder"])
+    ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
+    assert (ours - diffusers_pixels(sd.pipeline(), guidance_scale=5.0)).abs().max() < TOLERANCE
+    assert (ours - before).abs().max() > 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("embeds", "guidance"), [(True, 3.5), (True, 1.0), (False, 3.0), (False, 0.0)])
+def test_equal_to_flux_pipeline(make_tiny_flux: Any, embeds: bool, guidance: float, dynamic: bool) -> None:
+    pipe = make_tiny_flux(guidance_embeds=embeds, dynamic=dynamic)
+    negative = "bad" if not embeds and guidance > 1 else ""
+    backbone = FluxBackbone(pipe)
+    ours = sample(backbone, PROMPTS, seeds=SEEDS, negative=negative, guidance=guidance, steps=4, height=32, width=64)
+    how = {"guidance_scale": guidance} if embeds else {"true_cfg_scale": guidance, "negative_prompt": ["bad"] * 2}
+    theirs = diffusers_pixels(pipe, max_sequence_length=48, width=64, **how)
+    assert ours.shape == (2, 3, 32, 64)
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+def test_flux_sde_equals_diffusers(tiny_flux: Any) -> None:
+    kind, settings = FLOW["flow_euler_sde"]
+    options = {"seeds": SEEDS, "guidance": 3.5, "steps": 3, "height": 32, "width": 32}
+    ours = sample(FluxBackbone(tiny_flux), PROMPTS, scheduler="flow_euler_sde", **options)
+    assert torch.isfinite(ours).all()
+    assert kind == type(tiny_flux.scheduler).__name__ and settings["stochastic_sampling"]
+    assert torch.equal(ours, sample(FluxBackbone(tiny_flux), PROMPTS, scheduler="flow_euler_sde", **options))
+
+
+# --- independence, defaults, errors ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler_a", "dpm++_sde"])
+def test_a_picture_does_not_depend_on_its_neighbours(sd: StableDiffusionBackbone, scheduler: str) -> None:
+    options = {"guidance": 4.0, "steps": 3, "scheduler": scheduler}
+    both = sample(sd, PROMPTS, seeds=SEEDS, **options)
+    alone = sample(sd, PROMPTS[1:], seeds=SEEDS[1:], **options)
+    assert torch.allclose(both[1:], alone, atol=TOLERANCE)
+
+
+def test_same_seed_same_bits(sd: StableDiffusionBackbone) -> None:
+    one, two = (sample(sd, PROMPTS, seeds=SEEDS, steps=3, scheduler="euler_a") for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_one_prompt_stands_for_all_seeds(sd: StableDiffusionBackbone) -> None:
+    got = sample(sd, ["a mug"], seeds=[1, 2, 3], steps=2)
+    assert got.shape[0] == 3 and torch.equal(got, sample(sd, ["a mug"] * 3, seeds=[1, 2, 3], steps=2))
+
+
+def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: Any) -> None:
+    def ask(**options: Any) -> Callable[[], Tensor]:
+        return lambda: sample(sd, options.pop("prompts", PROMPTS), **{"seeds": SEEDS, "steps": 2, **options})
+
+    for call, message in [
+        (ask(scheduler="dmp++"), r"unknown scheduler 'dmp\+\+'. Did you mean 'dpm\+\+'\? There are: ddim"),
+        (ask(scheduler="flow_euler"), "unknown scheduler 'flow_euler'"),
+        (ask(prompts=["a mug " * 40]), "would cut"),
+        (ask(negative="a mug " * 40), "would cut"),
+        (ask(seeds=[1, 2, 3]), "2 prompts for 3 seeds"),
+        (ask(negative=["a", "b", "c"]), "3 negative prompts for 2 seeds"),
+        (ask(seeds=[], prompts=[]), "at least one step and one seed"),
+        (ask(steps=0), "at least one step"),
+        (ask(height=30), "multiples of 4"),
+        (ask(guidance=1.0, negative="bad"), "reads no negative prompt at guidance=1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    flux = FluxBackbone(tiny_flux)
+    with pytest.raises(ValueError, match="flux reads no negative prompt"):
+        sample(flux, PROMPTS, seeds=SEEDS, steps=2, negative="bad", height=32, width=32)
+    with pytest.raises(ValueError, match="There are: flow_euler, flow_euler_sde"):
+        sample(flux, PROMPTS, seeds=SEEDS, steps=2, scheduler="ddim", height=32, width=32)
+    assert "dpm++" in scheduler_names(sd) and set(scheduler_names(flux)) == set(FLOW)
+
+
+def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
+    states = denoise(sd, PROMPTS, seeds=SEEDS, steps=3)
+    first = next(states)
+    assert torch.is_grad_enabled()  # a sampler at rest leaves nothing switched
+    rest = list(states)
+    assert [first.index, *(s.index for s in rest)] == [0, 1, 2] and first.latents.shape == (2, 4, 8, 8)
+    pixels = sd.decode(rest[-1].latents).clamp(-1, 1)
+    assert torch.equal(pixels, sample(sd, PROMPTS, seeds=SEEDS, steps=3))
+
+
+# --- names that vary, inside the sampler ------------------------------------------------------------------------
+
+
+class Varying:
+    """One token whose row is `row(t, site)`."""
+
+    name, words, tokens = "x", "<x>", ("<x>",)
+
+    def __init__(self, row: Callable[[Tensor | None, str | None], Tensor], varies_with: Sequence[str]) -> None:
+        self.row, self.varies_with, self.times = row, frozenset(varies_with), []
+
+    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor:
+        if t is not None:
+            self.times.append(float(t[0]))
+        return self.row(t, site)
+
+    def edit(self, context: Any, positions: Tensor, t: Any, site: Any) -> Any:
+        return context
+
+
+def test_names_per_time_and_per_site(sd: StableDiffusionBackbone) -> None:
+    row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    ask: dict[str, Any] = {"prompts": ["a <x>"], "seeds": [1], "steps": 4, "guidance": 5.0}
+    pictures = {}
+    rows: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+        "plain": (lambda t, s: row, ()),
+        "equal in time": (lambda t, s: row.expand(t.shape[0], 1, 16), ("time",)),
+        "equal at sites": (lambda t, s: row, ("site",)),
+        "by time": (lambda t, s: row * t[:, None, None] / 500, ("time",)),
+        "by site": (lambda t, s: row * (1.0 + len(s)), ("site",)),
+        "by both": (lambda t, s: row * t[:, None, None] / (500 + len(s)), ("site", "time")),
+    }
+    for key, (row_of, varies_with) in rows.items():
+        naming: Any = Varying(row_of, varies_with)
+        sd.add_naming(naming)
+        pictures[key] = sample(sd, **ask)
+        sd.remove("x")
+        if "time" in varies_with:
+            assert sorted(set(naming.times), reverse=True) == [751.0, 501.0, 251.0, 1.0]
+    for key in ("equal in time", "equal at sites"):
+        assert torch.allclose(pictures[key], pictures["plain"], atol=TOLERANCE), key
+    for key in ("by time", "by site", "by both"):
+        assert (pictures[key] - pictures["plain"]).abs().max() > 5 * TOLERANCE, key
+
+
+# --- changes between steps ------------------------------------------------------------------------------------
+
+
+def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
+    add_lora(sd, "mug", ["cross_attention", "text_encoder"], seed=1)
+    add_lora(sd, "style", ["self_attention"], seed=2)
+
+    def ask(points: dict[float, float] | None, **options: Any) -> Tensor:
+        changes = [] if points is None else [StrengthSchedule(strengths={"mug": points}, **options)]
+        return sample(sd, PROMPTS, seeds=SEEDS, steps=4, guidance=4.0, changes=changes)
+
+    on = ask(None)
+    with sd.active({"style": 1.0}):
+        off = ask(None)
+        half_on = ask({0.0: 0.5})  # a schedule switches only whom it names
+    with sd.active({"style": 1.0, "mug": 0.5}):
+        assert torch.equal(ask(None), half_on)
+    assert torch.equal(ask({0.0: 1.0}), on) and torch.equal(ask({0.0: 0.0}), off)
+    late, ramp = ask({0.0: 0.0, 0.5: 1.0}), ask({0.0: 0.0, 1.0: 1.0}, linear=True)
+    for a, b in [(late, on), (late, off), (ramp, on), (ramp, off), (ramp, late)]:
+        assert (a - b).abs().max() > TOLERANCE / 10
+    assert sd.strengths == {"mug": 1.0, "style": 1.0}
+    with pytest.raises(ValueError, match=r"'cup'.*There are: mug, style"):
+        sample(sd, PROMPTS, seeds=SEEDS, steps=2, changes=[StrengthSchedule(strengths={"cup": {0: 1}})])
+
+
+def test_strengths_in_closed_form() -> None:
+    held = StrengthSchedule(strengths={"a": {0.2: 0.5, 0.6: 1.0}})
+    assert [held.at("a", f) for f in (0.0, 0.2, 0.5, 0.6, 0.9)] == [0.5, 0.5, 0.5, 1.0, 1.0]
+    ramp = held.model_copy(update={"linear": True})
+    assert [ramp.at("a", f) for f in (0.0, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([0.5, 0.5, 0.75, 1.0, 1.0])
+    for points in ({}, {1.5: 1.0}):
+        with pytest.raises(ValueError, match="fractions of the steps"):
+            StrengthSchedule(strengths={"a": points})
+
+
+class Later(ChangeBase):
+    """Other words in the first half."""
+
+    def prompts(self, moment: Moment, prompts: Sequence[str]) -> Sequence[str]:
+        return ["a dog"] * len(prompts) if moment.fraction < 0.5 else prompts
+
+
+class Shift(ChangeBase):
+    """The latents move before the first step."""
+
+    def latents(self, moment: Moment, latents: Tensor) -> Tensor:
+        return latents + 1 if moment.index == 0 else latents
+
+
+def test_words_and_latents_can_change(sd: StableDiffusionBackbone) -> None:
+    ask: dict[str, Any] = {"seeds": [1], "steps": 4, "guidance": 5.0}
+    mug, dog = sample(sd, ["a mug"], **ask), sample(sd, ["a dog"], **ask)
+    mixed = sample(sd, ["a mug"], changes=[Later()], **ask)
+    assert not torch.equal(mixed, mug) and not torch.equal(mixed, dog)
+    assert torch.equal(sample(sd, ["a dog"], changes=[Later()], **ask), dog)
+    assert torch.equal(sample(sd, ["a mug"], changes=[ChangeBase()], **ask), mug)
+    first = next(denoise(sd, ["a mug"], changes=[Shift()], **ask)).latents
+    assert (first - next(denoise(sd, ["a mug"], **ask)).latents).abs().mean() > 0.5

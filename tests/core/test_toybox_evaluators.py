@@ -1,0 +1,219 @@
+"""The toybox's evaluators: they load, they are as accurate as the card says, and their training resumes bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.toybox import world
+from shared.toybox.evaluators import (
+    augment,
+    data,
+    judge,
+    load_clip,
+    load_identity,
+    load_recognizer,
+    measure,
+    retrieve,
+    tasks,
+    train,
+)
+from shared.toybox.evaluators import clip as clips
+from shared.toybox.evaluators.identity import IdentityConfig, contrastive_loss
+from shared.toybox.evaluators.recognizer import ATTRIBUTES, RecognizerConfig
+from shared.toybox.evaluators.trunk import WEIGHTS, TrunkConfig
+from shared.toybox.weights import WEIGHTS as BACKBONES
+
+TINY = TrunkConfig(widths=(4, 8), blocks=(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fake_pictures(n: int = 24) -> data.Pictures:
+    rng = np.random.default_rng(0)
+    labels = {name: rng.integers(-1, len(v), n) for name, v in data.attribute_values().items()}
+    captions = [["a red duck with blue wings", "a duck on the beach"]] * n
+    pixels = rng.integers(0, 255, (n, 64, 64, 3), dtype=np.uint8)
+    packed = rng.integers(0, 255, (n, 64, 8), dtype=np.uint8)
+    return data.Pictures(pixels, packed, labels, captions, data.attribute_values(), reconstructions=pixels[: n // 2])
+
+
+def fake_individuals() -> data.IdentityPictures:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (3, 2, 4, 64, 64, 3), dtype=np.uint8)
+    numbers = np.where(np.arange(6)[:, None] < 4, rng.normal(size=(6, 5)), np.nan).astype(np.float32)
+    return data.IdentityPictures(pixels, np.array([0, 1, 2, 0, -1, -1]), numbers)
+
+
+def tiny_task(name: str) -> train.Task:
+    if name == "recognizer":
+        config = RecognizerConfig(trunk=TINY, values=data.attribute_values())
+        return tasks.RecognizerTask(fake_pictures(), 8, 0, config)
+    if name == "identity":
+        return tasks.IdentityTask(fake_individuals(), 16, 0, IdentityConfig(trunk=TINY, dimensions=8))
+    from shared.toybox import tokenizer
+
+    config = clips.ClipConfig(vision_width=16, vision_layers=1, text_width=16, text_layers=1, dimensions=8)
+    return tasks.ClipTask(fake_pictures(), 8, 0, tokenizer.build(["red", "duck", "beach"]), config)
+
+
+@pytest.mark.parametrize("name", ["recognizer", "identity", "clip"])
+def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
+    def settings(pause: int | None = None) -> train.Settings:
+        return train.Settings(steps=4, batch_size=8, pause=pause, device="cpu")
+
+    whole, first, second = tiny_task(name), tiny_task(name), tiny_task(name)
+    before = {k: v.clone() for k, v in whole.module.state_dict().items()}
+    assert train.fit(whole, settings(), tmp_path / "out", tmp_path / "whole") == 4
+    assert train.fit(first, settings(pause=2), tmp_path / "out", tmp_path / "halves") == 2
+    assert train.fit(second, settings(), tmp_path / "out", tmp_path / "halves") == 4
+    state, resumed = whole.module.state_dict(), second.module.state_dict()
+    assert all(torch.equal(state[k], resumed[k]) for k in state)
+    assert any(not torch.equal(state[k], before[k]) for k in state)
+    with pytest.raises(ValueError, match="seed"):
+        train.fit(tiny_task(name), train.Settings(steps=4, batch_size=8, seed=3), tmp_path / "out", tmp_path / "halves")
+
+
+def test_saved_weights_load_back(tmp_path: Path):
+    for name, load in (("recognizer", load_recognizer), ("identity", load_identity), ("clip", load_clip)):
+        task = tiny_task(name)
+        task.export(tmp_path / name)
+        loaded = load(tmp_path / name)
+        module = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = {"recognizer": "module", "identity": "encoder", "clip": "model"}[name]
+        source = getattr(task, source)
+        for key, value in source.state_dict().items():
+            expected = value.half().float() if value.is_floating_point() else value
+            assert torch.equal(module.state_dict()[key], expected), key
+        with pytest.raises(FileNotFoundError, match=f"pcs toybox train {name}"):
+            load(tmp_path / "nothing")
+
+
+def test_clip_is_an_ordinary_transformers_folder():
+    from PIL import Image
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+    folder = str(WEIGHTS / "clip")
+    model = CLIPModel.from_pretrained(folder, local_files_only=True)
+    assert model.dtype == torch.float32
+    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(["a red duck"], return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)(
+        Image.new("RGB", (90, 70), "red"), return_tensors="pt"
+    )
+    output = model(
+        input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels["pixel_values"]
+    )
+    assert output.logits_per_image.shape == (1, 1)
+    mine = clips.image_features(model, torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+    assert torch.allclose(mine, output.image_embeds, atol=1e-4)
+
+
+def test_recognizer_is_as_good_as_the_card_says():
+    found = measure.measure_recognizer(240, seed=11)
+    for name, bar in {
+        "class": 0.9,
+        "background": 0.97,
+        "main": 0.83,
+        "second": 0.85,
+        "view": 0.86,
+        "accessory": 0.9,
+        "style": 0.95,
+    }.items():
+        assert found[name] >= bar, (name, found[name], found["confusions"][name])
+
+
+def test_identity_finds_held_out_subjects_among_distractors():
+    found = measure.measure_identity("development", queries=2, seed=5)
+    assert found["gallery"] >= 9
+    assert found["retrieval"] >= 0.83, found
+
+
+def test_clip_knows_captions():
+    found = measure.measure_clip(128, seed=7)
+    assert found["swap_background"] >= 0.95 and found["swap_main"] >= 0.85 and found["caption_of_64"] >= 0.6, found
+
+
+def test_predictions_and_probabilities_agree():
+    recognizer = load_recognizer()
+    pixels = torch.rand(3, 3, 64, 64)
+    found, chances = recognizer.predict(pixels), recognizer.probabilities(pixels)
+    assert set(found) == set(ATTRIBUTES)
+    for name, p in chances.items():
+        assert p.shape == (3, len(recognizer.config.values[name])) and torch.allclose(
+            p.sum(1), torch.ones(3), atol=1e-5
+        )
+        assert found[name] == [recognizer.config.values[name][i] for i in p.argmax(1)]
+    assert recognizer.config.values["class"] == world.CLASSES
+    for wrong in (torch.rand(3, 64, 64), torch.rand(1, 3, 32, 32), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="pixels"):
+            recognizer.predict(wrong)
+
+
+def test_retrieve_by_single_embeddings_and_means():
+    gallery = [torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])]
+    assert retrieve(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), gallery).tolist() == [0, 1]
+    assert torch.allclose(load_identity().embed(torch.rand(2, 3, 64, 64)).norm(dim=1), torch.ones(2), atol=1e-5)
+    with pytest.raises(ValueError, match="gallery"):
+        retrieve(torch.ones(1, 2), [])
+
+
+def test_contrastive_loss_against_the_formula():
+    torch.manual_seed(0)
+    z, y = torch.nn.functional.normalize(torch.randn(6, 4), dim=1), torch.tensor([0, 0, 1, 1, 1, 2])
+    expected = []
+    for i in range(6):
+        others = [a for a in range(6) if a != i]
+        positives = [p for p in others if y[p] == y[i]]
+        total = sum(torch.exp(z[i] @ z[a] / 0.1) for a in others)
+        if positives:
+            expected.append(-sum(torch.log(torch.exp(z[i] @ z[p] / 0.1) / total) for p in positives) / len(positives))
+    assert torch.allclose(contrastive_loss(z, y, 0.1), torch.stack(expected).mean(), atol=1e-5)
+
+
+def test_augmentation_is_seeded_and_bounded():
+    pixels = torch.rand(8, 3, 64, 64)
+    a, b = (augment.augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == pixels.shape and 0 <= float(a.min()) <= float(a.max()) <= 1
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    assert torch.allclose(augment.blur(flat, 1.0), flat, atol=1e-6)
+    assert np.array_equal(
+        augment.to_bytes(augment.from_bytes(np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3))).ravel(), np.arange(48)
+    )
+
+
+def test_groups_of_the_identity_set_share_everything_but_the_individual():
+    group = data.sample_group(np.random.default_rng(4), 3, 2)
+    things = [[scene.things[0] for scene in scenes] for scenes in group]
+    assert len({(t.class_name, t.main, t.second) for row in things for t in row}) == 1
+    keys = [{(t.pattern_seed, t.identity) for t in row} for row in things]
+    assert all(len(k) == 1 for k in keys) and len(set.union(*keys)) == 3
+    assert all(t.pattern_seed is None or t.pattern_seed in world.SEEDS["train"] for row in things for t in row)
+
+
+def test_kid_and_psnr():
+    torch.manual_seed(0)
+    x, y, z = torch.randn(400, 8), torch.randn(400, 8), torch.randn(400, 8) + 0.5
+    assert abs(judge.kid(x, y)) < 0.05 < judge.kid(x, z)
+    assert judge.psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.1)) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_judge_runs_on_the_shipped_backbone():
+    if not (BACKBONES / "backbone" / "model_index.json").is_file():
+        pytest.skip("no backbone is shipped yet")
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(str(BACKBONES / "backbone"), local_files_only=True)
+    found = judge.judge_backbone(pipeline, n=8, steps=2)
+    assert set(found["bars"]) == set(judge.BARS) and found["met"] in (True, False)
+    assert found["scores"]["accessory_captions"] >= 2 and found["scores"]["style_captions"] >= 2
+    with pytest.raises(ValueError, match="too few"):
+        judge.judge_backbone(pipeline, n=1)

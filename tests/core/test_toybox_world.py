@@ -1,0 +1,205 @@
+"""The world's vocabularies, scenes, captions, and what is held out from training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.toybox import captions, patterns, subjects, world
+from shared.toybox.world import Camera, Scene, Thing
+
+SPLITS = ("development", "reporting")
+
+
+def scenes(n: int, seed: int = 0, **fixed: Any) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_scene(rng, **fixed) for _ in range(n)]
+
+
+def test_the_same_seed_gives_the_same_scenes():
+    assert scenes(50) == scenes(50)
+    assert scenes(50) != scenes(50, seed=1)
+
+
+def test_the_distribution_is_what_the_design_says():
+    found = scenes(3000)
+    share = {
+        "pattern": np.mean([s.things[0].pattern_seed is not None for s in found]),
+        "accessory": np.mean([s.things[0].accessory != "none" for s in found]),
+        "style": np.mean([s.style != "photo" for s in found]),
+        "two": np.mean([len(s.things) == 2 for s in found]),
+    }
+    for name, wanted in {"pattern": 0.45, "accessory": 0.15, "style": 0.15, "two": 0.08}.items():
+        assert share[name] == pytest.approx(wanted, abs=0.03), name
+    cameras = [s.cameras[0] for s in found if len(s.things) == 1]
+    assert min(c.scale for c in cameras) < 0.45 and max(c.scale for c in cameras) > 1.05
+    assert max(abs(c.x) for c in cameras) > 0.3 and max(abs(c.roll_deg) for c in cameras) > 22
+    assert np.histogram([c.azimuth_deg for c in cameras], 12, (-180, 180))[0].min() > 0.03 * len(cameras)
+    for values, got in (
+        (world.CLASSES, [s.things[0].class_name for s in found]),
+        (world.BACKGROUNDS, [s.background for s in found]),
+        (world.VIEWS, [s.view for s in found]),
+        (world.ACCESSORIES, [s.things[0].accessory for s in found]),
+        (world.STYLES, [s.style for s in found]),
+        (world.COLORS, [s.things[0].main for s in found]),
+    ):
+        assert set(got) == set(values)
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "elevation", "view"),
+    [
+        (0, 10, "front"),
+        (-38, 0, "front"),
+        (90, 10, "side"),
+        (-90, 10, "side"),
+        (180, 10, "back"),
+        (-150, 20, "back"),
+        (540, 20, "back"),
+        (359, 0, "front"),
+        (0, 60, "above"),
+        (170, 75, "above"),
+    ],
+)
+def test_views(azimuth, elevation, view):
+    assert Camera(azimuth, elevation).view == view
+
+
+def test_a_fixed_view_is_clear_and_right():
+    for view in world.VIEWS:
+        assert all(s.view == view and s.cameras[0].view_is_clear for s in scenes(60, view=view))
+
+
+def test_fixed_attributes_are_kept():
+    fixed: dict[str, Any] = {
+        "class_name": "cat",
+        "main": "red",
+        "second": "white",
+        "background": "snow",
+        "style": "cartoon",
+        "accessory": "red hat",
+        "view": "side",
+    }
+    for s in scenes(20, pattern=True, **fixed):
+        t = s.things[0]
+        assert (t.class_name, t.main, t.second, s.background, s.style, t.accessory, s.view) == tuple(fixed.values())
+        assert t.pattern_seed in world.SEEDS["train"]
+    with pytest.raises(ValueError, match="cannot fix colour"):
+        world.sample_scene(np.random.default_rng(0), colour="red")
+
+
+def test_impossible_things_are_refused():
+    with pytest.raises(ValueError, match="no 'elephant'"):
+        Thing("elephant", "red", "blue")
+    with pytest.raises(ValueError, match="must differ"):
+        Thing("cat", "red", "red")
+    with pytest.raises(ValueError, match="identity"):
+        Thing("face", "red", "blue")
+
+
+def test_glasses_are_not_promised_from_behind():
+    for s in scenes(200, accessory="pink glasses"):
+        camera = s.cameras[0]
+        assert abs(camera.azimuth_deg) <= 105 or camera.elevation_deg >= 60
+
+
+def test_captions_use_the_vocabulary_and_are_short():
+    known, rng, met = set(captions.vocabulary()), np.random.default_rng(1), set()
+    for s in scenes(3000, seed=1):
+        for full in (False, True):
+            text = captions.caption(s, rng, full)
+            words = re.findall(r"\S+?(?=,|\s|$)|,", text)
+            assert set(words) <= known, text
+            assert len(words) <= captions.MAX_WORDS, text
+            met |= set(words)
+    assert known == met
+
+
+def test_the_full_caption_names_everything():
+    s = Scene((Thing("duck", "red", "blue", 3),), "beach", (Camera(90, 10),))
+    text = captions.caption(s, np.random.default_rng(0), full=True)
+    assert text == "a photo of a red duck with blue wings on the beach, side view"
+    hatted = replace(s, things=(replace(s.things[0], accessory="red hat"),), style="pencil sketch")
+    text = captions.caption(hatted, np.random.default_rng(0), full=True)
+    assert text == "a pencil sketch of a red duck with blue wings wearing a red hat on the beach, side view"
+
+
+def test_captions_tell_accessory_and_style_always_and_pattern_never():
+    rng = np.random.default_rng(2)
+    for s in scenes(500, seed=2):
+        text = captions.caption(s, rng)
+        if s.things[0].accessory != "none":
+            assert captions.WORN[s.things[0].accessory] in text
+        if s.style != "photo":
+            assert any(opening in text for opening in captions.OPENINGS[s.style])
+        plain = replace(s, things=tuple(replace(t, pattern_seed=None) for t in s.things))
+        assert captions.caption(s, np.random.default_rng(5)) == captions.caption(plain, np.random.default_rng(5))
+
+
+def test_views_are_captioned_in_seventy_percent():
+    rng = np.random.default_rng(3)
+    named = [("view" in text or "seen" in text) for text in (captions.caption(s, rng) for s in scenes(2000, seed=3))]
+    assert np.mean(named) == pytest.approx(0.7, abs=0.04)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_subjects_have_distractors_of_their_class_and_palette(split):
+    found = subjects.subjects(split)
+    assert sorted(h.thing.class_name for h in found) == sorted(c for c in world.CLASSES if c != "face")
+    for h in found:
+        assert len(h.distractors) >= 8
+        looks = {(t.class_name, t.main, t.second) for t in (h.thing, *h.distractors)}
+        assert len(looks) == 1
+        seeds = [t.pattern_seed for t in (h.thing, *h.distractors)]
+        assert len(set(seeds)) == len(seeds)
+        assert all(s in world.SEEDS[split] for s in seeds)
+    assert len(subjects.faces(split)) >= 4
+    assert all(len(h.distractors) >= 8 for h in subjects.faces(split))
+
+
+def test_held_out_seeds_and_styles_are_disjoint_from_training():
+    ranges = list(world.SEEDS.values())
+    for i, a in enumerate(ranges):
+        for b in ranges[i + 1 :]:
+            assert a.stop <= b.start or b.stop <= a.start
+    for a, b in (
+        (world.STYLES, subjects.styles("development")),
+        (world.STYLES, subjects.styles("reporting")),
+        (subjects.styles("development"), subjects.styles("reporting")),
+    ):
+        assert not set(a) & set(b)
+    assert all(s.style in world.STYLES for s in scenes(300))
+    assert all(t.pattern_seed is None or t.pattern_seed in world.SEEDS["train"] for s in scenes(300) for t in s.things)
+    words = set(captions.vocabulary())
+    assert not words & {"blueprint", "halftone", "stained", "thermal", "duotone", "mosaic", "woodcut", "crosshatch"}
+
+
+def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_one():
+    """The parameters themselves, not only the seeds: every held-out pattern against all that training can draw."""
+    held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
+    inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
+    train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])
+    nearest = np.array([np.sqrt(((train - row) ** 2).sum(1)).min() for row in inner])
+    # Two draws of one kind are about 4 apart; a change of 0.3 is hard to see.
+    assert nearest.min() > 0.5
+
+
+def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
+    held = np.array([t.identity for split in SPLITS for h in subjects.faces(split) for t in (h.thing, *h.distractors)])
+    train = np.array([world.identity_of(s) for s in world.SEEDS["train"]])
+    nearest = [np.sqrt(((train - row) ** 2).sum(1)).min() for row in held]
+    assert min(nearest) > 0.5
+
+
+def test_reference_scenes_are_varied_plain_photos():
+    thing = subjects.subjects("development")[0].thing
+    found = subjects.reference_scenes(replace(thing, accessory="red hat"), 6, 4)
+    assert found == subjects.reference_scenes(thing, 6, 4)
+    assert {s.style for s in found} == {"photo"} and {s.things[0].accessory for s in found} == {"none"}
+    assert len({s.background for s in found}) == 6 and {s.view for s in found} == set(world.VIEWS)
+    with pytest.raises(ValueError, match="no held-out split 'train'"):
+        subjects.subjects("train")

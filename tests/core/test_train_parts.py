@@ -1,0 +1,444 @@
+"""What the training loop is made of: draws, batches and caches, losses, schedules, checkpoints, logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.config import validate
+from shared.modifiers import LearnableToken, RareToken
+from shared.noise import LogitNormal, Uniform
+from shared.objective import Denoising
+from shared.recipe import Optimizer, Recipe, Train
+from shared.train import checkpoint
+from shared.train.data import Data
+from shared.train.log import Log
+from shared.train.loop import NotFinite, Update, generator, run
+from shared.train.optim import Optimizers, schedule
+from shared.train.tune import Tune
+from shared.trainable import Lora, Woken
+from shared.types import Example
+
+
+@pytest.fixture
+def sd(make_tiny_sd):
+    backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    RareToken().attach(backbone, "mug", "mug")
+    return backbone
+
+
+def pictures(n: int = 3, role="instance", mask: bool = False, caption: str = "", owner: str = "mug") -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    area = torch.zeros(1, 32, 32)
+    area[:, 8:24, 4:20] = 1
+    return [
+        Example(
+            torch.rand(3, 32, 32, generator=generator) * 2 - 1,
+            caption,
+            owner,
+            role,
+            mask=area if mask else None,
+            source=f"{i}.png",
+            user_caption=bool(caption),
+        )
+        for i in range(n)
+    ]
+
+
+def recipe(**changes) -> Recipe:
+    return validate(Recipe, {"train": {"batch_size": 2}, "prompts": {"set": "subject"}, **changes})
+
+
+def data(backbone, examples, words="sks mug", **changes) -> Data:
+    return Data(examples, recipe(**changes), backbone, {"mug": words}, {"mug": "mug"})
+
+
+# --- draws -----------------------------------------------------------------------------------
+
+
+def test_every_step_has_a_stream_of_its_own():
+    keys = [(seed, step, micro) for seed in range(3) for step in range(20) for micro in range(3)]
+    first = {float(torch.rand((), generator=generator(*k))) for k in keys}
+    assert len(first) == len(keys)
+    assert torch.equal(torch.rand(4, generator=generator(1, 2)), torch.rand(4, generator=generator(1, 2, 0)))
+
+
+def test_times_are_uniform_whole_and_within_their_stage():
+    draw = torch.Generator().manual_seed(0)
+    t = Uniform(low=0.2, high=0.6).draw_times(20_000, draw, discrete=True)
+    assert t.min() == 200 and t.max() == 599 and torch.equal(t, t.floor())
+    assert abs(float(t.mean()) - 399.5) < 2
+    whole = Uniform().draw_times(50_000, draw, discrete=True)
+    assert whole.min() == 0 and whole.max() == 999
+    assert Uniform().draw_times(1000, draw, discrete=False).max() < 1000
+
+
+def test_logit_normal_times_have_their_quantiles():
+    draw = torch.Generator().manual_seed(0)
+    for mean, shift in ((0.0, 1.0), (0.5, 1.0), (0.0, 3.0)):
+        t = LogitNormal(mean=mean, shift=shift).draw_times(50_000, draw, discrete=False).double() / 1000
+        for z in (-1.0, 0.0, 1.0):  # quantiles of the normal go through the monotone map
+            u = 1 / (1 + math.exp(-(mean + z)))
+            expected = shift * u / (1 + (shift - 1) * u)
+            share = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+            assert abs(float((t < expected).double().mean()) - share) < 0.01
+
+
+def test_noise_offset_is_one_shift_per_picture_and_channel():
+    like = torch.zeros(64, 4, 16, 16)
+    plain = Uniform().draw_noise(like, torch.Generator().manual_seed(0))
+    shifted = Uniform(offset=0.5).draw_noise(like, torch.Generator().manual_seed(0))
+    difference = shifted - plain
+    assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-5)
+    assert abs(float(difference[..., 0, 0].std()) - 0.5) < 0.07 and abs(float(plain.std()) - 1) < 0.01
+
+
+# --- batches and caches ----------------------------------------------------------------------
+
+
+def test_every_picture_comes_once_per_epoch_in_another_order(sd):
+    examples = pictures(4, caption="a")
+    examples = [e.with_(caption=f"{i}") for i, e in enumerate(examples)]
+    source = data(sd, examples)
+    seen = [c for step in range(40) for c in source.batch(step, 0).captions]
+    epochs = [tuple(seen[i : i + 4]) for i in range(0, 80, 4)]
+    assert all(len(set(e)) == 4 for e in epochs) and len(set(epochs)) > 5
+
+
+def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
+    cached = data(sd, pictures(mask=True))
+    fresh = data(sd, pictures(mask=True), train={"batch_size": 2, "cache": False})
+    assert cached.cached and not fresh.cached
+    for step in range(4):
+        one, two = cached.batch(step, 0), fresh.batch(step, 0)
+        assert one.captions == two.captions and one.owner == two.owner == ("mug", "mug")
+        assert torch.allclose(one.latents, two.latents, atol=1e-5) and torch.equal(one.mask, two.mask)
+    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn anew"
+
+
+def test_the_cached_latents_are_the_autoencoder_s_mean_and_spread(sd):
+    source = data(sd, pictures(1), train={"batch_size": 1})
+    mean, std = sd.latent_moments(pictures(1)[0].pixels[None])
+    latents = torch.cat([source.batch(step, 0).latents for step in range(400)])
+    assert torch.allclose(latents.mean(0), mean[0], atol=float(std.max()) * 0.3)
+    assert abs(float(latents.std(0).mean() / std.mean()) - 1) < 0.1
+
+
+def test_an_augmentation_that_is_not_random_acts_with_the_cache_too(sd):
+    flip = {"flip": {"p": 1.0}}
+    plain, cached, fresh = (
+        data(sd, pictures(), **k)
+        for k in ({}, {"augment": flip}, {"augment": flip, "train": {"batch_size": 2, "cache": False}})
+    )
+    assert cached.cached
+    one, two = cached.batch(0, 0), fresh.batch(0, 0)
+    assert torch.allclose(one.latents, two.latents, atol=1e-5) and one.captions == two.captions
+    assert not torch.allclose(one.latents, plain.batch(0, 0).latents, atol=1e-2)
+    assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5
+
+
+def test_random_augmentation_is_drawn_each_time_or_kept_as_variants(sd):
+    jitter = {"color_jitter": {"brightness": 0.9}}
+
+    def means(**train) -> set[float]:
+        source = data(sd, pictures(1), augment=jitter, train={"batch_size": 1, **train})
+        return {round(float(source._row("instance", 0, generator(0, s)).mean.double().sum()), 4) for s in range(12)}
+
+    assert len(means()) == 12
+    assert 1 < len(means(variants=3)) <= 3
+    assert len(means(cache=False, variants=3)) == 12
+
+
+def test_masks_and_valid_areas_shrink_by_area(sd):
+    example = pictures(1, mask=True)[0]
+    valid = torch.ones(1, 32, 32)
+    valid[:, :, 16:] = 0
+    batch = data(sd, [example.with_(valid=valid), pictures(1)[0]]).batch(0, 0)
+    expected = torch.zeros(1, 8, 8)
+    expected[:, 2:6, 1:5] = 1
+    rows = {int(m.sum()): (m, v) for m, v in zip(batch.mask, batch.valid, strict=True)}
+    assert torch.equal(rows[16][0], expected) and rows[16][1][0, :, :4].all() and not rows[16][1][0, :, 4:].any()
+    assert rows[64][1].all(), "a picture without a mask counts everywhere"
+
+
+def test_a_mask_that_is_asked_for_and_missing_is_said(sd):
+    with pytest.warns(UserWarning, match="no picture has a mask"):
+        data(sd, pictures(), objective={"masked": True})
+
+
+def test_class_pictures_follow_when_a_penalty_asks_for_them(sd):
+    sources = {"references": {}, "class_pictures": {"kind": "generated"}}
+    prior = {"sources": sources, "regularize": {"prior_preservation": {}}}
+    both = [*pictures(), *pictures(2, "prior", caption="a photo of a mug")]
+    batch = data(sd, both, **prior).batch(0, 0)
+    assert batch.role == ("instance", "instance", "prior", "prior") and batch.rows("prior").tolist() == [0, 0, 1, 1]
+    assert set(batch.captions[2:]) == {"a photo of a mug"} and all("sks" in c for c in batch.captions[:2])
+    assert data(sd, both).batch(0, 0).role == ("instance", "instance")
+    with pytest.raises(ValueError, match="asks for class pictures, but its sources gave none"):
+        data(sd, pictures(), **prior)
+    with pytest.raises(ValueError, match="no pictures of the subject"):
+        data(sd, pictures(2, "prior", caption="x"))
+
+
+def test_a_caption_may_name_another_concept(sd):
+    LearnableToken(vectors=2, with_class_noun=True).attach(sd, "dog", "dog")
+    batch = data(sd, pictures(1, caption="a <mug> and a <dog>"), train={"batch_size": 1}).batch(0, 0)
+    assert batch.captions == ("a sks mug and a <dog> <dog>_1 dog",)
+    with pytest.raises(ValueError, match=r"the caption of 0\.png: the prompt names <cat>, which is not loaded"):
+        data(sd, pictures(1, caption="a <mug> and a <cat>"))
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def test_the_masked_loss_is_normalised_by_area_in_closed_form():
+    draw = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(2))
+    mask = torch.rand(3, 1, 8, 8, generator=draw)
+    mask[1] = (mask[1] > 0.9).float()
+    valid = (torch.rand(3, 1, 8, 8, generator=draw) > 0.2).float()
+    for outside in (0.0, 0.25):
+        part = Denoising(masked=True, outside=outside)
+        rows = part.rows(prediction, target, part.weight(mask, valid))
+        weight = ((outside + (1 - outside) * mask) * valid).double()
+        error = ((prediction.double() - target.double()) ** 2).mean(1, keepdim=True)
+        expected = (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+        assert torch.allclose(rows.double(), expected, rtol=1e-5)
+    plain = Denoising()
+    assert plain.weight(mask, None) is None and torch.equal(plain.weight(mask, valid), valid)
+    expected = ((prediction.double() - target.double()) ** 2).mean((1, 2, 3))
+    assert torch.allclose(plain.rows(prediction, target, None).double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
+def test_min_snr_is_the_weight_of_the_loss_on_x0(request, family, gamma):
+    """Closed forms in float64 (arXiv 2303.09556): min(SNR, gamma) on |x_0 - x_0'|^2, in the model's own terms."""
+    if family == "flow":
+        backbone = FluxBackbone(request.getfixturevalue("make_tiny_flux")(), "tiny")
+        t = torch.tensor([1.0, 130.0, 500.0, 777.5, 999.0])
+        sigma = t.double() / 1000
+        alpha = 1 - sigma
+        scale = sigma**2  # x_0 = x_t - sigma v
+    else:
+        make = request.getfixturevalue("make_tiny_sd" if family == "epsilon" else "make_tiny_sd_v")
+        backbone = StableDiffusionBackbone(make(), "tiny")
+        t = torch.tensor([0, 130, 500, 777, 999])
+        bar = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)[t]
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        scale = sigma**2 / alpha**2 if family == "epsilon" else sigma**2
+    snr = (alpha / sigma) ** 2
+    weight = Denoising(min_snr_gamma=gamma).time_weight(backbone, t).double()
+    assert torch.allclose(weight, snr.clamp_max(gamma) * scale, rtol=2e-4)
+    if family == "epsilon":
+        assert torch.allclose(weight, snr.clamp_max(gamma) / snr, rtol=2e-4)
+    if family == "v":
+        assert torch.allclose(weight, snr.clamp_max(gamma) / (snr + 1), rtol=2e-4)
+    assert torch.equal(Denoising().time_weight(backbone, t), torch.ones(5))
+
+
+def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
+    woken = Lora(rank=2).inject(sd, "mug", "lora", seed=0)
+    kept, anew = (
+        Tune(sd, recipe(train={"batch_size": 2, "cache": c}), pictures(), {"mug": "mug"}, [woken])
+        for c in (True, False)
+    )
+    assert kept.text_frozen and not anew.text_frozen
+    runs = []
+    sd.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
+
+    def losses(task) -> list[float]:
+        return [float(u.loss.detach()) for step in range(12) for u in task.updates(step, 0)]
+
+    first = losses(kept)
+    assert 0 < len(runs) <= 11, "once for each of the eleven templates"
+    before = len(runs)
+    assert losses(kept) == first and len(runs) == before
+    assert torch.allclose(torch.tensor(losses(anew)), torch.tensor(first), rtol=1e-4) and len(runs) == before + 12
+    text = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "text", seed=0)
+    assert not Tune(sd, recipe(), pictures(), {"mug": "mug"}, [woken, text]).text_frozen
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+class Line:
+    """A straight line through points, in one batch or in pieces."""
+
+    def __init__(self, pieces: int) -> None:
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.2]))
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(8, 2, generator=draw)
+        self.pieces = list(zip(x.chunk(pieces), (x @ torch.tensor([1.0, 2.0])).chunk(pieces), strict=True))
+        self.bad = -1
+
+    def updates(self, step, micro):
+        x, y = self.pieces[micro]
+        loss = ((x @ self.weight - y) ** 2).mean()
+        if step == self.bad:
+            loss = loss * math.nan
+        yield Update(loss, parts={"line": loss.detach()})
+
+
+def trained(task, pieces: int, steps: int = 5, start: int = 0, **settings):
+    woken = Woken("line", [task.weight], lr=0.1)
+    accelerator = Accelerator(cpu=True)
+    optimizers = Optimizers({"main": [woken]}, Optimizer(**settings), accelerator)
+    train = Train(steps=steps, gradient_accumulation=pieces)
+    return list(run(task, optimizers, train, 0, accelerator, start)), optimizers
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_accumulated_gradients_equal_those_of_a_larger_batch(clip):
+    whole, parts = Line(1), Line(4)
+    one, _ = trained(whole, 1, max_grad_norm=clip)
+    four, _ = trained(parts, 4, max_grad_norm=clip)
+    assert torch.allclose(whole.weight, parts.weight, rtol=1e-5)
+    for a, b in zip(one, four, strict=True):
+        assert a.step == b.step and a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5) and a.parts == pytest.approx(b.parts, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_leaves_the_parameters_alone():
+    good, bad = Line(1), Line(1)
+    bad.bad = 3
+    trained(good, 1, steps=3)
+    with pytest.raises(NotFinite, match="the loss of step 4 is nan"):
+        trained(bad, 1)
+    assert torch.equal(bad.weight, good.weight) and bad.weight.grad is None
+
+
+def test_a_gradient_that_is_no_number_leaves_the_parameters_alone():
+    class Root(Line):
+        def updates(self, step, micro):
+            yield Update((self.weight * 0).sum().sqrt())  # the loss is 0, its gradient is not finite
+
+    task = Root(1)
+    before = task.weight.detach().clone()
+    with pytest.raises(NotFinite, match="the gradient of step 1 is not finite"):
+        trained(task, 1)
+    assert torch.equal(task.weight, before) and task.weight.grad is None
+
+
+def test_schedules():
+    assert [schedule("constant", s, 10, 3) for s in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [schedule("linear", s, 4, 0) for s in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [schedule("cosine", s, 4, 0) for s in (0, 2)] == pytest.approx([1, 0.5])
+    assert schedule("cosine", 3, 4, 0) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
+    records, _ = trained(Line(1), 1, steps=4, schedule="linear")
+    assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_the_optimizer_s_state_goes_round_and_is_checked():
+    task = Line(1)
+    _, optimizers = trained(task, 1, steps=2)
+    state = optimizers.state_dict()
+    assert set(state) == {"main.0.exp_avg", "main.0.exp_avg_sq", "main.0.step"}
+    _, other = trained(Line(1), 1, steps=0)
+    other.load_state_dict(state)
+    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    with pytest.raises(ValueError, match="does not fit this recipe"):
+        other.load_state_dict({**state, "main.0.exp_avg": torch.zeros(3)})
+    with pytest.raises(ValueError, match="does not fit this recipe"):
+        other.load_state_dict({k.replace("main.0", "main.5"): v for k, v in state.items()})
+
+
+# --- checkpoints and logs --------------------------------------------------------------------
+
+
+def a_state(step: int = 3, phase: int = 1) -> checkpoint.State:
+    tensors = {"a": torch.randn(2, generator=torch.Generator().manual_seed(step))}
+    return checkpoint.State(phase, step, tensors, {"main.0.step": torch.ones(())}, tensors, {"recipe": {"seed": 1}})
+
+
+def test_a_checkpoint_goes_round_and_replaces_the_older_one(tmp_path):
+    assert checkpoint.load(tmp_path / "none") is None
+    for step in (3, 12):
+        checkpoint.save(tmp_path, a_state(step))
+    checkpoint.save(tmp_path, a_state(0, phase=2))
+    assert len(list(tmp_path.iterdir())) == 1
+    found = checkpoint.load(tmp_path)
+    assert found is not None and (found.phase, found.step, found.info["recipe"]) == (2, 0, {"seed": 1})
+    for name in ("learned", "best"):
+        assert torch.equal(getattr(found, name)["a"], a_state(0).learned["a"])
+    assert found.optimizer["main.0.step"].shape == ()
+
+
+def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, a_state())
+    seen = []
+    rename = checkpoint.os.rename
+    monkeypatch.setattr(checkpoint.os, "rename", lambda *a: (seen.append(checkpoint.load(tmp_path)), rename(*a)))
+    checkpoint.save(tmp_path, a_state())
+    assert seen[0] is not None and checkpoint.load(tmp_path) is not None and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
+    checkpoint.save(tmp_path, a_state(3))
+    (tmp_path / ".checkpoint-01-0000004.77").mkdir()
+    (tmp_path / ".checkpoint-01-0000004.77" / "learned.safetensors").write_bytes(b"half")
+    found = checkpoint.load(tmp_path)
+    assert found is not None and found.step == 3
+    checkpoint.save(tmp_path, a_state(5))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-01-0000005"]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda f: (f / "learned.safetensors").write_bytes((f / "learned.safetensors").read_bytes()[:-3]),
+        lambda f: (f / "optimizer.safetensors").unlink(),
+        lambda f: (f / "learned.safetensors").write_bytes(b"\xff" * 40),
+        lambda f: (f / "state.json").write_text('{"phase": 0, "st'),
+        lambda f: (f / "state.json").write_text("[]"),
+        lambda f: (f / "state.json").write_text("{}"),
+        lambda f: (f / "state.json").unlink(),
+    ],
+)
+def test_a_damaged_checkpoint_says_so(tmp_path, harm):
+    harm(checkpoint.save(tmp_path, a_state()))
+    with pytest.raises(ValueError, match=r"checkpoint-01-0000003 is damaged \(.+\); delete it to start anew"):
+        checkpoint.load(tmp_path)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_log_drops_what_comes_again_and_half_a_line(tmp_path):
+    log = Log(tmp_path / "run", tensorboard=False)
+    assert not (tmp_path / "run").exists(), "nothing is made before there is something to write"
+    for step in range(1, 6):
+        log.scalars(step, {"loss": step / 2})
+    log.close()
+    with (tmp_path / "run" / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    log = Log(tmp_path / "run", start=3, tensorboard=False)
+    log.scalars(4, {"loss": 9.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path / "run")] == [(1, 0.5), (2, 1), (3, 1.5), (4, 9)]
+    log = Log(tmp_path / "run", tensorboard=False)
+    log.scalars(1, {"loss": 0.0})
+    log.close()
+    assert len(lines(tmp_path / "run")) == 1, "a run from the start has a log of its own"
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path)
+    log.scalars(1, {"loss": 0.5})
+    log.scalars(2, {"loss": 0.25})
+    log.picture(2, "sample", torch.rand(3, 8, 8))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert len(events.Images("sample")) == 1

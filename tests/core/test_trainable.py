@@ -1,0 +1,304 @@
+"""Where parameters appear and wake: LoRA, DoRA and token rows, injected, trained, switched and taken out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.modifiers import LearnableToken, RareToken
+from shared.trainable import Lora, Tokens
+from shared.trainable.adapter import PeftAdapter
+
+PROMPT = "a photo of a mug on the beach"
+KINDS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+
+
+@pytest.fixture
+def sd(make_tiny_sd):
+    return StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+@pytest.fixture
+def flux(make_tiny_flux):
+    return FluxBackbone(make_tiny_flux(), "tiny")
+
+
+@torch.no_grad()
+def output(backbone: Any, prompt: str = PROMPT) -> Tensor:
+    """One prediction, from words to the denoiser's output."""
+    x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return backbone.predict(x_t, torch.tensor([500]), backbone.encode([prompt]))
+
+
+def everything(backbone: Any) -> dict[str, nn.Parameter]:
+    return {f"{c}.{n}": p for c, m in backbone.components.items() for n, p in m.named_parameters()}
+
+
+def awake(backbone: Any) -> set[int]:
+    return {id(p) for p in everything(backbone).values() if p.requires_grad}
+
+
+@torch.no_grad()
+def stir(parameters: Any, seed: int = 7, size: float = 0.3) -> None:
+    """As if trained: every parameter moves."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+# --- in and out ------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_the_start_is_the_identity_exactly_and_ejecting_restores_everything(request, family, dora):
+    backbone = request.getfixturevalue(family)
+    before, look = output(backbone), {c: repr(m) for c, m in backbone.components.items()}
+    bytes_before = {n: p.detach().clone() for n, p in everything(backbone).items()}
+    roles = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
+    woken = Lora(roles=roles, rank=2, dora=dora).inject(backbone, "mug", "lora", seed=0)
+    assert torch.equal(output(backbone), before)
+    assert any(repr(m) != look[c] for c, m in backbone.components.items())
+    stir(woken.parameters)
+    assert not torch.allclose(output(backbone), before, atol=1e-3)
+    backbone.remove("mug")
+    assert torch.equal(output(backbone), before)
+    assert {c: repr(m) for c, m in backbone.components.items()} == look
+    after = everything(backbone)
+    assert after.keys() == bytes_before.keys()
+    assert all(torch.equal(p, bytes_before[n]) and not p.requires_grad for n, p in after.items())
+    assert not backbone.adapters and not any(hasattr(m, "peft_config") for m in backbone.components.values())
+
+
+def test_convolutions_can_be_adapted_too(sd):
+    before = output(sd)
+    woken = Lora(roles=("conv", "proj"), rank=2).inject(sd, "mug", "lora", seed=0)
+    assert torch.equal(output(sd), before)
+    stir(woken.parameters)
+    assert not torch.allclose(output(sd), before, atol=1e-3)
+    sd.remove("mug")
+    assert torch.equal(output(sd), before)
+
+
+def test_the_same_seed_gives_the_same_start_and_leaves_the_global_generator_alone(sd):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    states = []
+    for seed in (0, 0, 1):
+        Lora(rank=2).inject(sd, "mug", "lora", seed)
+        states.append(sd.adapters["mug"][0].state_dict())
+        sd.remove("mug")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert any(not torch.equal(v, states[2][k]) for k, v in states[0].items())
+
+
+# --- who is awake ----------------------------------------------------------------------------
+
+
+@KINDS
+def test_only_what_was_declared_is_trainable(sd, dora):
+    woken = Lora(roles=("cross_attention.kv",), rank=2, dora=dora).inject(sd, "mug", "lora", seed=0)
+    assert awake(sd) == {id(p) for p in woken.parameters}
+    names = {n for n, p in everything(sd).items() if p.requires_grad}
+    assert names and all(".attn2.to_k." in n or ".attn2.to_v." in n for n in names)
+    assert all(("lora_" in n and "base_layer" not in n) for n in names)
+    layers = sum(len(g.modules) for g in sd.group("cross_attention.kv"))
+    assert len(names) == layers * (3 if dora else 2)
+
+
+@KINDS
+def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, dora):
+    old = Lora(rank=2, dora=dora).inject(sd, "old", "lora", seed=0)
+    stir(old.parameters)
+    for p in old.parameters:
+        p.requires_grad_(False)
+    kept = sd.adapters["old"][0].state_dict()
+    new = Lora(rank=4, dora=dora).inject(sd, "new", "lora", seed=1)
+    assert awake(sd) == {id(p) for p in new.parameters}
+    optimizer = torch.optim.SGD(new.parameters, lr=1.0)
+    x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        sd.predict(x_t, torch.tensor([500]), sd.encode([PROMPT])).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is None for p in old.parameters)
+    assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
+    sd.remove("new")
+    assert awake(sd) == set(), "taking one out wakes nothing"
+    assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
+
+
+def test_a_bare_injection_starts_frozen_and_changes_nobody_else(sd):
+    woken = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", seed=0)
+    config = LoraConfig(r=2, target_modules=list(sd.group("attention")[0].modules))
+    loaded = PeftAdapter.inject(sd, "old", "lora", "unet", config, seed=0)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert awake(sd) == {id(p) for p in woken.parameters}
+
+
+def test_dropout_is_on_for_this_adapter_alone(sd):
+    old = Lora(rank=2, dropout=0.5).inject(sd, "old", "lora", seed=0)
+    stir(old.parameters)
+    sd.adapters["old"][0].train(False)
+    new = Lora(rank=2, dropout=0.5).inject(sd, "new", "lora", seed=1)
+    stir(new.parameters)
+    assert not torch.equal(output(sd), output(sd)), "in training it drops"
+    with sd.active({"old": 1.0}):
+        assert torch.equal(output(sd), output(sd)), "the loaded one does not"
+    sd.adapters["new"][0].train(False)
+    assert torch.equal(output(sd), output(sd))
+
+
+# --- strength --------------------------------------------------------------------------------
+
+
+def layer_of(backbone: Any, role: str = "cross_attention.kv") -> nn.Module:
+    group = backbone.group(role)[0]
+    return backbone.components[group.component].get_submodule(group.modules[0])
+
+
+@torch.no_grad()
+def test_strength_scales_the_change_of_each_layer(sd):
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    plain = layer_of(sd)(x)
+    woken = Lora(roles=("cross_attention.kv",), rank=4, alpha=2.0).inject(sd, "mug", "lora", seed=0)
+    stir(woken.parameters)
+    layer: Any = layer_of(sd)
+    a, b = (next(m.weight for m in layer_.values()) for layer_ in (layer.lora_A, layer.lora_B))
+    full = (x @ a.T @ b.T) * (2.0 / 4)
+    for strength in (1.0, 0.5, -1.0, 2.0):
+        with sd.active({"mug": strength}):
+            assert torch.allclose(layer(x), plain + strength * full, atol=1e-5)
+    with sd.active({"mug": 0.0}):
+        assert torch.equal(layer(x), plain)
+    with sd.active({}):
+        assert torch.equal(layer(x), plain)
+    assert torch.allclose(layer(x), plain + full, atol=1e-5), "and afterwards it is as strong as before"
+
+
+@KINDS
+def test_strengths_of_the_whole_network(sd, dora):
+    before = output(sd)
+    stir(Lora(rank=2, dora=dora).inject(sd, "mug", "lora", seed=0).parameters, size=0.05)
+    full = output(sd)
+    with sd.active({"mug": 0.0}):
+        assert torch.equal(output(sd), before)
+    with sd.active({"mug": 0.5}):
+        half = output(sd)
+    assert 0 < (half - before).abs().max() < (full - before).abs().max()
+    assert torch.equal(output(sd), full)
+
+
+# --- side by side ----------------------------------------------------------------------------
+
+
+def test_two_slots_with_other_roles_and_ranks_stand_side_by_side(sd):
+    before = output(sd)
+    one = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "narrow", seed=0)
+    two = Lora(roles=("self_attention", "cross_attention.q"), rank=5).inject(sd, "mug", "wide", seed=0)
+    assert awake(sd) == {id(p) for p in (*one.parameters, *two.parameters)}
+    first, second = sd.adapters["mug"]
+    assert {v.shape[0] for k, v in first.state_dict().items() if "lora_A" in k} == {2}
+    assert {v.shape[0] for k, v in second.state_dict().items() if "lora_A" in k} == {5}
+    assert any(".attn2.to_q." in k for k in first.state_dict()), "on one layer at once"
+    assert any(".attn2.to_q." in k for k in second.state_dict())
+    stir(one.parameters)
+    alone = output(sd)
+    stir(two.parameters, seed=8)
+    assert not torch.allclose(output(sd), alone, atol=1e-3) and not torch.allclose(alone, before, atol=1e-3)
+    with sd.active({}):
+        assert torch.equal(output(sd), before), "one name switches both"
+    sd.remove("mug")
+    assert torch.equal(output(sd), before)
+
+
+@KINDS
+def test_the_state_makes_the_same_adapter_elsewhere(make_tiny_sd, dora):
+    one, two = (StableDiffusionBackbone(make_tiny_sd(), "tiny") for _ in range(2))
+    part = Lora(roles=("attention", "text_encoder"), rank=3, alpha=6.0, dora=dora)
+    stir(part.inject(one, "mug", "lora", seed=0).parameters)
+    part.inject(two, "mug", "lora", seed=5)
+    assert len(one.adapters["mug"]) == 2, "one per component"
+    for here, there in zip(one.adapters["mug"], two.adapters["mug"], strict=True):
+        state = here.state_dict()
+        assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in state.values())
+        there.load_state_dict(state)
+        assert all(torch.equal(v, state[k]) for k, v in there.state_dict().items())
+    assert torch.equal(output(one), output(two))
+
+
+def test_a_state_that_does_not_fit_is_refused_whole(sd):
+    Lora(rank=2).inject(sd, "mug", "lora", seed=0)
+    adapter = sd.adapters["mug"][0]
+    state = adapter.state_dict()
+    key = sorted(state)[0]
+    for wrong in ({k: v for k, v in state.items() if k != key}, {**state, "x": state[key]}, {}):
+        with pytest.raises(ValueError, match=r"tensors missing, \d+ unknown"):
+            adapter.load_state_dict(wrong)
+    with pytest.raises(ValueError, match=r"is \[3, \d+\], this model needs \[2, \d+\]"):
+        adapter.load_state_dict({**state, key: torch.zeros(3, state[key].shape[1])})
+    assert all(torch.equal(v, state[k]) for k, v in adapter.state_dict().items())
+
+
+# --- roles -----------------------------------------------------------------------------------
+
+
+def test_a_role_that_does_not_exist_lists_those_that_do(sd, flux):
+    with pytest.raises(ValueError, match="unknown role 'cros_attention'.*Did you mean 'cross_attention'.*text_encoder"):
+        Lora(roles=("cros_attention",)).inject(sd, "mug", "lora", seed=0)
+    with pytest.raises(ValueError, match="flux: unknown role 'conv'.*self_attention"):
+        Lora(roles=("conv",)).inject(flux, "mug", "lora", seed=0)
+    assert not sd.adapters and not flux.adapters
+
+
+def test_exact_roles_have_no_note_and_ports_are_noted(sd, flux):
+    assert Lora(roles=("cross_attention",)).inject(sd, "mug", "lora", seed=0).ports == ()
+    woken = Lora(roles=("cross_attention", "feed_forward")).inject(flux, "mug", "lora", seed=0)
+    assert len(woken.ports) == 1
+    assert woken.ports[0].startswith("cross_attention: ") and "text stream" in woken.ports[0]
+
+
+def test_a_text_encoder_role_says_that_the_text_changes(sd):
+    before = output(sd)
+    woken = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "lora", seed=0)
+    assert woken.touches_text and not Lora(roles=("cross_attention",)).inject(sd, "mug", "net", seed=0).touches_text
+    assert {k.split(".")[0] for k in sd.adapters["mug"][0].state_dict()} == {"text_encoder"}
+    stir(woken.parameters)
+    assert not torch.allclose(output(sd), before, atol=1e-4)
+    context = sd.encode([PROMPT]).context
+    with sd.active({}):
+        assert not torch.equal(sd.encode([PROMPT]).context, context)
+
+
+def test_flux_s_second_text_encoder_can_be_adapted(flux):
+    before = output(flux)
+    woken = Lora(roles=("text_encoder_2",), rank=2).inject(flux, "mug", "lora", seed=0)
+    assert woken.touches_text
+    stir(woken.parameters)
+    assert not torch.allclose(output(flux), before, atol=1e-4)
+
+
+# --- token rows ------------------------------------------------------------------------------
+
+
+def test_tokens_wakes_the_rows_in_training_and_no_loaded_ones(sd):
+    old = LearnableToken(vectors=2).attach(sd, "old", "dog")
+    old.frozen = True
+    new = LearnableToken(vectors=3).attach(sd, "new", "mug")
+    woken = Tokens(lr=0.5).inject(sd, "new", "tokens", seed=0)
+    assert [p.shape[0] for p in woken.parameters] == [3] and woken.lr == 0.5 and woken.touches_text
+    assert all(p.requires_grad for p in new.parameters()) and not any(p.requires_grad for p in old.parameters())
+    assert awake(sd) == set(), "no row of the table is trained"
+
+
+def test_tokens_without_a_token_is_an_error(sd):
+    RareToken().attach(sd, "mug", "mug")
+    with pytest.raises(ValueError, match=r"trainable\.x trains tokens, but the modifier learns none"):
+        Tokens().inject(sd, "mug", "x", seed=0)

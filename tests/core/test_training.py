@@ -1,0 +1,448 @@
+"""Runs from pictures to learned tensors, on tiny pipelines: what changes, what is kept, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.catalog import recipe_files
+from shared.io.subjects import read_subject
+from shared.modifiers import RareToken
+from shared.recipe import Recipe
+from shared.recipes import load
+from shared.sampling.sampler import sample
+from shared.train import checkpoint
+from shared.train.learned import gather
+from shared.train.loop import NotFinite
+from shared.train.session import Interrupted, Session
+from shared.train.tune import Tune
+from shared.trainable import Lora
+from shared.types import Subject
+
+SHIPPED = sorted(recipe_files("image"))
+SMALL = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32")
+CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=3")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Three pictures of 32×32 with masks; `../other` has three of something else."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "masks").mkdir()
+    other = folder.parent / "other"
+    other.mkdir()
+    area = Image.new("L", (32, 32))
+    area.paste(255, (8, 4, 24, 28))
+    for i in range(3):
+        noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(i))
+        picture = Image.fromarray((noise * 255).byte().numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i}.png")
+        picture.rotate(90).save(other / f"{i}.png")
+        area.save(folder / "masks" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(make_tiny_sd):
+    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+def small(name: str, *settings: str) -> Recipe:
+    return load(name, [*SMALL, *(CLASS if name == "dreambooth_lora" else ()), *settings])
+
+
+def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> Session:
+    def generate(prompts, seeds, *, guidance: float, steps: int) -> Tensor:
+        return sample(backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=32, width=32)
+
+    subjects = {"mug": read_subject(photos, "mug")}
+    cache = workdir.parent / "cache"
+    given = {"generate": generate, "tensorboard": False, **changes}
+    return Session(backbone, recipe, given.pop("subjects", subjects), workdir, cache, **given)
+
+
+def learned(run: Session) -> dict[str, Tensor]:
+    return gather(run.backbone, run.names, run.run_name)
+
+
+def finish(run: Session, resume: bool = False) -> dict[str, Tensor]:
+    for _ in run.steps(resume):
+        pass
+    return learned(run)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def weights(backbone: Any) -> dict[str, Tensor]:
+    networks = {**backbone.components, "vae": backbone.vae}
+    own = {id(p) for adapters in backbone.adapters.values() for a in adapters for p in a.parameters()}
+    return {
+        f"{c}.{n.replace('.base_layer', '')}": p.detach().clone()
+        for c, m in networks.items()
+        for n, p in m.named_parameters()
+        if id(p) not in own
+    }
+
+
+# --- what changes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "name"), [*(("sd", n) for n in SHIPPED), ("flux", "pivotal_tuning")])
+def test_two_steps_change_the_declared_parameters_and_nothing_else(request, photos, tmp_path, family, name):
+    make = request.getfixturevalue(f"make_tiny_{family}")
+    wrap = StableDiffusionBackbone if family == "sd" else FluxBackbone
+    start = finish(session(wrap(make(), "tiny"), small(name, "train.steps=0"), photos, tmp_path / "a"))
+    backbone = wrap(make(), "tiny")
+    before = weights(backbone)
+    run = session(backbone, small(name), photos, tmp_path / "b")
+    after = finish(run)
+    assert after.keys() == start.keys() and after
+    assert all(not torch.equal(v, start[k]) for k, v in after.items()), "everything declared has moved"
+    assert same(weights(backbone), before), "and nothing else, bit for bit"
+    declared = {slot for _, phase in run.phases for slot in phase.trainable}
+    assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
+    assert any(k.startswith("naming/mug/") for k in after) == ("tokens" in declared)
+    assert not any(p.requires_grad for m in backbone.components.values() for p in m.parameters())
+    assert bool(run.ports) == (family == "flux")
+
+
+def test_a_run_is_the_same_every_time_and_other_with_another_seed(tiny, photos, tmp_path):
+    one, two, other = (
+        finish(session(tiny(), small("dreambooth_lora", f"seed={s}"), photos, tmp_path / f"{i}"))
+        for i, s in enumerate((0, 0, 1))
+    )
+    assert same(one, two) and not same(one, other)
+
+
+def test_a_recipe_that_trains_nothing_is_an_error(tiny, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"trains nothing: add a part under trainable"):
+        finish(session(tiny(), small("textual_inversion", "trainable.tokens=null"), photos, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# --- stopping and going on -------------------------------------------------------------------
+
+RICH = (
+    *("augment.flip.p=0.5", "augment.color_jitter.brightness=0.2", "train.gradient_accumulation=2"),
+    *("train.optimizer.schedule=cosine", "train.optimizer.warmup=1", "prompts.drop=0.2", "noise.offset=0.1"),
+    *("trainable.lora.kind=lora", "trainable.lora.dropout=0.3", "trainable.lora.rank=2"),
+    *("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=10"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "stop"),
+    [
+        ("textual_inversion", ("train.steps=5",), 3),
+        ("textual_inversion", ("train.steps=5", *RICH), 3),
+        ("dreambooth_lora", ("train.steps=4", "objective.masked=true"), 1),
+        ("pivotal_tuning", ("train.steps=3",), 2),
+        ("pivotal_tuning", ("train.steps=3",), 3),
+        ("pivotal_tuning", ("train.steps=3", "augment.color_jitter.contrast=0.2", "train.variants=2"), 5),
+    ],
+    ids=["tokens", "rich", "class pictures", "first phase", "at the end of a phase", "second phase"],
+)
+def test_k_and_m_steps_equal_k_a_stop_and_m(tiny, photos, tmp_path, name, settings, stop):
+    recipe = small(name, *settings)
+    whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
+    first = session(tiny(), recipe, photos, tmp_path / "cut")
+    steps = 0
+    with pytest.raises(Interrupted):
+        for _ in first.steps():
+            steps += 1
+            if steps == stop:
+                os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C: the step that runs is ended, then everything is saved
+    assert steps == stop and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(list((tmp_path / "cut").glob(f"{checkpoint.PREFIX}*"))) == 1
+    assert same(finish(session(tiny(), recipe, photos, tmp_path / "cut"), resume=True), whole)
+    logs = [[json.loads(x) for x in (tmp_path / f / "log.jsonl").read_text().splitlines()] for f in ("whole", "cut")]
+    assert logs[0] == logs[1] and [r["step"] for r in logs[1]] == list(range(1, len(logs[0]) + 1))
+
+
+def test_a_kill_goes_back_to_the_last_checkpoint_also_at_a_phase_s_border(tiny, photos, tmp_path):
+    """Abandoned without a word, as by kill -9: in the second phase, whose only checkpoint is its beginning."""
+    recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
+    whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
+    for stop, expected in ((1, None), (2, (0, 2)), (4, (1, 0)), (5, (1, 2))):
+        workdir = tmp_path / f"cut-{stop}"
+        steps = session(tiny(), recipe, photos, workdir).steps()
+        for _ in range(stop):
+            next(steps)
+        steps.close()
+        found = checkpoint.load(workdir)
+        assert (found and (found.phase, found.step)) == expected
+        assert same(finish(session(tiny(), recipe, photos, workdir), resume=True), whole)
+        rows = [json.loads(x)["step"] for x in (workdir / "log.jsonl").read_text().splitlines()]
+        assert rows == list(range(1, 7)), "no step is there twice"
+
+
+def test_a_finished_run_is_not_trained_again(tiny, photos, tmp_path):
+    recipe = small("pivotal_tuning")
+    whole = finish(session(tiny(), recipe, photos, tmp_path / "run"))
+    again = session(tiny(), recipe, photos, tmp_path / "run")
+    assert list(again.steps(resume=True)) == [] and same(learned(again), whole)
+
+
+def test_resuming_with_another_recipe_is_refused(tiny, photos, tmp_path):
+    finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "run"))
+    with pytest.raises(
+        ValueError,
+        match=r"the interrupted run had trainable\.tokens\.lr = 0\.005, this one has 1\.0: resume with the same recipe",
+    ):
+        finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
+    finish(session(tiny(), small("textual_inversion", "output=elsewhere"), photos, tmp_path / "run"), resume=True)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(tiny, photos, tmp_path):
+    recipe = small("textual_inversion", "trainable.tokens.lr=1e30", "train.steps=5")
+    run = session(tiny(), recipe, photos, tmp_path / "run")
+    states = []
+    with pytest.raises(NotFinite, match=r"\(phase tune\); the state of step \d is kept in .*run\. Lower the learning"):
+        for _ in run.steps():
+            states.append(learned(run))
+    found = checkpoint.load(tmp_path / "run")
+    assert found is not None and states and found.step == len(states)
+    assert same(dict(found.learned), states[-1]) and all(v.isfinite().all() for v in found.learned.values())
+
+
+# --- the best state --------------------------------------------------------------------------
+
+
+class Judge:
+    """Pictures and scores by step; the step with the highest score is the best."""
+
+    def __init__(self, scores: Mapping[int, float]) -> None:
+        self.scores, self.seen = scores, []
+
+    def __call__(self, phase: str, step: int) -> tuple[Tensor, dict[str, float]]:
+        self.seen.append(step)
+        return torch.zeros(2, 3, 8, 8), {"score": self.scores[step], "other": 1.0}
+
+
+@pytest.mark.parametrize("cut", [None, 3, 4])
+def test_the_state_with_the_best_score_is_what_is_returned(tiny, photos, tmp_path, cut):
+    recipe = small("textual_inversion", "train.steps=5", "train.validation.every=2", "trainable.tokens.lr=0.1")
+    judge = Judge({2: 0.9, 4: 0.5, 5: 0.7})
+    run = session(tiny(), recipe, photos, tmp_path / "run", preview=judge)
+    states = []
+    try:
+        for _, record in run.steps():
+            states.append(learned(run))
+            if record.step == cut:
+                os.kill(os.getpid(), signal.SIGINT)
+    except Interrupted:
+        run = session(tiny(), recipe, photos, tmp_path / "run", preview=judge)
+        finish(run, resume=True)
+    assert len(states) == (cut or 5)
+    assert judge.seen == [2, 4, 5]
+    assert same(learned(run), states[1])
+    assert run.final_scores["score"] == 0.9 and run.final_scores["step"] == 2
+    rows = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["validation/score"]) for r in rows if "validation/score" in r] == [
+        (2, 0.9),
+        (4, 0.5),
+        (5, 0.7),
+    ]
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [f"step-{s:06d}.png" for s in (2, 4, 5)]
+
+
+def test_without_keep_best_the_last_state_is_returned(tiny, photos, tmp_path):
+    settings = ("train.steps=3", "train.validation.every=1", "train.validation.keep_best=false")
+    run = session(
+        tiny(), small("textual_inversion", *settings), photos, tmp_path / "a", preview=Judge({1: 3, 2: 2, 3: 1})
+    )
+    assert same(
+        finish(run), finish(session(tiny(), small("textual_inversion", "train.steps=3"), photos, tmp_path / "b"))
+    )
+    assert run.final_scores["score"] == 1
+
+
+# --- penalties and loaded concepts -----------------------------------------------------------
+
+
+def with_old(backbone: Any, strength: float = 1.0) -> Any:
+    """The backbone with a concept that was learned before: an adapter that does something."""
+    woken = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in woken.parameters:
+            p.add_(0.3 * torch.randn(p.shape, generator=draw)).requires_grad_(False)
+    backbone._switch({"old": strength})
+    return backbone
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, photos, tmp_path, strength):
+    recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
+    backbone = with_old(tiny(), strength)
+    run = session(backbone, recipe, photos, tmp_path / "run", others={"old": strength})
+    run._attach_names()
+    woken = run._wake(recipe)
+    draw = torch.Generator().manual_seed(4)
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "nothing is learned yet"
+    with torch.no_grad():
+        for p in woken[0].parameters:
+            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    now, base = step.need("class_prediction"), step.need("base_class_prediction")
+    assert now.requires_grad and not base.requires_grad and not torch.allclose(now, base, atol=1e-3)
+    assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
+
+    def elsewhere(other: Any) -> Tensor:
+        """On a backbone that never had the concept in training."""
+        prompts = [c.replace(backbone.namings["mug"].words, "mug") for c in step.batch.captions]
+        with torch.no_grad():
+            return other.predict(step.x_t, step.t, other.encode(prompts))
+
+    loaded, bare = elsewhere(with_old(tiny(), strength)), elsewhere(tiny())
+    assert torch.equal(base, loaded)
+    assert torch.equal(base, bare) == (strength == 0.0)
+    penalty = recipe.regularize["prior_prediction"](step)
+    assert penalty.item() == pytest.approx(2 * float(((now - loaded) ** 2).mean()), rel=1e-5)
+
+
+def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
+    recipe = small("dreambooth_lora", "regularize.prior.weight=0.25")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run")
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    assert step.batch.role == ("instance", "instance", "prior", "prior")
+    assert step.batch.captions[2:] == ("a photo of a mug",) * 2
+    rows = ((step.prediction - step.target) ** 2).mean((1, 2, 3))
+    (update,) = task.updates(0, 0)
+    assert float(update.parts["denoising"]) == pytest.approx(float(rows[:2].mean()), rel=1e-5)
+    assert float(update.parts["prior"]) == pytest.approx(0.25 * float(rows[2:].mean()), rel=1e-5)
+    assert float(update.loss) == pytest.approx(float(rows[:2].mean() + 0.25 * rows[2:].mean()), rel=1e-5)
+
+
+def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, photos, tmp_path):
+    """Once; kept for the next run; and not shared with a run that has another concept on."""
+    recipe = small("dreambooth_lora", "train.steps=1")
+    made = []
+
+    def run(name: str, backbone: Any, **changes: Any) -> None:
+        def generate(prompts, seeds, *, guidance: float, steps: int) -> Tensor:
+            made.append((name, backbone.strengths))
+            return sample(backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=32, width=32)
+
+        finish(session(backbone, recipe, photos, tmp_path / name, generate=generate, **changes))
+
+    run("one", tiny())
+    run("two", tiny())
+    run("three", with_old(tiny()), others={"old": 1.0})
+    run("four", with_old(tiny(), 0.5), others={"old": 0.5})
+    run("five", with_old(tiny()), others={"old": 1.0})
+    assert [name for name, _ in made] == ["one", "three", "four"]
+    assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
+    assert all(on["mug"] == 0.0 for _, on in made), "what is in training is off"
+
+
+def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
+    settings = ("train.steps=3", "modifier.vectors=2", "trainable.tokens.lr=0.1")
+    anchor = ("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=1e4")
+    start, free, held = (
+        finish(session(tiny(), small("textual_inversion", *s), photos, tmp_path / f"{i}"))["naming/mug/text_encoder"]
+        for i, s in enumerate([(*settings, "train.steps=0"), settings, (*settings, *anchor)])
+    )
+    assert (held - start).norm() < 0.8 * (free - start).norm()
+    with pytest.raises(ValueError, match=r"regularize\.anchor keeps learned tokens .* the modifier learns none"):
+        finish(session(tiny(), small("dreambooth_lora", *anchor), photos, tmp_path / "none"))
+
+
+def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
+    """With the autoencoder's blur excluded: the gradient of the masked loss is 0 outside the mask."""
+    recipe = small("textual_inversion", "objective.masked=true")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run")
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    (slope,) = torch.autograd.grad(step.need("row_loss").sum(), step.prediction)
+    assert step.batch.mask is not None
+    inside = step.batch.mask.expand_as(slope) > 0
+    assert inside.any() and (slope[~inside] == 0).all() and (slope[inside] != 0).all()
+
+
+# --- several subjects ------------------------------------------------------------------------
+
+
+def two_subjects(photos: Path) -> dict[str, Subject]:
+    return {"mug": read_subject(photos, "mug"), "rex": read_subject(photos.parent / "other", "dog")}
+
+
+def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path):
+    recipe = small("pivotal_tuning", "train.steps=3")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run", subjects=two_subjects(photos))
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, [])
+    batches = [task.data.batch(s, 0) for s in range(6)]
+    rows = [(o, c) for b in batches for o, c in zip(b.owner, b.captions, strict=True)]
+    assert {o for o, _ in rows} == {"mug", "rex"}
+    assert all(f"<{o}> <{o}>_1 {run.class_nouns[o]}" in c for o, c in rows)
+    assert not any("<rex>" in c for o, c in rows if o == "mug")
+    assert next(task._class_prompt(c) for _, c in rows).count("<") == 0
+    for name in ("mug", "rex"):
+        backbone.remove(name)
+    start = finish(
+        session(tiny(), small("pivotal_tuning", "train.steps=0"), photos, tmp_path / "0", subjects=two_subjects(photos))
+    )
+    after = finish(run)
+    for name in ("mug", "rex"):
+        assert not torch.equal(after[f"naming/{name}/text_encoder"], start[f"naming/{name}/text_encoder"])
+    assert list(backbone.adapters) == ["mug+rex"]
+
+
+def test_two_that_would_be_called_the_same_are_refused(tiny, photos, tmp_path):
+    subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
+    with pytest.raises(ValueError, match="'b' and 'a' would both be called 'sks mug'"):
+        finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
+    backbone = tiny()
+    RareToken().attach(backbone, "old", "mug")
+    with pytest.raises(ValueError, match="'mug' and 'old' would both be called 'sks mug'"):
+        finish(session(backbone, small("dreambooth_lora"), photos, tmp_path / "run"))
+    wordless = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.with_class_noun=false", "train.steps=1")
+    finish(session(tiny(), wordless, photos, tmp_path / "two", subjects=two_subjects(photos)))
+
+
+# --- how compute is spent --------------------------------------------------------------------
+
+
+def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_again(tiny, photos, tmp_path):
+    plain = finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "a"))
+    backbone = tiny()
+    saved = finish(
+        session(backbone, small("dreambooth_lora", "train.gradient_checkpointing=true"), photos, tmp_path / "b")
+    )
+    assert all(torch.allclose(v, saved[k], atol=1e-6) for k, v in plain.items())
+    assert not backbone.denoiser.is_gradient_checkpointing
+
+
+def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
+        backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny").to(dtype=dtype)
+        recipe = small("pivotal_tuning", f"train.mixed_precision={precision}")
+        after = finish(session(backbone, recipe, photos, tmp_path / precision))
+        assert all(v.isfinite().all() for v in after.values()) and backbone.dtype == dtype
+        assert {p.dtype for a in backbone.adapters["mug"] for p in a.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="fp16"):
+        session(backbone, small("dreambooth_lora", "train.mixed_precision=fp16"), photos, tmp_path / "fp16")
+    finish(session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), small("textual_inversion"), photos, tmp_path / "c"))

@@ -1,0 +1,104 @@
+"""A tiny backbone in a folder, photos, concepts learned from them, and the command line run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+TINY = ("train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
+CLASS = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
+
+
+@dataclass
+class Ran:
+    """One command line: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path_factory.getbasetemp() / "pcs-cache"))
+
+
+@pytest.fixture
+def pcs(capsys) -> Callable[..., Ran]:
+    """`pcs("image", "generate", …)`; an exception that leaves it would be a traceback for a user, and fails the test."""
+
+    def call(*arguments: Any) -> Ran:
+        from shared.cli import build, run
+
+        capsys.readouterr()
+        code = run(build(), [str(a) for a in arguments])
+        done = capsys.readouterr()
+        return Ran(code, done.out, done.err)
+
+    return call
+
+
+def paint(folder: Path, n: int = 3, side: int = 32, seed: int = 0) -> Path:
+    """A folder of `n` smooth random pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(100 * seed + i))
+        small = Image.fromarray((noise * 255).byte().numpy())
+        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def painted() -> Callable[..., Path]:
+    return paint
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("given") / "photos")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
+    """The tiny Stable Diffusion as a diffusers folder: `backbone=PATH`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    make_tiny_sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learn(tiny_folder, photos) -> Callable[..., list[str]]:
+    """The arguments of `pcs image personalize` for a run of two steps: learn("dreambooth_lora", "output=…")."""
+
+    def arguments(recipe: str, *settings: str, images: Path | None = photos, noun: str = "mug") -> list[str]:
+        given = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []
+        extra = CLASS if recipe == "dreambooth_lora" else ()
+        return ["image", "personalize", recipe, f"backbone={tiny_folder}", *TINY, *extra, *given, *settings]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def concepts(tmp_path_factory, learn) -> dict[str, Path]:
+    """Two concepts learned through the command line: `mug` (tokens and LoRA) and `rex` (a rare token and LoRA)."""
+    import os
+
+    from shared.cli import build, run
+
+    root = tmp_path_factory.mktemp("concepts")
+    before = os.environ.get("PCS_CACHE")
+    os.environ["PCS_CACHE"] = str(tmp_path_factory.getbasetemp() / "pcs-cache")
+    strong = ("phases.tune.trainable.lora.lr=0.05", "trainable.tokens.lr=0.5")
+    assert run(build(), learn("pivotal_tuning", f"output={root / 'mug.concept'}", *strong)) == 0
+    other = paint(root / "dogs", seed=1)
+    strong = (f"output={root / 'rex.concept'}", "trainable.lora.lr=0.05")
+    assert run(build(), learn("dreambooth_lora", *strong, images=other, noun="dog")) == 0
+    if before is None:
+        del os.environ["PCS_CACHE"]
+    return {"mug": root / "mug.concept", "rex": root / "rex.concept"}

@@ -1,0 +1,369 @@
+"""What users get wrong: each time one clear message, exit code 2, no traceback, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*"))}
+
+
+@pytest.fixture
+def refused(pcs, tmp_path) -> Callable[..., str]:
+    """The message on standard error of a command that must fail and leave everything under `tmp_path` as it was."""
+
+    def call(*arguments, code: int = 2) -> str:
+        before = tree(tmp_path)
+        ran = pcs(*arguments)
+        assert ran.code == code, (ran.code, ran.err)
+        assert "Traceback" not in ran.err and ran.err.strip() and ran.out == ""
+        assert tree(tmp_path) == before
+        return ran.err
+
+    return call
+
+
+@pytest.fixture
+def learning(refused, learn, tmp_path) -> Callable[..., str]:
+    """A run of textual inversion into `tmp_path`, which must be refused."""
+
+    def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **given) -> str:
+        images = {"images": images} if images else {}
+        return refused(*learn(recipe, f"output={tmp_path / 'x.concept'}", *settings, **images, **given))
+
+    return call
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def test_no_pictures(refused, learn, learning, tmp_path):
+    assert "no pictures: give subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
+    assert f"{tmp_path / 'gone'} does not exist" in learning(images=tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert f"no pictures in {tmp_path / 'empty'}: found nothing" in learning(images=tmp_path / "empty")
+
+
+def test_only_stray_files(learning, tmp_path):
+    folder = tmp_path / "stray"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "fake.jpg"):
+        (folder / name).write_bytes(b"not a picture")
+    said = learning(images=folder)
+    assert "no pictures in" in said and "notes.txt" in said and "fake.jpg" in said and "checkpoints (a folder)" in said
+
+
+def test_a_truncated_jpeg(learning, painted, tmp_path):
+    folder = painted(tmp_path / "photos")
+    Image.open(folder / "0.png").resize((256, 256)).save(folder / "cut.jpg", quality=95)
+    whole = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    said = learning(images=folder)
+    assert str(folder / "cut.jpg") in said and "damaged or cut off" in said
+
+
+def test_a_picture_of_one_pixel(learning, painted, tmp_path):
+    folder = painted(tmp_path / "photos")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    assert "dot.png is 1x1 pixels: each side must have at least 16" in learning(images=folder)
+
+
+def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
+    """Refused by its header: the rest is not even there."""
+    folder = painted(tmp_path / "photos")
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    said = learning(images=folder)
+    assert "huge.png is 30000x30000 = 900,000,000 pixels, over the limit of" in said
+
+
+def test_a_mask_of_another_size(learning, painted, tmp_path):
+    folder = painted(tmp_path / "photos")
+    (folder / "masks").mkdir()
+    Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
+    said = learning(images=folder)
+    assert "masks/1.png is 30x32 pixels, and its picture" in said and "is 32x32: they must be of one size" in said
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe(learning):
+    said = learning(recipe="dreambooth_loar")
+    assert "unknown recipe 'dreambooth_loar'. Did you mean 'dreambooth_lora'?" in said and "pivotal_tuning" in said
+    assert "recipe file mine.yaml does not exist" in learning(recipe="mine.yaml")
+
+
+def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
+    path, mark = tmp_path / "mine.yaml", tmp_path / "mark"
+    path.write_text(f"seed: !!python/object/apply:os.system ['touch {mark}']")
+    assert "mine.yaml is not readable YAML, line 1" in learning(recipe=str(path))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.setps=3", "train: unknown key 'setps'. Did you mean 'steps'?"),
+        ("trane.steps=3", "unknown key 'trane'. Did you mean 'train'?"),
+        ("trainable.tokens.rate=3", "trainable.tokens: unknown key 'rate'. There are: kind, lr, weight_decay"),
+        ("trainable.x.kind=lorra", "trainable.x: unknown kind 'lorra'. Did you mean 'lora'?"),
+        ("train.steps=many", "train.steps = 'many'"),
+        ("train.steps", "'train.steps' is not a setting"),
+        ("train.mixed_precision=fp8", "train.mixed_precision: unknown value 'fp8'"),
+        ("name=my mug", "name = 'my mug'"),
+    ],
+)
+def test_an_unknown_key_or_value(learning, setting, said):
+    assert said in learning(setting)
+
+
+def test_an_output_that_is_no_name(refused, learn, tmp_path):
+    said = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
+    assert "a concept cannot be called 'my mug'" in said and "name=" in said
+
+
+def test_an_unknown_role_scheduler_or_precision(learning):
+    roles = ("trainable.lora.kind=lora", "trainable.lora.roles=[cros_attention]")
+    said = learning(*roles)
+    assert "unknown role 'cros_attention'. Did you mean 'cross_attention'?" in said and "text_encoder" in said
+    assert "unknown scheduler 'magic'" in learning("sampling.scheduler=magic")
+    if not torch.cuda.is_available():
+        assert "train.mixed_precision=fp16 needs a GPU" in learning("train.mixed_precision=fp16")
+
+
+def test_a_class_noun_that_is_needed(learning):
+    assert "no subject.class_noun" in learning(recipe="dreambooth_lora", noun="")
+    assert "give subject.class_noun or modifier.init" in learning(noun="")
+
+
+def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
+    assert "no model at nowhere: there is no such file or folder" in learning("backbone=nowhere")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.txt").write_text("x")
+    said = learning(f"backbone={tmp_path / 'model'}")
+    assert "is not a diffusers folder" in said and "a.txt" in said and "StableDiffusionPipeline" in said
+    (tmp_path / "model.ckpt").write_bytes(pickle.dumps({"a": 1}))
+    assert "is not a .safetensors file" in learning(f"backbone={tmp_path / 'model.ckpt'}")
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    weights = next((tmp_path / "broken" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"cannot load {tmp_path / 'broken'}" in learning(f"backbone={tmp_path / 'broken'}")
+
+
+def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tmp_path):
+    mug = concepts["mug"]
+    assert "unknown format 'kohyaa'" in refused("concept", "export", mug, "--out", tmp_path / "o", "--format", "kohyaa")
+    said = refused(
+        *(
+            "image",
+            "evaluate",
+            "--concept",
+            mug,
+            "--prompts",
+            "dreambanch",
+            "--references",
+            photos,
+            "--out",
+            tmp_path / "o",
+        )
+    )
+    assert "unknown prompt set 'dreambanch'. Did you mean 'dreambench'?" in said
+    generate = ("image", "generate", "a <mug>", "--concept", mug, "--out", tmp_path / "o")
+    said = refused(*generate, "--scheduler", "eular")
+    assert "unknown scheduler 'eular'. Did you mean 'euler'?" in said and "ddim" in said
+    assert "choose no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
+    assert "--device 'tpu7' cannot be used here" in refused(*generate, "--device", "tpu7")
+    assert "multiples of" in refused(*generate, "--height", 33)
+    assert "'x' is no strength" in refused(
+        "image", "generate", "a <mug>", "--concept", f"{mug}:x", "--out", tmp_path / "o"
+    )
+    assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
+
+
+def test_what_the_command_line_itself_refuses(pcs, tmp_path):
+    for arguments in (
+        ("image", "generate"),
+        ("image", "generate", "a", "--num", "0", "--out", tmp_path / "o"),
+        ("image", "generate", "a", "--seed", "-1", "--out", tmp_path / "o"),
+        ("image", "generate", "a", "--seed", 2**70, "--out", tmp_path / "o"),
+        ("image", "generate", "a", "--nmu", "2"),
+        ("image", "genrate"),
+        ("nothing",),
+    ):
+        ran = pcs(*arguments)
+        assert ran.code == 2 and "Error" in ran.err and "Traceback" not in ran.err, arguments
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
+    generate = ("image", "generate", "--concept", concepts["mug"], "--steps", 1, "--out", tmp_path / "o")
+    said = refused(*generate, "a photo of a <mug>" + " and a mug" * 20 + " in the snow")
+    assert "the prompt is too long" in said and "reads 32 tokens" in said and "in the snow" in said
+    assert "too long" in refused(*generate, "a <mug>", "--negative", "bad " * 60)
+    said = refused(*generate, "a photo of a mug on the beach")
+    assert "'mug' is loaded but the prompt" in said and "write <mug>" in said
+    said = refused(*generate, "a photo of a <mug> and a <dog>")
+    assert "names <dog>, which is not loaded; loaded concepts: <mug>" in said
+    assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt"
+
+
+# --- what exists -----------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos, tmp_path):
+    out = tmp_path / "x.concept"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    mug = concepts["mug"]
+    for arguments in (
+        learn("textual_inversion", f"output={out}"),
+        ("image", "generate", "a <mug>", "--concept", mug, "--out", out),
+        ("image", "evaluate", "--concept", mug, "--references", photos, "--out", out),
+        ("concept", "export", mug, "--out", out),
+    ):
+        assert f"{out} exists already and holds 1 file(s)" in refused(*arguments)
+    assert (out / "mine.txt").read_text() == "keep me"
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
+    assert "is a file, not a folder" in refused(*learn("textual_inversion", f"output={tmp_path / 'file' / 'x'}"))
+    made = pcs(*learn("textual_inversion", f"output={out}", "--overwrite"))
+    assert made.code == 0 and not (out / "mine.txt").exists() and (out / "concept.json").is_file()
+
+
+def test_resume_does_not_replace_a_finished_concept(refused, pcs, learn, tmp_path):
+    again = learn("textual_inversion", f"output={tmp_path / 'x.concept'}")
+    assert pcs(*again).code == 0
+    before = (tmp_path / "x.concept" / "concept.json").read_bytes()
+    assert "exists already" in refused(*again, "--resume")
+    assert (tmp_path / "x.concept" / "concept.json").read_bytes() == before
+
+
+# --- concepts --------------------------------------------------------------------------------
+
+
+def test_no_concept_at_all(refused, tmp_path):
+    generate = ("image", "generate", "a <x>", "--out", tmp_path / "o", "--concept")
+    assert "does not exist: a concept is a folder" in refused(*generate, tmp_path / "x.concept")
+    (tmp_path / "x.concept").mkdir()
+    assert "is not a concept: it has no concept.json" in refused(*generate, tmp_path / "x.concept")
+    assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
+
+
+def test_a_concept_of_another_architecture(refused, concepts, make_tiny_sd_v, make_tiny_flux, tmp_path):
+    make_tiny_sd_v().save_pretrained(tmp_path / "other")
+    make_tiny_flux().save_pretrained(tmp_path / "flux")
+    generate = ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", tmp_path / "o", "--backbone")
+    said = refused(*generate, tmp_path / "other")
+    assert "'mug' was learned on another architecture of the family stable_diffusion" in said
+    assert "layers of other names or shapes" in said
+    said = refused(*generate, tmp_path / "flux")
+    assert "'mug' was learned on stable_diffusion" in said and "this backbone is flux" in said
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.mark}",)
+
+
+def _cut(folder: Path, mark: Path) -> None:
+    file = folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _changed(folder: Path, mark: Path) -> None:
+    file = folder / "adapter.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 255
+    file.write_bytes(bytes(data))
+
+
+def _lying(folder: Path, mark: Path) -> None:
+    (folder / "adapter.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def _pickle_as_tensors(folder: Path, mark: Path) -> None:
+    (folder / "adapter.safetensors").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def _pickle_beside(folder: Path, mark: Path) -> None:
+    (folder / "extra.pt").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def _yaml(folder: Path, mark: Path) -> None:
+    (folder / "recipe.yaml").write_text(f"a: !!python/object/apply:os.system ['touch {mark}']")
+
+
+def _json(folder: Path, mark: Path) -> None:
+    (folder / "concept.json").write_text((folder / "concept.json").read_text()[:200])
+
+
+def _way_out(folder: Path, mark: Path) -> None:
+    meta = json.loads((folder / "concept.json").read_text())
+    meta["files"]["../../secret.safetensors"] = meta["files"].pop("adapter.safetensors")
+    (folder / "concept.json").write_text(json.dumps(meta))
+
+
+def _other_shape(folder: Path, mark: Path) -> None:
+    from shared.io.files import sha256
+
+    save_file({"lora.unet.x": torch.zeros(3)}, folder / "adapter.safetensors")
+    meta = json.loads((folder / "concept.json").read_text())
+    meta["files"]["adapter.safetensors"] = sha256(folder / "adapter.safetensors")
+    (folder / "concept.json").write_text(json.dumps(meta))
+
+
+def _missing(folder: Path, mark: Path) -> None:
+    (folder / "embeddings.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_cut, "adapter.safetensors is damaged"),
+        (_changed, "adapter.safetensors is not the file that concept.json describes"),
+        (_lying, "adapter.safetensors is cut off, or not a safetensors file"),
+        (_pickle_as_tensors, "adapter.safetensors is cut off, or not a safetensors file"),
+        (_pickle_beside, "extra.pt can carry code (.pt)"),
+        (_yaml, "recipe.yaml is YAML with tags"),
+        (_json, "concept.json is damaged: it is not readable JSON"),
+        (_way_out, "../../secret.safetensors"),
+        (_other_shape, "adapter_id does not belong to the tensors"),
+        (_missing, "embeddings.safetensors is missing"),
+    ],
+)
+def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, said):
+    folder, mark = tmp_path / "mug.concept", tmp_path / "mark"
+    shutil.copytree(concepts["mug"], folder)
+    harm(folder, mark)
+    for arguments in (
+        ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o"),
+        ("concept", "show", folder),
+    ):
+        assert said in refused(*arguments)
+    assert not mark.exists()

@@ -1,0 +1,446 @@
+"""Prompt sets, evaluation, reports and comparisons, with drawn pictures in place of a diffusion model."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_image.compare import Goal, benchmark, compare
+from pcs_image.evaluate import Case, evaluate
+from pcs_image.prompts import PromptSet, load_prompts, prompt_sets
+from shared.config import validate
+from shared.metrics.encoders import InstrumentInfo, Instruments
+from shared.metrics.report import Report
+
+# prompts
+
+
+def test_shipped_sets_load_and_have_what_they_promise() -> None:
+    assert set(prompt_sets()) >= {"toybox", "dreambench", "dreambench_objects", "dreambench_live"}
+    for name in prompt_sets():
+        found = load_prompts(name, "mug")
+        assert found.drift and all("{concept}" in p.text for p in found.prompts)
+    toybox = load_prompts("toybox")
+    assert sum("background" in p.expects for p in toybox.prompts[:10]) == 10
+    assert {k for p in toybox.prompts for k in p.expects} == {"background", "view", "accessory", "style"}
+    assert len(load_prompts("dreambench", "mug").prompts) == len(load_prompts("dreambench", "dog").prompts) == 25
+    assert load_prompts("dreambench", "dog").name == "dreambench_live"
+    assert load_prompts("dreambench", "backpack").prompts[0].text == "a {concept} in the jungle"
+    assert load_prompts("dreambench_live").prompts[-1].text == "a cube shaped {concept}"
+
+
+def test_the_toybox_expects_only_what_its_world_has_and_asks_for_it_as_its_captions_do() -> None:
+    from shared.toybox import captions
+
+    said = {
+        "background": captions.PLACES,
+        "view": captions.SEEN,
+        "accessory": {k: (f"wearing {v}",) for k, v in captions.WORN.items()},
+        "style": captions.OPENINGS,
+    }
+    for p in load_prompts("toybox").prompts:
+        for name, value in p.expects.items():
+            assert said[name][value][0] in p.text, f"{p.text}: {value}"
+        if "style" not in p.expects:
+            assert p.text.startswith(captions.opening("photo"))
+
+
+def test_prompts_name_the_concept_or_its_class() -> None:
+    prompts = validate(
+        PromptSet, {"name": "x", "prompts": ["a {concept} beside a {class_noun}"], "drift": ["a {class_noun}"]}
+    )
+    assert prompts.prompts[0].named("my-owl", "owl") == "a <my-owl> beside an owl"
+    assert prompts.prompts[0].plain("owl") == "an owl beside an owl"
+    assert prompts.prompts[0].plain("") == "a thing beside a thing"
+    assert prompts.first(None) is prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no-such-set", None, r"unknown prompt set 'no-such-set'.*toybox"),
+        ("toyboks", None, r"Did you mean 'toybox'"),
+        ("gone.yaml", None, r"No such file"),
+        ("empty.txt", "# nothing\n", r"holds no prompts"),
+        ("bare.txt", "a photo of a mug\n", r"does not say where the subject goes"),
+        ("field.txt", "a {concpt}\n", r"Did you mean '\{concept\}'"),
+        ("key.yaml", "prompts: ['a {concept}']\ndrfit: []\n", r"Did you mean 'drift'"),
+        ("drift.yaml", "prompts: ['a {concept}']\ndrift: ['a {concept}']\n", r"must not name the concept"),
+        ("list.yaml", "- a {concept}\n", r"must hold a mapping"),
+        ("none.yaml", "prompts: []\n", r"there is none"),
+        ("bytes.txt", b"\xff\xfe\x00", r"not UTF-8"),
+    ],
+)
+def test_bad_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
+    path: Path | str = name
+    if text is not None:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_prompts(path)
+
+
+def test_a_users_own_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("# my prompts\na {concept} on the moon\n\na red {concept}\n")
+    assert [p.text for p in load_prompts(tmp_path / "mine.txt").prompts] == [
+        "a {concept} on the moon",
+        "a red {concept}",
+    ]
+    (tmp_path / "mine.yaml").write_text(
+        "prompts:\n- a {concept}\n- {text: a {concept} at night, expects: {background: night sky}}\n".replace(
+            "text: a {concept} at night", "text: 'a {concept} at night'"
+        )
+    )
+    assert load_prompts(tmp_path / "mine.yaml").prompts[1].expects == {"background": "night sky"}
+
+
+# a stand-in world: a subject is a square of its hue, a background a colour around it
+
+BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
+
+
+def _draw(subject: int, background: str, seed: int) -> Tensor:
+    """`[3, 32, 32]` in [-1, 1]."""
+    picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
+    hue = torch.tensor(colorsys.hsv_to_rgb(subject / 9, 1.0, 0.9))
+    noise = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1000 + seed)) - 0.1
+    dy, dx = (seed * 5) % 11, (seed * 3) % 13
+    size = 8 + seed % 7
+    picture[:, 5 + dy : 5 + dy + size, 5 + dx : 5 + dx + size] = hue.view(3, 1, 1)
+    return (picture + noise).clamp(0, 1) * 2 - 1
+
+
+class _Who:
+    info = InstrumentInfo("hue of the thing", "which thing it is", True, {"identity": 0.96})
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """The mean colour of what differs from the top row."""
+        away = (pixels - pixels[:, :, :1].mean((2, 3), keepdim=True)).norm(dim=1, keepdim=True) > 0.7
+        mean = (pixels * away).sum((2, 3)) / away.sum((2, 3)).clamp_min(1)
+        return F.normalize(mean - mean.mean(1, keepdim=True), dim=1)
+
+
+class _Clip(_Who):
+    info = InstrumentInfo("toy CLIP", "text alignment", True)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        return F.normalize(F.adaptive_avg_pool2d(pixels, 4).flatten(1), dim=1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return F.normalize(torch.stack([torch.full((48,), 0.1 + ("beach" in t)) for t in texts]), dim=1)
+
+
+class _Reader:
+    info = InstrumentInfo("corner reader", "background", True, {"background": 0.99})
+
+    def read(self, pixels: Tensor) -> dict[str, list[str]]:
+        blue = (pixels[:, 2, :4].mean((1, 2)) + 1) / 2
+        return {"background": ["snow" if b > 0.85 else "beach" for b in blue.tolist()]}
+
+
+TOOLS = Instruments(_Clip(), _Who(), _Reader())
+PROMPTS = validate(
+    PromptSet,
+    {
+        "name": "two places",
+        "prompts": [
+            {"text": "a {concept} on the beach", "expects": {"background": "beach"}},
+            {"text": "a {concept} in the snow <script>alert(1)</script>", "expects": {"background": "snow"}},
+        ],
+        "drift": ["a boat on the beach"],
+    },
+)
+REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2), ("beach", 8), ("snow", 13))])
+
+
+def _generate(subject: int, spoiled: Sequence[int] = ()):
+    """Pictures of a subject where the prompt says; for seeds in `spoiled` a copy of the first reference."""
+
+    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
+        out = []
+        for text, seed in zip(prompts, seeds, strict=True):
+            thing = subject if "boat" not in text else 7
+            out.append(REFERENCES[0] if seed in spoiled else _draw(thing, "snow" if "snow" in text else "beach", seed))
+        return torch.stack(out)
+
+    return generate
+
+
+def _case(**changes: object) -> Case:
+    gallery = {f"thing {i}": torch.stack([_draw(i, b, s) for b, s in (("beach", 5), ("snow", 6))]) for i in range(1, 9)}
+    values: dict = {"name": "my-mug", "class_noun": "mug", "references": REFERENCES, "gallery": gallery}
+    return Case(**{**values, "recipe": "dreambooth_lora", "backbone": "toybox", **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "mug"
+    concept = out.parent / "my-mug.concept"
+    concept.mkdir()
+    (concept / "adapter.safetensors").write_bytes(b"0" * 3000)
+    case = _case(concept=concept, training_seconds=65.0, metadata={"kind": "subject", "note": "<b>&"})
+    evaluate(_generate(0, [23]), _generate(5), case, PROMPTS, seeds=[20, 21, 23], instruments=TOOLS, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    return Report.load(folder)
+
+
+def test_evaluation_measures_what_was_drawn(report: Report) -> None:
+    made = report.rows("concept")
+    assert len(made) == 6 and len(report.rows("base")) == 6 and len(report.rows("drift")) == 3
+    copied = [p for p in made if p.scores["copied"]]
+    assert {p.seed for p in copied} == {23} and all("copies reference 1" in p.flags and p.failed for p in copied)
+    assert report.value("copied") == pytest.approx(1 / 3)
+    assert report.value("identity") == pytest.approx(2 / 3)
+    assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach; asked for was snow
+    wrong = next(p for p in made if p.prompt == 1 and p.seed == 23)
+    assert "background: beach, asked for snow" in wrong.flags
+    identity = report.score("identity")
+    assert identity is not None and identity.base == 0 and identity.chance == pytest.approx(1 / 9)
+    assert identity.low is not None and identity.low <= 2 / 3
+    assert report.value("trade_off") == pytest.approx(2 * (2 / 3) * (5 / 6) / (2 / 3 + 5 / 6))
+    assert report.value("drift") is not None and report.rows("drift")[0].scores["drift"] == pytest.approx(0, abs=1e-6)
+    assert (
+        report.value(
+            "diversity",
+        )
+        is not None
+    )
+
+
+def test_prompts_are_told_to_each_model_as_they_must_be(report: Report) -> None:
+    assert report.rows("concept")[0].text == "a <my-mug> on the beach"
+    assert report.rows("base")[0].text == "a mug on the beach"
+    assert report.rows("drift")[0].text == "a boat on the beach"
+
+
+def test_costs_and_facts(report: Report) -> None:
+    costs = report.costs
+    assert costs.concept_bytes == 3000 and costs.training_seconds == 65
+    assert costs.seconds_per_picture is not None and costs.seconds_per_picture > 0
+    assert costs.peak_memory is not None and costs.peak_memory > 10_000_000
+    assert report.toybox and [i.accuracy for i in report.instruments][1:] == [{"identity": 0.96}, {"background": 0.99}]
+    assert report.notes == []
+    assert report.prompts[1].failures == 1 and report.prompts[0].scores["recognised"] is not None
+
+
+def test_json_round_trip_is_exact(report: Report, folder: Path, tmp_path: Path) -> None:
+    again = Report.load(folder)
+    assert again == report and again.to_json() == report.to_json() == (folder / "report.json").read_text()
+    report.save(tmp_path / "copy")
+    for name in ("report.json", "pictures.csv", "prompts.csv", "index.html"):
+        assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_csv_holds_every_picture_and_prompt(report: Report, folder: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO((folder / "pictures.csv").read_text())))
+    assert len(rows) == len(report.pictures)
+    for row, picture in zip(rows, report.pictures, strict=True):
+        assert row["kind"] == picture.kind and int(row["seed"]) == picture.seed and row["text"] == picture.text
+        assert (folder / row["file"]).is_file()
+        for key, value in picture.scores.items():
+            assert row[f"score.{key}"] == ("" if value is None else str(value))
+    prompts = list(csv.DictReader(io.StringIO((folder / "prompts.csv").read_text())))
+    assert [float(p["score.identity"]) for p in prompts] == [p.scores["identity"] for p in report.prompts]
+
+
+class _Page(HTMLParser):
+    """Checks the nesting, and collects pictures and anything that would load from elsewhere."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        if tag == "img":
+            self.pictures.append(values)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+
+def _checked(text: str) -> _Page:
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert not re.search(r"https?:|//[a-z]+\.", text)
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert all(p.get("alt") for p in page.pictures)
+    assert not page.tags & {"script", "iframe", "link", "object"}
+    assert 'name="viewport"' in text and "prefers-color-scheme:dark" in text and '<html lang="en">' in text
+    return page
+
+
+def test_html_needs_nothing_else_and_escapes_what_it_shows(report: Report, folder: Path) -> None:
+    text = (folder / "index.html").read_text()
+    page = _checked(text)
+    assert len(page.pictures) == len(report.pictures) + len(report.references)
+    assert "svg" in page.tags and 'role="img"' in text
+    assert "Toy numbers" in text and "copies reference 1" in text and "&lt;script&gt;" in text
+    assert "alert(1)</script>" not in text
+    for score in report.scores:
+        assert score.title in text
+    assert "1 min 05 s" in text and "2.9 KiB" in text
+
+
+def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> None:
+    case = _case(references=F.interpolate(REFERENCES, scale_factor=16), gallery=None)
+    generate = lambda p, s: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
+    evaluate(generate, generate, case, PROMPTS.first(1), seeds=[20], instruments=TOOLS, out=tmp_path / "r")
+    assert "data:image/jpeg" in (tmp_path / "r" / "index.html").read_text()
+    from PIL import Image
+
+    with Image.open(tmp_path / "r" / "pictures" / "concept_00_20.png") as picture:
+        assert picture.size == (512, 512)
+
+
+def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> None:
+    prompts = validate(PromptSet, {"name": "x", "prompts": list(PROMPTS.prompts)})
+    tools = Instruments(_Clip(), _Who())
+    found = evaluate(
+        _generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, seeds=[20], instruments=tools
+    )
+    said = " ".join(found.notes)
+    for what in ("No gallery", "No recognizer", "no drift prompts", "one seed"):
+        assert what in said
+    assert found.value("drift") is None and found.value("background") is None and found.value("diversity") is None
+    identity = found.score("identity")
+    assert identity is not None and identity.unit == "score" and identity.chance is None
+    only = evaluate(_generate(0), _generate(5), _case(), prompts, seeds=[20], instruments=Instruments(identity=_Who()))
+    assert only.value("trade_off") is None and "No CLIP" in " ".join(only.notes)
+    from shared.metrics.html import report_html
+
+    _checked(report_html(only))
+
+
+def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        evaluate(_generate(0), _generate(5), _case(), PROMPTS, seeds=[], instruments=TOOLS)
+    with pytest.raises(ValueError, match="each once"):
+        evaluate(_generate(0), _generate(5), _case(), PROMPTS, seeds=[1, 1], instruments=TOOLS)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("keep")
+    calls: list[int] = []
+
+    def counted(prompts: list[str], seeds: list[int]) -> Tensor:
+        calls.append(len(prompts))
+        return torch.full((len(prompts), 3, 32, 32), float("nan"))
+
+    with pytest.raises(ValueError, match="exists already"):
+        evaluate(counted, counted, _case(), PROMPTS, seeds=[1], instruments=TOOLS, out=tmp_path / "there")
+    assert not calls
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(counted, counted, _case(), PROMPTS, seeds=[1], instruments=TOOLS, out=tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+
+
+def test_damaged_reports_are_refused(folder: Path, tmp_path: Path) -> None:
+    raw = json.loads((folder / "report.json").read_text())
+    cases = {
+        "cut": (folder / "report.json").read_text()[:200],
+        "version": json.dumps({**raw, "schema_version": 99}),
+        "list": "[]",
+        "key": json.dumps({**raw, "surprise": 1}),
+        "path": json.dumps({**raw, "references": ["../../etc/passwd"]}),
+    }
+    for name, text in cases.items():
+        (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(ValueError, match=r"JSON|version|surprise|path|lead"):
+            Report.load(tmp_path / f"{name}.json")
+    with pytest.raises(ValueError, match="no report there"):
+        Report.load(tmp_path / "nowhere.json")
+
+
+# comparisons
+
+
+def _run(calls: list[tuple[str, str]], fail: set[tuple[str, str]]):
+    def run(recipe: str, subject: str, workdir: Path) -> Report:
+        calls.append((recipe, subject))
+        if (recipe, subject) in fail:
+            raise RuntimeError("the loss is not finite")
+        thing = {"good": 0, "bad": 3}[recipe]
+        return evaluate(_generate(thing), _generate(5), _case(name=subject), PROMPTS, seeds=[20, 21], instruments=TOOLS)
+
+    return run
+
+
+def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    calls: list[tuple[str, str]] = []
+    fail = {("bad", "s2")}
+    goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
+    first = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    assert len(calls) == 4 and first.failures == {("bad", "s2"): "RuntimeError: the loss is not finite"}
+    fail.clear()
+    second = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    assert calls[4:] == [("bad", "s2")] and not second.failures
+    third = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    assert len(calls) == 5 and third.markdown() == second.markdown() and third.csv() == second.csv()
+    with pytest.raises(ValueError, match="other prompts, seeds or settings"):
+        benchmark(_run(calls, fail), ["good"], ["s1"], "two", [20], tmp_path / "b")
+    assert len(calls) == 5
+
+
+def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
+    goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
+    found = benchmark(_run([], {("bad", "s2")}), ["bad", "good"], ["s1", "s2"], "two", [1], tmp_path / "b", goal=goal)
+    good, bad = found.rows
+    assert (good.recipe, bad.recipe) == ("good", "bad")
+    assert good.value("identity") == 1 and good.base("identity") == 0 and bad.value("identity") == 0
+    assert good.pictures == 8 and bad.subjects == ("s1",)
+    assert goal.met(good) is True and goal.met(bad) is False and Goal().met(good) is None
+    lines = found.markdown().splitlines()
+    assert lines[2].startswith("| good | 2 | ") and lines[3].startswith("| bad | 1, 1 failed | ")
+    assert len({line.count("|") for line in lines[:4]}) == 1 and "Toy numbers" in found.markdown()
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert [(r["recipe"], r["subject"]) for r in rows] == [
+        ("good", ""),
+        ("bad", ""),
+        ("bad", "s1"),
+        ("good", "s1"),
+        ("good", "s2"),
+        ("bad", "s2"),
+    ]
+    assert float(rows[0]["identity"]) == 1 and rows[-1]["error"] == "RuntimeError: the loss is not finite"
+    text = (tmp_path / "b" / "index.html").read_text()
+    _checked(text)
+    assert "the loss is not finite" in text and "reached" in text and "missed" in text
+
+
+def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_path: Path) -> None:
+    other = report.model_copy(update={"instruments": report.instruments[:1]})
+    with pytest.raises(ValueError, match="different instruments"):
+        compare({("a", "s"): report, ("b", "s"): other})
+    with pytest.raises(ValueError, match="at least one recipe"):
+        benchmark(_run([], set()), [], ["s"], "two", [1], tmp_path)
+    with pytest.raises(ValueError, match="would share a folder"):
+        benchmark(_run([], set()), ["a b", "a_b"], ["s"], "two", [1], tmp_path)
