@@ -132,9 +132,15 @@ def benchmark(
     limit: int = typer.Option(10, min=1, help="prompts"),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there"),
+    given: list[str] = typer.Option([], "--set", help="key=value laid on every recipe, train.steps=100 for example"),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
     from pcs_image.toybox_benchmark import run
 
-    print(run(recipes or None, split, subjects, limit, num, out, device))
+    found = run(recipes or None, split, subjects, limit, num, out, device, given)
+    print(found.markdown())
+    if found.failures:
+        lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in found.failures.items()]
+        share = f"{len(lines)} of {len(lines) + len(found.reports)} cells failed"
+        raise ValueError("\n".join([f"{share} (the same command tries them again):", *lines]))

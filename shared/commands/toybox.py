@@ -21,15 +21,16 @@ def train(
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, help="CPU threads"),
     seed: int = typer.Option(0, min=0),
+    fresh: bool = typer.Option(False, help="begin from random weights instead of the shipped ones"),
 ) -> None:
-    """Make the toybox's weights from seeds: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
+    """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
     from shared.config import unknown
     from shared.toybox.train import pipeline
 
     for name in stage or ():
         if name not in _STAGES:
             raise ValueError(unknown(name, _STAGES, "stage"))
-    pipeline.run(stage or list(_STAGES), work, pictures, minutes, device, threads, seed)
+    pipeline.run(stage or list(_STAGES), pipeline.Work(work, pictures, minutes, device, threads, seed, fresh))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from shared.toybox.train import cache, common, models, unet, vae
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
-TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4, crop=8, bf16=False, log_every=2)
+TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4, bf16=False, log_every=2)
 TINY_UNET = unet.UnetTraining(
     models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=4),
     models.TextSize(hidden=16, layers=1, heads=2),
@@ -47,6 +47,9 @@ class Squares:
 
     def pixels(self, index: Any) -> np.ndarray:
         return self._pixels[index]
+
+    def masks(self, index: Any) -> np.ndarray:
+        return (self._pixels[index] != 230).any(-1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +128,7 @@ def test_vae_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 def _steps(run: vae.VaeRun, data: Squares, until: int) -> None:
     while run.step < until:
-        run.update(data, len(data), 8, 4, 1.0)
+        run.update(data, len(data), 1.0)
     run.save()
 
 
@@ -158,6 +161,17 @@ def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, run_folder: 
     common.save_checkpoint(tmp_path / weights.UNET_CHECKPOINT, {k: tree[k] for k in ("model", "ema")}, facts)
     run = _train(tmp_path, cache.load(run_folder / "latents"), 3, resume=True)
     assert (run.step, run.pictures) == (3, 12)
+
+
+def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
+    from shared.toybox.train.adopt import adopt_vae
+
+    assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
+    run = vae.VaeRun(vae.VaeTraining(), tmp_path, torch.device("cpu"), resume=True)
+    assert run.step == 0
+    shipped = weights.frozen_vae(weights.WEIGHTS / "backbone").float()
+    _same(run.vae.state_dict(), shipped.state_dict())
+    _same(run.ema.shadow, dict(shipped.named_parameters()))
 
 
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(run_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from shared.toybox.evaluators import (
 from shared.toybox.evaluators import clip as clips
 from shared.toybox.evaluators.identity import IdentityConfig, contrastive_loss
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, RecognizerConfig
-from shared.toybox.evaluators.trunk import WEIGHTS, TrunkConfig
+from shared.toybox.evaluators.trunk import WEIGHTS, TrunkConfig, adopt_state, read_state
 from shared.toybox.weights import WEIGHTS as BACKBONES
 
 TINY = TrunkConfig(widths=(4, 8), blocks=(1, 1))
@@ -73,7 +73,7 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
 
     whole, first, second = tiny_task(name), tiny_task(name), tiny_task(name)
     before = {k: v.clone() for k, v in whole.module.state_dict().items()}
-    assert train.fit(whole, settings(), tmp_path / "out", tmp_path / "whole") == 4
+    assert train.fit(whole, settings(), tmp_path / "whole-out", tmp_path / "whole") == 4
     assert train.fit(first, settings(pause=2), tmp_path / "out", tmp_path / "halves") == 2
     assert train.fit(second, settings(), tmp_path / "out", tmp_path / "halves") == 4
     state, resumed = whole.module.state_dict(), second.module.state_dict()
@@ -81,6 +81,20 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
     assert any(not torch.equal(state[k], before[k]) for k in state)
     with pytest.raises(ValueError, match="seed"):
         train.fit(tiny_task(name), train.Settings(steps=4, batch_size=8, seed=3), tmp_path / "out", tmp_path / "halves")
+
+
+@pytest.mark.parametrize("name", ["recognizer", "identity", "clip"])
+def test_finished_weights_go_on_with_a_new_optimizer(name: str, tmp_path: Path):
+    settings, out = train.Settings(steps=3, batch_size=8, pause=2, device="cpu"), tmp_path / "out"
+    assert train.fit(tiny_task(name), settings, out, tmp_path / "first") == 2
+    adopted = tiny_task(name)
+    assert train._adopt(adopted, out) == 2
+    written = read_state(out / "model.safetensors")
+    state = {"recognizer": "recognizer", "identity": "encoder", "clip": "model"}[name]
+    assert all(torch.equal(getattr(adopted, state).state_dict()[k], v) for k, v in written.items())
+    assert train.fit(tiny_task(name), settings, out, tmp_path / "second") == 3
+    assert train.fit(tiny_task(name), settings, out, tmp_path / "third", resume=False) == 2
+    assert not adopt_state(torch.nn.Linear(2, 2), out), "another architecture is left alone"
 
 
 def test_saved_weights_load_back(tmp_path: Path):

@@ -29,7 +29,17 @@ def arguments(concepts, photos, dino, painted, tmp_path) -> list:
         painted(tmp_path / "gallery" / f"other-{i}", seed=10 + i)
     (tmp_path / "prompts.txt").write_text("a {concept} on the beach\n# not this\na {concept} in the snow\n")
     given = ("--references", photos, "--dino", dino, "--gallery", tmp_path / "gallery")
-    return ["image", "evaluate", "--concept", concepts["mug"], *given, "--prompts", tmp_path / "prompts.txt", "--num", 2]
+    return [
+        "image",
+        "evaluate",
+        "--concept",
+        concepts["mug"],
+        *given,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--num",
+        2,
+    ]
 
 
 def test_a_concept_is_measured(pcs, arguments, tmp_path):
@@ -44,7 +54,9 @@ def test_a_concept_is_measured(pcs, arguments, tmp_path):
     assert identity["chance"] == 0.25 and report["costs"]["training_seconds"] > 0
 
 
-def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_hashes(pcs, concepts, dino, photos, tmp_path):
+def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_hashes(
+    pcs, concepts, dino, photos, tmp_path
+):
     shutil.copytree(concepts["mug"], tmp_path / "mug.concept")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {concept} on the beach")

@@ -16,7 +16,7 @@ from .augment import augment
 from .data import IdentityPictures, Pictures
 from .identity import HIDDEN, IdentityConfig, IdentityEncoder, contrastive_loss
 from .recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
-from .trunk import save_model
+from .trunk import adopt_state, save_model
 
 
 class RecognizerTask:
@@ -47,6 +47,10 @@ class RecognizerTask:
     def export(self, out: Path) -> None:
         """Writes the recognizer."""
         save_model(self.module, self.config, out)
+
+    def adopt(self, out: Path) -> bool:
+        """Takes over a written recognizer."""
+        return adopt_state(self.module, out)
 
 
 class IdentityTask:
@@ -106,6 +110,10 @@ class IdentityTask:
         """Writes the encoder."""
         save_model(self.encoder, self.config, out)
 
+    def adopt(self, out: Path) -> bool:
+        """Takes over a written encoder; what is read off while training begins anew."""
+        return adopt_state(self.encoder, out)
+
 
 class ClipTask:
     """CLIP's loss, and while training a linear reading of every attribute from the picture's embedding (not kept)."""
@@ -141,3 +149,7 @@ class ClipTask:
     def export(self, out: Path) -> None:
         """Writes the transformers folder."""
         clips.save_clip(self.model, self.processor, out)
+
+    def adopt(self, out: Path) -> bool:
+        """Takes over a written CLIP; what is read off while training begins anew."""
+        return adopt_state(self.model, out)

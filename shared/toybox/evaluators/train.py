@@ -7,6 +7,7 @@ checkpoint and a log in `work` and, at the end and on the way, fp16 weights in `
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,16 +69,23 @@ class Task(Protocol):
         """Writes the present weights, fp16."""
         ...
 
+    def adopt(self, out: Path) -> bool:
+        """Takes over what `export` wrote; False where that is another architecture."""
+        ...
+
 
 def fit(task: Task, settings: Settings, out: Path, work: Path, resume: bool = True) -> int:
-    """Trains `task`; returns the number of steps done in all. `out` gets the weights, `work` checkpoint and log."""
+    """Trains `task`; returns the number of steps done in all. `out` gets the weights, `work` checkpoint and log.
+
+    resume: go on from the checkpoint in `work`, or else from the finished weights in `out` with a new optimizer.
+    """
     common.set_threads(settings.threads)
     device = common.pick_device(settings.device)
     module = task.module.to(device).train()
     optimizer = torch.optim.AdamW(
         common.parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.98)
     )
-    first = _restore(work / CHECKPOINT, module, optimizer, settings) if resume else 0
+    first = (_restore(work / CHECKPOINT, module, optimizer, settings) or _adopt(task, out)) if resume else 0
     budget = common.Budget(steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
     log, started, step = common.Log(work / "log.jsonl"), time.monotonic(), first
     for step in range(first, settings.steps):
@@ -138,6 +146,14 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step:
     tensors = {"model": dict(module.state_dict()), "optimizer": common.optimizer_tensors(optimizer)}
     facts = {"step": step, "seed": settings.seed, "batch_size": settings.batch_size, "trained": _trained(module)}
     common.save_checkpoint(path, tensors, facts)
+
+
+def _adopt(task: Task, out: Path) -> int:
+    """Loads finished weights and returns the step they are at; 0 where there are none, or of other shapes."""
+    known = out / TRAINING
+    if not known.is_file() or not task.adopt(out):
+        return 0
+    return int(json.loads(known.read_text("utf-8"))["done"])
 
 
 def _trained(module: nn.Module) -> int:

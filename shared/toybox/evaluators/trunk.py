@@ -117,9 +117,22 @@ def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
 
 def load_state(model: Model, folder: Path) -> Model:
     """Loads `model.safetensors` of `folder` strictly, as float32, frozen and in eval mode."""
-    state = load_file(str(folder / WEIGHTS_FILE))
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    model.load_state_dict(read_state(folder / WEIGHTS_FILE))
     return model.eval().requires_grad_(False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, halves as float32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in load_file(str(path)).items()}
+
+
+def adopt_state(model: nn.Module, folder: Path) -> bool:
+    """Loads `model.safetensors` of `folder` to go on training from; False where names or shapes are others."""
+    state, own = read_state(folder / WEIGHTS_FILE), model.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    model.load_state_dict(state)
+    return True
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from shared.toybox import weights
-from shared.toybox.train import common
+from shared.toybox.train import common, models
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def adopt_vae(out: Path) -> bool:
+    """Begin the autoencoder's checkpoint from the shipped one.
+
+    The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
+    installation without weights, is left alone.
+    """
+    from diffusers import AutoencoderKL
+
+    source = weights.WEIGHTS / "backbone" / "vae"
+    if (out / weights.VAE_CHECKPOINT).exists() or not (source / "config.json").is_file():
+        return False
+    vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
+    known = vae.config
+    size = models.VaeSize(
+        tuple(known.block_out_channels), known.layers_per_block, known.norm_num_groups, known.sample_size
+    )
+    common.save_checkpoint(out / weights.VAE_CHECKPOINT, _tree({"": vae}), {"step": 0, "size": asdict(size)})
+    return True
 
 
 def adopt(out: Path) -> bool:
@@ -27,9 +55,14 @@ def adopt(out: Path) -> bool:
     shutil.copytree(source / "tokenizer", out / weights.TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not (out / weights.VAE_FOLDER / "config.json").exists():
         pipe.vae.float().save_pretrained(str(out / weights.VAE_FOLDER))
-    networks = {"text_encoder": pipe.text_encoder, "unet": pipe.unet}
-    state = {f"{n}.{k}": v.float() for n, m in networks.items() for k, v in m.state_dict().items()}
-    average = {f"{n}.{k}": p.detach().float() for n, m in networks.items() for k, p in m.named_parameters()}
-    tree = {"model": state, "ema": average}
+    tree = _tree({"text_encoder.": pipe.text_encoder, "unet.": pipe.unet})
     common.save_checkpoint(out / weights.UNET_CHECKPOINT, tree, {k: facts[k] for k in ("step", "sizes", "pictures")})
     return True
+
+
+def _tree(networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What a checkpoint without its optimizer holds of modules, by the prefix of their names."""
+    return {
+        "model": {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()},
+        "ema": {f"{prefix}{k}": p.detach().float() for prefix, m in networks.items() for k, p in m.named_parameters()},
+    }

@@ -21,6 +21,7 @@ class Work:
     device: str
     threads: int
     seed: int
+    fresh: bool = False
 
     @property
     def data(self) -> Path:
@@ -31,11 +32,8 @@ class Work:
         return self.folder / "run"
 
 
-def run(
-    stages: Sequence[str], folder: Path, pictures: int, minutes: float | None, device: str, threads: int, seed: int
-) -> None:
+def run(stages: Sequence[str], work: Work) -> None:
     """Do the stages, in order. Each prints what it made and goes on from where an earlier call stopped."""
-    work = Work(folder, pictures, minutes, device, threads, seed)
     for stage in STAGES:
         if stage in stages:
             print(f"{stage}: {_STAGES[stage](work)}", flush=True)
@@ -51,11 +49,11 @@ def _data(work: Work) -> str:
 
 
 def _vae(work: Work) -> str:
+    from shared.toybox.train.adopt import adopt_vae
     from shared.toybox.train.vae import train_vae
 
-    if (work.run / "vae" / "config.json").is_file() and not (work.run / "vae.safetensors").is_file():
-        return f"{work.run / 'vae'} is adopted from the shipped weights and stays"
-
+    if not work.fresh and adopt_vae(work.run):
+        print("vae: goes on from the shipped weights", flush=True)
     steps = VAE_STEPS if work.minutes is None else None
     return str(
         train_vae(work.data, work.run, steps=steps, minutes=work.minutes, threads=work.threads, device=work.device)
@@ -66,7 +64,7 @@ def _unet(work: Work) -> str:
     from shared.toybox.train.adopt import adopt
     from shared.toybox.train.unet import train_unet
 
-    if adopt(work.run):
+    if not work.fresh and adopt(work.run):
         print("unet: goes on from the shipped weights", flush=True)
 
     steps = UNET_STEPS if work.minutes is None else None
@@ -91,7 +89,8 @@ def _evaluator(name: str) -> Callable[[Work], str]:
         fit, settings = TRAININGS[name]
         settings = replace(settings, seed=work.seed, threads=work.threads, device=work.device, minutes=work.minutes)
         target = WEIGHTS / name
-        fit(source, target, work.folder / "evaluators" / name, settings, True, through if through.is_file() else None)
+        place = work.folder / "evaluators" / name
+        fit(source, target, place, settings, not work.fresh, through if through.is_file() else None)
         return str(target)
 
     return train

@@ -1,7 +1,8 @@
 """The autoencoder: 64×64 pictures to latents of 16×16×4, and the cache of those latents.
 
-Trained on random crops first (cheap, and convolutions do not care) and on full pictures at the end, with L1 and
-squared errors of pixels, L1 of their differences, and a tiny KL. When the budget ends, the averaged weights are
+Trained on whole pictures (group norms and the attention in the middle see other statistics on crops: 3 dB less on
+what they were trained on, when measured), with L1 and squared errors of pixels, L1 of their differences, all counted
+more where the thing is, whose pattern tells individuals apart, and a tiny KL. When the budget ends, the averaged weights are
 *normalised*: each latent channel is shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean
 and a common spread, whose inverse is the ``scaling_factor``.
 """
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 HELD_OUT = 256
 """Pictures at the data's end that the autoencoder never trains on: its PSNR is measured there."""
 
-FULL_PICTURE_SHARE = 0.3
-"""The last part of the budget that trains on full pictures instead of crops."""
-
 
 class Pictures(Protocol):
     """What the trainings read of a data set (``shared.toybox.dataset.load`` gives it)."""
@@ -45,19 +43,23 @@ class Pictures(Protocol):
         """The pictures of an index (integers or a slice) as uint8 [n, S, S, 3]."""
         ...
 
+    def masks(self, index: Any) -> np.ndarray:
+        """Where things are in the pictures of an index, bool [n, S, S]."""
+        ...
+
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings of the autoencoder's training; ``crop`` is in pixels, ``lr`` AdamW's peak rate."""
+    """Settings of the autoencoder's training; ``lr`` is AdamW's peak rate."""
 
     size: models.VaeSize = field(default_factory=models.VaeSize)
-    batch: int = 32
-    crop: int = 32
+    batch: int = 8
     lr: float = 2e-3
     weight_decay: float = 1e-4
     square_weight: float = 2.0
     gradient_weight: float = 0.5
     kl_weight: float = 1e-5
+    thing_weight: float = 3.0
     clip: float = 1.0
     ema: float = 0.998
     seed: int = 0
@@ -71,27 +73,21 @@ def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
-def crops(pictures: Pictures, among: int, count: int, crop: int, generator: torch.Generator) -> Tensor:
-    """Random square crops of random pictures.
-
-    Args:
-        pictures: of size S
-        among: only the first so many are used
-        count: number of crops
-        crop: their side in pixels, at most S
-
-    Returns:
-        float [count, 3, crop, crop] in [-1, 1]
+def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``count`` random pictures of the first ``among``: float [count, 3, S, S] in [-1, 1], and bool [count, 1, S, S],
+    where things are.
     """
-    whole = pictures.pixels(torch.randint(among, (count,), generator=generator).numpy())
-    place = torch.randint(whole.shape[1] - crop + 1, (count, 2), generator=generator).tolist()
-    return to_signed(np.stack([x[i : i + crop, j : j + crop] for x, (i, j) in zip(whole, place, strict=True)]))
+    rows = torch.randint(among, (count,), generator=generator).numpy()
+    return to_signed(pictures.pixels(rows)), torch.from_numpy(pictures.masks(rows))[:, None]
 
 
-def loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
+def loss(
+    vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
+) -> tuple[Tensor, dict[str, float]]:
     """L1 and squares of pixels [B, 3, H, W], L1 of their differences, KL per latent element.
 
     Args:
+        thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
         noise: [B, 4, h, w], standard normal, for the posterior's sample
 
     Returns:
@@ -101,11 +97,14 @@ def loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, settings: VaeTraining) ->
     decoded: Any = vae.decode(posterior.mean + posterior.std * noise, return_dict=True)
     y = decoded.sample.float()
     error = y - x
-    pixel = error.abs().mean()
-    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    weight = torch.where(thing, settings.thing_weight, 1.0)
+    weight = weight / weight.mean()
+    pixel = (weight * error.abs()).mean()
+    gradient = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
+    gradient = gradient + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    total = pixel + settings.square_weight * error.square().mean()
+    total = pixel + settings.square_weight * (weight * error.square()).mean()
     total = total + settings.gradient_weight * gradient + settings.kl_weight * kl
     parts = {"l1": float(pixel.detach()), "psnr_batch": psnr_db(error.detach()), "kl": float(kl.detach())}
     return total, parts
@@ -147,6 +146,7 @@ class VaeRun:
         if tree:
             self.vae.load_state_dict(tree["model"])
             self.ema.load(tree["ema"])
+        if "optimizer" in tree:  # adopted weights come without
             common.restore_optimizer(self.optimizer, tree["optimizer"])
 
     def save(self) -> None:
@@ -154,16 +154,16 @@ class VaeRun:
         tensors = {**state, "optimizer": common.optimizer_tensors(self.optimizer)}
         common.save_checkpoint(self.path, tensors, {"step": self.step, "size": asdict(self.size)})
 
-    def update(self, pictures: Pictures, among: int, crop: int, count: int, factor: float) -> dict[str, float]:
-        """One step on ``count`` crops with the learning rate's ``factor``."""
+    def update(self, pictures: Pictures, among: int, factor: float) -> dict[str, float]:
+        """One step on some of the first ``among`` pictures with the learning rate's ``factor``."""
         settings, generator = self.settings, common.step_generator(self.settings.seed, self.step)
-        x = crops(pictures, among, count, crop, generator).to(self.device)
-        grid = crop // 2 ** (len(self.size.channels) - 1)
-        noise = torch.randn(count, models.LATENT_CHANNELS, grid, grid, generator=generator).to(self.device)
+        x, thing = (part.to(self.device) for part in draw(pictures, among, settings.batch, generator))
+        grid = x.shape[-1] // 2 ** (len(self.size.channels) - 1)
+        noise = torch.randn(len(x), models.LATENT_CHANNELS, grid, grid, generator=generator).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
         with common.amp(self.device, settings.bf16):
-            total, parts = loss(self.vae, x, noise, settings)
+            total, parts = loss(self.vae, x, thing, noise, settings)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.clip)
         if torch.isfinite(norm):
@@ -212,17 +212,13 @@ def train_vae(
 
 
 def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:
-    """The loop: crops, then full pictures of the same number of pixels a step; checkpoints by the clock."""
+    """The loop; checkpoints by the clock."""
     settings, started = run.settings, time.time()
-    among, side = _train_count(pictures), pictures.pixels([0]).shape[1]
-    saved = started
-    while (spent := budget.progress(run.step, time.time() - started)) < 1:
-        full = spent >= 1 - FULL_PICTURE_SHARE
-        crop = side if full else min(settings.crop, side)
-        count = max(1, settings.batch * settings.crop**2 // crop**2)
-        parts = run.update(pictures, among, crop, count, budget.rate(run.step, time.time() - started))
+    among, saved = _train_count(pictures), started
+    while budget.progress(run.step, time.time() - started) < 1:
+        parts = run.update(pictures, among, budget.rate(run.step, time.time() - started))
         if run.step % settings.log_every == 0:
-            log.write(step=run.step, crop=crop, **{k: round(v, 5) for k, v in parts.items()})
+            log.write(step=run.step, **{k: round(v, 5) for k, v in parts.items()})
         if time.time() - saved > settings.save_minutes * common.SECONDS_PER_MINUTE:
             run.save()
             saved = time.time()

@@ -1,0 +1,36 @@
+"""`pcs image benchmark` on the shipped toybox, with next to no training: cells, tables, going on, failing."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+SMALL = ("--subjects", "1", "--limit", "1", "--num", "1", "--set", "train.steps=2", "--set", "sampling.steps=2")
+
+
+def test_recipes_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path):
+    arguments = ["image", "benchmark", "textual_inversion", *SMALL, "--out", tmp_path / "table"]
+    ran = pcs(*arguments)
+    assert ran.code == 0, ran.err
+    assert "textual_inversion" in ran.out and "Toy numbers" in ran.out
+    assert {"comparison.csv", "comparison.md", "index.html"} <= {p.name for p in (tmp_path / "table").iterdir()}
+    (pooled, cell) = csv.DictReader((tmp_path / "table" / "comparison.csv").open())
+    assert (pooled["recipe"], pooled["pictures"], cell["subject"]) == ("textual_inversion", "1", cell["subject"])
+    assert 0 <= float(pooled["identity"]) <= 1 and float(pooled["training_seconds"]) > 0
+    (kept,) = (tmp_path / "table").rglob("cell.json")
+    assert json.loads(kept.read_text())["inputs"]["settings"]["given"] == ["train.steps=2", "sampling.steps=2"]
+    again = pcs(*arguments)
+    assert again.code == 0 and "kept" in again.err and "start" not in again.err
+    assert again.out == ran.out
+
+
+def test_a_run_that_fails_is_named_and_is_not_success(pcs, tmp_path):
+    hot = ("--set", "trainable.tokens.lr=1e30", "--set", "train.steps=6")
+    ran = pcs("image", "benchmark", "textual_inversion", *SMALL, *hot, "--out", tmp_path / "table")
+    assert ran.code == 2 and "Traceback" not in ran.err
+    assert "1 of 1 cells failed" in ran.err and "textual_inversion on" in ran.err
+
+
+def test_a_wrong_setting_is_said_before_anything_runs(pcs, tmp_path):
+    ran = pcs("image", "benchmark", "textual_inversion", *SMALL, "--set", "trian.steps=3", "--out", tmp_path / "table")
+    assert ran.code != 0 and "trian" in ran.err and not (tmp_path / "table").exists()
