@@ -20,21 +20,6 @@ from shared.trainable.adapter import PeftAdapter
 from shared.types import ImageTokens
 
 
-@pytest.fixture
-def sd(tiny_sd: Any) -> StableDiffusionBackbone:
-    return StableDiffusionBackbone(tiny_sd, "tiny")
-
-
-@pytest.fixture
-def flux(tiny_flux: Any) -> FluxBackbone:
-    return FluxBackbone(tiny_flux, "tiny")
-
-
-@pytest.fixture(params=["sd", "flux"])
-def backbone(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
-
-
 def add_lora(backbone: Any, name: str, role: str, seed: int) -> None:
     """A LoRA with random weights, so that it does something."""
     for group in backbone.group(role):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, attach, capture, detach, read, save
 from shared.concept.folder import with_fields
@@ -22,16 +21,6 @@ from shared.trainable.delta import DeltaAdapter
 
 PROMPT = "a photo of a <my-mug> on the beach"
 ROLES = ("cross_attention", "text_encoder")
-
-
-@pytest.fixture
-def sd(make_tiny_sd: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda seed=0, **changes: StableDiffusionBackbone(make_tiny_sd(seed, **changes), "tiny")
-
-
-@pytest.fixture
-def flux(make_tiny_flux: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda seed=0: FluxBackbone(make_tiny_flux(seed), "tiny-flux")
 
 
 def output(backbone: Any, prompt: str = "a photo of a mug") -> torch.Tensor:
@@ -77,7 +66,7 @@ def traces(backbone: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: Any, tmp_path: Path) -> None:
-    make = request.getfixturevalue(family)
+    make = request.getfixturevalue(f"new_{family}")
     backbone = make()
     roles = ROLES if family == "sd" else ("attention", "text_encoder")
     concept = learned(backbone, roles=roles)
@@ -94,8 +83,8 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: A
     assert traces(fresh) == before
 
 
-def test_everything_in_the_description_survives(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_everything_in_the_description_survives(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     learned(backbone)
     picture = tmp_path / "IMG 1.jpg"
     picture.write_bytes(b"not opened")
@@ -125,14 +114,14 @@ def test_everything_in_the_description_survives(sd: Callable[..., Any], tmp_path
         assert all(torch.equal(again.tensors[kind][k], v) for k, v in tensors.items())
 
 
-def test_strength_goes_from_the_base_to_the_concept(sd: Callable[..., Any]) -> None:
-    backbone = sd()
+def test_strength_goes_from_the_base_to_the_concept(new_sd: Callable[..., Any]) -> None:
+    backbone = new_sd()
     concept = learned(backbone)
     prompt = "a photo of a mug"
-    full, base = output(backbone, prompt), output(sd(), prompt)
+    full, base = output(backbone, prompt), output(new_sd(), prompt)
     outs = {}
     for strength in (0.0, 0.5, 1.0):
-        fresh = sd()
+        fresh = new_sd()
         attach(concept, fresh, strength)
         outs[strength] = output(fresh, prompt)
         assert fresh.strengths == {"my-mug": strength}
@@ -140,32 +129,32 @@ def test_strength_goes_from_the_base_to_the_concept(sd: Callable[..., Any]) -> N
     assert 0 < (outs[0.5] - base).norm() < (full - base).norm()
 
 
-def test_plain_words_are_a_concept_too(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     RareToken().attach(backbone, "my-mug", "mug")
     learn(backbone)
     concept = capture(backbone, "my-mug", class_noun="mug", modifier=RareToken())
     save(concept, tmp_path / "c")
-    fresh = sd()
+    fresh = new_sd()
     attach(read(tmp_path / "c"), fresh)
     assert fresh.namings["my-mug"].words == "sks mug"
     assert torch.equal(output(fresh, said(fresh)), output(backbone, said(backbone)))
 
 
-def test_dora_conv_and_several_slots_come_back(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_dora_conv_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     RareToken().attach(backbone, "lora_x", "mug")
     learn(backbone, "lora_x", "lora_A", roles=("self_attention", "conv"), rank=3)
     learn(backbone, "lora_x", "fine", roles=("cross_attention",), dora=True)
     learn(backbone, "lora_x", "both", roles=("attention",), rank=2)
     save(capture(backbone, "lora_x", class_noun="mug", modifier=RareToken()), tmp_path / "c")
-    fresh = sd()
+    fresh = new_sd()
     attach(read(tmp_path / "c"), fresh, 1.0)
     assert torch.equal(output(fresh), output(backbone))
 
 
-def test_changed_weights_have_a_strength_and_leave_no_trace(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     before = traces(backbone)
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
     weight = backbone.denoiser.get_parameter(key.partition(".")[2])
@@ -193,8 +182,8 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(sd: Callable[..., An
 # --- several concepts
 
 
-def test_concepts_of_one_run_share_their_adapter(sd: Callable[..., Any]) -> None:
-    backbone = sd()
+def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> None:
+    backbone = new_sd()
     for name in ("cup", "pot"):
         LearnableToken().attach(backbone, name, "mug")
     learn(backbone, "run")
@@ -203,7 +192,7 @@ def test_concepts_of_one_run_share_their_adapter(sd: Callable[..., Any]) -> None
     ]
     assert both[0].meta.adapter_id == both[1].meta.adapter_id
     expected = output(backbone)
-    fresh = sd()
+    fresh = new_sd()
     before = traces(fresh)
     for concept in both:
         attach(concept, fresh, 0.7)
@@ -212,10 +201,10 @@ def test_concepts_of_one_run_share_their_adapter(sd: Callable[..., Any]) -> None
     with fresh.active({"pot": 1.0}):
         assert torch.equal(output(fresh), expected)
     with fresh.active({}):
-        assert torch.equal(output(fresh), output(sd()))
+        assert torch.equal(output(fresh), output(new_sd()))
     detach(fresh, "cup")
-    other = with_fields(learned(sd(), "cup", seed=9).meta)
-    attach(Concept(other, learned(sd(), "cup", seed=9).tensors), fresh)  # the first one's name is free again
+    other = with_fields(learned(new_sd(), "cup", seed=9).meta)
+    attach(Concept(other, learned(new_sd(), "cup", seed=9).tensors), fresh)  # the first one's name is free again
     detach(fresh, "cup")
     with fresh.active({"pot": 1.0}):
         assert torch.equal(output(fresh), expected)
@@ -225,19 +214,19 @@ def test_concepts_of_one_run_share_their_adapter(sd: Callable[..., Any]) -> None
     assert traces(fresh) == before
 
 
-def test_removing_one_leaves_the_others_as_they_were(sd: Callable[..., Any]) -> None:
-    a, b = learned(sd(), "cup", seed=1), learned(sd(), "pot", seed=2)
-    backbone, alone = sd(), sd()
+def test_removing_one_leaves_the_others_as_they_were(new_sd: Callable[..., Any]) -> None:
+    a, b = learned(new_sd(), "cup", seed=1), learned(new_sd(), "pot", seed=2)
+    backbone, alone = new_sd(), new_sd()
     attach(a, backbone, 0.0)
     attach(b, backbone)
     detach(backbone, "pot")
     attach(a, alone, 0.0)
-    assert torch.equal(output(backbone), output(alone)) and torch.equal(output(backbone), output(sd()))
+    assert torch.equal(output(backbone), output(alone)) and torch.equal(output(backbone), output(new_sd()))
     assert not any(p.requires_grad for p in backbone.denoiser.parameters())
 
 
-def test_the_same_concept_twice_is_refused(sd: Callable[..., Any]) -> None:
-    concept, backbone = learned(sd()), sd()
+def test_the_same_concept_twice_is_refused(new_sd: Callable[..., Any]) -> None:
+    concept, backbone = learned(new_sd()), new_sd()
     attach(concept, backbone)
     with pytest.raises(ValueError, match="'my-mug' is attached already"):
         attach(concept, backbone)
@@ -252,12 +241,12 @@ def _rebuilt(pipe: Any, **changes: Any) -> StableDiffusionBackbone:
 
 
 def test_another_family_or_shape_is_refused_with_the_reason(
-    sd: Callable[..., Any], flux: Callable[..., Any], make_tiny_sd: Callable[..., Any]
+    new_sd: Callable[..., Any], new_flux: Callable[..., Any], make_tiny_sd: Callable[..., Any]
 ) -> None:
-    concept = learned(sd())
+    concept = learned(new_sd())
     head = r"another architecture of the family stable_diffusion \(tiny\), not that of \w+: "
     for other, reason in (
-        (flux(), r"learned on stable_diffusion \(tiny\), and this backbone is flux"),
+        (new_flux(), r"learned on stable_diffusion \(tiny\), and this backbone is flux"),
         (
             _rebuilt(make_tiny_sd(), block_out_channels=(8, 16, 16)),
             head + r"its unet\.\S+ reads \[\d+\], here it reads",
@@ -266,7 +255,7 @@ def test_another_family_or_shape_is_refused_with_the_reason(
             _rebuilt(make_tiny_sd(), layers_per_block=2),
             head + r"its unet was UNet2DConditionModel with [\d,]+ parameters",
         ),
-        (sd(linear=True), head + "layers of other names or shapes"),
+        (new_sd(linear=True), head + "layers of other names or shapes"),
     ):
         before = traces(other)
         with pytest.raises(ValueError, match=reason):
@@ -274,14 +263,14 @@ def test_another_family_or_shape_is_refused_with_the_reason(
         assert traces(other) == before
 
 
-def test_another_checkpoint_warns_and_works(sd: Callable[..., Any]) -> None:
-    concept, other = learned(sd()), sd(seed=1)
+def test_another_checkpoint_warns_and_works(new_sd: Callable[..., Any]) -> None:
+    concept, other = learned(new_sd()), new_sd(seed=1)
     with pytest.warns(UserWarning, match="another checkpoint of this architecture"):
         attach(concept, other)
     assert "my-mug" in other.adapters
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(concept, sd())
+        attach(concept, new_sd())
 
 
 def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
@@ -322,17 +311,17 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
     ],
 )
 def test_a_concept_that_fits_in_part_is_refused_and_leaves_nothing(
-    sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
+    new_sd: Callable[..., Any], change: Callable[[Concept], Concept], message: str
 ) -> None:
-    concept, backbone = change(learned(sd())), sd()
+    concept, backbone = change(learned(new_sd())), new_sd()
     before = traces(backbone)
     with pytest.raises(ValueError, match=message):
         attach(concept, backbone)
     assert traces(backbone) == before
 
 
-def test_modules_that_match_nothing_are_refused(sd: Callable[..., Any]) -> None:
-    concept, backbone = learned(sd()), sd()
+def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> None:
+    concept, backbone = learned(new_sd()), new_sd()
     settings = {**concept.meta.adapters["lora"]["unet"], "target_modules": ["nowhere.to_q"]}
     text = concept.meta.adapters["lora"]["text_encoder"]
     meta = with_fields(concept.meta, adapters={"lora": {"text_encoder": text, "unet": settings}})
@@ -342,8 +331,8 @@ def test_modules_that_match_nothing_are_refused(sd: Callable[..., Any]) -> None:
     assert traces(backbone) == before
 
 
-def test_nothing_attached_is_nothing_to_save(sd: Callable[..., Any]) -> None:
-    backbone = sd()
+def test_nothing_attached_is_nothing_to_save(new_sd: Callable[..., Any]) -> None:
+    backbone = new_sd()
     with pytest.raises(ValueError, match="nothing is attached under 'x'"):
         capture(backbone, "x")
     RareToken().attach(backbone, "x", "mug")

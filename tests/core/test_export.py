@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.backbones.flux import FluxBackbone
-from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, attach, capture, export
 from shared.concept import diffusers_format as files
 from shared.modifiers import LearnableToken, PlainText
@@ -21,16 +20,6 @@ from shared.trainable import Lora
 from shared.trainable.delta import DeltaAdapter
 
 LORA, TOKENS = files.LORA_FILE, files.TOKEN_FILE
-
-
-@pytest.fixture
-def sd(make_tiny_sd: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda seed=0, **changes: StableDiffusionBackbone(make_tiny_sd(seed, **changes), "tiny")
-
-
-@pytest.fixture
-def flux(make_tiny_flux: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda seed=0: FluxBackbone(make_tiny_flux(seed), "tiny-flux")
 
 
 def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", **settings: Any) -> None:
@@ -78,8 +67,8 @@ def state(backbone: Any) -> Any:
     ],
     ids=["plain", "alpha", "convolutions", "text too", "text alone", "overlapping", "dora", "dora and text"],
 )
-def test_lora_for_stable_diffusion(sd: Callable[..., Any], tmp_path: Path, slots: Any, request: Any) -> None:
-    backbone, strength = sd(), 1.0 if request.node.callspec.id == "plain" else 0.6
+def test_lora_for_stable_diffusion(new_sd: Callable[..., Any], tmp_path: Path, slots: Any, request: Any) -> None:
+    backbone, strength = new_sd(), 1.0 if request.node.callspec.id == "plain" else 0.6
     for slot, settings in slots.items():
         learn(backbone, slot=slot, **settings)
     concept = taken(backbone)
@@ -95,8 +84,8 @@ def test_lora_for_stable_diffusion(sd: Callable[..., Any], tmp_path: Path, slots
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_for_flux(flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
-    backbone = flux()
+def test_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, dora: bool) -> None:
+    backbone = new_flux()
     learn(backbone, roles=("attention", "feed_forward", "proj", "text_encoder"), alpha=2.0, dora=dora)
     if not dora:
         learn(backbone, slot="second", roles=("cross_attention",), rank=2)
@@ -107,8 +96,8 @@ def test_lora_for_flux(flux: Callable[..., Any], tmp_path: Path, dora: bool) -> 
     assert all(k.startswith("text_encoder.text_model.encoder.layers.") for k in keys if k.startswith("text"))
 
 
-def test_a_half_precision_backbone_is_checked_too(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd().to(dtype=torch.bfloat16)
+def test_a_half_precision_backbone_is_checked_too(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd().to(dtype=torch.bfloat16)
     learn(backbone, roles=("attention", "text_encoder"), rank=8)
     assert export(taken(backbone), tmp_path / "out", backbone=backbone)["checks"]["denoiser"]["ok"]
 
@@ -119,9 +108,9 @@ def test_a_half_precision_backbone_is_checked_too(sd: Callable[..., Any], tmp_pa
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("with_class_noun", [True, False])
 def test_tokens_for_stable_diffusion(
-    sd: Callable[..., Any], tmp_path: Path, vectors: int, with_class_noun: bool
+    new_sd: Callable[..., Any], tmp_path: Path, vectors: int, with_class_noun: bool
 ) -> None:
-    backbone = sd()
+    backbone = new_sd()
     modifier = with_tokens(backbone, vectors, with_class_noun=with_class_noun)
     concept = taken(backbone, modifier)
     before = state(backbone)
@@ -134,8 +123,8 @@ def test_tokens_for_stable_diffusion(
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
-def test_tokens_and_lora_for_flux(flux: Callable[..., Any], tmp_path: Path, vectors: int) -> None:
-    backbone = flux()
+def test_tokens_and_lora_for_flux(new_flux: Callable[..., Any], tmp_path: Path, vectors: int) -> None:
+    backbone = new_flux()
     modifier = with_tokens(backbone, vectors, "Cup_2")
     learn(backbone, "Cup_2", roles=("attention",))
     before_remove = taken(backbone, modifier, "Cup_2")
@@ -155,7 +144,7 @@ def test_tokens_and_lora_for_flux(flux: Callable[..., Any], tmp_path: Path, vect
 
 
 def test_an_old_clip_is_told_where_the_text_ends(
-    flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
+    new_flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = make_tiny_flux()
     pipe.text_encoder.eos_token_id = 2  # as FLUX.1's own has it: pools at the highest id, which an added token has
@@ -165,13 +154,13 @@ def test_an_old_clip_is_told_where_the_text_ends(
     assert export(concept, tmp_path / "out", backbone=backbone)["checks"]["pooled text"]["ok"]
     line = "pipe.text_encoder.eos_token_id = pipe.tokenizer.eos_token_id"
     assert line in (tmp_path / "out/README.txt").read_text() and pipe.text_encoder.eos_token_id == 2
-    learned = flux()
+    learned = new_flux()
     export(taken(learned, with_tokens(learned, 1)), tmp_path / "new", backbone=learned)
     assert line not in (tmp_path / "new/README.txt").read_text()
 
 
-def test_the_readme_can_be_followed(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     model = tmp_path / "model"
     backbone.pipeline().save_pretrained(model)
     backbone.name = str(model)
@@ -219,31 +208,31 @@ def _weights(backbone: Any) -> None:
     ],
 )
 def test_what_the_format_cannot_hold_is_said(
-    sd: Callable[..., Any], tmp_path: Path, build: Callable[[Any], None], message: str
+    new_sd: Callable[..., Any], tmp_path: Path, build: Callable[[Any], None], message: str
 ) -> None:
-    backbone = sd()
+    backbone = new_sd()
     build(backbone)
     with pytest.raises(ValueError, match=message):
         export(taken(backbone), tmp_path / "out", backbone=backbone)
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters
 
 
-def test_a_text_encoder_that_diffusers_does_not_adapt_is_said(flux: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = flux()
+def test_a_text_encoder_that_diffusers_does_not_adapt_is_said(new_flux: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_flux()
     learn(backbone, roles=("text_encoder_2",))
     with pytest.raises(ValueError, match="into transformer, text_encoder, not into text_encoder_2"):
         export(taken(backbone), tmp_path / "out", backbone=backbone)
 
 
-def test_plain_words_have_nothing_to_export(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone, modifier = sd(), PlainText(words="shiny")
+def test_plain_words_have_nothing_to_export(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone, modifier = new_sd(), PlainText(words="shiny")
     modifier.attach(backbone, "my-mug", "mug")
     with pytest.raises(ValueError, match=r"plain words \('shiny mug'\): there is nothing to export"):
         export(taken(backbone, modifier), tmp_path / "out", backbone=backbone)
 
 
-def test_bad_requests_are_said_before_any_work(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_bad_requests_are_said_before_any_work(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     learn(backbone)
     concept = taken(backbone)
     with pytest.raises(ValueError, match=r"unknown format 'difusers'.*Did you mean 'diffusers'"):
@@ -261,9 +250,9 @@ def test_bad_requests_are_said_before_any_work(sd: Callable[..., Any], tmp_path:
 
 @pytest.mark.parametrize("fault", ["scale", "lost layer", "empty"])
 def test_an_export_that_is_not_the_same_is_not_kept(
-    sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    new_sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    backbone = sd()
+    backbone = new_sd()
     modifier = with_tokens(backbone, 1)
     learn(backbone, roles=("attention",), alpha=2.0)
     concept = taken(backbone, modifier)
@@ -284,8 +273,8 @@ def test_an_export_that_is_not_the_same_is_not_kept(
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.namings
 
 
-def test_other_concepts_stay_out_of_it(sd: Callable[..., Any], tmp_path: Path) -> None:
-    backbone = sd()
+def test_other_concepts_stay_out_of_it(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
     learn(backbone)
     concept = taken(backbone)
     learn(backbone, "another", roles=("attention", "text_encoder"))

@@ -19,26 +19,9 @@ from shared.io.pictures import (
     read_mask,
     read_picture,
 )
+from tests.core.scenes import levels, save, scene
 
 LOSSLESS: dict[str, dict[str, Any]] = {"webp": {"lossless": True, "exact": True}}
-
-
-def scene(width: int = 48, height: int = 32) -> np.ndarray:
-    """A picture without any symmetry: uint8 [H, W, 3]."""
-    y, x = np.mgrid[:height, :width]
-    rgb = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
-    rgb[:8, :8] = (250, 10, 10)
-    return rgb
-
-
-def levels(path: Path) -> np.ndarray:
-    """What read_picture makes of a file, as 0 to 255, [H, W, 3]."""
-    return (read_picture(path).pixels.permute(1, 2, 0).numpy() + 1) * 127.5
-
-
-def save(path: Path, array: np.ndarray, **options: object) -> Path:
-    Image.fromarray(array).save(path, **options)  # type: ignore[arg-type]
-    return path
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

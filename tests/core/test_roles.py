@@ -15,21 +15,6 @@ from shared.backbones.roles import leaf_names
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
 
-@pytest.fixture
-def sd(tiny_sd: Any) -> StableDiffusionBackbone:
-    return StableDiffusionBackbone(tiny_sd, "tiny")
-
-
-@pytest.fixture
-def flux(tiny_flux: Any) -> FluxBackbone:
-    return FluxBackbone(tiny_flux, "tiny")
-
-
-@pytest.fixture(params=["sd", "flux"])
-def backbone(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
-
-
 def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
     x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
