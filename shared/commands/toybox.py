@@ -51,6 +51,19 @@ def evaluate(
 
 
 @app.command()
+def curve(
+    work: Path = _WORK,
+    pictures: int = typer.Option(64, min=8, help="captions to paint with each snapshot"),
+    guidance: float = typer.Option(None, help="default: the guidance that the card states"),
+) -> None:
+    """Judge the snapshots of a training: the curve that the card prints."""
+    from shared.toybox.report import extend_curve
+
+    for line in extend_curve(work, pictures, guidance):
+        print(line)
+
+
+@app.command()
 def sheet(
     out: Path = typer.Argument(help="PNG to write"),
     source: str = typer.Option(

@@ -29,10 +29,12 @@ _ITEM = {
 def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """The folder or file to write, as a path. ValueError when it exists and holds something, unless `overwrite`.
 
-    To be called before work starts: it also fails when the place cannot be written.
+    To be called before work starts: it also fails when the place cannot be written. What is overwritten is replaced as
+    a whole, so a folder that holds the working or the home folder is refused in any case.
     """
     path = Path(path).expanduser()
-    if not path.name:
+    home, here = Path.home().resolve(), Path.cwd().resolve()
+    if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
     if not overwrite and path.exists():
         inside = sum(1 for _ in path.iterdir()) if path.is_dir() else 0

@@ -51,6 +51,15 @@ def evaluate(
         yield f"card written to {backbone_path().parent / 'CARD.md'}"
 
 
+def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
+    """Judge the snapshots of a run that the curve over training lacks. Yields lines to print."""
+    from shared.toybox.evaluators.curve import SCORES, extend
+
+    stated = sampling_defaults()["guidance"] if guidance is None else guidance
+    for point in extend(work, pictures, stated):
+        yield f"{point['pictures']:9,} pictures  " + "  ".join(f"{name} {point[name]:.3f}" for name in SCORES)
+
+
 def draw_sheet(
     out: Path, source: str, rows: int, columns: int, seed: int, guidance: float | None, prompts: Sequence[str]
 ) -> Path:

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_check_output(tmp_path: Path) -> None:
         check_output(tmp_path / "a.txt/out")
     with pytest.raises(ValueError, match="'/' cannot be the output"):
         check_output("/", overwrite=True)
+
+
+def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
+    home, here = tmp_path / "people" / "home", tmp_path / "work" / "here"
+    home.mkdir(parents=True)
+    here.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for path in (home, "~", home.parent, here, ".", "..", "out/.."):
+        with pytest.raises(ValueError, match="cannot be the output"):
+            check_output(path, overwrite=True)
+    assert check_output("out", overwrite=True) == Path("out") and check_output("~/out") == home / "out"
 
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:

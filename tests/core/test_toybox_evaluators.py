@@ -231,3 +231,27 @@ def test_judge_runs_on_the_shipped_backbone():
     assert found["scores"]["accessory_captions"] >= 2 and found["scores"]["style_captions"] >= 2
     with pytest.raises(ValueError, match="too few"):
         judge.judge_backbone(pipeline, n=1)
+
+
+def test_the_curve_judges_what_it_lacks_and_the_card_prints_it(tmp_path: Path):
+    from shared.toybox import weights as backbones
+    from shared.toybox.evaluators import curve, page
+    from shared.toybox.train import common
+    from shared.toybox.train.adopt import adopt
+
+    work, kept = tmp_path / "work", tmp_path / "weights"
+    kept.mkdir()
+    with pytest.raises(ValueError, match="pcs toybox train unet"):
+        list(curve.extend(work, 8, 4.0, weights=kept))
+    assert adopt(work / "run")
+    tree, facts = common.load_checkpoint(work / "run" / backbones.UNET_CHECKPOINT)
+    earlier = {**facts, "step": 7, "pictures": 224}
+    common.save_checkpoint(work / "run" / "snapshots" / "unet-0000007.safetensors", {"ema": tree["ema"]}, earlier)
+    points = list(curve.extend(work, 8, 4.0, weights=kept))
+    assert [p["pictures"] for p in points] == [224, facts["pictures"]]
+    assert points[0]["class"] == points[1]["class"], "the same weights"
+    assert list(curve.extend(work, 8, 4.0, weights=kept)) == []
+    with pytest.raises(ValueError, match="other settings"):
+        list(curve.extend(work, 8, 5.0, weights=kept))
+    (head, table) = page._curve(curve.read(kept))[1:]
+    assert "8 captions" in head and "| 224 |" in table

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import measure
+from . import curve, measure
 from .data import load_vae, round_trip
 from .page import page
 from .trunk import WEIGHTS, write_json
@@ -74,6 +74,7 @@ def write_card(
         accuracies = measure_all(vae, n, seed)
     card = {"fresh_renders": n, "seed": seed, **describe(weights), "accuracies": accuracies}
     card["judge"] = judge or before.get("judge")
+    card["curve"] = curve.read(weights)
     write_json(path, card)
     (weights / "CARD.md").write_text(page(card), "utf-8")
     return card

@@ -38,6 +38,7 @@ def page(card: dict[str, Any]) -> str:
         f"All together {card['bytes_in_all'] / 1e6:.1f} MB, fp16 safetensors: {sizes}.\n",
         "## Backbone\n",
         _backbone(card["judge"]),
+        *_curve(card.get("curve")),
         "## Evaluators\n",
         _evaluators(card),
         "### CLIP\n",
@@ -89,6 +90,22 @@ def _backbone(judge: dict[str, Any] | None) -> str:
     )
 
 
+def _curve(curve: dict[str, Any] | None) -> list[str]:
+    if not curve:
+        return []
+    names = [name for name in curve["points"][0] if name not in ("step", "pictures")]
+    rows = [
+        [f"{p['pictures']:,}", *(f"{p[k]:.4f}" if k == "kid" else _percent(p[k]) for k in names)]
+        for p in curve["points"]
+    ]
+    return [
+        "### Over training\n",
+        f"Snapshots of the averaged weights, {curve['n']} captions each, guidance {curve['guidance']} "
+        "(`pcs toybox curve`).\n",
+        _table(["pictures seen", *(name.replace("_", " ") for name in names)], rows),
+    ]
+
+
 def _evaluators(card: dict[str, Any]) -> str:
     found = card["accuracies"]
     recognizer, facts = found["recognizer"], found["identity_development"]["clean"]
@@ -120,6 +137,7 @@ def _trainings(trainings: dict[str, dict[str, Any]]) -> str:
         rows.append([name, *(str(t[key]) for key in ("done", "batch_size", "lr", "seed")), losses])
     start = "python -m shared.toybox.evaluators.train"
     commands = [f"{start} {name} --data DATA --work WORK --steps {t['steps']}" for name, t in trainings.items()]
+    commands = [" ".join([c, *t.get("flags", [])]) for c, t in zip(commands, trainings.values(), strict=True)]
     table = _table(["", "steps", "batch", "lr", "seed", "last losses"], rows)
     notes = "".join(f"\n{name}: {t['note']}\n" for name, t in trainings.items() if "note" in t)
     return table + "\n```\n" + "\n".join(commands) + "\n```\n" + notes

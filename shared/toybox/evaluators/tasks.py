@@ -19,6 +19,10 @@ from .recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
 from .trunk import adopt_state, save_model
 
 
+def _through(data: Pictures | IdentityPictures) -> tuple[str, ...]:
+    return () if data.reconstructions is None else ("--reconstructions FILE",)
+
+
 class RecognizerTask:
     """Cross-entropy of every attribute; what a picture's label leaves open (-1) is not counted."""
 
@@ -27,6 +31,7 @@ class RecognizerTask:
         self.data, self.batch_size = data, batch_size
         self.config = config or RecognizerConfig(values=data.values)
         self.recognizer = Recognizer(self.config)
+        self.flags = _through(data)
         self.module: nn.Module = self.recognizer
 
     def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
@@ -78,6 +83,7 @@ class IdentityTask:
             self.encoder.trunk.load_state_dict(start.trunk.state_dict())
             self.encoder.trunk.requires_grad_(thaw)
         self.frozen = start is not None and not thaw
+        self.flags = (*_through(data), *(["--thaw"] if thaw else []))
         self.kinds = nn.Linear(HIDDEN, int(data.kinds.max()) + 1)
         self.numbers = nn.Linear(HIDDEN, data.numbers.shape[1])
         self.module: nn.Module = nn.ModuleList([self.encoder, self.kinds, self.numbers])
@@ -126,6 +132,7 @@ class ClipTask:
         self.data, self.batch_size, self.tokenizer = data, batch_size, tokenizer
         self.processor = clips.new_processor(config, tokenizer)
         model = clips.new_clip(config, tokenizer)
+        self.flags = _through(data)
         heads = {f"head_{name}": nn.Linear(config.dimensions, len(v)) for name, v in data.values.items()}
         self.model, self.heads = model, nn.ModuleDict(heads)
         self.module: nn.Module = nn.ModuleDict({"clip": model, "heads": self.heads})

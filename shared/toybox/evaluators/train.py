@@ -60,6 +60,8 @@ class Task(Protocol):
     """What is trained: the modules, the loss of a step, and how the result is written."""
 
     module: nn.Module
+    flags: tuple[str, ...]
+    """What its command was given beside the settings, for the card."""
 
     def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
         """Named terms; their sum is minimised."""
@@ -103,7 +105,7 @@ def fit(task: Task, settings: Settings, out: Path, work: Path, resume: bool = Tr
         if pause or done == settings.steps or done % settings.save_every == 0:
             _save(work / CHECKPOINT, module, optimizer, done, settings)
             task.export(out)
-            write_json(out / TRAINING, facts(settings, done, terms))
+            write_json(out / TRAINING, {**facts(settings, done, terms), "flags": list(task.flags)})
             module.train()
         if pause:
             break
