@@ -208,11 +208,13 @@ def test_shares_of_a_batch_add_up_to_its_gradient(run_folder: Path, tmp_path: Pa
 
 def test_times_fill_the_range_and_favour_the_middle() -> None:
     g = torch.Generator().manual_seed(0)
-    t = torch.cat([unet.draw_times(32, 0.1, g) for _ in range(300)])
+    t = torch.cat([unet.draw_times(32, 0.1, 0.0, g) for _ in range(300)])
     assert 0 <= int(t.min()) < 10 and 990 < int(t.max()) < 1000
     assert abs(float(t.float().mean()) - 500) < 10
     assert ((t > 250) & (t < 750)).float().mean() > 0.6
-    assert not torch.equal(unet.draw_times(8, 0.1, g), unet.draw_times(8, 0.1, g))
+    late = torch.cat([unet.draw_times(32, 0.1, 0.5, g) for _ in range(300)])
+    assert 560 < float(late.float().mean()) < 640
+    assert not torch.equal(unet.draw_times(8, 0.1, 0.0, g), unet.draw_times(8, 0.1, 0.0, g))
 
 
 def test_v_target_is_that_of_diffusers() -> None:
@@ -227,10 +229,21 @@ def test_v_target_is_that_of_diffusers() -> None:
         return scheduler.get_velocity(x, noise, at)
 
     settings = replace(TINY_UNET, batch=8)
-    loss = unet.v_loss(oracle, unet.Draw(x, t, noise, t), bars, settings)  # pyright: ignore[reportArgumentType]
+    loss = unet.v_loss(oracle, unet.Draw(x, t, noise, t, torch.ones(8, 4, 4)), bars, settings)  # pyright: ignore[reportArgumentType]
     assert float(loss) < 1e-10
     torch.testing.assert_close(seen["noisy"], scheduler.add_noise(x, noise, t))
     assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must end there"
+
+
+def test_the_loss_counts_more_where_things_are(run_folder: Path) -> None:
+    cached, empty = cache.load(run_folder / "latents"), torch.zeros(32, dtype=torch.long)
+    inputs = unet.draw(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
+    assert float(inputs.weight.mean()) == pytest.approx(1, rel=1e-5)
+    assert float(inputs.weight.max() / inputs.weight.min()) == pytest.approx(3, rel=0.01)
+    index = torch.randint(len(cached), (16,), generator=common.step_generator(TINY_UNET.seed, 0)).numpy()
+    inside = torch.from_numpy(np.asarray(cached.covered[index]) == 255)
+    torch.testing.assert_close(inputs.weight[inside], inputs.weight.max().expand(int(inside.sum())))
+    assert np.array_equal(cache.cover(np.eye(4, dtype=bool)[None], 2), [[[128, 0], [0, 128]]])
 
 
 def test_plain_attention_equals_the_fused_one() -> None:

@@ -29,6 +29,7 @@ class Cache:
 
     latents: np.ndarray  # float16 [N, 4, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
+    covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -73,6 +74,7 @@ def build(
         ids = tokenize(tokenizer, [pictures.captions[i] for i in range(start, stop)])
         _append(folder / "latents.f16", latents, start)
         _append(folder / "tokens.i16", ids, start)
+        _append(folder / "covered.u8", cover(pictures.masks(slice(start, stop)), latents.shape[-1]), start)
         shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:]}
         _write_state(folder, {"count": stop, "fingerprint": mark, "shapes": shapes})
     return load(folder)
@@ -90,7 +92,8 @@ def load(folder: Path) -> Cache:
     count, shapes = int(state["count"]), state["shapes"]
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(count, *shapes["latents"]))
     tokens = np.memmap(folder / "tokens.i16", np.int16, "r", shape=(count, *shapes["tokens"]))
-    return Cache(latents, tokens)
+    covered = np.memmap(folder / "covered.u8", np.uint8, "r", shape=(count, *shapes["latents"][1:]))
+    return Cache(latents, tokens, covered)
 
 
 @torch.no_grad()
@@ -102,6 +105,13 @@ def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
         encoded: Any = vae.encode(x, return_dict=True)
         parts.append((encoded.latent_dist.mean * vae.config["scaling_factor"]).half().cpu().numpy())
     return np.concatenate(parts)
+
+
+def cover(masks: np.ndarray, side: int) -> np.ndarray:
+    """bool [B, S, S] to uint8 [B, side, side]: the mean over each patch, of 255."""
+    patch = masks.shape[-1] // side
+    means = masks.reshape(len(masks), side, patch, side, patch).mean((2, 4))
+    return np.round(255 * means).astype(np.uint8)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:

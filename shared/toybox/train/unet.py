@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnetTraining:
-    """Settings of the denoiser's training; ``lr`` is AdamW's peak rate; ``t_uniform`` see ``draw_times``."""
+    """Settings of the denoiser's training; ``lr`` is AdamW's peak rate; ``t_uniform`` and ``t_mean`` see ``draw_times``;
+    ``thing_weight``: how much more the loss counts where things are (a fifth of a picture, and all of what is hard).
+    """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
     text: models.TextSize = field(default_factory=models.TextSize)
@@ -31,6 +33,8 @@ class UnetTraining:
     weight_decay: float = 1e-2
     caption_dropout: float = 0.1
     t_uniform: float = 0.1
+    t_mean: float = 0.4
+    thing_weight: float = 3.0
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
@@ -76,15 +80,20 @@ class Draw:
     ids: Tensor  # [B, L] token ids, those of "" where the caption is dropped
     noise: Tensor  # [B, 4, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
+    weight: Tensor  # [B, H, W] of the loss, 1 on average
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return self.latents, self.ids, self.noise, self.t, self.weight
 
     def to(self, device: torch.device) -> Draw:
         """The same on ``device``."""
-        return Draw(*(x.to(device) for x in (self.latents, self.ids, self.noise, self.t)))
+        return Draw(*(x.to(device) for x in self.fields))
 
     def split(self, count: int) -> list[Draw]:
         """``count`` equal shares, each with every ``count``-th row (so that each has all sorts of t)."""
-        fields = (self.latents, self.ids, self.noise, self.t)
-        return [Draw(*(x[i::count] for x in fields)) for i in range(count)]
+        return [Draw(*(x[i::count] for x in self.fields)) for i in range(count)]
 
 
 def draw(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> Draw:
@@ -97,29 +106,32 @@ def draw(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) ->
     dropped = torch.rand(b, generator=g) < settings.caption_dropout
     ids = torch.where(dropped[:, None], empty[None], ids)
     noise = torch.randn(latents.shape, generator=g)
-    return Draw(latents, ids, noise, draw_times(b, settings.t_uniform, g))
+    weight = 1 + (settings.thing_weight - 1) * torch.from_numpy(data.covered[index].astype(np.float32)) / 255
+    times = draw_times(b, settings.t_uniform, settings.t_mean, g)
+    return Draw(latents, ids, noise, times, weight / weight.mean())
 
 
-def draw_times(count: int, uniform: float, generator: torch.Generator) -> Tensor:
+def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
     """Timesteps [count] in [0, 1000): logit-normal (arXiv 2403.03206, section 3.1), a fraction of them ``uniform``.
 
-    Most of what a caption decides is decided in the middle, where more is drawn. Stratified over the batch.
+    Most of what a caption decides is decided in the middle and, for ``mean`` > 0, in more noise than that, where more
+    is drawn. Stratified over the batch.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
-    share = torch.where(plain, u, torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)).sigmoid().float())
+    share = torch.where(plain, u, (torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)) + mean).sigmoid().float())
     return (share * models.TRAIN_TIMESTEPS).long().clamp(max=models.TRAIN_TIMESTEPS - 1)
 
 
 def v_loss(denoiser: nn.Module, inputs: Draw, bars: Tensor, settings: UnetTraining) -> Tensor:
-    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512)."""
+    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), higher where things are."""
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     noisy = alpha * inputs.latents + sigma * inputs.noise
     target = alpha * inputs.noise - sigma * inputs.latents
     with common.amp(noisy.device, settings.bf16):
         predicted = denoiser(noisy, inputs.t, inputs.ids)
-    return (predicted.float() - target).square().mean()
+    return (inputs.weight[:, None] * (predicted.float() - target).square()).mean()
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
@@ -155,6 +167,7 @@ class UnetRun:
             self.sizes, self.step, self.pictures = facts["sizes"], int(facts["step"]), int(facts["pictures"])
         self.denoiser = models.build_denoiser(tokenizer, self.sizes).to(device).train()
         if device.type == "cpu":
+            self.denoiser.text_encoder.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
             self.denoiser.unet.set_attn_processor(PlainAttention())  # pyright: ignore[reportCallIssue]
         self.ema = common.Ema(self.denoiser, settings.ema)
         groups = common.parameter_groups(self.denoiser, settings.weight_decay)
