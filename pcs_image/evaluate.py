@@ -40,6 +40,7 @@ class Case:
     references: Tensor  # [R, 3, H, W] in [-1, 1]
     gallery: Mapping[str, Tensor] | None = None  # other things of the class: name -> [n, 3, H, W]
     fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject that are no references (new renders)
+    through: Callable[[Tensor], Tensor] | None = None  # the model's autoencoder: what is compared passes it too
     concept: Path | None = None  # its folder, for the size on disk
     recipe: str = ""
     backbone: str = ""
@@ -70,7 +71,9 @@ def evaluate(
         raise ValueError(f"seeds: give at least one, each once; got {list(seeds)}")
     if out is not None:
         check_output(out, overwrite)
-    scorer = Scorer(case.references, instruments, case.class_noun, case.name, case.gallery, case.fresh)
+    scorer = Scorer(
+        case.references, instruments, case.class_noun, case.name, case.gallery, case.fresh, through=case.through
+    )
     shots = [(i, seed) for i in range(len(prompts.prompts)) for seed in seeds]
     plain = [p.plain(case.class_noun) for p in prompts.prompts]
     named = [p.named(case.name, case.class_noun) for p in prompts.prompts]

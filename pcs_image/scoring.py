@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pcs_image.evaluate import Case, evaluate
@@ -28,7 +29,11 @@ from shared.types import Subject
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """One scorer per subject for pictures made while training; None where none are made, or nothing can measure them."""
+    """One scorer per subject for pictures made while training; None where none are made, or nothing can measure them.
+
+    They know the references only, never the look-alikes that the finished concept is told from: what chooses the best
+    checkpoint must not be what it is judged by.
+    """
     toybox = backbone.name == "toybox"
     validates = any(p.train.validation.every for _, p in expand_phases(planned.recipe))
     if not validates or not (toybox or clip or dino):
@@ -36,13 +41,12 @@ def training_scorers(
     instruments = load_instruments(clip, dino, toybox, str(backbone.device))
     out = {}
     for name, subject in planned.subjects.items():
-        known = album.shown_in(subject.images)
         out[name] = Scorer(
             references(subject, backbone.resolution),
             instruments,
             subject.class_noun,
             name,
-            album.gallery(known) if known else None,
+            None,
             None,
             _expectations(planned, subject.class_noun),
         )
@@ -88,6 +92,7 @@ def evaluate_concept(
         references=_pixels(subject, side),
         gallery=_gallery(gallery, side) if gallery else album.gallery(known) if known else None,
         fresh=album.fresh(known) if known else None,
+        through=lambda pixels: _round_trip(runner.backbone, pixels),
         concept=path,
         recipe=str(concept.meta.recipe.get("method", "")),
         backbone=runner.backbone.name,
@@ -108,6 +113,13 @@ def evaluate_concept(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+@torch.no_grad()
+def _round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] as the model's autoencoder gives them back."""
+    parts = [backbone.decode(backbone.latent_moments(p.to(backbone.device))[0]) for p in pixels.split(4)]
+    return torch.cat(parts).float().clamp(-1, 1).cpu()
 
 
 def find_references(concept: Concept, path: Path, folder: Path | None) -> Subject:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +50,8 @@ class Scorer:
     references: `[R, 3, H, W]` in [-1, 1]. gallery: other things of the class, name -> `[n, 3, H, W]`; with it,
     identity is "recognised among them", without it the likeness to the references. fresh: pictures of the subject
     that are no references, to calibrate what counts as a copy. expects: what a picture of a prompt (in plain words)
-    must show.
+    must show. through: what the pictures have passed (the model's autoencoder): the gallery is sent through it too, so
+    that like is compared with like, and what the autoencoder cannot show is not held against the concept.
     """
 
     references: Tensor
@@ -60,6 +61,7 @@ class Scorer:
     gallery: Mapping[str, Tensor] | None = None
     fresh: Tensor | None = None
     expects: Mapping[str, Expects] = field(default_factory=dict)
+    through: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         tools = self.instruments
@@ -76,8 +78,8 @@ class Scorer:
         self.limits = calibrate(self.references, self._references, self.fresh, fresh)
         self._gallery: dict[str, Tensor] | None = None
         if self.gallery:
-            others = {n: self._who.images(p) for n, p in self.gallery.items()}
-            self._gallery = {SUBJECT: self._who_references, **others}
+            shown = {SUBJECT: self.references, **self.gallery}
+            self._gallery = {n: self._who.images(self.through(p) if self.through else p) for n, p in shown.items()}
         self.likeness_key = "dino_i" if isinstance(self._who, DinoEncoder) else "clip_i" if same else "identity_i"
 
     @property

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.toybox.evaluators.identity import similarities
+
 CLIP_SCORE_WEIGHT = 2.5
 """CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) over [0, 1]."""
 
@@ -64,8 +66,8 @@ class Retrieval:
 
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
-    """Nearest gallery entry of each output `[N, D]`; an entry is several pictures `[n, D]` of one thing (their mean
-    direction).
+    """Nearest gallery entry of each output `[N, D]`; an entry is several pictures `[n, D]` of one thing, of which the
+    two closest count (`similarities`).
 
     ValueError when the subject is not in the gallery or stands there alone.
     """
@@ -74,8 +76,7 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
             f"the gallery must hold {subject!r} and at least one other; it holds {', '.join(gallery) or 'nothing'}"
         )
     names = list(gallery)
-    means = torch.stack([F.normalize(gallery[n].double().reshape(-1, outputs.shape[1]), dim=1).mean(0) for n in names])
-    similarity = cosine(outputs, means)
+    similarity = similarities(outputs, [gallery[n] for n in names])
     own = names.index(subject)
     others = similarity.clone()
     others[:, own] = -torch.inf

@@ -22,7 +22,7 @@ from shared.toybox.evaluators import (
     train,
 )
 from shared.toybox.evaluators import clip as clips
-from shared.toybox.evaluators.identity import IdentityConfig, contrastive_loss
+from shared.toybox.evaluators.identity import IdentityConfig, contrastive_loss, similarities
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, RecognizerConfig
 from shared.toybox.evaluators.trunk import WEIGHTS, TrunkConfig, adopt_state, read_state
 from shared.toybox.weights import WEIGHTS as BACKBONES
@@ -172,7 +172,18 @@ def test_predictions_and_probabilities_agree():
             recognizer.predict(wrong)
 
 
-def test_retrieve_by_single_embeddings_and_means():
+def test_the_two_closest_of_equally_many_pictures_count():
+    front, side, other = torch.eye(3)
+    query = torch.tensor([[0.0, 1.0, 0.2]])
+    views = torch.stack([front, front, side, side])
+    assert similarities(query, [views, other.expand(4, 3)]).argmax() == 0, "one good side is enough"
+    one = similarities(query, [views, other])
+    assert one[0, 0] == 0, "beside an entry of one picture, the first alone counts"
+    cosine = (query / query.norm()) @ other
+    assert torch.allclose(one[0, 1], cosine.double())
+
+
+def test_retrieve_by_single_embeddings_and_several():
     gallery = [torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])]
     assert retrieve(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), gallery).tolist() == [0, 1]
     assert torch.allclose(load_identity().embed(torch.rand(2, 3, 64, 64)).norm(dim=1), torch.ones(2), atol=1e-5)

@@ -84,13 +84,24 @@ class IdentityEncoder(nn.Module):
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """Cosines `[Q, G]` of `queries` `[Q, D]` to gallery entries, each `[D]` or `[n, D]` (n pictures of one thing:
-    their mean direction).
+    """How much each query looks like each entry: `[Q, G]`, float64, at most 1.
+
+    Args:
+        queries: `[Q, D]`
+        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the
+            mean of the two highest cosines counts, not the cosine to the mean; of every entry as many pictures (the
+            first) as the smallest has, since the best of many would be higher by chance
+
+    Raises:
+        ValueError: the gallery is empty
     """
     if not len(gallery):
         raise ValueError("gallery: empty; give at least one entry of embeddings")
-    means = [entry if entry.ndim == 1 else entry.mean(0) for entry in gallery]
-    return F.normalize(queries.float(), dim=1) @ F.normalize(torch.stack(means).float(), dim=1).T
+    entries = [entry.double().reshape(-1, queries.shape[1]) for entry in gallery]
+    count = min(len(entry) for entry in entries)
+    pictures = F.normalize(torch.stack([entry[:count] for entry in entries]), dim=2)
+    cosines = torch.einsum("qd,gnd->qgn", F.normalize(queries.double(), dim=1), pictures)
+    return cosines.topk(min(2, count), dim=2).values.mean(2)
 
 
 def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:

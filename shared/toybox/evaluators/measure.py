@@ -97,8 +97,8 @@ def measure_identity(
     """Retrieval of held-out subjects (or faces) among their same-class, same-palette distractors, from pictures the
     gallery has not seen.
 
-    Every entry of a gallery (subject and distractors) is the mean of `references` reference pictures; the queries are
-    other pictures of it, photos from random views (`degrade`d); `subject`: only the subjects' own queries.
+    Every entry of a gallery (subject and distractors) is `references` reference pictures; the queries are other
+    pictures of it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
     """
     right: list[bool] = []
     own: list[bool] = []
@@ -130,13 +130,14 @@ def _identity_hits(
     """For every query: its entry of the gallery, its view, whether the right entry was found."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
+    through = degrade or (lambda pictures: pictures)
     shown = [
-        encoder.embed(render_all(subjects.reference_scenes(t, references, seed[0] + i, split)))
+        encoder.embed(through(render_all(subjects.reference_scenes(t, references, seed[0] + i, split))))
         for i, t in enumerate(gallery)
     ]
     scenes = [world.sample_scene(rng, split, thing=thing, style="photo") for thing in gallery for _ in range(queries)]
     pictures = render_all(scenes)
-    found = retrieve(encoder.embed(degrade(pictures) if degrade else pictures), shown).tolist()
+    found = retrieve(encoder.embed(through(pictures)), shown).tolist()
     return [(k // queries, scene.view, found[k] == k // queries) for k, scene in enumerate(scenes)]
 
 
