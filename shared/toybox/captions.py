@@ -166,6 +166,24 @@ def _colors(rng: np.random.Generator, both: bool) -> str:
     return "main" if rng.random() < 0.5 else "none"
 
 
+SAID = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
+
+
+def said(text: str) -> tuple[int, int, int]:
+    """What a caption says of its thing: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
+
+    Accessories are always named, so that a caption without one says "none"; of two things beside each other it says
+    neither class nor accessory.
+    """
+    if " next to " in text:
+        kind = worn = -1
+    else:
+        kind = next((i for i, name in enumerate(CLASSES) if re.search(rf"\b{name}\b", text)), -1)
+        worn = next((ACCESSORIES.index(name) for name, words in WORN.items() if f"wearing {words}" in text), 0)
+    view = next((VIEWS.index(name) for name, ways in SEEN.items() if text.endswith(ways)), -1)
+    return kind, view, worn
+
+
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can contain, sorted; the comma is one of them."""
     texts = [phrase for table in (PLACES, SEEN, OPENINGS) for options in table.values() for phrase in options]

@@ -229,7 +229,7 @@ def test_v_target_is_that_of_diffusers() -> None:
         return scheduler.get_velocity(x, noise, at)
 
     settings = replace(TINY_UNET, batch=8)
-    loss = unet.v_loss(oracle, unet.Draw(x, t, noise, t, torch.ones(8, 4, 4)), bars, settings)  # pyright: ignore[reportArgumentType]
+    loss = unet.v_loss(oracle, unet.Draw(x, t, noise, t, torch.ones(8, 4, 4), t, noise, t), bars, settings)  # pyright: ignore[reportArgumentType]
     assert float(loss) < 1e-10
     torch.testing.assert_close(seen["noisy"], scheduler.add_noise(x, noise, t))
     assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must end there"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.toybox import captions, patterns, subjects, world
+from shared.toybox import captions, dataset, patterns, subjects, world
 from shared.toybox.world import Camera, Scene, Thing
 
 SPLITS = ("development", "reporting")
@@ -144,6 +144,22 @@ def test_views_are_captioned_in_seventy_percent():
     rng = np.random.default_rng(3)
     named = [("view" in text or "seen" in text) for text in (captions.caption(s, rng) for s in scenes(2000, seed=3))]
     assert np.mean(named) == pytest.approx(0.7, abs=0.04)
+
+
+def test_what_a_caption_says_is_what_the_scene_shows():
+    named, heard = 0, 0
+    for i in range(600):
+        scene, rng = dataset.scene_of(5, i)
+        labels = dict(zip(dataset.LABELS, dataset.labels_of(scene), strict=True))
+        kind, view, worn = captions.said(captions.caption(scene, rng))
+        if labels["two_objects"]:
+            assert (kind, worn) == (-1, -1)
+        else:
+            assert (kind, worn) == (labels["class"], labels["accessory"])
+        named, heard = named + 1, heard + (view >= 0)
+        assert view in (-1, labels["view"])
+    assert 0.6 < heard / named < 0.85
+    assert captions.said("a red house on top of green grass")[1] == -1, "'top' alone is no view"
 
 
 @pytest.mark.parametrize("split", SPLITS)

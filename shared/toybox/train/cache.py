@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from shared.toybox.captions import said
 from shared.toybox.tokenizer import MAX_LENGTH
 from shared.toybox.train.vae import Pictures, to_signed
 
@@ -30,6 +31,7 @@ class Cache:
     latents: np.ndarray  # float16 [N, 4, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
     covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
+    said: np.ndarray  # int8 [N, V, 3], what each caption says: `shared.toybox.captions.said`
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -75,7 +77,9 @@ def build(
         _append(folder / "latents.f16", latents, start)
         _append(folder / "tokens.i16", ids, start)
         _append(folder / "covered.u8", cover(pictures.masks(slice(start, stop)), latents.shape[-1]), start)
-        shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:]}
+        told = np.array([[said(text) for text in pictures.captions[i]] for i in range(start, stop)], np.int8)
+        _append(folder / "said.i8", told, start)
+        shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:], "said": told.shape[1:]}
         _write_state(folder, {"count": stop, "fingerprint": mark, "shapes": shapes})
     return load(folder)
 
@@ -93,7 +97,8 @@ def load(folder: Path) -> Cache:
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(count, *shapes["latents"]))
     tokens = np.memmap(folder / "tokens.i16", np.int16, "r", shape=(count, *shapes["tokens"]))
     covered = np.memmap(folder / "covered.u8", np.uint8, "r", shape=(count, *shapes["latents"][1:]))
-    return Cache(latents, tokens, covered)
+    told = np.memmap(folder / "said.i8", np.int8, "r", shape=(count, *shapes["said"]))
+    return Cache(latents, tokens, covered, told)
 
 
 @torch.no_grad()

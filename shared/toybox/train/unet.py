@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.toybox import weights
-from shared.toybox.train import cache, common, models
+from shared.toybox.train import cache, common, models, reader
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class UnetTraining:
     """Settings of the denoiser's training; ``lr`` is AdamW's peak rate; ``t_uniform`` and ``t_mean`` see ``draw_times``;
     ``thing_weight``: how much more the loss counts where things are (a fifth of a picture, and all of what is hard).
+    ``reading``: the weight of what a reader must see in the guess (`reader`), at the full learning rate; it is 0 from
+    the time that the rate has fallen to ``read_until`` of its peak.
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -35,6 +37,8 @@ class UnetTraining:
     t_uniform: float = 0.1
     t_mean: float = 0.4
     thing_weight: float = 3.0
+    reading: float = 0.03
+    read_until: float = 0.3
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
@@ -81,11 +85,14 @@ class Draw:
     noise: Tensor  # [B, 4, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] of the loss, 1 on average
+    said: Tensor  # [B, 3] what the caption says (`captions.said`), -1 for nothing
+    again: Tensor  # [B, 4, H, W] noise that the guess gets before it is read
+    level: Tensor  # [B] how much of it, as t
 
     @property
     def fields(self) -> tuple[Tensor, ...]:
         """All of them, in order."""
-        return self.latents, self.ids, self.noise, self.t, self.weight
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device) -> Draw:
         """The same on ``device``."""
@@ -108,7 +115,8 @@ def draw(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) ->
     noise = torch.randn(latents.shape, generator=g)
     weight = 1 + (settings.thing_weight - 1) * torch.from_numpy(data.covered[index].astype(np.float32)) / 255
     times = draw_times(b, settings.t_uniform, settings.t_mean, g)
-    return Draw(latents, ids, noise, times, weight / weight.mean())
+    said = torch.from_numpy(data.said[index, variant].astype(np.int64)).masked_fill(dropped[:, None], -1)
+    return Draw(latents, ids, noise, times, weight / weight.mean(), said, *reader.draw_noise(latents, g))
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
@@ -123,15 +131,30 @@ def draw_times(count: int, uniform: float, mean: float, generator: torch.Generat
     return (share * models.TRAIN_TIMESTEPS).long().clamp(max=models.TRAIN_TIMESTEPS - 1)
 
 
-def v_loss(denoiser: nn.Module, inputs: Draw, bars: Tensor, settings: UnetTraining) -> Tensor:
-    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), higher where things are."""
+def v_loss(
+    denoiser: nn.Module,
+    inputs: Draw,
+    bars: Tensor,
+    settings: UnetTraining,
+    reads: reader.Reader | None = None,
+    reading: float = 0.0,
+) -> Tensor:
+    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), higher where things are; and ``reading``
+    times what ``reads`` cannot read off the guess of x.
+    """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     noisy = alpha * inputs.latents + sigma * inputs.noise
     target = alpha * inputs.noise - sigma * inputs.latents
     with common.amp(noisy.device, settings.bf16):
         predicted = denoiser(noisy, inputs.t, inputs.ids)
-    return (inputs.weight[:, None] * (predicted.float() - target).square()).mean()
+    predicted = predicted.float()
+    loss = (inputs.weight[:, None] * (predicted - target).square()).mean()
+    if reads is None or not reading:
+        return loss
+    guess = alpha * noisy - sigma * predicted
+    with common.amp(noisy.device, settings.bf16):
+        return loss + reading * reads.loss(guess, inputs.said, inputs.again, inputs.level, bars)
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
@@ -153,11 +176,12 @@ class UnetRun:
         device: torch.device,
         resume: bool,
         workers: int = 1,
+        reads: reader.Reader | None = None,
     ) -> None:
         if settings.batch % workers:
             raise ValueError(f"a batch of {settings.batch} cannot be shared equally by {workers} workers")
         self.settings, self.out, self.device, self.step = settings, out, device, 0
-        self.pictures, self.workers = 0, workers
+        self.pictures, self.workers, self.reads = 0, workers, reads
         self.pool = _pool(workers) if workers > 1 else None
         torch.manual_seed(settings.seed)
         self.sizes = {"text": asdict(settings.text), "unet": asdict(settings.unet)}
@@ -203,7 +227,8 @@ class UnetRun:
         inputs = draw(data, self.empty, self.settings, self.step).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
-        loss = self.backward(inputs)
+        kept = max(0.0, factor - self.settings.read_until) / (1 - self.settings.read_until)
+        loss = self.backward(inputs, self.settings.reading * kept)
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.settings.clip)
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -213,12 +238,12 @@ class UnetRun:
         self.pictures += self.settings.batch
         return loss, float(norm)
 
-    def backward(self, inputs: Draw) -> float:
+    def backward(self, inputs: Draw, reading: float = 0.0) -> float:
         """Gradients of the batch's mean loss, from ``workers`` equal shares side by side, summed in order."""
         parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
 
         def share(part: Draw) -> tuple[float, Sequence[Tensor]]:
-            loss = v_loss(self.denoiser, part, self.bars, self.settings) / self.workers
+            loss = v_loss(self.denoiser, part, self.bars, self.settings, self.reads, reading) / self.workers
             return float(loss.detach()), torch.autograd.grad(loss, parameters)
 
         parts = inputs.split(self.workers)
@@ -264,7 +289,8 @@ def train_unet(
     workers = (threads or torch.get_num_threads()) if place.type == "cpu" else 1
     common.set_threads(1 if place.type == "cpu" else threads)
     cached = cache.build(out / "latents", dataset.load(data), weights.frozen_vae(out), tokenizer, place)
-    run = UnetRun(settings, tokenizer, out, place, resume, workers)
+    reads = reader.train_reader(cached, out, alphas_bar().to(place), place) if settings.reading else None
+    run = UnetRun(settings, tokenizer, out, place, resume, workers, reads)
     budget = common.Budget(steps=steps, minutes=minutes, decay=decay, warmup=settings.warmup)
     fit(run, cached, budget, common.Log(out / "unet_log.jsonl"))
     return out / weights.UNET_CHECKPOINT

@@ -1,0 +1,127 @@
+"""The reader of noisy latents that teaches the toybox's denoiser the words for shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shared.toybox import captions, weights
+from shared.toybox import tokenizer as words
+from shared.toybox.train import cache, models, reader, unet
+
+CPU = torch.device("cpu")
+TINY = unet.UnetTraining(
+    models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=8),
+    models.TextSize(hidden=16, layers=1, heads=2),
+    batch=8,
+    bf16=False,
+)
+
+
+@pytest.fixture
+def cached() -> cache.Cache:
+    """Latents whose first channel is the class, and whose second the view, of captions that say both or the class."""
+    rng, texts = np.random.default_rng(0), []
+    latents = rng.normal(0, 0.3, (64, 4, 8, 8)).astype(np.float16)
+    for i in range(64):
+        kind, view = i % 2, i // 2 % 2
+        latents[i, 0] += 3 * kind - 1.5
+        latents[i, 1] += 3 * view - 1.5
+        text = f"a red {captions.CLASSES[kind]}"
+        texts.append([f"{text}, {captions.SEEN[captions.VIEWS[view]][0]}", text])
+    ids = cache.tokenize(words.build(), texts)
+    said = np.array([[captions.said(text) for text in both] for both in texts], np.int8)
+    return cache.Cache(latents, ids, np.full((64, 8, 8), 255, np.uint8), said)
+
+
+def test_the_loss_is_cross_entropy_of_what_is_said() -> None:
+    torch.manual_seed(0)
+    reads, bars = reader.Reader(), unet.alphas_bar()
+    clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 300, 599])
+    said = torch.tensor([[2, -1, 0], [5, 3, -1], [-1, -1, -1]])
+    noisy = models.build_scheduler().add_noise(clean, noise, t)  # pyright: ignore[reportArgumentType]
+    logits = reads(noisy)
+    expected = sum(
+        -logits[k][i].double().log_softmax(0)[said[i, k]] for i in range(3) for k in range(3) if said[i, k] >= 0
+    )
+    found = reads.loss(clean, said, noise, t, bars)
+    torch.testing.assert_close(found.double(), torch.as_tensor(expected) / 3, atol=1e-5, rtol=1e-5)
+    assert float(reads.loss(clean, torch.full_like(said, -1), noise, t, bars).detach()) == 0
+
+
+def test_it_learns_to_read_and_is_kept(cached: cache.Cache, tmp_path: Path) -> None:
+    bars = unet.alphas_bar()
+    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=60)
+    clean = torch.from_numpy(cached.latents.astype(np.float32))
+    said = torch.from_numpy(cached.said[:, 0].astype(np.int64))
+    with torch.no_grad():
+        kind, view, _ = reads(clean)
+    assert (kind.argmax(1) == said[:, 0]).all() and (view.argmax(1) == said[:, 1]).float().mean() > 0.9
+    again = reader.train_reader(cached, tmp_path, bars, CPU, steps=10**9)
+    assert all(torch.equal(a, b) for a, b in zip(reads.parameters(), again.parameters(), strict=True))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_softening_blurs_half_and_keeps_the_mean() -> None:
+    flat = torch.full((8, 4, 8, 8), 0.7)
+    torch.testing.assert_close(reader.soften(flat, torch.Generator().manual_seed(0)), flat)
+    x = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    soft = reader.soften(x, torch.Generator().manual_seed(0))
+    same = (soft - x).abs().amax((1, 2, 3)) < 1e-6
+    assert 16 < int(same.sum()) < 48
+    assert float(soft[~same].std()) < 0.8 * float(x.std())
+    one = torch.zeros(1, 4, 9, 9)
+    one[0, 2, 4, 4] = 1
+    spread = next(
+        s for s in (reader.soften(one, torch.Generator().manual_seed(i)) for i in range(9)) if s[0, 2, 4, 4] < 0.9
+    )
+    assert float(spread[0, 2].sum()) == pytest.approx(1, abs=1e-5) and not spread[0, [0, 1, 3]].any()
+
+
+def test_dropped_captions_say_nothing(cached: cache.Cache) -> None:
+    empty = torch.full((32,), 7)
+    inputs = unet.draw(cached, empty, replace(TINY, batch=64, caption_dropout=0.5), 0)
+    dropped = (inputs.ids == 7).all(1)
+    assert 16 < int(dropped.sum()) < 48
+    assert (inputs.said[dropped] == -1).all() and (inputs.said[~dropped][:, 0] >= 0).all()
+    assert int(inputs.level.max()) < 600
+
+
+def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Cache, tmp_path: Path) -> None:
+    words.save(words.build(), tmp_path / weights.TOKENIZER_FOLDER)
+    tokenizer, bars = weights.tokenizer_of(tmp_path), unet.alphas_bar()
+    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=30)
+
+    def moved(factor: float, reads: reader.Reader | None) -> torch.Tensor:
+        run = unet.UnetRun(replace(TINY, reading=1.0), tokenizer, tmp_path, CPU, False, reads=reads)
+        run.update(cached, factor)
+        return torch.cat([p.detach().flatten() for p in run.denoiser.parameters()])
+
+    assert not torch.equal(moved(1.0, reads), moved(1.0, None))
+    assert torch.equal(moved(TINY.read_until, reads), moved(TINY.read_until, None))
+
+
+def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> None:
+    bars = unet.alphas_bar()
+    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=60)
+    inputs = unet.draw(cached, torch.zeros(32, dtype=torch.long), replace(TINY, caption_dropout=0.0, batch=32), 0)
+    bar = bars[inputs.t].view(-1, 1, 1, 1)
+
+    def knows(x: torch.Tensor) -> unet.nn.Module:  # v of a denoiser that guesses x
+        def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
+
+        return v  # pyright: ignore[reportReturnType]
+
+    def extra(x: torch.Tensor) -> float:
+        costs = [unet.v_loss(knows(x), inputs, bars, TINY, reads, weight) for weight in (0.0, 1.0)]
+        return float(costs[1] - costs[0])
+
+    right, swapped = inputs.latents, inputs.latents * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1)
+    assert extra(right) < 0.3 * extra(swapped)
+    assert F.mse_loss(right, swapped) > 1
