@@ -47,9 +47,12 @@ def test_the_loss_is_cross_entropy_of_what_is_said() -> None:
     noisy = models.build_scheduler().add_noise(clean, noise, t)  # pyright: ignore[reportArgumentType]
     logits = reads(noisy)
     expected = sum(
-        -logits[k][i].double().log_softmax(0)[said[i, k]] for i in range(3) for k in range(3) if said[i, k] >= 0
+        -(k + 1) * logits[k][i].double().log_softmax(0)[said[i, k]]
+        for i in range(3)
+        for k in range(3)
+        if said[i, k] >= 0
     )
-    found = reads.loss(clean, said, noise, t, bars)
+    found = reads.loss(clean, said, noise, t, bars, (1, 2, 3))
     torch.testing.assert_close(found.double(), torch.as_tensor(expected) / 3, atol=1e-5, rtol=1e-5)
     assert float(reads.loss(clean, torch.full_like(said, -1), noise, t, bars).detach()) == 0
 
@@ -98,7 +101,7 @@ def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Ca
     reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=30)
 
     def moved(factor: float, reads: reader.Reader | None) -> torch.Tensor:
-        run = unet.UnetRun(replace(TINY, reading=1.0), tokenizer, tmp_path, CPU, False, reads=reads)
+        run = unet.UnetRun(replace(TINY, reading=(1.0, 1.0, 1.0)), tokenizer, tmp_path, CPU, False, reads=reads)
         run.update(cached, factor)
         return torch.cat([p.detach().flatten() for p in run.denoiser.parameters()])
 
@@ -106,10 +109,40 @@ def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Ca
     assert torch.equal(moved(TINY.read_until, reads), moved(TINY.read_until, None))
 
 
+def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.Cache, tmp_path: Path) -> None:
+    words.save(words.build(), tmp_path / weights.TOKENIZER_FOLDER)
+    tokenizer, settings = weights.tokenizer_of(tmp_path), replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0))
+    reads = reader.Reader().eval().requires_grad_(False)
+
+    def run(name: str, steps: int, resume: bool, lr: float = 3e-3) -> unet.UnetRun:
+        run = unet.UnetRun(replace(settings, lr=lr), tokenizer, tmp_path / name, CPU, resume, 2, reads)
+        while run.step < steps:
+            run.update(cached, 1.0)
+        run.save()
+        return run
+
+    run("a", 2, resume=False)
+    stopped, straight = run("a", 4, resume=True), run("b", 4, resume=False)
+    for one, two in ((stopped.denoiser, straight.denoiser), (stopped.probe, straight.probe)):
+        assert one is not None and two is not None
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    inputs = unet.draw(cached, stopped.empty, replace(settings, caption_dropout=0.0, batch=64), 10**6)
+
+    def unread(run: unet.UnetRun) -> float:
+        assert run.probe is not None
+        with torch.no_grad():
+            run.denoiser(inputs.latents, torch.full((64,), 1), inputs.ids)
+            return float(run.probe.loss(inputs.said, (1.0, 0.0, 0.0)))
+
+    before = unread(stopped)
+    assert unread(run("b", 60, resume=True)) < 0.5 * before
+
+
 def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> None:
     bars = unet.alphas_bar()
     reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=60)
-    inputs = unet.draw(cached, torch.zeros(32, dtype=torch.long), replace(TINY, caption_dropout=0.0, batch=32), 0)
+    settings = replace(TINY, reading=(1.0, 1.0, 1.0), caption_dropout=0.0, batch=32)
+    inputs = unet.draw(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
     def knows(x: torch.Tensor) -> unet.nn.Module:  # v of a denoiser that guesses x
@@ -119,7 +152,7 @@ def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> Non
         return v  # pyright: ignore[reportReturnType]
 
     def extra(x: torch.Tensor) -> float:
-        costs = [unet.v_loss(knows(x), inputs, bars, TINY, reads, weight) for weight in (0.0, 1.0)]
+        costs = [unet.v_loss(knows(x), inputs, bars, settings, reads, None, weight) for weight in (0.0, 1.0)]
         return float(costs[1] - costs[0])
 
     right, swapped = inputs.latents, inputs.latents * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1)

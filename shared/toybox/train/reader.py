@@ -1,15 +1,18 @@
-"""A reader of noisy latents, which teaches the denoiser what the words for shape mean.
+"""A reader of noisy latents and a probe of the U-Net, which teach the denoiser what the words for shape mean.
 
 Alone, the denoiser's squared error rewards the word for a view so little that half a million pictures did not teach it.
-So while it learns, its guess of the clean latents is noised again and read: what the caption says must be readable.
-A loss on what networks see in a prediction is that of arXiv 2401.00110 (self-perceptual) and 2411.04873 (latent
-perceptual); the weight falls to 0 before the end, where the squared error alone has the word.
+So while it learns, what the caption says must be readable off its guess of the clean latents, noised again (a loss on
+what a network sees in a prediction, as in arXiv 2401.00110 and 2411.04873), and off the middle of the U-Net (deep
+supervision, arXiv 1409.5185). The weights of both fall to 0 before the end: there the squared error alone has the word.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +45,9 @@ class Reader(nn.Module):
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).float()
         return [head(pooled) for head in self.heads]
 
-    def loss(self, clean: Tensor, said: Tensor, noise: Tensor, t: Tensor, bars: Tensor) -> Tensor:
+    def loss(
+        self, clean: Tensor, said: Tensor, noise: Tensor, t: Tensor, bars: Tensor, weights: Sequence[float] = (1, 1, 1)
+    ) -> Tensor:
         """Mean cross-entropy of what is said, read off latents that are noised first.
 
         Args:
@@ -51,14 +56,47 @@ class Reader(nn.Module):
             noise: [B, 4, H, W]
             t: how much of it, timesteps [B] in [0, 1000)
             bars: the schedule's cumulative products
+            weights: of what can be said
 
         Returns:
-            a scalar, the sum over what can be said; per picture, so that unsaid things count as 0
+            a scalar, the weighted sum over what can be said; per picture, so that unsaid things count as 0
         """
         bar = bars[t].view(-1, 1, 1, 1)
         read = self(bar.sqrt() * clean + (1 - bar).sqrt() * noise)
-        terms = [F.cross_entropy(logits, said[:, k], ignore_index=-1, reduction="sum") for k, logits in enumerate(read)]
-        return torch.stack(terms).sum() / len(clean)
+        return _unread(read, said, weights)
+
+
+class Probe(nn.Module):
+    """Reads what a caption says off the middle of a U-Net, while it learns.
+
+    What the words say must arrive there before the layers after it can draw it. The U-Net may run in several threads,
+    so each remembers its own middle.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        channels = unet.config.block_out_channels[-1]
+        self.norm = nn.LayerNorm(2 * channels)
+        self.heads = nn.ModuleList([nn.Linear(2 * channels, len(values)) for values in SAID.values()])
+        self.seen = threading.local()
+        unet.mid_block.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.middle = output
+
+    def loss(self, said: Tensor, weights: Sequence[float]) -> Tensor:
+        """Weighted cross-entropy as `Reader.loss`, of the U-Net's latest forward pass in this thread."""
+        middle = self.seen.middle.float()
+        pooled = self.norm(torch.cat([middle.mean((2, 3)), middle.amax((2, 3))], 1))
+        return _unread([head(pooled) for head in self.heads], said, weights)
+
+
+def _unread(read: Sequence[Tensor], said: Tensor, weights: Sequence[float]) -> Tensor:
+    terms = [
+        weight * F.cross_entropy(logits.float(), said[:, k], ignore_index=-1, reduction="sum")
+        for k, (logits, weight) in enumerate(zip(read, weights, strict=True))
+    ]
+    return torch.stack(terms).sum() / len(said)
 
 
 def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class UnetTraining:
     """Settings of the denoiser's training; ``lr`` is AdamW's peak rate; ``t_uniform`` and ``t_mean`` see ``draw_times``;
     ``thing_weight``: how much more the loss counts where things are (a fifth of a picture, and all of what is hard).
-    ``reading``: the weight of what a reader must see in the guess (`reader`), at the full learning rate; it is 0 from
-    the time that the rate has fallen to ``read_until`` of its peak.
+    ``reading``, ``probing``: the weights of class, view and accessory that must be seen in the guess and in the middle
+    of the U-Net (`reader`), at the full learning rate; both fall to 0 with the rate, where it is ``read_until`` of its
+    peak.
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -37,7 +38,8 @@ class UnetTraining:
     t_uniform: float = 0.1
     t_mean: float = 0.4
     thing_weight: float = 3.0
-    reading: float = 0.03
+    reading: tuple[float, float, float] = (0.01, 0.04, 0.03)
+    probing: tuple[float, float, float] = (0.05, 0.1, 0.05)
     read_until: float = 0.3
     clip: float = 1.0
     ema: float = 0.999
@@ -137,10 +139,11 @@ def v_loss(
     bars: Tensor,
     settings: UnetTraining,
     reads: reader.Reader | None = None,
+    probe: reader.Probe | None = None,
     reading: float = 0.0,
 ) -> Tensor:
     """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), higher where things are; and ``reading``
-    times what ``reads`` cannot read off the guess of x.
+    times what ``reads`` cannot read off the guess of x, as the settings weigh it.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
@@ -154,7 +157,10 @@ def v_loss(
         return loss
     guess = alpha * noisy - sigma * predicted
     with common.amp(noisy.device, settings.bf16):
-        return loss + reading * reads.loss(guess, inputs.said, inputs.again, inputs.level, bars)
+        unread = reads.loss(guess, inputs.said, inputs.again, inputs.level, bars, settings.reading)
+    if probe is not None:
+        unread = unread + probe.loss(inputs.said, settings.probing)
+    return loss + reading * unread
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
@@ -196,9 +202,16 @@ class UnetRun:
         self.ema = common.Ema(self.denoiser, settings.ema)
         groups = common.parameter_groups(self.denoiser, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+        self.trained = [p for p in self.denoiser.parameters() if p.requires_grad]
+        self.probe = reader.Probe(self.denoiser.unet).to(device) if reads is not None else None
+        if self.probe is not None:
+            self.optimizer.add_param_group({"params": list(self.probe.parameters()), "weight_decay": 0.0})
+            self.trained += self.probe.parameters()
         if tree:
             self.denoiser.load_state_dict(tree["model"])
             self.ema.load(tree["ema"])
+        if self.probe is not None and "probe" in tree:
+            self.probe.load_state_dict(tree["probe"])
         if "optimizer" in tree:  # adopted weights come without
             common.restore_optimizer(self.optimizer, tree["optimizer"])
         self.bars = alphas_bar().to(device)
@@ -213,6 +226,7 @@ class UnetRun:
             "model": self.denoiser.state_dict(),
             "ema": self.ema.shadow,
             "optimizer": common.optimizer_tensors(self.optimizer),
+            **({} if self.probe is None else {"probe": self.probe.state_dict()}),
         }
         common.save_checkpoint(self.out / weights.UNET_CHECKPOINT, tensors, self.facts())
 
@@ -228,7 +242,7 @@ class UnetRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
         kept = max(0.0, factor - self.settings.read_until) / (1 - self.settings.read_until)
-        loss = self.backward(inputs, self.settings.reading * kept)
+        loss = self.backward(inputs, kept)
         norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.settings.clip)
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -240,19 +254,20 @@ class UnetRun:
 
     def backward(self, inputs: Draw, reading: float = 0.0) -> float:
         """Gradients of the batch's mean loss, from ``workers`` equal shares side by side, summed in order."""
-        parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
 
         def share(part: Draw) -> tuple[float, Sequence[Tensor]]:
-            loss = v_loss(self.denoiser, part, self.bars, self.settings, self.reads, reading) / self.workers
-            return float(loss.detach()), torch.autograd.grad(loss, parameters)
+            loss = v_loss(self.denoiser, part, self.bars, self.settings, self.reads, self.probe, reading)
+            gradients = torch.autograd.grad(loss / self.workers, self.trained, allow_unused=True)
+            return float(loss.detach()) / self.workers, gradients
 
         parts = inputs.split(self.workers)
         done = [share(parts[0])] if self.pool is None else list(self.pool.map(share, parts))
-        gradients = list(done[0][1])
+        used = [i for i, gradient in enumerate(done[0][1]) if gradient is not None]  # the probe rests without reading
+        gradients = [done[0][1][i] for i in used]
         for _, more in done[1:]:
-            torch._foreach_add_(gradients, list(more))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            torch._foreach_add_(gradients, [more[i] for i in used])
+        for i, gradient in zip(used, gradients, strict=True):
+            self.trained[i].grad = gradient
         return sum(loss for loss, _ in done)
 
 
@@ -289,7 +304,7 @@ def train_unet(
     workers = (threads or torch.get_num_threads()) if place.type == "cpu" else 1
     common.set_threads(1 if place.type == "cpu" else threads)
     cached = cache.build(out / "latents", dataset.load(data), weights.frozen_vae(out), tokenizer, place)
-    reads = reader.train_reader(cached, out, alphas_bar().to(place), place) if settings.reading else None
+    reads = reader.train_reader(cached, out, alphas_bar().to(place), place) if any(settings.reading) else None
     run = UnetRun(settings, tokenizer, out, place, resume, workers, reads)
     budget = common.Budget(steps=steps, minutes=minutes, decay=decay, warmup=settings.warmup)
     fit(run, cached, budget, common.Log(out / "unet_log.jsonl"))
