@@ -37,6 +37,7 @@ def page(card: dict[str, Any]) -> str:
         HEADER,
         f"All together {card['bytes_in_all'] / 1e6:.1f} MB, fp16 safetensors: {sizes}.\n",
         "## Backbone\n",
+        _backbone_made(card["trainings"].get("backbone")),
         _backbone(card["judge"]),
         *_curve(card.get("curve")),
         "## Evaluators\n",
@@ -87,6 +88,15 @@ def _backbone(judge: dict[str, Any] | None) -> str:
         "The last column: what the recognizer reads from renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
         + f"\nKID to fresh renders (scaled features; in brackets renders to renders): {kid}.\n"
+    )
+
+
+def _backbone_made(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return ""
+    return (
+        f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
+        "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).\n"
     )
 
 
