@@ -16,7 +16,7 @@ _STAGES = ("data", "vae", "unet", "recognizer", "identity", "clip", "assemble")
 def train(
     stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(_STAGES)}; default: all, in this order"),
     work: Path = _WORK,
-    pictures: int = typer.Option(48_000, min=64, help="how many pictures to render"),
+    pictures: int = typer.Option(112_000, min=64, help="how many pictures to render"),
     minutes: float = typer.Option(None, help="time for each training stage (default: its own number of steps)"),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, help="CPU threads"),

@@ -51,7 +51,7 @@ def fake_pictures(n: int = 24) -> data.Pictures:
 def fake_individuals() -> data.IdentityPictures:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (3, 2, 4, 64, 64, 3), dtype=np.uint8)
-    numbers = np.where(np.arange(6)[:, None] < 4, rng.normal(size=(6, 5)), np.nan).astype(np.float32)
+    numbers = np.where(np.arange(6)[:, None] < 4, rng.normal(size=(6, 8)), np.nan).astype(np.float32)
     return data.IdentityPictures(pixels, np.array([0, 1, 2, 0, -1, -1]), numbers)
 
 
@@ -65,6 +65,25 @@ def tiny_task(name: str) -> train.Task:
 
     config = clips.ClipConfig(vision_width=16, vision_layers=1, text_width=16, text_layers=1, dimensions=8)
     return tasks.ClipTask(fake_pictures(), 8, 0, tokenizer.build(["red", "duck", "beach"]), config)
+
+
+def test_things_are_varied_alike_in_all_pictures_of_a_group():
+    pixels, faces = torch.rand(6 * 5, 3, 4, 4), torch.tensor([False] * 5 + [True])
+    seen = set()
+    for seed in range(40):
+        varied, channels = data.vary(pixels, 6, faces, torch.Generator().manual_seed(seed))
+        assert channels[5].tolist() == [0, 1, 2], "a face keeps its colours"
+        for group, shown, order in zip(pixels.chunk(6), varied.chunk(6), channels, strict=True):
+            mirrored = torch.equal(shown, group.flip(3)[:, order])
+            assert mirrored or torch.equal(shown, group[:, order])
+            seen.add((mirrored, *order.tolist()))
+    assert len(seen) == 12, "both sides, every order of the channels"
+
+
+def test_accents_follow_the_channels_they_are_shown_in():
+    numbers = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 7.0, 8.0]])
+    shown = data.accents_as_shown(numbers, torch.tensor([[2, 0, 1]]))
+    assert shown.tolist() == torch.tensor([[0.3, 0.1, 0.2, 0.6, 0.4, 0.5, 7.0, 8.0]]).tolist()
 
 
 @pytest.mark.parametrize("name", ["recognizer", "identity", "clip"])

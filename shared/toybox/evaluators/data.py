@@ -111,8 +111,8 @@ class IdentityPictures:
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")[: facts["done"]]
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
-    def draw(self, generator: Generator, count: int) -> tuple[Tensor, int, Tensor]:
-        """About `count` pictures: things' numbers `[B]`, how many groups (runs of rows), pictures `[B, 3, 64, 64]`."""
+    def draw(self, generator: Generator, count: int) -> Drawn:
+        """About `count` pictures, by group; each group `vary`-ed as one."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -122,7 +122,46 @@ class IdentityPictures:
         rows = (chosen[:, None, None] * things + torch.arange(things)[None, :, None]) * views + order
         flat = self.pixels.reshape(-1, *self.pixels.shape[3:])
         labels = (chosen[:, None] * things + torch.arange(things)[None]).repeat_interleave(shown, 1).flatten()
-        return labels, groups, _read(flat, self.reconstructions, rows.flatten().numpy(), generator)
+        pixels = _read(flat, self.reconstructions, rows.flatten().numpy(), generator)
+        faces = torch.from_numpy(self.kinds[labels.numpy()] < 0).reshape(groups, -1)[:, 0]
+        varied, channels = vary(pixels, groups, faces, generator)
+        return Drawn(labels, groups, varied, channels.repeat_interleave(len(labels) // groups, 0))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch for the identity encoder: which thing `[B]`, in how many `groups` (equal runs of rows), pictures
+    `[B, 3, 64, 64]` in [0, 1], and which channel of the render each channel is `[B, 3]`.
+    """
+
+    labels: Tensor
+    groups: int
+    pixels: Tensor
+    channels: Tensor
+
+
+def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Other things out of the same pictures: a group is mirrored, or its colour channels change places, all its pictures
+    alike.
+
+    What tells its things apart stays, so that a few thousand rendered things are not learned by heart. Faces keep their
+    colours, which belong to their identity.
+
+    Args:
+        pixels: `[groups * n, 3, H, W]`; faces: `[groups]`, bool
+    Returns:
+        the pictures, and which channel each channel was, `[groups, 3]`
+    """
+    kept = torch.arange(3).expand(groups, 3)
+    mixed = torch.rand(groups, 3, generator=generator).argsort(1)
+    plain = faces | (torch.rand(groups, generator=generator) < 0.5)
+    channels = torch.where(plain[:, None], kept, mixed)
+    mirrored = torch.rand(groups, generator=generator) < 0.5
+    done = [
+        (group.flip(3) if flip else group)[:, order]
+        for group, order, flip in zip(pixels.chunk(groups), channels, mirrored.tolist(), strict=True)
+    ]
+    return torch.cat(done), channels
 
 
 def individual(thing: world.Thing) -> tuple[int, list[float]]:
@@ -139,6 +178,12 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
     shape = [8 * (value - 1) for value in pattern.proportions[:3]] + [8 * pattern.proportions[3]]
     colors = [2 * value - 1 for value in (*first, *(second if pattern.two else first))]
     return patterns.KINDS.index(pattern.kind), [*colors, 10 * (pattern.coverage - 0.39), *shape] + [float("nan")] * 16
+
+
+def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
+    """`individual`'s numbers `[B, K]` where each channel shows what was channel `channels` `[B, 3]`: the accents' too."""
+    first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
+    return torch.cat([first, second, numbers[:, 6:]], 1)
 
 
 def attribute_values() -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from shared.toybox.train import common
 
 from . import clip as clips
 from .augment import augment
-from .data import IdentityPictures, Pictures
+from .data import IdentityPictures, Pictures, accents_as_shown
 from .identity import HIDDEN, IdentityConfig, IdentityEncoder, contrastive_loss
 from .recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
 from .trunk import adopt_state, save_model
@@ -91,19 +91,15 @@ class IdentityTask:
     def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
         """Contrastive over the whole batch, the same within the groups of hard negatives, and the readings."""
         self.encoder.trunk.train(not self.frozen)
-        labels, groups, pixels = self.data.draw(generator, self.batch_size)
-        pixels = augment(pixels, generator).to(device)
+        drawn = self.data.draw(generator, self.batch_size)
+        pixels = augment(drawn.pixels, generator).to(device)
         with common.amp(device, autocast):
             hidden = self.encoder.hidden(pixels)
-        hidden = hidden.float()
-        embeddings, size, labels = (
-            F.normalize(self.encoder.last(hidden), dim=1),
-            len(labels) // groups,
-            labels.to(device),
-        )
+        hidden, labels = hidden.float(), drawn.labels.to(device)
+        embeddings, size = F.normalize(self.encoder.last(hidden), dim=1), len(labels) // drawn.groups
         hard = [contrastive_loss(e, y) for e, y in zip(embeddings.split(size), labels.split(size), strict=True)]
         kinds = torch.from_numpy(self.data.kinds).to(device)[labels]
-        numbers = torch.from_numpy(self.data.numbers).to(device)[labels]
+        numbers = accents_as_shown(torch.from_numpy(self.data.numbers)[drawn.labels], drawn.channels).to(device)
         known = ~numbers.isnan()
         terms = {"all": contrastive_loss(embeddings, labels), "hard": torch.stack(hard).mean()}
         errors = (self.numbers(hidden) - numbers.nan_to_num()).square() * known
