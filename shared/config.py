@@ -73,17 +73,40 @@ def _is_slot(mark: Any) -> bool:
 
 def default_kind(kind: str) -> BeforeValidator:
     """For a slot that holds one part: which kind is meant where none is said (`noise.offset=0.1`)."""
-    return BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, Mapping) and "kind" not in v else v)
+
+    def fill(value: Any) -> Any:
+        return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
+
+    fill.kind = kind  # type: ignore[attr-defined]  # for `default_kinds`
+    return BeforeValidator(fill)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`. Mappings merge; anything else replaces; a changed `kind` drops its stale siblings."""
-    out = dict(base)
+def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
+    """Field -> the kind that is meant where none is said, of the slots that hold one part; for `merge`."""
+    out: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        said = [getattr(getattr(mark, "func", None), "kind", None) for mark in field.metadata]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            own = field.annotation.model_fields.get("kind")
+            said.append(own.default if own else None)
+        out.update((name, kind) for kind in said if isinstance(kind, str))
+    return out
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The layer `over` laid on the layer `base`. Mappings merge; anything else replaces; a changed `kind` drops its
+    stale siblings.
+
+    Args:
+        kinds: which kind is meant where none is said, by key, nested as the layers are, "*" for any key; else the key
+    """
+    kinds, out = kinds or {}, dict(base)
     for key, value in over.items():
-        old = out.get(key)
+        old, inner = out.get(key), kinds.get(key, kinds.get("*"))
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            changed = "kind" in value and value["kind"] != old.get("kind", key)
-            out[key] = dict(value) if changed else merge(old, value)
+            meant = old.get("kind", inner if isinstance(inner, str) else key)
+            changed = "kind" in value and value["kind"] != meant
+            out[key] = dict(value) if changed else merge(old, value, inner if isinstance(inner, Mapping) else None)
         elif isinstance(value, Mapping):
             out[key] = merge({}, value)
         else:
@@ -92,20 +115,31 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["train.steps=5", "regularize.prior.weight=0.5"]` as nested mappings; values are read as YAML."""
+    """`["train.steps=5", "regularize.prior.weight=0.5"]` as nested mappings; values are read as YAML.
+
+    They are one layer: where two set the same key the last one wins, and otherwise their order does not matter.
+    """
     out: dict[str, Any] = {}
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not all(key.strip().split(".")):
             raise ValueError(f"{item!r} is not a setting: write key=value, for example train.steps=500")
-        node: dict[str, Any] = {}
-        leaf = node
-        *parents, last = key.strip().split(".")
-        for name in parents:
-            leaf = leaf.setdefault(name, {})
-        leaf[last] = _scalar(text, item)
-        out = merge(out, node)
+        node: Any = _scalar(text, item)
+        for name in reversed(key.strip().split(".")):
+            node = {name: node}
+        _gather(out, node)
     return out
+
+
+def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Adds `more` in place. Mappings join; anything else replaces."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _gather(into[key], value)
+        else:
+            into[key] = value
 
 
 class _Loader(yaml.SafeLoader):

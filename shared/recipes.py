@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shared.catalog import config_folder, find
-from shared.config import merge, parse_overrides, read_yaml, slots, validate
+from shared.catalog import config_folder, find, recipe_files
+from shared.config import default_kinds, merge, parse_overrides, read_yaml, slots, validate
 from shared.recipe import Recipe
 
 R = TypeVar("R", bound=Recipe)
@@ -22,46 +22,61 @@ _ONCE = frozenset(
 def overlay(backbone: str, data: Mapping[str, Any], method: str) -> dict[str, Any]:
     """What `configs/overlays/toybox.yaml` adapts: steps and rates for the small world, in one place.
 
-    Its `common` part goes under every recipe; `by_slot` under recipes that have such a part; `recipes` under one by name.
+    Its `common` part is for every recipe, `by_kind` for recipes (and phases) that have a part of that kind, `recipes`
+    for the shipped one of that name (`method`; "" for none).
     """
     file = config_folder() / "overlays" / "toybox.yaml"
     if backbone != "toybox" or not file.is_file():
         return {}
     rules = read_yaml(file)
-    out = merge(merge({}, rules.get("common", {})), _by_kind(rules, data))
+    out = merge(merge({}, rules.get("common", {})), _by_kind(rules, data, {}))
     for name, phase in _map(data.get("phases")).items():
-        out = merge(out, {"phases": {name: _by_kind(rules, _map(phase))}})
+        if phase is not None:
+            out = merge(out, {"phases": {name: _by_kind(rules, _map(phase), data if not method else {})}})
     return merge(out, rules.get("recipes", {}).get(method, {}))
 
 
-def _by_kind(rules: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def _by_kind(rules: Mapping[str, Any], data: Mapping[str, Any], covered: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules for the parts of `data`, but for those that `covered` has and that have them from there."""
     out: dict[str, Any] = {}
     for slot, by_kind in rules.get("by_kind", {}).items():
         for key, part in _map(data.get(slot)).items():
-            kind = part.get("kind", key) if isinstance(part, Mapping) else None
-            if kind in by_kind:
-                out = merge(out, {slot: {key: by_kind[kind]}})
+            above = _map(_map(covered.get(slot)).get(key))
+            kind = part.get("kind", above.get("kind", key)) if isinstance(part, Mapping) else None
+            if kind in by_kind and not (above and kind == above.get("kind", key)):
+                out = merge(out, {slot: {key: {"kind": kind, **by_kind[kind]}}})
     return out
 
 
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
-    """The resolved recipe. Order: file, the toybox's overlay (on the toybox only), the user's `key=value`.
+    """The resolved recipe. Order: a shipped file, the toybox's overlay (on the toybox only), a file of the user's own,
+    the user's `key=value`. The overlay adapts the parts that all of these together have.
 
     Raises ValueError for an unknown recipe, a broken file, or a key or value that no part has.
     """
     path = find(recipe, modality)
-    data = read_yaml(path)
-    own = parse_overrides(overrides)
-    backbone = str(own.get("backbone", data.get("backbone", "toybox")))
-    data = merge(data, overlay(backbone, data, path.stem))
-    for slot in slots(model):  # a part that the user adds joins those there are
-        data.setdefault(slot, model.model_fields[slot].default)
-    data, own = _outrank(data, own, slots(model))
-    data = merge(merge({"method": path.stem}, data), own)
-    resolved = validate(model, data, where=path.name)
+    shipped = path.resolve() in {p.resolve() for p in recipe_files(modality).values()}
+    data, own = {"method": path.stem, **read_yaml(path)}, parse_overrides(overrides)
+    full = _lay(data, own, model)
+    rules = overlay(str(full.get("backbone", "toybox")), full, path.stem if shipped else "")
+    kinds = _kinds(model)
+    adapted = merge(full, rules, kinds)
+    resolved = validate(model, _lay(adapted, own, model) if shipped else merge(adapted, full, kinds), where=path.name)
     for _ in expand_phases(resolved):  # a wrong key inside a phase is said now, not after an hour
         pass
     return resolved
+
+
+def _kinds(model: type[Recipe]) -> dict[str, Any]:
+    own = default_kinds(model)
+    return {**own, "phases": {"*": own}}
+
+
+def _lay(data: Mapping[str, Any], own: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
+    """What the user says laid on a file, and on its phases; a part that the user adds joins those there are."""
+    there = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
+    there, left = _outrank(there, own, slots(model), default_kinds(model))
+    return merge(there, left, _kinds(model))
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
@@ -83,11 +98,11 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
         fixed = sorted(_ONCE & phase.keys())
         if fixed:
             raise ValueError(f"phases.{name}.{fixed[0]}: this is the same in all phases; say it outside of them")
-        yield name, validate(type(recipe), merge(base, phase), where=f"phases.{name}")
+        yield name, validate(type(recipe), merge(base, phase, default_kinds(type(recipe))), where=f"phases.{name}")
 
 
 def _outrank(
-    data: Mapping[str, Any], own: Mapping[str, Any], parts: Sequence[str]
+    data: Mapping[str, Any], own: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the user says outranks what a phase says: (data with it laid on the phases, what is left for the base).
 
@@ -99,7 +114,8 @@ def _outrank(
     for key in own.keys() - {"phases"}:
         if key not in parts or not isinstance(own[key], Mapping):
             for phase in [p for p in phases.values() if key in p]:
-                phase[key] = _replaced(phase[key], own[key])
+                one = key in kinds and isinstance(phase[key], Mapping) and isinstance(own[key], Mapping)
+                phase[key] = merge(phase, {key: own[key]}, kinds)[key] if one else _replaced(phase[key], own[key])
             continue
         for name, part in own[key].items():
             having = [p for p in phases.values() if _map(p.get(key)).get(name) is not None]
@@ -107,8 +123,7 @@ def _outrank(
                 phase[key] = merge(phase[key], {name: part})
             if having and name not in _map(data.get(key)):
                 left[key] = {n: p for n, p in left[key].items() if n != name}
-    changed = merge(data, {"phases": merge(data["phases"], phases)}) if phases else dict(data)
-    return changed, left
+    return ({**data, "phases": {**data["phases"], **phases}} if phases else dict(data)), left
 
 
 def _replaced(phase: Any, own: Any) -> Any:

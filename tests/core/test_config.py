@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from shared.config import Part, Slot, merge, parse_overrides, read_yaml, unknown, validate
+from shared.config import (
+    Part,
+    Slot,
+    default_kind,
+    default_kinds,
+    merge,
+    parse_overrides,
+    read_yaml,
+    unknown,
+    validate,
+)
 
 
 class Wide(Part):
@@ -61,6 +71,22 @@ def test_a_kind_that_was_left_to_the_name_counts_as_that_kind():
     assert merge(base, {"parts": {"wide": {"kind": "deep"}}}) == {"parts": {"wide": {"kind": "deep"}}}
 
 
+def test_in_a_slot_of_one_part_the_kind_that_was_left_out_is_its_default():
+    class Single(Part):
+        slot: Annotated[Annotated[Wide | Deep, Field(discriminator="kind")], default_kind("wide")] = Wide()
+        deep: Deep = Deep()
+        group: Group = Group()
+        kind: Literal["x"] = "x"
+
+    kinds = default_kinds(Single)
+    assert kinds == {"slot": "wide", "deep": "deep"}
+    base, nested = {"slot": {"rank": 4}}, {"phases": {"*": kinds}}
+    assert merge(base, {"slot": {"kind": "wide"}}, kinds) == {"slot": {"rank": 4, "kind": "wide"}}
+    assert merge(base, {"slot": {"kind": "deep"}}, kinds) == {"slot": {"kind": "deep"}}
+    over = {"phases": {"a": {"slot": {"kind": "wide"}}}}
+    assert merge({"phases": {"a": base}}, over, nested)["phases"]["a"] == {"slot": {"rank": 4, "kind": "wide"}}
+
+
 def test_kind_defaults_to_the_key():
     made = build({"parts": {"deep": {}, "second": {"kind": "wide", "rank": 2}}})
     assert made.parts == {"deep": Deep(), "second": Wide(rank=2)}
@@ -106,6 +132,14 @@ def test_values_are_read_as_everybody_means_them(text, value):
 def test_overrides_gather_under_their_keys_and_the_last_one_wins():
     assert parse_overrides(["a.b=1", "a.c.d=2", "x=3", "a.b=4"]) == {"a": {"b": 4, "c": {"d": 2}}, "x": 3}
     assert parse_overrides([]) == {}
+
+
+def test_overrides_are_one_layer_their_order_does_not_matter():
+    said = ["parts.x.rank=3", "parts.x.kind=wide", "one.rank=2", "one.kind=wide"]
+    both = {"parts": {"x": {"kind": "wide", "rank": 3}}, "one": {"kind": "wide", "rank": 2}}
+    assert parse_overrides(said) == both == parse_overrides(said[::-1])
+    assert parse_overrides(["a=1", "a.b=2"]) == {"a": {"b": 2}} and parse_overrides(["a.b=2", "a=1"]) == {"a": 1}
+    assert parse_overrides(["a={b: 1}", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
 
 
 @pytest.mark.parametrize("item", ["train.steps", "=5", " =5", "--steps"])

@@ -12,7 +12,7 @@ import shared.recipes
 from shared.catalog import Taxonomy, config_folder, recipe_files
 from shared.config import read_yaml, slots, validate
 from shared.recipe import Recipe
-from shared.recipes import dump, expand_phases, load
+from shared.recipes import dump, expand_phases, load, overlay
 
 SHIPPED = sorted(recipe_files("image"))
 ELSEWHERE = "backbone=some/folder"
@@ -168,12 +168,74 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + said
     recipe = own(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
-    assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 4, 0)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), "recipes: the shipped ones'"
+    assert overlay("toybox", read_yaml(tmp_path / "mine.yaml"), "mine")["train"] == {"steps": 7, "batch_size": 4}
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
     assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"
     assert own(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
     assert own(text).train.batch_size == 1
+
+
+def test_the_overlay_lies_under_a_file_of_one_s_own(own):
+    """Its rates, roles, batch size and prompts are what was written; what it leaves open is the small world's."""
+    text = """
+trainable: {lora: {lr: 3.0e-4, roles: [cross_attention]}, second: {kind: lora, rank: 2}, tokens: {}}
+train: {batch_size: 2, validation: {every: 7, prompts: ["a {concept}"]}}
+phases:
+  one: {trainable: {lora: {rank: 2}}}
+  two: {trainable: {more: {kind: tokens, lr: 0.5}, last: {kind: lora}}}
+"""
+    recipe = own(text, "backbone=toybox")
+    assert recipe.trainable["lora"].lr == 3e-4 and recipe.trainable["lora"].roles == ("cross_attention",)
+    assert (recipe.train.batch_size, recipe.train.validation.every) == (2, 7) and recipe.train.resolution == 64
+    assert recipe.train.validation.prompts == ("a {concept}",) and list(recipe.trainable) == [
+        "lora",
+        "second",
+        "tokens",
+    ]
+    shipped = load("dreambooth_lora").trainable["lora"]
+    assert recipe.trainable["second"].lr == shipped.lr and recipe.trainable["second"].roles == shipped.roles
+    one, two = phases(recipe).values()
+    assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, "the file's base outranks the overlay"
+    assert two.trainable["more"].lr == 0.5 and two.trainable["last"].lr == shipped.lr
+    assert own(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
+
+
+def test_the_overlay_reaches_parts_that_come_from_the_command_line(own):
+    there = load("dreambooth_lora").trainable["lora"]
+    added = load("textual_inversion", ["trainable.lora.rank=4"]).trainable["lora"]
+    assert (added.rank, added.lr, added.roles) == (4, there.lr, there.roles)
+    assert load("textual_inversion", ["trainable.lora.lr=0.5"]).trainable["lora"].lr == 0.5
+    swapped = load("textual_inversion", ["trainable.tokens.kind=lora"]).trainable["tokens"]
+    assert swapped.kind == "lora" and swapped.lr == there.lr
+    assert (
+        own("trainable: {x: {kind: tokens}}", "backbone=toybox", "trainable.x.kind=lora").trainable["x"].lr == there.lr
+    )
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["as said", "the other way round"])
+def test_overrides_count_in_any_order_also_beside_a_kind(own, turn):
+    def said(*overrides: str) -> Recipe:
+        return own("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
+
+    assert said("trainable.x.lr=0.5", "trainable.x.kind=tokens").trainable["x"].lr == 0.5
+    assert said("regularize.prior.weight=5", "regularize.prior.kind=prior_prediction").regularize["prior"].weight == 5
+    assert said("noise.offset=0.1", "noise.kind=uniform").noise.offset == 0.1
+    noise = said("noise.offset=0.1", "noise.kind=logit_normal", "noise.std=2").noise
+    assert (noise.kind, noise.offset, noise.std) == ("logit_normal", 0.1, 2)
+    assert own("noise: {offset: 0.2}", "noise.kind=uniform").noise.offset == 0.2, "the same kind: nothing is stale"
+    assert own("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
+
+
+def test_a_part_s_kind_in_a_phase_and_on_the_command_line(own):
+    text = "noise: {offset: 0.2}\nphases: {a: {noise: {kind: uniform}}, b: {noise: {kind: logit_normal, std: 2}}}"
+    a, b = phases(own(text)).values()
+    assert a.noise.offset == 0.2 and b.noise.std == 2
+    a, b = phases(own(text, "noise.offset=0.3")).values()
+    assert (a.noise.offset, b.noise.offset, b.noise.std) == (0.3, 0.3, 2)
+    a, b = phases(own(text, "noise.kind=uniform")).values()
+    assert b.noise.kind == "uniform" == a.noise.kind and a.noise.offset == 0.2
 
 
 def test_the_user_outranks_the_file():
