@@ -54,7 +54,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         self.scheduler = scheduler
         self.adapters: dict[str, list[Adapter]] = {}
         self.namings: dict[str, Naming] = {}
-        self._strengths: dict[str, float] = {}
+        self._strengths: dict[str, float] = {}  # of adapters
+        self._spoken: dict[str, float] = {}  # of namings
         self._warned: set[str] = set()
         for module in (*self._components.values(), vae):
             module.requires_grad_(False)
@@ -110,6 +111,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
             raise ValueError(f"a concept named {naming.name!r} is already named here; remove it first")
         self.tokens.check_new(naming.tokens)
         self.namings[naming.name] = naming
+        self._spoken[naming.name] = 1.0
         self._refresh_tokens()
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -124,48 +126,63 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         for adapter in reversed(self.adapters.pop(name, [])):
             adapter.eject()
         self._strengths.pop(name, None)
+        self._spoken.pop(name, None)
         if self.namings.pop(name, None) is not None:
             self._refresh_tokens()
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.namings.values() for t in n.tokens])
 
-    # --- adapters by named set -----------------------------------------------------------------------------
+    # --- strengths by named set ----------------------------------------------------------------------------
 
     @property
     def strengths(self) -> dict[str, float]:
-        """How strong each concept's adapters are now (a copy); 0 is off."""
-        return dict(self._strengths)
+        """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
+        learned = {name: s for name, s in self._spoken.items() if any(True for _ in self.namings[name].parameters())}
+        return {**learned, **self._strengths}
 
     @contextmanager
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
         """Exactly these adapters are on, with these strengths, inside the `with`; all others are off.
 
-        What was before comes back, also from nested blocks and after exceptions. Names of concepts that have a
-        naming and no adapter are allowed: there is nothing to switch. ValueError on other names.
+        Learned words take the strength that is given for their concept; those of others keep theirs, for they act only
+        where a prompt says them. What was before comes back, also from nested blocks and after exceptions. Names of
+        concepts that learned nothing are allowed: there is nothing to switch. ValueError on other names.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.namings]
         if missing:
             raise ValueError(self._unknown(missing))
-        before = dict(self._strengths)
-        self._switch({name: float(strengths.get(name, 0.0)) for name in self.adapters})
+        adapters, words = dict(self._strengths), dict(self._spoken)
         try:
+            self._switch({name: float(strengths.get(name, 0.0)) for name in self.adapters})
+            self._say({name: float(s) for name, s in strengths.items()})
             yield
         finally:
-            self._switch({name: s for name, s in before.items() if name in self.adapters})
+            self._switch(adapters)
+            self._say(words)
 
     def set_strength(self, name: str, strength: float) -> None:
-        """A lasting strength for one concept's adapters, unlike `active`. ValueError when nothing of that name is here."""
-        if name not in self.adapters:
-            raise ValueError(self._unknown([name]))
+        """A lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when nothing of
+        that name is here that a strength could scale."""
+        if name not in self.strengths:
+            known = name in self.namings
+            words = f"{name!r} learned nothing that a strength could scale: it is said in words that the model knows"
+            raise ValueError(words if known else self._unknown([name]))
+        self._say({name: float(strength)})
         self._switch({name: float(strength)})
 
     def _switch(self, strengths: Mapping[str, float]) -> None:
         for name, strength in strengths.items():
-            if self._strengths[name] != strength:
+            if name in self.adapters and self._strengths[name] != strength:
                 self._strengths[name] = strength
                 for adapter in self.adapters[name]:
                     adapter.set_strength(strength)
+
+    def _say(self, strengths: Mapping[str, float]) -> None:
+        for name, strength in strengths.items():
+            if name in self.namings and self._spoken[name] != strength:
+                self.namings[name].set_strength(strength)
+                self._spoken[name] = strength
 
     def _unknown(self, names: Sequence[str]) -> str:
         there = ", ".join(sorted({*self.adapters, *self.namings})) or "none"

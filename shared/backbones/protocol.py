@@ -70,6 +70,7 @@ class Naming(Protocol):
     frozen: bool  # loaded, not in training
     words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
     tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
+    components: tuple[str, ...]  # the text encoders that what it learned belongs to; empty: it learns nothing
     varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
 
     def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
@@ -80,11 +81,27 @@ class Naming(Protocol):
         """Change the text encoder's output; `positions` is bool [B, L], True at this concept's tokens."""
         ...
 
+    def set_strength(self, strength: float) -> None:
+        """0 is what it started from, 1 what was learned. ValueError for another than 1 where it has no way between."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was learned, fp32, on the CPU; keys are the naming's own."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when keys or shapes do not match exactly."""
+        ...
+
+    def start_dict(self) -> dict[str, Tensor]:
+        """What it started from, by the keys of `state_dict`; empty where it has no strengths between."""
+        ...
+
+    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when keys or shapes do not match exactly."""
+        ...
 
 
 @runtime_checkable
@@ -198,16 +215,25 @@ class Backbone(Protocol):
         """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
         ...
 
+    def table_spread(self, component: str) -> float:
+        """Standard deviation over all input embeddings of this text encoder."""
+        ...
+
     # adapters by named set
     @property
     def strengths(self) -> dict[str, float]:
-        """How strong each concept's adapters are now; 0 is off."""
+        """How strong each concept's adapters (without any: its learned words) are now; 0 is off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off."""
+        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off.
+
+        Learned words take the strength that is given for their concept; those of others keep theirs, for they act only
+        where a prompt says them.
+        """
         ...
 
     def set_strength(self, name: str, strength: float) -> None:
-        """A lasting strength for one concept's adapters, unlike `active`. ValueError when nothing of that name is here."""
+        """A lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when nothing of
+        that name is here that a strength could scale."""
         ...

@@ -54,6 +54,10 @@ class TextEncoding:
         ids = torch.tensor(self.tokens.word_ids(component, words), device=self.device)
         return self._embedding(component).weight[ids].detach().clone()
 
+    def table_spread(self, component: str) -> float:
+        """Standard deviation over all input embeddings of this text encoder."""
+        return float(self._embedding(component).weight.detach().float().std())
+
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Prompts, already expanded, as the network is told them.
 

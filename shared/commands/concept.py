@@ -34,7 +34,7 @@ def export(
     path: Path = typer.Argument(help="a concept folder"),
     out: Path = typer.Option(help="folder for the export"),
     format: str = typer.Option("diffusers", help="diffusers"),
-    strength: float = typer.Option(1.0, help="folded into the weights"),
+    strength: float = typer.Option(1.0, help="folded into weights and learned words"),
     backbone: str = typer.Option(None, help="default: what the concept was learned on"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:

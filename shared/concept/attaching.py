@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import create_model
 from torch import Tensor
 
 from shared.backbones.protocol import Adapter, Backbone
@@ -22,20 +23,18 @@ from shared.trainable.delta import DeltaAdapter, find_parameter
 _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # which adapter_id an attached adapter has
 
 
-class _Named(Part):
-    modifier: Modifier
-
-
-def attach(concept: Concept, backbone: Backbone, strength: float = 1.0) -> None:
+def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifiers: Any = Modifier) -> None:
     """Name the concept on the backbone and inject its adapters, frozen. `backbone.remove(name)` takes it off again.
 
     Args:
-        strength: of its adapters; 0 is off, 1 as learned. Tokens have none: they act where a prompt names them
+        strength: of its adapters and learned words; 0 is off (words: what they started from), 1 as learned
+        modifiers: the union of modifiers that are known; a package with more of them gives its own
 
     Raises:
         ValueError: when the concept was learned on another architecture (with the reason), when its tensors fit only in
-            part or not at all (with the numbers), when the name is taken, and when it shares its adapters with an
-            attached concept of another strength. The backbone is then as it was.
+            part or not at all (with the numbers), when the name is taken, when it has nothing that a strength other
+            than 1 could scale, and when it shares its adapters with an attached concept of another strength. The
+            backbone is then as it was.
 
     Warns:
         UserWarning: when it was learned on another checkpoint of this architecture
@@ -50,12 +49,12 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0) -> None:
     _check_fit(concept, backbone)
     twin = _twin(concept, backbone, strength)
     try:
-        _attach_naming(concept, backbone)
+        _attach_naming(concept, backbone, modifiers)
         if twin is not None:
             _share(backbone, twin, name)
         else:
             _attach_adapters(concept, backbone)
-        if name in backbone.adapters:
+        if strength != 1 or name in backbone.adapters:
             backbone.set_strength(name, strength)  # lasting, unlike `active`
     except BaseException:
         if name in backbone.namings or name in backbone.adapters:
@@ -95,10 +94,10 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
 
 def _difference(concept: Concept, backbone: Backbone) -> str:
     """At which tensor, or in which component, two architectures of one family differ."""
-    for component, rows in concept.of("embeddings").items():
-        width = backbone.word_rows(component, "a").shape[1] if component in backbone.components else None
-        if width != rows.shape[1]:
-            return f"its token embeddings for {component} are {rows.shape[1]} wide, here they are {width}"
+    for component, rows in concept.learned_words.items():
+        width = backbone.word_rows(component, "a").shape[1] if component in backbone.components else rows.shape[-1]
+        if width != rows.shape[-1]:
+            return f"its token embeddings for {component} are {rows.shape[-1]} wide, here they are {width}"
     for key, tensor in concept.of("adapter").items():
         layer, found, kind = key.partition(".")[2].rpartition(".lora_A.weight")
         weight = find_parameter(backbone, f"{layer}.weight") if found and not kind else None
@@ -112,15 +111,18 @@ def _difference(concept: Concept, backbone: Backbone) -> str:
     return "layers of other names or shapes (the autoencoder counts)"
 
 
-def _attach_naming(concept: Concept, backbone: Backbone) -> None:
+def _attach_naming(concept: Concept, backbone: Backbone, modifiers: Any) -> None:
     meta = concept.meta
     if not meta.modifier:
         if concept.of("embeddings"):
             raise ValueError(f"{meta.name!r} has token embeddings, and no modifier that they belong to")
         return
-    modifier = validate(_Named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
-    naming = modifier.attach(backbone, meta.name, meta.class_noun)
-    naming.load_state_dict(concept.of("embeddings"))
+    named: Any = create_model("Named", __base__=Part, modifier=(modifiers, ...))
+    modifier = validate(named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
+    naming = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
+    naming.load_state_dict(concept.learned_words)
+    if concept.starts:  # without it, the start is that of this model's words
+        naming.load_start_dict(concept.starts)
     naming.frozen = True
 
 

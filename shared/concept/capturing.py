@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Adapter, Backbone
-from shared.concept.folder import Concept, adapter_id
+from shared.concept.folder import START, Concept, adapter_id
 from shared.concept.schema import BackboneInfo, ConceptMeta, Kind
 from shared.concept.sharing import unshared
 from shared.config import Part, validate
@@ -61,7 +61,8 @@ def capture(
         raise ValueError(f"{name!r} has a naming: say which modifier made it, or it cannot be loaded again")
     settings, tensors = _adapters_of(attached, source)
     if naming is not None:
-        tensors["embeddings"] = naming.state_dict()
+        starts = {START + key: rows for key, rows in naming.start_dict().items()}
+        tensors["embeddings"] = {**naming.state_dict(), **starts}
     tensors = {kind: state for kind, state in tensors.items() if state}
     meta = {
         "name": name,
@@ -71,7 +72,9 @@ def capture(
         "backbone": _info(backbone),
         "adapters": settings,
         "adapter_id": adapter_id(tensors),
-        "requires": sorted({c for parts in settings.values() for c in parts} | set(tensors.get("embeddings", {}))),
+        "requires": sorted(
+            {c for parts in settings.values() for c in parts} | {*(naming.components if naming else ())}
+        ),
         "recipe": _portable(plain),
         "ports": tuple(ports),
         "metrics": dict(metrics or {}),

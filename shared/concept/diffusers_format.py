@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.concept.folder import Concept
+from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
@@ -147,15 +148,21 @@ def _public(backbone: Backbone, component: str, path: str) -> str:
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
 
-def write_tokens(concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...]) -> list[dict[str, Any]]:
+def write_tokens(
+    concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
+) -> list[dict[str, Any]]:
     """Write one `{token: [n, d]}` file per text encoder; the first of `tokens` names all n rows, as diffusers has it.
 
     "end_of_text" says where the user has to correct a CLIP of the old kind, whose pooled output is that of the highest
     token id: an added token's, instead of the end's.
 
-    Raises ValueError when the tokens are not named as diffusers names them: `tok`, `tok_1`, `tok_2`, …
+    Args:
+        strength: folded into the rows, from what they started from (0) to what was learned (1)
+
+    Raises ValueError when the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), and when what
+    was learned is not one table of rows per text encoder.
     """
-    embeddings = concept.of("embeddings")
+    embeddings = _rows(concept, backbone, strength)
     if embeddings and tokens != (tokens[0], *(f"{tokens[0]}_{i}" for i in range(1, len(tokens)))):
         raise ValueError(
             f"tokens {', '.join(tokens)} cannot be written: diffusers names them {tokens[0]}, {tokens[0]}_1, …"
@@ -172,6 +179,22 @@ def write_tokens(concept: Concept, folder: Path, backbone: Backbone, tokens: tup
         entry = {"file": file, "component": component, "token": token, "vectors": len(tokens)}
         out.append({**entry, "end_of_text": old and pooled})
     return out
+
+
+def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
+    """component -> the rows at this strength, [n, d]."""
+    found, naming = concept.learned_words, backbone.namings.get(concept.name)
+    if not found or naming is None:
+        return {}
+    if naming.varies_with or set(found) != set(naming.components):
+        raise ValueError(
+            f"{concept.name!r} learned {', '.join(sorted(found)[:4])} …: diffusers' embedding files hold one table of "
+            "rows per text encoder and no other"
+        )
+    starts = concept.starts or naming.start_dict()
+    if strength != 1 and not starts:
+        raise ValueError(f"{concept.name!r} keeps no start of its words: they can be exported at strength 1 only")
+    return {c: at_strength(starts.get(c, rows).float(), rows.float(), strength) for c, rows in found.items()}
 
 
 def public_words(words: str, tokens: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: flo
     words = diffusers_format.public_words(naming.words if naming is not None else "", tokens)
     written: dict[str, Any] = {
         "lora": diffusers_format.write_lora(concept, folder, backbone, strength),
-        "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens),
+        "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),
     }
     if not written["lora"] and not written["tokens"]:
         raise ValueError(f"{concept.name!r} is plain words ({words!r}): there is nothing to export")

@@ -22,6 +22,7 @@ from shared.io.files import atomic_folder, read_safetensors_header, safe_load_sa
 
 META = "concept.json"
 PREVIEW = "preview.png"
+START = "start."  # before a key of "embeddings": what that tensor was before anything was learned
 KINDS = ("adapter", "weights", "embeddings")  # each is one file KIND.safetensors
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
@@ -44,7 +45,8 @@ class Concept:
     """A learned thing: its description and its tensors.
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{component}.{path}`: changes
-    of weights) and "embeddings" (`{component}`: rows `[n, d]`), each a mapping from key to a float tensor on the CPU.
+    of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`: rows
+    `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
     """
 
     meta: ConceptMeta
@@ -55,6 +57,16 @@ class Concept:
     @property
     def name(self) -> str:
         return self.meta.name
+
+    @property
+    def learned_words(self) -> dict[str, Tensor]:
+        """What the modifier learned, by its own keys."""
+        return {key: rows for key, rows in self.of("embeddings").items() if not key.startswith(START)}
+
+    @property
+    def starts(self) -> dict[str, Tensor]:
+        """What that was at the start, by the same keys; empty in concepts that were saved without it."""
+        return {key[len(START) :]: rows for key, rows in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
         """The tensors of one kind; empty when the concept has none."""

@@ -19,7 +19,10 @@ def rows(concept: Concept) -> list[tuple[str, str]]:
         ("named by", _modifier(meta.modifier)),
         ("learned on", f"{meta.backbone.name} ({meta.backbone.family}, checkpoint {meta.backbone.checkpoint[:12]})"),
         ("adapters", "; ".join(_adapters(concept))),
-        ("embeddings", "; ".join(f"{c}: {v.shape[0]} × {v.shape[1]}" for c, v in concept.of("embeddings").items())),
+        (
+            "embeddings",
+            "; ".join(f"{key}: {' × '.join(map(str, v.shape))}" for key, v in concept.learned_words.items()),
+        ),
         ("weights", f"{len(concept.of('weights'))} changed tensors" if concept.of("weights") else ""),
         ("parameters", f"{parameters(concept):,}"),
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
@@ -61,7 +64,8 @@ def as_json(concept: Concept) -> dict[str, Any]:
 
 def parameters(concept: Concept) -> int:
     """How many numbers were learned."""
-    return sum(t.numel() for tensors in concept.tensors.values() for t in tensors.values())
+    kept = (t for kind, tensors in concept.tensors.items() if kind != "embeddings" for t in tensors.values())
+    return sum(t.numel() for t in (*kept, *concept.learned_words.values()))
 
 
 def sizes(concept: Concept) -> dict[str, int]:

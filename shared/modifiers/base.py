@@ -13,6 +13,7 @@ class PlainNaming:
     """Words and nothing learned; the base of the others. Satisfies `shared.backbones.protocol.Naming`."""
 
     tokens: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
     varies_with: frozenset[str] = frozenset()
 
     def __init__(self, name: str, words: str, frozen: bool = False) -> None:
@@ -24,6 +25,11 @@ class PlainNaming:
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
         return context
 
+    def set_strength(self, strength: float) -> None:
+        """Words have none. A naming that learns says how it goes from its start to what it learned, or refuses."""
+        if strength != 1 and any(True for _ in self.parameters()):
+            raise ValueError(f"{self.name!r}: what its words learned has no strength but 1; asked for {strength:g}")
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
 
@@ -33,6 +39,15 @@ class PlainNaming:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
             raise ValueError(f"this concept's name learns nothing, but {len(state)} tensors were given for it")
+
+    def start_dict(self) -> dict[str, Tensor]:
+        """Empty: no strengths between start and learned."""
+        return {}
+
+    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when there is anything to load."""
+        if state:
+            raise ValueError(f"{self.name!r} keeps no start of its words, but {len(state)} tensors were given for it")
 
 
 def spoken(words: str, class_noun: str, with_class_noun: bool) -> str:

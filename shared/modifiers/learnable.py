@@ -15,7 +15,9 @@ from shared.modifiers.base import PlainNaming, spoken
 
 
 class LearnableToken(Part):
-    """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given)."""
+    """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given).
+
+    Words of more sub-tokens than there are vectors start as their means."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
@@ -42,41 +44,73 @@ class LearnableToken(Part):
 
 
 class LearnedNaming(PlainNaming):
-    """The rows themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table."""
+    """The rows themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
+
+    What they started from is kept: at strength s the rows are start + s * (learned - start).
+    """
 
     def __init__(self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor]) -> None:
         super().__init__(name, words)
-        self.tokens = tokens
+        self.tokens, self.components = tokens, tuple(start)
+        self.start = {c: v.detach().clone() for c, v in start.items()}
         self.table = nn.ParameterDict({c: nn.Parameter(v.clone(), requires_grad=False) for c, v in start.items()})
+        self.strength = 1.0
 
     def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        return self.table[component]
+        """[n, d] at the strength that is set."""
+        return at_strength(self.start[component], self.table[component], self.strength)
+
+    def set_strength(self, strength: float) -> None:
+        """0 is the start, 1 what was learned; between and beyond along the line through both."""
+        self.strength = strength
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """component -> what was learned, [n, d]."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if set(state) != set(self.table):
-            raise ValueError(f"embeddings are for {sorted(state)}, this model's text encoders are {sorted(self.table)}")
+        self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
+
+    def start_dict(self) -> dict[str, Tensor]:
+        """component -> what it started from, [n, d]."""
+        return {c: v.float().cpu().clone() for c, v in self.start.items()}
+
+    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._load(state, self.start, "the start of embeddings")
+
+    def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
+        if set(state) != set(into):
+            raise ValueError(f"{what} are for {sorted(state)}, this model's text encoders are {sorted(into)}")
         for component, rows in state.items():
-            have = self.table[component]
-            if rows.shape != have.shape:
-                raise ValueError(
-                    f"embeddings of {component} are {list(rows.shape)}, this model needs {list(have.shape)}"
-                )
-            have.data.copy_(rows)
+            if rows.shape != into[component].shape:
+                here = list(into[component].shape)
+                raise ValueError(f"{what} of {component} are {list(rows.shape)}, this model needs {here}")
+            into[component].copy_(rows)
+
+
+def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
+    """Rows [n, d] on the line from `start` (0) to `learned` (1); at 1 `learned` itself, at 0 `start` itself."""
+    if strength in (0.0, 1.0):
+        return learned if strength else start
+    return start + strength * (learned - start)
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """[vectors, d]: the words' rows, repeated or cut; extra rows get a little noise so that they can part ways."""
+    """[vectors, d]: the rows of the words' sub-tokens in order.
+
+    Fewer vectors than sub-tokens: each starts as the mean of its share of them, one as the mean of all ("coffee mug").
+    More: the words are repeated, with a little noise so that they can part ways. "<rand>" is noise with the spread of
+    the whole table.
+    """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_rows(component, "a" if init == "<rand>" else init).float().cpu()
     if init == "<rand>":
-        spread = words.std()
-        return torch.randn(vectors, words.shape[1], generator=generator) * spread
+        return torch.randn(vectors, words.shape[1], generator=generator) * backbone.table_spread(component)
+    if vectors < len(words):
+        return torch.stack([share.mean(0) for share in words.tensor_split(vectors)])
     rows = words[torch.arange(vectors) % len(words)]
     repeated = (torch.arange(vectors) >= len(words)).float()[:, None]
     return rows + repeated * 0.1 * words.std() * torch.randn(rows.shape, generator=generator)

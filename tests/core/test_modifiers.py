@@ -86,7 +86,17 @@ def test_rows_start_as_the_words_of_init_or_the_class_noun(sd):
     cut = LearnableToken(init="dog red mug").attach(sd, "c", "").state_dict()["text_encoder"]
     assert torch.equal(one, word["mug"][None])
     assert torch.equal(two, torch.stack([word["red"], word["dog"]]))
-    assert torch.equal(cut, word["dog"][None]), "more words than vectors are cut"
+    mean = torch.stack([word["dog"], word["red"], word["mug"]]).mean(0, keepdim=True)
+    assert torch.equal(cut, mean), "one vector for more words starts as their mean"
+    few = LearnableToken(vectors=2, init="dog red mug").attach(sd, "d", "").state_dict()["text_encoder"]
+    assert torch.equal(few, torch.stack([(word["dog"] + word["red"]) / 2, word["mug"]])), "each has its share"
+
+
+def test_a_class_noun_of_several_sub_tokens_starts_as_their_mean(sd):
+    pieces = sd.word_rows("text_encoder", "coffee mug")
+    assert len(pieces) > 2
+    rows = LearnableToken().attach(sd, "a", "coffee mug").state_dict()["text_encoder"]
+    assert torch.equal(rows, pieces.mean(0, keepdim=True))
 
 
 def test_a_start_from_one_word_acts_as_that_word(sd):
@@ -109,6 +119,13 @@ def test_a_random_start_has_the_table_s_spread_and_its_seed(sd):
     again = part.attach(sd, "b", "", seed=3).state_dict()["text_encoder"]
     other = part.attach(sd, "c", "", seed=4).state_dict()["text_encoder"]
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
+
+
+def test_the_spread_of_a_random_start_is_not_that_of_one_word(sd):
+    with torch.no_grad():
+        table(sd)[sd.tokens.word_ids("text_encoder", "a")[0]] *= 20
+    first = LearnableToken(vectors=64, init="<rand>").attach(sd, "a", "", seed=3).state_dict()["text_encoder"]
     assert abs(float(first.std() / table(sd).std()) - 1) < 0.15
 
 

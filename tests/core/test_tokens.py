@@ -32,6 +32,7 @@ class TestNaming:
     ) -> None:
         self.name, self.tokens, self.words = name, tokens, " ".join(tokens) if words is None else words
         self.varies_with = frozenset(varies_with)
+        self.components = ()
         self._rows, self._edit = rows, edit
 
     def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
