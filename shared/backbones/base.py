@@ -132,13 +132,14 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.namings.values() for t in n.tokens])
+        self._warned.clear()  # what is cut may be a concept's name now
 
     # --- strengths by named set ----------------------------------------------------------------------------
 
     @property
     def strengths(self) -> dict[str, float]:
         """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
-        learned = {name: s for name, s in self._spoken.items() if any(True for _ in self.namings[name].parameters())}
+        learned = {name: s for name, s in self._spoken.items() if getattr(self.namings[name], "components", ())}
         return {**learned, **self._strengths}
 
     @contextmanager

@@ -67,6 +67,7 @@ class FluxBackbone(BaseBackbone):
     discrete_time = False
     default_guidance = 3.5
     default_steps = 28
+    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which reads no scale: no second prediction
     #: What `predict` tells a guidance-distilled transformer where nothing else is said. At 1 it is nearest to the
     #: velocity without guidance, which is what the training target is.
     training_guidance = 1.0
@@ -86,6 +87,8 @@ class FluxBackbone(BaseBackbone):
             scheduler=pipe.scheduler,
         )
         self.transformer: Any = pipe.transformer
+        if not self.distilled:
+            self.default_guidance, self.default_steps = self.undistilled_defaults
         channels = self.transformer.config.in_channels
         if channels != 4 * self.vae.config.latent_channels:
             given = 4 * self.vae.config.latent_channels

@@ -36,13 +36,15 @@ class TextEncoding:
         raise NotImplementedError
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the prompt is longer than the text encoder reads; names what would be cut."""
+        """Raises ValueError when the prompt is longer than the text encoder reads, or any of them a concept's name; names
+        what would be cut. What only a second encoder would not read is a warning."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
             raise ValueError(
                 f"the prompt is too long: {self.name or self.family} reads {limit} tokens, and would cut {cut!r}"
             )
+        self._warn_cut([prompt])
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
         """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
@@ -69,7 +71,8 @@ class TextEncoding:
             t: [B] or a scalar, needed where a naming that these prompts use varies with "time"
 
         Raises:
-            ValueError: when time is needed and not given, or the family cannot have a context per site
+            ValueError: when time is needed and not given, when the family cannot have a context per site, and when a
+                concept's name lies beyond what a text encoder reads (a warning where it is other text)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -140,11 +143,12 @@ class TextEncoding:
         t = torch.as_tensor(t, device=self.device)
         return t.expand(batch) if t.ndim == 0 else t
 
+    def _readers(self) -> list[str]:
+        """The text encoders that are used, the context's first."""
+        return list(dict.fromkeys(c for c in (self.context_component, self.pooled_component) if c))
+
     def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
-        names = [self.context_component]
-        if self.pooled_component and self.pooled_component not in names:
-            names.append(self.pooled_component)
-        return {c: self.tokens.tokenize(c, prompts, self.device) for c in names}
+        return {c: self.tokens.tokenize(c, prompts, self.device) for c in self._readers()}
 
     def _find(self, component: str, texts: Mapping[str, Tokenized], naming: Naming) -> Tensor:
         return self.tokens.find(component, texts[component].ids, naming.tokens, naming.words)
@@ -198,14 +202,29 @@ class TextEncoding:
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
+        """Says once per prompt what an encoder will not read. ValueError when a concept's name is in it."""
         for prompt in prompts:
-            if prompt not in self._warned:
-                self._warned.add(prompt)
-                cut = self.tokens.overflow(self.context_component, prompt)
-                if cut:
-                    log.warning(
-                        "prompt cut at %d tokens: %r is not read", self.tokens.max_length[self.context_component], cut
+            if prompt in self._warned:
+                continue
+            for component in self._readers():
+                cut = self.tokens.overflow(component, prompt)
+                limit = self.tokens.max_length[component]
+                lost = [n.name for n in self.namings.values() if cut and _says(n, prompt, cut)]
+                if lost:
+                    raise ValueError(
+                        f"the prompt is too long: {component} of {self.name or self.family} reads {limit} tokens, and "
+                        f"would cut {cut!r}, where {', '.join(map(repr, lost))} is named"
                     )
+                if cut:
+                    log.warning("prompt cut at %d tokens of %s: %r is not read", limit, component, cut)
+            self._warned.add(prompt)
+
+
+def _says(naming: Naming, prompt: str, cut: str) -> bool:
+    """Whether something of a concept's name is lost with `cut`, the end of the prompt."""
+    kept = prompt.rstrip()[: -len(cut)]
+    words = [w for w in naming.tokens or (naming.words,) if w.strip()]
+    return any(kept.count(w) < prompt.count(w) for w in words)
 
 
 def _if(naming: Naming, what: str, value: Any) -> Any:

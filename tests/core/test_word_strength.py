@@ -115,6 +115,8 @@ def test_words_that_learned_nothing_have_no_strength(new_sd: Callable[..., Any],
 
 def test_a_naming_without_a_way_between_refuses(new_sd: Callable[..., Any]) -> None:
     class Learned(PlainNaming):
+        components = ("text_encoder",)
+
         def parameters(self) -> Any:
             return iter([torch.nn.Parameter(torch.ones(1))])
 
