@@ -1,4 +1,4 @@
-"""The public face of `pcs_image`: personalize, generate. Command line, Python and web page are doors to this."""
+"""The public face of `pcs_image`: personalize, generate, evaluate. Command line, Python and web page are doors to this."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from shared.prompts import check_named, expand, names_in, without
 from shared.recipe import Recipe
 from shared.recipes import expand_phases
 from shared.sampling.changes import Change
-from shared.sampling.sampler import sample
+from shared.sampling.sampler import SAMPLE_PIXELS, check_guidance, rows_at_once, sample
 from shared.sampling.schedulers import make_scheduler
 from shared.train.loop import Record
 from shared.train.session import Session
 from shared.types import Subject
 
-_ROWS = 8  # pictures sampled together
+if TYPE_CHECKING:
+    from shared.metrics.report import Report
 
 
 def cache_folder() -> Path:
@@ -40,6 +41,7 @@ class Loaded:
 
     concept: Concept
     strength: float = 1.0
+    subject: Subject | None = None  # its pictures, where it was learned here
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Runner:
         resume: bool = False,
         scorers: Mapping[str, Callable[[Tensor, Sequence[str]], Mapping[str, float]]] | None = None,
         on_step: Callable[[str, Record, int], None] | None = None,
+        on_pictures: Callable[[str, int, int], None] | None = None,
         tensorboard: bool = True,
     ) -> dict[str, Concept]:
         """Learn every subject in one run; the concepts by name, also left attached.
@@ -86,6 +89,7 @@ class Runner:
             resume: go on from the newest checkpoint in `workdir`
             scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
             on_step: called with (phase, record, total steps) after each step
+            on_pictures: called with (what, done, of) while class pictures are made
 
         Raises:
             ValueError: names, pictures or recipe do not fit
@@ -94,28 +98,31 @@ class Runner:
         for name in subjects:
             if name in self.loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
-        make_scheduler(self.backbone, recipe.sampling.scheduler)  # an unknown name is said now, not after training
+        self._check_sampling(recipe)
         session = Session(
             self.backbone,
             recipe,
             subjects,
             workdir,
             cache_folder(),
-            generate=self._class_pictures(recipe),
+            generate=self._class_pictures,
             preview=self._preview(subjects, recipe, scorers or {}),
             others=self.strengths,
             tensorboard=tensorboard,
+            on_pictures=on_pictures,
         )
         try:
-            for phase, record in session.steps(resume):
-                if on_step:
-                    on_step(phase, record, session.total_steps)
-            metrics = {"training_seconds": round(session.seconds, 3), **session.final_scores}
+            with _own_randomness():
+                for phase, record in session.steps(resume):
+                    if on_step:
+                        on_step(phase, record, session.total_steps)
+            metrics = {**session.costs, **session.final_scores}
             concepts = {n: self._captured(n, subjects[n], recipe, session, metrics) for n in subjects}
         finally:
             self._forget(session)
-        for concept in concepts.values():
+        for name, concept in concepts.items():
             self.load(concept)
+            self.loaded[name] = Loaded(concept, subject=subjects[name])
         return concepts
 
     def generate(
@@ -148,35 +155,68 @@ class Runner:
             for prompt in prompts if must_name else ():
                 check_named(prompt, kinds)
             said = [expand(p, self.backbone.namings) for p in prompts]
-        rows = []
         with self.backbone.active({} if base else self.strengths):
-            for start in range(0, len(said), _ROWS):
-                part = slice(start, start + _ROWS)
-                rows.append(
-                    sample(
-                        self.backbone,
-                        said[part],
-                        seeds=seeds[part],
-                        negative=negative,
-                        guidance=guidance,
-                        steps=steps,
-                        scheduler=scheduler,
-                        height=height,
-                        width=width,
-                        changes=changes,
-                    ).cpu()
-                )
-        return torch.cat(rows)
+            return self._sampled(
+                said,
+                seeds,
+                negative=negative,
+                guidance=guidance,
+                steps=steps,
+                scheduler=scheduler,
+                height=height,
+                width=width,
+                changes=changes,
+            )
 
-    def _class_pictures(self, recipe: Recipe) -> Callable[..., Tensor]:
-        side = recipe.train.resolution or self.backbone.resolution
+    def evaluate(
+        self,
+        name: str,
+        prompts: str = "",
+        *,
+        out: Path | None = None,
+        references: Path | None = None,
+        **settings: Any,
+    ) -> Report:
+        """Measure a loaded concept: what `pcs image evaluate` does.
 
-        def make(prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int) -> Tensor:
-            return sample(
-                self.backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=side, width=side
-            ).cpu()
+        Args:
+            name: of a concept that is loaded
+            prompts: a prompt set ("toybox", "dreambench") or a file; default the backbone's own
+            out: a folder for the report; default none is written
+            references: the subject's pictures; default those that it was learned from here, or those beside its folder
+            settings: of `pcs_image.scoring.evaluate_loaded`: gallery, seeds, limit, clip, dino, steps, guidance,
+                scheduler, overwrite, progress
 
-        return make
+        Raises:
+            ValueError: the concept is not loaded, its pictures are not to be found, there is nothing to measure with
+        """
+        from pcs_image.scoring import evaluate_loaded
+
+        return evaluate_loaded(self, name, prompts, out=out, references=references, **settings)
+
+    def _sampled(self, said: Sequence[str], seeds: Sequence[int], **settings: Any) -> Tensor:
+        """Pictures on the CPU of expanded prompts, as many at once as memory surely holds."""
+        side = self.backbone.resolution
+        at_once = rows_at_once((settings.get("height") or side) * (settings.get("width") or side), SAMPLE_PIXELS)
+        parts = [slice(i, i + at_once) for i in range(0, max(1, len(said)), at_once)]
+        return torch.cat([sample(self.backbone, said[p], seeds=seeds[p], **settings).cpu() for p in parts])
+
+    def _class_pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+    ) -> Tensor:
+        return self._sampled(prompts, seeds, guidance=guidance, steps=steps, height=resolution, width=resolution)
+
+    def _check_sampling(self, recipe: Recipe) -> None:
+        """What pictures will be made with is checked now, not after training. ValueError names the phase."""
+        for place, sampling in (
+            ("", recipe.sampling),
+            *((f"phases.{n}.", p.sampling) for n, p in expand_phases(recipe)),
+        ):
+            check_guidance(sampling.guidance, f"{place}sampling.guidance")
+            try:
+                make_scheduler(self.backbone, sampling.scheduler)
+            except ValueError as error:
+                raise ValueError(f"{place}sampling.scheduler: {error}") from None
 
     def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
         phases = dict(expand_phases(recipe))
@@ -189,16 +229,15 @@ class Runner:
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
                 seeds = [10_000 + i for i in range(len(prompts))]
                 said = [expand(p, self.backbone.namings) for p in prompts]
-                pixels = sample(
-                    self.backbone,
+                pixels = self._sampled(
                     said,
-                    seeds=seeds,
+                    seeds,
                     height=side,
                     width=side,
                     guidance=sampling.guidance,
                     steps=sampling.steps,
                     scheduler=sampling.scheduler,
-                ).cpu()
+                )
                 pictures.append(pixels)
                 if name in scorers:
                     plain = [without(p, {name: subjects[name].class_noun}) for p in prompts]
@@ -227,6 +266,14 @@ class Runner:
         for name in {*session.names, session.run_name}:
             if name in self.backbone.namings or name in self.backbone.adapters:
                 self.backbone.remove(name)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """The caller's global random state, of the CPU and of every GPU in use, is what it was afterwards."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ scheduler and generators (tested). Each picture has a generator of its own: it d
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from shared.backbones.protocol import Backbone
 from shared.sampling.changes import Change, Moment
 from shared.sampling.schedulers import make_scheduler
 from shared.types import Conditioning
+
+DECODE_PIXELS = 2**18  # one picture of 512x512: the autoencoder's activations are the largest of all
+SAMPLE_PIXELS = 2**20  # pictures that are denoised together: four of 512x512, one of 1024x1024
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,29 @@ def sample(
     ):
         latents = state.latents
     assert latents is not None
-    with torch.no_grad():
-        return backbone.decode(latents).float().clamp(-1, 1)
+    return decoded(backbone, latents, (height or backbone.resolution) * (width or backbone.resolution))
+
+
+@torch.no_grad()
+def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] of `pixels` = H * W each; a bounded number of pixels at a time.
+
+    The autoencoder keeps the precision it was loaded in, also under autocast.
+    """
+    at_once = rows_at_once(pixels, DECODE_PIXELS)
+    with torch.autocast(latents.device.type, enabled=False):
+        return torch.cat([backbone.decode(part).float().clamp(-1, 1) for part in latents.split(at_once)])
+
+
+def rows_at_once(pixels: int, limit: int, most: int = 8) -> int:
+    """How many pictures of `pixels` pixels fit into `limit` of them: at least one, and at most `most`."""
+    return max(1, min(most, limit // pixels))
+
+
+def check_guidance(guidance: float | None, where: str = "guidance") -> None:
+    """ValueError for a guidance that is no number."""
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"{where} = {guidance}: give a number, such as 7.5 (1 is none)")
 
 
 @torch.no_grad()
@@ -95,6 +120,7 @@ def denoise(
 ) -> Iterator[Denoised]:
     """The sampler as a generator of its steps; arguments as in `sample`."""
     guidance = backbone.default_guidance if guidance is None else guidance
+    check_guidance(guidance)
     steps = backbone.default_steps if steps is None else steps
     guided = backbone.needs_negative(guidance)
     texts, negatives = _requests(backbone, prompts, negative, len(seeds), steps, guided, guidance)

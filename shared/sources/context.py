@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +15,10 @@ from shared.types import Subject
 class Generate(Protocol):
     """Pictures of the model itself, without any concept; one seed per prompt."""
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int) -> Tensor:
-        """[N, 3, H, W] in [-1, 1]."""
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+    ) -> Tensor:
+        """[N, 3, resolution, resolution] in [-1, 1]."""
         ...
 
 
@@ -30,6 +32,7 @@ class SourceContext:
     cache_dir: Path  # generated pictures are kept here, between runs
     generate: Generate | None = None  # None: this run cannot make pictures
     backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
+    progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) while pictures are made
 
     def owner(self, name: str, what: str) -> str:
         """The subject called `name`, or the only one there is. ValueError lists them."""

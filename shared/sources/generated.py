@@ -33,7 +33,7 @@ class Generated(Part):
     kind: Literal["generated"] = "generated"
     num_images: int = Field(default=200, ge=1)
     prompt: str = "a photo of a {class_noun}"
-    guidance: float = Field(default=7.5, ge=0)
+    guidance: float = Field(default=7.5, ge=0, allow_inf_nan=False)
     steps: int = Field(default=50, ge=1)
     batch_size: int = Field(default=4, ge=1)
     seed: int = 0
@@ -87,12 +87,16 @@ class Generated(Part):
         for start in range(0, len(todo), self.batch_size):
             some = list(todo)[start : start + self.batch_size]
             seeds = [_seed(key, i) for i in some]
-            pixels = context.generate([prompt] * len(some), seeds, guidance=self.guidance, steps=self.steps)
             side = context.resolution
+            pixels = context.generate(
+                [prompt] * len(some), seeds, guidance=self.guidance, steps=self.steps, resolution=side
+            )
             if pixels.shape != (len(some), 3, side, side):
                 raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, side, side]}")
             for i, seed, picture in zip(some, seeds, pixels, strict=True):
                 write_picture(picture, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
+            if context.progress:
+                context.progress(f"class pictures of {prompt!r}", start + len(some), len(todo))
 
 
 def _seed(key: str, index: int) -> int:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shared.io.files import write_text
+
 PREFIX = "checkpoint-"
 
 
@@ -70,3 +72,19 @@ def load(folder: Path) -> State | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         what = str(error) or type(error).__name__
         raise ValueError(f"checkpoint {path} is damaged ({what}); delete it to start anew") from None
+
+
+def amend(folder: Path, **info: Any) -> None:
+    """Say more in the newest checkpoint's `info`; its tensors stay. AssertionError where there is none."""
+    found = sorted(folder.glob(f"{PREFIX}*"))
+    assert found, f"no checkpoint in {folder}"
+    file = found[-1] / "state.json"
+    write_text(file, json.dumps({**json.loads(file.read_text()), **info}, indent=1))
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in its training folder: checkpoints, logs and samples, and nothing else."""
+    for pattern in (f"{PREFIX}*", f".{PREFIX}*", "tensorboard", "samples"):
+        for old in folder.glob(pattern):
+            shutil.rmtree(old, ignore_errors=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)

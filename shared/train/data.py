@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from shared.backbones.protocol import Backbone
 from shared.prompts import expand
 from shared.recipe import Recipe
+from shared.sampling.sampler import rows_at_once
 from shared.train.loop import generator
 from shared.types import Batch, Example
 
-_ENCODE_ROWS = 8  # pictures per pass of the autoencoder while caching
+_ENCODE_PIXELS = 2**18  # at most, per pass of the autoencoder while caching: one picture of 512x512
 #: Steps that never occur: streams for the order of epochs, for cached variants, and for what is done once.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
@@ -140,11 +141,19 @@ class Data:
             example = augment(example, draw)
         return example
 
+    def fill(self) -> None:
+        """Cache all there is to cache now: afterwards the autoencoder is not needed any more."""
+        for role, pool in (("instance", self.instances), ("prior", self.priors if self.with_priors else [])):
+            for variant in range(max(1, self.recipe.train.variants) if self.random else 1) if pool else ():
+                if (role, 0, variant) not in self._rows:
+                    self._fill(role, variant)
+
     def _fill(self, role: str, variant: int) -> None:
-        """Cache every row of one role and variant, in batches."""
+        """Cache every row of one role and variant, a bounded number of pixels at a time."""
         pool = self.instances if role == "instance" else self.priors
-        for start in range(0, len(pool), _ENCODE_ROWS):
-            part = list(range(start, min(start + _ENCODE_ROWS, len(pool))))
+        at_once = rows_at_once(max(e.pixels[0].numel() for e in pool), _ENCODE_PIXELS)
+        for start in range(0, len(pool), at_once):
+            part = list(range(start, min(start + at_once, len(pool))))
             ready = []
             for index in part:
                 draw = generator(self.recipe.seed, _VARIANT + variant, index * 2 + int(role == "prior"))
@@ -155,7 +164,8 @@ class Data:
     @torch.no_grad()
     def _encode(self, examples: Sequence[Example]) -> list[Row]:
         pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
-        means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
+        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
+            means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
         size = means.shape[-2:]
         return [
             Row(e.with_(pixels=e.pixels[:, :0, :0]), mean, std, _at(e.mask, size), _at(e.valid, size))

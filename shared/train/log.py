@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,8 @@ class Log:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         file = self._open()
-        file.write(json.dumps({"step": step, **values}) + "\n")
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
         file.flush()
         if self._board is not None:
             for key, value in values.items():

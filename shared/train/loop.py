@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shared.recipe import Train
-from shared.train.optim import Optimizers
+from shared.train.guard import LastGood
+from shared.train.optim import NotFinite, Optimizers
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,6 @@ class Task(Protocol):
         ...
 
 
-class NotFinite(RuntimeError):
-    """The loss or the gradient is no number; parameters are those of the last good step."""
-
-
 def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
     """The CPU generator of one micro-batch; streams of different steps do not overlap in practice."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB + 1) % 2**63
@@ -58,16 +56,22 @@ def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
 
 
 def run(
-    task: Task, optimizers: Optimizers, settings: Train, seed: int, accelerator: Accelerator, start: int = 0
+    task: Task,
+    optimizers: Optimizers,
+    settings: Train,
+    seed: int,
+    accelerator: Accelerator,
+    start: int = 0,
+    good: LastGood | None = None,
 ) -> Iterator[Record]:
     """Yield a `Record` after each optimizer step, from `start` to `settings.steps`.
 
-    Raises NotFinite before parameters are touched by a bad gradient.
+    Raises NotFinite before parameters are touched by a bad gradient; `good` then holds the state to go back to.
     """
     for step in range(start, settings.steps):
         losses: list[float] = []
         parts: dict[str, float] = {}
-        norm = 0.0
+        norm, kept = 0.0, False
         optimizers.set_step(step, settings.steps)
         for micro in range(settings.gradient_accumulation):
             torch.manual_seed(generator(seed, step, micro).initial_seed() % 2**31)  # dropout draws from the global one
@@ -81,10 +85,12 @@ def run(
                 if not math.isfinite(value):
                     optimizers.zero_grad()
                     raise NotFinite(f"the loss of step {step + 1} is {value}")
-                accelerator.backward(update.loss / settings.gradient_accumulation)
+                optimizers.backward(update.loss / settings.gradient_accumulation, update.group, accelerator)
                 losses.append(value)
                 for key, part in update.parts.items():
                     parts[key] = parts.get(key, 0.0) + float(part) / settings.gradient_accumulation
                 if micro == settings.gradient_accumulation - 1:
-                    norm = optimizers.step(update.group, accelerator, step)
+                    loss = sum(losses) / len(losses)
+                    before = partial(good.keep, step, loss) if good and not kept else None
+                    norm, kept = optimizers.step(update.group, accelerator, step, before), True
         yield Record(step + 1, sum(losses) / len(losses), parts, optimizers.rates(), norm)

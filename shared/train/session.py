@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +16,16 @@ from shared.recipe import Recipe
 from shared.recipes import dump, expand_phases
 from shared.sources.context import Generate, SourceContext
 from shared.train import checkpoint
+from shared.train.checks import check_phases, check_validation
+from shared.train.contexts import Parked, interruptible, recomputed
+from shared.train.costs import Clock, summary, watch_memory
+from shared.train.guard import LastGood
 from shared.train.learned import gather, restore
 from shared.train.log import Log
 from shared.train.loop import NotFinite, Record, run
 from shared.train.optim import Optimizers
+from shared.train.precision import resolve_precision
+from shared.train.resuming import dependencies, model_key, same_dependencies, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import Woken
 from shared.types import Example, Subject
@@ -54,29 +55,38 @@ class Session:
     preview: Preview | None = None
     others: Mapping[str, float] = field(default_factory=dict)
     tensorboard: bool = True
-    on_picture: Callable[[Path], None] | None = None
+    on_pictures: Callable[[str, int, int], None] | None = None  # (what, done, of) while class pictures are made
 
     def __post_init__(self) -> None:
         self.names = list(self.subjects)
         self.run_name = "+".join(self.names)
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
-        precision = self.recipe.train.mixed_precision
-        if precision == "fp16" and self.backbone.device.type == "cpu":
-            raise ValueError("train.mixed_precision=fp16 needs a GPU: use bf16 or no")
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.backbone.device.type == "cpu")
         self.phases = list(expand_phases(self.recipe))
+        check_phases(self.phases, self.recipe)
+        self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
+        self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
         self.woken: dict[str, Woken] = {}
         self.best: dict[str, Tensor] = {}
         self.best_score: float | None = None
         self.ports: set[str] = set()
         self.final_scores: dict[str, float] = {}  # of the state that is returned, where it was scored
-        self.seconds, self._since = 0.0, time.perf_counter()  # spent so far, also before an interruption
+        self.clock = Clock()  # spent so far, also before an interruption
+        self._peak = 0  # bytes, before an interruption
+        self._depends: dict[str, str] = {}
+        text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
+        vae = getattr(self.backbone, "vae", None)
+        self.parked = Parked(text if vae is None else {"vae": vae, **text}, self.backbone.device)
         self.starts: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
     @property
     def total_steps(self) -> int:
         return sum(p.train.steps for _, p in self.phases)
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What the run has cost (`shared.train.costs.summary`), and the precision that "auto" became."""
+        return {**summary(self.clock, self.backbone.device, self._peak), "mixed_precision": self.precision}
 
     def steps(self, resume: bool = False) -> Iterator[tuple[str, Record]]:
         """Train, yielding (phase, record). With `resume`, go on from the newest checkpoint in `workdir`.
@@ -84,58 +94,60 @@ class Session:
         Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state), and
         Interrupted (after saving).
         """
+        self._depends = dependencies(self.backbone, self.subjects, self.others)
         self._attach_names()
+        check_validation(self.backbone, self.names, self.phases)
         state = checkpoint.load(self.workdir) if resume else None
         if state is not None:
-            _same_recipe(state.info.get("recipe", {}), dump(self.recipe))
-            self.best, self.best_score = dict(state.best), state.info.get("best_score")
-            self.final_scores, self.seconds = state.info.get("scores", {}), state.info.get("seconds", 0.0)
-        self._since = time.perf_counter()
+            self._go_on(state)
+        watch_memory(self.backbone.device)
         first = state.phase if state else 0
         done_before = sum(p.train.steps for _, p in self.phases[:first])
         log = Log(self.workdir, done_before + (state.step if state else 0), self.tensorboard)
         try:
-            for index, (name, phase) in enumerate(self.phases):
-                woken = self._wake(phase)
-                if index < first:
-                    continue
-                restored = state if state and state.phase == index else None
-                for record in self._phase(index, name, phase, woken, restored, log):
-                    yield name, record
-            if first >= len(self.phases) and state is not None:
-                restore(self.backbone, self.names, self.run_name, state.learned)
+            with self.clock.on("optimisation"):
+                for index, (name, phase) in enumerate(self.phases):
+                    woken = self._wake(phase)
+                    if index < first:
+                        continue
+                    restored = state if state and state.phase == index else None
+                    for record in self._phase(index, name, phase, woken, restored, log):
+                        with self.clock.on(None):
+                            yield name, record
+                if first >= len(self.phases) and state is not None:
+                    restore(self.backbone, self.names, self.run_name, state.learned)
         finally:
             log.close()
             self._rest()
+
+    def _go_on(self, state: checkpoint.State) -> None:
+        """What a checkpoint says besides its tensors. ValueError when it belongs to another run."""
+        info = state.info
+        same_recipe(info.get("recipe", {}), dump(self.recipe), bool(info.get("not_finite")))
+        same_dependencies(info.get("depends", self._depends), self._depends)
+        self.best, self.best_score = dict(state.best), info.get("best_score")
+        self.final_scores, self._peak = info.get("scores", {}), info.get("peak", 0)
+        self.clock = Clock(info.get("seconds"))
 
     def examples(self, phase: Recipe) -> list[Example]:
         """Everything the phase's sources give."""
         context = SourceContext(
             subjects=self.subjects,
-            resolution=phase.train.resolution or self.backbone.resolution,
+            resolution=phase.train.resolution or self.backbone.resolution,  # of class pictures, too
             seed=phase.seed,
             cache_dir=self.cache_dir,
             generate=self._plain_generate if self.generate else None,
-            backbone_key=self._key(),
+            backbone_key=model_key(self.backbone, self.others),
+            progress=self.on_pictures,
         )
-        return [e for source in phase.sources.values() for e in source.examples(context)]
+        with self.clock.on("class_pictures"):
+            return [e for source in phase.sources.values() for e in source.examples(context)]
 
-    def _plain_generate(self, prompts: Any, seeds: Any, *, guidance: float, steps: int) -> Tensor:
+    def _plain_generate(self, prompts: Any, seeds: Any, **how: Any) -> Tensor:
         """Class pictures: what was loaded before is on, what is in training is off."""
         assert self.generate is not None
-        with self.backbone.active(self.others):
-            return self.generate(prompts, seeds, guidance=guidance, steps=steps)
-
-    def _key(self) -> str:
-        """What class pictures depend on besides their settings: the weights, and the concepts that are on."""
-        digest = hashlib.sha256(self.backbone.checkpoint.encode())
-        on = {n: s for n, s in self.others.items() if s and n in self.backbone.adapters}
-        for name, strength in sorted(on.items()):
-            digest.update(repr(strength).encode())
-            for adapter in self.backbone.adapters[name]:
-                for key, tensor in sorted(adapter.state_dict().items()):
-                    digest.update(key.encode() + tensor.numpy().tobytes())
-        return digest.hexdigest() if on else self.backbone.checkpoint
+        with self.backbone.active(self.others), self.accelerator.autocast():
+            return self.generate(prompts, seeds, **how)
 
     def _attach_names(self) -> None:
         taken = {n.words: name for name, n in self.backbone.namings.items()}
@@ -182,17 +194,19 @@ class Session:
         if restored is not None:
             restore(self.backbone, self.names, self.run_name, restored.learned, fresh=restored.step == 0)
             optimizers.load_state_dict(restored.optimizer)
+            optimizers.load_scaler_state(restored.info.get("scaler", {}))
             start = restored.step
-        examples = self.examples(phase)
-        task = Tune(self.backbone, phase, examples, self.class_nouns, woken, self.others, self.starts)
+        examples, good = self.examples(phase), LastGood(optimizers)
+        task = Tune(self.backbone, phase, examples, self.class_nouns, woken, self.others, self.starts, self.parked.here)
         offset = sum(p.train.steps for _, p in self.phases[:index])
         step = start
         if not start:
             self.final_scores = {}
-        with _interruptible() as stop, _recomputed(self.backbone.denoiser, phase.train.gradient_checkpointing):
+        with interruptible() as stop, recomputed(self.backbone.denoiser, phase.train.gradient_checkpointing):
             self._dropout(True)
             try:
-                for record in run(task, optimizers, phase.train, phase.seed, self.accelerator, start):
+                self._park(task)
+                for record in run(task, optimizers, phase.train, phase.seed, self.accelerator, start, good):
                     step = record.step
                     log.scalars(offset + step, _flat(name, record))
                     self._after(index, name, phase, step, offset, optimizers, log)
@@ -201,14 +215,35 @@ class Session:
                         self._save(index, step, optimizers)
                         raise Interrupted
             except NotFinite as error:
-                self._save(index, step, optimizers)
-                raise NotFinite(
-                    f"{error} (phase {name}); the state of step {step} is kept in {self.workdir}. "
-                    "Lower the learning rate (trainable.*.lr), or train with train.mixed_precision=no."
-                ) from None
+                kept = self._keep_good(index, step, start, optimizers, good)
+                raise NotFinite(f"{error} (phase {name}); {kept}") from None
             finally:
+                self.parked.back()
                 self._dropout(False)
         self._finish(index)
+
+    def _park(self, task: Tune) -> None:
+        """On a GPU: what the steps do not need makes room for what they do."""
+        if self.parked.on and task.data.cached:
+            task.data.fill()
+            text = [n for n in self.parked.networks if n != "vae"] if task.text_frozen else []
+            self.parked.away("vae", *text)
+
+    def _keep_good(self, index: int, step: int, start: int, optimizers: Optimizers, good: LastGood) -> str:
+        """Save the state before the update that led to a loss that is no number, and say what can be done."""
+        before = good.put_back()
+        if before is not None or (step == start and checkpoint.load(self.workdir) is None):
+            step = before if before is not None else start
+            self._save(index, step, optimizers, not_finite=True)
+        elif (newest := checkpoint.load(self.workdir)) is not None:
+            step = newest.step
+            checkpoint.amend(self.workdir, not_finite=True)
+        else:
+            return "no good state is left. Lower the learning rate (trainable.*.lr), and start anew."
+        return (
+            f"the state of step {step}, before it went wrong, is kept in {self.workdir}. Lower the learning rate "
+            "(trainable.*.lr), or set train.mixed_precision=no, and go on with --resume."
+        )
 
     def _finish(self, index: int) -> None:
         """End of a phase: go back to its best state when one was kept; the next phase starts from there."""
@@ -223,7 +258,8 @@ class Session:
         check = phase.train.validation
         if self.preview and check.every and (step % check.every == 0 or step == phase.train.steps):
             self._dropout(False)
-            pixels, scores = self.preview(name, step)
+            with self.clock.on("validation"), self.parked.here(), self.accelerator.autocast():
+                pixels, scores = self.preview(name, step)
             self._dropout(True)
             log.scalars(offset + step, {f"validation/{k}": v for k, v in scores.items()})
             self._show(offset + step, pixels, log)
@@ -246,17 +282,17 @@ class Session:
         grid(pixels).save(path)
         for i, picture in enumerate(pixels):
             log.picture(step, f"sample/{i}", (picture + 1) / 2)
-        if self.on_picture:
-            self.on_picture(path)
 
-    def _save(self, phase: int, step: int, optimizers: Optimizers | None) -> None:
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+    def _save(self, phase: int, step: int, optimizers: Optimizers | None, not_finite: bool = False) -> None:
         info = {
             "recipe": dump(self.recipe),
+            "depends": self._depends,
             "best_score": self.best_score,
             "scores": self.final_scores,
-            "seconds": self.seconds,
+            "seconds": self.clock.spent,
+            "peak": self.costs["training_peak_memory"],
+            "scaler": optimizers.scaler_state() if optimizers else {},
+            "not_finite": not_finite,
         }
         learned = gather(self.backbone, self.names, self.run_name)
         moments = optimizers.state_dict() if optimizers else {}
@@ -272,63 +308,3 @@ def _flat(phase: str, record: Record) -> dict[str, float]:
     rates = {f"lr/{k}": v for k, v in record.lr.items()}
     parts = {f"loss/{k}": v for k, v in record.parts.items()}
     return {"loss": record.loss, **parts, **rates, "grad_norm": record.grad_norm}
-
-
-def _same_recipe(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """ValueError naming the first key in which a checkpoint's recipe differs; output and name may."""
-    free = ("output", "name")
-    found = _difference(
-        {k: v for k, v in old.items() if k not in free}, {k: v for k, v in new.items() if k not in free}
-    )
-    if found:
-        key, before, now = found
-        raise ValueError(
-            f"the interrupted run had {key} = {before!r}, this one has {now!r}: "
-            "resume with the same recipe, or start anew without --resume"
-        )
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose values differ, as deep as it goes, and both values."""
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            inside = _difference(before, now, f"{place}{key}.")
-            if inside:
-                return inside
-        elif before != now:
-            return place + key, before, now
-    return None
-
-
-@contextmanager
-def _recomputed(network: Any, on: bool) -> Iterator[None]:
-    """Inside, activations are not kept but computed again in the backward pass: less memory, more time."""
-    if on:
-        network.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if on:
-            network.disable_gradient_checkpointing()
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C lets the step end and the state be saved; the second acts at once."""
-    stop = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    ignored = before == signal.SIG_IGN  # nohup and background jobs: Ctrl-C is not for this process
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.prompts import without
 from shared.recipe import Recipe
+from shared.train.checks import check_needs, own_needs
 from shared.train.data import Data
 from shared.train.loop import Update, generator
 from shared.trainable import Woken
@@ -31,9 +34,11 @@ class Tune:
         woken: Sequence[Woken],
         others: Mapping[str, float] | None = None,
         starts: Mapping[str, Sequence[Tensor]] | None = None,
+        here: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`others`: concepts that were loaded before and stay on, name -> strength. `starts`: what the parameters of each
-        concept's name were before training (default: what they are)."""
+        concept's name were before training (default: what they are). `here`: inside it, the text encoders are where they
+        can be used. ValueError when a part needs what nothing can give it."""
         self.backbone, self.recipe = backbone, recipe
         self.class_nouns, self.others = dict(class_nouns), dict(others or {})
         words = {name: backbone.namings[name].words for name in class_nouns}
@@ -41,15 +46,27 @@ class Tune:
         self.data = Data(examples, recipe, backbone, words, class_nouns)
         varies = any(n.varies_with for n in backbone.namings.values())
         self.text_frozen = recipe.train.cache and not varies and not any(w.touches_text for w in woken)
+        self._here = here
         self._text: dict[str, Conditioning] = {}
+        self._base_text: dict[str, Conditioning] = {}  # by the model without the concepts in training: it never changes
         self._starts = starts or {
             n: [p.detach().clone() for p in backbone.namings[n].parameters()] for n in class_nouns
         }
-        anchored = [k for k, r in recipe.regularize.items() if "token_drift" in r.needs]
+        parts = {f"regularize.{k}": r for k, r in recipe.regularize.items()}
+        self.needs = check_needs(parts, self.serves)
+        anchored = [place for place, part in parts.items() if "token_drift" in own_needs(part)]
         if anchored and not any(self._starts.values()):
-            raise ValueError(
-                f"regularize.{anchored[0]} keeps learned tokens near their start, but the modifier learns none"
-            )
+            raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
+
+    @property
+    def serves(self) -> Mapping[str, Callable[[Step], Tensor]]:
+        """What a penalty may declare as a need, and what computes it."""
+        return {
+            "row_loss": self._row_loss,  # [B], the objective of each row
+            "class_prediction": self._class_prediction,  # [I, C, h, w], of instance rows told the class noun
+            "base_class_prediction": self._base_class_prediction,  # the same, without the concepts in training
+            "token_drift": self._token_drift,  # [n], squared distances of token rows from their start
+        }
 
     def updates(self, step: int, micro: int) -> Iterator[Update]:
         """One loss per micro-batch: the objective on instance rows, plus every penalty."""
@@ -59,7 +76,7 @@ class Tune:
         instance = batch.rows("instance").to(rows.device)
         parts: dict[str, Tensor] = {"denoising": rows[instance].mean()}
         for name, penalty in self.recipe.regularize.items():
-            parts[name] = penalty(state)
+            parts[name] = penalty(_for(penalty, state))
         loss = torch.stack(list(parts.values())).sum()
         yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
 
@@ -73,53 +90,62 @@ class Tune:
         prediction = backbone.predict(x_t.to(backbone.dtype), t, conditioning)
         target = backbone.target(batch.latents, noise, t)
         state = Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
-        return Step(**{**vars(state), "lazy": self._lazy(state)})
+        return replace(state, lazy=self._lazy(state))
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
         """The captions' conditioning; from the cache when nothing in training changes it."""
         if not self.text_frozen:
             return self.backbone.encode(list(captions), t)
+        return self._kept(captions, self._text)
+
+    def _kept(self, captions: Sequence[str], kept: dict[str, Conditioning]) -> Conditioning:
+        """Each caption encoded once, as the model is now."""
         for caption in captions:
-            if caption not in self._text:
-                with torch.no_grad():
-                    self._text[caption] = self.backbone.encode([caption])
-        return Conditioning.cat([self._text[c] for c in captions])
+            if caption not in kept:
+                with torch.no_grad(), self._here():
+                    kept[caption] = self.backbone.encode([caption])
+        return Conditioning.cat([kept[c] for c in captions])
 
     def _lazy(self, state: Step) -> Mapping[str, Callable[[], Tensor]]:
-        """What penalties may need; computed at most once, and only when asked for."""
-        backbone, batch = self.backbone, state.batch
+        """What this task and the parts declare; computed at most once, and only when asked for."""
+        wanted = {"row_loss", *self.needs}
+        return {name: cache(partial(serve, state)) for name, serve in self.serves.items() if name in wanted}
+
+    def _row_loss(self, state: Step) -> Tensor:
+        objective = self.recipe.objective
+        weight = objective.weight(state.batch.mask, state.batch.valid)
+        rows = objective.rows(state.prediction, state.target, weight)
+        return rows * objective.time_weight(self.backbone, state.t)
+
+    def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
+        """Noisy latents, times and class prompts of the instance rows."""
+        batch = state.batch
         instance = batch.rows("instance").to(state.x_t.device)
+        captions = [c for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"]
+        return (
+            state.x_t[instance].to(self.backbone.dtype),
+            state.t[instance],
+            [self._class_prompt(c) for c in captions],
+        )
 
-        def row_loss() -> Tensor:
-            objective = self.recipe.objective
-            weight = objective.weight(batch.mask, batch.valid)
-            return objective.rows(state.prediction, state.target, weight) * objective.time_weight(backbone, state.t)
+    def _class_prediction(self, state: Step) -> Tensor:
+        x_t, t, prompts = self._class_step(state)
+        return self.backbone.predict(x_t, t, self.encode(prompts, t))
 
-        def class_step() -> tuple[Tensor, Tensor, list[str]]:
-            prompts = [
-                self._class_prompt(c) for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"
-            ]
-            return state.x_t[instance].to(backbone.dtype), state.t[instance], prompts
+    def _base_class_prediction(self, state: Step) -> Tensor:
+        x_t, t, prompts = self._class_step(state)
+        with torch.no_grad(), self.backbone.active(self.others):
+            if self.recipe.train.cache and not self.backbone.varies_with(prompts):
+                return self.backbone.predict(x_t, t, self._kept(prompts, self._base_text))
+            return self.backbone.predict(x_t, t, self.backbone.encode(prompts, t))
 
-        def class_prediction() -> Tensor:
-            x_t, t, prompts = class_step()
-            return backbone.predict(x_t, t, self.encode(prompts, t))
-
-        def base_class_prediction() -> Tensor:
-            x_t, t, prompts = class_step()
-            with torch.no_grad(), backbone.active(self.others):
-                return backbone.predict(x_t, t, backbone.encode(prompts, t))
-
-        def token_drift() -> Tensor:
-            pairs = [
-                (now, start)
-                for name in self.class_nouns
-                for now, start in zip(backbone.namings[name].parameters(), self._starts[name], strict=True)
-            ]
-            return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
-
-        every = (row_loss, class_prediction, base_class_prediction, token_drift)
-        return {f.__name__: cache(f) for f in every}
+    def _token_drift(self, state: Step) -> Tensor:
+        pairs = [
+            (now, start)
+            for name in self.class_nouns
+            for now, start in zip(self.backbone.namings[name].parameters(), self._starts[name], strict=True)
+        ]
+        return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
 
     def _class_prompt(self, caption: str) -> str:
         """The caption as the base model would be asked: the concept's words replaced by its class noun."""
@@ -127,3 +153,9 @@ class Tune:
             if words:
                 caption = caption.replace(words, f"<{name}>")
         return without(caption, self.class_nouns)
+
+
+def _for(part: object, state: Step) -> Step:
+    """The step as one part sees it: with the needs that it declared, and no others."""
+    own = own_needs(part)
+    return replace(state, lazy={name: serve for name, serve in state.lazy.items() if name in own})

@@ -41,7 +41,9 @@ class Painter:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
         self.side = side
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int) -> torch.Tensor:
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+    ) -> torch.Tensor:
         self.calls.append((list(prompts), list(seeds), guidance, steps))
         draw = [torch.rand(3, self.side, self.side, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(draw) * 2 - 1
@@ -161,7 +163,7 @@ def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
     second = part.examples(context(tmp_path))  # no generator any more: the cache serves
     assert painter.made == 5
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
-    made = painter(["x"], painter.calls[0][1][:1], guidance=1, steps=1)[0]
+    made = painter(["x"], painter.calls[0][1][:1], guidance=1, steps=1, resolution=32)[0]
     assert float((first[0].pixels - made).abs().max()) <= 1 / 255
     meta = read_metadata(first[0].source)
     assert meta["prompt"] == "a photo of a mug" and meta["seed"] == str(painter.calls[0][1][0])

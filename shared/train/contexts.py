@@ -1,0 +1,81 @@
+"""What holds while a phase runs: recomputed activations, Ctrl-C that waits for the step, networks that wait elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def recomputed(network: Any, on: bool) -> Iterator[None]:
+    """Inside, activations are not kept but computed again in the backward pass: less memory, more time."""
+    if on:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            network.disable_gradient_checkpointing()
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """The first Ctrl-C lets the step end and the state be saved; the second acts at once."""
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    ignored = before == signal.SIG_IGN  # nohup and background jobs: Ctrl-C is not for this process
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Parked:
+    """Networks of a GPU that wait in main memory while nobody needs them; elsewhere (`on` is False) nothing moves."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, on: bool | None = None) -> None:
+        self.networks, self.device = dict(networks), device
+        self.on = device.type == "cuda" if on is None else on
+        self._away: set[str] = set()
+
+    def away(self, *names: str) -> None:
+        """Park these networks, by name."""
+        if self.on and names:
+            self._move(names, torch.device("cpu"))
+            self._away |= set(names)
+
+    def back(self) -> None:
+        """All of them are on the device again."""
+        self._move(sorted(self._away), self.device)
+        self._away = set()
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Inside, all of them are on the device."""
+        parked = sorted(self._away)
+        self.back()
+        try:
+            yield
+        finally:
+            self.away(*parked)
+
+    def _move(self, names: Any, device: torch.device) -> None:
+        for name in names:
+            self.networks[name].to(device)
+        if names and self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,68 @@
+"""What a run costs: seconds by what they were spent on, and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Seconds by kind of work. Inside `on("a")`, `on("b")` stops the first and starts the second; None counts nothing."""
+
+    def __init__(self, spent: Mapping[str, float] | None = None) -> None:
+        self._spent = dict(spent or {})
+        self._what: str | None = None
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def on(self, what: str | None) -> Iterator[None]:
+        outer = self._what
+        self._turn(what)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+
+    def _turn(self, what: str | None) -> None:
+        now = time.perf_counter()
+        if self._what is not None:
+            self._spent[self._what] = self._spent.get(self._what, 0.0) + now - self._since
+        self._what, self._since = what, now
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by kind, up to now."""
+        self._turn(self._what)
+        return dict(self._spent)
+
+
+def watch_memory(device: torch.device) -> None:
+    """Start a new measurement of the peak, where the device can: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """The most bytes in use so far, and of what: ("gpu": tensors, since `watch_memory`; "process": all of it)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "gpu"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+
+
+def summary(clock: Clock, device: torch.device, before: int = 0) -> dict[str, float | int | str]:
+    """For a concept's metrics: seconds of optimisation (`training_seconds`), of reading and making the pictures to learn
+    from, and of validation; and the most memory in bytes, where `before` is that of the run before an interruption."""
+    spent, (peak, of) = clock.spent, peak_memory(device)
+    return {
+        "training_seconds": round(spent.get("optimisation", 0.0), 3),
+        "class_pictures_seconds": round(spent.get("class_pictures", 0.0), 3),
+        "validation_seconds": round(spent.get("validation", 0.0), 3),
+        "training_peak_memory": max(before, peak),
+        "training_peak_memory_of": of,
+    }

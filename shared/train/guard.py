@@ -1,0 +1,50 @@
+"""The state before the last update, so that a loss that is no number costs one step and not the run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shared.train.optim import Optimizers
+
+_MOST = 2**26  # numbers in training; more than that are not copied, the last checkpoint stays
+_WILD = 1000.0  # a loss so many times the lowest one is no longer called good
+
+
+class LastGood:
+    """A copy of the parameters and moments that gave the last good loss: those that the update after it started from.
+
+    The parameters at the time when a loss is no number are the ones that produced it, and nothing to go on from.
+    """
+
+    def __init__(self, optimizers: Optimizers) -> None:
+        self.optimizers = optimizers
+        self.step: int | None = None  # steps done in the state that is kept; None: none is
+        self.small = sum(p.numel() for p in optimizers.parameters()) <= _MOST
+        self._lowest = math.inf
+        self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    @torch.no_grad()
+    def keep(self, step: int, loss: float) -> None:
+        """Called before an update, with the number of steps done and the loss of the parameters as they are."""
+        if not self.small or (self._lowest > 0 and loss > _WILD * self._lowest):
+            return
+        self._lowest = min(self._lowest, loss)
+        self.step = step
+        self._kept = [
+            (p.detach().clone(), {k: v.clone() for k, v in state.items()}) for p, state in self.optimizers.states()
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> int | None:
+        """The parameters and moments as they were kept; the number of steps done there, None where nothing was kept."""
+        if self.step is None:
+            return None
+        for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):
+            parameter.copy_(values)
+            state.clear()
+            state.update(moments)
+        self.optimizers.zero_grad()
+        return self.step

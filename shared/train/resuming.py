@@ -1,0 +1,113 @@
+"""Whether a run can go on from a checkpoint: the same recipe, and the same things that it depended on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.io.files import sha256
+from shared.types import Subject
+
+_FREE = re.compile(r"(output|name)(\..*)?")
+#: What may also change after a loss that was no number: the cure for it.
+_CURE = re.compile(r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizer(\..*)?|trainable\.[^.]+\.lr)", re.ASCII)
+
+
+def same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False) -> None:
+    """ValueError naming the first key in which a checkpoint's recipe differs; output and name may.
+
+    After a loss that was no number, rates, precision and optimizer may too.
+    """
+    for key, before, now in _differences(old, new):
+        if _FREE.fullmatch(key) or (after_not_finite and _CURE.fullmatch(key)):
+            continue
+        raise ValueError(
+            f"the interrupted run had {key} = {before!r}, this one has {now!r}: "
+            "resume with the same recipe, or start anew with --overwrite"
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key whose values differ, as deep as it goes, and both values."""
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{place}{key}.")
+        elif before != now:
+            yield place + key, before, now
+
+
+def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
+    """What a run depends on besides its recipe, in words -> its hash: the weights, the pictures, the other concepts.
+
+    To be called before the concepts in training are attached.
+    """
+    out = {"the backbone's checkpoint": backbone.checkpoint}
+    for name, subject in subjects.items():
+        for number, path in enumerate(subject.images, 1):
+            what = f"{path.name} of {name!r} (picture {number})"
+            out[f"the picture {what}"] = sha256(path)
+            if path in subject.masks:
+                out[f"the mask of {what}"] = sha256(Path(subject.masks[path]))
+            if path in subject.captions:
+                out[f"the caption of {what}"] = hashlib.sha256(subject.captions[path].encode()).hexdigest()
+    for name in sorted({*backbone.namings, *backbone.adapters}):
+        strength = strengths.get(name, 0.0) if name in backbone.adapters else 1.0
+        out[f"the loaded concept {name!r}"] = f"{concept_hash(backbone, name)} at strength {strength:g}"
+    return out
+
+
+def same_dependencies(old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """ValueError naming the first thing that a run depended on and that is another one now."""
+    for what in [*new, *(k for k in old if k not in new)]:
+        before, now = old.get(what), new.get(what)
+        if before != now:
+            raise ValueError(
+                f"{what} {_said(before, now)} since the run was interrupted: resume with what it was begun with, "
+                "or start anew with --overwrite"
+            )
+
+
+def _said(before: str | None, now: str | None) -> str:
+    if before is None:
+        return "has been added"
+    if now is None:
+        return "is missing"
+    return f"has changed ({_short(before)} is now {_short(now)})"
+
+
+def _short(value: str) -> str:
+    head, *rest = value.split(" ", 1)
+    return " ".join([head[:12], *rest])
+
+
+def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
+    """What class pictures depend on besides their settings: the weights, and the concepts that are on."""
+    digest = hashlib.sha256(backbone.checkpoint.encode())
+    on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
+    for name, strength in sorted(on.items()):
+        digest.update(f"{strength!r}{concept_hash(backbone, name)}".encode())
+    return digest.hexdigest() if on else backbone.checkpoint
+
+
+def concept_hash(backbone: Backbone, name: str) -> str:
+    """sha256 over the words and tensors attached under a name."""
+    digest = hashlib.sha256()
+    naming = backbone.namings.get(name)
+    if naming is not None:
+        digest.update(naming.words.encode())
+        _add(digest, naming.state_dict())
+    for adapter in backbone.adapters.get(name, []):
+        _add(digest, adapter.state_dict())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())

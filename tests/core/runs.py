@@ -1,0 +1,67 @@
+"""Runs on tiny backbones, for the tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared.io.subjects import read_subject
+from shared.recipe import Recipe
+from shared.recipes import load
+from shared.sampling.sampler import sample
+from shared.train.learned import gather
+from shared.train.session import Session
+
+SMALL = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32")
+CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=3")
+
+
+def paint(folder: Path) -> Path:
+    """Three pictures of 32×32 with masks; `../other` has three of something else."""
+    (folder / "masks").mkdir()
+    other = folder.parent / "other"
+    other.mkdir()
+    area = Image.new("L", (32, 32))
+    area.paste(255, (8, 4, 24, 28))
+    for i in range(3):
+        noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(i))
+        picture = Image.fromarray((noise * 255).byte().numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i}.png")
+        picture.rotate(90).save(other / f"{i}.png")
+        area.save(folder / "masks" / f"{i}.png")
+    return folder
+
+
+def small(name: str, *settings: str) -> Recipe:
+    return load(name, [*SMALL, *(CLASS if name == "dreambooth_lora" else ()), *settings])
+
+
+def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> Session:
+    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+        return sample(
+            backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
+        )
+
+    subjects = {"mug": read_subject(photos, "mug")}
+    cache = workdir.parent / "cache"
+    given = {"generate": generate, "tensorboard": False, **changes}
+    return Session(backbone, recipe, given.pop("subjects", subjects), workdir, cache, **given)
+
+
+def learned(run: Session) -> dict[str, Tensor]:
+    return gather(run.backbone, run.names, run.run_name)
+
+
+def finish(run: Session, resume: bool = False) -> dict[str, Tensor]:
+    for _ in run.steps(resume):
+        pass
+    return learned(run)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())

@@ -1,0 +1,285 @@
+"""After a loss that is no number, and after a stop: what is kept, what may change, and what must be the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.io.subjects import read_subject
+from shared.modifiers import LearnableToken
+from shared.train import checkpoint
+from shared.train.guard import LastGood
+from shared.train.loop import NotFinite, Update
+from shared.train.optim import Optimizers
+from shared.train.resuming import same_recipe
+from shared.train.tune import Tune
+from shared.trainable import Lora
+from tests.core.runs import finish, learned, paint, same, session, small
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def tiny(make_tiny_sd):
+    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
+    """From here on the loss of this step (counted from 0) is no number."""
+    before = Tune.updates
+
+    def updates(self, index, micro):
+        for update in before(self, index, micro):
+            yield Update(update.loss * value, parts=update.parts) if index == step else update
+
+    monkeypatch.setattr(Tune, "updates", updates)
+
+
+# --- the last good state -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 200])
+def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos, tmp_path, monkeypatch, every):
+    """The parameters after step 3 gave the bad loss: those after step 2 are kept, whatever was saved meanwhile."""
+    recipe = small("textual_inversion", "train.steps=6", f"train.checkpoint_every={every}")
+    whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
+    states = []
+    with monkeypatch.context() as patch:
+        broken_at(patch, 3)
+        run = session(tiny(), recipe, photos, tmp_path / "run")
+        with pytest.raises(
+            NotFinite, match=r"the loss of step 4 is nan \(phase tune\); the state of step 2, before .* --resume"
+        ):
+            for _ in run.steps():
+                states.append(learned(run))
+    found = checkpoint.load(tmp_path / "run")
+    assert found is not None and len(states) == 3 and found.step == 2
+    assert same(dict(found.learned), states[1]) and same(learned(run), states[1])
+    assert found.optimizer["main.0.step"] == 2
+    assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), "moments and all"
+
+
+def test_a_run_goes_on_with_a_lower_rate(tiny, photos, tmp_path):
+    """The first update was far too large: what follows is a run that never made it."""
+    lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
+    with pytest.raises(NotFinite, match="the state of step 0"):
+        finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1e30"), photos, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"had train\.steps = 2, this one has 5"):
+        finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
+    short = small("textual_inversion", "trainable.tokens.lr=0.005")
+    resumed = finish(session(tiny(), short, photos, tmp_path / "run"), resume=True)
+    assert same(resumed, finish(session(tiny(), short, photos, tmp_path / "fresh")))
+    with pytest.raises(ValueError, match=r"had trainable\.tokens\.lr = 0\.005, this one has 1\.0"):
+        finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1"), photos, tmp_path / "run"), True)
+
+
+def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny, photos, tmp_path, monkeypatch):
+    recipe = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2")
+    steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
+    next(steps), next(steps)
+    steps.close()
+    before = checkpoint.load(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        broken_at(patch, 2)
+        with pytest.raises(NotFinite, match="the state of step 2"):
+            finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
+    found = checkpoint.load(tmp_path / "run")
+    assert before is not None and found is not None and found.step == 2 and found.info["not_finite"]
+    assert same(dict(found.learned), dict(before.learned))
+    lower = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2", "train.optimizer.eps=1e-6")
+    finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
+
+
+def test_what_may_change_after_a_loss_that_was_no_number():
+    old = {
+        "train": {"steps": 5, "mixed_precision": "fp16", "optimizer": {"eps": 1e-8, "betas": [0.9, 0.99]}},
+        "trainable": {"lora": {"kind": "lora", "lr": 1.0, "rank": 4}},
+        "phases": {"a": {"trainable": {"lora": {"lr": 1.0}}, "train": {"optimizer": {"warmup": 3}}}},
+    }
+
+    def changed(*path: Any) -> dict:
+        new = json.loads(json.dumps(old))
+        *parents, last, value = path
+        node = new
+        for key in parents:
+            node = node[key]
+        node[last] = value
+        return new
+
+    for path in (
+        ("train", "mixed_precision", "no"),
+        ("train", "optimizer", "betas", [0.5, 0.9]),
+        ("trainable", "lora", "lr", 0.1),
+        ("phases", "a", "trainable", "lora", "lr", 0.1),
+        ("phases", "a", "train", "optimizer", "warmup", 9),
+    ):
+        same_recipe(old, changed(*path), after_not_finite=True)
+        with pytest.raises(ValueError, match=r"resume with the same recipe, or start anew with --overwrite"):
+            same_recipe(old, changed(*path))
+    for path in (("train", "steps", 6), ("trainable", "lora", "rank", 8), ("trainable", "lora", {"kind": "dora"})):
+        with pytest.raises(ValueError, match=rf"had {path[0]}\.{path[1]}"):
+            same_recipe(old, changed(*path), after_not_finite=True)
+
+
+class Standing:
+    """Parameters and moments without a run."""
+
+    def __init__(self, numbers: int = 2) -> None:
+        self.weight = torch.nn.Parameter(torch.zeros(numbers))
+        self.state: dict[str, torch.Tensor] = {}
+
+    def parameters(self):
+        return [self.weight]
+
+    def states(self):
+        yield self.weight, self.state
+
+    def zero_grad(self) -> None:
+        pass
+
+
+def test_a_state_on_its_way_to_no_number_is_not_good():
+    """A loss that has grown a thousandfold is a number still, but nothing to go on from."""
+    model: Any = Standing()
+    good = LastGood(model)
+    for step, (value, loss) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 3.0), (9.0, 1e7), (99.0, 1e20)]):
+        model.weight.data.fill_(value)
+        model.state["exp_avg"] = torch.full((2,), value)
+        good.keep(step, loss)
+    assert good.put_back() == 2
+    assert torch.equal(model.weight, torch.full((2,), 0.3)) and torch.equal(model.state["exp_avg"], model.weight.data)
+    assert LastGood(model).put_back() is None
+
+
+def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
+    monkeypatch.setattr("shared.train.guard._MOST", 3)
+    small_one, large = (LastGood(Standing(n)) for n in (3, 4))  # type: ignore[arg-type]
+    for good in (small_one, large):
+        good.keep(1, 0.5)
+    assert small_one.put_back() == 1 and large.put_back() is None
+
+
+def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.train.guard._MOST", 0)
+    broken_at(monkeypatch, 3)
+    for every, said in ((2, "the state of step 2"), (0, "no good state is left")):
+        recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")
+        with pytest.raises(NotFinite, match=said):
+            finish(session(tiny(), recipe, photos, tmp_path / f"{every}"))
+        found = checkpoint.load(tmp_path / f"{every}")
+        assert (found and (found.step, found.info["not_finite"])) == ((2, True) if every else None)
+
+
+# --- what a run depends on -----------------------------------------------------------------------
+
+
+def cut(run: Any) -> None:
+    """One step, a checkpoint, and the end of it."""
+    steps = run.steps()
+    next(steps)
+    steps.close()
+
+
+RECIPE = ("textual_inversion", "train.steps=2", "train.checkpoint_every=1")
+
+
+def test_going_on_with_other_pictures_is_refused(tiny, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    recipe, workdir = small(*RECIPE), tmp_path / "run"
+
+    def go_on() -> None:
+        finish(session(tiny(), recipe, folder, workdir), resume=True)
+
+    cut(session(tiny(), recipe, folder, workdir))
+    for change, undo, said in (
+        (
+            lambda: shutil.copyfile(photos / "0.png", folder / "1.png"),
+            lambda: shutil.copyfile(photos / "1.png", folder / "1.png"),
+            r"the picture 1\.png of 'mug' .* has changed",
+        ),
+        (
+            lambda: (folder / "2.png").rename(tmp_path / "2.png"),
+            lambda: (tmp_path / "2.png").rename(folder / "2.png"),
+            r"the picture 2\.png of 'mug' .* is missing",
+        ),
+        (
+            lambda: (folder / "0.txt").write_text("a mug"),
+            lambda: (folder / "0.txt").unlink(),
+            r"the caption of 0\.png of 'mug' .* has been added",
+        ),
+        (
+            lambda: shutil.copyfile(photos / "0.png", folder / "masks" / "0.png"),
+            lambda: shutil.copyfile(photos / "masks" / "0.png", folder / "masks" / "0.png"),
+            r"the mask of 0\.png",
+        ),
+    ):
+        change()
+        with pytest.raises(ValueError, match=said):
+            go_on()
+        undo()
+    go_on()
+
+
+def test_going_on_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_path):
+    recipe = small(*RECIPE)
+    cut(session(tiny(), recipe, photos, tmp_path / "run"))
+    other = StableDiffusionBackbone(make_tiny_sd(1), "tiny")
+    with pytest.raises(ValueError, match="the backbone's checkpoint has changed"):
+        finish(session(other, recipe, photos, tmp_path / "run"), resume=True)
+    finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
+
+
+def with_old(backbone: Any, seed: int = 9) -> Any:
+    Lora(rank=2).inject(backbone, "old", "lora", seed=seed)
+    return backbone
+
+
+def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
+    recipe, workdir = small(*RECIPE), tmp_path / "run"
+    cut(session(with_old(tiny()), recipe, photos, workdir, others={"old": 1.0}))
+
+    def go_on(backbone: Any, **changes: Any) -> None:
+        finish(session(backbone, recipe, photos, workdir, **changes), resume=True)
+
+    for backbone, others, said in (
+        (tiny(), {}, "the loaded concept 'old' is missing"),
+        (with_old(tiny()), {"old": 0.5}, "at strength 1 is now .* at strength 0.5"),
+        (with_old(tiny(), seed=1), {"old": 1.0}, "the loaded concept 'old' has changed"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            go_on(backbone, others=others)
+    named = with_old(tiny())
+    LearnableToken().attach(named, "dog", "dog")
+    with pytest.raises(ValueError, match="the loaded concept 'dog' has been added"):
+        go_on(named, others={"old": 1.0})
+    go_on(with_old(tiny()), others={"old": 1.0})
+
+
+def test_two_subjects_whose_pictures_have_the_same_names(tiny, photos, tmp_path):
+    subjects = {"mug": read_subject(photos, "mug"), "rex": read_subject(photos.parent / "other", "dog")}
+    recipe = small("pivotal_tuning", "train.steps=2", "train.checkpoint_every=1")
+    cut(session(tiny(), recipe, photos, tmp_path / "run", subjects=subjects))
+    turned = {"mug": subjects["mug"], "rex": read_subject(photos, "dog")}
+    with pytest.raises(ValueError, match=r"the picture 0\.png of 'rex'"):
+        finish(session(tiny(), recipe, photos, tmp_path / "run", subjects=turned), resume=True)
+
+
+def test_clearing_leaves_what_is_not_of_a_run(tmp_path):
+    checkpoint.save(tmp_path, checkpoint.State(0, 1))
+    (tmp_path / "samples").mkdir()
+    for name in ("log.jsonl", "mine.txt"):
+        (tmp_path / name).write_text("x")
+    checkpoint.clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert Optimizers is not None
