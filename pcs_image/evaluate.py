@@ -6,9 +6,8 @@ Nothing here knows a model: `generate` and `base_generate` are functions `(promp
 
 from __future__ import annotations
 
+import csv
 import io
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from shared.metrics.encoders import Instruments, to_pil
 from shared.metrics.report import PICTURES, Costs, Instrument, Kind, PictureRow, Report
 from shared.metrics.scorer import SUBJECT, Measured, Scorer
 from shared.metrics.scores import drift
+from shared.train.costs import peak_memory
 
 Generate = Callable[[list[str], list[int]], Tensor]
 SMALL_GALLERY = 8
@@ -100,8 +100,27 @@ def evaluate(
         thumbs={**references, **thumbs, **base_thumbs, **drift_thumbs},
     )
     if out is not None:
-        report.save(out, overwrite)
+        tables = {
+            "scores.csv": scores_csv(report).encode()
+        }  # a file of the folder like the pictures: whole or not at all
+        report.model_copy(update={"thumbs": {**report.thumbs, **tables}}).save(out, overwrite)
     return report
+
+
+def scores_csv(report: Report) -> str:
+    """The headline scores, one a row, and what the concept cost; empty where something was not measured."""
+    out = io.StringIO()
+    columns = ("key", "title", "value", "low", "high", "unit", "better", "base", "chance")
+    writer: Any = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: v for k, v in s.model_dump().items() if k in columns and v is not None} for s in report.scores)
+    costs = report.costs.model_dump(exclude={"peak_memory_of"})
+    units = {"seconds": "seconds", "memory": "bytes", "bytes": "bytes"}
+    for key, value in costs.items():
+        unit = next(u for word, u in units.items() if word in key)
+        row = {"key": key, "title": key.replace("_", " "), "value": value, "unit": unit, "better": "lower"}
+        writer.writerow({k: v for k, v in row.items() if v is not None})
+    return out.getvalue()
 
 
 @dataclass
@@ -224,11 +243,8 @@ def _about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, An
 
 
 def _costs(case: Case, seconds: float, base_seconds: float) -> Costs:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        peak, of = torch.cuda.max_memory_allocated(), "gpu"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+    gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    peak, of = peak_memory(torch.device("cuda" if gpu else "cpu"))
     size = None
     if case.concept is not None and case.concept.exists():
         files = [case.concept] if case.concept.is_file() else [p for p in case.concept.rglob("*") if p.is_file()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,27 @@ from torch import Tensor
 
 from pcs_image.evaluate import Case, evaluate
 from pcs_image.prompts import load_prompts
-from pcs_image.runner import Runner
+from pcs_image.runner import Loaded, Runner
 from pcs_image.tasks import Plan, references
 from shared.backbones import Backbone
 from shared.concept import Concept
+from shared.config import unknown
 from shared.io.files import sha256
 from shared.io.subjects import read_subject
 from shared.metrics.encoders import load_instruments
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
 from shared.recipes import expand_phases
+from shared.sampling.sampler import DECODE_PIXELS, decoded, rows_at_once
 from shared.toybox import album
 from shared.types import Subject
+
+
+def check_folders(clip: Path | None, dino: Path | None) -> None:
+    """ValueError when a folder to score with is given and is not there."""
+    for option, folder in (("--clip", clip), ("--dino", dino)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{option} {folder}: there is no such folder")
 
 
 def training_scorers(
@@ -34,9 +44,22 @@ def training_scorers(
     They know the references only, never the look-alikes that the finished concept is told from: what chooses the best
     checkpoint must not be what it is judged by.
     """
+    check_folders(clip, dino)
     toybox = backbone.name == "toybox"
-    validates = any(p.train.validation.every for _, p in expand_phases(planned.recipe))
-    if not validates or not (toybox or clip or dino):
+    if not any(p.train.validation.every for _, p in expand_phases(planned.recipe)):
+        if clip or dino:
+            warnings.warn(
+                "--clip and --dino score the pictures made while training, and none are made: "
+                "set train.validation.every=100, for example",
+                stacklevel=2,
+            )
+        return None
+    if not (toybox or clip or dino):
+        warnings.warn(
+            "pictures are made while training (train.validation.every), but nothing can score them, so the last state "
+            "is kept, not the best: give --clip FOLDER or --dino FOLDER",
+            stacklevel=2,
+        )
         return None
     instruments = load_instruments(clip, dino, toybox, str(backbone.device))
     out = {}
@@ -61,35 +84,78 @@ def _expectations(planned: Plan, class_noun: str) -> dict[str, Mapping[str, str]
     return {p: known[p] for p in said if p in known}
 
 
-def evaluate_concept(
+def evaluate_concept(runner: Runner, path: Path, prompts: str, out: Path, **settings: Any) -> Report:
+    """Evaluate the one concept loaded in `runner`; its folder is `path`. Writes the report to `out`.
+
+    `settings` are those of `evaluate_loaded`, which see for what is raised.
+    """
+    return evaluate_loaded(runner, next(iter(runner.loaded)), prompts, path=path, out=out, **settings)
+
+
+def evaluate_loaded(
     runner: Runner,
-    path: Path,
-    prompts: str,
-    out: Path,
+    name: str,
+    prompts: str = "",
     *,
+    path: Path | None = None,
+    out: Path | None = None,
     references: Path | None = None,
     gallery: Path | None = None,
     seeds: Sequence[int] = (0, 1),
     limit: int | None = None,
     clip: Path | None = None,
     dino: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Evaluate the one concept loaded in `runner`; its folder is `path`. Writes the report to `out`.
+    """Evaluate the concept `name` of those loaded in `runner`; with `out`, the report is written there.
 
-    Raises ValueError when the references are not to be found, or nothing is there to measure with.
+    Args:
+        prompts: a prompt set or a file; "" is the backbone's own set
+        path: the concept's folder, for its size and for the references beside it; default where it was read from
+        references: a folder; default the pictures it was learned from
+        gallery: a folder of folders with pictures of other things of the class
+        limit: only the first prompts of the set
+        steps, guidance, scheduler: default those of the concept's recipe
+
+    Raises:
+        ValueError: the concept is not loaded, its references are not to be found, or nothing is there to measure with
     """
-    (name, loaded) = next(iter(runner.loaded.items()))
-    concept = loaded.concept
+    if name not in runner.loaded:
+        raise ValueError(f"there is no concept {unknown(name, list(runner.loaded), 'concept')}")
+    check_folders(clip, dino)
+    loaded = runner.loaded[name]
     toybox = runner.backbone.name == "toybox"
-    subject = find_references(concept, path, references)
+    sampling = loaded.concept.meta.recipe.get("sampling", {})
+    asked = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
+    settings = {k: sampling.get(k) if v is None else v for k, v in asked.items()}
+    chosen = load_prompts(prompts or ("toybox" if toybox else "dreambench"), loaded.concept.meta.class_noun)
+    return evaluate(
+        lambda texts, numbers: runner.generate(texts, numbers, must_name=False, **settings),
+        lambda texts, numbers: runner.generate(texts, numbers, base=True, **settings),
+        _case(runner, loaded, path or loaded.concept.path, references, gallery),
+        chosen.first(limit),
+        seeds=list(seeds),
+        instruments=load_instruments(clip, dino, toybox, str(runner.backbone.device)),
+        out=out,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _case(runner: Runner, loaded: Loaded, path: Path | None, folder: Path | None, gallery: Path | None) -> Case:
+    concept = loaded.concept
+    subject = loaded.subject if folder is None else None
+    subject = subject or find_references(concept, path, folder)
     known = album.shown_in(subject.images)
     side = runner.backbone.resolution
-    case = Case(
-        name=name,
+    return Case(
+        name=concept.meta.name,
         class_noun=concept.meta.class_noun,
-        references=_pixels(subject, side),
+        references=references(subject, side),
         gallery=_gallery(gallery, side) if gallery else album.gallery(known) if known else None,
         fresh=album.fresh(known) if known else None,
         through=lambda pixels: _round_trip(runner.backbone, pixels),
@@ -99,37 +165,26 @@ def evaluate_concept(
         training_seconds=concept.meta.metrics.get("training_seconds"),
         metadata=json.loads(concept.meta.model_dump_json(exclude={"recipe"})),
     )
-    sampling = concept.meta.recipe.get("sampling", {})
-    settings = {k: sampling.get(k) for k in ("steps", "guidance", "scheduler")}
-    chosen = load_prompts(prompts or ("toybox" if toybox else "dreambench"), concept.meta.class_noun).first(limit)
-    return evaluate(
-        lambda texts, numbers: runner.generate(texts, numbers, must_name=False, **settings),
-        lambda texts, numbers: runner.generate(texts, numbers, base=True, **settings),
-        case,
-        chosen,
-        seeds=list(seeds),
-        instruments=load_instruments(clip, dino, toybox, str(runner.backbone.device)),
-        out=out,
-        overwrite=overwrite,
-        progress=progress,
-    )
 
 
 @torch.no_grad()
 def _round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] as the model's autoencoder gives them back."""
-    parts = [backbone.decode(backbone.latent_moments(p.to(backbone.device))[0]) for p in pixels.split(4)]
-    return torch.cat(parts).float().clamp(-1, 1).cpu()
+    size = pixels.shape[-2] * pixels.shape[-1]
+    latents = [
+        backbone.latent_moments(p.to(backbone.device))[0] for p in pixels.split(rows_at_once(size, DECODE_PIXELS))
+    ]
+    return decoded(backbone, torch.cat(latents), size).cpu()
 
 
-def find_references(concept: Concept, path: Path, folder: Path | None) -> Subject:
-    """The pictures the concept was learned from: in `folder`, or in the folder of that name beside the concept.
+def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
+    """The pictures the concept was learned from: in `folder`, or in the folder of that name beside the concept (`path`).
 
     Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
     """
     settings: Any = concept.meta.recipe.get("subject") or concept.meta.recipe.get("subjects", {}).get(concept.meta.name)
     said = (settings or {}).get("images")
-    beside = path.resolve().parent / Path(said).name if isinstance(said, str) else None
+    beside = path.resolve().parent / Path(said).name if path and isinstance(said, str) else None
     source = folder or beside
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
@@ -139,10 +194,6 @@ def find_references(concept: Concept, path: Path, folder: Path | None) -> Subjec
     if folder is None and len(known) < len(subject.images):
         raise ValueError(f"{source} holds other pictures than the concept was learned from: give --references FOLDER")
     return subject
-
-
-def _pixels(subject: Subject, side: int) -> Tensor:
-    return references(subject, side)
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pcs_image.runner import Runner, metadata
 from shared.backbones import Backbone, load_backbone
 from shared.concept import Concept, read, save
 from shared.config import NAME
-from shared.io.files import atomic_folder, check_output
+from shared.io.files import atomic_folder, atomic_write, check_output
 from shared.io.pictures import fit, picture_size, read_picture
 from shared.io.sheets import contact_sheet, grid, write_picture
 from shared.io.subjects import read_subject
@@ -25,6 +25,7 @@ from shared.recipe import Recipe
 from shared.sources.reading import load
 from shared.train import checkpoint
 from shared.train.loop import Record
+from shared.train.precision import DTYPES, resolve_precision
 from shared.types import Subject
 
 OnStep = Callable[[str, Record, int], None]
@@ -57,11 +58,12 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
             f"a concept cannot be called {wrong!r} (letters, digits, - and _): say name=… or another output"
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
-    begun = checkpoint.load(workdir) is not None
+    anew = overwrite and not resume  # what an earlier run left is cleared away when this one begins
+    begun = not anew and checkpoint.load(workdir) is not None
     for path in outputs.values():
         check_output(path, overwrite or (resume and begun))
     if begun and not resume:
-        raise ValueError(f"{workdir} holds an interrupted run: go on with --resume, or delete the folder to start anew")
+        raise ValueError(f"{workdir} holds an interrupted run: go on with --resume, or start anew with --overwrite")
     if resume and not begun:
         warnings.warn(f"{workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
     subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
@@ -83,20 +85,48 @@ def personalize(
     overwrite: bool = False,
     scorers: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
+    on_pictures: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Path]:
-    """Learn and save; the concept folders by name. The training folder keeps logs and samples, not the checkpoints."""
+    """Learn and save; the concept folders by name. The training folder keeps logs and samples, not the checkpoints.
+
+    With `overwrite`, and without `resume`, what an earlier run left in the training folder is removed first.
+    """
     recipe = planned.recipe
     warn_unseen(runner.backbone, planned.subjects)
+    if overwrite and not resume:
+        checkpoint.clear(planned.workdir)
     concepts = runner.personalize(
-        planned.subjects, recipe, planned.workdir, resume=resume, scorers=scorers, on_step=on_step
+        planned.subjects,
+        recipe,
+        planned.workdir,
+        resume=resume,
+        scorers=scorers,
+        on_step=on_step,
+        on_pictures=on_pictures,
     )
+    saved = {}
     for name, concept in concepts.items():
-        picture = preview(runner, name, planned.subjects[name], concept)
         planned.outputs[name].parent.mkdir(parents=True, exist_ok=True)
-        save(concept, planned.outputs[name], overwrite=overwrite or resume, preview=picture)
+        saved[name] = save(concept, planned.outputs[name], overwrite=overwrite or resume)
+        runner.loaded[name] = replace(runner.loaded[name], concept=saved[name])
     for stale in planned.workdir.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(stale)
+    for name, concept in saved.items():
+        _add_preview(runner, name, planned.subjects[name], concept)
     return dict(planned.outputs)
+
+
+def _add_preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> None:
+    """Put `preview.png` into a concept's folder; the concept is complete without it, should painting it fail."""
+    assert concept.path is not None
+    try:
+        picture = preview(runner, name, subject, concept)
+    except RuntimeError as error:  # out of memory, above all
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"{concept.path} is saved; its preview could not be painted ({why})", stacklevel=2)
+        return
+    with atomic_write(concept.path / "preview.png") as file:
+        picture.save(file, "PNG")
 
 
 def preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> Any:
@@ -151,8 +181,9 @@ def open_runner(
     """A runner with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one the first was learned on."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     source = backbone or (opened[0][0].meta.backbone.name if opened else None)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    runner = Runner(load_backbone(source, device=check_device(device or best_device()), dtype=dtype))
+    where = check_device(device or best_device())
+    dtype = DTYPES[resolve_precision(precision, where) if precision == "auto" else precision]
+    runner = Runner(load_backbone(source, device=where, dtype=dtype))
     for concept, strength in opened:
         runner.load(concept, strength)
     return runner

@@ -24,7 +24,7 @@ def personalize(
         None, help="key=value: subject.images=photos/ subject.class_noun=mug output=my-mug.concept"
     ),
     resume: bool = typer.Option(False, help="go on with an interrupted run"),
-    overwrite: bool = typer.Option(False, help="replace an existing concept"),
+    overwrite: bool = typer.Option(False, help="replace an existing concept, and what an interrupted run left"),
     concept: list[str] = _CONCEPT,
     device: str = _DEVICE,
     clip: Path = _CLIP,
@@ -32,20 +32,22 @@ def personalize(
 ) -> None:
     """Learn a concept from pictures. The concept is a folder; training state and logs go beside it."""
     from pcs_image import tasks
-    from pcs_image.scoring import training_scorers
-    from shared.commands.progress import StepBar
+    from pcs_image.commands.progress import Bar
+    from pcs_image.scoring import check_folders, training_scorers
     from shared.recipes import load
     from shared.train import checkpoint
 
     resolved = load(recipe, settings or [])
     planned = tasks.plan(resolved, overwrite, resume)
+    check_folders(clip, dino)
     runner = tasks.open_runner(resolved.backbone, concept, device, resolved.train.mixed_precision)
     scorers = training_scorers(planned, runner.backbone, clip, dino)
-    with StepBar() as bar:
+    with Bar() as bar:
         try:
             made = tasks.personalize(
-                planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, on_step=bar.step
-            )
+                planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, on_step=bar.step,
+                on_pictures=bar.pictures,
+            )  # fmt: skip
         except KeyboardInterrupt:
             if checkpoint.load(planned.workdir) is not None:
                 print(f"the state is in {planned.workdir}: go on with --resume", file=sys.stderr)
@@ -76,8 +78,10 @@ def generate(
     """Make pictures, with any number of concepts. Each PNG holds all that is needed to make it again."""
     from pcs_image import tasks
     from shared.io.files import check_output
+    from shared.sampling.sampler import check_guidance
 
     check_output(out, overwrite)
+    check_guidance(guidance, "--guidance")
     runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
     paths = tasks.generate(
         runner, prompts, out, num=num, seed=seed, overwrite=overwrite, as_grid=grid, negative=negative,
@@ -91,13 +95,18 @@ def evaluate(
     concept: list[str] = _CONCEPT,
     prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and pictures"),
-    references: Path = typer.Option(None, help="the subject's pictures; default: where they were when it was learned"),
+    references: Path = typer.Option(
+        None, help="the subject's pictures; default: a folder beside the concept, called as when it was learned"
+    ),
     gallery: Path = typer.Option(
         None, help="a folder of folders: other things of the same class, for identity retrieval"
     ),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, help="only the first prompts of the set"),
+    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the concept's recipe"),
+    guidance: float = typer.Option(None, help="classifier-free guidance; default: that of the concept's recipe"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the concept's recipe"),
     clip: Path = _CLIP,
     dino: Path = _DINO,
     backbone: str = typer.Option(None, help="default: what the concept was learned on"),
@@ -107,17 +116,21 @@ def evaluate(
 ) -> None:
     """Measure a concept: subject fidelity, prompt following, drift, copying, diversity, time and memory."""
     from pcs_image import scoring, tasks
-    from shared.commands.progress import Counter
+    from pcs_image.commands.progress import Lines
     from shared.io.files import check_output
+    from shared.sampling.sampler import check_guidance
 
     check_output(out, overwrite)
+    check_guidance(guidance, "--guidance")
+    scoring.check_folders(clip, dino)
     if len(concept) != 1:
         raise ValueError(f"evaluate takes exactly one --concept, got {len(concept)}")
     runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
-    with Counter() as counter:
+    with Lines() as counter:
         report = scoring.evaluate_concept(
             runner, tasks.parse_concept(concept[0])[0], prompts, out, references=references, gallery=gallery,
-            seeds=range(seed, seed + num), limit=limit, clip=clip, dino=dino, overwrite=overwrite, progress=counter,
+            seeds=range(seed, seed + num), limit=limit, clip=clip, dino=dino, steps=steps, guidance=guidance,
+            scheduler=scheduler, overwrite=overwrite, progress=counter,
         )  # fmt: skip
     for score in report.scores:
         print(f"{score.title:28} {scoring.shown(score)}")
