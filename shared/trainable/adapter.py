@@ -95,8 +95,8 @@ class PeftAdapter:
         for layer, scaling in zip(self.layers, self._scaling, strict=True):
             if scaling is None and strength not in (0.0, 1.0):
                 raise ValueError(f"{self.config.peft_type} has no strength between off and on; asked for {strength}")
-            names = [n for n in layer.active_adapters if n != self.peft_name]
-            layer._active_adapter = [*names, self.peft_name] if strength else names
+            on = {n for n in layer.active_adapters if n != self.peft_name} | ({self.peft_name} if strength else set())
+            layer._active_adapter = [n for n in _names(layer) if n in on]  # in this order they are summed
             if scaling is not None and strength:
                 layer.scaling[self.peft_name] = scaling * strength
 
@@ -168,8 +168,9 @@ def _restore(model: nn.Module, wanted: Mapping[int, bool], active: Mapping[Any, 
         parameter.requires_grad_(wanted.get(id(parameter), False))
 
 
-def _names(layer: BaseTunerLayer) -> set[str]:
-    return {n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}}
+def _names(layer: BaseTunerLayer) -> list[str]:
+    """The adapters on a layer in the order of their injection."""
+    return list(dict.fromkeys(n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}))
 
 
 def _holds(layer: BaseTunerLayer, name: str) -> bool:

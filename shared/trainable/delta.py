@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
+
+_count = itertools.count()
 
 
 class DeltaAdapter:
@@ -22,6 +25,7 @@ class DeltaAdapter:
         self.backbone, self.targets = backbone, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
+        self.number = next(_count)  # sums keep the order of injection, so that what was switched off comes back exactly
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
@@ -83,7 +87,7 @@ class DeltaAdapter:
 
 
 class _Stack:
-    """The original of one parameter, and the deltas that act on it now, oldest first. It lives on the parameter."""
+    """The original of one parameter, and the deltas that act on it now. It lives on the parameter."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.original = parameter.detach().clone()
@@ -106,7 +110,7 @@ def _write(parameter: Any, owner: DeltaAdapter, delta: Tensor, strength: float) 
         parameter.data.copy_(original)
         return
     total = original.float()
-    for change, factor in stack.parts.values():
+    for _, (change, factor) in sorted(stack.parts.items(), key=lambda part: part[0].number):
         total = total + factor * change.to(total.device)
     parameter.data.copy_(total)
 

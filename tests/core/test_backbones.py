@@ -17,6 +17,7 @@ from shared.backbones.flux import FluxBackbone, pack, picture_ids, unpack
 from shared.backbones.protocol import Backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.trainable.adapter import PeftAdapter
+from shared.trainable.delta import DeltaAdapter
 from shared.types import ImageTokens
 
 
@@ -231,6 +232,29 @@ def test_what_was_before_comes_back(sd: StableDiffusionBackbone) -> None:
         pass
     with pytest.raises(ValueError, match="nothing named 'z'"):
         sd.remove("z")
+
+
+@pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
+def test_what_comes_back_is_the_same_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
+    """Several adapters meet on one layer: a sum in another order is another number."""
+    for i, name in enumerate("abc"):
+        add_lora(backbone, name, "attention", i)
+    before = predict(backbone)
+    with backbone.active(on):
+        predict(backbone)
+        with backbone.active({"b": 0.5}):
+            predict(backbone)
+    assert torch.equal(predict(backbone), before)
+
+
+def test_changed_weights_come_back_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+    weight = sd.denoiser.get_parameter("conv_in.weight")
+    for name in "abc":
+        DeltaAdapter.inject(sd, name, {"unet.conv_in.weight": torch.randn_like(weight)})
+    before = weight.detach().clone()
+    with sd.active({"b": 1.0}):
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, before)
 
 
 def test_removing_restores_outputs_and_repr(backbone: Any) -> None:
