@@ -33,6 +33,7 @@ FAMILIES: Mapping[str, Callable[[Any, str], Backbone]] = {
     "FluxPipeline": _flux,
 }
 TOYBOX = "toybox"
+_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # of no use here, and slow to load
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,6 +53,8 @@ def load_backbone(
 
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
     path = _toybox_path() if name == TOYBOX else Path(name).expanduser()
+    if name != TOYBOX and path.exists():
+        name = str(path.resolve())  # a concept notes it, and is used from other folders
     options = {"torch_dtype": dtype or torch.float32}
     if path.is_dir():
         backbone = _from_folder(path, name, options)
@@ -91,7 +94,17 @@ def _from_folder(path: Path, name: str, options: Mapping[str, Any]) -> Backbone:
         raise ValueError(
             f"{path} is not a diffusers folder: it has no model_index.json, and holds {inside}. {_families()}"
         )
-    return _wrap(_load(_class_of(index), path, options, name), name)
+    half = {"variant": "fp16"} if _half_only(path) else {}
+    return _wrap(_load(_class_of(index), path, {**options, **half}, name), name)
+
+
+def _half_only(path: Path) -> bool:
+    """Whether some network of a diffusers folder is there only as `….fp16.safetensors`."""
+    folders: dict[Path, list[bool]] = {}
+    for file in path.glob("*/*.safetensors"):
+        if file.parent.name not in _UNUSED:
+            folders.setdefault(file.parent, []).append(re.search(r"\.fp16[.-]", file.name) is not None)
+    return any(all(half) for half in folders.values())
 
 
 def _class_of(index: Path) -> str:
@@ -108,7 +121,7 @@ def _class_of(index: Path) -> str:
 def _load(kind: str, source: str | Path, options: Mapping[str, Any], name: str) -> Any:
     import diffusers
 
-    extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}  # of no use here, and slow to load
+    extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if kind == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
     try:

@@ -39,14 +39,13 @@ def export(
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Write the concept as files of another program, load them back with that program, and compare numerically."""
-    from shared.backbones import load_backbone
     from shared.concept import export as write
-    from shared.concept import read
+    from shared.concept import load_home, read
     from shared.io.files import check_output
 
     check_output(out, overwrite)
     concept = read(path)
-    model = load_backbone(backbone or concept.meta.backbone.name)
+    model = load_home(concept, backbone)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         print(f"{name}: largest difference {check['max_abs_difference']:.2g} (rounding: {check['limit']:.2g})")

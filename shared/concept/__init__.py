@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shared.concept.capturing import capture
     from shared.concept.exporting import export
     from shared.concept.folder import Concept, read, save
+    from shared.concept.home import load_home
     from shared.concept.schema import ConceptMeta
     from shared.concept.show import as_json, describe, lines
 
@@ -19,6 +20,7 @@ _HOME = {
     "export": "exporting",
     **dict.fromkeys(("Concept", "read", "save"), "folder"),
     "ConceptMeta": "schema",
+    "load_home": "home",
     **dict.fromkeys(("as_json", "describe", "lines"), "show"),
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "detach",
     "export",
     "lines",
+    "load_home",
     "read",
     "save",
 ]

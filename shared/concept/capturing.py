@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shared.backbones.load import TOYBOX
 from shared.backbones.protocol import Adapter, Backbone
 from shared.concept.folder import START, Concept, adapter_id
 from shared.concept.schema import BackboneInfo, ConceptMeta, Kind
@@ -123,14 +124,21 @@ def _reference(picture: Path | Mapping[str, str]) -> dict[str, str]:
 
 
 def _portable(value: Any) -> Any:
-    """A recipe without the folders of its author's machine; the backbone's name stays, for it must be found again."""
+    """A recipe without the folders of its author's machine; the backbone's stays, in full, for it must be found again."""
     if isinstance(value, Mapping):
-        return {str(k): v if k == "backbone" else _portable(v) for k, v in value.items()}
+        return {str(k): _found(v) if k == "backbone" else _portable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(v) for v in value]
     if isinstance(value, Path) or (isinstance(value, str) and _ABSOLUTE.match(value)):
         return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1]
     return value
+
+
+def _found(backbone: Any) -> Any:
+    """The whole path of a model that is a folder or file here; anything else (toybox, a hub id) as it is."""
+    if isinstance(backbone, str) and backbone != TOYBOX and Path(backbone).expanduser().exists():
+        return str(Path(backbone).expanduser().resolve())
+    return backbone
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from shared.backbones.protocol import Backbone
 from shared.concept import diffusers_format
 from shared.concept.attaching import attach
 from shared.concept.folder import Concept
+from shared.concept.home import load_home
 from shared.concept.verify import compare
 from shared.config import unknown
 from shared.io.files import atomic_folder, check_output, sha256
@@ -51,9 +52,7 @@ def export(
         raise ValueError(f"an export of {concept.name!r} at strength 0 would hold nothing")
     check_output(path, overwrite)
     if backbone is None:
-        from shared.backbones.load import load_backbone
-
-        backbone = load_backbone(concept.meta.backbone.name)
+        backbone = load_home(concept)
     with atomic_folder(path, overwrite) as folder, _attached(concept, backbone, strength):
         report = {
             "concept": concept.name,

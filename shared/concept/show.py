@@ -95,15 +95,19 @@ def _adapters(concept: Concept) -> list[str]:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    train = recipe.get("train")
-    train = train if isinstance(train, Mapping) else {}
-    facts = [
-        str(recipe.get("method") or ""),
-        f"{train['steps']} steps" if "steps" in train else "",
-        f"batch {train['batch_size']}" if "batch_size" in train else "",
-        f"{len(recipe['phases'])} phases" if recipe.get("phases") else "",
-    ]
-    return ", ".join(f for f in facts if f)
+    train, phases = _map(recipe.get("train")), _map(recipe.get("phases"))
+    steps = f"{train['steps']} steps" if "steps" in train else ""
+    if phases:  # each has its own, or the recipe's
+        each = (
+            (name, _map(_map(phase).get("train")).get("steps", train.get("steps"))) for name, phase in phases.items()
+        )
+        steps = " then ".join(f"{name} {n} steps" if n is not None else str(name) for name, n in each)
+    batch = f"batch {train['batch_size']}" if "batch_size" in train else ""
+    return ", ".join(f for f in (str(recipe.get("method") or ""), steps, batch) if f)
+
+
+def _map(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

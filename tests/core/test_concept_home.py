@@ -1,0 +1,81 @@
+"""Where a concept's model is found again, and what `pcs concept show` says of how it was learned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.backbones import load_backbone
+from shared.cli import build, run
+from shared.concept import capture, lines, load_home, read, save
+from shared.modifiers import LearnableToken
+from shared.recipes import dump, load
+
+
+def learned(backbone: Any, **given: Any) -> Any:
+    modifier = LearnableToken()
+    modifier.attach(backbone, "x", "mug")
+    return capture(backbone, "x", class_noun="mug", modifier=modifier, **given)
+
+
+def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
+    tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_sd.save_pretrained(tmp_path / "here" / "sd")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = {"method": "x", "backbone": "./sd"}
+    concept = read(save(learned(load_backbone("./sd"), recipe=recipe), tmp_path / "x.concept").path or "")
+    assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == str((tmp_path / "here" / "sd").resolve())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_home(concept).checkpoint == concept.meta.backbone.checkpoint
+
+
+def test_a_model_that_has_moved_is_asked_for(tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_sd.save_pretrained(tmp_path / "sd")
+    concept = save(learned(load_backbone(tmp_path / "sd")), tmp_path / "x.concept")
+    shutil.move(tmp_path / "sd", tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"the concept 'x' was learned on .*/sd: no model at .*--backbone PATH"):
+        load_home(concept)
+    assert load_home(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
+    arguments = ["concept", "export", str(tmp_path / "x.concept"), "--out", str(tmp_path / "out")]
+    assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
+    assert "the concept 'x' was learned on" in capsys.readouterr().err
+    assert run(build(), [*arguments, "--backbone", str(tmp_path / "moved")]) == 0
+
+
+def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> None:
+    tiny_sd.save_pretrained(tmp_path / "both")
+    tiny_sd.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half" / "unet").glob("diffusion_pytorch_model.safetensors"))
+    half, whole = load_backbone(tmp_path / "half"), load_backbone(tmp_path / "both")
+    assert half.checkpoint == whole.checkpoint and half.dtype == torch.float32
+    shutil.copytree(tmp_path / "both" / "vae", tmp_path / "half" / "vae", dirs_exist_ok=True)
+    assert load_backbone(tmp_path / "half").checkpoint == whole.checkpoint, "where one network has both"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            load("pivotal_tuning", ["train.batch_size=3"]),
+            "pivotal_tuning, pivot 200 steps then tune 250 steps, batch 3",
+        ),
+        (load("textual_inversion", ["train.steps=7"]), "textual_inversion, 7 steps, batch 4"),
+        (
+            {"method": "m", "train": {"steps": 5}, "phases": {"a": {}, "b": {"train": {"steps": 2}}}},
+            "m, a 5 steps then b 2 steps",
+        ),
+        ({"method": "m", "phases": {"a": None}}, "m, a"),
+    ],
+    ids=["phases", "plain", "a phase without its own", "nothing said"],
+)
+def test_steps_are_told_by_phase(new_sd: Callable[..., Any], recipe: Any, said: str) -> None:
+    plain = recipe if isinstance(recipe, dict) else dump(recipe)
+    told = lines(learned(new_sd(), recipe=plain))
+    assert next(line for line in told if line.startswith("recipe")).removeprefix("recipe").strip() == said
