@@ -6,6 +6,7 @@ Command modules import only the CLI library at the top; everything heavy is impo
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
@@ -14,7 +15,7 @@ from typing import Any
 import typer
 
 GROUP = "pcs.commands"
-_STOPPED = 130  # the exit code after Ctrl-C
+_STOPPED, _TERMINATED = 130, 143  # the exit codes after Ctrl-C and after SIGTERM
 
 
 def build() -> typer.Typer:
@@ -40,7 +41,10 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C."""
+    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Both signals end a command in the same way: what is half-written is removed, a training saves its state.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -48,7 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(run(build(), arguments))
+    terminated = _heed_sigterm()
+    code = run(build(), arguments)
+    sys.exit(_TERMINATED if terminated and code == _STOPPED else code)
+
+
+def _heed_sigterm() -> list[int]:
+    """SIGTERM acts as Ctrl-C does from here on; the list that is returned is empty until it comes."""
+    came: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    return came
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:

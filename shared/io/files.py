@@ -6,10 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,100 +14,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, write_text
+
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "check_file",
+    "check_output",
+    "read_safetensors_header",
+    "safe_load_safetensors",
+    "safe_relative",
+    "sha256",
+    "write_text",
+]
+
 _MAX_HEADER = 32 * 1024 * 1024  # bytes
 _MAX_DIMS = 8
 _ITEM = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2},
     **{"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8},
 }
-
-
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The folder or file to write, as a path. ValueError when it exists and holds something, unless `overwrite`.
-
-    To be called before work starts: it also fails when the place cannot be written. What is overwritten is replaced as
-    a whole, so a folder that holds the working or the home folder is refused in any case.
-    """
-    path = Path(path).expanduser()
-    home, here = Path.home().resolve(), Path.cwd().resolve()
-    if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
-        raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
-    if not overwrite and path.exists():
-        inside = sum(1 for _ in path.iterdir()) if path.is_dir() else 0
-        what = f"holds {inside} file(s)" if path.is_dir() else "is a file"
-        if inside or not path.is_dir():
-            raise ValueError(f"{path} exists already and {what}: choose another output, or overwrite it explicitly")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise ValueError(f"{path} cannot be written: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: no permission in {parent}")
-    return path
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the name at the end, and vanishes on an error.
-
-    With `overwrite`, what was there stays until the new folder is complete. ValueError as `check_output`.
-    """
-    path = check_output(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _take_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _take_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    old = _beside(path)
-    path.rename(old)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path (same ending) to write to; it replaces `path` at the end, and vanishes on an error.
-
-    The folder must exist. `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
-    """
-    path = Path(path)
-    temporary = _beside(path)
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text, whole or not at all; the folder must exist."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-def _beside(path: Path) -> Path:
-    """A free hidden name in the same folder, on the same file system."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.io.owned import MARK
+
 PathLike = str | os.PathLike[str]
 
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -123,7 +125,7 @@ def _folder(folder: Path) -> Listing:
     entries = sorted(folder.iterdir(), key=lambda p: p.name)
     stray: dict[Path, str] = {}
     pictures: list[Path] = []
-    for path in entries:
+    for path in (p for p in entries if p.name != MARK):
         reason = "hidden" if path.name.startswith(".") else _not_a_picture(path)
         if reason:
             stray[path] = reason

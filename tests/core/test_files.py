@@ -7,112 +7,17 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from shared.io.files import (
-    atomic_folder,
-    atomic_write,
-    check_output,
     read_safetensors_header,
     safe_load_safetensors,
     safe_relative,
     sha256,
-    write_text,
 )
-
-
-def test_check_output(tmp_path: Path) -> None:
-    assert check_output(tmp_path / "new/deep") == tmp_path / "new/deep"
-    assert check_output(tmp_path) == tmp_path  # empty
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=rf"{tmp_path} exists already and holds 1 file"):
-        check_output(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.txt exists already and is a file"):
-        check_output(tmp_path / "a.txt")
-    assert check_output(tmp_path, overwrite=True) == tmp_path
-    with pytest.raises(ValueError, match=r"cannot be written: .*a\.txt is a file, not a folder"):
-        check_output(tmp_path / "a.txt/out")
-    with pytest.raises(ValueError, match="'/' cannot be the output"):
-        check_output("/", overwrite=True)
-
-
-def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
-    home, here = tmp_path / "people" / "home", tmp_path / "work" / "here"
-    home.mkdir(parents=True)
-    here.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(here)
-    for path in (home, "~", home.parent, here, ".", "..", "out/.."):
-        with pytest.raises(ValueError, match="cannot be the output"):
-            check_output(path, overwrite=True)
-    assert check_output("out", overwrite=True) == Path("out") and check_output("~/out") == home / "out"
-
-
-def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "sub/my.concept"
-    with atomic_folder(target) as folder:
-        (folder / "a").write_text("1")
-        assert not target.exists()
-    assert (target / "a").read_text() == "1"
-    assert [p.name for p in target.parent.iterdir()] == ["my.concept"]
-    with pytest.raises(ValueError, match=r"my\.concept exists already"), atomic_folder(target):
-        raise AssertionError("must not start")
-
-
-def test_atomic_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
-    for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error), atomic_folder(tmp_path / "x") as folder:
-            (folder / "half").write_text("1")
-            raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "x"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-        raise RuntimeError
-    assert [p.name for p in target.iterdir()] == ["old"]
-    with atomic_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [p.name for p in target.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, rename = tmp_path / "x", Path.rename
-    target.mkdir()
-    (target / "old").write_text("old")
-
-    def fails(self: Path, to: Path) -> Path:
-        if (self / "new").exists():
-            raise OSError("no")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"] and [p.name for p in target.iterdir()] == ["old"]
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    path = write_text(tmp_path / "a.json", "één")
-    assert path.read_text(encoding="utf-8") == "één"
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        assert temporary.suffix == ".json" and temporary.parent == tmp_path
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, as temporary files are
 
 
 def test_sha256(tmp_path: Path) -> None:

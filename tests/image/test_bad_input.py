@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import struct
@@ -13,26 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-
-def tree(root: Path) -> dict[str, int]:
-    return {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*"))}
+from tests.image.refusing import refusing
 
 
 @pytest.fixture
 def refused(pcs, tmp_path) -> Callable[..., str]:
-    """The message on standard error of a command that must fail and leave everything under `tmp_path` as it was."""
-
-    def call(*arguments, code: int = 2) -> str:
-        before = tree(tmp_path)
-        ran = pcs(*arguments)
-        assert ran.code == code, (ran.code, ran.err)
-        assert "Traceback" not in ran.err and ran.err.strip() and ran.out == ""
-        assert tree(tmp_path) == before
-        return ran.err
-
-    return call
+    return refusing(pcs, tmp_path)
 
 
 @pytest.fixture
@@ -247,8 +233,28 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
     assert "is a file, not a folder" in refused(*learn("textual_inversion", f"output={tmp_path / 'file' / 'x'}"))
-    made = pcs(*learn("textual_inversion", f"output={out}", "--overwrite"))
-    assert made.code == 0 and not (out / "mine.txt").exists() and (out / "concept.json").is_file()
+    assert "holds what pcs did not write (mine.txt)" in refused(
+        *learn("textual_inversion", f"output={out}"), "--overwrite"
+    )
+    (out / "mine.txt").unlink()
+    assert pcs(*learn("textual_inversion", f"output={out}")).code == 0
+    before = (out / "concept.json").read_bytes()
+    assert pcs(*learn("textual_inversion", f"output={out}", "seed=1"), "--overwrite").code == 0
+    assert (out / "concept.json").read_bytes() != before
+
+
+def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concepts, painted, tmp_path):
+    own = painted(tmp_path / "mine" / "photos")
+    for out in (own, own.parent):
+        for arguments in (
+            learn("textual_inversion", f"output={out}", images=own),
+            ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", out),
+            ("image", "evaluate", "--concept", concepts["mug"], "--references", own, "--out", out),
+            ("concept", "export", concepts["mug"], "--out", out),
+            ("demo", "--out", out),
+            ("toybox", "subjects", "development-duck", "--out", out),
+        ):
+            assert "which would be deleted with it" in refused(*arguments, "--overwrite")
 
 
 def test_resume_does_not_replace_a_finished_concept(refused, pcs, learn, tmp_path):
@@ -257,113 +263,3 @@ def test_resume_does_not_replace_a_finished_concept(refused, pcs, learn, tmp_pat
     before = (tmp_path / "x.concept" / "concept.json").read_bytes()
     assert "exists already" in refused(*again, "--resume")
     assert (tmp_path / "x.concept" / "concept.json").read_bytes() == before
-
-
-# --- concepts --------------------------------------------------------------------------------
-
-
-def test_no_concept_at_all(refused, tmp_path):
-    generate = ("image", "generate", "a <x>", "--out", tmp_path / "o", "--concept")
-    assert "does not exist: a concept is a folder" in refused(*generate, tmp_path / "x.concept")
-    (tmp_path / "x.concept").mkdir()
-    assert "is not a concept: it has no concept.json" in refused(*generate, tmp_path / "x.concept")
-    assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
-
-
-def test_a_concept_of_another_architecture(refused, concepts, make_tiny_sd_v, make_tiny_flux, tmp_path):
-    make_tiny_sd_v().save_pretrained(tmp_path / "other")
-    make_tiny_flux().save_pretrained(tmp_path / "flux")
-    generate = ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", tmp_path / "o", "--backbone")
-    said = refused(*generate, tmp_path / "other")
-    assert "'mug' was learned on another architecture of the family stable_diffusion" in said
-    assert "layers of other names or shapes" in said
-    said = refused(*generate, tmp_path / "flux")
-    assert "'mug' was learned on stable_diffusion" in said and "this backbone is flux" in said
-
-
-class Evil:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        import os
-
-        return os.system, (f"touch {self.mark}",)
-
-
-def _cut(folder: Path, mark: Path) -> None:
-    file = folder / "adapter.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _changed(folder: Path, mark: Path) -> None:
-    file = folder / "adapter.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-10] ^= 255
-    file.write_bytes(bytes(data))
-
-
-def _lying(folder: Path, mark: Path) -> None:
-    (folder / "adapter.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-
-
-def _pickle_as_tensors(folder: Path, mark: Path) -> None:
-    (folder / "adapter.safetensors").write_bytes(pickle.dumps(Evil(mark)))
-
-
-def _pickle_beside(folder: Path, mark: Path) -> None:
-    (folder / "extra.pt").write_bytes(pickle.dumps(Evil(mark)))
-
-
-def _yaml(folder: Path, mark: Path) -> None:
-    (folder / "recipe.yaml").write_text(f"a: !!python/object/apply:os.system ['touch {mark}']")
-
-
-def _json(folder: Path, mark: Path) -> None:
-    (folder / "concept.json").write_text((folder / "concept.json").read_text()[:200])
-
-
-def _way_out(folder: Path, mark: Path) -> None:
-    meta = json.loads((folder / "concept.json").read_text())
-    meta["files"]["../../secret.safetensors"] = meta["files"].pop("adapter.safetensors")
-    (folder / "concept.json").write_text(json.dumps(meta))
-
-
-def _other_shape(folder: Path, mark: Path) -> None:
-    from shared.io.files import sha256
-
-    save_file({"lora.unet.x": torch.zeros(3)}, folder / "adapter.safetensors")
-    meta = json.loads((folder / "concept.json").read_text())
-    meta["files"]["adapter.safetensors"] = sha256(folder / "adapter.safetensors")
-    (folder / "concept.json").write_text(json.dumps(meta))
-
-
-def _missing(folder: Path, mark: Path) -> None:
-    (folder / "embeddings.safetensors").unlink()
-
-
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (_cut, "adapter.safetensors is damaged"),
-        (_changed, "adapter.safetensors is not the file that concept.json describes"),
-        (_lying, "adapter.safetensors is cut off, or not a safetensors file"),
-        (_pickle_as_tensors, "adapter.safetensors is cut off, or not a safetensors file"),
-        (_pickle_beside, "extra.pt can carry code (.pt)"),
-        (_yaml, "recipe.yaml is YAML with tags"),
-        (_json, "concept.json is damaged: it is not readable JSON"),
-        (_way_out, "../../secret.safetensors"),
-        (_other_shape, "adapter_id does not belong to the tensors"),
-        (_missing, "embeddings.safetensors is missing"),
-    ],
-)
-def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, said):
-    folder, mark = tmp_path / "mug.concept", tmp_path / "mark"
-    shutil.copytree(concepts["mug"], folder)
-    harm(folder, mark)
-    for arguments in (
-        ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o"),
-        ("concept", "show", folder),
-    ):
-        assert said in refused(*arguments)
-    assert not mark.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from shared.io.files import atomic_write
 
 SECONDS_PER_MINUTE = 60.0
 
@@ -116,9 +117,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Any], facts: Mapping[str, 
         # own memory per tensor: safetensors refuses storage that is shared
         flat[json.dumps(key)] = torch.as_tensor(leaf).detach().cpu().contiguous().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(flat, str(partial), metadata={"facts": json.dumps(dict(facts))})
-    os.replace(partial, path)
+    with atomic_write(path) as temporary:
+        save_file(flat, str(temporary), metadata={"facts": json.dumps(dict(facts))})
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -174,8 +174,17 @@ def amp(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """``name`` as a device; the GPU if there is one, else the CPU, where it is None."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """``name`` as a device; the GPU if there is one, else the CPU, where it is None.
+
+    ValueError, with the devices that there are, when this machine has none of that name.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} cannot be used here. There are: {', '.join(there)}.") from None
+    return device
 
 
 def set_threads(threads: int | None) -> None:

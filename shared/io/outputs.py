@@ -1,0 +1,160 @@
+"""Outputs appear whole or not at all, and replace nothing that pcs did not write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.io.listing import names
+from shared.io.owned import mark, strangers
+from shared.io.partial import beside, replaced, sweep, sweep_once
+
+PathLike = str | os.PathLike[str]
+
+
+def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
+    """The folder to write, as a path. To be called before work starts.
+
+    Raises ValueError when it exists and holds something, unless `overwrite`; with `overwrite`, when it is a file or
+    holds a file that pcs did not write, for it is replaced as a whole; when it holds the working or the home folder;
+    when it is, holds or lies inside one of `inputs` (files and folders that are read); and when it cannot be written.
+    """
+    path = _named(path)
+    _apart(path, inputs)
+    if path.exists():
+        _check_there(path, overwrite)
+    return _writable(path)
+
+
+def check_file(path: PathLike, overwrite: bool = False) -> Path:
+    """The file to write, as a path. ValueError when it exists, unless `overwrite`, when it is a folder, and when it cannot
+    be written."""
+    path = _named(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file is to be written: name a file in it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already: choose another output, or overwrite it explicitly")
+    return _writable(path)
+
+
+def _named(path: PathLike) -> Path:
+    path = Path(path).expanduser()
+    home, here = Path.home().resolve(), Path.cwd().resolve()
+    if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
+        raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
+    return path
+
+
+def _apart(path: Path, inputs: Iterable[PathLike]) -> None:
+    """ValueError when the output and something that is read share a place; links are followed."""
+    place = path.resolve()
+    for item in inputs:
+        source = Path(item).expanduser().resolve()
+        how = "is" if place == source else "holds" if place in source.parents else ""
+        how = how or ("lies inside" if source in place.parents else "")
+        if how:
+            raise ValueError(f"the output {path} {how} {item}, which is read: choose an output apart from it")
+
+
+def _check_there(path: Path, overwrite: bool) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} exists already and is a file, where a folder is to be written: choose another output")
+    inside = sum(1 for _ in path.iterdir())
+    if inside and not overwrite:
+        raise ValueError(
+            f"{path} exists already and holds {inside} file(s): choose another output, or overwrite it explicitly"
+        )
+    others = strangers(path) if overwrite else []
+    if others:
+        more = " …" if len(others) > 3 else ""
+        raise ValueError(
+            f"{path} cannot be overwritten: it holds what pcs did not write ({names(others[:3])}{more}), which would be "
+            "deleted with it. Choose another output, or move those files away first"
+        )
+
+
+def _writable(path: Path) -> Path:
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission in {parent}")
+    return path
+
+
+@contextmanager
+def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; it takes the name at the end, and vanishes on an error.
+
+    With `overwrite`, what was there stays until the new folder is complete. Files get the modes that the umask gives.
+    What processes that were killed have left beside it is removed. ValueError as `check_output`, before and after.
+    """
+    path = check_output(path, overwrite, inputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    temporary = beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        mark(temporary)
+        usual = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(usual)
+        if path.exists():
+            _check_there(path, overwrite)  # again: somebody may have used the time
+        _take_place(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = replaced(path)
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_write(path: PathLike) -> Iterator[Path]:
+    """Yields a temporary path (same ending) to write to; it replaces `path` at the end, and vanishes on an error.
+
+    The folder must exist; the file gets the mode that the umask gives, whoever wrote it.
+    `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
+    """
+    path = Path(path)
+    sweep_once(path.parent.absolute())
+    temporary = beside(path)
+    try:
+        temporary.touch()
+        usual = temporary.stat().st_mode & 0o666
+        temporary.unlink()
+        yield temporary
+        temporary.chmod(usual)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: PathLike, text: str) -> Path:
+    """Write UTF-8 text, whole or not at all; the folder must exist."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)

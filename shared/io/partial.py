@@ -1,0 +1,77 @@
+"""Names for what is being written, and the removal of what killed processes have left under such names.
+
+`.NAME.HOST-PID-RANDOM.partial` is half a file or folder; `.NAME.HOST-PID-RANDOM.replaced` is what NAME was until now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+_NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|replaced)(\..*)?")
+
+
+def beside(path: Path) -> Path:
+    """A free hidden name in the same folder, on the same file system, with the same ending."""
+    return path.with_name(f".{path.stem}.{_tag()}.partial{path.suffix}")
+
+
+def replaced(path: Path) -> Path:
+    """A free hidden name for what `path` was, until the new one has its place."""
+    return path.with_name(f".{path.name}.{_tag()}.replaced")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that are dead have left half-written directly in a folder.
+
+    One that was killed between moving the old output aside and putting the new one there gets its old output back.
+    """
+    for entry in folder.iterdir():
+        found = _NAME.fullmatch(entry.name)
+        if found is None or found["host"] != _host() or _alive(int(found["pid"])):
+            continue
+        target = folder / found["name"]
+        with suppress(OSError):  # another process may be doing the same
+            if found["kind"] == "replaced" and not target.exists():
+                entry.rename(target)
+            elif entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=256)
+def sweep_once(folder: Path) -> None:
+    """`sweep`, the first time that this process writes into a folder."""
+    if folder.is_dir():
+        sweep(folder)
+
+
+def _tag() -> str:
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    """Six digits of this machine: on a shared disk, the processes of others cannot be asked whether they live."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; assumed where it cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,320 @@
+"""Outputs: whole or not at all, in place of nothing but what pcs wrote itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from shared.io.files import atomic_folder, atomic_write, check_file, check_output, write_text
+from shared.io.owned import MARK, strangers
+from shared.io.pictures import list_pictures, write_picture
+
+
+def earlier(target: Path) -> Path:
+    """A folder that pcs wrote before, with one file."""
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+    return target
+
+
+def seen(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != MARK)
+
+
+def test_check_output(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "new/deep") == tmp_path / "new/deep"
+    assert check_output(tmp_path) == tmp_path  # empty
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=rf"{tmp_path} exists already and holds 1 file"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.txt exists already and is a file"):
+        check_output(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"it holds what pcs did not write \(a\.txt\), which would be deleted"):
+        check_output(tmp_path, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is a file, where a folder is to be written"):
+            check_output(tmp_path / "a.txt", overwrite)
+    with pytest.raises(ValueError, match=r"cannot be written: .*a\.txt is a file, not a folder"):
+        check_output(tmp_path / "a.txt/out")
+    with pytest.raises(ValueError, match="'/' cannot be the output"):
+        check_output("/", overwrite=True)
+
+
+def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
+    home, here = tmp_path / "people" / "home", tmp_path / "work" / "here"
+    home.mkdir(parents=True)
+    here.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for path in (home, "~", home.parent, here, ".", "..", "out/.."):
+        with pytest.raises(ValueError, match="cannot be the output"):
+            check_output(path, overwrite=True)
+    assert check_output("out", overwrite=True) == Path("out") and check_output("~/out") == home / "out"
+
+
+def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "sub/my.concept"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in target.parent.iterdir()] == ["my.concept"]
+    with pytest.raises(ValueError, match=r"my\.concept exists already"), atomic_folder(target):
+        raise AssertionError("must not start")
+
+
+def test_atomic_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_folder(tmp_path / "x") as folder:
+            (folder / "half").write_text("1")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = earlier(tmp_path / "x")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError
+    assert seen(target) == ["old"]
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert seen(target) == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = earlier(tmp_path / "x"), Path.rename
+
+    def fails(self: Path, to: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
+
+
+def test_atomic_write(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.json", "één")
+    assert path.read_text(encoding="utf-8") == "één"
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        assert temporary.suffix == ".json" and temporary.parent == tmp_path
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, as temporary files are
+
+
+# --- what may be overwritten --------------------------------------------------------------------
+
+
+def photos(folder: Path) -> Path:
+    """Somebody's own pictures."""
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (32, 32), "red").save(folder / name)
+    return folder
+
+
+def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
+    own = photos(tmp_path / "mine" / "photos")
+    (tmp_path / "work").mkdir()
+    for name in ("report.json", "concept.json", "export.json", "cell.json", "comparison.md", "index.html"):
+        (tmp_path / "work" / name).write_text('{"files": ["me.txt"], "mine": true}')
+    for folder, named in ((own, r"a\.png, b\.jpg"), (own.parent, r"photos/a\.png"), (tmp_path / "work", "comparison")):
+        with pytest.raises(ValueError, match=f"cannot be overwritten: it holds what pcs did not write.*{named}"):
+            check_output(folder, overwrite=True)
+        with pytest.raises(ValueError, match="did not write"), atomic_folder(folder, overwrite=True):
+            raise AssertionError("must not start")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "there").symlink_to(own)
+    assert strangers(tmp_path / "linked") == ["there"]
+    assert sorted(p.name for p in own.iterdir()) == ["a.png", "b.jpg"]
+
+
+def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path) -> None:
+    made = earlier(tmp_path / "made")
+    pictures = tmp_path / "pictures"
+    with atomic_folder(pictures) as folder:
+        write_picture(torch.zeros(3, 20, 20), folder / "000-seed0.png", {"pcs": "{}"})
+        write_picture(torch.zeros(3, 20, 20), folder / "grid.png")
+    assert seen(pictures) == ["000-seed0.png", "grid.png"] and not (pictures / MARK).exists()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()
+    for folder in (made, pictures, tmp_path / "empty"):
+        assert check_output(folder, overwrite=True) == folder
+        (folder / "diary.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"did not write \(diary\.txt\)"):
+            check_output(folder, overwrite=True)
+
+
+def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
+    """As a demo leaves it: an album, a concept, a training folder, a report, a page."""
+    demo = tmp_path / "demo"
+    write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
+    write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
+    (demo / "references/00.txt").write_text("a photo of a duck")
+    content: dict[str, Any] = {"schema_version": 1, "adapter_id": "", "files": {"adapter.safetensors": "0"}}
+    (demo / "my-duck.concept").mkdir()
+    (demo / "my-duck.concept/concept.json").write_text(json.dumps(content))
+    for name in ("adapter.safetensors", "preview.png"):
+        (demo / "my-duck.concept" / name).touch()
+    (demo / "my-duck.training/tensorboard").mkdir(parents=True)
+    for name in ("log.jsonl", "tensorboard/events.1"):
+        (demo / "my-duck.training" / name).touch()
+    (demo / "report/pictures").mkdir(parents=True)
+    rows = {"schema_version": 1, "pictures": [{"file": "pictures/0.png"}], "references": ["pictures/r.png"]}
+    (demo / "report/report.json").write_text(json.dumps(rows))
+    for name in ("pictures/0.png", "pictures/r.png", "index.html", "pictures.csv", "prompts.csv"):
+        (demo / "report" / name).touch()
+    (demo / "index.html").write_text("<title>pcs demo</title>")
+    (demo / "contact-sheet.png").touch()
+    assert check_output(demo, overwrite=True) == demo
+    (demo / "references/holiday.jpg").touch()
+    with pytest.raises(ValueError, match=r"\(references/holiday\.jpg\)"):
+        check_output(demo, overwrite=True)
+
+
+def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> None:
+    own = photos(tmp_path / "mine" / "photos")
+    (tmp_path / "link").symlink_to(own)
+    for path, how in ((own, "is"), (own.parent, "holds"), (own / "out", "lies inside"), (tmp_path / "link", "is")):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=rf"the output {path} {how} {own}, which is read"):
+                check_output(path, overwrite, inputs=[own])
+    with pytest.raises(ValueError, match="holds"):
+        check_output(own, inputs=[tmp_path / "else", own / "a.png"])
+    with pytest.raises(ValueError, match="is"), atomic_folder(own, True, [own]):
+        raise AssertionError("must not start")
+    concept = earlier(tmp_path / "d.concept")
+    with pytest.raises(ValueError, match="which is read"):
+        check_output(concept, overwrite=True, inputs=[concept])
+    assert check_output(tmp_path / "mine" / "out", inputs=[own]) == tmp_path / "mine" / "out"
+
+
+def test_what_comes_while_the_folder_is_written_is_not_replaced(tmp_path: Path) -> None:
+    for overwrite in (False, True):
+        target = tmp_path / f"x{overwrite}"
+        with pytest.raises(ValueError, match="x(True|False) "), atomic_folder(target, overwrite) as folder:
+            (folder / "new").touch()
+            target.mkdir()
+            (target / "mine.txt").write_text("keep me")
+        assert seen(target) == ["mine.txt"]
+    assert seen(tmp_path) == ["xFalse", "xTrue"]
+
+
+def test_the_list_of_files_is_no_stray_picture(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "x") as folder:
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+    assert (tmp_path / "x" / MARK).is_file() and list_pictures(tmp_path / "x")[1] == []
+
+
+def test_check_file(tmp_path: Path) -> None:
+    assert check_file(tmp_path / "a" / "b.png") == tmp_path / "a" / "b.png"
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match=r"a\.png exists already: choose another output"):
+        check_file(tmp_path / "a.png")
+    assert check_file(tmp_path / "a.png", overwrite=True) == tmp_path / "a.png"
+    (tmp_path / "folder").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="folder is a folder, and a file is to be written"):
+            check_file(tmp_path / "folder", overwrite)
+    with pytest.raises(ValueError, match=r"a\.png is a file, not a folder"):
+        check_file(tmp_path / "a.png" / "b.png")
+
+
+# --- modes, and what killed processes leave ------------------------------------------------------
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    with atomic_folder(tmp_path / "x") as folder:
+        (folder / "sub").mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "sub" / "a.safetensors")
+        (folder / "sub" / "a.safetensors").chmod(0o600)
+    with atomic_write(tmp_path / "b.safetensors") as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+        temporary.chmod(0o600)
+    for file in ("x/sub/a.safetensors", "b.safetensors"):
+        assert (tmp_path / file).stat().st_mode == usual, file
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from shared.io.files import atomic_folder
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "half").touch()
+    print("writing", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS, tmp_path / "x"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    with atomic_folder(tmp_path / "y") as folder:
+        (folder / "a").touch()
+    alive = [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")]
+    assert len(alive) == 1 and f"-{process.pid}-" in alive[0], "what is being written stays"
+    process.kill()
+    process.wait()
+    foreign = tmp_path / ".z.000000-999999999-01234567.partial"
+    foreign.touch()
+    with atomic_folder(tmp_path / "z") as folder:
+        (folder / "a").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "y", "z"], "other machines' files stay"
+
+
+def test_an_output_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    from shared.io.partial import replaced
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    aside = replaced(tmp_path / "x.concept").name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    (tmp_path / aside).mkdir()
+    (tmp_path / aside / "old").touch()
+    write_text(tmp_path / "note.txt", "x")
+    assert seen(tmp_path) == ["note.txt", "x.concept"] and seen(tmp_path / "x.concept") == ["old"]
+
+
+TERMINATED = """
+import sys, typer
+import shared.cli as cli
+app = typer.Typer()
+@app.command()
+def wait() -> None:
+    exec(open(sys.argv[1]).read().replace("sys.argv[1]", "sys.argv[2]"))
+cli.build = lambda: app
+cli.main([])
+"""
+
+
+def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "code").write_text(WAITS)
+    arguments = [sys.executable, "-c", TERMINATED, tmp_path / "code", tmp_path / "x"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and said == "stopped\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["code"]

@@ -1,0 +1,24 @@
+"""Commands that must fail with a clear message and leave everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*"))}
+
+
+def refusing(pcs: Callable, root: Path) -> Callable[..., str]:
+    """The message on standard error of a command that must fail and leave everything under `root` as it was."""
+
+    def call(*arguments, code: int = 2) -> str:
+        before = tree(root)
+        ran = pcs(*arguments)
+        assert ran.code == code, (ran.code, ran.err)
+        assert "Traceback" not in ran.err and ran.err.strip() and ran.out == ""
+        assert tree(root) == before
+        return ran.err
+
+    return call

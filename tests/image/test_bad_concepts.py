@@ -1,0 +1,130 @@
+"""Concepts that are missing, of another model, damaged or hostile: one clear message, and nothing of theirs is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.image.refusing import refusing
+
+
+@pytest.fixture
+def refused(pcs, tmp_path) -> Callable[..., str]:
+    return refusing(pcs, tmp_path)
+
+
+# --- concepts --------------------------------------------------------------------------------
+
+
+def test_no_concept_at_all(refused, tmp_path):
+    generate = ("image", "generate", "a <x>", "--out", tmp_path / "o", "--concept")
+    assert "does not exist: a concept is a folder" in refused(*generate, tmp_path / "x.concept")
+    (tmp_path / "x.concept").mkdir()
+    assert "is not a concept: it has no concept.json" in refused(*generate, tmp_path / "x.concept")
+    assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
+
+
+def test_a_concept_of_another_architecture(refused, concepts, make_tiny_sd_v, make_tiny_flux, tmp_path):
+    make_tiny_sd_v().save_pretrained(tmp_path / "other")
+    make_tiny_flux().save_pretrained(tmp_path / "flux")
+    generate = ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", tmp_path / "o", "--backbone")
+    said = refused(*generate, tmp_path / "other")
+    assert "'mug' was learned on another architecture of the family stable_diffusion" in said
+    assert "layers of other names or shapes" in said
+    said = refused(*generate, tmp_path / "flux")
+    assert "'mug' was learned on stable_diffusion" in said and "this backbone is flux" in said
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.mark}",)
+
+
+def _cut(folder: Path, mark: Path) -> None:
+    file = folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _changed(folder: Path, mark: Path) -> None:
+    file = folder / "adapter.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 255
+    file.write_bytes(bytes(data))
+
+
+def _lying(folder: Path, mark: Path) -> None:
+    (folder / "adapter.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def _pickle_as_tensors(folder: Path, mark: Path) -> None:
+    (folder / "adapter.safetensors").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def _pickle_beside(folder: Path, mark: Path) -> None:
+    (folder / "extra.pt").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def _yaml(folder: Path, mark: Path) -> None:
+    (folder / "recipe.yaml").write_text(f"a: !!python/object/apply:os.system ['touch {mark}']")
+
+
+def _json(folder: Path, mark: Path) -> None:
+    (folder / "concept.json").write_text((folder / "concept.json").read_text()[:200])
+
+
+def _way_out(folder: Path, mark: Path) -> None:
+    meta = json.loads((folder / "concept.json").read_text())
+    meta["files"]["../../secret.safetensors"] = meta["files"].pop("adapter.safetensors")
+    (folder / "concept.json").write_text(json.dumps(meta))
+
+
+def _other_shape(folder: Path, mark: Path) -> None:
+    from shared.io.files import sha256
+
+    save_file({"lora.unet.x": torch.zeros(3)}, folder / "adapter.safetensors")
+    meta = json.loads((folder / "concept.json").read_text())
+    meta["files"]["adapter.safetensors"] = sha256(folder / "adapter.safetensors")
+    (folder / "concept.json").write_text(json.dumps(meta))
+
+
+def _missing(folder: Path, mark: Path) -> None:
+    (folder / "embeddings.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_cut, "adapter.safetensors is damaged"),
+        (_changed, "adapter.safetensors is not the file that concept.json describes"),
+        (_lying, "adapter.safetensors is cut off, or not a safetensors file"),
+        (_pickle_as_tensors, "adapter.safetensors is cut off, or not a safetensors file"),
+        (_pickle_beside, "extra.pt can carry code (.pt)"),
+        (_yaml, "recipe.yaml is YAML with tags"),
+        (_json, "concept.json is damaged: it is not readable JSON"),
+        (_way_out, "../../secret.safetensors"),
+        (_other_shape, "adapter_id does not belong to the tensors"),
+        (_missing, "embeddings.safetensors is missing"),
+    ],
+)
+def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, said):
+    folder, mark = tmp_path / "mug.concept", tmp_path / "mark"
+    shutil.copytree(concepts["mug"], folder)
+    harm(folder, mark)
+    for arguments in (
+        ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o"),
+        ("concept", "show", folder),
+    ):
+        assert said in refused(*arguments)
+    assert not mark.exists()
