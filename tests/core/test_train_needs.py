@@ -1,0 +1,273 @@
+"""What parts need of a step, what is known to be wrong before the first one, and what a run costs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.config import Part
+from shared.sampling import sampler
+from shared.sampling.sampler import sample
+from shared.train import session as sessions
+from shared.train.contexts import Parked
+from shared.train.costs import Clock
+from shared.train.tune import Tune
+from shared.types import Step
+from tests.core.runs import finish, learned, paint, same, session, small
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def tiny(make_tiny_sd):
+    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+# --- declared needs ----------------------------------------------------------------------------
+
+
+class Penalty(Part):
+    """A part that asks for `asks`; what it declares is its class's business."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    needs_prior_rows: ClassVar[bool] = False
+    kind: str = "penalty"
+    asks: str = "row_loss"
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.need(self.asks).mean()
+
+
+class Declares(Penalty):
+    needs: ClassVar[frozenset[str]] = frozenset({"class_prediction"})
+
+
+class Unserved(Penalty):
+    needs: ClassVar[frozenset[str]] = frozenset({"row_loss", "attention_maps"})
+
+
+def task(backbone: Any, photos: Path, folder: Path, *settings: str, **parts: Part) -> Tune:
+    recipe = small("textual_inversion", *settings)
+    recipe = recipe.model_copy(update={"regularize": {**recipe.regularize, **parts}})
+    run = session(backbone, recipe, photos, folder)
+    run._attach_names()
+    return Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+
+
+def test_a_declared_need_is_served(tiny, photos, tmp_path):
+    tuned = task(tiny(), photos, tmp_path, mine=Declares(asks="class_prediction"))
+    assert tuned.needs == {"class_prediction"}
+    (update,) = tuned.updates(0, 0)
+    step = tuned._predict(tuned.data.batch(0, 0), 0, 0)
+    assert sorted(step.lazy) == ["class_prediction", "row_loss"], "what nobody declared is not there"
+    assert float(update.parts["mine"]) == pytest.approx(float(step.need("class_prediction").mean()), rel=1e-5)
+
+
+def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos, tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class_pred.*row_loss",
+    ):
+        task(tiny(), photos, tmp_path, mine=Unserved())
+
+
+@pytest.mark.parametrize("asks", ["row_loss", "token_drift"])
+def test_a_need_that_a_part_did_not_declare_fails_though_others_did(tiny, photos, tmp_path, asks):
+    anchor = ("regularize.anchor.kind=embedding_anchor",)
+    tuned = task(tiny(), photos, tmp_path, *anchor, mine=Declares(asks=asks))
+    with pytest.raises(AssertionError, match=f"did not declare the need '{asks}'"):
+        list(tuned.updates(0, 0))
+
+
+def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
+    """Also where the text itself learns: what the base model reads never changes."""
+    backbone, runs = tiny(), []
+    prior = ("regularize.prior.kind=prior_prediction", "prompts.set=plain", "train.batch_size=1")
+    kept, anew = (
+        task(b, photos, tmp_path / n, *prior, f"train.cache={c}")
+        for b, n, c in ((backbone, "a", "true"), (tiny(), "b", "false"))
+    )
+    assert not kept.text_frozen
+    backbone.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
+    losses = [[float(next(t.updates(step, 0)).loss.detach()) for step in range(4)] for t in (kept, anew)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(runs) == 4 * 2 + 1, "two of the concept in training at each step, one of the base in all"
+
+
+# --- wrong before the first step -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a photo of a mug", r"'a photo of a mug' does not say \{concept\}"),
+        ("a {concept} and a <dog>", r"names <dog>, which is not loaded"),
+        ("a {concept}" + " and a mug" * 20, "too long"),
+    ],
+)
+def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_path, prompt, said):
+    phase = ("phases.tune.train.validation.every=1", f'phases.tune.train.validation.prompts=["{prompt}"]')
+    run = session(tiny(), small("pivotal_tuning", *phase), photos, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.validation\.prompts \(phase tune\): .*" + said):
+        next(run.steps())
+    assert not (tmp_path / "run").exists()
+    off = (phase[0].replace("=1", "=0"), phase[1])
+    finish(session(tiny(), small("pivotal_tuning", *off), photos, tmp_path / "off"))
+
+
+def test_a_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
+    """The overlay of a phase may change the resolution; its class pictures follow."""
+    settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
+    finish(session(tiny(), small("dreambooth_lora", *settings), photos, tmp_path / "run"))
+    from PIL import Image
+
+    sizes = {Image.open(p).size for p in (tmp_path / "cache").rglob("*.png")}
+    assert sizes == {(16, 16), (32, 32)}
+
+
+# --- costs ---------------------------------------------------------------------------------------
+
+
+def test_a_clock_counts_each_kind_of_work_apart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("shared.train.costs.time.perf_counter", lambda: now[0])
+    clock = Clock({"a": 100.0})
+    with clock.on("a"):
+        now[0] += 1
+        with clock.on("b"):
+            now[0] += 10
+            assert clock.spent == {"a": 101.0, "b": 10.0}
+        now[0] += 2
+        with clock.on(None):
+            now[0] += 50
+    now[0] += 1000
+    assert clock.spent == {"a": 103.0, "b": 10.0}
+
+
+def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_caller(
+    tiny, photos, tmp_path, monkeypatch
+):
+    slept, real = [0.0], time.perf_counter
+    monkeypatch.setattr("shared.train.costs.time.perf_counter", lambda: real() + slept[0])
+    recipe = small("dreambooth_lora", "train.validation.every=1", "train.steps=1")
+
+    def costs(name: str) -> dict[str, Any]:
+        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+            slept[0] += 1e3
+            return torch.zeros(len(seeds), 3, resolution, resolution)
+
+        def preview(phase: str, step: int):
+            slept[0] += 1e4
+            return torch.zeros(1, 3, 8, 8), {}
+
+        run = session(tiny(), recipe, photos, tmp_path / name, generate=generate, preview=preview)
+        for _ in run.steps():
+            slept[0] += 1e5
+        return run.costs
+
+    first, second = costs("first"), costs("second")
+    assert first["class_pictures_seconds"] >= 1e3 > second["class_pictures_seconds"]
+    for found in (first, second):
+        assert 1e4 <= found["validation_seconds"] < 2e4 and 0 < found["training_seconds"] < 1e3
+        assert found["training_peak_memory"] > 2**20 and found["training_peak_memory_of"] == "process"
+
+
+def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
+    recipe = small("textual_inversion", "train.checkpoint_every=1")
+    steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
+    next(steps)
+    steps.close()
+    run = session(tiny(), recipe, photos, tmp_path / "run")
+    found = sessions.checkpoint.load(tmp_path / "run")
+    assert found is not None and found.info["peak"] > 2**20
+    run_before = found.info["seconds"]["optimisation"]
+    finish(run, resume=True)
+    assert run.costs["training_seconds"] > run_before > 0
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
+    """Encoding and decoding alike; and what is made does not depend on it."""
+    whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
+    shown = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
+    for limit in ("shared.train.data._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
+        monkeypatch.setattr(limit, 32 * 32)
+    backbone, rows = tiny(), []
+    for network in (backbone.vae.encoder, backbone.vae.decoder):
+        network.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    alone = finish(session(backbone, small("textual_inversion"), photos, tmp_path / "b"))
+    again = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
+    assert rows == [1, 1, 1] and all(torch.allclose(v, whole[k], atol=1e-5) for k, v in alone.items())
+    assert torch.allclose(again, shown, atol=1e-5)
+    backbone.remove("mug")
+    sample(backbone, ["a mug"], seeds=[0, 1], steps=1)
+    assert rows == [1] * 5
+
+
+@pytest.mark.parametrize(("pixels", "limit", "rows"), [(64 * 64, 2**18, 8), (512 * 512, 2**18, 1), (2048**2, 2**20, 1)])
+def test_rows_at_once(pixels, limit, rows):
+    assert sampler.rows_at_once(pixels, limit) == rows
+
+
+class Traveller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = ["home"]
+
+    def to(self, device: Any) -> Any:  # type: ignore[override]
+        self.where.append(str(device))
+        return self
+
+
+def test_parked_networks_come_back():
+    device = torch.device("meta")
+    one, two = Traveller(), Traveller()
+    parked = Parked({"vae": one, "text": two}, device, on=True)
+    parked.away("vae")
+    with parked.here():
+        assert one.where == ["home", "cpu", "meta"]
+    assert one.where[-1] == "cpu"
+    parked.away("text")
+    parked.back()
+    assert one.where == ["home", "cpu", "meta", "cpu", "meta"] and two.where == ["home", "cpu", "meta"]
+    idle = Parked({"vae": one}, torch.device("cpu"))
+    idle.away("vae")
+    idle.back()
+    assert len(one.where) == 5 and not idle.on
+
+
+def test_a_run_with_parked_networks_learns_the_same_and_has_them_when_it_needs_them(tiny, photos, tmp_path):
+    recipe = small("dreambooth_lora", "train.steps=3", "train.validation.every=2")
+    whole = finish(session(tiny(), recipe, photos, tmp_path / "a"))
+    backbone = tiny()
+
+    def preview(phase: str, step: int):
+        assert not run.parked._away
+        return sample(backbone, ["a mug"], seeds=[0], steps=1, height=32, width=32), {}
+
+    run = session(backbone, recipe, photos, tmp_path / "b", preview=preview)
+    run.parked.on = True
+    used = {"vae": backbone.vae.encoder, "text_encoder": backbone.components["text_encoder"]}
+    for name, network in used.items():
+        network.register_forward_hook(lambda *_, name=name: check(name))
+    seen = []
+
+    def check(name: str) -> None:
+        assert name not in run.parked._away
+        seen.append(name)
+
+    for _ in run.steps():
+        assert run.parked._away == {"vae", "text_encoder"}
+    assert set(seen) == set(used) and not run.parked._away
+    assert same(whole, learned(run))

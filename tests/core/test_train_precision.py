@@ -1,0 +1,234 @@
+"""Precision: which one a device gets, fp16's scaler, and groups of updates that do not disturb each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.recipe import Optimizer, Train
+from shared.sampling.sampler import sample
+from shared.train.guard import LastGood
+from shared.train.log import Log
+from shared.train.loop import NotFinite, Update, run
+from shared.train.optim import Optimizers
+from shared.train.precision import resolve_precision
+from shared.trainable import Woken
+from tests.core.runs import finish, paint, session, small
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("photos"))
+
+
+# --- which precision ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("amx", "avx", "expected"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no"), (None, None, "no")])
+def test_auto_on_a_cpu_is_bf16_where_it_has_instructions_for_it(monkeypatch, amx, avx, expected):
+    for name, value in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx)):
+        if value is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda value=value: bool(value), raising=False)
+    assert resolve_precision("auto", "cpu") == expected
+    assert [resolve_precision(p, "cpu") for p in ("no", "bf16")] == ["no", "bf16"]
+
+
+def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: including_emulation or native,
+        )
+        assert resolve_precision("auto", "cuda:0") == ("bf16" if native else "fp16")
+    assert resolve_precision("fp16", "cuda") == "fp16" and resolve_precision("auto", "meta") == "no"
+    with pytest.raises(ValueError, match="fp16 needs a GPU: use bf16, auto or no"):
+        resolve_precision("fp16", "cpu")
+    with pytest.raises(ValueError, match="'fp8': choose auto, no, bf16, fp16"):
+        resolve_precision("fp8", "cpu")
+
+
+def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.train.precision._fast_bf16", lambda: True)
+    backbone, seen = StableDiffusionBackbone(make_tiny_sd(), "tiny"), []
+
+    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return sample(
+            backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
+        )
+
+    def preview(phase: str, step: int):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return sample(backbone, ["a mug"], seeds=[0], steps=1, height=32, width=32), {}
+
+    for asked, dtype in (("auto", torch.bfloat16), ("no", False)):
+        recipe = small("dreambooth_lora", f"train.mixed_precision={asked}", "train.validation.every=2", "seed=3")
+        one = session(backbone, recipe, photos, tmp_path / asked / "run", generate=generate, preview=preview)
+        finish(one)
+        backbone.remove("mug")
+        assert seen == [dtype, dtype] and one.costs["mixed_precision"] == {"auto": "bf16"}.get(asked, asked)
+        seen.clear()
+
+
+def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
+    backbone, seen = StableDiffusionBackbone(make_tiny_sd(), "tiny"), []
+    backbone.vae.decoder.conv_in.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample(backbone, ["a mug"], seeds=[0], steps=1, height=32, width=32)
+    assert seen == [torch.float32]
+
+
+def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path):
+    """A phase that asks for another would be ignored otherwise."""
+    with pytest.raises(ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': this is the same in all"):
+        recipe = small("pivotal_tuning", "phases.tune.train.mixed_precision=bf16")
+        session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path / "run")
+
+
+# --- fp16's scaler -----------------------------------------------------------------------------
+
+
+class Line:
+    """A weight whose loss overflows in fp16 for as long as `bad(step)`."""
+
+    def __init__(self, bad=lambda step: False) -> None:
+        self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+        self.bad = bad
+
+    def updates(self, step, micro):
+        loss = (self.weight**2).sum()
+        if self.bad(step):  # the loss is a number, its gradient is not
+            loss = loss + (self.weight * 0).sum().abs().sqrt()
+        yield Update(loss)
+
+
+def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
+    """An accelerator as it is on a GPU with fp16, on a CPU."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)  # type: ignore[attr-defined]
+    woken = Woken("line", [task.weight], lr=0.1, weight_decay=0.0)
+    return Optimizers({"main": [woken]}, Optimizer(), accelerator), accelerator
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(task: Line, steps: int, start: int = 0, state: dict | None = None, every=None):
+    optimizers, accelerator = scaled(task)
+    if state:
+        optimizers.load_state_dict(state["optimizer"])
+        optimizers.load_scaler_state(state["scaler"])
+    good = LastGood(optimizers)
+    records = list(run(task, optimizers, Train(steps=steps), 0, accelerator, start, good))
+    return records, optimizers, good
+
+
+def test_some_overflows_are_skipped_and_the_scale_is_halved():
+    task = Line(lambda step: step in (1, 2))
+    before = None
+    optimizers, accelerator = scaled(task)
+    for record in run(task, optimizers, Train(steps=3), 0, accelerator):
+        if record.step == 1:
+            before = task.weight.detach().clone()
+        assert before is not None and torch.equal(task.weight, before), "bad gradients move nothing"
+        assert math.isfinite(record.grad_norm) == (record.step == 1)
+    assert optimizers.skipped == 2 and accelerator.scaler.get_scale() == 2.0**8
+
+
+def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
+    task = Line(lambda step: step >= 3)
+    optimizers, accelerator = scaled(task)
+    good, states, steps = LastGood(optimizers), [], 0
+    with pytest.raises(NotFinite, match="the gradient of step 23 is not finite, and those of the 19 steps before"):
+        for _ in run(task, optimizers, Train(steps=100), 0, accelerator, good=good):
+            steps += 1
+            states.append(task.weight.detach().clone())
+    assert steps == 22 and good.put_back() == 2 and torch.equal(task.weight, states[1])
+
+
+def test_overflows_that_end_are_not_counted_together():
+    records, optimizers, _ = trained(Line(lambda step: step % 4 != 3), 40)
+    assert len(records) == 40 and optimizers.skipped == 0
+
+
+def test_the_scaler_goes_on_where_it_was():
+    def bad(step: int) -> bool:
+        return step in (2, 6)
+
+    whole, part = Line(bad), Line(bad)
+    _, one, _ = trained(whole, 9)
+    _, first, _ = trained(part, 4)
+    state = {"optimizer": first.state_dict(), "scaler": json.loads(json.dumps(first.scaler_state()))}
+    assert state["scaler"]["scale"] == 2.0**9 and state["scaler"]["_growth_tracker"] == 1
+    _, second, _ = trained(part, 9, 4, state)
+    assert torch.equal(whole.weight, part.weight) and one.scaler_state() == second.scaler_state()
+
+
+def test_a_log_holds_null_for_what_is_no_number(tmp_path):
+    log = Log(tmp_path, tensorboard=False)
+    log.scalars(1, {"loss": 0.5, "grad_norm": math.inf, "other": math.nan})
+    log.close()
+    row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert row == {"step": 1, "loss": 0.5, "grad_norm": None, "other": None}
+
+
+# --- several groups ------------------------------------------------------------------------------
+
+
+class Two:
+    """Two losses in one step, each for one of two weights and touching both."""
+
+    def __init__(self, pieces: int = 1) -> None:
+        self.a, self.b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
+        self.pieces = pieces
+
+    def updates(self, step, micro):
+        yield Update((self.a * self.b).sum() * (micro + 1), "a")
+        yield Update(((self.a + 3 * self.b) ** 2).sum() * (micro + 1), "b")
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_loss_moves_its_own_group_only(pieces):
+    """Against plain gradients, written out."""
+    task = Two(pieces)
+    accelerator = Accelerator(cpu=True)
+    groups = {n: [Woken(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}
+    optimizers = Optimizers(groups, Optimizer(max_grad_norm=None, weight_decay=0.0), accelerator)
+    settings = Train(steps=3, gradient_accumulation=pieces)
+    norms = []
+    a, b = 1.0, 2.0
+    ours, theirs = ([nn.Parameter(torch.tensor([v]))] for v in (a, b))
+    plain = [torch.optim.AdamW(p, lr=0.1, weight_decay=0.0) for p in (ours, theirs)]
+    for record in run(task, optimizers, settings, 0, accelerator):
+        norms.append(record.grad_norm)
+        weight = sum(m + 1 for m in range(pieces)) / pieces
+        before = ours[0].detach().clone()
+        grad_a = weight * theirs[0].detach()
+        share = [(m + 1) / pieces for m in range(pieces)]
+        ours[0].grad = grad_a.clone()
+        plain[0].step()
+        # the earlier pieces of the second loss saw the first weight as it was before its update
+        seen = [before] * (pieces - 1) + [ours[0].detach()]
+        grad_b = sum(s * 6 * (x + 3 * theirs[0].detach()) for s, x in zip(share, seen, strict=True))
+        theirs[0].grad = torch.as_tensor(grad_b)
+        plain[1].step()
+        assert torch.allclose(task.a, ours[0], atol=1e-6) and torch.allclose(task.b, theirs[0], atol=1e-6)
+        assert record.grad_norm == pytest.approx(float(torch.as_tensor(grad_b).norm()), rel=1e-5)
