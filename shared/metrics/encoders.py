@@ -20,7 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.metrics.scores import CLIP_SCORE_WEIGHT
+
 BATCH = 64  # pictures encoded at once
+TEXT_AND_LIKENESS = "text alignment and likeness (CLIP-T, CLIP-I)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class InstrumentInfo:
     measures: str  # "text alignment"
     toybox: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card says so; in [0, 1]
+    text_weight: float = CLIP_SCORE_WEIGHT  # from a cosine of picture and text to a score on [0, 1]
 
 
 @runtime_checkable
@@ -83,9 +87,7 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError on another shape or on values that are not
-    finite.
-    """
+    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError on another shape or on values not finite."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():
@@ -95,9 +97,7 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], rounded to 8 bits; the shorter side fits, the
-    middle is kept.
-    """
+    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], 8 bits; the shorter side fits, the middle is kept."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -194,7 +194,7 @@ def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
     path = _check_folder(folder, {"clip"}, "CLIP")
     model = cast(Any, CLIPModel).from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
-    info = InstrumentInfo(f"CLIP ({path.name})", "text alignment and likeness (CLIP-T, CLIP-I)")
+    info = InstrumentInfo(f"CLIP ({path.name})", TEXT_AND_LIKENESS)
     return ClipEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), tokenizer, info)
 
 
@@ -219,7 +219,8 @@ def load_toybox() -> Instruments:
 
     card = toybox_accuracy()
     model, processor = toybox_clip()
-    text = InstrumentInfo("toybox CLIP", "text alignment and likeness (CLIP-T, CLIP-I)", True, card.get("clip", {}))
+    # This small CLIP's cosines are larger (of a picture and its caption 0.3 in the mean, up to 0.8): taken as they are.
+    text = InstrumentInfo("toybox CLIP", TEXT_AND_LIKENESS, True, card.get("clip", {}), text_weight=1.0)
     who = InstrumentInfo("toybox identity encoder", "which individual thing it is", True, card.get("identity", {}))
     what = InstrumentInfo("toybox recognizer", "background, view, accessory, style", True, card.get("recognizer", {}))
     return Instruments(

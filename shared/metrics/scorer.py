@@ -142,11 +142,14 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds `text`: the attributes seen as asked for, where there are any to check; else CLIPScore."""
+        """Adds `text`: the attributes seen as asked for, where there are any to check; else CLIPScore with the
+        instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:
-            scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64)).tolist()
+            assert self.instruments.text_image is not None
+            weight = self.instruments.text_image.info.text_weight
+            scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """Means over the pictures, and `score`: the trade-off of identity and text (identity alone where there is no

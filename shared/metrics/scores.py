@@ -46,9 +46,12 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
     return clip_i(outputs, references)
 
 
-def text_score(cosines: Tensor) -> Tensor:
-    """CLIP-T on [0, 1]: `min(1, 2.5 max(cos, 0))` (CLIPScore, arXiv 2104.08718)."""
-    return (CLIP_SCORE_WEIGHT * cosines.double().clamp_min(0)).clamp_max(1)
+def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
+    """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))` (CLIPScore, arXiv 2104.08718: 2.5).
+
+    weight: the instrument's own (`InstrumentInfo.text_weight`), so that its matching pairs stay below 1.
+    """
+    return (weight * cosines.double().clamp_min(0)).clamp_max(1)
 
 
 @dataclass(frozen=True)

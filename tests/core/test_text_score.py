@@ -1,0 +1,36 @@
+"""The text score without attributes to check: it must tell pictures apart, on the toybox's own CLIP too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shared.metrics.encoders import Instruments, load_toybox
+from shared.metrics.scorer import Scorer
+from shared.toybox.captions import caption
+from shared.toybox.evaluators.measure import fresh_scenes, render_all
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """(scores of 64 fresh renders with their own full captions, with each other's)."""
+    tools = load_toybox()
+    scenes = fresh_scenes(64, 5)
+    pixels = torch.as_tensor(render_all(scenes)).float()
+    said = [caption(scene, np.random.default_rng(i), full=True) for i, scene in enumerate(scenes)]
+    scorer = Scorer(pixels[:2], Instruments(tools.text_image, tools.identity))
+    return scorer.measure(pixels, said).scores, scorer.measure(pixels, said[1:] + said[:1]).scores
+
+
+def test_the_toybox_clip_s_scores_stay_below_one_and_tell_the_caption(measured):
+    own, other = (torch.tensor(scores["text"]) for scores in measured)
+    assert float(own.max()) < 0.95, "no picture is at the end of the scale"
+    assert float(own.mean()) > float(other.mean()) + 0.15
+    assert len(own.unique()) > 40
+
+
+def test_it_is_the_cosine_where_that_is_positive(measured):
+    for scores in measured:
+        cosines = torch.tensor(scores["clip_t"])
+        assert torch.allclose(torch.tensor(scores["text"]), cosines.clamp_min(0))
