@@ -1,0 +1,214 @@
+"""What `pcs image personalize` is told and says: instruments, starting anew, progress; and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pcs_image import tasks
+from pcs_image.commands.progress import Bar, Lines, Tenths
+from pcs_image.runner import Runner
+from pcs_image.scoring import training_scorers
+from shared.backbones import load_backbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.concept import read
+from shared.io.subjects import read_subject
+from shared.recipes import load
+from shared.train import checkpoint
+
+TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> Path:
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-dino"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
+    BitImageProcessorPil(**size).save_pretrained(folder)
+    return folder
+
+
+# --- what scores while training ------------------------------------------------------------------
+
+
+def planned(photos: Path, out: Path, *settings: str) -> tasks.Plan:
+    given = (f"subject.images={photos}", "subject.class_noun=mug", f"output={out / 'x.concept'}")
+    return tasks.plan(load("textual_inversion", [*TINY, *given, *settings]))
+
+
+EVERY = "train.validation.every=1"
+
+
+def test_pictures_that_nothing_can_score_are_said(make_tiny_sd, photos, tmp_path):
+    backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    with pytest.warns(UserWarning, match=r"nothing can score them, so the last state is kept.*give --clip FOLDER"):
+        assert training_scorers(planned(photos, tmp_path, EVERY), backbone, None, None) is None
+
+
+def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, dino, tmp_path):
+    backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    with pytest.warns(UserWarning, match=r"none are made: set train\.validation\.every=100"):
+        assert training_scorers(planned(photos, tmp_path), backbone, None, dino) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert training_scorers(planned(photos, tmp_path), backbone, None, None) is None
+        found = training_scorers(planned(photos, tmp_path, EVERY), backbone, None, dino)
+    assert found is not None and set(found) == {"x"}
+    scores = found["x"](torch.zeros(2, 3, 32, 32), ["a mug"] * 2)
+    assert 0 <= scores["score"] <= 1
+
+
+@pytest.mark.parametrize("option", ["--clip", "--dino"])
+def test_instruments_that_are_not_there_are_an_error(pcs, learn, tmp_path, option):
+    for settings in ((), (EVERY,)):
+        ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", *settings), option, tmp_path / "gone")
+        assert ran.code == 2 and f"{option} {tmp_path / 'gone'}: there is no such folder" in ran.err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
+    ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", EVERY), "--dino", dino)
+    assert ran.code == 0, ran.err
+    metrics = read(tmp_path / "x.concept").meta.metrics
+    assert 0 <= metrics["score"] <= 1 and metrics["step"] in (1, 2)
+    assert metrics["training_seconds"] > 0 and metrics["validation_seconds"] > 0
+    assert metrics["mixed_precision"] == "no" and metrics["training_peak_memory"] > 0
+
+
+# --- starting anew -------------------------------------------------------------------------------
+
+
+def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path):
+    """Also with another recipe, and where what was left is damaged."""
+    out, training = tmp_path / "x.concept", tmp_path / "x.training"
+    wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
+    assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
+    (training / "mine.txt").write_text("keep me")
+    tame = learn("textual_inversion", f"output={out}", "train.steps=1")
+    refused = pcs(*tame)
+    assert refused.code == 2 and "go on with --resume, or start anew with --overwrite" in refused.err
+    (next(training.glob("checkpoint-*")) / "state.json").write_text("{")
+    anew = pcs(*tame, "--overwrite")
+    assert anew.code == 0, anew.err
+    assert (out / "concept.json").is_file() and (training / "mine.txt").is_file()
+    assert checkpoint.load(training) is None
+    assert [json.loads(x)["step"] for x in (training / "log.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_lower_rate_goes_on_through_the_command_line(pcs, learn, tmp_path):
+    out = tmp_path / "x.concept"
+    assert pcs(*learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")).code == 1
+    ran = pcs(*learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e-3"), "--resume")
+    assert ran.code == 0 and (out / "concept.json").is_file(), ran.err
+
+
+# --- what was learned is not lost ------------------------------------------------------------------
+
+
+def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, tmp_path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    out = tmp_path / "x.concept"
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"x\.concept is saved; its preview could"):
+        patch.setattr(tasks, "preview", fail)
+        assert pcs(*learn("textual_inversion", f"output={out}")).code == 0
+    assert not (out / "preview.png").exists() and read(out).preview is None
+    assert not list((tmp_path / "x.training").glob("checkpoint-*"))
+    ran = pcs("image", "generate", "a <x>", "--concept", out, "--steps", 1, "--out", tmp_path / "o")
+    assert ran.code == 0, ran.err
+    assert pcs(*learn("textual_inversion", f"output={out}"), "--overwrite").code == 0
+    assert read(out).preview == out / "preview.png"
+
+
+def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_path):
+    runner = Runner(load_backbone(tiny_folder))
+    subject = {"mug": read_subject(photos, "mug")}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    runner.personalize(subject, load("pivotal_tuning", TINY), tmp_path / "run", tensorboard=False)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(7)
+    broken = load("pivotal_tuning", [*TINY, "trainable.tokens.lr=1e30"])
+    runner.unload("mug")
+    with pytest.raises(RuntimeError):
+        runner.personalize(subject, broken, tmp_path / "other", tensorboard=False)
+    assert torch.equal(torch.rand(3), expected), "also when it fails"
+
+
+# --- known before training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("phases.tune.sampling.scheduler=magic", r"phases\.tune\.sampling\.scheduler: .*unknown scheduler 'magic'"),
+        ("sampling.scheduler=magic", r"sampling\.scheduler: .*unknown scheduler 'magic'"),
+        ("phases.tune.sampling.guidance=.nan", r"sampling\.guidance = nan"),
+        ("phases.tune.train.mixed_precision=fp16", r"phases\.tune\.train\.mixed_precision = 'fp16'"),
+    ],
+)
+def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, tmp_path, setting, said):
+    runner = Runner(load_backbone(tiny_folder))
+    with pytest.raises(ValueError, match=said):
+        recipe = load("pivotal_tuning", [*TINY, setting])
+        runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
+    assert not (tmp_path / "run").exists() and not runner.backbone.namings
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf"])
+def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_path, guidance):
+    for arguments in (("generate", "a <mug>"), ("evaluate", "--references", photos)):
+        out = ("--concept", concepts["mug"], "--out", tmp_path / "o", "--guidance", guidance)
+        ran = pcs("image", *arguments, *out)
+        assert ran.code == 2 and f"--guidance = {guidance}: give a number" in ran.err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder, photos, tmp_path):
+    small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
+    recipe = load("dreambooth_lora", [*TINY, *small, "phases.a.train.resolution=16"])
+    runner = Runner(load_backbone(tiny_folder))
+    runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
+    assert "mug" in runner.loaded
+
+
+# --- progress --------------------------------------------------------------------------------------
+
+
+def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, monkeypatch):
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    more = ("sources.class_pictures.num_images=4", "sources.class_pictures.batch_size=2")
+    ran = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
+    assert ran.code == 0, ran.err
+    assert re.findall(r"class pictures of 'a photo of a mug': (\d of \d)", ran.err) == ["2 of 4", "4 of 4"]
+    shutil.rmtree(tmp_path / "x.concept")
+    again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
+    assert again.code == 0 and "class pictures" not in again.err, "they are there already"
+
+
+def test_without_a_terminal_a_line_is_written_every_ten_percent(capsys):
+    with Lines() as counter:
+        for done in range(1, 241):
+            counter("pictures", done, 240)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"pictures: {24 * i} of 240" for i in range(1, 11)]
+    with Bar() as bar:
+        bar.pictures("class pictures", 3, 3)
+    assert capsys.readouterr().err == "class pictures: 3 of 3\n"
+    tenths = Tenths()
+    for done in (1, 2, 3):
+        tenths("few", done, 3)
+    assert capsys.readouterr().err.splitlines() == ["few: 1 of 3", "few: 2 of 3", "few: 3 of 3"]
