@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from pcs_image.runner import Runner
+from shared.backbones import load_backbone
+from shared.concept import read
+from shared.io.subjects import read_subject
+from shared.recipes import load
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,66 @@ def test_a_concept_is_measured(pcs, arguments, tmp_path):
     assert len(made) == 4 and all((tmp_path / "report" / p["file"]).is_file() for p in made)
     identity = next(s for s in report["scores"] if s["key"] == "identity")
     assert identity["chance"] == 0.25 and report["costs"]["training_seconds"] > 0
+
+
+def test_the_headline_scores_are_a_table_too(pcs, arguments, tmp_path):
+    assert pcs(*arguments, "--out", tmp_path / "report").code == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    with (tmp_path / "report" / "scores.csv").open(newline="") as file:
+        rows = {row["key"]: row for row in csv.DictReader(file)}
+    assert {s["key"] for s in report["scores"]} < set(rows)
+    for score in report["scores"]:
+        row = rows[score["key"]]
+        assert row["title"] == score["title"] and row["better"] == score["better"]
+        for column in ("value", "low", "high", "base", "chance"):
+            expected = score[column]
+            assert (float(row[column]) if row[column] else None) == (None if expected is None else expected)
+    assert float(rows["training_seconds"]["value"]) == report["costs"]["training_seconds"]
+    assert rows["training_seconds"]["unit"] == "seconds" and rows["concept_bytes"]["unit"] == "bytes"
+
+
+def test_pictures_are_made_as_asked_else_as_the_concept_s_recipe_says(pcs, arguments, concepts, tmp_path, monkeypatch):
+    seen = []
+    generate = Runner.generate
+
+    def spy(self, *given, **settings):
+        seen.append({k: settings[k] for k in ("steps", "guidance", "scheduler")})
+        return generate(self, *given, **settings)
+
+    monkeypatch.setattr(Runner, "generate", spy)
+    assert pcs(*arguments, "--limit", 1, "--out", tmp_path / "a").code == 0
+    assert all(s == {"steps": 2, "guidance": None, "scheduler": None} for s in seen) and seen
+    seen.clear()
+    asked = ("--steps", 1, "--guidance", 2.5, "--scheduler", "euler")
+    assert pcs(*arguments, "--limit", 1, *asked, "--out", tmp_path / "b").code == 0
+    assert all(s == {"steps": 1, "guidance": 2.5, "scheduler": "euler"} for s in seen) and seen
+    wrong = pcs(*arguments, "--scheduler", "eular", "--out", tmp_path / "c")
+    assert wrong.code == 2 and "unknown scheduler 'eular'" in wrong.err and not (tmp_path / "c").exists()
+
+
+def test_the_help_says_where_references_are_looked_for(pcs):
+    said = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
+    assert "a folder beside the concept, called as when it was learned" in said
+
+
+def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
+    """The same as the command, and one of several loaded concepts; what was learned here needs no references."""
+    assert pcs(*arguments, "--out", tmp_path / "report").code == 0
+    by_command = json.loads((tmp_path / "report" / "report.json").read_text())
+    runner = Runner(load_backbone(tiny_folder))
+    runner.load(read(concepts["mug"]))
+    settings = {"dino": dino, "gallery": tmp_path / "gallery"}
+    prompts = str(tmp_path / "prompts.txt")
+    report = runner.evaluate("mug", prompts, references=photos, **settings)
+    assert json.loads(report.to_json())["scores"] == by_command["scores"]
+    with pytest.raises(ValueError, match=r"unknown concept 'mag'. Did you mean 'mug'"):
+        runner.evaluate("mag", prompts, references=photos, **settings)
+    tiny = ("train.steps=1", "train.batch_size=1", "train.resolution=32", "sampling.steps=1", "backbone=tiny")
+    subject = {"pot": read_subject(photos, "teapot")}
+    runner.personalize(subject, load("textual_inversion", tiny), tmp_path / "run", tensorboard=False)
+    own = runner.evaluate("pot", prompts, out=tmp_path / "own", seeds=[0], limit=1, **settings)
+    assert own.name == "pot" and own.class_noun == "teapot" and (tmp_path / "own" / "index.html").is_file()
+    assert len(own.references) == 3 and own.costs.training_seconds is not None
 
 
 def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_hashes(
