@@ -26,10 +26,12 @@ def train(
     """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
     from shared.config import unknown
     from shared.toybox.train import pipeline
+    from shared.toybox.train.common import pick_device
 
     for name in stage or ():
         if name not in _STAGES:
             raise ValueError(unknown(name, _STAGES, "stage"))
+    pick_device(device)  # before anything is written
     pipeline.run(stage or list(_STAGES), pipeline.Work(work, pictures, minutes, device, threads, seed, fresh))
 
 
@@ -42,11 +44,12 @@ def evaluate(
     seed: int = typer.Option(0, min=0),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
     card: bool = typer.Option(False, help="write the model card (shared/toybox/weights/CARD.md)"),
+    overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
     """Measure the evaluators on fresh renders, and the shipped model on random captions."""
     from shared.toybox.report import evaluate as measure
 
-    for line in measure(out, pictures, guidance, steps, seed, backbone, card):
+    for line in measure(out, pictures, guidance, steps, seed, backbone, card, overwrite):
         print(line)
 
 
@@ -72,36 +75,53 @@ def sheet(
     rows: int = typer.Option(4, min=1),
     columns: int = typer.Option(8, min=1),
     seed: int = typer.Option(0, min=0),
-    guidance: float = typer.Option(None),
+    guidance: float = typer.Option(None, help="for model; default: the guidance that the card states"),
     prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
+    overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
     """A sheet of captioned pictures, to look at."""
     from shared.toybox.report import draw_sheet
 
-    print(draw_sheet(out, source, rows, columns, seed, guidance, prompt))
+    print(draw_sheet(out, source, rows, columns, seed, guidance, prompt, overwrite))
 
 
 @app.command()
 def subjects(
-    name: str = typer.Argument(None, help="a subject to write as pictures; none: list them"),
-    out: Path = typer.Option(None, help="folder for the reference pictures"),
+    name: str = typer.Argument(None, help="a subject, face or style to write as pictures; none: list them"),
+    out: Path = typer.Option(None, help="folder for the reference pictures; default: one of that name"),
     num: int = typer.Option(5, min=1, help="reference pictures"),
     seed: int = typer.Option(0, min=0),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """The held-out things that no caption can describe: list them, or write one as a folder of photos to learn from."""
+    """The held-out things and styles that no caption can describe: list them, or write one as pictures to learn from."""
+    from shared.config import unknown
+    from shared.toybox import album
+    from shared.toybox.report import write_style
+    from shared.toybox.subjects import style_names
+
+    things, styles = _things(), style_names()
+    if name is None:
+        for title, about in things.items():
+            print(f"{title:30} {about}")
+        for title, style in styles.items():
+            print(f"{title:30} a drawing style: {style}")
+        return
+    if name not in things and name not in styles:
+        raise ValueError(unknown(name, [*things, *styles], "toybox subject or style"))
+    write = write_style if name in styles else album.write_album
+    for path in write(name, out or Path(name), num, seed, overwrite):
+        print(path)
+
+
+def _things() -> dict[str, str]:
+    """The held-out subjects and faces: name -> what they are."""
     from shared.toybox import album
     from shared.toybox.subjects import faces
     from shared.toybox.subjects import subjects as things
 
-    if name is None:
-        for split in album.SPLITS:
-            for held in (*things(split), *faces(split)):
-                thing = held.thing
-                print(
-                    f"{held.name:24} {thing.class_name}, {thing.main} and {thing.second}; {len(held.distractors)} look-alikes"
-                )
-        return
-    folder = out or Path(name)
-    for path in album.write_album(name, folder, num, seed, overwrite):
-        print(path)
+    return {
+        held.name: f"{held.thing.class_name}, {held.thing.main} and {held.thing.second}; "
+        f"{len(held.distractors)} look-alikes"
+        for split in album.SPLITS
+        for held in (*things(split), *faces(split))
+    }

@@ -15,7 +15,8 @@ from typing import Any
 MARK = ".pcs-output"  # the list of files, hidden
 _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave
 _MAX_JSON = 64 * 1024 * 1024  # bytes
-_MADE, _ALBUM = "pcs", "toybox-subject"  # keys in the PNG text of pictures
+_MADE = "pcs"  # the key in the PNG text of generated pictures
+_ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
 _DEMO_PAGE = b"<title>pcs demo</title>"
 _TRAINING = ("log.jsonl", "tensorboard/", "samples/", "checkpoint-*", ".checkpoint-*")
 
@@ -47,7 +48,7 @@ def _strangers(folder: Path, known: Collection[str], prefix: str) -> Iterator[st
             inside = f"{entry.name}/"
             below = [k.removeprefix(inside) for k in known if k.startswith(inside)]
             yield from _strangers(entry, below, prefix + inside)
-        elif not _png_text(entry) & {_MADE, _ALBUM}:
+        elif not _png_text(entry) & {_MADE, *_ALBUM}:
             yield prefix + entry.name
 
 
@@ -77,7 +78,7 @@ def _of_pictures(folder: Path) -> set[str]:
         keys = _png_text(picture)
         if _MADE in keys:
             out.add("grid.png")
-        if _ALBUM in keys:
+        if _ALBUM & keys:
             out |= {f"{picture.stem}.txt", f"masks/{picture.name}"}
     return out
 

@@ -1,9 +1,10 @@
-"""Showing and measuring the toybox: `pcs toybox evaluate` and `pcs toybox sheet`."""
+"""Showing and measuring the toybox: `pcs toybox evaluate`, `sheet`, and held-out styles as pictures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,58 @@ import torch
 from torch import Tensor
 
 from shared.config import unknown
-from shared.io.files import write_text
+from shared.io.files import atomic_folder, check_file, write_text
+from shared.io.sheets import write_picture
+from shared.toybox.captions import opening, plain_caption
+from shared.toybox.subjects import style_scenes
 from shared.toybox.weights import backbone_path, sampling_defaults
 
 SOURCES = ("world", "model", "vae")
 
 
 def open_pipeline(folder: str | None) -> Any:
-    """The shipped diffusers pipeline, or another folder's."""
+    """The shipped diffusers pipeline, or another folder's. ValueError when there is none, or it cannot be loaded."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder or str(backbone_path()))
+    place = Path(folder).expanduser() if folder is not None else backbone_path()
+    index = place / "model_index.json"
+    if not index.is_file():
+        why = "it has no model_index.json" if place.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"--backbone {str(place)!r} is not a diffusers folder: {why}. Leave it out for the shipped one."
+        )
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        if kind != StableDiffusionPipeline.__name__:
+            raise ValueError(f"it is a {kind}, and a StableDiffusionPipeline can be judged")
+        pipe = StableDiffusionPipeline.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # whatever lies in the folder
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--backbone {str(place)!r} cannot be loaded: {why}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def evaluate(
-    out: Path | None, pictures: int, guidance: float | None, steps: int, seed: int, backbone: str | None, card: bool
+    out: Path | None,
+    pictures: int,
+    guidance: float | None,
+    steps: int,
+    seed: int,
+    backbone: str | None,
+    card: bool,
+    overwrite: bool = False,
 ) -> Iterator[str]:
-    """Judge the model on random captions, and (with `card`) the evaluators on fresh renders. Yields lines to print."""
+    """Judge the model on random captions, and (with `card`) the evaluators on fresh renders. Yields lines to print.
+
+    ValueError when `out` exists, unless `overwrite`, and when `backbone` is no folder of a Stable Diffusion pipeline.
+    """
     from shared.toybox.evaluators.card import write_card
     from shared.toybox.evaluators.judge import judge_backbone
 
+    if out is not None:
+        check_file(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
     stated = sampling_defaults()["guidance"] if guidance is None else guidance
     found = judge_backbone(open_pipeline(backbone), n=pictures, guidance=stated, steps=steps, seed=seed)
     yield f"{pictures} captions, guidance {stated}, {steps} steps, nothing selected"
@@ -61,9 +92,20 @@ def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[
 
 
 def draw_sheet(
-    out: Path, source: str, rows: int, columns: int, seed: int, guidance: float | None, prompts: Sequence[str]
+    out: Path,
+    source: str,
+    rows: int,
+    columns: int,
+    seed: int,
+    guidance: float | None,
+    prompts: Sequence[str],
+    overwrite: bool = False,
 ) -> Path:
-    """A captioned sheet of renders, of the model's pictures, or of renders beside their autoencoded selves."""
+    """A captioned sheet of renders, of the model's pictures, or of renders beside their autoencoded selves.
+
+    ValueError for an unknown source, for what only the model heeds (`guidance`, `prompts`) with another source, when
+    `out` is a folder, and when it exists, unless `overwrite`.
+    """
     from shared.toybox.captions import caption
     from shared.toybox.evaluators.judge import generate
     from shared.toybox.render import render
@@ -72,20 +114,47 @@ def draw_sheet(
 
     if source not in SOURCES:
         raise ValueError(unknown(source, SOURCES, "source"))
+    unheeded = [name for name, value in (("--prompt", prompts), ("--guidance", guidance is not None)) if value]
+    if source != "model" and unheeded:
+        raise ValueError(
+            f"{' and '.join(unheeded)} with --source {source}: only the model heeds it, add --source model"
+        )
+    if out.suffix.lower() != ".png" and not out.is_dir():
+        raise ValueError(f"{out}: a sheet is a PNG, give it a name that ends in .png")
+    check_file(out, overwrite)
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(rows * columns)]
     texts = [caption(s, rng, full=source == "model" and len(s.things) == 1) for s in scenes]
     if source == "model":
         texts = list(prompts) or texts
         stated = sampling_defaults()
-        pixels = generate(open_pipeline(None), texts, guidance or stated["guidance"], stated["steps"], seed)
+        pixels = generate(
+            open_pipeline(None), texts, stated["guidance"] if guidance is None else guidance, stated["steps"], seed
+        )
     else:
         pixels = render(scenes).pixels
     if source == "vae":
         pixels, texts = _beside(pixels), [t for t in texts for _ in range(2)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pixels, columns, texts).save(out)
-    return out
+    return write_picture(sheet(pixels, columns, texts), out)
+
+
+def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
+    """Write n pictures in a held-out style (`development-mosaic` …), of n different things, to learn the style from.
+
+    Each says in its PNG text which style it shows; beside it lies a caption of what is drawn (`NAME.txt`), which does
+    not say how it is drawn.
+    """
+    from shared.toybox.render import render
+
+    scenes = style_scenes(name, n, seed)
+    drawn = render(scenes).pixels * 2 - 1
+    with atomic_folder(folder, overwrite) as out:
+        for i, scene in enumerate(scenes):
+            write_picture(drawn[i], out / f"{i:02d}.png", {"toybox-style": name})
+            shown = plain_caption(replace(scene, style="photo")).removeprefix(f"{opening('photo')} ")
+            (out / f"{i:02d}.txt").write_text(shown + "\n", "utf-8")
+    return [folder / f"{i:02d}.png" for i in range(n)]
 
 
 def _beside(pixels: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from shared.config import unknown
 from shared.toybox.patterns import accents, pattern
-from shared.toybox.world import BACKGROUNDS, CLASSES, COLORS, SEEDS, Camera, Scene, Thing, identity_of
+from shared.toybox.world import BACKGROUNDS, CLASSES, COLORS, SEEDS, Camera, Scene, Thing, identity_of, sample_scene
 
 DISTRACTORS = 8
 _STYLES = {
@@ -110,3 +111,32 @@ def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development"
         background, number = order[i % len(order)], int(rng.integers(2**31))
         scenes.append(Scene((replace(thing, accessory="none"),), background, (camera,), "photo", number))
     return scenes
+
+
+def style_names() -> dict[str, str]:
+    """The held-out styles by name: "development-stained-glass" -> "stained glass"."""
+    return {f"{split}-{style.replace(' ', '-')}": style for split in _STYLES for style in _STYLES[split]}
+
+
+def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
+    """n scenes in one held-out style: other things in other places each time, plain ones that training could show too.
+
+    The classes go round, the backgrounds do not repeat before all were used. ValueError lists the names that there are.
+    """
+    there = style_names()
+    if name not in there:
+        raise ValueError(unknown(name, there, "toybox style"))
+    rng = np.random.default_rng([seed, SEEDS[name.split("-")[0]].start, 10])
+    kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
+    return [
+        sample_scene(
+            rng,
+            class_name=CLASSES[kinds[i % len(kinds)]],
+            background=BACKGROUNDS[places[i % len(places)]],
+            accessory="none",
+            pattern=False,
+            style=there[name],
+            two=False,
+        )
+        for i in range(n)
+    ]

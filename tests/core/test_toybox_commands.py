@@ -1,0 +1,132 @@
+"""`pcs toybox`: what it refuses before anything is written, and held-out styles as folders of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.cli import build, run
+from shared.io.pictures import read_metadata, read_picture
+from shared.io.subjects import read_subject
+from shared.toybox import captions, subjects, world
+from shared.toybox.render import render
+
+
+@pytest.fixture
+def toybox(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(build(), ["toybox", *map(str, arguments)])
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return call
+
+
+@pytest.fixture
+def refused(toybox, tmp_path: Path) -> Callable[..., str]:
+    """The message of a command that must end with 2 and write nothing."""
+
+    def call(*arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = toybox(*arguments)
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("pcs: ") and "Traceback" not in err, err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return call
+
+
+def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path) -> None:
+    keep = tmp_path / "keep.png"
+    keep.write_text("mine")
+    assert "keep.png exists already" in refused("sheet", keep, "--rows", 1)
+    assert keep.read_text() == "mine"
+    assert toybox("sheet", keep, "--rows", 1, "--columns", 2, "--overwrite")[0] == 0
+    assert Image.open(keep).width > 200
+    assert "is a folder, and a file is to be written" in refused("sheet", tmp_path)
+    assert "give it a name that ends in .png" in refused("sheet", tmp_path / "sheet.txt")
+
+
+def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:
+    for source in ("world", "vae"):
+        said = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
+        assert f"--prompt and --guidance with --source {source}: only the model heeds it" in said
+
+
+def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:
+    sheet = ("--source", "model", "--rows", 1, "--columns", 1, "--prompt", "a photo of a red duck on the beach")
+    for name, guidance in (("stated", ()), ("none", ("--guidance", 0))):
+        assert toybox("sheet", tmp_path / f"{name}.png", *sheet, *guidance)[0] == 0
+    stated, none = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(float) for n in ("stated", "none"))
+    assert np.abs(stated - none).mean() > 1
+
+
+def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
+    evaluate = ("evaluate", "--out", tmp_path / "figures.json", "--backbone")
+    assert f"--backbone '{tmp_path}/nope' is not a diffusers folder" in refused(*evaluate, tmp_path / "nope")
+    (tmp_path / "model").mkdir()
+    assert "it has no model_index.json" in refused(*evaluate, tmp_path / "model")
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "cannot be loaded: it is a FluxPipeline" in refused(*evaluate, tmp_path / "model")
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "cannot be loaded" in refused(*evaluate, tmp_path / "model")
+    (tmp_path / "figures.json").write_text("mine")
+    assert "figures.json exists already" in refused("evaluate", "--out", tmp_path / "figures.json")
+
+
+def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
+    for device in ("gpu", "tpu7", "cuda:99"):
+        said = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
+        assert f"device '{device}' cannot be used here. There are: cpu" in said
+
+
+def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
+    listed = [line.split()[0] for line in toybox("subjects")[1].splitlines()]
+    for split in ("development", "reporting"):
+        held = {h.name for h in (*subjects.subjects(split), *subjects.faces(split))}
+        held |= {f"{split}-{style.replace(' ', '-')}" for style in subjects.styles(split)}
+        assert len(held) == 20 and held <= set(listed)
+    assert len(listed) == 40
+    said = refused("subjects", "development-stained-glas")
+    assert "Did you mean 'development-stained-glass'?" in said and "reporting-duck" in said
+
+
+@pytest.mark.parametrize("name", list(subjects.style_names()))
+def test_a_style_is_shown_on_other_things_each_time(name: str) -> None:
+    scenes = subjects.style_scenes(name, 8, 3)
+    assert scenes == subjects.style_scenes(name, 8, 3) != subjects.style_scenes(name, 8, 4)
+    assert {s.style for s in scenes} == {subjects.style_names()[name]}
+    assert len({s.things[0].class_name for s in scenes}) == len({s.background for s in scenes}) == 8
+    assert all(t.pattern_seed is None and t.accessory == "none" for s in scenes for t in s.things)
+    assert torch.isfinite(render(scenes).pixels).all()
+
+
+def test_a_style_becomes_a_folder_to_learn_from(toybox, refused, tmp_path: Path) -> None:
+    out, name = tmp_path / "glass", "development-stained-glass"
+    code, said, _ = toybox("subjects", name, "--out", out, "--num", 4)
+    assert code == 0 and said.split() == [f"{out}/{i:02d}.png" for i in range(4)]
+    scenes = subjects.style_scenes(name, 4, 0)
+    found = read_subject(out)
+    assert len(found.images) == len(found.captions) == 4
+    for scene, path, drawn in zip(scenes, found.images, render(scenes).pixels, strict=True):
+        assert read_metadata(path) == {"toybox-style": name}
+        assert (read_picture(path).pixels - (drawn * 2 - 1)).abs().max() < 0.01
+        text = found.captions[path]
+        assert text.startswith(f"a {scene.things[0].class_name} ") and scene.style not in text
+        assert captions.background_phrase(scene.background) in text
+    assert "exists already" in refused("subjects", name, "--out", out)
+    assert toybox("subjects", name, "--out", out, "--num", 2, "--overwrite")[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == ["00.png", "00.txt", "01.png", "01.txt"]
+
+
+def test_what_a_style_is_shown_on_can_be_seen_in_training() -> None:
+    train = {world.identity_of(seed) for seed in world.SEEDS["train"]}
+    for name in subjects.style_names():
+        things = [t for s in subjects.style_scenes(name, 26, 0) for t in s.things]
+        assert all(t.identity is None or t.identity in train for t in things)
