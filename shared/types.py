@@ -98,24 +98,6 @@ class Conditioning:
     size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
     regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply `fn` to every tensor whose first axis is the batch (to, repeat, index)."""
-        if isinstance(self.context, Tensor):
-            context: Tensor | Mapping[str, SiteContext] = fn(self.context)
-        else:
-            context = {k: SiteContext(fn(v.key), fn(v.value)) for k, v in self.context.items()}
-        return Conditioning(
-            context=context,
-            pooled=None if self.pooled is None else fn(self.pooled),
-            image_tokens=tuple(
-                ImageTokens(fn(i.tokens), i.scale, None if i.region is None else fn(i.region))
-                for i in self.image_tokens
-            ),
-            token_positions={k: fn(v) for k, v in self.token_positions.items()},
-            size_ids=None if self.size_ids is None else fn(self.size_ids),
-            regions={k: fn(v) for k, v in self.regions.items()},
-        )
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Stack along the batch, as classifier-free guidance does.

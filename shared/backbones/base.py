@@ -97,6 +97,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         return resolve(role, self.role_table, self._components, self.family)
 
     def sites(self) -> tuple[Site, ...]:
+        """The attention layers, in the order of the forward pass."""
         raise NotImplementedError
 
     def text_sites(self) -> tuple[str, ...]:
@@ -192,7 +193,20 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
     # --- prediction ----------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
         raise NotImplementedError
+
+    def _refuse_unread(self, conditioning: Conditioning) -> None:
+        """Raises ValueError for what a conditioning carries and no family here reads yet."""
+        if conditioning.image_tokens:
+            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
+        if conditioning.regions:
+            names = ", ".join(sorted(conditioning.regions))
+            raise ValueError(
+                f"{self.family}: regions ({names}) need attention that is kept to them, and none is attached"
+            )
+        if conditioning.size_ids is not None:
+            raise ValueError(f"{self.family}: size_ids are for models that read picture sizes, and this one does not")
 
     def needs_negative(self, guidance: float) -> bool:
         """Whether sampling with this guidance looks at the negative prompt."""

@@ -42,7 +42,7 @@ class ForwardProcess:
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to predict."""
+        """What the network is trained to predict: [B, C, h, w], as x0 and noise; t: [B] or a scalar."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -53,7 +53,7 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction stands for."""
+        """The clean latents that a prediction at x_t stands for; all [B, C, h, w], t: [B] or a scalar."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
             out = prediction
@@ -66,7 +66,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction stands for."""
+        """The noise that a prediction at x_t stands for; all [B, C, h, w], t: [B] or a scalar."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction

@@ -156,10 +156,9 @@ class FluxBackbone(BaseBackbone):
             guidance: the scale told to a guidance-distilled transformer; default `training_guidance`
 
         Raises:
-            ValueError: for a context per site, or image tokens
+            ValueError: for a context per site, image tokens, regions or size_ids
         """
-        if conditioning.image_tokens:
-            raise ValueError("flux: image tokens need an image encoder's attention, and none is attached")
+        self._refuse_unread(conditioning)
         if not isinstance(conditioning.context, Tensor):
             raise ValueError("flux: text and picture attend jointly, so the context must be one tensor")
         batch, _, h, w = x_t.shape

@@ -112,9 +112,11 @@ class StableDiffusionBackbone(BaseBackbone):
             x_t: [B, C, h, w]
             t: [B] or a scalar
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
+
+        Raises:
+            ValueError: for sites without a context, image tokens, regions or size_ids
         """
-        if conditioning.image_tokens:
-            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
+        self._refuse_unread(conditioning)
         context = conditioning.context
         if not isinstance(context, Tensor):
             context = self._route(context)

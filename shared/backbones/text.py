@@ -56,6 +56,10 @@ class TextEncoding:
         ids = torch.tensor(self.tokens.word_ids(component, words), device=self.device)
         return self._embedding(component).weight[ids].detach().clone()
 
+    def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
+        """The sub-tokens that this text encoder's tokenizer makes of `words`, without its marks for word borders."""
+        return self.tokens.pieces(component, words)
+
     def table_spread(self, component: str) -> float:
         """Standard deviation over all input embeddings of this text encoder."""
         return float(self._embedding(component).weight.detach().float().std())

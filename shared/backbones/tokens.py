@@ -115,6 +115,11 @@ class TokenOverlay:
             raise ValueError(f"{words!r} holds no word that {component} could read")
         return list(ids)
 
+    def pieces(self, component: str, words: str) -> tuple[str, ...]:
+        """What the base tokenizer makes of `words`, without its marks for word borders."""
+        found = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
+        return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in found) if p)
+
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
     """Index into `token_ids` at every place of `ids`, or -1: [B, L]."""

@@ -119,7 +119,9 @@ def _attach_naming(concept: Concept, backbone: Backbone, modifiers: Any) -> None
         return
     named: Any = create_model("Named", __base__=Part, modifier=(modifiers, ...))
     modifier = validate(named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
-    naming = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="modifier.token=")  # said when it was learned
+        naming = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
     naming.load_state_dict(concept.learned_words)
     if concept.starts:  # without it, the start is that of this model's words
         naming.load_start_dict(concept.starts)

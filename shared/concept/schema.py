@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from shared.config import Part, validate
+from shared.config import NAME, Part, validate
 
 SCHEMA_VERSION = 1
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 from shared.backbones.protocol import Backbone
@@ -21,14 +22,26 @@ class PlainText(Part):
 
 
 class RareToken(Part):
-    """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242)."""
+    """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
+
+    A token that a tokenizer splits is accepted, with one warning that names the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
     token: str = "sks"
     with_class_noun: bool = True
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlainNaming:
-        return _attach(backbone, PlainNaming(name, spoken(self.token, class_noun, self.with_class_noun)))
+        naming = _attach(backbone, PlainNaming(name, spoken(self.token, class_noun, self.with_class_noun)))
+        encoders = [c for c in backbone.components if c.startswith("text_encoder")] if self.token.strip() else []
+        split = {c: found for c in encoders if len(found := backbone.word_pieces(c, self.token)) > 1}
+        if split:
+            read = "; ".join(f"{c}: {' + '.join(map(repr, pieces))}" for c, pieces in split.items())
+            warnings.warn(
+                f"modifier.token={self.token!r} is not one token here ({read}): pieces are words of their own that the "
+                "model knows, so a rarer single token holds a subject better",
+                stacklevel=2,
+            )
+        return naming
 
 
 def _attach(backbone: Backbone, naming: PlainNaming) -> PlainNaming:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,6 +169,9 @@ def test_what_a_family_cannot_do_yet_is_said(sd: StableDiffusionBackbone, flux: 
         extra = type(told)(told.context, told.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
         with pytest.raises(ValueError, match="image tokens"):
             backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), extra)
+        for unread in ({"regions": {"mug": torch.ones(1, 1, 8, 8)}}, {"size_ids": torch.zeros(1, 6)}):
+            with pytest.raises(ValueError, match=f"{backbone.family}: {next(iter(unread))}"):
+                backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), dataclasses.replace(told, **unread))
     with pytest.raises(ValueError, match="must be one tensor"):
         flux.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), flux.encode(["a mug"]).per_site(["x"]))
     partial = sd.encode(["a mug"]).per_site(sd.text_sites()[:1])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.concept import attach, capture
 from shared.modifiers import LearnableToken, PlainText, RareToken
 from shared.prompts import expand
 from shared.trainable import Tokens
@@ -48,6 +51,32 @@ def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
     with pytest.raises(ValueError, match="learns nothing, but 1 tensors"):
         naming.load_state_dict({"text_encoder": torch.zeros(1, 16)})
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
+
+
+def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(sd, make_tiny_flux):
+    with pytest.warns(UserWarning) as said_aloud:
+        naming = RareToken(token="qzw").attach(sd, "mug", "mug")
+    assert [str(w.message).split(":")[0] for w in said_aloud] == [
+        "modifier.token='qzw' is not one token here (text_encoder"
+    ]
+    assert "'q' + 'z' + 'w'" in str(said_aloud[0].message)
+    assert naming.words == "qzw mug" and int(sd.encode([said(sd)]).token_positions["mug"].sum()) == 4
+    flux = FluxBackbone(make_tiny_flux(), "tiny")
+    with pytest.warns(UserWarning) as said_aloud:
+        RareToken(token="qzw").attach(flux, "mug", "mug")
+    assert len(said_aloud) == 1 and "text_encoder_2: 'q' + 'z' + 'w'" in str(said_aloud[0].message)
+
+
+def test_one_token_is_no_warning_nor_is_a_concept_that_is_loaded(sd, make_tiny_flux):
+    with pytest.warns(UserWarning):
+        RareToken(token="qzw").attach(sd, "cup", "mug")
+    concept = capture(sd, "cup", class_noun="mug", modifier=RareToken(token="qzw"))
+    sd.remove("cup")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(concept, sd)
+        RareToken().attach(sd, "mug", "mug")
+        RareToken().attach(FluxBackbone(make_tiny_flux(), "tiny"), "mug", "mug")
 
 
 def test_without_a_class_noun_nothing_is_left_over(sd):
