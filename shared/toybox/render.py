@@ -31,6 +31,10 @@ class Rendered:
     thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] in radii of the thing
     from its camera (10 in the background); position: [B, 3, H, W], object space of the thing (unit sphere, x forward,
     y left, z up), 0 in the background.
+
+    mask, thing_mask, depth and position are those of the geometry as a photo shows it, in every style. Styles that
+    redraw (pixel art enlarges its pixels, a watercolor blurs, a neon drawing glows) may colour pixels a little outside
+    the mask, or leave some inside it as background.
     """
 
     pixels: Tensor

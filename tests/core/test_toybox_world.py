@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shared.toybox import captions, dataset, patterns, subjects, world
+from shared.toybox.evaluators.data import sample_group
 from shared.toybox.world import Camera, Scene, Thing
 
 SPLITS = ("development", "reporting")
@@ -36,9 +37,7 @@ def test_the_distribution_is_what_the_design_says():
     for name, wanted in {"pattern": 0.45, "accessory": 0.15, "style": 0.15, "two": 0.08}.items():
         assert share[name] == pytest.approx(wanted, abs=0.03), name
     cameras = [s.cameras[0] for s in found if len(s.things) == 1]
-    assert min(c.scale for c in cameras) < 0.45 and max(c.scale for c in cameras) > 1.05
-    assert max(abs(c.x) for c in cameras) > 0.3 and max(abs(c.roll_deg) for c in cameras) > 22
-    assert np.histogram([c.azimuth_deg for c in cameras], 12, (-180, 180))[0].min() > 0.03 * len(cameras)
+    assert len(cameras) > 2500
     for values, got in (
         (world.CLASSES, [s.things[0].class_name for s in found]),
         (world.BACKGROUNDS, [s.background for s in found]),
@@ -48,6 +47,21 @@ def test_the_distribution_is_what_the_design_says():
         (world.COLORS, [s.things[0].main for s in found]),
     ):
         assert set(got) == set(values)
+
+
+def test_places_sizes_and_turns_reach_as_far_as_the_design_says():
+    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; none beyond, apart from rare slips."""
+    cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
+    x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
+    for values, limit in ((x, 0.35), (y, 0.35), (roll, 25.0)):
+        assert -limit <= values.min() < -0.97 * limit and 0.97 * limit < values.max() <= limit
+    assert 0.4 <= scale.min() < 0.41 and 1.09 < scale.max() <= 1.1
+    assert np.histogram(azimuth, 24, (-180, 180))[0].min() > 0.015 * len(cameras)
+    off = np.maximum(abs(x), abs(y)) > 0.15
+    assert 0.1 < off.mean() < 0.2, "off-centre places are common, not only possible"
+    assert np.mean(abs(roll) > 10) > 0.1
+    # A thing keeps most of itself in the picture: only small ones reach the border.
+    assert scale[np.maximum(abs(x), abs(y)) > 0.3].max() < 0.7 and abs(x[scale > 0.8]).max() > 0.2
 
 
 @pytest.mark.parametrize(
@@ -209,6 +223,25 @@ def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
     train = np.array([world.identity_of(s) for s in world.SEEDS["train"]])
     nearest = [np.sqrt(((train - row) ** 2).sum(1)).min() for row in held]
     assert min(nearest) > 0.5
+
+
+def test_training_scenes_never_show_a_held_out_face_pattern_or_style():
+    """What is really drawn: the scenes of the world, of the data set and of the identity encoder's groups."""
+    things = [(t, s.style) for s in (*scenes(1500, seed=9), *scenes(400, seed=9, class_name="face")) for t in s.things]
+    things += [(t, s.style) for s in (dataset.scene_of(0, i)[0] for i in range(1500)) for t in s.things]
+    groups = (sample_group(np.random.default_rng(i), 4, 2) for i in range(60))
+    things += [(t, s.style) for group in groups for views in group for s in views for t in s.things]
+    identities = {t.identity for t, _ in things if t.identity is not None}
+    assert len(identities) > 300 and identities <= {world.identity_of(s) for s in world.SEEDS["train"]}
+    held = [t for split in SPLITS for h in subjects.faces(split) for t in (h.thing, *h.distractors)]
+    drawn, kept = np.array(list(identities)), np.array([t.identity for t in held])
+    assert np.sqrt(((drawn[:, None] - kept[None]) ** 2).sum(2)).min() > 0.5
+    patterns_held = {
+        t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)
+    }
+    assert not patterns_held & {t.pattern_seed for t, _ in things}
+    assert {style for _, style in things} == set(world.STYLES)
+    assert not {style for _, style in things} & set(subjects.style_names().values())
 
 
 def test_reference_scenes_are_varied_plain_photos():

@@ -1,0 +1,68 @@
+"""The words of the public DreamBench prompts, in the tokenizer that is shipped with the toybox."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import CLIPTokenizer
+
+from shared.toybox import captions, tokenizer
+from shared.toybox.weights import backbone_path
+
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
+# What the small world has no picture of, nor any word: professions, one sight, a crowd.
+NEVER_SHOWN = {"chef", "crowded", "eiffel", "firefighter", "monocle", "police", "tower", "wizard"}
+# Prompts that the world shows as they stand: places, accessories, colours.
+SHOWN = {
+    "dreambench_objects": (
+        *("in the jungle", "in the snow", "on the beach", "on top of a wooden floor", "floating on top of water"),
+        *("with a city in the background", "with a mountain in the background"),
+    ),
+    "dreambench_live": (
+        *("in the jungle", "in the snow", "on the beach", "on top of a wooden floor"),
+        *("with a city in the background", "with a mountain in the background"),
+        *("wearing a red hat", "wearing a rainbow scarf", "wearing pink glasses"),
+    ),
+}
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.replace("{concept}", "").lower())
+
+
+def texts(name: str) -> list[str]:
+    return yaml.safe_load((PROMPTS / f"{name}.yaml").read_text(encoding="utf-8"))["prompts"]
+
+
+@pytest.fixture(scope="module")
+def shipped() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(str(backbone_path() / "tokenizer"))
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_built(shipped: CLIPTokenizer) -> None:
+    assert shipped.get_vocab() == tokenizer.build().get_vocab()
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_each_dreambench_word_that_the_world_can_show_is_one_token(shipped: CLIPTokenizer, name: str) -> None:
+    every = {word for text in texts(name) for word in words(text)}
+    split = {word for word in every if not tokenizer.is_one_token(shipped, word)}
+    assert split <= NEVER_SHOWN, "listed words are in the vocabulary"
+    assert not NEVER_SHOWN & set(captions.vocabulary())
+    assert all(
+        len(shipped(t.replace("{concept}", "sks duck"))["input_ids"]) <= tokenizer.MAX_LENGTH for t in texts(name)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_the_world_s_own_captions_say_what_dreambench_says(name: str) -> None:
+    phrases = {p for options in captions.PLACES.values() for p in options} | {
+        f"wearing {worn}" for worn in captions.WORN.values()
+    }
+    for phrase in SHOWN[name]:
+        assert f"a {{concept}} {phrase}" in texts(name), phrase
+        assert phrase in phrases, phrase
+    assert {f"a {color} {{concept}}" for color in ("red", "purple")} <= set(texts(name))
