@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 GROUP = "pcs.commands"
+_SAID: set[str] = set()  # the warnings that this command has printed
 _STOPPED, _TERMINATED = 130, 143  # the exit codes after Ctrl-C and after SIGTERM
 
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    _SAID.clear()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -96,16 +98,26 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     if isinstance(error, ValueError):
-        print(f"pcs: {error}", file=sys.stderr)
+        print(f"pcs: {_clean(error)}", file=sys.stderr)
         return 2
     if isinstance(error, (OSError, MemoryError)) or type(error).__name__ in ("NotFinite", "OutOfMemoryError"):
-        print(f"pcs: {type(error).__name__ if not str(error) else error}", file=sys.stderr)
+        print(f"pcs: {_clean(error) or type(error).__name__}", file=sys.stderr)
         return 1
     raise error
 
 
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    """Each warning once, however often and from wherever it comes."""
+    text = _clean(message)
+    if text not in _SAID:
+        _SAID.add(text)
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def _clean(text: Any) -> str:
+    from shared.io.terminal import printable  # pictures and concepts of others have their names and words in messages
+
+    return printable(text)
 
 
 if __name__ == "__main__":

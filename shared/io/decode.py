@@ -161,7 +161,7 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
             raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
-            warnings.warn(f"{path} has {frames} frames: only the first is used", UserWarning, stacklevel=4)
+            warnings.warn(f"{path} has {frames} frames: only the first is used", UserWarning, stacklevel=1)
         image.seek(0)
         image.load()
         turn = _TURNS.get(_orientation(image))

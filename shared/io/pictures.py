@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Literal
 
@@ -33,12 +34,15 @@ __all__ = [
 ]
 
 Fit = Literal["cover", "contain"]
+_KEPT = 2 / 3  # of a picture: with less, somebody should know
 
 
-def fit(picture: Picture, size: int | tuple[int, int], mode: Fit = "cover") -> Picture:
+def fit(picture: Picture, size: int | tuple[int, int], mode: Fit | None = None) -> Picture:
     """Resize to `size` (a side, or (height, width)) in pixels, picture and mask together; the same file, the same bits.
 
-    "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture.
+    "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture;
+    a UserWarning names a picture of which that takes more than a third, unless all of its mask stays inside. None is
+    "cover" for something that is only looked at: without the warning.
     "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -46,7 +50,7 @@ def fit(picture: Picture, size: int | tuple[int, int], mode: Fit = "cover") -> P
         raise ValueError(f"cannot fit a picture to {width}x{height} pixels")
     if mode == "contain":
         return _contain(picture, width, height)
-    if mode != "cover":
+    if mode not in ("cover", None):
         raise ValueError(f"unknown way to fit {mode!r}. There are: contain, cover.")
     full_w, full_h = picture.size
     scale = max(width / full_w, height / full_h)
@@ -55,11 +59,33 @@ def fit(picture: Picture, size: int | tuple[int, int], mode: Fit = "cover") -> P
     left = min(max(middle_x - cut_w / 2, 0.0), full_w - cut_w)
     top = min(max(middle_y - cut_h / 2, 0.0), full_h - cut_h)
     box = (left, top, min(left + cut_w, full_w), min(top + cut_h, full_h))
+    if mode == "cover" and cut_w * cut_h < _KEPT * full_w * full_h and not _mask_inside(picture, box):
+        _warn_of_loss(picture, cut_w * cut_h / (full_w * full_h))
     return replace(
         picture,
         image=picture.image.resize((width, height), Image.Resampling.LANCZOS, box),
         alpha=picture.alpha and picture.alpha.resize((width, height), Image.Resampling.BILINEAR, box),
         real=picture.real and picture.real.resize((width, height), Image.Resampling.BILINEAR, box),
+    )
+
+
+def _mask_inside(picture: Picture, box: tuple[float, float, float, float]) -> bool:
+    """Whether there is a mask and the box (left, top, right, bottom) holds all of it."""
+    bounds = picture.alpha.getbbox() if picture.alpha is not None else None
+    return (
+        bounds is not None
+        and all(b <= m for b, m in zip(box[:2], bounds[:2], strict=True))
+        and all(b >= m for b, m in zip(box[2:], bounds[2:], strict=True))
+    )
+
+
+def _warn_of_loss(picture: Picture, kept: float) -> None:
+    size = f"{picture.size[0]}x{picture.size[1]}"
+    warnings.warn(
+        f"{picture.path or 'a picture'} is {size}, and the crop to a square loses {1 - kept:.0%} of it: crop it yourself, "
+        "give it a mask that the crop follows, or set sources.references.fit=contain to keep all of it",
+        UserWarning,
+        stacklevel=1,  # one place in the code, so that the same words are said once
     )
 
 

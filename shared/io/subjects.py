@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from shared.io.listing import PathLike, names, scan
-from shared.io.pictures import picture_size
+from shared.io.listing import PathLike, names, scan, sniff
+from shared.io.pictures import picture_size, read_picture
 from shared.types import Subject
 
 
@@ -21,7 +22,8 @@ def read_subject(
 
     `masks` and `captions` are a folder whose files have the pictures' names, or a mapping by picture (path or file
     name). Raises ValueError when there are no pictures, a mask has another size than its picture, or something that was
-    named matches no picture. Stray files are skipped with a warning.
+    named matches no picture. Stray files are skipped with a warning; where only some pictures have a caption or a mask,
+    a UserWarning names the others.
     """
     found = scan(images)
     by_picture = {p: _caption(t) for p, t in found.captions.items()}
@@ -42,7 +44,26 @@ def read_subject(
                 "they must be of one size"
             )
     kept = {p: text for p, text in by_picture.items() if text}
+    _warn_of_gaps(found.pictures, kept, "caption", "their captions are made from the recipe's template")
+    cut_out = {p for p in found.pictures if p not in mask_of and _transparent(p)}
+    _warn_of_gaps(found.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
     return Subject(images=found.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
+
+
+def _warn_of_gaps(pictures: Sequence[Path], given: Collection[Path], what: str, then: str) -> None:
+    """Say which pictures lack what others have; a folder where none has it is no mistake."""
+    without = [p.name for p in pictures if p not in given]
+    if given and without:
+        count = f"{len(without)} of {len(pictures)} pictures have no {what}"
+        warnings.warn(f"{count}: {names(without)}; {then}", UserWarning, stacklevel=3)
+
+
+def _transparent(path: Path) -> bool:
+    """Whether a picture's own transparency is its mask. One that cannot be read is somebody else's to report."""
+    try:
+        return sniff(path) != "JPEG" and read_picture(path).alpha is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _caption(path: Path) -> str:

@@ -33,8 +33,9 @@ class Rendered:
     y left, z up), 0 in the background.
 
     mask, thing_mask, depth and position are those of the geometry as a photo shows it, in every style. Styles that
-    redraw (pixel art enlarges its pixels, a watercolor blurs, a neon drawing glows) may colour pixels a little outside
-    the mask, or leave some inside it as background.
+    redraw may colour pixels a little outside the mask, or leave some inside it as background: a watercolor runs, a neon
+    drawing glows, and pixel art, whose squares of 3 pixels do not divide 64, is 3 % larger than the photo (up to two
+    pixels at the right and the lower border).
     """
 
     pixels: Tensor

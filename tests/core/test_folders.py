@@ -100,6 +100,7 @@ def test_captions_and_masks_are_not_stray(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures, notes = list_pictures(tmp_path)
+    with pytest.warns(UserWarning, match="have no"):
         subject = read_subject(tmp_path, " mug ")
     assert [p.name for p in pictures] == ["a.jpg", "b.jpg", "c.jpg", "wolf-mask.png"] and not notes
     assert subject.class_noun == "mug" and subject.images == pictures
@@ -156,9 +157,11 @@ def test_masks_and_captions_given_apart(tmp_path: Path) -> None:
     other = folder(tmp_path / "cut", "a.png", "zzz.png")
     (tmp_path / "words").mkdir()
     (tmp_path / "words/b.txt").write_text("﻿hello", encoding="utf-8")
-    subject = read_subject(photos, masks=other, captions=tmp_path / "words")
+    with pytest.warns(UserWarning, match="have no"):
+        subject = read_subject(photos, masks=other, captions=tmp_path / "words")
     assert subject.masks == {photos / "a.png": other / "a.png"} and subject.captions == {photos / "b.png": "hello"}
-    assert read_subject(photos, captions={"a.png": "x  y"}).captions == {photos / "a.png": "x y"}
+    both = {"a.png": "x  y", "b.png": "z"}
+    assert read_subject(photos, captions=both).captions == {photos / "a.png": "x y", photos / "b.png": "z"}
     with pytest.raises(ValueError, match=r"captions: 'q\.png' names no picture. There are: a\.png, b\.png"):
         read_subject(photos, captions={"q.png": "x"})
     with pytest.raises(ValueError, match=r"masks: nothing in .*words has a picture's name; it holds b\.txt, .* a\.png"):
