@@ -1,0 +1,69 @@
+"""What is installed, and on what: packages by name, pins for every Python, and a word where Python is too old."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PINS = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+
+
+def test_every_package_is_listed_by_name():
+    tops = [p for p in ROOT.iterdir() if p.name in ("shared", "configs") or p.name.startswith("pcs_")]
+    found = [p.parent.relative_to(ROOT) for top in tops for p in top.rglob("__init__.py")]
+    assert sorted(".".join(p.parts) for p in found) == sorted(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_the_data_that_code_reads_is_shipped():
+    globs = PROJECT["tool"]["setuptools"]["package-data"]
+    shipped = {p for package, many in globs.items() for glob in many for p in (ROOT / package).glob(glob)}
+    for data in ("configs/image/dreambooth_lora.yaml", "configs/overlays/toybox.yaml", "configs/prompts/toybox.yaml"):
+        assert ROOT / data in shipped
+    weights, templates = ROOT / "shared/toybox/weights", ROOT / "shared/metrics/templates"
+    assert {p for folder in (weights, templates) for p in folder.rglob("*") if p.is_file()} <= shipped
+
+
+def test_pins_come_once_for_each_python():
+    seen: dict[tuple[str, str], str] = {}
+    for pin in PINS:
+        match = re.fullmatch(r"([\w.-]+)==([\w.]+)(?: ; python_version (<|>=) \"3\.11\")?", pin)
+        assert match, pin
+        name, version, when = match.groups()
+        for python in {"<": ["3.10"], ">=": ["3.11"]}.get(when, ["3.10", "3.11"]):
+            assert (name.lower(), python) not in seen, f"{name} is pinned twice for {python}"
+            seen[name.lower(), python] = version
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11"])
+def test_every_dependency_is_pinned_inside_its_range(python):
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    pins = {}
+    for requirement in map(Requirement, PINS):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            pins[requirement.name.lower()] = Version(next(iter(requirement.specifier)).version)
+    named = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    for requirement in map(Requirement, named):
+        assert pins[requirement.name.lower()] in requirement.specifier, f"{requirement} on Python {python}"
+
+
+def test_make_says_when_python_is_too_old(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 1); exec(sys.argv[1])' \"$2\"\n"
+    )
+    old.chmod(0o755)
+    made = tmp_path / "venv"
+    run = subprocess.run(
+        ["make", "-C", str(ROOT), "install", f"PYTHON={old}", f"VENV={made}"], capture_output=True, text=True
+    )
+    assert run.returncode != 0 and not made.exists()
+    assert f"{old} is Python 3.9, and 3.10 or newer is needed: make PYTHON=python3.11" in run.stderr
