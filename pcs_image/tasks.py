@@ -89,12 +89,10 @@ def personalize(
 ) -> dict[str, Path]:
     """Learn and save; the concept folders by name. The training folder keeps logs and samples, not the checkpoints.
 
-    With `overwrite`, and without `resume`, what an earlier run left in the training folder is removed first.
+    Without `resume`, what an earlier run left in the training folder is removed when the first step begins.
     """
     recipe = planned.recipe
     warn_unseen(runner.backbone, planned.subjects)
-    if overwrite and not resume:
-        checkpoint.clear(planned.workdir)
     concepts = runner.personalize(
         planned.subjects,
         recipe,

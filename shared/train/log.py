@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from shared.io.files import write_text
+from shared.train.loop import Record
 
 
 class Log:
@@ -59,11 +60,28 @@ class Log:
         if self._board is not None:
             self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
 
+    def samples(self, step: int, pixels: Tensor) -> None:
+        """Pictures [N, 3, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and each in TensorBoard."""
+        from shared.io.sheets import grid
+
+        folder = self.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(pixels).save(folder / f"step-{step:06d}.png")
+        for i, picture in enumerate(pixels):
+            self.picture(step, f"sample/{i}", (picture + 1) / 2)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def flat(record: Record) -> dict[str, float]:
+    """What is logged of one step."""
+    rates = {f"lr/{k}": v for k, v in record.lr.items()}
+    parts = {f"loss/{k}": v for k, v in record.parts.items()}
+    return {"loss": record.loss, **parts, **rates, "grad_norm": record.grad_norm}
 
 
 def _step(line: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from shared.backbones.protocol import Backbone
 from shared.io.files import sha256
 from shared.types import Subject
 
+WEIGHTS = "the backbone's checkpoint"
 _FREE = re.compile(r"(output|name)(\..*)?")
 #: What may also change after a loss that was no number: the cure for it.
 _CURE = re.compile(r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizer(\..*)?|trainable\.[^.]+\.lr)", re.ASCII)
@@ -48,7 +49,7 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
 
     To be called before the concepts in training are attached.
     """
-    out = {"the backbone's checkpoint": backbone.checkpoint}
+    out = {WEIGHTS: backbone.checkpoint}
     for name, subject in subjects.items():
         for number, path in enumerate(subject.images, 1):
             what = f"{path.name} of {name!r} (picture {number})"
@@ -63,11 +64,11 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
     return out
 
 
-def same_dependencies(old: Mapping[str, str], new: Mapping[str, str]) -> None:
+def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: Collection[str] = ()) -> None:
     """ValueError naming the first thing that a run depended on and that is another one now."""
     for what in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(what), new.get(what)
-        if before != now:
+        if before != now and what not in ignored:
             raise ValueError(
                 f"{what} {_said(before, now)} since the run was interrupted: resume with what it was begun with, "
                 "or start anew with --overwrite"

@@ -21,11 +21,11 @@ from shared.train.contexts import Parked, interruptible, recomputed
 from shared.train.costs import Clock, summary, watch_memory
 from shared.train.guard import LastGood
 from shared.train.learned import gather, restore
-from shared.train.log import Log
+from shared.train.log import Log, flat
 from shared.train.loop import NotFinite, Record, run
 from shared.train.optim import Optimizers
 from shared.train.precision import resolve_precision
-from shared.train.resuming import dependencies, model_key, same_dependencies, same_recipe
+from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import Woken
 from shared.types import Example, Subject
@@ -74,6 +74,7 @@ class Session:
         self.clock = Clock()  # spent so far, also before an interruption
         self._peak = 0  # bytes, before an interruption
         self._depends: dict[str, str] = {}
+        self._anew = True
         text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
         vae = getattr(self.backbone, "vae", None)
         self.parked = Parked(text if vae is None else {"vae": vae, **text}, self.backbone.device)
@@ -98,6 +99,7 @@ class Session:
         self._attach_names()
         check_validation(self.backbone, self.names, self.phases)
         state = checkpoint.load(self.workdir) if resume else None
+        self._anew = state is None
         if state is not None:
             self._go_on(state)
         watch_memory(self.backbone.device)
@@ -123,8 +125,12 @@ class Session:
     def _go_on(self, state: checkpoint.State) -> None:
         """What a checkpoint says besides its tensors. ValueError when it belongs to another run."""
         info = state.info
-        same_recipe(info.get("recipe", {}), dump(self.recipe), bool(info.get("not_finite")))
-        same_dependencies(info.get("depends", self._depends), self._depends)
+        recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
+        same_recipe(recipe, dump(self.recipe), failed)
+        ignored = ()
+        if failed and recipe["train"]["mixed_precision"] != self.recipe.train.mixed_precision:
+            ignored = (WEIGHTS,)  # the same weights, loaded in another precision
+        same_dependencies(info.get("depends", self._depends), self._depends, ignored)
         self.best, self.best_score = dict(state.best), info.get("best_score")
         self.final_scores, self._peak = info.get("scores", {}), info.get("peak", 0)
         self.clock = Clock(info.get("seconds"))
@@ -205,10 +211,13 @@ class Session:
         with interruptible() as stop, recomputed(self.backbone.denoiser, phase.train.gradient_checkpointing):
             self._dropout(True)
             try:
+                if self._anew:  # nothing can be wrong any more: what an earlier run left goes
+                    checkpoint.clear(self.workdir)
+                    self._anew = False
                 self._park(task)
                 for record in run(task, optimizers, phase.train, phase.seed, self.accelerator, start, good):
                     step = record.step
-                    log.scalars(offset + step, _flat(name, record))
+                    log.scalars(offset + step, flat(record))
                     self._after(index, name, phase, step, offset, optimizers, log)
                     yield record
                     if stop.is_set():
@@ -262,7 +271,7 @@ class Session:
                 pixels, scores = self.preview(name, step)
             self._dropout(True)
             log.scalars(offset + step, {f"validation/{k}": v for k, v in scores.items()})
-            self._show(offset + step, pixels, log)
+            log.samples(offset + step, pixels)
             score = scores.get("score")
             if not check.keep_best or score is None:
                 self.final_scores = dict(scores)
@@ -272,16 +281,6 @@ class Session:
         every = phase.train.checkpoint_every
         if every and step % every == 0 and step < phase.train.steps:
             self._save(index, step, optimizers)
-
-    def _show(self, step: int, pixels: Tensor, log: Log) -> None:
-        from shared.io.sheets import grid
-
-        folder = self.workdir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step:06d}.png"
-        grid(pixels).save(path)
-        for i, picture in enumerate(pixels):
-            log.picture(step, f"sample/{i}", (picture + 1) / 2)
 
     def _save(self, phase: int, step: int, optimizers: Optimizers | None, not_finite: bool = False) -> None:
         info = {
@@ -302,9 +301,3 @@ class Session:
         for adapter in self.backbone.adapters.get(self.run_name, []):
             if hasattr(adapter, "train"):
                 adapter.train(on)  # type: ignore[attr-defined]
-
-
-def _flat(phase: str, record: Record) -> dict[str, float]:
-    rates = {f"lr/{k}": v for k, v in record.lr.items()}
-    parts = {f"loss/{k}": v for k, v in record.parts.items()}
-    return {"loss": record.loss, **parts, **rates, "grad_norm": record.grad_norm}

@@ -23,7 +23,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 def paint(folder: Path) -> Path:
     """Three pictures of 32×32 with masks; `../other` has three of something else."""
-    (folder / "masks").mkdir()
+    (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()
     area = Image.new("L", (32, 32))

@@ -24,7 +24,7 @@ from tests.core.runs import finish, learned, paint, same, session, small
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("photos"))
+    return paint(tmp_path_factory.mktemp("given") / "photos")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.core.runs import finish, paint, session, small
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("photos"))
+    return paint(tmp_path_factory.mktemp("given") / "photos")
 
 
 # --- which precision ---------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trained(task: Line, steps: int, start: int = 0, state: dict | None = None, every=None):
+def trained(task: Line, steps: int, start: int = 0, state: dict | None = None):
     optimizers, accelerator = scaled(task)
     if state:
         optimizers.load_state_dict(state["optimizer"])
@@ -171,14 +171,14 @@ def test_overflows_that_end_are_not_counted_together():
 
 def test_the_scaler_goes_on_where_it_was():
     def bad(step: int) -> bool:
-        return step in (2, 6)
+        return step == 2
 
     whole, part = Line(bad), Line(bad)
-    _, one, _ = trained(whole, 9)
+    _, one, _ = trained(whole, 5)
     _, first, _ = trained(part, 4)
     state = {"optimizer": first.state_dict(), "scaler": json.loads(json.dumps(first.scaler_state()))}
     assert state["scaler"]["scale"] == 2.0**9 and state["scaler"]["_growth_tracker"] == 1
-    _, second, _ = trained(part, 9, 4, state)
+    _, second, _ = trained(part, 5, 4, state)
     assert torch.equal(whole.weight, part.weight) and one.scaler_state() == second.scaler_state()
 
 

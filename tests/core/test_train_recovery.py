@@ -26,7 +26,7 @@ from tests.core.runs import finish, learned, paint, same, session, small
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("photos"))
+    return paint(tmp_path_factory.mktemp("given") / "photos")
 
 
 @pytest.fixture
@@ -238,6 +238,34 @@ def test_going_on_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_
     with pytest.raises(ValueError, match="the backbone's checkpoint has changed"):
         finish(session(other, recipe, photos, tmp_path / "run"), resume=True)
     finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_one_to_go_on_from(tiny, photos, tmp_path):
+    """Also where it is killed before its first checkpoint; but one that is refused takes nothing away."""
+    cut(session(tiny(), small(*RECIPE), photos, tmp_path / "run"))
+    (tmp_path / "run" / "samples").mkdir()
+    with pytest.raises(ValueError, match="trains nothing"):
+        cut(session(tiny(), small(*RECIPE, "trainable.tokens=null"), photos, tmp_path / "run"))
+    assert checkpoint.load(tmp_path / "run") is not None
+    cut(session(tiny(), small(*RECIPE, "train.checkpoint_every=0"), photos, tmp_path / "run"))
+    assert checkpoint.load(tmp_path / "run") is None and not (tmp_path / "run" / "samples").exists()
+
+
+def test_another_precision_cures_also_where_it_changes_what_the_weights_look_like(
+    make_tiny_sd, photos, tmp_path, monkeypatch
+):
+    """Hashes of weights that were loaded in half precision differ in their last digits."""
+    half = StableDiffusionBackbone(make_tiny_sd(), "tiny").to(dtype=torch.bfloat16)
+    half.checkpoint = "rounded"
+    recipe = small("textual_inversion", "train.mixed_precision=bf16")
+    with monkeypatch.context() as patch, pytest.raises(NotFinite):
+        broken_at(patch, 1)
+        finish(session(half, recipe, photos, tmp_path / "run"))
+    full = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    with pytest.raises(ValueError, match="the backbone's checkpoint"):
+        finish(session(full, recipe, photos, tmp_path / "run"), resume=True)
+    full = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    finish(session(full, small("textual_inversion", "train.mixed_precision=no"), photos, tmp_path / "run"), resume=True)
 
 
 def with_old(backbone: Any, seed: int = 9) -> Any:

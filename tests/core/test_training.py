@@ -31,7 +31,7 @@ SHIPPED = sorted(recipe_files("image"))
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("photos"))
+    return paint(tmp_path_factory.mktemp("given") / "photos")
 
 
 @pytest.fixture
