@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from shared.config import unknown
 from shared.io.files import atomic_folder, check_file, write_text
 from shared.io.sheets import write_picture
-from shared.toybox.captions import opening, plain_caption
+from shared.toybox.captions import SEEN, background_phrase, describe
 from shared.toybox.subjects import style_scenes
 from shared.toybox.weights import backbone_path, sampling_defaults
 
@@ -152,8 +151,9 @@ def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
     with atomic_folder(folder, overwrite) as out:
         for i, scene in enumerate(scenes):
             write_picture(drawn[i], out / f"{i:02d}.png", {"toybox-style": name})
-            shown = plain_caption(replace(scene, style="photo")).removeprefix(f"{opening('photo')} ")
-            (out / f"{i:02d}.txt").write_text(shown + "\n", "utf-8")
+            seen = f", {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else ""
+            drawn_is = f"{describe(scene.things[0], 'none')} {background_phrase(scene.background)}{seen}"
+            (out / f"{i:02d}.txt").write_text(drawn_is + "\n", "utf-8")
     return [folder / f"{i:02d}.png" for i in range(n)]
 
 
