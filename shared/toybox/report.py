@@ -111,16 +111,8 @@ def draw_sheet(
     from shared.toybox.sheet import sheet
     from shared.toybox.world import sample_scene
 
-    if source not in SOURCES:
-        raise ValueError(unknown(source, SOURCES, "source"))
     unheeded = [name for name, value in (("--prompt", prompts), ("--guidance", guidance is not None)) if value]
-    if source != "model" and unheeded:
-        raise ValueError(
-            f"{' and '.join(unheeded)} with --source {source}: only the model heeds it, add --source model"
-        )
-    if out.suffix.lower() != ".png" and not out.is_dir():
-        raise ValueError(f"{out}: a sheet is a PNG, give it a name that ends in .png")
-    check_file(out, overwrite)
+    _check_sheet(out, source, unheeded, overwrite)
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(rows * columns)]
     texts = [caption(s, rng, full=source == "model" and len(s.things) == 1) for s in scenes]
@@ -136,6 +128,18 @@ def draw_sheet(
         pixels, texts = _beside(pixels), [t for t in texts for _ in range(2)]
     out.parent.mkdir(parents=True, exist_ok=True)
     return write_picture(sheet(pixels, columns, texts), out)
+
+
+def _check_sheet(out: Path, source: str, only_for_model: Sequence[str], overwrite: bool) -> None:
+    if source not in SOURCES:
+        raise ValueError(unknown(source, SOURCES, "source"))
+    if source != "model" and only_for_model:
+        raise ValueError(
+            f"{' and '.join(only_for_model)} with --source {source}: only the model heeds it, add --source model"
+        )
+    if out.suffix.lower() != ".png" and not out.is_dir():
+        raise ValueError(f"{out}: a sheet is a PNG, give it a name that ends in .png")
+    check_file(out, overwrite)
 
 
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
