@@ -19,8 +19,7 @@ from shared.prompts import check_named, expand, names_in, without
 from shared.recipe import Recipe
 from shared.recipes import expand_phases
 from shared.sampling.changes import Change
-from shared.sampling.sampler import SAMPLE_PIXELS, check_guidance, rows_at_once, sample
-from shared.sampling.schedulers import make_scheduler
+from shared.sampling.sampler import SAMPLE_PIXELS, rows_at_once, sample
 from shared.train.loop import Record
 from shared.train.session import Session
 from shared.types import Subject
@@ -98,7 +97,6 @@ class Runner:
         for name in subjects:
             if name in self.loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
-        self._check_sampling(recipe)
         session = Session(
             self.backbone,
             recipe,
@@ -205,18 +203,6 @@ class Runner:
         self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
     ) -> Tensor:
         return self._sampled(prompts, seeds, guidance=guidance, steps=steps, height=resolution, width=resolution)
-
-    def _check_sampling(self, recipe: Recipe) -> None:
-        """What pictures will be made with is checked now, not after training. ValueError names the phase."""
-        for place, sampling in (
-            ("", recipe.sampling),
-            *((f"phases.{n}.", p.sampling) for n, p in expand_phases(recipe)),
-        ):
-            check_guidance(sampling.guidance, f"{place}sampling.guidance")
-            try:
-                make_scheduler(self.backbone, sampling.scheduler)
-            except ValueError as error:
-                raise ValueError(f"{place}sampling.scheduler: {error}") from None
 
     def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
         phases = dict(expand_phases(recipe))

@@ -7,16 +7,24 @@ from collections.abc import Collection, Mapping, Sequence
 from shared.backbones.protocol import Backbone
 from shared.prompts import expand
 from shared.recipe import Recipe
+from shared.sampling.sampler import check_guidance
+from shared.sampling.schedulers import make_scheduler
 
 
-def check_phases(phases: Sequence[tuple[str, Recipe]], recipe: Recipe) -> None:
-    """ValueError for what a run has once, and a phase would have otherwise."""
+def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe) -> None:
+    """ValueError for what a run has once and a phase would have otherwise, and for pictures that cannot be made so."""
     for name, phase in phases:
         if phase.train.mixed_precision != recipe.train.mixed_precision:
             raise ValueError(
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
                 "this is the same in all phases; say it outside of them (train.mixed_precision)"
             )
+    for place, part in (("", recipe), *((f"phases.{n}.", p) for n, p in phases)):
+        check_guidance(part.sampling.guidance, f"{place}sampling.guidance")
+        try:
+            make_scheduler(backbone, part.sampling.scheduler)
+        except ValueError as error:
+            raise ValueError(f"{place}sampling.scheduler: {error}") from None
 
 
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:

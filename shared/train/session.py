@@ -62,7 +62,7 @@ class Session:
         self.run_name = "+".join(self.names)
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
         self.phases = list(expand_phases(self.recipe))
-        check_phases(self.phases, self.recipe)
+        check_phases(self.backbone, self.phases, self.recipe)
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")

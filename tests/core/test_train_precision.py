@@ -59,7 +59,8 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
 
 def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.precision._fast_bf16", lambda: True)
-    backbone, seen = StableDiffusionBackbone(make_tiny_sd(), "tiny"), []
+    backbone, seen, encoded = StableDiffusionBackbone(make_tiny_sd(), "tiny"), [], set()
+    backbone.vae.encoder.conv_in.register_forward_hook(lambda _, __, out: encoded.add(out.dtype))
 
     def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int):
         seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
@@ -78,6 +79,7 @@ def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_ti
         backbone.remove("mug")
         assert seen == [dtype, dtype] and one.costs["mixed_precision"] == {"auto": "bf16"}.get(asked, asked)
         seen.clear()
+    assert encoded == {torch.float32}, "the autoencoder keeps the precision it was loaded in"
 
 
 def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
