@@ -14,7 +14,7 @@ from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.config import Part
 from shared.sampling import sampler
 from shared.sampling.sampler import sample
-from shared.train import session as sessions
+from shared.train import checkpoint
 from shared.train.contexts import Parked
 from shared.train.costs import Clock
 from shared.train.tune import Tune
@@ -186,12 +186,13 @@ def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
     steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
     next(steps)
     steps.close()
+    found = checkpoint.load(tmp_path / "run")
+    assert found is not None and found.info["peak"] > 2**20 and found.info["seconds"]["optimisation"] > 0
+    checkpoint.amend(tmp_path / "run", seconds={"optimisation": 1e6, "validation": 5.0}, peak=2**60)
     run = session(tiny(), recipe, photos, tmp_path / "run")
-    found = sessions.checkpoint.load(tmp_path / "run")
-    assert found is not None and found.info["peak"] > 2**20
-    run_before = found.info["seconds"]["optimisation"]
     finish(run, resume=True)
-    assert run.costs["training_seconds"] > run_before > 0
+    assert 1e6 < run.costs["training_seconds"] < 1e6 + 1e3 and run.costs["validation_seconds"] == 5.0
+    assert run.costs["training_peak_memory"] == 2**60
 
 
 # --- memory --------------------------------------------------------------------------------------
