@@ -67,6 +67,9 @@ def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, di
     assert found is not None and set(found) == {"x"}
     scores = found["x"](torch.zeros(2, 3, 32, 32), ["a mug"] * 2)
     assert 0 <= scores["score"] <= 1
+    for gone in ({"clip": tmp_path / "gone", "dino": None}, {"clip": None, "dino": tmp_path / "gone"}):
+        with pytest.raises(ValueError, match="gone: there is no such folder"):
+            training_scorers(planned(photos, tmp_path), backbone, **gone)
 
 
 @pytest.mark.parametrize("option", ["--clip", "--dino"])
