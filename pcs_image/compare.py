@@ -29,6 +29,7 @@ def benchmark(
     out: Path | str,
     *,
     settings: Mapping[str, object] | None = None,
+    contents: Mapping[str, object] | None = None,
     goal: Goal = Goal(),
     retry: bool = True,
     progress: Callable[[str, str, str], None] | None = None,
@@ -36,21 +37,23 @@ def benchmark(
     """Runs `run(recipe, subject, workdir) -> Report` for every cell that is not on disk, and writes the comparison to
     `out`.
 
-    prompts, seeds and settings are the cell's key: with others, a kept cell does not count, and is an error here rather
-    than a mix of two experiments. A cell that raises is kept as failed, said so in every table, and run again next
-    time (`retry`). progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
+    prompts, seeds, settings and the recipe's own entry of `contents` (what it says, resolved) are the cell's key: with
+    others, a kept cell does not count, and is an error here rather than a mix of two experiments. A cell that raises is
+    kept as failed, said so in every table, and run again next time (`retry`). progress: called with (recipe, subject,
+    "kept" | "start" | "done" | "failed: …").
     """
     if not recipes or not subjects or not seeds:
         raise ValueError("a comparison needs at least one recipe, one subject and one seed")
     for what, given in (("recipes", recipes), ("subjects", subjects)):
         if len({_slug(n) for n in given}) != len(given):
             raise ValueError(f"{what}: two of {', '.join(given)} would share a folder")
-    key = {"prompts": prompts, "seeds": list(seeds), "settings": dict(settings or {})}
+    shared = {"prompts": prompts, "seeds": list(seeds), "settings": dict(settings or {})}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda *_: None)
     reports, failures = {}, {}
     for recipe in recipes:
+        key = {**shared, "recipe": (contents or {}).get(recipe)}
         for subject in subjects:
             found = _cell_report(run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell)
             if isinstance(found, Report):
@@ -80,7 +83,8 @@ def _cell_report(
         cell = json.loads(kept.read_text(encoding="utf-8"))
         if cell["key"] != mark:
             raise ValueError(
-                f"{folder} holds this cell with other prompts, seeds or settings: choose another output, or remove it"
+                f"{folder} holds this cell with other prompts, seeds, settings, recipe or instruments: choose another output, "
+                f"or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
             )
         if cell["error"] is None:
             tell(recipe, subject, "kept")

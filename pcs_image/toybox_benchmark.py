@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,16 @@ from pcs_image.runner import Runner
 from pcs_image.table import Comparison
 from shared.backbones import load_backbone
 from shared.catalog import recipe_files
+from shared.concept import read
 from shared.config import unknown
 from shared.metrics.report import Report
-from shared.recipes import load
+from shared.recipes import dump, load
 from shared.toybox import album
+from shared.toybox.evaluators.trunk import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
 
+#: What a concept says of its recipe without the folders of the machine it was learned on.
+_PLACES = ("subject", "output", "backbone")
 #: The figures that the project sets itself (a copy counts as a failure).
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
 
@@ -38,10 +43,11 @@ def run(
     Raises ValueError for an unknown recipe or split. Goes on where an earlier call with the same arguments stopped.
     """
     known = recipe_files("image")
+    contents = {}
     for recipe in recipes or known:
         if recipe not in known:
             raise ValueError(unknown(recipe, known, "recipe"))
-        load(recipe, list(given))  # a wrong setting is an error now, not a failed cell
+        contents[recipe] = dump(load(recipe, list(given)))  # a wrong setting is an error now, not a failed cell
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
     names = [h.name for h in held_out(split)][:subjects]
@@ -58,7 +64,8 @@ def run(
         "toybox",
         list(range(num)),
         out,
-        settings={"limit": limit, "checkpoint": runner.backbone.checkpoint, "given": list(given)},
+        settings={"limit": limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
+        contents=contents,
         goal=GOAL,
         progress=lambda *what: print(*what, file=sys.stderr, flush=True),
     )
@@ -76,9 +83,10 @@ def _cell(
         f"output={concept}",
     ]
     planned = tasks.plan(load(recipe, [*given, *own]), overwrite=True)
-    scorers = scoring.training_scorers(planned, runner.backbone, None, None)
-    made = tasks.personalize(planned, runner, overwrite=True, scorers=scorers)
-    name = next(iter(made))
+    if not _learned(concept, planned, runner):
+        scorers = scoring.training_scorers(planned, runner.backbone, None, None)
+        tasks.personalize(planned, runner, overwrite=True, scorers=scorers)
+    name = next(iter(planned.subjects))
     try:
         return scoring.evaluate_concept(
             runner, concept, "toybox", workdir / "report", references=workdir / "references", seeds=seeds, limit=limit,
@@ -86,3 +94,24 @@ def _cell(
         )  # fmt: skip
     finally:
         runner.unload(name)
+
+
+def _learned(concept: Path, planned: tasks.Plan, runner: Runner) -> bool:
+    """Whether an earlier call left this very concept, to be scored anew; it is loaded then."""
+    if not concept.is_dir():
+        return False
+    found = read(concept)
+    then, now = found.meta.recipe, dump(planned.recipe)
+    same = all(then.get(key) == value for key, value in now.items() if key not in _PLACES)
+    if not same or found.meta.backbone.checkpoint != runner.backbone.checkpoint:
+        return False
+    runner.load(found)
+    return True
+
+
+def evaluators() -> str:
+    """A hash of the evaluators' weights: numbers of different instruments do not belong in one table."""
+    digest = hashlib.sha256()
+    for path in sorted(WEIGHTS.glob("*/model.safetensors")):
+        digest.update(path.parent.name.encode() + path.read_bytes())
+    return digest.hexdigest()

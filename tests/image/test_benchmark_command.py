@@ -18,10 +18,18 @@ def test_recipes_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path
     assert (pooled["recipe"], pooled["pictures"], cell["subject"]) == ("textual_inversion", "1", cell["subject"])
     assert 0 <= float(pooled["identity"]) <= 1 and float(pooled["training_seconds"]) > 0
     (kept,) = (tmp_path / "table").rglob("cell.json")
-    assert json.loads(kept.read_text())["inputs"]["settings"]["given"] == ["train.steps=2", "sampling.steps=2"]
+    assert json.loads(kept.read_text())["inputs"]["recipe"]["train"]["steps"] == 2
     again = pcs(*arguments)
     assert again.code == 0 and "kept" in again.err and "start" not in again.err
     assert again.out == ran.out
+    (learned,) = (tmp_path / "table").rglob("concept.json")
+    before, cell = learned.stat().st_mtime_ns, json.loads(kept.read_text())
+    kept.unlink()
+    scored = pcs(*arguments)
+    assert scored.code == 0 and "start" in scored.err and learned.stat().st_mtime_ns == before
+    assert json.loads(kept.read_text())["report"]["scores"] == cell["report"]["scores"]
+    other = pcs(*arguments, "--set", "trainable.tokens.lr=0.5")
+    assert other.code == 2 and "other prompts, seeds, settings, recipe or instruments" in other.err
 
 
 def test_a_run_that_fails_is_named_and_is_not_success(pcs, tmp_path):
