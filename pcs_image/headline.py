@@ -72,7 +72,7 @@ ABOUT = {
     ),
 }
 WITHOUT_GALLERY = "Likeness to the references, with copies counted as 0 (no gallery of similar things was given)."
-TEXT_BY_CLIP = "Cosine of picture and prompt in CLIP, stretched to 0–1 as CLIPScore does (times 2.5)."
+TEXT_BY_CLIP = "Cosine of picture and prompt in CLIP, stretched to 0–1 as CLIPScore does (the toybox's own as it is)."
 
 
 def headline(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pcs_image.runner import Runner, metadata
 from shared.backbones import Backbone, load_backbone
-from shared.concept import Concept, read, save
+from shared.concept import Concept, load_home, read, save
 from shared.config import NAME
 from shared.io.files import atomic_folder, atomic_write, check_output
 from shared.io.pictures import fit, picture_size, read_picture
@@ -68,6 +68,8 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
         warnings.warn(f"{workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
     subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
     for subject in subjects.values():
+        for path in outputs.values():
+            check_output(path, True, [*subject.images, *subject.masks.values()])
         for path in subject.images:
             load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
     return Plan(recipe, subjects, outputs, workdir)
@@ -178,13 +180,20 @@ def open_runner(
 ) -> Runner:
     """A runner with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one the first was learned on."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
-    source = backbone or (opened[0][0].meta.backbone.name if opened else None)
     where = check_device(device or best_device())
     dtype = DTYPES[resolve_precision(precision, where) if precision == "auto" else precision]
-    runner = Runner(load_backbone(source, device=where, dtype=dtype))
+    options: dict[str, Any] = {"device": where, "dtype": dtype}
+    home = load_home(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
+    runner = Runner(home)
     for concept, strength in opened:
         runner.load(concept, strength)
     return runner
+
+
+def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:
+    """The folders that `open_runner` reads: no output may take their place."""
+    local = [Path(backbone).expanduser()] if backbone and Path(backbone).expanduser().exists() else []
+    return [*(parse_concept(c)[0] for c in concepts), *local]
 
 
 def check_device(device: str) -> str:

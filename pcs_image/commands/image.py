@@ -80,7 +80,7 @@ def generate(
     from shared.io.files import check_output
     from shared.sampling.sampler import check_guidance
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, tasks.read_by(concept, backbone))
     check_guidance(guidance, "--guidance")
     runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
     paths = tasks.generate(
@@ -120,7 +120,8 @@ def evaluate(
     from shared.io.files import check_output
     from shared.sampling.sampler import check_guidance
 
-    check_output(out, overwrite)
+    read = [p for p in (references, gallery, clip, dino) if p is not None]
+    check_output(out, overwrite, [*tasks.read_by(concept, backbone), *read])
     check_guidance(guidance, "--guidance")
     scoring.check_folders(clip, dino)
     if len(concept) != 1:

@@ -43,7 +43,7 @@ def export(
     from shared.concept import load_home, read
     from shared.io.files import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, [path])
     concept = read(path)
     model = load_home(concept, backbone)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.concept.folder import Concept
+from shared.io.terminal import printable
 
 
 def rows(concept: Concept) -> list[tuple[str, str]]:
@@ -33,7 +34,7 @@ def rows(concept: Concept) -> list[tuple[str, str]]:
         ("made", ", ".join(t for t in (meta.created, f"seed {meta.seed}", _versions(meta.versions)) if t)),
         ("use", _use(concept)),
     ]
-    return [(label, text) for label, text in said if text]
+    return [(label, printable(text, line=True)) for label, text in said if text]
 
 
 def lines(concept: Concept) -> list[str]:

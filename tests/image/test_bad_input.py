@@ -254,7 +254,21 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
             ("demo", "--out", out),
             ("toybox", "subjects", "development-duck", "--out", out),
         ):
-            assert "which would be deleted with it" in refused(*arguments, "--overwrite")
+            said = refused(*arguments, "--overwrite")
+            assert "which would be deleted with it" in said or "which is read" in said
+    assert len(list(own.iterdir())) >= 3
+
+
+def test_overwrite_does_not_delete_the_concept_that_is_read(refused, concepts):
+    mug = concepts["mug"]
+    before = {p: p.read_bytes() for p in mug.rglob("*") if p.is_file()}
+    for arguments in (
+        ("image", "generate", "a <mug>", "--concept", f"{mug}:0.5", "--out", mug),
+        ("image", "evaluate", "--concept", mug, "--out", mug),
+        ("concept", "export", mug, "--out", mug),
+    ):
+        assert f"the output {mug} is {mug}, which is read" in refused(*arguments, "--overwrite")
+    assert {p: p.read_bytes() for p in mug.rglob("*") if p.is_file()} == before
 
 
 def test_resume_does_not_replace_a_finished_concept(refused, pcs, learn, tmp_path):
