@@ -15,13 +15,13 @@ from shared.config import Part
 class Denoising(Part):
     """Squared error between prediction and target (epsilon, v or flow velocity).
 
-    `masked` keeps the loss to the subject where a mask is given: sum(m * e^2) / sum(m), so that a small subject weighs as
-    much as a large one. `outside` is the weight of the background, which keeps it from being learned as noise.
-    `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    `masked` keeps the loss to the subject: sum(m * e^2) / sum(m), so that a small subject weighs as much as a large one;
+    by default wherever a picture came with a mask. `outside` is the weight of the background, which keeps it from being
+    learned as noise. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"
-    masked: bool = False
+    masked: bool | None = None  # None: where masks are given; true: the same, and a warning where none are; false: never
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
 
@@ -36,7 +36,7 @@ class Denoising(Part):
     def weight(self, mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
         """[B, 1, h, w] per-pixel weight, or None where every pixel counts alike."""
         weight = None
-        if self.masked and mask is not None:
+        if self.masked is not False and mask is not None:
             weight = self.outside + (1 - self.outside) * mask
         if valid is not None:
             weight = valid if weight is None else weight * valid

@@ -212,7 +212,9 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
         error = ((prediction.double() - target.double()) ** 2).mean(1, keepdim=True)
         expected = (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3))
         assert torch.allclose(rows.double(), expected, rtol=1e-5)
-    plain = Denoising()
+    assert torch.equal(Denoising().weight(mask, None), mask), "a mask that was given counts unless it is switched off"
+    assert Denoising().weight(None, None) is None
+    plain = Denoising(masked=False)
     assert plain.weight(mask, None) is None and torch.equal(plain.weight(mask, valid), valid)
     expected = ((prediction.double() - target.double()) ** 2).mean((1, 2, 3))
     assert torch.allclose(plain.rows(prediction, target, None).double(), expected, rtol=1e-5)
