@@ -11,6 +11,7 @@ from torch import Tensor
 from shared.config import unknown
 from shared.io.files import atomic_folder
 from shared.io.sheets import read_metadata, write_picture
+from shared.toybox.captions import plain_caption
 from shared.toybox.render import render
 from shared.toybox.subjects import HeldOut, faces, reference_scenes, subjects
 from shared.toybox.world import Thing
@@ -33,12 +34,19 @@ def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development"
 
 
 def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Write n reference pictures of a held-out thing; each says in its PNG text what it shows."""
+    """Write n reference pictures of a held-out thing; each says in its PNG text what it shows.
+
+    Beside each lies what a careful person adds: a caption of where it is and from which side it is seen (`NAME.txt`;
+    its colours and its pattern are not said), and its mask (`masks/NAME.png`).
+    """
     subject = held_out(name)
-    split = name.split("-")[0]
+    scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
+    shown = render(scenes)
     with atomic_folder(folder, overwrite) as out:
-        for i, picture in enumerate(pictures(subject.thing, n, seed, split)):
-            write_picture(picture, out / f"{i:02d}.png", {_KEY: name})
+        for i, scene in enumerate(scenes):
+            write_picture(shown.pixels[i] * 2 - 1, out / f"{i:02d}.png", {_KEY: name})
+            write_picture(shown.mask[i].expand(3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}.png")
+            (out / f"{i:02d}.txt").write_text(plain_caption(scene) + "\n", "utf-8")
     return [folder / f"{i:02d}.png" for i in range(n)]
 
 

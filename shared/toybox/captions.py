@@ -155,6 +155,14 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> str:
     return text
 
 
+def plain_caption(scene: Scene) -> str:
+    """What anyone would say of a photo of one thing: its class, the place, and the side it is seen from where that is
+    clear ("a photo of a duck on the beach, side view"); neither colours nor pattern.
+    """
+    text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
+    return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
+
+
 def _count(text: str) -> int:
     """Words and commas."""
     return len(text.split()) + text.count(",")
