@@ -252,14 +252,16 @@ def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_s
     """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: .npy, uint8 `[rows,
     64, 64, 3]`.
     """
-    vae = load_vae(vae_folder)
+    vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
     source = whole.load(folder).pixels
     source = source.reshape(-1, *source.shape[-3:])[:rows]
     temporary = target.with_name(target.name + ".part")
     result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
     for start in range(0, len(source), batch_size):
-        result[start : start + batch_size] = to_bytes(round_trip(vae, from_bytes(source[start : start + batch_size])))
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast, and a third of a grey level off
+            through = round_trip(vae, from_bytes(source[start : start + batch_size]))
+        result[start : start + batch_size] = to_bytes(through.float())
     result.flush()
     os.replace(temporary, target)
 
