@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from shared.commands.progress import Counter, StepBar
@@ -45,6 +46,11 @@ class Bar(StepBar):
     def __enter__(self) -> Bar:
         super().__enter__()
         return self
+
+    def step(self, phase: str, record: Any, total: int) -> None:
+        if not self.done:  # speed is that of the steps, without the class pictures before them
+            self.start = time.monotonic()
+        super().step(phase, record, total)
 
     def pictures(self, what: str, done: int, of: int) -> None:
         if what not in self.jobs:
