@@ -405,7 +405,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert calls[4:] == [("bad", "s2")] and not second.failures
     third = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
     assert len(calls) == 5 and third.markdown() == second.markdown() and third.csv() == second.csv()
-    with pytest.raises(ValueError, match="other prompts, seeds or settings"):
+    with pytest.raises(ValueError, match="other prompts, seeds, settings"):
         benchmark(_run(calls, fail), ["good"], ["s1"], "two", [20], tmp_path / "b")
     assert len(calls) == 5
 
