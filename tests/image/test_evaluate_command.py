@@ -144,7 +144,7 @@ def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_pat
     for arguments, said in (
         ((photos, "--prompts", "dreambench"), "nothing to measure with: give a local CLIP folder"),
         ((tmp_path / "none", "--dino", dino), f"{tmp_path / 'none'} does not exist"),
-        ((photos, "--dino", tmp_path), "is not a model folder"),
+        ((photos, "--dino", photos), "is not a model folder"),
         ((photos, "--dino", dino, "--gallery", photos), "holds no folders"),
     ):
         ran = pcs(*evaluate, *arguments)
