@@ -43,7 +43,7 @@ def run(
     runner = tasks.open_runner("toybox", [], "cpu")
     scorers = scoring.training_scorers(planned, runner.backbone, None, None)
     with bar() as progress:
-        made = tasks.personalize(planned, runner, scorers=scorers, on_step=progress.step)
+        made = tasks.personalize(planned, runner, scorers=scorers, on_step=progress.step, on_pictures=progress.pictures)
     yield f"concept      {made[name]} ({time.perf_counter() - start:.0f} s)"
     with counter() as progress:
         report = scoring.evaluate_concept(

@@ -181,7 +181,9 @@ def open_runner(
     """A runner with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one the first was learned on."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = check_device(device or best_device())
-    dtype = DTYPES[resolve_precision(precision, where) if precision == "auto" else precision]
+    if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
+        precision = resolve_precision(precision, where) if torch.device(where).type == "cuda" else "no"
+    dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype}
     home = load_home(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
     runner = Runner(home)

@@ -69,12 +69,12 @@ def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tup
     subject = read_subject(folder, "duck")
     session = Session(
         model, resolved, {"bench": subject}, folder / "work", folder / "cache",
-        generate=Runner(model)._class_pictures(resolved), tensorboard=False,
+        generate=Runner(model)._class_pictures, tensorboard=False,
     )  # fmt: skip
     session._attach_names()
     _, phase = session.phases[-1]
     woken = session._wake(phase)
-    task = Tune(model, phase, session.examples(phase), session.class_nouns, session.run_name, woken)
+    task = Tune(model, phase, session.examples(phase), session.class_nouns, woken)
     return session, task, Optimizers({"main": woken}, phase.train.optimizer, session.accelerator)
 
 

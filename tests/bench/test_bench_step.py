@@ -1,0 +1,21 @@
+"""The benchmark of a training step runs on any Stable Diffusion folder; what it prints is a measurement, not a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("bench_step.py")
+
+
+def test_the_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, tmp_path):
+    folder = tmp_path / "tiny-sd"
+    make_tiny_sd().save_pretrained(folder)
+    command = [sys.executable, SCRIPT, "--steps", "4", "--backbone", folder]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
+        assert f"  {name} " in ran.stdout
+    assert "with caches" in ran.stdout and "split of a step" in ran.stdout
