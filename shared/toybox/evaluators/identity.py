@@ -1,8 +1,10 @@
 """The identity encoder: is this the same individual thing?
 
-Trained with the supervised contrastive loss (Khosla et al., arXiv 2004.11362, eq. 2) on things seen from many views
-on many
-backgrounds; every batch holds things of the same class and palette that differ in their pattern only (hard negatives).
+It looks twice: it finds the thing, then looks at that part alone, enlarged (as a spatial transformer does, Jaderberg et
+al., arXiv 1506.02025, with the place read off a map of where things are instead of learned), so that a small thing in a
+corner is compared at the size of a large one. Trained with the supervised contrastive loss (Khosla et al., arXiv
+2004.11362, eq. 2) on things seen from many views on many backgrounds; every batch holds things of the same class and
+palette that differ in their pattern only (hard negatives).
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ from torch.nn import functional as F
 from .trunk import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
+_WIDE, _LEAST = (
+    2.2,
+    0.28,
+)  # half the side of the second look: in spreads of where the thing is; in half-pictures, at least
+_SURE = 0.15  # below it, a place is not counted as part of the thing
 
 
 class IdentityConfig(BaseModel):
@@ -50,6 +57,44 @@ class Palette(nn.Module):
         return torch.cat([mean, (found * weights).amax((2, 3))], 1).float()
 
 
+class Locator(Trunk):
+    """The first stages of a recognizer's trunk, as they are: they find the thing."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__(TrunkConfig(widths=config.widths[:3], blocks=config.blocks[:3]))
+        self.requires_grad_(False)
+
+    def take_over(self, trunk: Trunk) -> None:
+        """The weights of a recognizer's trunk."""
+        known = trunk.state_dict()
+        self.load_state_dict({name: known[name] for name in self.state_dict()})
+
+    def train(self, mode: bool = True) -> Locator:
+        """Never: what it was taught by the renderer's masks stays."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def square(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, H, W]` -> affine maps `[B, 2, 3]` from the whole picture to the square around the thing."""
+        found = self.read(pixels)[1].float().sigmoid()[:, 0]
+        found = found * (found > _SURE)
+        side = found.shape[-1]
+        place = (torch.arange(side, device=found.device) + 0.5) / side * 2 - 1  # [-1, 1], as grid_sample counts
+        total = found.sum((1, 2)) + 1e-3
+        across, down = found.sum(1), found.sum(2)
+        x, y = ((weight * place).sum(1) / total for weight in (across, down))
+        spreads = [(weight * (place - at[:, None]).square()).sum(1) / total for weight, at in ((across, x), (down, y))]
+        half = (_WIDE * torch.maximum(*spreads).sqrt()).clamp(_LEAST, 1.0)
+        none = torch.zeros_like(half)
+        return torch.stack([torch.stack([half, none, x], 1), torch.stack([none, half, y], 1)], 1)
+
+
+def cut(pixels: Tensor, square: Tensor) -> Tensor:
+    """The squares `[B, 2, 3]` of `[B, C, H, W]`, each enlarged to a whole picture."""
+    grid = F.affine_grid(square, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
+
+
 class IdentityEncoder(nn.Module):
     """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`; their scalar product is the similarity of
     identities.
@@ -58,6 +103,7 @@ class IdentityEncoder(nn.Module):
     def __init__(self, config: IdentityConfig) -> None:
         super().__init__()
         self.config = config
+        self.locator = Locator(config.trunk)
         self.trunk = Trunk(config.trunk)
         self.palette = Palette(config.palette)
         inputs = self.trunk.features + 2 * config.palette
@@ -67,6 +113,7 @@ class IdentityEncoder(nn.Module):
 
     def hidden(self, pixels: Tensor) -> Tensor:
         """`[B, 3, 64, 64]` -> `[B, HIDDEN]`: what the embedding is a linear map of."""
+        pixels = cut(pixels, self.locator.square(pixels))
         features, where = self.trunk.read(pixels)
         return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
 

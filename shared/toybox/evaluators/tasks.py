@@ -80,6 +80,7 @@ class IdentityTask:
         self.config = config or IdentityConfig()
         self.encoder = IdentityEncoder(self.config)
         if start is not None:
+            self.encoder.locator.take_over(start.trunk)
             self.encoder.trunk.load_state_dict(start.trunk.state_dict())
             self.encoder.trunk.requires_grad_(thaw)
         self.frozen = start is not None and not thaw
