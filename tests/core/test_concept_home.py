@@ -63,8 +63,8 @@ def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> 
     ("recipe", "said"),
     [
         (
-            load("pivotal_tuning", ["train.batch_size=3"]),
-            "pivotal_tuning, pivot 200 steps then tune 250 steps, batch 3",
+            load("pivotal_tuning", ["train.batch_size=3", "phases.pivot.train.steps=20", "phases.tune.train.steps=25"]),
+            "pivotal_tuning, pivot 20 steps then tune 25 steps, batch 3",
         ),
         (load("textual_inversion", ["train.steps=7"]), "textual_inversion, 7 steps, batch 4"),
         (
