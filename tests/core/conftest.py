@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.core.runs import paint
 
 
 @pytest.fixture
@@ -34,3 +36,13 @@ def new_sd(make_tiny_sd: Callable[..., Any]) -> Callable[..., StableDiffusionBac
 @pytest.fixture
 def new_flux(make_tiny_flux: Callable[..., Any]) -> Callable[..., FluxBackbone]:
     return lambda seed=0: FluxBackbone(make_tiny_flux(seed), "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("given") / "photos")
+
+
+@pytest.fixture
+def tiny(make_tiny_sd):
+    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.config import Part
 from shared.sampling import sampler
 from shared.sampling.sampler import sample
@@ -19,18 +18,7 @@ from shared.train.contexts import Parked
 from shared.train.costs import Clock
 from shared.train.tune import Tune
 from shared.types import Step
-from tests.core.runs import finish, learned, paint, same, session, small
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("given") / "photos")
-
-
-@pytest.fixture
-def tiny(make_tiny_sd):
-    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
-
+from tests.core.runs import finish, learned, same, session, small
 
 # --- declared needs ----------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,17 +20,7 @@ from shared.train.optim import Optimizers
 from shared.train.resuming import same_recipe
 from shared.train.tune import Tune
 from shared.trainable import Lora
-from tests.core.runs import finish, learned, paint, same, session, small
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("given") / "photos")
-
-
-@pytest.fixture
-def tiny(make_tiny_sd):
-    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
+from tests.core.runs import finish, learned, same, session, small
 
 
 def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:

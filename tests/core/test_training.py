@@ -24,19 +24,9 @@ from shared.train.session import Interrupted
 from shared.train.tune import Tune
 from shared.trainable import Lora
 from shared.types import Subject
-from tests.core.runs import finish, learned, paint, same, session, small
+from tests.core.runs import finish, learned, same, session, small
 
 SHIPPED = sorted(recipe_files("image"))
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
-    return paint(tmp_path_factory.mktemp("given") / "photos")
-
-
-@pytest.fixture
-def tiny(make_tiny_sd):
-    return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
 
 
 def weights(backbone: Any) -> dict[str, Tensor]:

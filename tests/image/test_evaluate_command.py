@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,19 +14,6 @@ from shared.backbones import load_backbone
 from shared.concept import read
 from shared.io.subjects import read_subject
 from shared.recipes import load
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory) -> Path:
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-dino"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessorPil(**size).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
