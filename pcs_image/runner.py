@@ -146,6 +146,7 @@ class Runner:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: one of each per picture")
+        avoided = without(negative, self.class_nouns) if base else expand(negative, self.backbone.namings)
         if base:
             said = [without(p, self.class_nouns) for p in prompts]
         else:
@@ -157,7 +158,7 @@ class Runner:
             return self._sampled(
                 said,
                 seeds,
-                negative=negative,
+                negative=avoided,
                 guidance=guidance,
                 steps=steps,
                 scheduler=scheduler,

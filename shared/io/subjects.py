@@ -47,6 +47,8 @@ def read_subject(
     _warn_of_gaps(found.pictures, kept, "caption", "their captions are made from the recipe's template")
     cut_out = {p for p in found.pictures if p not in mask_of and _transparent(p)}
     _warn_of_gaps(found.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
+    if set("<>{}") & set(class_noun):
+        raise ValueError(f"class_noun = {class_noun!r}: say a plain word for what the thing is, for example duck")
     return Subject(images=found.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
 
 

@@ -21,7 +21,9 @@ class Denoising(Part):
     """
 
     kind: Literal["denoising"] = "denoising"
-    masked: bool | None = None  # None: where masks are given; true: the same, and a warning where none are; false: never
+    masked: bool | None = (
+        None  # None: where masks are given; true: the same, and a warning where none are; false: never
+    )
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
 

@@ -164,7 +164,7 @@ class Session:
                 self.backbone.remove(name)
                 raise ValueError(
                     f"{name!r} and {taken[naming.words]!r} would both be called {naming.words!r}: "
-                    "give one another modifier.token, or use modifier.kind=learnable_token"
+                    "learn them in two runs with other modifier.token, or use modifier.kind=learnable_token"
                 )
             taken[naming.words] = name
 

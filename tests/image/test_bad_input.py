@@ -207,6 +207,7 @@ def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
     said = refused(*generate, "a photo of a <mug>" + " and a mug" * 20 + " in the snow")
     assert "the prompt is too long" in said and "reads 32 tokens" in said and "in the snow" in said
     assert "too long" in refused(*generate, "a <mug>", "--negative", "bad " * 60)
+    assert "<nope>" in refused(*generate, "a <mug>", "--negative", "<nope>")
     said = refused(*generate, "a photo of a mug on the beach")
     assert "'mug' is loaded but the prompt" in said and "write <mug>" in said
     said = refused(*generate, "a photo of a <mug> and a <dog>")
@@ -257,6 +258,12 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
             said = refused(*arguments, "--overwrite")
             assert "which would be deleted with it" in said or "which is read" in said
     assert len(list(own.iterdir())) >= 3
+
+
+def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):
+    out = tmp_path / "x.concept"
+    assert "class_noun = '<mug>'" in refused(*learn("textual_inversion", f"output={out}", noun="<mug>"))
+    assert not out.exists()
 
 
 def test_overwrite_does_not_delete_the_concept_that_is_read(refused, concepts):
