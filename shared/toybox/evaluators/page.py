@@ -110,8 +110,8 @@ def _curve(curve: dict[str, Any] | None) -> list[str]:
     ]
     return [
         "### Over training\n",
-        f"Snapshots of the averaged weights, {curve['n']} captions each, guidance {curve['guidance']} "
-        "(`pcs toybox curve`).\n",
+        f"{curve.get('of', 'Snapshots of the averaged weights')}, {curve['n']} captions each, guidance "
+        f"{curve['guidance']} ({curve.get('by', '`pcs toybox curve`')}).\n",
         _table(["pictures seen", *(name.replace("_", " ") for name in names)], rows),
     ]
 
@@ -146,7 +146,9 @@ def _trainings(trainings: dict[str, dict[str, Any]]) -> str:
         losses = ", ".join(f"{k} {v}" for k, v in t["losses"].items())
         rows.append([name, *(str(t[key]) for key in ("done", "batch_size", "lr", "seed")), losses])
     start = "python -m shared.toybox.evaluators.train"
-    commands = [f"{start} {name} --data DATA --work WORK --steps {t['steps']}" for name, t in trainings.items()]
+    commands = [
+        f"{start} {name} --data DATA --work WORK --steps {t['steps']} --lr {t['lr']}" for name, t in trainings.items()
+    ]
     commands = [" ".join([c, *t.get("flags", [])]) for c, t in zip(commands, trainings.values(), strict=True)]
     table = _table(["", "steps", "batch", "lr", "seed", "last losses"], rows)
     notes = "".join(f"\n{name}: {t['note']}\n" for name, t in trainings.items() if "note" in t)
