@@ -286,7 +286,8 @@ def metadata(prompt: str, seed: int, runner: Runner, **settings: Any) -> dict[st
         "guidance": backbone.default_guidance,
         "height": backbone.resolution,
         "width": backbone.resolution,
-        **{k: v for k, v in settings.items() if v is not None},
+        **{k: v for k, v in settings.items() if v is not None and k != "changes"},
+        "changes": [change.model_dump(mode="json") for change in settings.get("changes", ())],
     }
     about = {
         "prompt": prompt,

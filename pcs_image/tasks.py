@@ -22,6 +22,7 @@ from shared.io.pictures import fit, picture_size, read_picture
 from shared.io.sheets import contact_sheet, grid, write_picture
 from shared.io.subjects import read_subject
 from shared.recipe import Recipe
+from shared.sampling.changes import StrengthSchedule
 from shared.sources.reading import load
 from shared.train import checkpoint
 from shared.train.loop import Record
@@ -239,6 +240,14 @@ def generate(
             grid(pixels, columns=num).save(folder / "grid.png")
             paths.append(out / "grid.png")
     return paths
+
+
+def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
+    """Strengths by step, as `StrengthSchedule.parse` reads them; ValueError names the option."""
+    try:
+        return [StrengthSchedule.parse(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--strength: {error}") from None
 
 
 def check_precision(precision: str) -> str:

@@ -63,6 +63,9 @@ def generate(
     out: Path = typer.Option(Path("out"), help="folder for the pictures"),
     num: int = typer.Option(1, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="of the first picture; the next ones count up"),
+    strength: list[str] = typer.Option(
+        [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
+    ),
     negative: str = typer.Option("", help="what should not be seen"),
     guidance: float = typer.Option(None, help="classifier-free guidance; the model's own where none is given"),
     steps: int = typer.Option(None, min=1, help="denoising steps"),
@@ -82,10 +85,11 @@ def generate(
 
     check_output(out, overwrite, tasks.read_by(concept, backbone))
     check_guidance(guidance, "--guidance")
+    by_step = tasks.check_strengths(strength)
     runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
     paths = tasks.generate(
         runner, prompts, out, num=num, seed=seed, overwrite=overwrite, as_grid=grid, negative=negative,
-        guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width,
+        guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width, changes=by_step,
     )  # fmt: skip
     print("\n".join(map(str, paths)))
 

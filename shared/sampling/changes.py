@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
+from shared.config import Part, validate
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,26 @@ class StrengthSchedule(ChangeBase):
     @classmethod
     def _fractions(cls, value: Mapping[str, Mapping[float, float]]) -> Mapping[str, Mapping[float, float]]:
         for name, points in value.items():
-            if not points or any(not 0 <= f <= 1 for f in points):
+            if not points or any(not 0 <= f <= 1 or not math.isfinite(s) for f, s in points.items()):
                 raise ValueError(
                     f"{name}: give strengths at fractions of the steps in [0, 1], such as {{0: 0, 0.2: 1}}"
                 )
         return value
+
+    @classmethod
+    def parse(cls, text: str) -> StrengthSchedule:
+        """`my-mug=0@0,1@0.2`: strength 0 from the first step on, 1 once a fifth of the steps is done.
+
+        ValueError when it is written in another way, or a fraction is outside [0, 1].
+        """
+        name, _, points = text.partition("=")
+        try:
+            pairs = [point.split("@") for point in points.split(",")]
+            given = {float(fraction): float(strength) for strength, fraction in pairs}
+        except ValueError:
+            wanted = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
+            raise ValueError(f"{text!r} is no strength by step; {wanted}") from None
+        return validate(cls, {"strengths": {name: given}})
 
     def at(self, name: str, fraction: float) -> float:
         """The strength of one concept when `fraction` of the steps is done; before the first point, the first's."""

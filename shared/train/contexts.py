@@ -1,4 +1,5 @@
-"""What holds while a phase runs: recomputed activations, Ctrl-C that waits for the step, networks that wait elsewhere."""
+"""What holds while a phase runs: recomputed activations, attention whose backward is fast on a CPU, Ctrl-C that waits for
+the step, networks that wait elsewhere."""
 
 from __future__ import annotations
 
@@ -22,6 +23,27 @@ def recomputed(network: Any, on: bool) -> Iterator[None]:
     finally:
         if on:
             network.disable_gradient_checkpointing()
+
+
+@contextmanager
+def unfused_attention(network: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, diffusers' attention layers multiply matrices instead of calling PyTorch's fused kernel.
+
+    The same function up to rounding. On a CPU the kernel's backward pass is slow: a LoRA step on the toybox takes a sixth
+    longer with it (`tests/bench/bench_step.py`); where memory is what counts, on a GPU, it is to be kept. Layers that
+    something else than diffusers' default runs in are left alone.
+    """
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    layers = [m for m in network.modules() if isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0]
+    fused = [m.processor for m in layers] if on else []
+    try:
+        for layer in layers if on else ():
+            layer.processor = AttnProcessor()  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, processor in zip(layers if on else (), fused, strict=True):
+            layer.processor = processor
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite
             f"the interrupted run had {key} = {before!r}, this one has {now!r}: "
             "resume with the same recipe, or start anew with --overwrite"
         )
+
+
+def same_precision(old: str, new: str) -> None:
+    """A warning where "auto" became another precision than when the run began: on another machine, say."""
+    if old != new:
+        told = f"train.mixed_precision=auto was {old!r} where the run began, and is {new!r} here"
+        warnings.warn(f"{told}: what is learned will differ a little from a run in one go", stacklevel=2)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -17,7 +17,7 @@ from shared.recipes import dump, expand_phases
 from shared.sources.context import Generate, SourceContext
 from shared.train import checkpoint
 from shared.train.checks import check_phases, check_validation
-from shared.train.contexts import Parked, interruptible, recomputed
+from shared.train.contexts import Parked, interruptible, recomputed, unfused_attention
 from shared.train.costs import Clock, summary, watch_memory
 from shared.train.guard import LastGood
 from shared.train.learned import gather, restore
@@ -25,7 +25,7 @@ from shared.train.log import Log, flat
 from shared.train.loop import NotFinite, Record, run
 from shared.train.optim import Optimizers
 from shared.train.precision import resolve_precision
-from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_recipe
+from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_precision, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import Woken
 from shared.types import Example, Subject
@@ -131,6 +131,8 @@ class Session:
         if failed and recipe["train"]["mixed_precision"] != self.recipe.train.mixed_precision:
             ignored = (WEIGHTS,)  # the same weights, loaded in another precision
         same_dependencies(info.get("depends", self._depends), self._depends, ignored)
+        if self.recipe.train.mixed_precision == recipe["train"]["mixed_precision"]:
+            same_precision(info.get("precision", self.precision), self.precision)
         self.best, self.best_score = dict(state.best), info.get("best_score")
         self.final_scores, self._peak = info.get("scores", {}), info.get("peak", 0)
         self.clock = Clock(info.get("seconds"))
@@ -208,7 +210,9 @@ class Session:
         step = start
         if not start:
             self.final_scores = {}
-        with interruptible() as stop, recomputed(self.backbone.denoiser, phase.train.gradient_checkpointing):
+        network, on_cpu = self.backbone.denoiser, self.backbone.device.type == "cpu"
+        recompute = recomputed(network, phase.train.gradient_checkpointing)
+        with interruptible() as stop, recompute, unfused_attention(network, on_cpu):
             self._dropout(True)
             try:
                 if self._anew:  # nothing can be wrong any more: what an earlier run left goes
@@ -292,6 +296,7 @@ class Session:
             "peak": self.costs["training_peak_memory"],
             "scaler": optimizers.scaler_state() if optimizers else {},
             "not_finite": not_finite,
+            "precision": self.precision,
         }
         learned = gather(self.backbone, self.names, self.run_name)
         moments = optimizers.state_dict() if optimizers else {}

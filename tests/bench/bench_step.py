@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from shared.backbones import load_backbone
 from shared.io.subjects import read_subject
 from shared.recipes import load
 from shared.toybox.album import write_album
+from shared.train.contexts import unfused_attention
 from shared.train.optim import Optimizers
 from shared.train.session import Session
 from shared.train.tune import Tune
@@ -80,7 +81,8 @@ def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tup
 
 def step(session: Session, task: Tune, optimizers: Optimizers, index: int, clock: Clock | None = None) -> None:
     quiet = clock or Clock()
-    update = next(iter(task.updates(index, 0)))
+    with session.accelerator.autocast():
+        update = next(iter(task.updates(index, 0)))
     with quiet.of("backward"):
         session.accelerator.backward(update.loss)
     with quiet.of("optimizer"):
@@ -93,11 +95,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--backbone")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as turns:
         folder = Path(temporary) / "photos"
         write_album("development-duck", folder)
         cached = prepare(given.recipe, given.backbone, folder, cache=True)
         plain = prepare(given.recipe, given.backbone, folder, cache=False)
+        network = cached[0].backbone.denoiser
+        turns.enter_context(unfused_attention(network, cached[0].backbone.device.type == "cpu"))
         rates: dict[str, list[float]] = {"suite": [], "plain": []}
         for index in range(3):  # caches fill, kernels warm up
             step(*cached, index)

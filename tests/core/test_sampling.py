@@ -267,6 +267,18 @@ def test_strengths_in_closed_form() -> None:
             StrengthSchedule(strengths={"a": points})
 
 
+def test_strengths_as_they_are_written() -> None:
+    held = StrengthSchedule.parse("my-mug=0@0,1@0.2")
+    assert held == StrengthSchedule(strengths={"my-mug": {0.0: 0.0, 0.2: 1.0}})
+    for text in ("my-mug", "my-mug=", "my-mug=1", "my-mug=a@0", "my-mug=1@0@1"):
+        with pytest.raises(ValueError, match=r"is no strength by step; write NAME=STRENGTH@FRACTION"):
+            StrengthSchedule.parse(text)
+    for text in ("my-mug=1@2", "my-mug=nan@0"):
+        with pytest.raises(ValueError, match="fractions of the steps") as told:
+            StrengthSchedule.parse(text)
+        assert "\n" not in str(told.value)
+
+
 class Later(ChangeBase):
     """Other words in the first half."""
 

@@ -57,6 +57,22 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
         resolve_precision("fp8", "cpu")
 
 
+def test_going_on_where_auto_is_another_precision_is_said(make_tiny_sd, photos, tmp_path, monkeypatch):
+    recipe = small("textual_inversion", "train.mixed_precision=auto", "train.checkpoint_every=1")
+    for amx, resume in ((True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+        run_ = session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path)
+        steps = run_.steps(resume)
+        if resume:
+            with pytest.warns(UserWarning, match="auto was 'bf16' where the run began, and is 'no' here"):
+                next(steps)
+        else:
+            next(steps)
+            next(steps)
+        steps.close()
+
+
 def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_tiny_sd, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.precision._fast_bf16", lambda: True)
     backbone, seen, encoded = StableDiffusionBackbone(make_tiny_sd(), "tiny"), [], set()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from shared.backbones.flux import FluxBackbone
@@ -20,6 +21,7 @@ from shared.io.subjects import read_subject
 from shared.modifiers import RareToken
 from shared.sampling.sampler import sample
 from shared.train import checkpoint
+from shared.train.contexts import unfused_attention
 from shared.train.session import Interrupted
 from shared.train.tune import Tune
 from shared.trainable import Lora
@@ -367,6 +369,28 @@ def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_aga
     )
     assert all(torch.allclose(v, saved[k], atol=1e-6) for k, v in plain.items())
     assert not backbone.denoiser.is_gradient_checkpointing
+
+
+def test_attention_is_unfused_while_a_phase_runs_on_a_cpu_and_the_same_function(tiny, photos, tmp_path):
+    backbone = tiny()
+    attention = [m for m in backbone.denoiser.modules() if isinstance(m, Attention)]
+    own = AttnProcessor2_0()
+    odd = attention[0]
+    odd.processor = strange = AttnProcessor()
+    attention[1].processor = own
+    x, t = torch.randn(2, *backbone.latent_shape(32, 32)), torch.tensor([300.0, 600.0])
+    told = backbone.encode(["a mug", "a dog on the beach"])
+    with torch.no_grad():
+        fused = backbone.predict(x, t, told)
+        with unfused_attention(backbone.denoiser, True):
+            assert {type(m.processor) for m in attention} == {AttnProcessor}
+            assert (backbone.predict(x, t, told) - fused).abs().max() < 1e-5
+        with unfused_attention(backbone.denoiser, False):
+            assert type(attention[1].processor) is AttnProcessor2_0
+    run = session(backbone, small("dreambooth_lora"), photos, tmp_path)
+    for _ in run.steps():
+        assert {type(m.processor) for m in attention} == {AttnProcessor}
+    assert attention[1].processor is own and odd.processor is strange
 
 
 def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):

@@ -295,6 +295,28 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tmp_p
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
 
 
+def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
+    def made(name: str, *options: object) -> Path:
+        told = ("--concept", concepts["rex"], "--steps", 4, "--out", tmp_path / name, *options)
+        assert pcs("image", "generate", "a <rex>", *told).code == 0
+        return next((tmp_path / name).iterdir())
+
+    on, late, zero = made("on"), made("late", "--strength", "rex=0@0,1@0.5"), made("zero", "--strength", "rex=0@0")
+    off = tmp_path / "off"
+    told = ("--concept", f"{concepts['rex']}:0", "--steps", 4, "--out", off)
+    assert pcs("image", "generate", "a <rex>", *told).code == 0
+    pixels = {p: read_picture(p).pixels for p in (on, late, zero, next(off.iterdir()))}
+    on_, late_, zero_, off_ = pixels.values()
+    assert torch.equal(zero_, off_) and not torch.equal(late_, on_) and not torch.equal(late_, off_)
+    (change,) = json.loads(read_metadata(late)["pcs"])["changes"]
+    assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
+    for text, why in (("rex", "--strength: 'rex' is no strength by step"), ("cup=1@0", "'cup'")):
+        refused = pcs(
+            "image", "generate", "a <rex>", "--concept", concepts["rex"], "--strength", text, "--out", tmp_path / "no"
+        )
+        assert refused.code == 2 and why in refused.err and not (tmp_path / "no").exists()
+
+
 def _bytes(pixels: Tensor) -> Tensor:
     from shared.io.pictures import to_pixels
 
