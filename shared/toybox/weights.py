@@ -1,7 +1,8 @@
 """Where the toybox's weights lie, and how a training becomes the pipeline folder that is shipped.
 
-A training run's folder holds: ``tokenizer/``, ``vae/`` (frozen, normalised, fp32), ``vae.safetensors`` and
-``unet.safetensors`` (checkpoints with averages and optimizer), ``latents/`` (cache), ``*_log.jsonl``.
+A training run's folder holds: ``tokenizer/``, ``vae/`` (frozen, normalised, fp32), ``vae.safetensors``,
+``decoder.safetensors`` and ``unet.safetensors`` (checkpoints with averages and optimizer), ``latents/`` (cache),
+``*_log.jsonl``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 UNET_CHECKPOINT = "unet.safetensors"
 VAE_CHECKPOINT = "vae.safetensors"
+DECODER_CHECKPOINT = "decoder.safetensors"
 VAE_FOLDER = "vae"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -142,12 +144,12 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """How far the run is: step, pictures and sizes of the denoiser, and the last logged lines of both trainings."""
+    """How far the run is: step, pictures and sizes of the denoiser, and the last logged lines of all trainings."""
     from shared.toybox.train import common
 
     checkpoint = out / UNET_CHECKPOINT
     facts = common.read_facts(checkpoint) if checkpoint.is_file() else {"step": 0, "pictures": 0, "sizes": None}
-    last = {name: _last_line(out / f"{name}_log.jsonl") for name in ("vae", "unet")}
+    last = {name: _last_line(out / f"{name}_log.jsonl") for name in ("vae", "decoder", "unet")}
     return {**facts, "last": last}
 
 

@@ -16,10 +16,8 @@ import torch
 from shared.toybox import tokenizer as words
 from shared.toybox import weights
 from shared.toybox.train import cache, common, models, unet, vae
+from tests.core.squares import TINY_VAE, Squares, same, tiny_run
 
-COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
-TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
-TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4, bf16=False, log_every=2)
 TINY_UNET = unet.UnetTraining(
     models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=4),
     models.TextSize(hidden=16, layers=1, heads=2),
@@ -28,28 +26,6 @@ TINY_UNET = unet.UnetTraining(
     bf16=False,
     log_every=2,
 )
-
-
-class Squares:
-    """Pictures of a colored square, 16×16, two captions each."""
-
-    def __init__(self, n: int) -> None:
-        rng, names = np.random.default_rng(0), list(COLORS)
-        self._pixels = np.full((n, 16, 16, 3), 230, np.uint8)
-        self.captions: list[list[str]] = []
-        for i in range(n):
-            name, (y, x) = names[i % 3], rng.integers(0, 8, 2)
-            self._pixels[i, y : y + 8, x : x + 8] = COLORS[name]
-            self.captions.append([f"a {name} cat", f"a photo of a {name} cat"])
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def pixels(self, index: Any) -> np.ndarray:
-        return self._pixels[index]
-
-    def masks(self, index: Any) -> np.ndarray:
-        return (self._pixels[index] != 230).any(-1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,12 +40,7 @@ def one_thread() -> Any:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a tokenizer of few words, an autoencoder after three steps and a U-Net after two."""
     out = tmp_path_factory.mktemp("run")
-    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / weights.TOKENIZER_FOLDER)
-    data, cpu = Squares(40), torch.device("cpu")
-    trained = vae.VaeRun(TINY_VAE, out, cpu, resume=False)
-    vae.fit(trained, data, common.Budget(steps=3), common.Log(out / "vae_log.jsonl", say=False))
-    vae.finish(trained, data, out)
-    cached = cache.build(out / "latents", data, weights.frozen_vae(out), weights.tokenizer_of(out))
+    cached = tiny_run(out, Squares(40))
     _train(out, cached, 2, resume=False)
     return out
 
@@ -122,19 +93,14 @@ def test_vae_resumes_to_the_same_bits(tmp_path: Path) -> None:
     _steps(stopped, data, 4)
     straight = vae.VaeRun(TINY_VAE, tmp_path / "b", cpu, resume=False)
     _steps(straight, data, 4)
-    _same(stopped.vae.state_dict(), straight.vae.state_dict())
-    _same(stopped.ema.shadow, straight.ema.shadow)
+    same(stopped.vae.state_dict(), straight.vae.state_dict())
+    same(stopped.ema.shadow, straight.ema.shadow)
 
 
 def _steps(run: vae.VaeRun, data: Squares, until: int) -> None:
     while run.step < until:
         run.update(data, len(data), 1.0)
     run.save()
-
-
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 # --- denoiser ---
@@ -148,8 +114,8 @@ def test_unet_resumes_to_the_same_bits(tmp_path: Path, run_folder: Path, workers
     _train(tmp_path / "a", cached, 3, resume=False, workers=workers)
     stopped = _train(tmp_path / "a", cached, 5, resume=True, workers=workers)
     straight = _train(tmp_path / "b", cached, 5, resume=False, workers=workers)
-    _same(stopped.denoiser.state_dict(), straight.denoiser.state_dict())
-    _same(stopped.ema.shadow, straight.ema.shadow)
+    same(stopped.denoiser.state_dict(), straight.denoiser.state_dict())
+    same(stopped.ema.shadow, straight.ema.shadow)
     a, b = (common.load_checkpoint(tmp_path / n / weights.UNET_CHECKPOINT) for n in "ab")
     assert a[1] == b[1] and (a[1]["step"], a[1]["pictures"]) == (5, 20)
     assert torch.equal(a[0]["optimizer"][0]["exp_avg_sq"], b[0]["optimizer"][0]["exp_avg_sq"])
@@ -170,8 +136,8 @@ def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Pat
     run = vae.VaeRun(vae.VaeTraining(), tmp_path, torch.device("cpu"), resume=True)
     assert run.step == 0
     shipped = weights.frozen_vae(weights.WEIGHTS / "backbone").float()
-    _same(run.vae.state_dict(), shipped.state_dict())
-    _same(run.ema.shadow, dict(shipped.named_parameters()))
+    same(run.vae.state_dict(), shipped.state_dict())
+    same(run.ema.shadow, dict(shipped.named_parameters()))
 
 
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(run_folder: Path, tmp_path: Path) -> None:

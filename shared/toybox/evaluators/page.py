@@ -94,10 +94,12 @@ def _backbone(judge: dict[str, Any] | None) -> str:
 def _backbone_made(training: dict[str, Any] | None) -> str:
     if training is None:
         return ""
+    steps = training.get("last", {}).get("decoder", {}).get("step", 0)
+    taught = f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`train/decoder.py`).\n"
     return (
         f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
         "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).\n"
-    )
+    ) + (taught if steps else "")
 
 
 def _curve(curve: dict[str, Any] | None) -> list[str]:

@@ -38,9 +38,11 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """A hash over everything that the cached numbers depend on except the pictures."""
+    """A hash over everything that the cached numbers depend on except the pictures; the decoder is not among it."""
     digest = hashlib.sha256(json.dumps([vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
+    parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
+    named = {f"{part}.{name}": x for part, net in parts.items() if net for name, x in net.state_dict().items()}
+    for name, tensor in sorted(named.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-STAGES = ("data", "vae", "unet", "recognizer", "identity", "clip", "assemble")
+STAGES = ("data", "vae", "decoder", "unet", "recognizer", "identity", "clip", "assemble")
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
-VAE_STEPS, UNET_STEPS = 12_000, 16_000
+VAE_STEPS, DECODER_STEPS, UNET_STEPS = 12_000, 10_000, 16_000
 #: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
 #: them, 75 % of others.
 IDENTITY_GROUPS = 4_500
@@ -65,6 +65,18 @@ def _vae(work: Work) -> str:
     )
 
 
+def _decoder(work: Work) -> str:
+    from shared.toybox.train.adopt import adopt
+    from shared.toybox.train.decoder import train_decoder
+
+    if not work.fresh and adopt(work.run):
+        print("decoder: goes on from the shipped weights", flush=True)
+    steps = DECODER_STEPS if work.minutes is None else None
+    return str(
+        train_decoder(work.data, work.run, steps=steps, minutes=work.minutes, threads=work.threads, device=work.device)
+    )
+
+
 def _unet(work: Work) -> str:
     from shared.toybox.train.adopt import adopt
     from shared.toybox.train.unet import train_unet
@@ -109,6 +121,7 @@ def _assemble(work: Work) -> str:
 _STAGES: dict[str, Callable[[Work], str]] = {
     "data": _data,
     "vae": _vae,
+    "decoder": _decoder,
     "unet": _unet,
     "recognizer": _evaluator("recognizer"),
     "identity": _evaluator("identity"),

@@ -96,18 +96,21 @@ def loss(
     posterior: Any = vae.encode(x, return_dict=True).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     decoded: Any = vae.decode(posterior.mean + posterior.std * noise, return_dict=True)
     y = decoded.sample.float()
-    error = y - x
+    total, parts = reconstruction(y - x, thing, settings)
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return total + settings.kl_weight * kl, {**parts, "kl": float(kl.detach())}
+
+
+def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
+    """L1 and squares of errors [B, 3, H, W], L1 of their differences; ``thing`` [B, 1, H, W] is where they count more."""
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
     pixel = (weight * error.abs()).mean()
     gradient = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
     gradient = gradient + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    total = pixel + settings.square_weight * (weight * error.square()).mean()
-    total = total + settings.gradient_weight * gradient + settings.kl_weight * kl
-    parts = {"l1": float(pixel.detach()), "psnr_batch": psnr_db(error.detach()), "kl": float(kl.detach())}
-    return total, parts
+    total = pixel + settings.square_weight * (weight * error.square()).mean() + settings.gradient_weight * gradient
+    return total, {"l1": float(pixel.detach()), "psnr_batch": psnr_db(error.detach())}
 
 
 def psnr_db(error: Tensor) -> float:
@@ -214,7 +217,7 @@ def train_vae(
 def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:
     """The loop; checkpoints by the clock."""
     settings, started = run.settings, time.time()
-    among, saved = _train_count(pictures), started
+    among, saved = train_count(pictures), started
     while budget.progress(run.step, time.time() - started) < 1:
         parts = run.update(pictures, among, budget.rate(run.step, time.time() - started))
         if run.step % settings.log_every == 0:
@@ -225,7 +228,8 @@ def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log)
     run.save()
 
 
-def _train_count(pictures: Pictures) -> int:
+def train_count(pictures: Pictures) -> int:
+    """How many of the pictures, from the first, may be trained on."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
 
@@ -237,12 +241,13 @@ def finish(run: VaeRun, pictures: Pictures, out: Path) -> Path:
     vae.load_state_dict(run.vae.state_dict())
     run.ema.copy_to(vae)
     rng = np.random.default_rng(0)
-    chosen = np.sort(rng.choice(_train_count(pictures), min(2048, _train_count(pictures)), replace=False))
+    chosen = np.sort(rng.choice(train_count(pictures), min(2048, train_count(pictures)), replace=False))
     normalise(vae, pictures.pixels(chosen))
-    decibels = psnr(vae, pictures.pixels(slice(_train_count(pictures), None)))
+    decibels = psnr(vae, pictures.pixels(slice(train_count(pictures), None)))
     common.Log(out / "vae_log.jsonl").write(step=run.step, psnr=decibels, scaling_factor=vae.config["scaling_factor"])
     folder = out / weights.VAE_FOLDER
     vae.save_pretrained(str(folder))
+    (out / weights.DECODER_CHECKPOINT).unlink(missing_ok=True)  # of other latents
     return folder
 
 

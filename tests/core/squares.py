@@ -1,0 +1,54 @@
+"""Pictures small enough to train the toybox's networks on in a moment, and a run on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.toybox import tokenizer as words
+from shared.toybox import weights
+from shared.toybox.train import cache, common, models, vae
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
+TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4, bf16=False, log_every=2)
+
+
+class Squares:
+    """Pictures of a colored square, 16×16, two captions each."""
+
+    def __init__(self, n: int) -> None:
+        rng, names = np.random.default_rng(0), list(COLORS)
+        self._pixels = np.full((n, 16, 16, 3), 230, np.uint8)
+        self.captions: list[list[str]] = []
+        for i in range(n):
+            name, (y, x) = names[i % 3], rng.integers(0, 8, 2)
+            self._pixels[i, y : y + 8, x : x + 8] = COLORS[name]
+            self.captions.append([f"a {name} cat", f"a photo of a {name} cat"])
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def pixels(self, index: Any) -> np.ndarray:
+        return self._pixels[index]
+
+    def masks(self, index: Any) -> np.ndarray:
+        return (self._pixels[index] != 230).any(-1)
+
+
+def tiny_run(out: Path, data: Squares) -> cache.Cache:
+    """A run with a tokenizer of few words and an autoencoder after three steps; the latents of `data`."""
+    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / weights.TOKENIZER_FOLDER)
+    trained = vae.VaeRun(TINY_VAE, out, torch.device("cpu"), resume=False)
+    vae.fit(trained, data, common.Budget(steps=3), common.Log(out / "vae_log.jsonl", say=False))
+    vae.finish(trained, data, out)
+    return cache.build(out / "latents", data, weights.frozen_vae(out), weights.tokenizer_of(out))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Equal bit for bit."""
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
