@@ -55,6 +55,9 @@ def adopt(out: Path) -> bool:
     shutil.copytree(source / "tokenizer", out / weights.TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not (out / weights.VAE_FOLDER / "config.json").exists():
         pipe.vae.float().save_pretrained(str(out / weights.VAE_FOLDER))
+    for name, line in facts.get("last", {}).items():  # what the card says of trainings that are not repeated here
+        if line and not (log := out / f"{name}_log.jsonl").exists():
+            log.write_text(json.dumps(line) + "\n", encoding="utf-8")
     tree = _tree({"text_encoder.": pipe.text_encoder, "unet.": pipe.unet})
     common.save_checkpoint(out / weights.UNET_CHECKPOINT, tree, {k: facts[k] for k in ("step", "sizes", "pictures")})
     return True
