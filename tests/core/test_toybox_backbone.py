@@ -140,6 +140,14 @@ def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Pat
     same(run.ema.shadow, dict(shipped.named_parameters()))
 
 
+def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:
+    from shared.toybox.train.adopt import adopt
+
+    shipped = json.loads((weights.WEIGHTS / "backbone" / "training.json").read_text())
+    assert adopt(tmp_path) and not adopt(tmp_path)
+    assert weights.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
+
+
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(run_folder: Path, tmp_path: Path) -> None:
     cached, settings = cache.load(run_folder / "latents"), replace(TINY_UNET, lr=3e-3, batch=16)
     words.save(weights.tokenizer_of(run_folder), tmp_path / weights.TOKENIZER_FOLDER)

@@ -1,15 +1,11 @@
-"""What the training loop is made of: draws, batches and caches, losses, schedules, checkpoints, logs."""
+"""What the training loop is made of: draws, batches and caches, losses."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import nn
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
@@ -17,14 +13,11 @@ from shared.config import validate
 from shared.modifiers import LearnableToken, RareToken
 from shared.noise import LogitNormal, Uniform
 from shared.objective import Denoising
-from shared.recipe import Optimizer, Recipe, Train
-from shared.train import checkpoint
+from shared.recipe import Recipe
 from shared.train.data import Data
-from shared.train.log import Log
-from shared.train.loop import NotFinite, Update, generator, run
-from shared.train.optim import Optimizers, schedule
+from shared.train.loop import generator
 from shared.train.tune import Tune
-from shared.trainable import Lora, Woken
+from shared.trainable import Lora
 from shared.types import Example
 
 
@@ -267,180 +260,3 @@ def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
     assert torch.allclose(torch.tensor(losses(anew)), torch.tensor(first), rtol=1e-4) and len(runs) == before + 12
     text = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "text", seed=0)
     assert not Tune(sd, recipe(), pictures(), {"mug": "mug"}, [woken, text]).text_frozen
-
-
-# --- the loop --------------------------------------------------------------------------------
-
-
-class Line:
-    """A straight line through points, in one batch or in pieces."""
-
-    def __init__(self, pieces: int) -> None:
-        self.weight = nn.Parameter(torch.tensor([0.3, -0.2]))
-        draw = torch.Generator().manual_seed(0)
-        x = torch.randn(8, 2, generator=draw)
-        self.pieces = list(zip(x.chunk(pieces), (x @ torch.tensor([1.0, 2.0])).chunk(pieces), strict=True))
-        self.bad = -1
-
-    def updates(self, step, micro):
-        x, y = self.pieces[micro]
-        loss = ((x @ self.weight - y) ** 2).mean()
-        if step == self.bad:
-            loss = loss * math.nan
-        yield Update(loss, parts={"line": loss.detach()})
-
-
-def trained(task, pieces: int, steps: int = 5, start: int = 0, **settings):
-    woken = Woken("line", [task.weight], lr=0.1)
-    accelerator = Accelerator(cpu=True)
-    optimizers = Optimizers({"main": [woken]}, Optimizer(**settings), accelerator)
-    train = Train(steps=steps, gradient_accumulation=pieces)
-    return list(run(task, optimizers, train, 0, accelerator, start)), optimizers
-
-
-@pytest.mark.parametrize("clip", [None, 0.01])
-def test_accumulated_gradients_equal_those_of_a_larger_batch(clip):
-    whole, parts = Line(1), Line(4)
-    one, _ = trained(whole, 1, max_grad_norm=clip)
-    four, _ = trained(parts, 4, max_grad_norm=clip)
-    assert torch.allclose(whole.weight, parts.weight, rtol=1e-5)
-    for a, b in zip(one, four, strict=True):
-        assert a.step == b.step and a.loss == pytest.approx(b.loss, rel=1e-5)
-        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5) and a.parts == pytest.approx(b.parts, rel=1e-5)
-
-
-def test_a_loss_that_is_no_number_leaves_the_parameters_alone():
-    good, bad = Line(1), Line(1)
-    bad.bad = 3
-    trained(good, 1, steps=3)
-    with pytest.raises(NotFinite, match="the loss of step 4 is nan"):
-        trained(bad, 1)
-    assert torch.equal(bad.weight, good.weight) and bad.weight.grad is None
-
-
-def test_a_gradient_that_is_no_number_leaves_the_parameters_alone():
-    class Root(Line):
-        def updates(self, step, micro):
-            yield Update((self.weight * 0).sum().sqrt())  # the loss is 0, its gradient is not finite
-
-    task = Root(1)
-    before = task.weight.detach().clone()
-    with pytest.raises(NotFinite, match="the gradient of step 1 is not finite"):
-        trained(task, 1)
-    assert torch.equal(task.weight, before) and task.weight.grad is None
-
-
-def test_schedules():
-    assert [schedule("constant", s, 10, 3) for s in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    assert [schedule("linear", s, 4, 0) for s in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert [schedule("cosine", s, 4, 0) for s in (0, 2)] == pytest.approx([1, 0.5])
-    assert schedule("cosine", 3, 4, 0) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
-    records, _ = trained(Line(1), 1, steps=4, schedule="linear")
-    assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
-
-
-def test_the_optimizer_s_state_goes_round_and_is_checked():
-    task = Line(1)
-    _, optimizers = trained(task, 1, steps=2)
-    state = optimizers.state_dict()
-    assert set(state) == {"main.0.exp_avg", "main.0.exp_avg_sq", "main.0.step"}
-    _, other = trained(Line(1), 1, steps=0)
-    other.load_state_dict(state)
-    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
-    with pytest.raises(ValueError, match="does not fit this recipe"):
-        other.load_state_dict({**state, "main.0.exp_avg": torch.zeros(3)})
-    with pytest.raises(ValueError, match="does not fit this recipe"):
-        other.load_state_dict({k.replace("main.0", "main.5"): v for k, v in state.items()})
-
-
-# --- checkpoints and logs --------------------------------------------------------------------
-
-
-def a_state(step: int = 3, phase: int = 1) -> checkpoint.State:
-    tensors = {"a": torch.randn(2, generator=torch.Generator().manual_seed(step))}
-    return checkpoint.State(phase, step, tensors, {"main.0.step": torch.ones(())}, tensors, {"recipe": {"seed": 1}})
-
-
-def test_a_checkpoint_goes_round_and_replaces_the_older_one(tmp_path):
-    assert checkpoint.load(tmp_path / "none") is None
-    for step in (3, 12):
-        checkpoint.save(tmp_path, a_state(step))
-    checkpoint.save(tmp_path, a_state(0, phase=2))
-    assert len(list(tmp_path.iterdir())) == 1
-    found = checkpoint.load(tmp_path)
-    assert found is not None and (found.phase, found.step, found.info["recipe"]) == (2, 0, {"seed": 1})
-    for name in ("learned", "best"):
-        assert torch.equal(getattr(found, name)["a"], a_state(0).learned["a"])
-    assert found.optimizer["main.0.step"].shape == ()
-
-
-def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, a_state())
-    seen = []
-    rename = checkpoint.os.rename
-    monkeypatch.setattr(checkpoint.os, "rename", lambda *a: (seen.append(checkpoint.load(tmp_path)), rename(*a)))
-    checkpoint.save(tmp_path, a_state())
-    assert seen[0] is not None and checkpoint.load(tmp_path) is not None and len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
-    checkpoint.save(tmp_path, a_state(3))
-    (tmp_path / ".checkpoint-01-0000004.77").mkdir()
-    (tmp_path / ".checkpoint-01-0000004.77" / "learned.safetensors").write_bytes(b"half")
-    found = checkpoint.load(tmp_path)
-    assert found is not None and found.step == 3
-    checkpoint.save(tmp_path, a_state(5))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-01-0000005"]
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda f: (f / "learned.safetensors").write_bytes((f / "learned.safetensors").read_bytes()[:-3]),
-        lambda f: (f / "optimizer.safetensors").unlink(),
-        lambda f: (f / "learned.safetensors").write_bytes(b"\xff" * 40),
-        lambda f: (f / "state.json").write_text('{"phase": 0, "st'),
-        lambda f: (f / "state.json").write_text("[]"),
-        lambda f: (f / "state.json").write_text("{}"),
-        lambda f: (f / "state.json").unlink(),
-    ],
-)
-def test_a_damaged_checkpoint_says_so(tmp_path, harm):
-    harm(checkpoint.save(tmp_path, a_state()))
-    with pytest.raises(ValueError, match=r"checkpoint-01-0000003 is damaged \(.+\); delete it to start anew"):
-        checkpoint.load(tmp_path)
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def test_a_log_drops_what_comes_again_and_half_a_line(tmp_path):
-    log = Log(tmp_path / "run", tensorboard=False)
-    assert not (tmp_path / "run").exists(), "nothing is made before there is something to write"
-    for step in range(1, 6):
-        log.scalars(step, {"loss": step / 2})
-    log.close()
-    with (tmp_path / "run" / "log.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    log = Log(tmp_path / "run", start=3, tensorboard=False)
-    log.scalars(4, {"loss": 9.0})
-    log.close()
-    assert [(row["step"], row["loss"]) for row in lines(tmp_path / "run")] == [(1, 0.5), (2, 1), (3, 1.5), (4, 9)]
-    log = Log(tmp_path / "run", tensorboard=False)
-    log.scalars(1, {"loss": 0.0})
-    log.close()
-    assert len(lines(tmp_path / "run")) == 1, "a run from the start has a log of its own"
-
-
-def test_tensorboard_events_are_written(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = Log(tmp_path)
-    log.scalars(1, {"loss": 0.5})
-    log.scalars(2, {"loss": 0.25})
-    log.picture(2, "sample", torch.rand(3, 8, 8))
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
-    assert len(events.Images("sample")) == 1
