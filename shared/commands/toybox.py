@@ -6,15 +6,16 @@ from pathlib import Path
 
 import typer
 
+from shared.toybox.train import pipeline
+
 app = typer.Typer(help="The embedded toy world and its model: train, evaluate, look.", no_args_is_help=True)
 
 _WORK = typer.Option(Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it")
-_STAGES = ("data", "vae", "unet", "recognizer", "identity", "clip", "assemble")
 
 
 @app.command()
 def train(
-    stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(_STAGES)}; default: all, in this order"),
+    stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(pipeline.STAGES)}; default: all, in this order"),
     work: Path = _WORK,
     pictures: int = typer.Option(112_000, min=64, help="how many pictures to render"),
     minutes: float = typer.Option(None, help="time for each training stage (default: its own number of steps)"),
@@ -25,14 +26,13 @@ def train(
 ) -> None:
     """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
     from shared.config import unknown
-    from shared.toybox.train import pipeline
     from shared.toybox.train.common import pick_device
 
     for name in stage or ():
-        if name not in _STAGES:
-            raise ValueError(unknown(name, _STAGES, "stage"))
+        if name not in pipeline.STAGES:
+            raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
-    pipeline.run(stage or list(_STAGES), pipeline.Work(work, pictures, minutes, device, threads, seed, fresh))
+    pipeline.run(stage or list(pipeline.STAGES), pipeline.Work(work, pictures, minutes, device, threads, seed, fresh))
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""Every stage of making the toybox's weights, in order, each resumable: `pcs toybox train`."""
+"""Every stage of making the toybox's weights, in order, each resumable: `pcs toybox train`. Light to import: the command line
+does it for its help."""
 
 from __future__ import annotations
 
