@@ -15,8 +15,8 @@ app = typer.Typer(
 @app.callback()
 def demo(
     out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes"),
-    subject: str = typer.Option("development-duck", help="a held-out toybox subject (`pcs toybox subjects`)"),
-    recipe: str = typer.Option("dreambooth_lora", help="how to learn it"),
+    subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
+    recipe: str = typer.Option("pivotal_tuning", help="how to learn it"),
     overwrite: bool = typer.Option(False, help="replace an earlier demo"),
 ) -> None:
     """Writes references, the concept, a contact sheet (references | new scenes | without the concept), scores, index.html."""

@@ -38,8 +38,8 @@ class UnetTraining:
     t_uniform: float = 0.1
     t_mean: float = 0.4
     thing_weight: float = 3.0
-    reading: tuple[float, float, float] = (0.01, 0.04, 0.03)
-    probing: tuple[float, float, float] = (0.05, 0.1, 0.05)
+    reading: tuple[float, float, float] = (0.01, 0.04, 0.05)
+    probing: tuple[float, float, float] = (0.05, 0.1, 0.08)
     read_until: float = 0.3
     clip: float = 1.0
     ema: float = 0.999
