@@ -56,12 +56,12 @@ class Critic(nn.Module):
         super().__init__()
         a, b, c = widths
         plan = [(6, a, 3, 1), (a, b, 4, 2), (b, c, 4, 2), (c, c, 3, 1)]
-        self.layers = nn.ModuleList([nn.Conv2d(i, o, k, stride, 1) for i, o, k, stride in plan])
+        layers = [nn.Conv2d(i, o, k, stride, 1) for i, o, k, stride in plan]
+        self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList([nn.Identity(), *(nn.GroupNorm(8, o) for _, o, _, _ in plan[1:])])
         self.last = nn.Conv2d(c, 1, 3, padding=1)
-        for layer in (*self.layers, self.last):
+        for layer in layers:
             nn.init.kaiming_normal_(layer.weight, 0.2)
-            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.last.weight, std=1e-2)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -89,7 +89,7 @@ class DecoderRun:
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=settings.lr, betas=betas)
         self.against = torch.optim.Adam(self.critic.parameters(), lr=settings.critic_lr, betas=betas)
         for network in (self.vae, self.critic):
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if resume and self.path.is_file():
             tree, facts = common.load_checkpoint(self.path)
             self.step = int(facts["step"])
@@ -142,7 +142,7 @@ class DecoderRun:
         return float(loss.detach())
 
     def _loss(self, shown: Tensor, real: Tensor, thing: Tensor, trusted: float) -> tuple[Tensor, dict[str, float]]:
-        settings, last = self.settings, self.decoder[1].conv_out.weight
+        settings, last = self.settings, self.vae.decoder.conv_out.weight
         self.critic.requires_grad_(False)
         logits, features = self.critic(shown)
         with torch.no_grad():
