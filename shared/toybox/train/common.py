@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from safetensors import safe_open
@@ -102,6 +102,36 @@ class Log:
 def _flush(out: TextIO, line: str) -> None:
     out.write(line + "\n")
     out.flush()
+
+
+class Run(Protocol):
+    """A training under way."""
+
+    step: int
+
+    def save(self) -> None:
+        """Writes its checkpoint."""
+        ...
+
+
+def fit(
+    run: Run,
+    update: Callable[[float], Mapping[str, float]],
+    budget: Budget,
+    log: Log,
+    log_every: int,
+    save_minutes: float,
+) -> None:
+    """The loop: ``update`` does one step with the learning rate's factor and says what to log; checkpoints by the clock."""
+    started = saved = time.time()
+    while budget.progress(run.step, time.time() - started) < 1:
+        parts = update(budget.rate(run.step, time.time() - started))
+        if run.step % log_every == 0:
+            log.write(step=run.step, **{k: round(v, 5) for k, v in parts.items()})
+        if time.time() - saved > save_minutes * SECONDS_PER_MINUTE:
+            run.save()
+            saved = time.time()
+    run.save()
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Any], facts: Mapping[str, object]) -> None:

@@ -9,7 +9,6 @@ nothing that was learned on its latents changes.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,16 +198,15 @@ def train_decoder(
 
 def fit(run: DecoderRun, data: cache.Cache, pictures: pixels.Pictures, budget: common.Budget, out: Path) -> None:
     """The loop; checkpoints by the clock."""
-    settings, started, log = run.settings, time.time(), common.Log(out / "decoder_log.jsonl")
-    among, saved = pixels.train_count(pictures), started
-    while budget.progress(run.step, time.time() - started) < 1:
-        parts = run.update(data, pictures, among, budget.rate(run.step, time.time() - started))
-        if run.step % settings.log_every == 0:
-            log.write(step=run.step, **{k: round(v, 5) for k, v in parts.items()})
-        if time.time() - saved > settings.save_minutes * common.SECONDS_PER_MINUTE:
-            run.save()
-            saved = time.time()
-    run.save()
+    settings, among, log = run.settings, pixels.train_count(pictures), common.Log(out / "decoder_log.jsonl")
+    common.fit(
+        run,
+        lambda factor: run.update(data, pictures, among, factor),
+        budget,
+        log,
+        settings.log_every,
+        settings.save_minutes,
+    )
 
 
 @torch.no_grad()

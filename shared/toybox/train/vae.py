@@ -9,7 +9,6 @@ and a common spread, whose inverse is the ``scaling_factor``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -216,16 +215,10 @@ def train_vae(
 
 def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:
     """The loop; checkpoints by the clock."""
-    settings, started = run.settings, time.time()
-    among, saved = train_count(pictures), started
-    while budget.progress(run.step, time.time() - started) < 1:
-        parts = run.update(pictures, among, budget.rate(run.step, time.time() - started))
-        if run.step % settings.log_every == 0:
-            log.write(step=run.step, **{k: round(v, 5) for k, v in parts.items()})
-        if time.time() - saved > settings.save_minutes * common.SECONDS_PER_MINUTE:
-            run.save()
-            saved = time.time()
-    run.save()
+    settings, among = run.settings, train_count(pictures)
+    common.fit(
+        run, lambda factor: run.update(pictures, among, factor), budget, log, settings.log_every, settings.save_minutes
+    )
 
 
 def train_count(pictures: Pictures) -> int:
