@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+_FEW = 32 * 32  # places that look at each other: 4 MB for each head and picture, and 64 MB at twice the side
 
 
 @contextmanager
@@ -23,6 +25,12 @@ def recomputed(network: Any, on: bool) -> Iterator[None]:
     finally:
         if on:
             network.disable_gradient_checkpointing()
+
+
+def pays(latents: Sequence[int]) -> bool:
+    """Whether `unfused_attention` does for latents [C, h, w]: it keeps every row of every attention for the backward pass,
+    which at 512x512 pixels would be gigabytes."""
+    return latents[-1] * latents[-2] <= _FEW
 
 
 @contextmanager

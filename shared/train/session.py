@@ -17,7 +17,7 @@ from shared.recipes import dump, expand_phases
 from shared.sources.context import Generate, SourceContext
 from shared.train import checkpoint
 from shared.train.checks import check_phases, check_validation
-from shared.train.contexts import Parked, interruptible, recomputed, unfused_attention
+from shared.train.contexts import Parked, interruptible, pays, recomputed, unfused_attention
 from shared.train.costs import Clock, summary, watch_memory
 from shared.train.guard import LastGood
 from shared.train.learned import gather, restore
@@ -210,9 +210,10 @@ class Session:
         step = start
         if not start:
             self.final_scores = {}
-        network, on_cpu = self.backbone.denoiser, self.backbone.device.type == "cpu"
+        network, side = self.backbone.denoiser, phase.train.resolution or self.backbone.resolution
         recompute = recomputed(network, phase.train.gradient_checkpointing)
-        with interruptible() as stop, recompute, unfused_attention(network, on_cpu):
+        unfused = self.backbone.device.type == "cpu" and pays(self.backbone.latent_shape(side, side))
+        with interruptible() as stop, recompute, unfused_attention(network, unfused):
             self._dropout(True)
             try:
                 if self._anew:  # nothing can be wrong any more: what an earlier run left goes

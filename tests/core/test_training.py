@@ -21,7 +21,7 @@ from shared.io.subjects import read_subject
 from shared.modifiers import RareToken
 from shared.sampling.sampler import sample
 from shared.train import checkpoint
-from shared.train.contexts import unfused_attention
+from shared.train.contexts import pays, unfused_attention
 from shared.train.session import Interrupted
 from shared.train.tune import Tune
 from shared.trainable import Lora
@@ -391,6 +391,7 @@ def test_attention_is_unfused_while_a_phase_runs_on_a_cpu_and_the_same_function(
     for _ in run.steps():
         assert {type(m.processor) for m in attention} == {AttnProcessor}
     assert attention[1].processor is own and odd.processor is strange
+    assert pays((4, 16, 16)) and not pays((4, 64, 64))  # the toybox; Stable Diffusion 1.5 at 512 pixels
 
 
 def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):
