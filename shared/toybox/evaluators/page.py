@@ -94,12 +94,18 @@ def _backbone(judge: dict[str, Any] | None) -> str:
 def _backbone_made(training: dict[str, Any] | None) -> str:
     if training is None:
         return ""
-    steps = training.get("last", {}).get("decoder", {}).get("step", 0)
-    taught = f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`train/decoder.py`).\n"
-    return (
+    last = training.get("last", {})
+    steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
+    said = [
         f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
-        "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).\n"
-    ) + (taught if steps else "")
+        "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).",
+        f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`train/decoder.py`)."
+        if steps
+        else "",
+        "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each going on from what was shipped before"
+        + (f"; the U-Net's last loss: {loss}." if loss else "."),
+    ]
+    return "\n".join(line for line in said if line) + "\n"
 
 
 def _curve(curve: dict[str, Any] | None) -> list[str]:
