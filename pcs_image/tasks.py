@@ -245,9 +245,14 @@ def generate(
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
     """Strengths by step, as `StrengthSchedule.parse` reads them; ValueError names the option."""
     try:
-        return [StrengthSchedule.parse(text) for text in texts]
+        changes = [StrengthSchedule.parse(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"--strength: {error}") from None
+    names = [name for change in changes for name in change.strengths]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--strength: {name!r} is given twice; write all its points in one, separated by commas")
+    return changes
 
 
 def check_precision(precision: str) -> str:

@@ -85,12 +85,14 @@ class StrengthSchedule(ChangeBase):
     def parse(cls, text: str) -> StrengthSchedule:
         """`my-mug=0@0,1@0.2`: strength 0 from the first step on, 1 once a fifth of the steps is done.
 
-        ValueError when it is written in another way, or a fraction is outside [0, 1].
+        ValueError when it is written in another way, or a fraction is outside [0, 1] or said twice.
         """
         name, _, points = text.partition("=")
         try:
             pairs = [point.split("@") for point in points.split(",")]
             given = {float(fraction): float(strength) for strength, fraction in pairs}
+            if len(given) < len(pairs):
+                raise ValueError("one fraction twice")
         except ValueError:
             wanted = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
             raise ValueError(f"{text!r} is no strength by step; {wanted}") from None

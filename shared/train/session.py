@@ -212,8 +212,7 @@ class Session:
             self.final_scores = {}
         network, side = self.backbone.denoiser, phase.train.resolution or self.backbone.resolution
         recompute = recomputed(network, phase.train.gradient_checkpointing)
-        unfused = self.backbone.device.type == "cpu" and pays(self.backbone.latent_shape(side, side))
-        with interruptible() as stop, recompute, unfused_attention(network, unfused):
+        with interruptible() as stop, recompute, unfused_attention(network, pays(self.backbone, side)):
             self._dropout(True)
             try:
                 if self._anew:  # nothing can be wrong any more: what an earlier run left goes

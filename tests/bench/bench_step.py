@@ -3,7 +3,8 @@
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
-the suite against a plain loop without caches, taken in turns so that a machine whose speed drifts does not favour either.
+the suite against a plain loop (no caches, fused attention) and against itself with fused attention, taken in turns so that a
+machine whose speed drifts does not favour any.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from shared.backbones import load_backbone
 from shared.io.subjects import read_subject
 from shared.recipes import load
 from shared.toybox.album import write_album
-from shared.train.contexts import unfused_attention
+from shared.train.contexts import pays, unfused_attention
 from shared.train.optim import Optimizers
 from shared.train.session import Session
 from shared.train.tune import Tune
@@ -95,41 +96,42 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--backbone")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as turns:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
         write_album("development-duck", folder)
         cached = prepare(given.recipe, given.backbone, folder, cache=True)
         plain = prepare(given.recipe, given.backbone, folder, cache=False)
-        network = cached[0].backbone.denoiser
-        turns.enter_context(unfused_attention(network, cached[0].backbone.device.type == "cpu"))
-        rates: dict[str, list[float]] = {"suite": [], "plain": []}
+        backbone, recipe = cached[0].backbone, cached[1].recipe
+        unfused = pays(backbone, recipe.train.resolution or backbone.resolution)
+        rates: dict[str, list[float]] = {"suite": [], "fused": [], "plain": []}
         for index in range(3):  # caches fill, kernels warm up
             step(*cached, index)
             step(*plain, index)
         rounds = max(2, given.steps // 10)
         for turn in range(rounds):
-            for name, run in (("suite", cached), ("plain", plain)):
-                start = time.perf_counter()
-                for index in range(5):
-                    step(*run, 3 + turn * 5 + index)
-                rates[name].append(5 / (time.perf_counter() - start))
+            for name, run in (("suite", cached), ("fused", cached), ("plain", plain)):
+                with unfused_attention(backbone.denoiser, unfused and name == "suite"):
+                    start = time.perf_counter()
+                    for index in range(5):
+                        step(*run, 3 + turn * 5 + index)
+                    rates[name].append(5 / (time.perf_counter() - start))
         clock = Clock()
         session, task, optimizers = cached
         clock.wrap(task.data, "batch", "data")
         clock.wrap(task.backbone, "latent_moments", "autoencoder")
         clock.wrap(task, "encode", "text encoder")
         clock.wrap(task.backbone, "predict", "denoiser")
-        for index in range(given.steps):
-            step(session, task, optimizers, 100 + index, clock)
+        with unfused_attention(backbone.denoiser, unfused):
+            for index in range(given.steps):
+                step(session, task, optimizers, 100 + index, clock)
     total = sum(clock.seconds.values())
     print(f"{given.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:")
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / given.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
-    suite, loop = statistics.median(rates["suite"]), statistics.median(rates["plain"])
-    ratios = [a / b for a, b in zip(rates["suite"], rates["plain"], strict=True)]
-    print(
-        f"steps per second: {suite:.2f} with caches, {loop:.2f} without: {statistics.median(ratios):.2f} times as fast"
-    )
+    print(f"steps per second: {statistics.median(rates['suite']):.2f}")
+    for name, said in (("plain", "a plain loop without caches"), ("fused", "the suite with fused attention")):
+        ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates[name], strict=True))
+        print(f"  {said}: {statistics.median(rates[name]):.2f}; the suite is {ratio:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,13 @@ def test_it_resumes_to_the_same_bits(run: tuple[Path, cache.Cache], tmp_path: Pa
 def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
     _train(out, cached, 1, resume=False)
-    assert (out / weights.DECODER_CHECKPOINT).is_file()
-    vae.finish(vae.VaeRun(TINY_VAE, out, CPU, resume=True), Squares(40), out)
+    again = vae.VaeRun(TINY_VAE, out, CPU, resume=True)
+    assert (out / weights.DECODER_CHECKPOINT).is_file() and vae.finished(again, out), (
+        "nothing was trained: nothing goes"
+    )
+    vae.fit(again, Squares(40), common.Budget(steps=again.step + 1), common.Log(out / "vae_log.jsonl", say=False))
+    assert not vae.finished(again, out)
+    vae.finish(again, Squares(40), out)
     assert not (out / weights.DECODER_CHECKPOINT).exists()
 
 

@@ -310,10 +310,14 @@ def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
     assert torch.equal(zero_, off_) and not torch.equal(late_, on_) and not torch.equal(late_, off_)
     (change,) = json.loads(read_metadata(late)["pcs"])["changes"]
     assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
-    for text, why in (("rex", "--strength: 'rex' is no strength by step"), ("cup=1@0", "'cup'")):
-        refused = pcs(
-            "image", "generate", "a <rex>", "--concept", concepts["rex"], "--strength", text, "--out", tmp_path / "no"
-        )
+    said = {
+        ("rex",): "--strength: 'rex' is no strength by step",
+        ("cup=1@0",): "'cup'",
+        ("rex=0@0", "rex=1@0.5"): "--strength: 'rex' is given twice",
+    }
+    for texts, why in said.items():
+        options = [option for text in texts for option in ("--strength", text)]
+        refused = pcs("image", "generate", "a <rex>", "--concept", concepts["rex"], *options, "--out", tmp_path / "no")
         assert refused.code == 2 and why in refused.err and not (tmp_path / "no").exists()
 
 

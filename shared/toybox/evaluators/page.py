@@ -104,6 +104,7 @@ def _backbone_made(training: dict[str, Any] | None) -> str:
         else "",
         "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each going on from what was shipped before"
         + (f"; the U-Net's last loss: {loss}." if loss else "."),
+        *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
     ]
     return "\n".join(line for line in said if line) + "\n"
 

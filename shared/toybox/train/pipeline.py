@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-STAGES = ("data", "vae", "decoder", "unet", "recognizer", "identity", "clip", "assemble")
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS = 12_000, 10_000, 16_000
 #: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
@@ -129,3 +128,5 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "clip": _evaluator("clip"),
     "assemble": _assemble,
 }
+#: Their names, in order.
+STAGES = tuple(_STAGES)

@@ -210,7 +210,15 @@ def train_vae(
     run = VaeRun(settings, out, common.pick_device(device), resume)
     pictures = dataset.load(data)
     fit(run, pictures, budget, common.Log(out / "vae_log.jsonl"))
-    return finish(run, pictures, out)
+    return out / weights.VAE_FOLDER if finished(run, out) else finish(run, pictures, out)
+
+
+def finished(run: VaeRun, out: Path) -> bool:
+    """Whether ``out/vae`` is this very autoencoder, whose decoder may have been taught on since: then it is left alone."""
+    if not (out / weights.VAE_FOLDER / "config.json").is_file():
+        return False
+    there = weights.frozen_vae(out).encoder.state_dict()
+    return all(torch.equal(there[name], run.ema.shadow[f"encoder.{name}"].cpu()) for name in there)
 
 
 def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:

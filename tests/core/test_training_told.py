@@ -1,0 +1,224 @@
+"""What a run is told besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.io.subjects import read_subject
+from shared.modifiers import RareToken
+from shared.sampling.sampler import sample
+from shared.train.contexts import pays, unfused_attention
+from shared.train.tune import Tune
+from shared.trainable import Lora
+from shared.types import Subject
+from tests.core.runs import finish, session, small
+
+# --- penalties and loaded concepts -----------------------------------------------------------
+
+
+def with_old(backbone: Any, strength: float = 1.0) -> Any:
+    """The backbone with a concept that was learned before: an adapter that does something."""
+    woken = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in woken.parameters:
+            p.add_(0.3 * torch.randn(p.shape, generator=draw)).requires_grad_(False)
+    backbone._switch({"old": strength})
+    return backbone
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, photos, tmp_path, strength):
+    recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
+    backbone = with_old(tiny(), strength)
+    run = session(backbone, recipe, photos, tmp_path / "run", others={"old": strength})
+    run._attach_names()
+    woken = run._wake(recipe)
+    draw = torch.Generator().manual_seed(4)
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "nothing is learned yet"
+    with torch.no_grad():
+        for p in woken[0].parameters:
+            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    now, base = step.need("class_prediction"), step.need("base_class_prediction")
+    assert now.requires_grad and not base.requires_grad and not torch.allclose(now, base, atol=1e-3)
+    assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
+
+    def elsewhere(other: Any) -> Tensor:
+        """On a backbone that never had the concept in training."""
+        prompts = [c.replace(backbone.namings["mug"].words, "mug") for c in step.batch.captions]
+        with torch.no_grad():
+            return other.predict(step.x_t, step.t, other.encode(prompts))
+
+    loaded, bare = elsewhere(with_old(tiny(), strength)), elsewhere(tiny())
+    assert torch.equal(base, loaded)
+    assert torch.equal(base, bare) == (strength == 0.0)
+    penalty = recipe.regularize["prior_prediction"](step)
+    assert penalty.item() == pytest.approx(2 * float(((now - loaded) ** 2).mean()), rel=1e-5)
+
+
+def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
+    recipe = small("dreambooth_lora", "regularize.prior.weight=0.25", "objective.masked=false")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run")
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    assert step.batch.role == ("instance", "instance", "prior", "prior")
+    assert step.batch.captions[2:] == ("a photo of a mug",) * 2
+    rows = ((step.prediction - step.target) ** 2).mean((1, 2, 3))
+    (update,) = task.updates(0, 0)
+    assert float(update.parts["denoising"]) == pytest.approx(float(rows[:2].mean()), rel=1e-5)
+    assert float(update.parts["prior"]) == pytest.approx(0.25 * float(rows[2:].mean()), rel=1e-5)
+    assert float(update.loss) == pytest.approx(float(rows[:2].mean() + 0.25 * rows[2:].mean()), rel=1e-5)
+
+
+def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, photos, tmp_path):
+    """Once; kept for the next run; and not shared with a run that has another concept on."""
+    recipe = small("dreambooth_lora", "train.steps=1")
+    made = []
+
+    def run(name: str, backbone: Any, **changes: Any) -> None:
+        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+            made.append((name, backbone.strengths))
+            return sample(
+                backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
+            )
+
+        finish(session(backbone, recipe, photos, tmp_path / name, generate=generate, **changes))
+
+    run("one", tiny())
+    run("two", tiny())
+    run("three", with_old(tiny()), others={"old": 1.0})
+    run("four", with_old(tiny(), 0.5), others={"old": 0.5})
+    run("five", with_old(tiny()), others={"old": 1.0})
+    assert [name for name, _ in made] == ["one", "three", "four"]
+    assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
+    assert all(on["mug"] == 0.0 for _, on in made), "what is in training is off"
+
+
+def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
+    settings = ("train.steps=3", "modifier.vectors=2", "trainable.tokens.lr=0.1")
+    anchor = ("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=1e4")
+    start, free, held = (
+        finish(session(tiny(), small("textual_inversion", *s), photos, tmp_path / f"{i}"))["naming/mug/text_encoder"]
+        for i, s in enumerate([(*settings, "train.steps=0"), settings, (*settings, *anchor)])
+    )
+    assert (held - start).norm() < 0.8 * (free - start).norm()
+    with pytest.raises(ValueError, match=r"regularize\.anchor keeps learned tokens .* the modifier learns none"):
+        finish(session(tiny(), small("dreambooth_lora", *anchor), photos, tmp_path / "none"))
+
+
+def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
+    """With the autoencoder's blur excluded: the gradient of the masked loss is 0 outside the mask."""
+    recipe = small("textual_inversion", "objective.masked=true")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run")
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+    step = task._predict(task.data.batch(0, 0), 0, 0)
+    (slope,) = torch.autograd.grad(step.need("row_loss").sum(), step.prediction)
+    assert step.batch.mask is not None
+    inside = step.batch.mask.expand_as(slope) > 0
+    assert inside.any() and (slope[~inside] == 0).all() and (slope[inside] != 0).all()
+
+
+# --- several subjects ------------------------------------------------------------------------
+
+
+def two_subjects(photos: Path) -> dict[str, Subject]:
+    return {"mug": read_subject(photos, "mug"), "rex": read_subject(photos.parent / "other", "dog")}
+
+
+def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path):
+    recipe = small("pivotal_tuning", "train.steps=3")
+    backbone = tiny()
+    run = session(backbone, recipe, photos, tmp_path / "run", subjects=two_subjects(photos))
+    run._attach_names()
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, [])
+    batches = [task.data.batch(s, 0) for s in range(6)]
+    rows = [(o, c) for b in batches for o, c in zip(b.owner, b.captions, strict=True)]
+    assert {o for o, _ in rows} == {"mug", "rex"}
+    assert all(f"<{o}> <{o}>_1 {run.class_nouns[o]}" in c for o, c in rows)
+    assert not any("<rex>" in c for o, c in rows if o == "mug")
+    assert next(task._class_prompt(c) for _, c in rows).count("<") == 0
+    for name in ("mug", "rex"):
+        backbone.remove(name)
+    start = finish(
+        session(tiny(), small("pivotal_tuning", "train.steps=0"), photos, tmp_path / "0", subjects=two_subjects(photos))
+    )
+    after = finish(run)
+    for name in ("mug", "rex"):
+        assert not torch.equal(after[f"naming/{name}/text_encoder"], start[f"naming/{name}/text_encoder"])
+    assert list(backbone.adapters) == ["mug+rex"]
+
+
+def test_two_that_would_be_called_the_same_are_refused(tiny, photos, tmp_path):
+    subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
+    with pytest.raises(ValueError, match="'b' and 'a' would both be called 'sks mug'"):
+        finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
+    backbone = tiny()
+    RareToken().attach(backbone, "old", "mug")
+    with pytest.raises(ValueError, match="'mug' and 'old' would both be called 'sks mug'"):
+        finish(session(backbone, small("dreambooth_lora"), photos, tmp_path / "run"))
+    wordless = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.with_class_noun=false", "train.steps=1")
+    finish(session(tiny(), wordless, photos, tmp_path / "two", subjects=two_subjects(photos)))
+
+
+# --- how compute is spent --------------------------------------------------------------------
+
+
+def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_again(tiny, photos, tmp_path):
+    plain = finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "a"))
+    backbone = tiny()
+    saved = finish(
+        session(backbone, small("dreambooth_lora", "train.gradient_checkpointing=true"), photos, tmp_path / "b")
+    )
+    assert all(torch.allclose(v, saved[k], atol=1e-6) for k, v in plain.items())
+    assert not backbone.denoiser.is_gradient_checkpointing
+
+
+def test_attention_is_unfused_while_a_phase_runs_on_a_cpu_and_the_same_function(tiny, photos, tmp_path):
+    backbone = tiny()
+    attention = [m for m in backbone.denoiser.modules() if isinstance(m, Attention)]
+    own = AttnProcessor2_0()
+    odd = attention[0]
+    odd.processor = strange = AttnProcessor()
+    attention[1].processor = own
+    x, t = torch.randn(2, *backbone.latent_shape(32, 32)), torch.tensor([300.0, 600.0])
+    told = backbone.encode(["a mug", "a dog on the beach"])
+    with torch.no_grad():
+        fused = backbone.predict(x, t, told)
+        with unfused_attention(backbone.denoiser, True):
+            assert {type(m.processor) for m in attention} == {AttnProcessor}
+            assert (backbone.predict(x, t, told) - fused).abs().max() < 1e-5
+        with unfused_attention(backbone.denoiser, False):
+            assert type(attention[1].processor) is AttnProcessor2_0
+    run = session(backbone, small("dreambooth_lora"), photos, tmp_path)
+    for _ in run.steps():
+        assert {type(m.processor) for m in attention} == {AttnProcessor}
+    assert attention[1].processor is own and odd.processor is strange
+    scale = 32 // backbone.latent_shape(32, 32)[-1]
+    assert pays(backbone, 16 * scale) and not pays(
+        backbone, 64 * scale
+    )  # the toybox; Stable Diffusion 1.5 at 512 pixels
+
+
+def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
+        backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny").to(dtype=dtype)
+        recipe = small("pivotal_tuning", f"train.mixed_precision={precision}")
+        after = finish(session(backbone, recipe, photos, tmp_path / precision))
+        assert all(v.isfinite().all() for v in after.values()) and backbone.dtype == dtype
+        assert {p.dtype for a in backbone.adapters["mug"] for p in a.parameters()} == {torch.float32}
+    finish(session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), small("textual_inversion"), photos, tmp_path / "c"))
