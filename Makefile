@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Torch's CPU build where pip is offered one; the exact versions are in constraints.txt.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check install clean format
+.PHONY: demo test check golden install clean format
 demo: install
 	$(BIN)/pcs demo --out demo --overwrite
 
@@ -30,3 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
+
+# Six runs on tiny models: whether code that was only moved still gives the same bits.
+golden: install
+	$(BIN)/python tests/golden.py
