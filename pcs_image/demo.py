@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from pcs_image import scoring, tasks
-from pcs_image.prompts import load_prompts
-from shared.io.files import check_output
-from shared.io.pictures import fit, read_picture
-from shared.io.sheets import contact_sheet
-from shared.recipes import load
-from shared.toybox import album
+from pcs_image.runner import ImageRunner
+from shared.evaluation.prompt_sets import load_prompts
+from shared.io.contact_sheets import contact_sheet
+from shared.io.decode import read_picture
+from shared.io.outputs import check_output
+from shared.io.pictures import resize
+from shared.recipe.resolve import load
+from shared.runner.judging import EvaluationSettings, evaluate_loaded, shown, training_scorers
+from shared.runner.learn import personalize
+from shared.runner.opening import open_runner
+from shared.runner.plan import plan
+from shared.toybox import reference_sets as album
 
 _SCENES = 8
 
@@ -39,20 +44,21 @@ def run(
     start = time.perf_counter()
     files = album.write_album(subject, out / "references")
     yield f"references   {len(files)} pictures of {subject} in {out / 'references'}"
-    planned = tasks.plan(resolved)
-    runner = tasks.open_runner("toybox", [], "cpu")
-    scorers = scoring.training_scorers(planned, runner.backbone, None, None)
+    planned = plan(resolved)
+    runner = open_runner(ImageRunner, "toybox", [], "cpu")
+    scorers = training_scorers(planned, runner.backbone, None, None)
     with bar() as progress:
-        made = tasks.personalize(planned, runner, scorers=scorers, on_step=progress.step, on_pictures=progress.pictures)
+        made = personalize(planned, runner, scorers=scorers, progress=progress)
     yield f"concept      {made[name]} ({time.perf_counter() - start:.0f} s)"
     with counter() as progress:
-        report = scoring.evaluate_concept(
-            runner, made[name], "toybox", out / "report", references=out / "references", limit=10, progress=progress
+        settings = EvaluationSettings(
+            "toybox", limit=10, references=out / "references", path=made[name], out=out / "report"
         )
+        report = evaluate_loaded(runner, name, settings, progress)
     sheet = _sheet(report, out, held.thing.class_name)
     yield f"scenes       {sheet}"
     for score in report.scores:
-        yield f"  {score.title:26} {scoring.shown(score)}"
+        yield f"  {score.title:26} {shown(score)}"
     (out / "index.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>pcs demo</title>'
         '<meta http-equiv="refresh" content="0; url=report/index.html">'
@@ -67,10 +73,10 @@ def _sheet(report: Any, out: Path, class_noun: str) -> Path:
     prompts = load_prompts("toybox").prompts[:_SCENES]
 
     def first(kind: str) -> torch.Tensor:
-        rows = [next(p for p in report.rows(kind) if p.prompt == i) for i in range(len(prompts))]
-        return torch.stack([fit(read_picture(out / "report" / r.file), 64).pixels for r in rows])
+        rows = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(len(prompts))]
+        return torch.stack([resize(read_picture(out / "report" / r.file), 64).pixels for r in rows])
 
-    references = torch.stack([fit(read_picture(p), 64).pixels for p in sorted((out / "references").glob("*.png"))])
+    references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted((out / "references").glob("*.png"))])
     path = out / "contact-sheet.png"
     contact_sheet(
         {

@@ -65,7 +65,7 @@ class Batch:
     def size(self) -> int:
         return len(self.captions)
 
-    def rows(self, role: Role) -> Tensor:
+    def with_role(self, role: Role) -> Tensor:
         """Boolean [B] on the CPU: which rows have this role."""
         return torch.tensor([r == role for r in self.role])
 

@@ -20,8 +20,8 @@ def demo(
     overwrite: bool = typer.Option(False, help="replace an earlier demo"),
 ) -> None:
     """Writes references, the concept, a contact sheet (references | new scenes | without the concept), scores, index.html."""
-    from pcs_image.commands.progress import Bar, Lines
     from pcs_image.demo import run
+    from shared.commands.progress import Bar, Lines
 
     for line in run(out, subject, recipe, overwrite, Bar, Lines):
         print(line)

@@ -31,23 +31,23 @@ def personalize(
     dino: Path = _DINO,
 ) -> None:
     """Learn a concept from pictures. The concept is a folder; training state and logs go beside it."""
-    from pcs_image import tasks
-    from pcs_image.commands.progress import Bar
-    from pcs_image.scoring import check_folders, training_scorers
-    from shared.recipes import load
+    from pcs_image.runner import ImageRunner
+    from shared.commands.progress import Bar
+    from shared.recipe.resolve import load
+    from shared.runner.judging import check_folders, training_scorers
+    from shared.runner.learn import personalize as learn
+    from shared.runner.opening import open_runner
+    from shared.runner.plan import plan
     from shared.train import checkpoint
 
     resolved = load(recipe, settings or [])
-    planned = tasks.plan(resolved, overwrite, resume)
+    planned = plan(resolved, overwrite, resume)
     check_folders(clip, dino)
-    runner = tasks.open_runner(resolved.backbone, concept, device, resolved.train.mixed_precision)
+    runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision)
     scorers = training_scorers(planned, runner.backbone, clip, dino)
     with Bar() as bar:
         try:
-            made = tasks.personalize(
-                planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, on_step=bar.step,
-                on_pictures=bar.pictures,
-            )  # fmt: skip
+            made = learn(planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, progress=bar)
         except KeyboardInterrupt:
             if checkpoint.load(planned.workdir) is not None:
                 print(f"the state is in {planned.workdir}: go on with --resume", file=sys.stderr)
@@ -79,18 +79,19 @@ def generate(
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Make pictures, with any number of concepts. Each PNG holds all that is needed to make it again."""
-    from pcs_image import tasks
-    from shared.io.files import check_output
+    from pcs_image.pictures import generate as paint
+    from pcs_image.runner import ImageRunner
+    from shared.io.outputs import check_output
+    from shared.runner.opening import check_precision, check_strengths, open_runner, read_by
     from shared.sampling.sampler import check_guidance
+    from shared.sampling.settings import SamplingSettings
 
-    check_output(out, overwrite, tasks.read_by(concept, backbone))
+    check_output(out, overwrite, read_by(concept, backbone))
     check_guidance(guidance, "--guidance")
-    by_step = tasks.check_strengths(strength)
-    runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
-    paths = tasks.generate(
-        runner, prompts, out, num=num, seed=seed, overwrite=overwrite, as_grid=grid, negative=negative,
-        guidance=guidance, steps=steps, scheduler=scheduler, height=height, width=width, changes=by_step,
-    )  # fmt: skip
+    by_step = tuple(check_strengths(strength))
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision))
+    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, by_step)
+    paths = paint(runner, prompts, out, settings, num=num, seed=seed, overwrite=overwrite, as_grid=grid)
     print("\n".join(map(str, paths)))
 
 
@@ -119,26 +120,29 @@ def evaluate(
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
     """Measure a concept: subject fidelity, prompt following, drift, copying, diversity, time and memory."""
-    from pcs_image import scoring, tasks
-    from pcs_image.commands.progress import Lines
-    from shared.io.files import check_output
+    from pcs_image.runner import ImageRunner
+    from shared.commands.progress import Lines
+    from shared.io.outputs import check_output
+    from shared.runner.judging import EvaluationSettings, check_folders, evaluate_loaded, shown
+    from shared.runner.opening import check_precision, open_runner, parse_concept, read_by
     from shared.sampling.sampler import check_guidance
+    from shared.sampling.settings import SamplingSettings
 
     read = [p for p in (references, gallery, clip, dino) if p is not None]
-    check_output(out, overwrite, [*tasks.read_by(concept, backbone), *read])
+    check_output(out, overwrite, [*read_by(concept, backbone), *read])
     check_guidance(guidance, "--guidance")
-    scoring.check_folders(clip, dino)
+    check_folders(clip, dino)
     if len(concept) != 1:
         raise ValueError(f"evaluate takes exactly one --concept, got {len(concept)}")
-    runner = tasks.open_runner(backbone, concept, device, tasks.check_precision(precision))
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision))
+    settings = EvaluationSettings(
+        prompts, tuple(range(seed, seed + num)), limit, SamplingSettings("", guidance, steps, scheduler),
+        references, gallery, clip, dino, parse_concept(concept[0])[0], out, overwrite,
+    )  # fmt: skip
     with Lines() as counter:
-        report = scoring.evaluate_concept(
-            runner, tasks.parse_concept(concept[0])[0], prompts, out, references=references, gallery=gallery,
-            seeds=range(seed, seed + num), limit=limit, clip=clip, dino=dino, steps=steps, guidance=guidance,
-            scheduler=scheduler, overwrite=overwrite, progress=counter,
-        )  # fmt: skip
+        report = evaluate_loaded(runner, next(iter(runner.loaded)), settings, counter)
     for score in report.scores:
-        print(f"{score.title:28} {scoring.shown(score)}")
+        print(f"{score.title:28} {shown(score)}")
     print(f"{out / 'index.html'}")
 
 
@@ -154,9 +158,10 @@ def benchmark(
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
-    from pcs_image.toybox_benchmark import run
+    from pcs_image.runner import ImageRunner
+    from shared.benchmark.toybox import run
 
-    found = run(recipes or None, split, subjects, limit, num, out, device, given)
+    found = run(ImageRunner, recipes or None, split, subjects, limit, num, out, device, given)
     print(found.markdown())
     if found.failures:
         lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in found.failures.items()]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.backbones.base import BaseBackbone
+from shared.backbones.base_backbone import BaseBackbone
+from shared.backbones.module_roles import RoleSpec
 from shared.backbones.protocol import Site
-from shared.backbones.roles import RoleSpec
 from shared.types import Conditioning
 
 _DOUBLE = r"transformer_blocks\.\d+\."

@@ -63,7 +63,7 @@ class Adapter(Protocol):
 
 
 @runtime_checkable
-class Naming(Protocol):
+class Placeholder(Protocol):
     """A modifier attached to a backbone for one concept: how `<name>` is said and encoded."""
 
     name: str
@@ -73,7 +73,7 @@ class Naming(Protocol):
     components: tuple[str, ...]  # the text encoders that what it learned belongs to; empty: it learns nothing
     varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
 
-    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
         """Input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] when they vary with time."""
         ...
 
@@ -88,25 +88,25 @@ class Naming(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned, fp32, on the CPU; keys are the naming's own."""
+        """What was learned, fp32, on the CPU; keys are the placeholder's own."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when keys or shapes do not match exactly."""
         ...
 
-    def start_dict(self) -> dict[str, Tensor]:
+    def initial_state_dict(self) -> dict[str, Tensor]:
         """What it started from, by the keys of `state_dict`; empty where it has no strengths between."""
         ...
 
-    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when keys or shapes do not match exactly."""
         ...
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `namings`."""
+    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `placeholders`."""
 
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
@@ -116,7 +116,7 @@ class Backbone(Protocol):
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
     adapters: dict[str, list[Adapter]]
-    namings: dict[str, Naming]
+    placeholders: dict[str, Placeholder]
 
     @property
     def device(self) -> torch.device: ...
@@ -208,7 +208,7 @@ class Backbone(Protocol):
         """The family's diffusers pipeline around the same networks, with base tokenizers."""
         ...
 
-    # naming of modules
+    # placeholder of modules
     def roles(self) -> tuple[str, ...]:
         """The roles that `group` knows."""
         ...
@@ -222,8 +222,8 @@ class Backbone(Protocol):
         ...
 
     # what is attached, by concept name
-    def add_naming(self, naming: Naming) -> None:
-        """Adds the naming's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
+    def add_placeholder(self, placeholder: Placeholder) -> None:
+        """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
         ...
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -234,7 +234,7 @@ class Backbone(Protocol):
         """Ejects all that is attached under this name; outputs, repr and tokenizers are what they were before."""
         ...
 
-    def word_rows(self, component: str, words: str) -> Tensor:
+    def word_embeddings(self, component: str, words: str) -> Tensor:
         """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
         ...
 

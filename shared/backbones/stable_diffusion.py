@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.base import BaseBackbone
-from shared.backbones.diffusion import PREDICTIONS
+from shared.backbones.base_backbone import BaseBackbone
+from shared.backbones.forward_process import PREDICTIONS
+from shared.backbones.module_roles import RoleSpec
 from shared.backbones.protocol import Site
-from shared.backbones.roles import RoleSpec
 from shared.types import Conditioning, SiteContext
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
@@ -158,7 +158,7 @@ class StableDiffusionBackbone(BaseBackbone):
     def remove(self, name: str) -> None:
         """Ejects all that is attached under this name. ValueError when nothing is."""
         super().remove(name)
-        if not self.namings:
+        if not self.placeholders:
             for _, handle in self._routes.values():
                 handle.remove()
             self._routes.clear()

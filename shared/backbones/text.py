@@ -1,4 +1,4 @@
-"""Text encoding with namings: one run of the text encoder, or one per site, with learned rows in their places."""
+"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned rows in their places."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.protocol import Naming
-from shared.backbones.tokens import Tokenized, TokenOverlay, join_rows, overlaid, same_rows, slots
+from shared.backbones.protocol import Placeholder
+from shared.backbones.tokens import Tokenized, TokenOverlay, join_embeddings, overlaid, same_embeddings, slots
 from shared.types import Conditioning, SiteContext
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class TextEncoding:
     context_component: str = "text_encoder"  # whose hidden states are the text context
     pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
     tokens: TokenOverlay
-    namings: dict[str, Naming]
+    placeholders: dict[str, Placeholder]
     _components: dict[str, nn.Module]
     _warned: set[str]
 
@@ -51,7 +51,7 @@ class TextEncoding:
         texts = self._tokenize(list(prompts))
         return frozenset().union(*(n.varies_with for n in self._used(texts)))
 
-    def word_rows(self, component: str, words: str) -> Tensor:
+    def word_embeddings(self, component: str, words: str) -> Tensor:
         """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
         ids = torch.tensor(self.tokens.word_ids(component, words), device=self.device)
         return self._embedding(component).weight[ids].detach().clone()
@@ -67,12 +67,12 @@ class TextEncoding:
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Prompts, already expanded, as the network is told them.
 
-        One run of the text encoder; where a naming varies with "site", one run per site whose rows differ.
+        One run of the text encoder; where a placeholder varies with "site", one run per site whose rows differ.
         Differentiable with respect to the rows and to text-encoder adapters.
 
         Args:
             prompts: B texts
-            t: [B] or a scalar, needed where a naming that these prompts use varies with "time"
+            t: [B] or a scalar, needed where a placeholder that these prompts use varies with "time"
 
         Raises:
             ValueError: when time is needed and not given, when the family cannot have a context per site, and when a
@@ -91,9 +91,9 @@ class TextEncoding:
         for site in sites:
             hidden = self._hidden(texts, used, time, site, runs)
             context = SiteContext(hidden, hidden)
-            for naming in used:
-                context = naming.edit(
-                    context, places[naming.name], _if(naming, "time", time), _if(naming, "site", site)
+            for placeholder in used:
+                context = placeholder.edit(
+                    context, places[placeholder.name], _if(placeholder, "time", time), _if(placeholder, "site", site)
                 )
             contexts[site] = context
         pooled = None
@@ -105,21 +105,21 @@ class TextEncoding:
     def _hidden(
         self,
         texts: Mapping[str, Tokenized],
-        used: Sequence[Naming],
+        used: Sequence[Placeholder],
         time: Tensor | None,
         site: str | None,
         runs: list[tuple[list[Tensor], Tensor]],
     ) -> Tensor:
         rows = self._rows(self.context_component, texts, used, time, site)
         for known, hidden in runs:
-            if same_rows(known, rows):
+            if same_embeddings(known, rows):
                 return hidden
         hidden = self._run(self.context_component, texts, used, rows)[0]
         runs.append((rows, hidden))
         return hidden
 
     def _gather(
-        self, contexts: Mapping[str | None, SiteContext], used: Sequence[Naming]
+        self, contexts: Mapping[str | None, SiteContext], used: Sequence[Placeholder]
     ) -> Tensor | dict[str, SiteContext]:
         if None not in contexts:
             return {str(k): v for k, v in contexts.items()}
@@ -128,7 +128,7 @@ class TextEncoding:
             return one.key
         return {site: one for site in self._need_text_sites(used)}
 
-    def _need_text_sites(self, used: Sequence[Naming]) -> tuple[str, ...]:
+    def _need_text_sites(self, used: Sequence[Placeholder]) -> tuple[str, ...]:
         sites = self.text_sites()
         if not sites:
             names = ", ".join(repr(n.name) for n in used)
@@ -138,7 +138,7 @@ class TextEncoding:
             )
         return sites
 
-    def _time(self, used: Sequence[Naming], t: Tensor | None, batch: int) -> Tensor | None:
+    def _time(self, used: Sequence[Placeholder], t: Tensor | None, batch: int) -> Tensor | None:
         timed = [n.name for n in used if "time" in n.varies_with]
         if not timed:
             return None
@@ -154,36 +154,36 @@ class TextEncoding:
     def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
         return {c: self.tokens.tokenize(c, prompts, self.device) for c in self._readers()}
 
-    def _find(self, component: str, texts: Mapping[str, Tokenized], naming: Naming) -> Tensor:
-        return self.tokens.find(component, texts[component].ids, naming.tokens, naming.words)
+    def _find(self, component: str, texts: Mapping[str, Tokenized], placeholder: Placeholder) -> Tensor:
+        return self.tokens.find(component, texts[component].ids, placeholder.tokens, placeholder.words)
 
-    def _used(self, texts: Mapping[str, Tokenized]) -> list[Naming]:
-        return [n for n in self.namings.values() if any(bool(self._find(c, texts, n).any()) for c in texts)]
+    def _used(self, texts: Mapping[str, Tokenized]) -> list[Placeholder]:
+        return [n for n in self.placeholders.values() if any(bool(self._find(c, texts, n).any()) for c in texts)]
 
     def _rows(
         self,
         component: str,
         texts: Mapping[str, Tokenized],
-        used: Sequence[Naming],
+        used: Sequence[Placeholder],
         time: Tensor | None,
         site: str | None,
     ) -> list[Tensor]:
-        """Rows of the used namings that have tokens, in order: each [n, d] or [B, n, d]."""
+        """Rows of the used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
         out = []
         batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
-        for naming in (n for n in used if n.tokens):
-            rows = naming.rows(component, _if(naming, "time", time), _if(naming, "site", site))
-            n = len(naming.tokens)
+        for placeholder in (n for n in used if n.tokens):
+            rows = placeholder.embeddings(component, _if(placeholder, "time", time), _if(placeholder, "site", site))
+            n = len(placeholder.tokens)
             if rows is None or tuple(rows.shape) not in ((n, width), (batch, n, width)):
                 got = None if rows is None else list(rows.shape)
                 raise ValueError(
-                    f"{naming.name!r}: rows for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
+                    f"{placeholder.name!r}: rows for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
                 )
             out.append(rows)
         return out
 
     def _run(
-        self, component: str, texts: Mapping[str, Tokenized], used: Sequence[Naming], rows: Sequence[Tensor]
+        self, component: str, texts: Mapping[str, Tokenized], used: Sequence[Placeholder], rows: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         text = texts[component]
         if not rows:
@@ -191,7 +191,7 @@ class TextEncoding:
         added = [t for n in used for t in n.tokens]
         places = slots(text.ids, self.tokens.ids_of(component, added))
         ids = text.ids.masked_fill(places >= 0, self.tokens.filler(component))
-        table = join_rows([r.to(ids.device) for r in rows], ids.shape[0])
+        table = join_embeddings([r.to(ids.device) for r in rows], ids.shape[0])
         with overlaid(self._embedding(component), places, table):
             return self._run_text(component, ids, text.mask)
 
@@ -213,7 +213,7 @@ class TextEncoding:
             for component in self._readers():
                 cut = self.tokens.overflow(component, prompt)
                 limit = self.tokens.max_length[component]
-                lost = [n.name for n in self.namings.values() if cut and _says(n, prompt, cut)]
+                lost = [n.name for n in self.placeholders.values() if cut and _says(n, prompt, cut)]
                 if lost:
                     raise ValueError(
                         f"the prompt is too long: {component} of {self.name or self.family} reads {limit} tokens, and "
@@ -224,12 +224,12 @@ class TextEncoding:
             self._warned.add(prompt)
 
 
-def _says(naming: Naming, prompt: str, cut: str) -> bool:
+def _says(placeholder: Placeholder, prompt: str, cut: str) -> bool:
     """Whether something of a concept's name is lost with `cut`, the end of the prompt."""
     kept = prompt.rstrip()[: -len(cut)]
-    words = [w for w in naming.tokens or (naming.words,) if w.strip()]
+    words = [w for w in placeholder.tokens or (placeholder.words,) if w.strip()]
     return any(kept.count(w) < prompt.count(w) for w in words)
 
 
-def _if(naming: Naming, what: str, value: Any) -> Any:
-    return value if what in naming.varies_with else None
+def _if(placeholder: Placeholder, what: str, value: Any) -> Any:
+    return value if what in placeholder.varies_with else None

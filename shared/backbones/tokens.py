@@ -151,14 +151,14 @@ def overlaid(embedding: nn.Module, places: Tensor, rows: Tensor) -> Iterator[Non
         handle.remove()
 
 
-def join_rows(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Rows of several namings as one table: [N, d], or [B, N, d] as soon as one of them has rows per sample."""
+def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
+    """Rows of several placeholders as one table: [N, d], or [B, N, d] as soon as one of them has rows per sample."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
 
 
-def same_rows(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+def same_embeddings(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Whether two sets of rows give the same encoding *and* the same gradients, so that one run serves both.
 
     Rows that are learned are the same only when they are the same memory: sites that start equal must learn apart.

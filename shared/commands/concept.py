@@ -40,12 +40,12 @@ def export(
 ) -> None:
     """Write the concept as files of another program, load them back with that program, and compare numerically."""
     from shared.concept import export as write
-    from shared.concept import load_home, read
-    from shared.io.files import check_output
+    from shared.concept import load_backbone_of, read
+    from shared.io.outputs import check_output
 
     check_output(out, overwrite, [path])
     concept = read(path)
-    model = load_home(concept, backbone)
+    model = load_backbone_of(concept, backbone)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         print(f"{name}: largest difference {check['max_abs_difference']:.2g} (rounding: {check['limit']:.2g})")

@@ -72,10 +72,11 @@ def _toybox(line) -> None:
     try:
         from shared.backbones import load_backbone
         from shared.sampling.sampler import sample
+        from shared.sampling.settings import SamplingSettings
 
         backbone = load_backbone()
         start = time.perf_counter()
-        pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], steps=2)
+        pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], settings=SamplingSettings(steps=2))
         fine = bool(pixels.isfinite().all())
         line(fine, f"the toybox paints: 2 steps in {time.perf_counter() - start:.1f} s")
     except Exception as error:

@@ -17,8 +17,8 @@ def methods(context: typer.Context) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shared.catalog import Taxonomy, recipe_files
     from shared.config import read_yaml, validate
+    from shared.recipe.catalog import Taxonomy, recipe_files
 
     columns = ("recipe", "modifier", "trains", "prompts", "attention", "masks", "regularization")
     rows: dict[str, list[tuple[str, ...]]] = {}
@@ -56,6 +56,6 @@ def show(
     """The resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
     import yaml
 
-    from shared.recipes import dump, load
+    from shared.recipe.resolve import dump, load
 
     print(yaml.safe_dump(dump(load(name, settings or [], modality)), sort_keys=False, allow_unicode=True, width=120))

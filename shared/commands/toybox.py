@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from shared.toybox.train import pipeline
+from shared.pretrain.toybox import stages as pipeline
 
 app = typer.Typer(help="The embedded toy world and its model: train, evaluate, look.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def train(
 ) -> None:
     """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
     from shared.config import unknown
-    from shared.toybox.train.common import pick_device
+    from shared.pretrain.toybox.common import pick_device
 
     for name in stage or ():
         if name not in pipeline.STAGES:
@@ -47,7 +47,7 @@ def evaluate(
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
     """Measure the evaluators on fresh renders, and the shipped model on random captions."""
-    from shared.toybox.report import evaluate as measure
+    from shared.pretrain.toybox.evaluate_backbone import evaluate as measure
 
     for line in measure(out, pictures, guidance, steps, seed, backbone, card, overwrite):
         print(line)
@@ -60,7 +60,7 @@ def curve(
     guidance: float = typer.Option(None, help="default: the guidance that the card states"),
 ) -> None:
     """Judge the snapshots of a training: the curve that the card prints."""
-    from shared.toybox.report import extend_curve
+    from shared.pretrain.toybox.evaluate_backbone import extend_curve
 
     for line in extend_curve(work, pictures, guidance):
         print(line)
@@ -80,7 +80,7 @@ def sheet(
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
     """A sheet of captioned pictures, to look at."""
-    from shared.toybox.report import draw_sheet
+    from shared.pretrain.toybox.evaluate_backbone import draw_sheet
 
     print(draw_sheet(out, source, rows, columns, seed, guidance, prompt, overwrite))
 
@@ -95,8 +95,8 @@ def subjects(
 ) -> None:
     """The held-out things and styles that no caption can describe: list them, or write one as pictures to learn from."""
     from shared.config import unknown
-    from shared.toybox import album
-    from shared.toybox.report import write_style
+    from shared.pretrain.toybox.evaluate_backbone import write_style
+    from shared.toybox import reference_sets as album
     from shared.toybox.subjects import style_names
 
     things, styles = _things(), style_names()
@@ -115,7 +115,7 @@ def subjects(
 
 def _things() -> dict[str, str]:
     """The held-out subjects and faces: name -> what they are."""
-    from shared.toybox import album
+    from shared.toybox import reference_sets as album
     from shared.toybox.subjects import faces
     from shared.toybox.subjects import subjects as things
 

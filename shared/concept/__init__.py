@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.concept.attaching import attach, detach
     from shared.concept.capturing import capture
-    from shared.concept.exporting import export
-    from shared.concept.folder import Concept, read, save
-    from shared.concept.home import load_home
+    from shared.concept.concept_folder import Concept, read, save
+    from shared.concept.export_formats import export
+    from shared.concept.open_backbone import load_backbone_of
     from shared.concept.schema import ConceptMeta
     from shared.concept.show import as_json, describe, lines
 
 _HOME = {
     **dict.fromkeys(("attach", "detach"), "attaching"),
     "capture": "capturing",
-    "export": "exporting",
-    **dict.fromkeys(("Concept", "read", "save"), "folder"),
+    "export": "export_formats",
+    **dict.fromkeys(("Concept", "read", "save"), "concept_folder"),
     "ConceptMeta": "schema",
-    "load_home": "home",
+    "load_backbone_of": "open_backbone",
     **dict.fromkeys(("as_json", "describe", "lines"), "show"),
 }
 
@@ -34,7 +34,7 @@ __all__ = [
     "detach",
     "export",
     "lines",
-    "load_home",
+    "load_backbone_of",
     "read",
     "save",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from shared.backbones.protocol import Adapter, Backbone
 from shared.concept.capturing import describe_parts
-from shared.concept.folder import Concept
-from shared.concept.sharing import SharedAdapter, unshared
+from shared.concept.concept_folder import Concept
+from shared.concept.shared_adapter import SharedAdapter, unshared
 from shared.config import Part, validate
 from shared.modifiers import Modifier
 from shared.trainable.adapter import PeftAdapter, config_from_dict
@@ -40,7 +40,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
         UserWarning: when it was learned on another checkpoint of this architecture
     """
     name = concept.meta.name
-    if name in backbone.namings or name in backbone.adapters:
+    if name in backbone.placeholders or name in backbone.adapters:
         raise ValueError(
             f"a concept named {name!r} is attached already: remove it first, or save this one under another name"
         )
@@ -49,7 +49,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
     _check_fit(concept, backbone)
     twin = _twin(concept, backbone, strength)
     try:
-        _attach_naming(concept, backbone, modifiers)
+        _attach_placeholder(concept, backbone, modifiers)
         if twin is not None:
             _share(backbone, twin, name)
         else:
@@ -57,7 +57,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
         if strength != 1 or name in backbone.adapters:
             backbone.set_strength(name, strength)  # lasting, unlike `active`
     except BaseException:
-        if name in backbone.namings or name in backbone.adapters:
+        if name in backbone.placeholders or name in backbone.adapters:
             backbone.remove(name)
         raise
 
@@ -95,7 +95,9 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
 def _difference(concept: Concept, backbone: Backbone) -> str:
     """At which tensor, or in which component, two architectures of one family differ."""
     for component, rows in concept.learned_words.items():
-        width = backbone.word_rows(component, "a").shape[1] if component in backbone.components else rows.shape[-1]
+        width = (
+            backbone.word_embeddings(component, "a").shape[1] if component in backbone.components else rows.shape[-1]
+        )
         if width != rows.shape[-1]:
             return f"its token embeddings for {component} are {rows.shape[-1]} wide, here they are {width}"
     for key, tensor in concept.of("adapter").items():
@@ -111,7 +113,7 @@ def _difference(concept: Concept, backbone: Backbone) -> str:
     return "layers of other names or shapes (the autoencoder counts)"
 
 
-def _attach_naming(concept: Concept, backbone: Backbone, modifiers: Any) -> None:
+def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) -> None:
     meta = concept.meta
     if not meta.modifier:
         if concept.of("embeddings"):
@@ -121,11 +123,11 @@ def _attach_naming(concept: Concept, backbone: Backbone, modifiers: Any) -> None
     modifier = validate(named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="modifier.token=")  # said when it was learned
-        naming = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
-    naming.load_state_dict(concept.learned_words)
-    if concept.starts:  # without it, the start is that of this model's words
-        naming.load_start_dict(concept.starts)
-    naming.frozen = True
+        placeholder = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
+    placeholder.load_state_dict(concept.learned_words)
+    if concept.initial_embeddings:  # without it, the start is that of this model's words
+        placeholder.load_initial_state_dict(concept.initial_embeddings)
+    placeholder.frozen = True
 
 
 def _attach_adapters(concept: Concept, backbone: Backbone) -> None:

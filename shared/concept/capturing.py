@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from shared.backbones.load import TOYBOX
 from shared.backbones.protocol import Adapter, Backbone
-from shared.concept.folder import START, Concept, adapter_id
+from shared.concept.concept_folder import START, Concept, adapter_id
 from shared.concept.schema import BackboneInfo, ConceptMeta, Kind
-from shared.concept.sharing import unshared
+from shared.concept.shared_adapter import unshared
 from shared.config import Part, validate
 from shared.io.files import sha256
 from shared.trainable.adapter import PeftAdapter, config_to_dict
@@ -54,16 +54,16 @@ def capture(
     source = adapters_of or name
     plain = _plain(recipe)
     attached = [unshared(a) for a in backbone.adapters.get(source, [])]
-    naming = backbone.namings.get(name)
-    part = _plain(modifier) if modifier is not None else plain.get("modifier", {}) if naming is not None else {}
-    if naming is None and not attached:
+    placeholder = backbone.placeholders.get(name)
+    part = _plain(modifier) if modifier is not None else plain.get("modifier", {}) if placeholder is not None else {}
+    if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
-    if naming is not None and not part:
+    if placeholder is not None and not part:
         raise ValueError(f"{name!r} has a naming: say which modifier made it, or it cannot be loaded again")
     settings, tensors = _adapters_of(attached, source)
-    if naming is not None:
-        starts = {START + key: rows for key, rows in naming.start_dict().items()}
-        tensors["embeddings"] = {**naming.state_dict(), **starts}
+    if placeholder is not None:
+        starts = {START + key: rows for key, rows in placeholder.initial_state_dict().items()}
+        tensors["embeddings"] = {**placeholder.state_dict(), **starts}
     tensors = {kind: state for kind, state in tensors.items() if state}
     meta = {
         "name": name,
@@ -74,7 +74,7 @@ def capture(
         "adapters": settings,
         "adapter_id": adapter_id(tensors),
         "requires": sorted(
-            {c for parts in settings.values() for c in parts} | {*(naming.components if naming else ())}
+            {c for parts in settings.values() for c in parts} | {*(placeholder.components if placeholder else ())}
         ),
         "recipe": _portable(plain),
         "ports": tuple(ports),

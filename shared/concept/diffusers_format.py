@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.concept.folder import Concept
+from shared.concept.concept_folder import Concept
 from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -183,15 +183,15 @@ def write_tokens(
 
 def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
     """component -> the rows at this strength, [n, d]."""
-    found, naming = concept.learned_words, backbone.namings.get(concept.name)
-    if not found or naming is None:
+    found, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
+    if not found or placeholder is None:
         return {}
-    if naming.varies_with or set(found) != set(naming.components):
+    if placeholder.varies_with or set(found) != set(placeholder.components):
         raise ValueError(
             f"{concept.name!r} learned {', '.join(sorted(found)[:4])} …: diffusers' embedding files hold one table of "
             "rows per text encoder and no other"
         )
-    starts = concept.starts or naming.start_dict()
+    starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
         raise ValueError(f"{concept.name!r} keeps no start of its words: they can be exported at strength 1 only")
     return {c: at_strength(starts.get(c, rows).float(), rows.float(), strength) for c, rows in found.items()}

@@ -116,7 +116,7 @@ def _values(pattern: Any) -> list[Any]:
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """`concept.json` as a validated object. ValueError, naming the file and the key, when something is not right."""
+    """`concept.json` as a validated object. ValueError, placeholder the file and the key, when something is not right."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must hold an object with the concept's description, and holds {type(data).__name__}")
     version = data.get("schema_version")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shared.concept.folder import Concept
+from shared.concept.concept_folder import Concept
 from shared.io.terminal import printable
 
 

@@ -35,8 +35,8 @@ def compare(
     Returns:
         {"prompt", "checks": what `check` says of each output}
     """
-    naming = backbone.namings.get(name)
-    said = naming.words if naming is not None else ""
+    placeholder = backbone.placeholders.get(name)
+    said = placeholder.words if placeholder is not None else ""
     prompt, public = f"a photo of a {said}".strip(), f"a photo of a {words}".strip()
     adapted = set((written.get("lora") or {}).get("components", ()))
     with backbone.active({name: strength}):
@@ -44,7 +44,9 @@ def compare(
         call = _call(backbone, text)
     with backbone.active({}):
         without = [backbone.encode([prompt])] if adapted - {next(iter(backbone.components))} else []
-        without += [backbone.encode([f"a photo of a {_unnamed(said, naming)}".strip()])] if written["tokens"] else []
+        without += (
+            [backbone.encode([f"a photo of a {_unnamed(said, placeholder)}".strip()])] if written["tokens"] else []
+        )
         bare = (
             [_first(backbone.denoiser(*call["args"], **call["kwargs"]))]
             if adapted & {next(iter(backbone.components))}
@@ -64,9 +66,9 @@ def compare(
     return {"prompt": public, "checks": checks}
 
 
-def _unnamed(said: str, naming: Any) -> str:
+def _unnamed(said: str, placeholder: Any) -> str:
     """The words without the concept's own tokens."""
-    for token in sorted(naming.tokens if naming is not None else (), key=len, reverse=True):
+    for token in sorted(placeholder.tokens if placeholder is not None else (), key=len, reverse=True):
         said = said.replace(token, "")
     return " ".join(said.split())
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile, features
 from torch import Tensor
 
-from shared.io.listing import sniff
+from shared.io.find_pictures import sniff
 
 MAX_PIXELS = 128_000_000  # width * height; 512 MB while it is decoded
 MIN_SIDE = 16  # pixels
@@ -67,7 +67,7 @@ class Picture:
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
     """Decode a picture file, whatever its name says: upright, 8-bit sRGB, transparency as a mask on a neutral ground.
 
-    Of an animation the first frame is used, with a UserWarning. Raises ValueError, naming the file, when it is missing,
+    Of an animation the first frame is used, with a UserWarning. Raises ValueError, placeholder the file, when it is missing,
     not a picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or
     wholly transparent.
     """

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.io.listing import names
-from shared.io.owned import mark, strangers
-from shared.io.partial import beside, replaced, sweep, sweep_once
+from shared.io.find_pictures import names
+from shared.io.foreign_files import foreign_files, mark
+from shared.io.temporary_names import beside, replaced, sweep, sweep_once
 
 PathLike = str | os.PathLike[str]
 
@@ -67,7 +67,7 @@ def _check_there(path: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{path} exists already and holds {inside} file(s): choose another output, or overwrite it explicitly"
         )
-    others = strangers(path) if overwrite else []
+    others = foreign_files(path) if overwrite else []
     if others:
         more = " …" if len(others) > 3 else ""
         raise ValueError(

@@ -8,9 +8,9 @@ from typing import Literal
 
 from PIL import Image
 
+from shared.io.contact_sheets import contact_sheet, grid, read_metadata, to_image, write_picture
 from shared.io.decode import GROUND, MAX_PIXELS, MIN_SIDE, Picture, picture_size, read_mask, read_picture, to_pixels
-from shared.io.listing import Listing, list_pictures, scan, sniff
-from shared.io.sheets import contact_sheet, grid, read_metadata, to_image, write_picture
+from shared.io.find_pictures import Listing, list_pictures, scan, sniff
 
 __all__ = [
     "GROUND",
@@ -19,13 +19,13 @@ __all__ = [
     "Listing",
     "Picture",
     "contact_sheet",
-    "fit",
     "grid",
     "list_pictures",
     "picture_size",
     "read_mask",
     "read_metadata",
     "read_picture",
+    "resize",
     "scan",
     "sniff",
     "to_image",
@@ -33,11 +33,11 @@ __all__ = [
     "write_picture",
 ]
 
-Fit = Literal["cover", "contain"]
+ResizeMode = Literal["cover", "contain"]
 _KEPT = 2 / 3  # of a picture: with less, somebody should know
 
 
-def fit(picture: Picture, size: int | tuple[int, int], mode: Fit | None = None) -> Picture:
+def resize(picture: Picture, size: int | tuple[int, int], mode: ResizeMode | None = None) -> Picture:
     """Resize to `size` (a side, or (height, width)) in pixels, picture and mask together; the same file, the same bits.
 
     "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture;
@@ -51,7 +51,7 @@ def fit(picture: Picture, size: int | tuple[int, int], mode: Fit | None = None) 
     if mode == "contain":
         return _contain(picture, width, height)
     if mode not in ("cover", None):
-        raise ValueError(f"unknown way to fit {mode!r}. There are: contain, cover.")
+        raise ValueError(f"unknown way to resize {mode!r}. There are: contain, cover.")
     full_w, full_h = picture.size
     scale = max(width / full_w, height / full_h)
     cut_w, cut_h = min(full_w, width / scale), min(full_h, height / scale)

@@ -157,26 +157,6 @@ class DinoEncoder:
         return _stack(parts, self.model.config.hidden_size)
 
 
-class ToyboxIdentity:
-    """The toybox's identity encoder behind the common interface."""
-
-    def __init__(self, model: Any, info: InstrumentInfo) -> None:
-        self.model, self.info = model, info
-
-    def images(self, pixels: Tensor) -> Tensor:
-        return self.model.embed(resize01(pixels, 64))
-
-
-class ToyboxReader:
-    """The toybox's recognizer: class, main, second, background, view, accessory, style."""
-
-    def __init__(self, model: Any, info: InstrumentInfo) -> None:
-        self.model, self.info = model, info
-
-    def read(self, pixels: Tensor) -> dict[str, list[str]]:
-        return self.model.predict(resize01(pixels, 64))
-
-
 def _unit(output: Any) -> Tensor:
     """transformers 5 returns an object whose `pooler_output` is the projection; 4 the tensor itself."""
     features = output if isinstance(output, Tensor) else output.pooler_output
@@ -211,68 +191,11 @@ def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
     return DinoEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), info)
 
 
-def load_toybox() -> Instruments:
-    """The shipped evaluators. FileNotFoundError says how to make one that is missing."""
-    from shared.toybox.evaluators.clip import load_clip as toybox_clip
-    from shared.toybox.evaluators.identity import load_identity
-    from shared.toybox.evaluators.recognizer import load_recognizer
-
-    card = toybox_accuracy()
-    model, processor = toybox_clip()
-    # This small CLIP's cosines are larger (of a picture and its caption 0.3 in the mean, up to 0.8): taken as they are.
-    text = InstrumentInfo("toybox CLIP", TEXT_AND_LIKENESS, True, card.get("clip", {}), text_weight=1.0)
-    who = InstrumentInfo("toybox identity encoder", "which individual thing it is", True, card.get("identity", {}))
-    what = InstrumentInfo("toybox recognizer", "background, view, accessory, style", True, card.get("recognizer", {}))
-    return Instruments(
-        ClipEncoder(model, processor.image_processor, processor.tokenizer, text),
-        ToyboxIdentity(load_identity(), who),
-        ToyboxReader(load_recognizer(), what),
-    )
-
-
 CARD_KEYS = {
     "recognizer": {k: k for k in ("class", "background", "view", "accessory_shown", "style_shown")},
     "identity_reporting": {"retrieval": "held-out things among their look-alikes"},
     "clip": {"caption_of_64": "the right caption of 64", "zero_shot_background": "background"},
 }
-
-
-def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """`{instrument: {what: accuracy}}` from the toybox's `card.json`, after the VAE's round trip where it was measured
-    (generated pictures have made it too); empty where there is no card.
-    """
-    from shared.toybox.evaluators.trunk import WEIGHTS
-
-    path = card or WEIGHTS / "card.json"
-    if not path.is_file():
-        return {}
-    measured = json.loads(path.read_text("utf-8")).get("accuracies", {})
-    found: dict[str, dict[str, float]] = {}
-    for name, keys in CARD_KEYS.items():
-        ways = measured.get(name, {})
-        values = ways.get("vae") or ways.get("clean") or {}
-        said = {label.removesuffix("_shown"): float(values[k]) for k, label in keys.items() if k in values}
-        found[name.removesuffix("_reporting")] = said
-    return found
-
-
-def load_instruments(
-    clip: Path | str | None = None, dino: Path | str | None = None, toybox: bool = False, device: str = "cpu"
-) -> Instruments:
-    """The instruments for a run. A folder takes the place of the toybox's own; without a DINO, CLIP judges likeness
-    too.
-
-    toybox: whether the pictures are the toybox's: only then do its evaluators mean anything.
-    ValueError when nothing is left to measure with.
-    """
-    own = load_toybox() if toybox else Instruments()
-    text = load_clip(clip, device) if clip else own.text_image
-    who: ImageEncoder | None = load_dino(dino, device) if dino else own.identity or text
-    if who is None:
-        raise ValueError(
-            "nothing to measure with: give a local CLIP folder (clip=PATH), a DINO folder (dino=PATH), or both"
-        )
-    return Instruments(text, who, own.attributes)
 
 
 def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:

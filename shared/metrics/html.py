@@ -86,8 +86,8 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
     """Per prompt: its row, the pictures with the concept, and those of the base model."""
     out = []
     for prompt in report.prompts:
-        made = [p for p in report.rows("concept") if p.prompt == prompt.prompt]
-        base = [p for p in report.rows("base") if p.prompt == prompt.prompt]
+        made = [p for p in report.of_kind("concept") if p.prompt == prompt.prompt]
+        base = [p for p in report.of_kind("base") if p.prompt == prompt.prompt]
         out.append(
             {"prompt": prompt, "made": [_tile(report, p) for p in made], "base": [_tile(report, p) for p in base]}
         )
@@ -95,8 +95,8 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
 
 
 def _drift_pairs(report: Report) -> list[dict[str, Any]]:
-    base = {(p.prompt, p.seed): p for p in report.rows("drift_base")}
-    pairs = [(p, base.get((p.prompt, p.seed))) for p in report.rows("drift")]
+    base = {(p.prompt, p.seed): p for p in report.of_kind("drift_base")}
+    pairs = [(p, base.get((p.prompt, p.seed))) for p in report.of_kind("drift")]
     return [{"made": _tile(report, p), "base": _tile(report, b), "drift": p.scores.get("drift")} for p, b in pairs if b]
 
 

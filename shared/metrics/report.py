@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from shared.io.files import atomic_folder, safe_relative, write_text
+from shared.io.files import safe_relative
 
 SCHEMA_VERSION = 1
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
@@ -124,26 +122,8 @@ class Report(BaseModel):
         found = self.score(key)
         return None if found is None else found.value
 
-    def rows(self, kind: Kind) -> list[PictureRow]:
+    def of_kind(self, kind: Kind) -> list[PictureRow]:
         return [p for p in self.pictures if p.kind == kind]
-
-    def save(self, out: Path | str, overwrite: bool = False) -> Path:
-        """Writes `report.json`, `pictures.csv`, `prompts.csv`, `index.html` and `pictures/`; all or nothing.
-
-        ValueError when `out` exists and is not empty, unless `overwrite`.
-        """
-        from shared.metrics.html import report_html
-
-        with atomic_folder(out, overwrite) as folder:
-            for name, data in self.thumbs.items():
-                path = safe_relative(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            write_text(folder / REPORT_FILE, self.to_json())
-            write_text(folder / "pictures.csv", pictures_csv(self.pictures))
-            write_text(folder / "prompts.csv", prompts_csv(self.prompts))
-            write_text(folder / HTML_FILE, report_html(self))
-        return Path(out) / HTML_FILE
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -183,40 +163,3 @@ def number(value: Any) -> float | None:
         return None
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def _cells(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
-    rows = list(rows)
-    rest = sorted({k for r in rows for k in r} - set(first))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*first, *rest], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def pictures_csv(pictures: Sequence[PictureRow]) -> str:
-    """One row per picture: `score.*`, `expects.*` and `seen.*` as columns; flags joined with "; "."""
-    rows = []
-    for p in pictures:
-        row: dict[str, Any] = {"kind": p.kind, "prompt": p.prompt, "text": p.text, "seed": p.seed, "file": p.file}
-        row |= {"failed": int(p.failed), "flags": "; ".join(p.flags), "nearest": p.nearest}
-        row |= {f"score.{k}": "" if v is None else v for k, v in p.scores.items()}
-        row |= {f"expects.{k}": v for k, v in p.expects.items()} | {f"seen.{k}": v for k, v in p.seen.items()}
-        rows.append(row)
-    return _cells(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
-
-
-def prompts_csv(prompts: Sequence[PromptRow]) -> str:
-    """One row per prompt, with the mean scores as columns `score.*`."""
-    rows = []
-    for p in prompts:
-        row: dict[str, Any] = {
-            "prompt": p.prompt,
-            "text": p.text,
-            "plain": p.plain,
-            "pictures": p.pictures,
-            "failures": p.failures,
-        }
-        rows.append(row | {f"score.{k}": "" if v is None else v for k, v in p.scores.items()})
-    return _cells(rows, ("prompt", "text", "plain", "pictures", "failures"))

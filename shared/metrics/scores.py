@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.toybox.evaluators.identity import similarities
-
 CLIP_SCORE_WEIGHT = 2.5
 """CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) over [0, 1]."""
 
@@ -238,3 +236,24 @@ def _ends(column: np.ndarray, clusters: Sequence[Hashable], level: float) -> tup
     if len(known) and np.all(known == known[0]) and known[0] in (0.0, 1.0):
         return bootstrap(column.tolist(), clusters, level)
     return float(known.mean()), float(known.mean())
+
+
+def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
+    """How much each query looks like each entry: `[Q, G]`, float64, at most 1.
+
+    Args:
+        queries: `[Q, D]`
+        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the
+            mean of the two highest cosines counts, not the cosine to the mean; of every entry as many pictures (the
+            first) as the smallest has, since the best of many would be higher by chance
+
+    Raises:
+        ValueError: the gallery is empty
+    """
+    if not len(gallery):
+        raise ValueError("gallery: empty; give at least one entry of embeddings")
+    entries = [entry.double().reshape(-1, queries.shape[1]) for entry in gallery]
+    count = min(len(entry) for entry in entries)
+    pictures = F.normalize(torch.stack([entry[:count] for entry in entries]), dim=2)
+    cosines = torch.einsum("qd,gnd->qgn", F.normalize(queries.double(), dim=1), pictures)
+    return cosines.topk(min(2, count), dim=2).values.mean(2)

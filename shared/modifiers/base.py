@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from shared.types import SiteContext
 
 
-class PlainNaming:
-    """Words and nothing learned; the base of the others. Satisfies `shared.backbones.protocol.Naming`."""
+class PlaceholderBase:
+    """Words and nothing learned; the base of the others. Satisfies `shared.backbones.protocol.Placeholder`."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -19,14 +19,14 @@ class PlainNaming:
     def __init__(self, name: str, words: str, frozen: bool = False) -> None:
         self.name, self.words, self.frozen = name, words, frozen
 
-    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
         return None
 
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
         return context
 
     def set_strength(self, strength: float) -> None:
-        """Words have none. A naming that learns says how it goes from its start to what it learned, or refuses."""
+        """Words have none. A placeholder that learns says how it goes from its start to what it learned, or refuses."""
         if strength != 1 and any(True for _ in self.parameters()):
             raise ValueError(f"{self.name!r}: what its words learned has no strength but 1; asked for {strength:g}")
 
@@ -40,11 +40,11 @@ class PlainNaming:
         if state:
             raise ValueError(f"this concept's name learns nothing, but {len(state)} tensors were given for it")
 
-    def start_dict(self) -> dict[str, Tensor]:
+    def initial_state_dict(self) -> dict[str, Tensor]:
         """Empty: no strengths between start and learned."""
         return {}
 
-    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when there is anything to load."""
         if state:
             raise ValueError(f"{self.name!r} keeps no start of its words, but {len(state)} tensors were given for it")

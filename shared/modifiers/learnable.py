@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part
-from shared.modifiers.base import PlainNaming, spoken
+from shared.modifiers.base import PlaceholderBase, spoken
 
 
 class LearnableToken(Part):
@@ -24,7 +24,7 @@ class LearnableToken(Part):
     init: str = ""  # words; "" is the class noun; "<rand>" is noise with the table's own spread
     with_class_noun: bool = False
 
-    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> LearnedNaming:
+    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> LearnedPlaceholder:
         """Adds `<name>`, `<name>_1`, … to the tokenizers. ValueError when there is no word to start from."""
         init = self.init or class_noun
         if not init:
@@ -38,12 +38,12 @@ class LearnableToken(Part):
             if component.startswith("text_encoder")
         }
         words = spoken(" ".join(tokens), class_noun, self.with_class_noun)
-        naming = LearnedNaming(name, words, tokens, {c: v.to(backbone.device) for c, v in start.items()})
-        backbone.add_naming(naming)
-        return naming
+        placeholder = LearnedPlaceholder(name, words, tokens, {c: v.to(backbone.device) for c, v in start.items()})
+        backbone.add_placeholder(placeholder)
+        return placeholder
 
 
-class LearnedNaming(PlainNaming):
+class LearnedPlaceholder(PlaceholderBase):
     """The rows themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
 
     What they started from is kept: at strength s the rows are start + s * (learned - start).
@@ -56,7 +56,7 @@ class LearnedNaming(PlainNaming):
         self.table = nn.ParameterDict({c: nn.Parameter(v.clone(), requires_grad=False) for c, v in start.items()})
         self.strength = 1.0
 
-    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
         """[n, d] at the strength that is set."""
         return at_strength(self.start[component], self.table[component], self.strength)
 
@@ -74,11 +74,11 @@ class LearnedNaming(PlainNaming):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
 
-    def start_dict(self) -> dict[str, Tensor]:
+    def initial_state_dict(self) -> dict[str, Tensor]:
         """component -> what it started from, [n, d]."""
         return {c: v.float().cpu().clone() for c, v in self.start.items()}
 
-    def load_start_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, self.start, "the start of embeddings")
 
     def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
@@ -106,7 +106,7 @@ def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: in
     the whole table.
     """
     generator = torch.Generator().manual_seed(seed)
-    words = backbone.word_rows(component, "a" if init == "<rand>" else init).float().cpu()
+    words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()
     if init == "<rand>":
         return torch.randn(vectors, words.shape[1], generator=generator) * backbone.table_spread(component)
     if vectors < len(words):

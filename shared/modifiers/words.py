@@ -7,7 +7,7 @@ from typing import Literal
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part
-from shared.modifiers.base import PlainNaming, spoken
+from shared.modifiers.base import PlaceholderBase, spoken
 
 
 class PlainText(Part):
@@ -17,8 +17,8 @@ class PlainText(Part):
     words: str = ""
     with_class_noun: bool = True
 
-    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlainNaming:
-        return _attach(backbone, PlainNaming(name, spoken(self.words, class_noun, self.with_class_noun)))
+    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
+        return _attach(backbone, PlaceholderBase(name, spoken(self.words, class_noun, self.with_class_noun)))
 
 
 class RareToken(Part):
@@ -30,8 +30,8 @@ class RareToken(Part):
     token: str = "sks"
     with_class_noun: bool = True
 
-    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlainNaming:
-        naming = _attach(backbone, PlainNaming(name, spoken(self.token, class_noun, self.with_class_noun)))
+    def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
+        placeholder = _attach(backbone, PlaceholderBase(name, spoken(self.token, class_noun, self.with_class_noun)))
         encoders = [c for c in backbone.components if c.startswith("text_encoder")] if self.token.strip() else []
         split = {c: found for c in encoders if len(found := backbone.word_pieces(c, self.token)) > 1}
         if split:
@@ -41,9 +41,9 @@ class RareToken(Part):
                 "model knows, so a rarer single token holds a subject better",
                 stacklevel=2,
             )
-        return naming
+        return placeholder
 
 
-def _attach(backbone: Backbone, naming: PlainNaming) -> PlainNaming:
-    backbone.add_naming(naming)
-    return naming
+def _attach(backbone: Backbone, placeholder: PlaceholderBase) -> PlaceholderBase:
+    backbone.add_placeholder(placeholder)
+    return placeholder

@@ -27,7 +27,7 @@ class Denoising(Part):
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
 
-    def rows(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Mean squared error per row: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
         error = (prediction.float() - target.float()) ** 2
         if weight is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from shared.backbones.protocol import Naming
+from shared.backbones.protocol import Placeholder
 
 _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
@@ -15,13 +15,13 @@ def names_in(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_NAME.findall(prompt)))
 
 
-def expand(prompt: str, namings: Mapping[str, Naming]) -> str:
+def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
     """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are."""
     for name in names_in(prompt):
-        if name not in namings:
-            there = ", ".join(f"<{n}>" for n in sorted(namings)) or "none"
+        if name not in placeholders:
+            there = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
             raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {there}")
-    spoken = _NAME.sub(lambda m: namings[m.group(1)].words, prompt)
+    spoken = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
     return re.sub(r"\s+", " ", spoken).strip()
 
 

@@ -16,7 +16,7 @@ class EmbeddingAnchor(Part):
     https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
-    needs_prior_rows: ClassVar[bool] = False
+    needs_class_examples: ClassVar[bool] = False
     kind: Literal["embedding_anchor"] = "embedding_anchor"
     weight: Annotated[float, Field(ge=0)] = 1e-5
 

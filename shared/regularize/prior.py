@@ -17,15 +17,15 @@ class PriorPreservation(Part):
     Needs a source of class pictures, such as `sources.class_pictures.kind=generated`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"row_loss"})
-    needs_prior_rows: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"example_loss"})
+    needs_class_examples: ClassVar[bool] = True
     kind: Literal["prior_preservation"] = "prior_preservation"
     weight: Annotated[float, Field(ge=0)] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
-        rows = step.batch.rows("prior").to(step.prediction.device)
+        rows = step.batch.with_role("prior").to(step.prediction.device)
         assert rows.any(), "the loop adds prior rows for parts that ask for them"
-        return self.weight * step.need("row_loss")[rows].mean()
+        return self.weight * step.need("example_loss")[rows].mean()
 
 
 class PriorPrediction(Part):
@@ -36,7 +36,7 @@ class PriorPrediction(Part):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})
-    needs_prior_rows: ClassVar[bool] = False
+    needs_class_examples: ClassVar[bool] = False
     kind: Literal["prior_prediction"] = "prior_prediction"
     weight: Annotated[float, Field(ge=0)] = 1.0
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from shared.sampling.changes import Change, ChangeBase, Moment, StrengthSchedule
+from shared.sampling.hooks import DenoisingStep, SamplingHook, SamplingHookBase, StrengthSchedule
 from shared.sampling.sampler import Denoised, denoise, sample
 from shared.sampling.schedulers import make_scheduler, scheduler_names
+from shared.sampling.settings import SamplingSettings
 
 __all__ = [
-    "Change",
-    "ChangeBase",
     "Denoised",
-    "Moment",
+    "DenoisingStep",
+    "SamplingHook",
+    "SamplingHookBase",
+    "SamplingSettings",
     "StrengthSchedule",
     "denoise",
     "make_scheduler",

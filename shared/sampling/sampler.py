@@ -1,4 +1,4 @@
-"""One sampler around diffusers' schedulers, with changes between the steps.
+"""One sampler around diffusers' schedulers, with hooks between the steps.
 
 It gives the pixels that the family's diffusers pipeline gives with the same prompt, negative prompt, guidance, steps,
 scheduler and generators (tested). Each picture has a generator of its own: it does not depend on its batch.
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.sampling.changes import Change, Moment
+from shared.sampling.hooks import DenoisingStep
 from shared.sampling.schedulers import make_scheduler
+from shared.sampling.settings import SamplingSettings
 from shared.types import Conditioning
 
 DECODE_PIXELS = 2**18  # one picture of 512x512: the autoencoder's activations are the largest of all
@@ -40,46 +41,24 @@ def sample(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    negative: str | Sequence[str] = "",
-    guidance: float | None = None,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    scheduler: str | None = None,
-    changes: Sequence[Change] = (),
+    settings: SamplingSettings = SamplingSettings(),
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], float32, one per seed.
 
     Args:
         prompts: B texts, already expanded, or one for all seeds
         seeds: B seeds; generators are on the CPU, so that a seed means the same noise on every device
-        negative: one text, or B
-        guidance: classifier-free guidance (the distilled one where the model reads it); default the backbone's
-        steps: scheduler steps; default the backbone's
-        height, width: pixels; default the backbone's resolution
-        scheduler: a name of `scheduler_names(backbone)`; default the backbone's own
-        changes: what happens between steps, in order
 
     Raises:
         ValueError: on prompts past the token limit, sizes that do not fit, unknown schedulers, a negative prompt that
             would not be read
     """
     latents = None
-    for state in denoise(
-        backbone,
-        prompts,
-        seeds=seeds,
-        negative=negative,
-        guidance=guidance,
-        steps=steps,
-        height=height,
-        width=width,
-        scheduler=scheduler,
-        changes=changes,
-    ):
+    for state in denoise(backbone, prompts, seeds=seeds, settings=settings):
         latents = state.latents
     assert latents is not None
-    return decoded(backbone, latents, (height or backbone.resolution) * (width or backbone.resolution))
+    height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
+    return decoded(backbone, latents, height * width)
 
 
 @torch.no_grad()
@@ -88,12 +67,12 @@ def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
 
     The autoencoder keeps the precision it was loaded in, also under autocast.
     """
-    at_once = rows_at_once(pixels, DECODE_PIXELS)
+    at_once = images_per_batch(pixels, DECODE_PIXELS)
     with torch.autocast(latents.device.type, enabled=False):
         return torch.cat([backbone.decode(part).float().clamp(-1, 1) for part in latents.split(at_once)])
 
 
-def rows_at_once(pixels: int, limit: int, most: int = 8) -> int:
+def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
     """How many pictures of `pixels` pixels fit into `limit` of them: at least one, and at most `most`."""
     return max(1, min(most, limit // pixels))
 
@@ -110,38 +89,32 @@ def denoise(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    negative: str | Sequence[str] = "",
-    guidance: float | None = None,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    scheduler: str | None = None,
-    changes: Sequence[Change] = (),
+    settings: SamplingSettings = SamplingSettings(),
 ) -> Iterator[Denoised]:
     """The sampler as a generator of its steps; arguments as in `sample`."""
-    guidance = backbone.default_guidance if guidance is None else guidance
+    guidance = backbone.default_guidance if settings.guidance is None else settings.guidance
     check_guidance(guidance)
-    steps = backbone.default_steps if steps is None else steps
-    guided = backbone.needs_negative(guidance)
-    texts, negatives = _requests(backbone, prompts, negative, len(seeds), steps, guided, guidance)
-    shape = backbone.latent_shape(height or backbone.resolution, width or backbone.resolution)
-    solver = make_scheduler(backbone, scheduler)
+    steps = backbone.default_steps if settings.steps is None else settings.steps
+    guided, hooks = backbone.needs_negative(guidance), settings.hooks
+    texts, negatives = _requests(backbone, prompts, settings.negative, len(seeds), steps, guidance)
+    shape = backbone.latent_shape(settings.height or backbone.resolution, settings.width or backbone.resolution)
+    solver = make_scheduler(backbone, settings.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     backbone.set_timesteps(solver, steps, shape)
     told = _Told(backbone, negatives if guided else None)
     latents = _noise(backbone, shape, generators) * getattr(solver, "init_noise_sigma", 1.0)
     options = _step_options(solver, generators)
     for i, t in enumerate(solver.timesteps):
-        moment = Moment(i, len(solver.timesteps), t, backbone)
-        for change in changes:
-            latents = change.latents(moment, latents)
+        step = DenoisingStep(i, len(solver.timesteps), t, backbone)
+        for hook in hooks:
+            latents = hook.latents(step, latents)
         said: Sequence[str] = texts
-        for change in changes:
-            said = change.prompts(moment, said)
+        for hook in hooks:
+            said = hook.prompts(step, said)
         scaled = solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
         with ExitStack() as stack:
-            for change in changes:
-                stack.enter_context(change.during(moment))
+            for hook in hooks:
+                stack.enter_context(hook.during(step))
             positive, unwanted = told(said, t)
             prediction = backbone.predict_guided(scaled, t, positive, unwanted, guidance)
         latents = solver.step(prediction, t, latents, **options, return_dict=False)[0]
@@ -178,12 +151,12 @@ def _requests(
     negative: str | Sequence[str],
     batch: int,
     steps: int,
-    guided: bool,
     guidance: float,
 ) -> tuple[list[str], list[str]]:
     """Prompts and negative prompts, one for each picture, checked."""
     if steps < 1 or batch < 1:
         raise ValueError(f"sampling needs at least one step and one seed, got steps={steps} and {batch} seeds")
+    guided = backbone.needs_negative(guidance)
     texts = _texts(prompts, batch, "prompts")
     negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
     if any(negatives) and not guided:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.sources.context import Generate, SourceContext
-from shared.sources.folder import Folder
+from shared.sources.base import Generate, SourceContext
 from shared.sources.generated import Generated
+from shared.sources.picture_folder import Folder
 from shared.sources.references import References
 
 Source = Annotated[References | Generated | Folder, Field(discriminator="kind")]

@@ -14,9 +14,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from shared.config import Part
-from shared.io.files import write_text
-from shared.io.pictures import Picture, read_metadata, read_picture, write_picture
-from shared.sources.context import SourceContext
+from shared.io.contact_sheets import read_metadata, write_picture
+from shared.io.decode import Picture, read_picture
+from shared.io.outputs import write_text
+from shared.sources.base import SourceContext
 from shared.types import Example
 
 _SCHEME = 1  # raise it when the way that pictures are made changes

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from shared.config import Part
-from shared.io.listing import names
-from shared.io.pictures import Fit
-from shared.sources.context import SourceContext
-from shared.sources.reading import example, load
+from shared.io.find_pictures import names
+from shared.io.pictures import ResizeMode
+from shared.sources.base import SourceContext
+from shared.sources.to_example import example, load
 from shared.types import Example
 
 
@@ -24,10 +24,10 @@ class References(Part):
 
     kind: Literal["references"] = "references"
     repeats: int = Field(default=1, ge=1)
-    fit: Fit = "cover"  # how pictures that are not square become so
+    fit: ResizeMode = "cover"  # how pictures that are not square become so
 
     def examples(self, context: SourceContext) -> list[Example]:
-        """ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
+        """ValueError, placeholder the file, when a picture or mask cannot be used; see `read_picture`."""
         if not context.subjects:
             raise ValueError("there is no subject: give pictures with subject.images=FOLDER")
         out: list[Example] = []

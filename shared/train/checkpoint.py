@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shared.io.files import write_text
+from shared.io.outputs import write_text
 
 PREFIX = "checkpoint-"
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from shared.backbones.protocol import Backbone
 from shared.prompts import expand
-from shared.recipe import Recipe
-from shared.sampling.sampler import rows_at_once
+from shared.recipe.schema import Recipe
+from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
 from shared.types import Batch, Example
 
@@ -53,7 +53,7 @@ class Data:
         self.priors = [e for e in ready if e.role == "prior"]
         if not self.instances:
             raise ValueError("there are no pictures of the subject: the recipe has no source of role instance")
-        self.with_priors = any(r.needs_prior_rows for r in recipe.regularize.values())
+        self.with_priors = any(r.needs_class_examples for r in recipe.regularize.values())
         if self.with_priors and not self.priors:
             raise ValueError("the recipe asks for class pictures, but its sources gave none")
         self.has_masks = any(e.mask is not None for e in self.instances)
@@ -69,7 +69,7 @@ class Data:
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
             example = augment(example, generator(self.recipe.seed, _FIXED, index))
-        others = {n: naming for n, naming in self.backbone.namings.items() if n != example.owner}
+        others = {n: placeholder for n, placeholder in self.backbone.placeholders.items() if n != example.owner}
         try:
             own = example.caption.replace(f"<{example.owner}>", "{concept}")
             said = expand(own if example.role == "instance" else example.caption, others)
@@ -151,7 +151,7 @@ class Data:
     def _fill(self, role: str, variant: int) -> None:
         """Cache every row of one role and variant, a bounded number of pixels at a time."""
         pool = self.instances if role == "instance" else self.priors
-        at_once = rows_at_once(max(e.pixels[0].numel() for e in pool), _ENCODE_PIXELS)
+        at_once = images_per_batch(max(e.pixels[0].numel() for e in pool), _ENCODE_PIXELS)
         for start in range(0, len(pool), at_once):
             part = list(range(start, min(start + at_once, len(pool))))
             ready = []

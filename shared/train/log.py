@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from shared.io.files import write_text
+from shared.io.outputs import write_text
 from shared.train.loop import Record
 
 
@@ -62,7 +62,7 @@ class Log:
 
     def samples(self, step: int, pixels: Tensor) -> None:
         """Pictures [N, 3, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and each in TensorBoard."""
-        from shared.io.sheets import grid
+        from shared.io.contact_sheets import grid
 
         folder = self.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)

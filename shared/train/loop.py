@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from shared.recipe import Train
-from shared.train.guard import LastGood
+from shared.recipe.schema import Train
+from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
 
 

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.recipe import Optimizer
-from shared.trainable import Woken
+from shared.recipe.schema import Optimizer
+from shared.trainable import TrainableGroup
 
 _SKIPPED = 20  # steps in a row whose fp16 gradients overflow: halving the scale has not helped, nor will it
 
@@ -35,7 +35,9 @@ def schedule(kind: str, step: int, steps: int, warmup: int) -> float:
 class Optimizers:
     """One AdamW per group of updates; a parameter group per trainable part, each with its own rate."""
 
-    def __init__(self, groups: Mapping[str, Sequence[Woken]], settings: Optimizer, accelerator: Accelerator) -> None:
+    def __init__(
+        self, groups: Mapping[str, Sequence[TrainableGroup]], settings: Optimizer, accelerator: Accelerator
+    ) -> None:
         self.settings = settings
         self.woken = groups
         self.raw = {

@@ -22,7 +22,7 @@ _CURE = re.compile(r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizer(
 
 
 def same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False) -> None:
-    """ValueError naming the first key in which a checkpoint's recipe differs; output and name may.
+    """ValueError placeholder the first key in which a checkpoint's recipe differs; output and name may.
 
     After a loss that was no number, rates, precision and optimizer may too.
     """
@@ -66,14 +66,14 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
                 out[f"the mask of {what}"] = sha256(Path(subject.masks[path]))
             if path in subject.captions:
                 out[f"the caption of {what}"] = hashlib.sha256(subject.captions[path].encode()).hexdigest()
-    for name in sorted({*backbone.namings, *backbone.adapters}):
+    for name in sorted({*backbone.placeholders, *backbone.adapters}):
         strength = strengths.get(name, 0.0) if name in backbone.adapters else 1.0
         out[f"the loaded concept {name!r}"] = f"{concept_hash(backbone, name)} at strength {strength:g}"
     return out
 
 
 def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: Collection[str] = ()) -> None:
-    """ValueError naming the first thing that a run depended on and that is another one now."""
+    """ValueError placeholder the first thing that a run depended on and that is another one now."""
     for what in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(what), new.get(what)
         if before != now and what not in ignored:
@@ -108,10 +108,10 @@ def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
 def concept_hash(backbone: Backbone, name: str) -> str:
     """sha256 over the words and tensors attached under a name."""
     digest = hashlib.sha256()
-    naming = backbone.namings.get(name)
-    if naming is not None:
-        digest.update(naming.words.encode())
-        _add(digest, naming.state_dict())
+    placeholder = backbone.placeholders.get(name)
+    if placeholder is not None:
+        digest.update(placeholder.words.encode())
+        _add(digest, placeholder.state_dict())
     for adapter in backbone.adapters.get(name, []):
         _add(digest, adapter.state_dict())
     return digest.hexdigest()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.prompts import without
-from shared.recipe import Recipe
-from shared.train.checks import check_needs, own_needs
+from shared.recipe.schema import Recipe
 from shared.train.data import Data
 from shared.train.loop import Update, generator
-from shared.trainable import Woken
+from shared.train.preflight import check_needs, own_needs
+from shared.trainable import TrainableGroup
 from shared.types import Batch, Conditioning, Example, Step
 
 _NOISE = 2**42  # a stream of its own, apart from the one that draws rows
@@ -31,38 +31,38 @@ class Tune:
         recipe: Recipe,
         examples: Sequence[Example],
         class_nouns: Mapping[str, str],
-        woken: Sequence[Woken],
-        others: Mapping[str, float] | None = None,
-        starts: Mapping[str, Sequence[Tensor]] | None = None,
-        here: Callable[[], AbstractContextManager[None]] = nullcontext,
+        woken: Sequence[TrainableGroup],
+        loaded_strengths: Mapping[str, float] | None = None,
+        initial_parameters: Mapping[str, Sequence[Tensor]] | None = None,
+        text_on_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`others`: concepts that were loaded before and stay on, name -> strength. `starts`: what the parameters of each
-        concept's name were before training (default: what they are). `here`: inside it, the text encoders are where they
+        """`loaded_strengths`: concepts that were loaded before and stay on, name -> strength. `initial_parameters`: what the parameters of each
+        concept's name were before training (default: what they are). `text_on_device`: inside it, the text encoders are where they
         can be used. ValueError when a part needs what nothing can give it."""
         self.backbone, self.recipe = backbone, recipe
-        self.class_nouns, self.others = dict(class_nouns), dict(others or {})
-        words = {name: backbone.namings[name].words for name in class_nouns}
+        self.class_nouns, self.loaded_strengths = dict(class_nouns), dict(loaded_strengths or {})
+        words = {name: backbone.placeholders[name].words for name in class_nouns}
         self.said = {words[n]: n for n in words}
         self.data = Data(examples, recipe, backbone, words, class_nouns)
-        varies = any(n.varies_with for n in backbone.namings.values())
+        varies = any(n.varies_with for n in backbone.placeholders.values())
         self.text_frozen = recipe.train.cache and not varies and not any(w.touches_text for w in woken)
-        self._here = here
+        self._text_on_device = text_on_device
         self._text: dict[str, Conditioning] = {}
         self._base_text: dict[str, Conditioning] = {}  # by the model without the concepts in training: it never changes
-        self._starts = starts or {
-            n: [p.detach().clone() for p in backbone.namings[n].parameters()] for n in class_nouns
+        self._initial_parameters = initial_parameters or {
+            n: [p.detach().clone() for p in backbone.placeholders[n].parameters()] for n in class_nouns
         }
         parts = {f"regularize.{k}": r for k, r in recipe.regularize.items()}
         self.needs = check_needs(parts, self.serves)
         anchored = [place for place, part in parts.items() if "token_drift" in own_needs(part)]
-        if anchored and not any(self._starts.values()):
+        if anchored and not any(self._initial_parameters.values()):
             raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
 
     @property
     def serves(self) -> Mapping[str, Callable[[Step], Tensor]]:
         """What a penalty may declare as a need, and what computes it."""
         return {
-            "row_loss": self._row_loss,  # [B], the objective of each row
+            "example_loss": self._example_loss,  # [B], the objective of each row
             "class_prediction": self._class_prediction,  # [I, C, h, w], of instance rows told the class noun
             "base_class_prediction": self._base_class_prediction,  # the same, without the concepts in training
             "token_drift": self._token_drift,  # [n], squared distances of token rows from their start
@@ -72,8 +72,8 @@ class Tune:
         """One loss per micro-batch: the objective on instance rows, plus every penalty."""
         batch = self.data.batch(step, micro)
         state = self._predict(batch, step, micro)
-        rows = state.need("row_loss")
-        instance = batch.rows("instance").to(rows.device)
+        rows = state.need("example_loss")
+        instance = batch.with_role("instance").to(rows.device)
         parts: dict[str, Tensor] = {"denoising": rows[instance].mean()}
         for name, penalty in self.recipe.regularize.items():
             parts[name] = penalty(_for(penalty, state))
@@ -102,25 +102,25 @@ class Tune:
         """Each caption encoded once, as the model is now."""
         for caption in captions:
             if caption not in kept:
-                with torch.no_grad(), self._here():
+                with torch.no_grad(), self._text_on_device():
                     kept[caption] = self.backbone.encode([caption])
         return Conditioning.cat([kept[c] for c in captions])
 
     def _lazy(self, state: Step) -> Mapping[str, Callable[[], Tensor]]:
         """What this task and the parts declare; computed at most once, and only when asked for."""
-        wanted = {"row_loss", *self.needs}
+        wanted = {"example_loss", *self.needs}
         return {name: cache(partial(serve, state)) for name, serve in self.serves.items() if name in wanted}
 
-    def _row_loss(self, state: Step) -> Tensor:
+    def _example_loss(self, state: Step) -> Tensor:
         objective = self.recipe.objective
         weight = objective.weight(state.batch.mask, state.batch.valid)
-        rows = objective.rows(state.prediction, state.target, weight)
+        rows = objective.example_losses(state.prediction, state.target, weight)
         return rows * objective.time_weight(self.backbone, state.t)
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
         """Noisy latents, times and class prompts of the instance rows."""
         batch = state.batch
-        instance = batch.rows("instance").to(state.x_t.device)
+        instance = batch.with_role("instance").to(state.x_t.device)
         captions = [c for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"]
         return (
             state.x_t[instance].to(self.backbone.dtype),
@@ -134,7 +134,7 @@ class Tune:
 
     def _base_class_prediction(self, state: Step) -> Tensor:
         x_t, t, prompts = self._class_step(state)
-        with torch.no_grad(), self.backbone.active(self.others):
+        with torch.no_grad(), self.backbone.active(self.loaded_strengths):
             if self.recipe.train.cache and not self.backbone.varies_with(prompts):
                 return self.backbone.predict(x_t, t, self._kept(prompts, self._base_text))
             return self.backbone.predict(x_t, t, self.backbone.encode(prompts, t))
@@ -143,7 +143,9 @@ class Tune:
         pairs = [
             (now, start)
             for name in self.class_nouns
-            for now, start in zip(self.backbone.namings[name].parameters(), self._starts[name], strict=True)
+            for now, start in zip(
+                self.backbone.placeholders[name].parameters(), self._initial_parameters[name], strict=True
+            )
         ]
         return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
 

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.trainable.base import Woken
+from shared.trainable.base import TrainableGroup
 from shared.trainable.lora import Lora
 from shared.trainable.tokens import Tokens
 
 Trainable = Annotated[Lora | Tokens, Field(discriminator="kind")]
 
-__all__ = ["Lora", "Tokens", "Trainable", "Woken"]
+__all__ = ["Lora", "Tokens", "Trainable", "TrainableGroup"]

@@ -8,7 +8,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Woken:
+class TrainableGroup:
     """Parameters that a part injected or woke, and what follows from training them."""
 
     slot: str

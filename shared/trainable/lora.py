@@ -11,7 +11,7 @@ from pydantic import Field
 from shared.backbones.protocol import Backbone
 from shared.config import Part
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import Woken
+from shared.trainable.base import TrainableGroup
 
 
 class Lora(Part):
@@ -25,7 +25,7 @@ class Lora(Part):
     dora: bool = False  # magnitude and direction apart; the norm is treated as constant in backward
     lr: Annotated[float, Field(gt=0)] = 1e-4
 
-    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> Woken:
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Inject into every component that the roles reach and wake the new weights."""
         targets: dict[str, list[str]] = defaultdict(list)
         notes = []
@@ -47,7 +47,7 @@ class Lora(Part):
         for adapter in adapters:
             adapter.requires_grad_(True)
             adapter.train(True)
-        return Woken(
+        return TrainableGroup(
             slot=slot,
             parameters=[p for a in adapters for p in a.parameters()],
             lr=self.lr,

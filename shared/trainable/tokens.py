@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part
-from shared.trainable.base import Woken
+from shared.trainable.base import TrainableGroup
 
 
 class Tokens(Part):
@@ -19,16 +19,21 @@ class Tokens(Part):
     lr: Annotated[float, Field(gt=0)] = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
-    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> Woken:
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """`name` is ignored: the tokens of every attached concept that has some which are not loaded are woken.
 
         Raises ValueError when no concept in training has anything to learn in its name.
         """
-        parameters = [p for naming in backbone.namings.values() if not naming.frozen for p in naming.parameters()]
+        parameters = [
+            p
+            for placeholder in backbone.placeholders.values()
+            if not placeholder.frozen
+            for p in placeholder.parameters()
+        ]
         if not parameters:
             raise ValueError(
                 f"trainable.{slot} trains tokens, but the modifier learns none; use modifier.kind=learnable_token"
             )
         for parameter in parameters:
             parameter.requires_grad_(True)
-        return Woken(slot, parameters, self.lr, self.weight_decay, touches_text=True)
+        return TrainableGroup(slot, parameters, self.lr, self.weight_decay, touches_text=True)

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from pcs_image.runner import Runner
+from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
-from shared.io.subjects import read_subject
-from shared.recipes import load
-from shared.toybox.album import write_album
-from shared.train.contexts import pays, unfused_attention
+from shared.backbones.attention import pays, unfused_attention
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.toybox.reference_sets import write_album
 from shared.train.optim import Optimizers
-from shared.train.session import Session
+from shared.train.training_run import Session
 from shared.train.tune import Tune
 
 SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer")
@@ -71,7 +71,7 @@ def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tup
     subject = read_subject(folder, "duck")
     session = Session(
         model, resolved, {"bench": subject}, folder / "work", folder / "cache",
-        generate=Runner(model)._class_pictures, tensorboard=False,
+        generate=ImageRunner(model)._class_pictures, tensorboard=False,
     )  # fmt: skip
     session._attach_names()
     _, phase = session.phases[-1]

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shared.io.subjects import read_subject
-from shared.recipe import Recipe
-from shared.recipes import load
-from shared.sampling.sampler import sample
-from shared.train.learned import gather
-from shared.train.session import Session
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.recipe.schema import Recipe
+from shared.sampling import sampler
+from shared.sampling.settings import SamplingSettings
+from shared.train.learned_state import gather
+from shared.train.training_run import Session
 
 SMALL = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32")
 CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=3")
@@ -35,6 +36,11 @@ def paint(folder: Path) -> Path:
         picture.rotate(90).save(other / f"{i}.png")
         area.save(folder / "masks" / f"{i}.png")
     return folder
+
+
+def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tensor:
+    """`shared.sampling.sample`, with the settings' fields as arguments."""
+    return sampler.sample(backbone, prompts, seeds=seeds, settings=SamplingSettings(**settings))
 
 
 def small(name: str, *settings: str) -> Recipe:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.io.pictures import read_picture
+from shared.io.decode import read_picture
 
 
 def scene(width: int = 48, height: int = 32) -> np.ndarray:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.pretrain.toybox import assemble, common, models, vae
+from shared.pretrain.toybox import latent_cache as cache
 from shared.toybox import tokenizer as words
-from shared.toybox import weights
-from shared.toybox.train import cache, common, models, vae
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
@@ -41,11 +41,11 @@ class Squares:
 
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
     """A run with a tokenizer of few words and an autoencoder after three steps; the latents of `data`."""
-    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / weights.TOKENIZER_FOLDER)
+    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / assemble.TOKENIZER_FOLDER)
     trained = vae.VaeRun(TINY_VAE, out, torch.device("cpu"), resume=False)
     vae.fit(trained, data, common.Budget(steps=3), common.Log(out / "vae_log.jsonl", say=False))
     vae.finish(trained, data, out)
-    return cache.build(out / "latents", data, weights.frozen_vae(out), weights.tokenizer_of(out))
+    return cache.build(out / "latents", data, assemble.frozen_vae(out), assemble.tokenizer_of(out))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -13,8 +13,8 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from shared.backbones.diffusion import PREDICTIONS, ForwardProcess
 from shared.backbones.flux import FluxBackbone, pack, picture_ids, unpack
+from shared.backbones.forward_process import PREDICTIONS, ForwardProcess
 from shared.backbones.protocol import Backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.trainable.adapter import PeftAdapter
@@ -190,10 +190,10 @@ def test_word_rows(backbone: Any) -> None:
     for component in [c for c in backbone.components if c.startswith("text_encoder")]:
         tokenizer, model = backbone.tokens.base[component], backbone.components[component]
         ids = tokenizer("red mug", add_special_tokens=False).input_ids
-        rows = backbone.word_rows(component, "red mug")
+        rows = backbone.word_embeddings(component, "red mug")
         assert torch.equal(rows, model.get_input_embeddings().weight[ids]) and not rows.requires_grad
         with pytest.raises(ValueError, match="holds no word"):
-            backbone.word_rows(component, " ")
+            backbone.word_embeddings(component, " ")
 
 
 # --- adapters by named set ------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import pytest
 import typer
 import yaml
 
-from shared.catalog import recipe_files
 from shared.cli import build, run
-from shared.recipes import dump, load
+from shared.recipe.catalog import recipe_files
+from shared.recipe.resolve import dump, load
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
 

@@ -13,7 +13,7 @@ import torch
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, attach, capture, detach, read, save
-from shared.concept.folder import with_fields
+from shared.concept.concept_folder import with_fields
 from shared.modifiers import LearnableToken, RareToken
 from shared.trainable import Lora
 from shared.trainable.adapter import PeftAdapter
@@ -44,21 +44,27 @@ def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", seed: int = 0
 
 def learned(backbone: Any, name: str = "my-mug", **settings: Any) -> Concept:
     modifier = LearnableToken(vectors=2)
-    naming = modifier.attach(backbone, name, "mug")
-    for parameter in naming.parameters():
+    placeholder = modifier.attach(backbone, name, "mug")
+    for parameter in placeholder.parameters():
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     learn(backbone, name, **settings)
     return capture(backbone, name, class_noun="mug", modifier=modifier, recipe={"method": "test", "seed": 7})
 
 
 def said(backbone: Any, name: str = "my-mug") -> str:
-    return PROMPT.replace(f"<{name}>", backbone.namings[name].words)
+    return PROMPT.replace(f"<{name}>", backbone.placeholders[name].words)
 
 
 def traces(backbone: Any) -> tuple[Any, ...]:
     """All that must be as before when a concept has left."""
     networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
-    return networks, output(backbone).tolist(), sorted(backbone.namings), sorted(backbone.adapters), backbone.strengths
+    return (
+        networks,
+        output(backbone).tolist(),
+        sorted(backbone.placeholders),
+        sorted(backbone.adapters),
+        backbone.strengths,
+    )
 
 
 # --- round trip
@@ -77,7 +83,7 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: A
     attach(read(tmp_path / "my-mug.concept"), fresh)
     assert torch.equal(output(fresh, said(fresh)), expected)
     assert not torch.equal(output(fresh, said(fresh)), output(make(), "a photo of a mug on the beach"))
-    assert fresh.namings["my-mug"].frozen
+    assert fresh.placeholders["my-mug"].frozen
     assert not any(p.requires_grad for m in fresh.components.values() for p in m.parameters())
     detach(fresh, "my-mug")
     assert traces(fresh) == before
@@ -137,7 +143,7 @@ def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Pat
     save(concept, tmp_path / "c")
     fresh = new_sd()
     attach(read(tmp_path / "c"), fresh)
-    assert fresh.namings["my-mug"].words == "sks mug"
+    assert fresh.placeholders["my-mug"].words == "sks mug"
     assert torch.equal(output(fresh, said(fresh)), output(backbone, said(backbone)))
 
 

@@ -227,7 +227,7 @@ def test_an_interrupted_save_leaves_nothing_half_written(
     def interrupt(*_: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shared.concept.folder.dump_json", interrupt)
+    monkeypatch.setattr("shared.concept.concept_folder.dump_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(concept, saved if overwrite else tmp_path / "pot.concept", overwrite=overwrite)
     monkeypatch.undo()

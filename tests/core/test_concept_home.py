@@ -12,9 +12,9 @@ import torch
 
 from shared.backbones import load_backbone
 from shared.cli import build, run
-from shared.concept import capture, lines, load_home, read, save
+from shared.concept import capture, lines, load_backbone_of, read, save
 from shared.modifiers import LearnableToken
-from shared.recipes import dump, load
+from shared.recipe.resolve import dump, load
 
 
 def learned(backbone: Any, **given: Any) -> Any:
@@ -33,7 +33,7 @@ def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
     assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == str((tmp_path / "here" / "sd").resolve())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_home(concept).checkpoint == concept.meta.backbone.checkpoint
+    assert load_backbone_of(concept).checkpoint == concept.meta.backbone.checkpoint
 
 
 def test_a_model_that_has_moved_is_asked_for(tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +41,8 @@ def test_a_model_that_has_moved_is_asked_for(tiny_sd: Any, tmp_path: Path, capsy
     concept = save(learned(load_backbone(tmp_path / "sd")), tmp_path / "x.concept")
     shutil.move(tmp_path / "sd", tmp_path / "moved")
     with pytest.raises(ValueError, match=r"the concept 'x' was learned on .*/sd: no model at .*--backbone PATH"):
-        load_home(concept)
-    assert load_home(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
+        load_backbone_of(concept)
+    assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
     arguments = ["concept", "export", str(tmp_path / "x.concept"), "--out", str(tmp_path / "out")]
     assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
     assert "the concept 'x' was learned on" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def state(backbone: Any) -> Any:
         hidden = backbone.encode(["a photo of a mug"])
     networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
     tokenizers = [len(t) for t in backbone.tokens.base.values()]
-    return networks, hidden.context.tolist(), tokenizers, sorted(backbone.namings), sorted(backbone.adapters)
+    return networks, hidden.context.tolist(), tokenizers, sorted(backbone.placeholders), sorted(backbone.adapters)
 
 
 # --- LoRA
@@ -177,7 +177,7 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     attach(concept, backbone, 0.8)
     with torch.no_grad():
         theirs = names["pipe"].encode_prompt("a photo of a <my-mug>", "cpu", 1, False)[0]
-        ours = backbone.encode([f"a photo of a {backbone.namings['my-mug'].words}"]).context
+        ours = backbone.encode([f"a photo of a {backbone.placeholders['my-mug'].words}"]).context
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
@@ -271,7 +271,7 @@ def test_an_export_that_is_not_the_same_is_not_kept(
     monkeypatch.setattr(files, "save_file", faulty)
     with pytest.raises(ValueError, match="is not what was learned, and was not kept: denoiser differs by"):
         export(concept, tmp_path / "out", backbone=backbone)
-    assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.namings
+    assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.placeholders
 
 
 def test_other_concepts_stay_out_of_it(new_sd: Callable[..., Any], tmp_path: Path) -> None:

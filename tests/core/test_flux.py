@@ -10,7 +10,7 @@ import torch
 
 from shared.backbones.flux import FluxBackbone
 from shared.modifiers import LearnableToken, RareToken
-from shared.sampling import sample
+from tests.core.runs import sample
 
 LONG = "a photo of a mug on the beach " * 5  # 40 tokens of T5, which reads 48; CLIP reads 32
 

@@ -10,17 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.io.pictures import (
-    contact_sheet,
-    fit,
-    grid,
-    list_pictures,
-    read_metadata,
-    read_picture,
-    to_image,
-    write_picture,
-)
-from shared.io.subjects import read_subject
+from shared.io.contact_sheets import contact_sheet, grid, read_metadata, to_image, write_picture
+from shared.io.decode import read_picture
+from shared.io.find_pictures import list_pictures
+from shared.io.pictures import resize
+from shared.io.read_subject import read_subject
 from tests.core.scenes import levels, save, scene
 
 # --- fitting --------------------------------------------------------------------------------
@@ -29,24 +23,24 @@ from tests.core.scenes import levels, save, scene
 def test_cover_cuts_the_middle_or_follows_the_mask(tmp_path: Path) -> None:
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 255
-    picture = fit(read_picture(save(tmp_path / "w.png", wide)), 64)
+    picture = resize(read_picture(save(tmp_path / "w.png", wide)), 64)
     assert picture.size == (64, 64) and picture.pixels.min() == 1  # exactly the white third
     alpha = np.zeros((64, 192), np.uint8)
     alpha[20:30, 150:170] = 255
     image = Image.fromarray(wide)
     image.putalpha(Image.fromarray(alpha))
     image.save(tmp_path / "m.png")
-    moved = fit(read_picture(tmp_path / "m.png"), 64)
+    moved = resize(read_picture(tmp_path / "m.png"), 64)
     assert moved.mask is not None and moved.mask.sum() == 200
     assert moved.mask[0].nonzero()[:, 1].float().mean() == pytest.approx(31.5)
 
 
 def test_contain_pads_and_says_where_the_picture_is(tmp_path: Path) -> None:
-    square = fit(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
+    square = resize(read_picture(save(tmp_path / "a.png", scene(48, 24))), 32, "contain")
     assert square.size == (32, 32) and square.valid is not None
     assert square.valid[0, 8:24].min() == 1 and square.valid[0, :8].max() == 0 and square.valid[0, 24:].max() == 0
     np.testing.assert_allclose((square.pixels[:, 0, 0] + 1) * 127.5, 128, atol=1e-4)
-    assert fit(read_picture(save(tmp_path / "b.png", scene(40, 40))), 32, "contain").valid is None
+    assert resize(read_picture(save(tmp_path / "b.png", scene(40, 40))), 32, "contain").valid is None
 
 
 def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path: Path) -> None:
@@ -54,14 +48,14 @@ def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path
     image = Image.fromarray(big)
     image.putalpha(Image.fromarray((big[..., 0] > 128).astype(np.uint8) * 255))
     image.save(tmp_path / "a.png")
-    one, two = (fit(read_picture(tmp_path / "a.png"), (40, 56)) for _ in range(2))
+    one, two = (resize(read_picture(tmp_path / "a.png"), (40, 56)) for _ in range(2))
     assert one.pixels.shape == (3, 40, 56)
     assert torch.equal(one.pixels, two.pixels) and one.mask is not None and two.mask is not None
     assert torch.equal(one.mask, two.mask) and one.mask.shape == (1, 40, 56)
     red = (one.pixels[0] + 1) / 2 * one.mask[0]
     assert red[one.mask[0] == 1].min() > 0.45  # where the mask is, the picture is the bright part
-    with pytest.raises(ValueError, match=r"unknown way to fit 'stretch'. There are: contain, cover"):
-        fit(one, 32, "stretch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"unknown way to resize 'stretch'. There are: contain, cover"):
+        resize(one, 32, "stretch")  # type: ignore[arg-type]
 
 
 # --- folders --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.metrics import copying, encoders, scores
+from shared.metrics import copying, encoders, instruments, scores, toybox
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.scorer import SUBJECT, Scorer
 
@@ -345,7 +345,7 @@ def test_wrong_folders_are_refused_by_name(clip_folder: Path, dino_folder: Path,
     with pytest.raises(ValueError, match="not readable JSON"):
         encoders.load_dino(tmp_path)
     with pytest.raises(ValueError, match="nothing to measure with"):
-        encoders.load_instruments()
+        instruments.load_instruments()
 
 
 def test_pictures_are_checked_and_cut_to_the_middle() -> None:
@@ -358,11 +358,11 @@ def test_pictures_are_checked_and_cut_to_the_middle() -> None:
 
 
 def test_accuracies_come_from_the_card_after_the_round_trip(tmp_path: Path) -> None:
-    assert encoders.toybox_accuracy(tmp_path / "none.json") == {}
+    assert toybox.toybox_accuracy(tmp_path / "none.json") == {}
     ways = {"clean": {"class": 0.99, "style_shown": 0.9}, "vae": {"class": 0.97, "style_shown": 0.8, "main": 0.5}}
     card = {"accuracies": {"recognizer": ways, "identity_reporting": {"clean": {"retrieval": 0.96}}}}
     (tmp_path / "card.json").write_text(json.dumps(card))
-    found = encoders.toybox_accuracy(tmp_path / "card.json")
+    found = toybox.toybox_accuracy(tmp_path / "card.json")
     assert found["recognizer"] == {"class": 0.97, "style": 0.8}
     assert list(found["identity"].values()) == [0.96] and found["clip"] == {}
 

@@ -25,7 +25,7 @@ def table(backbone, component="text_encoder"):
 
 
 def said(backbone, prompt="a photo of a <mug>"):
-    return expand(prompt, backbone.namings)
+    return expand(prompt, backbone.placeholders)
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -44,23 +44,23 @@ def said(backbone, prompt="a photo of a <mug>"):
     ],
 )
 def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
-    naming = part.attach(sd, "mug", "mug")
-    assert naming.words == words and said(sd) == f"a photo of a {words}".strip()
-    assert naming.tokens == () and not list(naming.parameters()) and naming.state_dict() == {}
-    naming.load_state_dict({})
+    placeholder = part.attach(sd, "mug", "mug")
+    assert placeholder.words == words and said(sd) == f"a photo of a {words}".strip()
+    assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
+    placeholder.load_state_dict({})
     with pytest.raises(ValueError, match="learns nothing, but 1 tensors"):
-        naming.load_state_dict({"text_encoder": torch.zeros(1, 16)})
+        placeholder.load_state_dict({"text_encoder": torch.zeros(1, 16)})
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
 
 
 def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(sd, make_tiny_flux):
     with pytest.warns(UserWarning) as said_aloud:
-        naming = RareToken(token="qzw").attach(sd, "mug", "mug")
+        placeholder = RareToken(token="qzw").attach(sd, "mug", "mug")
     assert [str(w.message).split(":")[0] for w in said_aloud] == [
         "modifier.token='qzw' is not one token here (text_encoder"
     ]
     assert "'q' + 'z' + 'w'" in str(said_aloud[0].message)
-    assert naming.words == "qzw mug" and int(sd.encode([said(sd)]).token_positions["mug"].sum()) == 4
+    assert placeholder.words == "qzw mug" and int(sd.encode([said(sd)]).token_positions["mug"].sum()) == 4
     flux = FluxBackbone(make_tiny_flux(), "tiny")
     with pytest.warns(UserWarning) as said_aloud:
         RareToken(token="qzw").attach(flux, "mug", "mug")
@@ -82,7 +82,7 @@ def test_one_token_is_no_warning_nor_is_a_concept_that_is_loaded(sd, make_tiny_f
 def test_without_a_class_noun_nothing_is_left_over(sd):
     assert RareToken().attach(sd, "a", "").words == "sks"
     assert PlainText().attach(sd, "b", "").words == ""
-    assert expand("a photo of <b> on the beach", sd.namings) == "a photo of on the beach"
+    assert expand("a photo of <b> on the beach", sd.placeholders) == "a photo of on the beach"
 
 
 # --- learned tokens --------------------------------------------------------------------------
@@ -97,12 +97,12 @@ def test_without_a_class_noun_nothing_is_left_over(sd):
     ],
 )
 def test_one_name_becomes_so_many_tokens(sd, vectors, noun, words):
-    naming = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
+    placeholder = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
     assert said(sd) == f"a photo of a {words}"
-    assert len(naming.tokens) == vectors
-    ids = sd.tokens.current["text_encoder"](naming.words, add_special_tokens=False)["input_ids"]
+    assert len(placeholder.tokens) == vectors
+    ids = sd.tokens.current["text_encoder"](placeholder.words, add_special_tokens=False)["input_ids"]
     assert len(ids) == vectors + noun, "each is one token"
-    assert [p.shape for p in naming.parameters()] == [(vectors, 16)]
+    assert [p.shape for p in placeholder.parameters()] == [(vectors, 16)]
     conditioning = sd.encode([said(sd)])
     assert int(conditioning.token_positions["mug"].sum()) == vectors
 
@@ -122,7 +122,7 @@ def test_rows_start_as_the_words_of_init_or_the_class_noun(sd):
 
 
 def test_a_class_noun_of_several_sub_tokens_starts_as_their_mean(sd):
-    pieces = sd.word_rows("text_encoder", "coffee mug")
+    pieces = sd.word_embeddings("text_encoder", "coffee mug")
     assert len(pieces) > 2
     rows = LearnableToken().attach(sd, "a", "coffee mug").state_dict()["text_encoder"]
     assert torch.equal(rows, pieces.mean(0, keepdim=True))
@@ -136,7 +136,7 @@ def test_a_start_from_one_word_acts_as_that_word(sd):
 
 def test_further_vectors_start_near_the_words_and_apart_from_each_other(sd):
     rows = LearnableToken(vectors=4, init="red dog").attach(sd, "a", "").state_dict()["text_encoder"]
-    words = sd.word_rows("text_encoder", "red dog")
+    words = sd.word_embeddings("text_encoder", "red dog")
     assert torch.equal(rows[:2], words)
     for far, near in ((rows[2], words[0]), (rows[3], words[1])):
         assert 0 < (far - near).norm() < 0.5 * words.std() * far.numel() ** 0.5
@@ -161,7 +161,7 @@ def test_the_spread_of_a_random_start_is_not_that_of_one_word(sd):
 def test_no_word_to_start_from_is_an_error(sd):
     with pytest.raises(ValueError, match=r"give subject\.class_noun or modifier\.init"):
         LearnableToken().attach(sd, "a", "")
-    assert not sd.namings
+    assert not sd.placeholders
 
 
 def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
@@ -170,21 +170,21 @@ def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
         LearnableToken().attach(sd, "a", "mug")
     with pytest.raises(ValueError, match="'a' is already named here"):
         RareToken().attach(sd, "a", "mug")
-    assert list(sd.namings) == ["a"] and sd.tokens.tokens == ("<a>",)
+    assert list(sd.placeholders) == ["a"] and sd.tokens.tokens == ("<a>",)
 
 
 def test_every_other_row_is_bit_equal_after_training(sd):
     before, size = table(sd).detach().clone(), len(table(sd))
     tokenizer = sd.tokens.base["text_encoder"]
-    naming = LearnableToken(vectors=2).attach(sd, "mug", "mug")
+    placeholder = LearnableToken(vectors=2).attach(sd, "mug", "mug")
     woken = Tokens(lr=0.1).inject(sd, "mug", "tokens", seed=0)
-    start = naming.state_dict()["text_encoder"]
+    start = placeholder.state_dict()["text_encoder"]
     optimizer = torch.optim.AdamW(woken.parameters, lr=0.1, weight_decay=0.1)
     for _ in range(3):
         sd.encode([said(sd)]).context.square().mean().backward()
         optimizer.step()
     assert torch.equal(table(sd), before) and len(table(sd)) == size and table(sd).grad is None
-    moved = naming.state_dict()["text_encoder"]
+    moved = placeholder.state_dict()["text_encoder"]
     assert all(not torch.equal(a, b) for a, b in zip(moved, start, strict=True))
     sd.remove("mug")
     assert torch.equal(table(sd), before) and sd.tokens.current["text_encoder"] is tokenizer
@@ -204,12 +204,12 @@ def test_the_state_goes_round(sd):
 
 def test_two_text_encoders_have_rows_of_their_own(make_tiny_flux):
     flux = FluxBackbone(make_tiny_flux(), "tiny")
-    naming = LearnableToken(vectors=2, with_class_noun=True).attach(flux, "mug", "mug")
-    shapes = {c: tuple(v.shape) for c, v in naming.state_dict().items()}
+    placeholder = LearnableToken(vectors=2, with_class_noun=True).attach(flux, "mug", "mug")
+    shapes = {c: tuple(v.shape) for c, v in placeholder.state_dict().items()}
     assert shapes == {"text_encoder": (2, 16), "text_encoder_2": (2, 24)}
     plain = flux.encode(["a photo of a mug"])
     with torch.no_grad():
-        for p in naming.parameters():
+        for p in placeholder.parameters():
             p.add_(1.0)
     named = flux.encode([said(flux)])
     assert not torch.equal(named.pooled, plain.pooled) and not torch.equal(named.context, plain.context)

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from shared.io.files import atomic_folder, atomic_write, check_file, check_output, write_text
-from shared.io.owned import MARK, strangers
-from shared.io.pictures import list_pictures, write_picture
+from shared.io.contact_sheets import write_picture
+from shared.io.find_pictures import list_pictures
+from shared.io.foreign_files import MARK, foreign_files
+from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, write_text
 
 
 def earlier(target: Path) -> Path:
@@ -145,7 +146,7 @@ def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
             raise AssertionError("must not start")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "there").symlink_to(own)
-    assert strangers(tmp_path / "linked") == ["there"]
+    assert foreign_files(tmp_path / "linked") == ["there"]
     assert sorted(p.name for p in own.iterdir()) == ["a.png", "b.jpg"]
 
 
@@ -285,7 +286,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
 
 
 def test_an_output_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
-    from shared.io.partial import replaced
+    from shared.io.temporary_names import replaced
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -13,12 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 
-from shared.io.pictures import (
-    list_pictures,
-    picture_size,
-    read_mask,
-    read_picture,
-)
+from shared.io.decode import picture_size, read_mask, read_picture
+from shared.io.find_pictures import list_pictures
 from tests.core.scenes import levels, save, scene
 
 LOSSLESS: dict[str, dict[str, Any]] = {"webp": {"lossless": True, "exact": True}}

@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 import torch
 
-from shared.modifiers.base import PlainNaming
+from shared.modifiers.base import PlaceholderBase
 from shared.prompts import Templates, check_named, expand, names_in, without
 from shared.prompts.templates import SETS
 from shared.types import Example
 
-NAMINGS = {"my-mug": PlainNaming("my-mug", "<my-mug> <my-mug>_1 mug"), "spin": PlainNaming("spin", "")}
+NAMINGS = {"my-mug": PlaceholderBase("my-mug", "<my-mug> <my-mug>_1 mug"), "spin": PlaceholderBase("spin", "")}
 
 
 def example(caption: str = "", role="instance", owner: str = "my-mug") -> Example:

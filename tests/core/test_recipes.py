@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import shared.recipes
-from shared.catalog import Taxonomy, config_folder, recipe_files
+import shared.recipe.resolve
 from shared.config import read_yaml, slots, validate
-from shared.recipe import Recipe
-from shared.recipes import dump, expand_phases, load, overlay
+from shared.recipe.catalog import Taxonomy, config_folder, recipe_files
+from shared.recipe.resolve import dump, expand_phases, load, overlay
+from shared.recipe.schema import Recipe
 
 SHIPPED = sorted(recipe_files("image"))
 ELSEWHERE = "backbone=some/folder"
@@ -163,7 +163,7 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     }
     (tmp_path / "overlays").mkdir()
     (tmp_path / "overlays" / "toybox.yaml").write_text(yaml.safe_dump(rules))
-    monkeypatch.setattr(shared.recipes, "config_folder", lambda: tmp_path)
+    monkeypatch.setattr(shared.recipe.resolve, "config_folder", lambda: tmp_path)
     said = "{a: {trainable: {t: {kind: tokens}}}, b: {train: {steps: 2}}}"
     text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + said
     recipe = own(text, "backbone=toybox")

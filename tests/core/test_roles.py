@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.flux import FluxBackbone
-from shared.backbones.roles import leaf_names
+from shared.backbones.module_roles import leaf_names
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import shared.cli as cli
-from shared.io.pictures import fit, read_picture
-from shared.io.subjects import read_subject
+from shared.io.decode import read_picture
+from shared.io.pictures import resize
+from shared.io.read_subject import read_subject
 from shared.io.terminal import printable
 from tests.core.scenes import save, scene
 
@@ -57,13 +58,13 @@ def test_a_crop_that_loses_much_names_the_picture_and_the_remedy(tmp_path: Path,
     with pytest.warns(
         UserWarning, match=rf"wide\.png is {size[0]}x{size[1]}, and the crop .* loses {lost}% of it"
     ) as one:
-        fit(picture, 32, "cover")
+        resize(picture, 32, "cover")
     assert "sources.references.fit=contain" in str(one[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(picture, 32, "contain")  # the remedy
-        fit(picture, 32)  # only to look at
-        fit(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses a third, not more
+        resize(picture, 32, "contain")  # the remedy
+        resize(picture, 32)  # only to look at
+        resize(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses a third, not more
 
 
 def test_a_crop_that_keeps_the_whole_mask_loses_nothing(tmp_path: Path) -> None:
@@ -75,9 +76,9 @@ def test_a_crop_that_keeps_the_whole_mask_loses_nothing(tmp_path: Path) -> None:
         image.save(tmp_path / f"{name}.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(read_picture(tmp_path / "inside.png"), 32, "cover")
+        resize(read_picture(tmp_path / "inside.png"), 32, "cover")
     with pytest.warns(UserWarning, match=r"cut\.png"):
-        fit(read_picture(tmp_path / "cut.png"), 32, "cover")
+        resize(read_picture(tmp_path / "cut.png"), 32, "cover")
 
 
 # --- the terminal --------------------------------------------------------------------------------

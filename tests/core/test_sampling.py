@@ -13,9 +13,11 @@ from torch import Tensor
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.sampling import ChangeBase, Moment, StrengthSchedule, denoise, sample, scheduler_names
+from shared.sampling import DenoisingStep, SamplingHookBase, StrengthSchedule, denoise, scheduler_names
 from shared.sampling.schedulers import DIFFUSION, FLOW
+from shared.sampling.settings import SamplingSettings
 from shared.trainable.adapter import PeftAdapter
+from tests.core.runs import sample
 
 PROMPTS, SEEDS = ["a mug", "a red dog"], [1, 2]
 TOLERANCE = 1e-5
@@ -177,7 +179,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
 
 
 def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
-    states = denoise(sd, PROMPTS, seeds=SEEDS, steps=3)
+    states = denoise(sd, PROMPTS, seeds=SEEDS, settings=SamplingSettings(steps=3))
     first = next(states)
     assert torch.is_grad_enabled()  # a sampler at rest leaves nothing switched
     rest = list(states)
@@ -197,7 +199,7 @@ class Varying:
     def __init__(self, row: Callable[[Tensor | None, str | None], Tensor], varies_with: Sequence[str]) -> None:
         self.row, self.varies_with, self.times = row, frozenset(varies_with), []
 
-    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor:
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor:
         if t is not None:
             self.times.append(float(t[0]))
         return self.row(t, site)
@@ -219,12 +221,12 @@ def test_names_per_time_and_per_site(sd: StableDiffusionBackbone) -> None:
         "by both": (lambda t, s: row * t[:, None, None] / (500 + len(s)), ("site", "time")),
     }
     for key, (row_of, varies_with) in rows.items():
-        naming: Any = Varying(row_of, varies_with)
-        sd.add_naming(naming)
+        placeholder: Any = Varying(row_of, varies_with)
+        sd.add_placeholder(placeholder)
         pictures[key] = sample(sd, **ask)
         sd.remove("x")
         if "time" in varies_with:
-            assert sorted(set(naming.times), reverse=True) == [751.0, 501.0, 251.0, 1.0]
+            assert sorted(set(placeholder.times), reverse=True) == [751.0, 501.0, 251.0, 1.0]
     for key in ("equal in time", "equal at sites"):
         assert torch.allclose(pictures[key], pictures["plain"], atol=TOLERANCE), key
     for key in ("by time", "by site", "by both"):
@@ -240,7 +242,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
 
     def ask(points: dict[float, float] | None, **options: Any) -> Tensor:
         changes = [] if points is None else [StrengthSchedule(strengths={"mug": points}, **options)]
-        return sample(sd, PROMPTS, seeds=SEEDS, steps=4, guidance=4.0, changes=changes)
+        return sample(sd, PROMPTS, seeds=SEEDS, steps=4, guidance=4.0, hooks=changes)
 
     on = ask(None)
     with sd.active({"style": 1.0}):
@@ -254,7 +256,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
         assert (a - b).abs().max() > TOLERANCE / 10
     assert sd.strengths == {"mug": 1.0, "style": 1.0}
     with pytest.raises(ValueError, match=r"'cup'.*There are: mug, style"):
-        sample(sd, PROMPTS, seeds=SEEDS, steps=2, changes=[StrengthSchedule(strengths={"cup": {0: 1}})])
+        sample(sd, PROMPTS, seeds=SEEDS, steps=2, hooks=[StrengthSchedule(strengths={"cup": {0: 1}})])
 
 
 def test_strengths_in_closed_form() -> None:
@@ -279,26 +281,29 @@ def test_strengths_as_they_are_written() -> None:
         assert "\n" not in str(told.value)
 
 
-class Later(ChangeBase):
+class Later(SamplingHookBase):
     """Other words in the first half."""
 
-    def prompts(self, moment: Moment, prompts: Sequence[str]) -> Sequence[str]:
-        return ["a dog"] * len(prompts) if moment.fraction < 0.5 else prompts
+    def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
+        return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts
 
 
-class Shift(ChangeBase):
+class Shift(SamplingHookBase):
     """The latents move before the first step."""
 
-    def latents(self, moment: Moment, latents: Tensor) -> Tensor:
-        return latents + 1 if moment.index == 0 else latents
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        return latents + 1 if step.index == 0 else latents
 
 
 def test_words_and_latents_can_change(sd: StableDiffusionBackbone) -> None:
     ask: dict[str, Any] = {"seeds": [1], "steps": 4, "guidance": 5.0}
+    how = {k: v for k, v in ask.items() if k != "seeds"}
     mug, dog = sample(sd, ["a mug"], **ask), sample(sd, ["a dog"], **ask)
-    mixed = sample(sd, ["a mug"], changes=[Later()], **ask)
+    mixed = sample(sd, ["a mug"], hooks=[Later()], **ask)
     assert not torch.equal(mixed, mug) and not torch.equal(mixed, dog)
-    assert torch.equal(sample(sd, ["a dog"], changes=[Later()], **ask), dog)
-    assert torch.equal(sample(sd, ["a mug"], changes=[ChangeBase()], **ask), mug)
-    first = next(denoise(sd, ["a mug"], changes=[Shift()], **ask)).latents
-    assert (first - next(denoise(sd, ["a mug"], **ask)).latents).abs().mean() > 0.5
+    assert torch.equal(sample(sd, ["a dog"], hooks=[Later()], **ask), dog)
+    assert torch.equal(sample(sd, ["a mug"], hooks=[SamplingHookBase()], **ask), mug)
+    first = next(denoise(sd, ["a mug"], seeds=ask["seeds"], settings=SamplingSettings(**how, hooks=(Shift(),)))).latents
+    assert (
+        first - next(denoise(sd, ["a mug"], seeds=ask["seeds"], settings=SamplingSettings(**how))).latents
+    ).abs().mean() > 0.5

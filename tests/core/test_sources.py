@@ -13,8 +13,9 @@ from PIL import Image
 from pydantic import Field
 
 from shared.config import Part, Slot, validate
-from shared.io.pictures import read_metadata, read_picture
-from shared.io.subjects import read_subject
+from shared.io.contact_sheets import read_metadata
+from shared.io.decode import read_picture
+from shared.io.read_subject import read_subject
 from shared.sources import Folder, Generated, References, Source, SourceContext
 from shared.types import Subject
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared.metrics.encoders import Instruments, load_toybox
+from shared.metrics.encoders import Instruments
 from shared.metrics.scorer import Scorer
+from shared.metrics.toybox import load_toybox
+from shared.pretrain.evaluators.measure import fresh_scenes, render_all
 from shared.toybox.captions import caption
-from shared.toybox.evaluators.measure import fresh_scenes, render_all
 
 
 @pytest.fixture(scope="module")

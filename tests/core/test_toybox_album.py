@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from shared.io.pictures import read_picture
-from shared.io.subjects import read_subject
-from shared.toybox import album
+from shared.io.decode import read_picture
+from shared.io.read_subject import read_subject
+from shared.toybox import reference_sets as album
 from shared.toybox.captions import plain_caption
 from shared.toybox.evaluators.identity import cut, load_identity
 from shared.toybox.render import render

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from shared.pretrain.toybox import assemble, common, models, unet, vae
+from shared.pretrain.toybox import latent_cache as cache
 from shared.toybox import tokenizer as words
 from shared.toybox import weights
-from shared.toybox.train import cache, common, models, unet, vae
 from tests.core.squares import TINY_VAE, Squares, same, tiny_run
 
 TINY_UNET = unet.UnetTraining(
@@ -46,7 +47,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(out: Path, cached: cache.Cache, steps: int, resume: bool, workers: int = 1) -> unet.UnetRun:
-    run = unet.UnetRun(TINY_UNET, weights.tokenizer_of(out), out, torch.device("cpu"), resume, workers)
+    run = unet.UnetRun(TINY_UNET, assemble.tokenizer_of(out), out, torch.device("cpu"), resume, workers)
     unet.fit(run, cached, common.Budget(steps=steps, warmup=2), common.Log(out / "unet_log.jsonl", say=False))
     return run
 
@@ -69,7 +70,7 @@ def test_normalising_keeps_the_pictures_and_gives_unit_latents(run_folder: Path)
 
 
 def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, run_folder: Path) -> None:
-    model, tokenizer = weights.frozen_vae(run_folder), weights.tokenizer_of(run_folder)
+    model, tokenizer = assemble.frozen_vae(run_folder), assemble.tokenizer_of(run_folder)
     few, all_ = Squares(10), Squares(25)
     all_._pixels[:10] = few._pixels
     cache.build(tmp_path, few, model, tokenizer)
@@ -110,48 +111,48 @@ def _steps(run: vae.VaeRun, data: Squares, until: int) -> None:
 def test_unet_resumes_to_the_same_bits(tmp_path: Path, run_folder: Path, workers: int) -> None:
     cached = cache.load(run_folder / "latents")
     for name in ("a", "b"):
-        words.save(weights.tokenizer_of(run_folder), tmp_path / name / weights.TOKENIZER_FOLDER)
+        words.save(assemble.tokenizer_of(run_folder), tmp_path / name / assemble.TOKENIZER_FOLDER)
     _train(tmp_path / "a", cached, 3, resume=False, workers=workers)
     stopped = _train(tmp_path / "a", cached, 5, resume=True, workers=workers)
     straight = _train(tmp_path / "b", cached, 5, resume=False, workers=workers)
     same(stopped.denoiser.state_dict(), straight.denoiser.state_dict())
     same(stopped.ema.shadow, straight.ema.shadow)
-    a, b = (common.load_checkpoint(tmp_path / n / weights.UNET_CHECKPOINT) for n in "ab")
+    a, b = (common.load_checkpoint(tmp_path / n / assemble.UNET_CHECKPOINT) for n in "ab")
     assert a[1] == b[1] and (a[1]["step"], a[1]["pictures"]) == (5, 20)
     assert torch.equal(a[0]["optimizer"][0]["exp_avg_sq"], b[0]["optimizer"][0]["exp_avg_sq"])
 
 
 def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, run_folder: Path) -> None:
-    tree, facts = common.load_checkpoint(run_folder / weights.UNET_CHECKPOINT)
-    words.save(weights.tokenizer_of(run_folder), tmp_path / weights.TOKENIZER_FOLDER)
-    common.save_checkpoint(tmp_path / weights.UNET_CHECKPOINT, {k: tree[k] for k in ("model", "ema")}, facts)
+    tree, facts = common.load_checkpoint(run_folder / assemble.UNET_CHECKPOINT)
+    words.save(assemble.tokenizer_of(run_folder), tmp_path / assemble.TOKENIZER_FOLDER)
+    common.save_checkpoint(tmp_path / assemble.UNET_CHECKPOINT, {k: tree[k] for k in ("model", "ema")}, facts)
     run = _train(tmp_path, cache.load(run_folder / "latents"), 3, resume=True)
     assert (run.step, run.pictures) == (3, 12)
 
 
 def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
-    from shared.toybox.train.adopt import adopt_vae
+    from shared.pretrain.toybox.initial_weights import adopt_vae
 
     assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
     run = vae.VaeRun(vae.VaeTraining(), tmp_path, torch.device("cpu"), resume=True)
     assert run.step == 0
-    shipped = weights.frozen_vae(weights.WEIGHTS / "backbone").float()
+    shipped = assemble.frozen_vae(weights.WEIGHTS / "backbone").float()
     same(run.vae.state_dict(), shipped.state_dict())
     same(run.ema.shadow, dict(shipped.named_parameters()))
 
 
 def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:
-    from shared.toybox.train.adopt import adopt
+    from shared.pretrain.toybox.initial_weights import adopt
 
     shipped = json.loads((weights.WEIGHTS / "backbone" / "training.json").read_text())
     assert adopt(tmp_path) and not adopt(tmp_path)
-    assert weights.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
+    assert assemble.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
 
 
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(run_folder: Path, tmp_path: Path) -> None:
     cached, settings = cache.load(run_folder / "latents"), replace(TINY_UNET, lr=3e-3, batch=16)
-    words.save(weights.tokenizer_of(run_folder), tmp_path / weights.TOKENIZER_FOLDER)
-    run = unet.UnetRun(settings, weights.tokenizer_of(run_folder), tmp_path, torch.device("cpu"), resume=False)
+    words.save(assemble.tokenizer_of(run_folder), tmp_path / assemble.TOKENIZER_FOLDER)
+    run = unet.UnetRun(settings, assemble.tokenizer_of(run_folder), tmp_path, torch.device("cpu"), resume=False)
     start = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
     before = _held_loss(run, cached)
     for _ in range(80):
@@ -169,7 +170,7 @@ def _held_loss(run: unet.UnetRun, cached: cache.Cache) -> float:
 
 
 def test_shares_of_a_batch_add_up_to_its_gradient(run_folder: Path, tmp_path: Path) -> None:
-    cached, tokenizer = cache.load(run_folder / "latents"), weights.tokenizer_of(run_folder)
+    cached, tokenizer = cache.load(run_folder / "latents"), assemble.tokenizer_of(run_folder)
     runs = [unet.UnetRun(TINY_UNET, tokenizer, tmp_path, torch.device("cpu"), False, n) for n in (1, 2)]
     inputs = unet.draw(cached, runs[0].empty, TINY_UNET, 0)
     losses = [run.backward(inputs) for run in runs]
@@ -287,7 +288,7 @@ def _load_elsewhere(folder: Path, cwd: Path) -> dict[str, Any]:
 
 
 def test_assembled_folder_loads_without_this_project(run_folder: Path, tmp_path: Path) -> None:
-    target = weights.assemble(run_folder, tmp_path / "backbone")
+    target = assemble.assemble(run_folder, tmp_path / "backbone")
     found = _load_elsewhere(target, tmp_path)
     assert found["class"] == "StableDiffusionPipeline" and found["size"] == [16, 16] and found["ours"] == []
     assert found["parts"] == dict.fromkeys(("vae", "text_encoder", "unet"), "torch.float32")
@@ -295,16 +296,16 @@ def test_assembled_folder_loads_without_this_project(run_folder: Path, tmp_path:
     assert (facts["step"], facts["pictures"]) == (2, 8) and facts["last"]["vae"]["psnr"] > 0
     assert str(run_folder) not in "".join(p.read_text() for p in target.glob("**/*.json"))
     assert [p.name for p in tmp_path.iterdir()] == ["backbone"]
-    again = weights.assemble(run_folder, target)  # replaces
+    again = assemble.assemble(run_folder, target)  # replaces
     assert again == target and [p.name for p in tmp_path.iterdir()] == ["backbone"]
 
 
 def test_assembled_weights_are_the_average_in_fp16(run_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    target = weights.assemble(run_folder, tmp_path / "backbone")
+    target = assemble.assemble(run_folder, tmp_path / "backbone")
     shipped = load_file(str(target / "unet" / "diffusion_pytorch_model.safetensors"))
-    tree, _ = common.load_checkpoint(run_folder / weights.UNET_CHECKPOINT)
+    tree, _ = common.load_checkpoint(run_folder / assemble.UNET_CHECKPOINT)
     for name, tensor in shipped.items():
         assert tensor.dtype == torch.float16 and torch.equal(tensor, tree["ema"][f"unet.{name}"].half()), name
 

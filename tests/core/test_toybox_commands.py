@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from shared.cli import build, run
-from shared.io.pictures import read_metadata, read_picture
-from shared.io.subjects import read_subject
+from shared.io.contact_sheets import read_metadata
+from shared.io.decode import read_picture
+from shared.io.read_subject import read_subject
 from shared.toybox import captions, subjects, world
 from shared.toybox.render import render
 

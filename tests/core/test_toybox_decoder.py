@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.toybox import weights
-from shared.toybox.train import cache, common, decoder, vae
+from shared.pretrain.toybox import assemble, common, decoder, vae
+from shared.pretrain.toybox import latent_cache as cache
 from tests.core.squares import TINY_VAE, Squares, same, tiny_run
 
 TINY = decoder.DecoderTraining(batch=4, alone=2, bf16=False, log_every=2, pixel=TINY_VAE)
@@ -37,16 +37,16 @@ def _train(out: Path, cached: cache.Cache, steps: int, resume: bool) -> decoder.
 
 def test_the_decoder_changes_and_the_latents_do_not(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
-    before = weights.frozen_vae(out)
+    before = assemble.frozen_vae(out)
     trained = _train(out, cached, 4, resume=False)
     decoder.finish(trained, Squares(40), out)
-    after = weights.frozen_vae(out)
+    after = assemble.frozen_vae(out)
     kept = {n: x for n, x in after.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
     same({n: before.state_dict()[n] for n in kept}, kept)
     moved = [n for n, x in after.named_parameters() if not torch.equal(x, before.state_dict()[n])]
     assert moved and all(n.startswith(("decoder.", "post_quant_conv.")) for n in moved)
     assert after.config["scaling_factor"] == before.config["scaling_factor"]
-    tokenizer = weights.tokenizer_of(out)
+    tokenizer = assemble.tokenizer_of(out)
     assert cache.fingerprint(after, tokenizer) == cache.fingerprint(before, tokenizer)  # nothing is encoded anew
     average = torch.nn.ModuleList([after.post_quant_conv, after.decoder])  # type: ignore[list-item]
     same(dict(average.named_parameters()), {n: x for n, x in trained.ema.shadow.items()})
@@ -54,7 +54,7 @@ def test_the_decoder_changes_and_the_latents_do_not(run: tuple[Path, cache.Cache
 
 def test_it_decodes_what_the_autoencoder_decodes(run: tuple[Path, cache.Cache]) -> None:
     out, cached = run
-    trained, model = decoder.DecoderRun(TINY, out, CPU, resume=False), weights.frozen_vae(out)
+    trained, model = decoder.DecoderRun(TINY, out, CPU, resume=False), assemble.frozen_vae(out)
     latents = torch.from_numpy(cached.latents[:3].astype("float32"))
     with torch.no_grad():
         expected = model.decode(latents / model.config["scaling_factor"]).sample
@@ -76,13 +76,13 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
     out, cached = run
     _train(out, cached, 1, resume=False)
     again = vae.VaeRun(TINY_VAE, out, CPU, resume=True)
-    assert (out / weights.DECODER_CHECKPOINT).is_file() and vae.finished(again, out), (
+    assert (out / assemble.DECODER_CHECKPOINT).is_file() and vae.finished(again, out), (
         "nothing was trained: nothing goes"
     )
     vae.fit(again, Squares(40), common.Budget(steps=again.step + 1), common.Log(out / "vae_log.jsonl", say=False))
     assert not vae.finished(again, out)
     vae.finish(again, Squares(40), out)
-    assert not (out / weights.DECODER_CHECKPOINT).exists()
+    assert not (out / assemble.DECODER_CHECKPOINT).exists()
 
 
 def test_the_critic_learns_to_tell_blurred_pictures() -> None:

@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from shared.metrics.scores import similarities
+from shared.pretrain.evaluators import augment, data, measure, train
+from shared.pretrain.evaluators import judge_backbone as judge
+from shared.pretrain.evaluators import losses as tasks
+from shared.pretrain.evaluators.losses import contrastive_loss, retrieve
 from shared.toybox import world
-from shared.toybox.evaluators import (
-    augment,
-    data,
-    judge,
-    load_clip,
-    load_identity,
-    load_recognizer,
-    measure,
-    retrieve,
-    tasks,
-    train,
-)
 from shared.toybox.evaluators import clip as clips
-from shared.toybox.evaluators.identity import IdentityConfig, contrastive_loss, similarities
+from shared.toybox.evaluators import load_clip, load_identity, load_recognizer
+from shared.toybox.evaluators.convnet import WEIGHTS, TrunkConfig, adopt_state, read_state
+from shared.toybox.evaluators.identity import IdentityConfig
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, RecognizerConfig
-from shared.toybox.evaluators.trunk import WEIGHTS, TrunkConfig, adopt_state, read_state
 from shared.toybox.weights import WEIGHTS as BACKBONES
 from shared.toybox.weights import sampling_defaults
 
@@ -266,17 +260,17 @@ def test_the_shipped_backbone_draws_what_captions_say():
 
 
 def test_the_curve_judges_what_it_lacks_and_the_card_prints_it(tmp_path: Path):
-    from shared.toybox import weights as backbones
-    from shared.toybox.evaluators import curve, page
-    from shared.toybox.train import common
-    from shared.toybox.train.adopt import adopt
+    from shared.pretrain.evaluators import model_card_page as page
+    from shared.pretrain.evaluators import training_curve as curve
+    from shared.pretrain.toybox import assemble, common
+    from shared.pretrain.toybox.initial_weights import adopt
 
     work, kept = tmp_path / "work", tmp_path / "weights"
     kept.mkdir()
     with pytest.raises(ValueError, match="pcs toybox train unet"):
         list(curve.extend(work, 8, 4.0, weights=kept))
     assert adopt(work / "run")
-    tree, facts = common.load_checkpoint(work / "run" / backbones.UNET_CHECKPOINT)
+    tree, facts = common.load_checkpoint(work / "run" / assemble.UNET_CHECKPOINT)
     earlier = {**facts, "step": 7, "pictures": 224}
     common.save_checkpoint(work / "run" / "snapshots" / "unet-0000007.safetensors", {"ema": tree["ema"]}, earlier)
     points = list(curve.extend(work, 8, 4.0, weights=kept))

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shared.toybox import captions, weights
+from shared.pretrain.toybox import assemble, models, unet
+from shared.pretrain.toybox import latent_cache as cache
+from shared.pretrain.toybox import latent_reader as reader
+from shared.toybox import captions
 from shared.toybox import tokenizer as words
-from shared.toybox.train import cache, models, reader, unet
 
 CPU = torch.device("cpu")
 TINY = unet.UnetTraining(
@@ -96,8 +98,8 @@ def test_dropped_captions_say_nothing(cached: cache.Cache) -> None:
 
 
 def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Cache, tmp_path: Path) -> None:
-    words.save(words.build(), tmp_path / weights.TOKENIZER_FOLDER)
-    tokenizer, bars = weights.tokenizer_of(tmp_path), unet.alphas_bar()
+    words.save(words.build(), tmp_path / assemble.TOKENIZER_FOLDER)
+    tokenizer, bars = assemble.tokenizer_of(tmp_path), unet.alphas_bar()
     reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=30)
 
     def moved(factor: float, reads: reader.Reader | None) -> torch.Tensor:
@@ -110,8 +112,8 @@ def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Ca
 
 
 def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.Cache, tmp_path: Path) -> None:
-    words.save(words.build(), tmp_path / weights.TOKENIZER_FOLDER)
-    tokenizer, settings = weights.tokenizer_of(tmp_path), replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0))
+    words.save(words.build(), tmp_path / assemble.TOKENIZER_FOLDER)
+    tokenizer, settings = assemble.tokenizer_of(tmp_path), replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0))
     reads = reader.Reader().eval().requires_grad_(False)
 
     def run(name: str, steps: int, resume: bool, lr: float = 3e-3) -> unet.UnetRun:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
+from shared.pretrain.toybox import models
 from shared.toybox import tokenizer as words
-from shared.toybox.train import models
 
 
 def test_each_word_of_the_world_is_one_token_and_the_rest_falls_back() -> None:

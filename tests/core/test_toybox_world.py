@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.toybox import captions, dataset, patterns, subjects, world
-from shared.toybox.evaluators.data import sample_group
+from shared.pretrain.evaluators.data import sample_group
+from shared.pretrain.toybox import dataset
+from shared.toybox import captions, patterns, subjects, world
 from shared.toybox.world import Camera, Scene, Thing
 
 SPLITS = ("development", "reporting")

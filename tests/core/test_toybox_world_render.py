@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.toybox import captions, dataset, styles, subjects, world
+from shared.pretrain.toybox import dataset
+from shared.toybox import captions, styles, subjects, world
+from shared.toybox.captioned_sheet import sheet
 from shared.toybox.render import FAR, render
-from shared.toybox.sheet import sheet
 from shared.toybox.splat import DISTANCE, FILL
 from shared.toybox.world import Camera, Scene, Thing
 

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from shared.recipe import Optimizer, Train
+from shared.recipe.schema import Optimizer, Train
 from shared.train import checkpoint
 from shared.train.log import Log
-from shared.train.loop import NotFinite, Update, run
-from shared.train.optim import Optimizers, schedule
-from shared.trainable import Woken
+from shared.train.loop import Update, run
+from shared.train.optim import NotFinite, Optimizers, schedule
+from shared.trainable import TrainableGroup
 
 # --- the loop --------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ class Line:
 
 
 def trained(task, pieces: int, steps: int = 5, start: int = 0, **settings):
-    woken = Woken("line", [task.weight], lr=0.1)
+    woken = TrainableGroup("line", [task.weight], lr=0.1)
     accelerator = Accelerator(cpu=True)
     optimizers = Optimizers({"main": [woken]}, Optimizer(**settings), accelerator)
     train = Train(steps=steps, gradient_accumulation=pieces)

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from shared.config import Part
 from shared.sampling import sampler
-from shared.sampling.sampler import sample
 from shared.train import checkpoint
-from shared.train.contexts import Parked
 from shared.train.costs import Clock
+from shared.train.memory import Offloaded
 from shared.train.tune import Tune
 from shared.types import Step
-from tests.core.runs import finish, learned, same, session, small
+from tests.core.runs import finish, learned, same, sample, session, small
 
 # --- declared needs ----------------------------------------------------------------------------
 
@@ -27,9 +26,9 @@ class Penalty(Part):
     """A part that asks for `asks`; what it declares is its class's business."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    needs_prior_rows: ClassVar[bool] = False
+    needs_class_examples: ClassVar[bool] = False
     kind: str = "penalty"
-    asks: str = "row_loss"
+    asks: str = "example_loss"
 
     def __call__(self, step: Step) -> Tensor:
         return step.need(self.asks).mean()
@@ -40,7 +39,7 @@ class Declares(Penalty):
 
 
 class Unserved(Penalty):
-    needs: ClassVar[frozenset[str]] = frozenset({"row_loss", "attention_maps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"example_loss", "attention_maps"})
 
 
 def task(backbone: Any, photos: Path, folder: Path, *settings: str, **parts: Part) -> Tune:
@@ -56,7 +55,7 @@ def test_a_declared_need_is_served(tiny, photos, tmp_path):
     assert tuned.needs == {"class_prediction"}
     (update,) = tuned.updates(0, 0)
     step = tuned._predict(tuned.data.batch(0, 0), 0, 0)
-    assert sorted(step.lazy) == ["class_prediction", "row_loss"], "what nobody declared is not there"
+    assert sorted(step.lazy) == ["class_prediction", "example_loss"], "what nobody declared is not there"
     assert float(update.parts["mine"]) == pytest.approx(float(step.need("class_prediction").mean()), rel=1e-5)
 
 
@@ -68,7 +67,7 @@ def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos,
         task(tiny(), photos, tmp_path, mine=Unserved())
 
 
-@pytest.mark.parametrize("asks", ["row_loss", "token_drift"])
+@pytest.mark.parametrize("asks", ["example_loss", "token_drift"])
 def test_a_need_that_a_part_did_not_declare_fails_though_others_did(tiny, photos, tmp_path, asks):
     anchor = ("regularize.anchor.kind=embedding_anchor",)
     tuned = task(tiny(), photos, tmp_path, *anchor, mine=Declares(asks=asks))
@@ -206,7 +205,7 @@ def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos,
 
 @pytest.mark.parametrize(("pixels", "limit", "rows"), [(64 * 64, 2**18, 8), (512 * 512, 2**18, 1), (2048**2, 2**20, 1)])
 def test_rows_at_once(pixels, limit, rows):
-    assert sampler.rows_at_once(pixels, limit) == rows
+    assert sampler.images_per_batch(pixels, limit) == rows
 
 
 class Traveller(nn.Module):
@@ -222,17 +221,17 @@ class Traveller(nn.Module):
 def test_parked_networks_come_back():
     device = torch.device("meta")
     one, two = Traveller(), Traveller()
-    parked = Parked({"vae": one, "text": two}, device, on=True)
-    parked.away("vae")
-    with parked.here():
+    offloaded = Offloaded({"vae": one, "text": two}, device, on=True)
+    offloaded.offload("vae")
+    with offloaded.on_device():
         assert one.where == ["home", "cpu", "meta"]
     assert one.where[-1] == "cpu"
-    parked.away("text")
-    parked.back()
+    offloaded.offload("text")
+    offloaded.restore()
     assert one.where == ["home", "cpu", "meta", "cpu", "meta"] and two.where == ["home", "cpu", "meta"]
-    idle = Parked({"vae": one}, torch.device("cpu"))
-    idle.away("vae")
-    idle.back()
+    idle = Offloaded({"vae": one}, torch.device("cpu"))
+    idle.offload("vae")
+    idle.restore()
     assert len(one.where) == 5 and not idle.on
 
 
@@ -242,21 +241,21 @@ def test_a_run_with_parked_networks_learns_the_same_and_has_them_when_it_needs_t
     backbone = tiny()
 
     def preview(phase: str, step: int):
-        assert not run.parked._away
+        assert not run.offloaded._away
         return sample(backbone, ["a mug"], seeds=[0], steps=1, height=32, width=32), {}
 
     run = session(backbone, recipe, photos, tmp_path / "b", preview=preview)
-    run.parked.on = True
+    run.offloaded.on = True
     used = {"vae": backbone.vae.encoder, "text_encoder": backbone.components["text_encoder"]}
     for name, network in used.items():
         network.register_forward_hook(lambda *_, name=name: check(name))
     seen = []
 
     def check(name: str) -> None:
-        assert name not in run.parked._away
+        assert name not in run.offloaded._away
         seen.append(name)
 
     for _ in run.steps():
-        assert run.parked._away == {"vae", "text_encoder"}
-    assert set(seen) == set(used) and not run.parked._away
+        assert run.offloaded._away == {"vae", "text_encoder"}
+    assert set(seen) == set(used) and not run.offloaded._away
     assert same(whole, learned(run))

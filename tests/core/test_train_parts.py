@@ -13,7 +13,7 @@ from shared.config import validate
 from shared.modifiers import LearnableToken, RareToken
 from shared.noise import LogitNormal, Uniform
 from shared.objective import Denoising
-from shared.recipe import Recipe
+from shared.recipe.schema import Recipe
 from shared.train.data import Data
 from shared.train.loop import generator
 from shared.train.tune import Tune
@@ -172,7 +172,12 @@ def test_class_pictures_follow_when_a_penalty_asks_for_them(sd):
     prior = {"sources": sources, "regularize": {"prior_preservation": {}}}
     both = [*pictures(), *pictures(2, "prior", caption="a photo of a mug")]
     batch = data(sd, both, **prior).batch(0, 0)
-    assert batch.role == ("instance", "instance", "prior", "prior") and batch.rows("prior").tolist() == [0, 0, 1, 1]
+    assert batch.role == ("instance", "instance", "prior", "prior") and batch.with_role("prior").tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
     assert set(batch.captions[2:]) == {"a photo of a mug"} and all("sks" in c for c in batch.captions[:2])
     assert data(sd, both).batch(0, 0).role == ("instance", "instance")
     with pytest.raises(ValueError, match="asks for class pictures, but its sources gave none"):

@@ -12,15 +12,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.recipe import Optimizer, Train
-from shared.sampling.sampler import sample
-from shared.train.guard import LastGood
+from shared.recipe.schema import Optimizer, Train
+from shared.train.last_good_state import LastGood
 from shared.train.log import Log
-from shared.train.loop import NotFinite, Update, run
-from shared.train.optim import Optimizers
+from shared.train.loop import Update, run
+from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
-from shared.trainable import Woken
-from tests.core.runs import finish, paint, session, small
+from shared.trainable import TrainableGroup
+from tests.core.runs import finish, paint, sample, session, small
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +135,7 @@ def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)  # type: ignore[attr-defined]
-    woken = Woken("line", [task.weight], lr=0.1, weight_decay=0.0)
+    woken = TrainableGroup("line", [task.weight], lr=0.1, weight_decay=0.0)
     return Optimizers({"main": [woken]}, Optimizer(), accelerator), accelerator
 
 
@@ -228,7 +227,7 @@ def test_a_loss_moves_its_own_group_only(pieces):
     """Against plain gradients, written out."""
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
-    groups = {n: [Woken(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}
+    groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}
     optimizers = Optimizers(groups, Optimizer(max_grad_norm=None, weight_decay=0.0), accelerator)
     settings = Train(steps=3, gradient_accumulation=pieces)
     norms = []

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.io.subjects import read_subject
+from shared.io.read_subject import read_subject
 from shared.modifiers import LearnableToken
 from shared.train import checkpoint
-from shared.train.guard import LastGood
-from shared.train.loop import NotFinite, Update
-from shared.train.optim import Optimizers
+from shared.train.last_good_state import LastGood
+from shared.train.loop import Update
+from shared.train.optim import NotFinite, Optimizers
 from shared.train.resuming import same_recipe
 from shared.train.tune import Tune
 from shared.trainable import Lora
@@ -151,7 +151,7 @@ def test_a_state_on_its_way_to_no_number_is_not_good():
 
 
 def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
-    monkeypatch.setattr("shared.train.guard._MOST", 3)
+    monkeypatch.setattr("shared.train.last_good_state._MOST", 3)
     small_one, large = (LastGood(Standing(n)) for n in (3, 4))  # type: ignore[arg-type]
     for good in (small_one, large):
         good.keep(1, 0.5)
@@ -159,7 +159,7 @@ def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
 
 
 def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.train.guard._MOST", 0)
+    monkeypatch.setattr("shared.train.last_good_state._MOST", 0)
     broken_at(monkeypatch, 3)
     for every, said in ((2, "the state of step 2"), (0, "no good state is left")):
         recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")
@@ -264,7 +264,7 @@ def with_old(backbone: Any, seed: int = 9) -> Any:
 
 def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
     recipe, workdir = small(*RECIPE), tmp_path / "run"
-    cut(session(with_old(tiny()), recipe, photos, workdir, others={"old": 1.0}))
+    cut(session(with_old(tiny()), recipe, photos, workdir, loaded_strengths={"old": 1.0}))
 
     def go_on(backbone: Any, **changes: Any) -> None:
         finish(session(backbone, recipe, photos, workdir, **changes), resume=True)
@@ -275,12 +275,12 @@ def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
         (with_old(tiny(), seed=1), {"old": 1.0}, "the loaded concept 'old' has changed"),
     ):
         with pytest.raises(ValueError, match=said):
-            go_on(backbone, others=others)
+            go_on(backbone, loaded_strengths=others)
     named = with_old(tiny())
     LearnableToken().attach(named, "dog", "dog")
     with pytest.raises(ValueError, match="the loaded concept 'dog' has been added"):
-        go_on(named, others={"old": 1.0})
-    go_on(with_old(tiny()), others={"old": 1.0})
+        go_on(named, loaded_strengths={"old": 1.0})
+    go_on(with_old(tiny()), loaded_strengths={"old": 1.0})
 
 
 def test_two_subjects_whose_pictures_have_the_same_names(tiny, photos, tmp_path):

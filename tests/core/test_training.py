@@ -14,9 +14,9 @@ from torch import Tensor
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.catalog import recipe_files
+from shared.recipe.catalog import recipe_files
 from shared.train import checkpoint
-from shared.train.session import Interrupted
+from shared.train.training_run import Interrupted
 from tests.core.runs import finish, learned, same, session, small
 
 SHIPPED = sorted(recipe_files("image"))

@@ -10,15 +10,14 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
+from shared.backbones.attention import pays, unfused_attention
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.io.subjects import read_subject
+from shared.io.read_subject import read_subject
 from shared.modifiers import RareToken
-from shared.sampling.sampler import sample
-from shared.train.contexts import pays, unfused_attention
 from shared.train.tune import Tune
 from shared.trainable import Lora
 from shared.types import Subject
-from tests.core.runs import finish, session, small
+from tests.core.runs import finish, sample, session, small
 
 # --- penalties and loaded concepts -----------------------------------------------------------
 
@@ -38,7 +37,7 @@ def with_old(backbone: Any, strength: float = 1.0) -> Any:
 def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, photos, tmp_path, strength):
     recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
     backbone = with_old(tiny(), strength)
-    run = session(backbone, recipe, photos, tmp_path / "run", others={"old": strength})
+    run = session(backbone, recipe, photos, tmp_path / "run", loaded_strengths={"old": strength})
     run._attach_names()
     woken = run._wake(recipe)
     draw = torch.Generator().manual_seed(4)
@@ -56,7 +55,7 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
 
     def elsewhere(other: Any) -> Tensor:
         """On a backbone that never had the concept in training."""
-        prompts = [c.replace(backbone.namings["mug"].words, "mug") for c in step.batch.captions]
+        prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
 
@@ -99,9 +98,9 @@ def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, 
 
     run("one", tiny())
     run("two", tiny())
-    run("three", with_old(tiny()), others={"old": 1.0})
-    run("four", with_old(tiny(), 0.5), others={"old": 0.5})
-    run("five", with_old(tiny()), others={"old": 1.0})
+    run("three", with_old(tiny()), loaded_strengths={"old": 1.0})
+    run("four", with_old(tiny(), 0.5), loaded_strengths={"old": 0.5})
+    run("five", with_old(tiny()), loaded_strengths={"old": 1.0})
     assert [name for name, _ in made] == ["one", "three", "four"]
     assert [on.get("old") for _, on in made] == [None, 1.0, 0.5]
     assert all(on["mug"] == 0.0 for _, on in made), "what is in training is off"
@@ -127,7 +126,7 @@ def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
     run._attach_names()
     task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
     step = task._predict(task.data.batch(0, 0), 0, 0)
-    (slope,) = torch.autograd.grad(step.need("row_loss").sum(), step.prediction)
+    (slope,) = torch.autograd.grad(step.need("example_loss").sum(), step.prediction)
     assert step.batch.mask is not None
     inside = step.batch.mask.expand_as(slope) > 0
     assert inside.any() and (slope[~inside] == 0).all() and (slope[inside] != 0).all()

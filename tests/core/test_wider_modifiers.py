@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from shared.concept import attach, capture, export, lines, read, save
 from shared.config import Part, default_kind
-from shared.io.subjects import read_subject
+from shared.io.read_subject import read_subject
 from shared.modifiers import Modifier
-from shared.modifiers.base import PlainNaming
-from shared.recipe import Recipe
-from shared.recipes import load
-from shared.train.session import Session
+from shared.modifiers.base import PlaceholderBase
+from shared.recipe.resolve import load
+from shared.recipe.schema import Recipe
+from shared.train.training_run import Session
 
 
-class Spread(PlainNaming):
+class Spread(PlaceholderBase):
     """One row per attention site, and another that grows with time."""
 
     varies_with = frozenset({"time", "site"})
@@ -33,7 +33,7 @@ class Spread(PlainNaming):
         self.tokens, self.sites = (f"<{name}>",), sites
         self.table = {key: nn.Parameter(start.clone(), requires_grad=False) for key in (*sites, "time")}
 
-    def rows(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
         assert t is not None and site is not None
         return self.table[site] + self.table["time"] * t[:, None, None] / 1000
 
@@ -53,9 +53,9 @@ class PerSiteAndTime(Part):
     kind: Literal["per_site_and_time"] = "per_site_and_time"
 
     def attach(self, backbone: Any, name: str, class_noun: str, seed: int = 0) -> Spread:
-        naming = Spread(name, backbone.word_rows("text_encoder", class_noun)[:1], backbone.text_sites())
-        backbone.add_naming(naming)
-        return naming
+        placeholder = Spread(name, backbone.word_embeddings("text_encoder", class_noun)[:1], backbone.text_sites())
+        backbone.add_placeholder(placeholder)
+        return placeholder
 
 
 Wider = Annotated[Modifier | Annotated[PerSiteAndTime, Field()], Field()]
@@ -94,9 +94,9 @@ def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any]
     loaded = read(save(concept, tmp_path / "mug.concept").path or "")
     fresh = new_sd()
     attach(loaded, fresh, modifiers=Wider)
-    assert torch.equal(predicted(fresh), learned) and fresh.namings["mug"].frozen
-    fresh.namings["mug"].load_state_dict(
-        Spread("o", fresh.word_rows("text_encoder", "mug")[:1], fresh.text_sites()).state_dict()
+    assert torch.equal(predicted(fresh), learned) and fresh.placeholders["mug"].frozen
+    fresh.placeholders["mug"].load_state_dict(
+        Spread("o", fresh.word_embeddings("text_encoder", "mug")[:1], fresh.text_sites()).state_dict()
     )
     assert not torch.equal(predicted(fresh), learned), "two steps have moved it"
     assert any("rows.time: 1 × 16" in line for line in lines(loaded))
@@ -110,7 +110,7 @@ def test_what_cannot_be_done_with_it_is_said(trained: Any, new_sd: Callable[...,
         attach(concept, fresh)
     with pytest.raises(ValueError, match="no strength but 1"):
         attach(concept, fresh, 0.5, modifiers=Wider)
-    assert not fresh.namings
+    assert not fresh.placeholders
     with pytest.raises(ValueError, match="diffusers' embedding files hold one table of rows per text encoder"):
         export(concept, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()

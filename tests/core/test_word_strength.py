@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.concept import Concept, attach, capture, export, read, save
-from shared.concept.folder import with_fields
+from shared.concept.concept_folder import with_fields
 from shared.modifiers import LearnableToken, PlainText, RareToken
-from shared.modifiers.base import PlainNaming
+from shared.modifiers.base import PlaceholderBase
 from shared.prompts import expand
-from shared.sampling.sampler import sample
 from shared.trainable import Lora
+from tests.core.runs import sample
 
 
 def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: Any) -> Concept:
     """A concept with learned tokens (and an adapter), taken off the backbone again."""
     modifier = LearnableToken(**settings)
-    naming = modifier.attach(backbone, "x", noun, seed=5)
-    for parameter in naming.parameters():
+    placeholder = modifier.attach(backbone, "x", noun, seed=5)
+    for parameter in placeholder.parameters():
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     if lora:
         for parameter in Lora(rank=2).inject(backbone, "x", "lora", 0).parameters:
@@ -36,7 +36,7 @@ def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: An
 
 
 def picture(backbone: Any, prompt: str = "a photo of a <x> on the beach") -> Tensor:
-    return sample(backbone, [expand(prompt, backbone.namings)], seeds=[0], steps=2, height=32, width=32)
+    return sample(backbone, [expand(prompt, backbone.placeholders)], seeds=[0], steps=2, height=32, width=32)
 
 
 def at(backbone: Any, concept: Concept, strength: float) -> Tensor:
@@ -60,8 +60,8 @@ def test_the_rows_lie_on_the_line(backbone: Any) -> None:
     for strength in (0.0, 0.25, 1.0, 1.5):
         attach(concept, backbone, strength)
         for component, rows in concept.learned_words.items():
-            start = concept.starts[component]
-            got = backbone.namings["x"].rows(component, None, None)
+            start = concept.initial_embeddings[component]
+            got = backbone.placeholders["x"].rows(component, None, None)
             assert torch.allclose(got, start + strength * (rows - start), atol=1e-6)
             assert strength not in (0.0, 1.0) or torch.equal(got, rows if strength else start)
         assert backbone.strengths == {"x": strength}
@@ -88,9 +88,9 @@ def test_adapters_and_words_share_one_strength(new_sd: Callable[..., Any]) -> No
     concept = learned(backbone, lora=True)
     assert torch.equal(at(backbone, concept, 0.0), picture(backbone, "a photo of a mug on the beach"))
     attach(concept, backbone, 0.5)
-    text = backbone.encode([backbone.namings["x"].words]).context
+    text = backbone.encode([backbone.placeholders["x"].words]).context
     backbone.set_strength("x", 1.0)
-    assert not torch.equal(backbone.encode([backbone.namings["x"].words]).context, text)
+    assert not torch.equal(backbone.encode([backbone.placeholders["x"].words]).context, text)
 
 
 def test_an_older_concept_without_a_start_starts_from_this_model_s_words(new_sd: Callable[..., Any]) -> None:
@@ -109,19 +109,19 @@ def test_words_that_learned_nothing_have_no_strength(new_sd: Callable[..., Any],
     backbone.remove("x")
     with pytest.raises(ValueError, match="'x' learned nothing that a strength could scale"):
         attach(concept, backbone, 0.5)
-    assert not backbone.namings
+    assert not backbone.placeholders
     attach(concept, backbone)
 
 
 def test_a_naming_without_a_way_between_refuses(new_sd: Callable[..., Any]) -> None:
-    class Learned(PlainNaming):
+    class Learned(PlaceholderBase):
         components = ("text_encoder",)
 
         def parameters(self) -> Any:
             return iter([torch.nn.Parameter(torch.ones(1))])
 
     backbone = new_sd()
-    backbone.add_naming(Learned("x", "sks"))
+    backbone.add_placeholder(Learned("x", "sks"))
     with pytest.raises(ValueError, match="'x': what its words learned has no strength but 1; asked for 0.5"):
         backbone.set_strength("x", 0.5)
     with pytest.raises(ValueError, match="no strength but 1"), backbone.active({"x": 0.5}):
@@ -138,7 +138,7 @@ def test_an_export_folds_the_strength_into_the_words(backbone: Any, tmp_path: Pa
     for entry in report["tokens"]:
         component = entry["component"]
         rows = load_file(tmp_path / "half" / entry["file"])["<x>"]
-        middle = (concept.starts[component] + concept.learned_words[component]) / 2
+        middle = (concept.initial_embeddings[component] + concept.learned_words[component]) / 2
         assert torch.allclose(rows, middle, atol=1e-6)
     bare = replace(concept, tensors={**concept.tensors, "embeddings": concept.learned_words})
     again = export(bare, tmp_path / "bare", backbone=backbone, strength=0.5)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pcs_image.runner import Runner
+from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
 from shared.concept import read
-from shared.io.subjects import read_subject
-from shared.recipes import load
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.runner.base import Runner
+from shared.runner.judging import EvaluationSettings
 
 
 @pytest.fixture
@@ -67,9 +70,9 @@ def test_pictures_are_made_as_asked_else_as_the_concept_s_recipe_says(pcs, argum
     seen = []
     generate = Runner.generate
 
-    def spy(self, *given, **settings):
-        seen.append({k: settings[k] for k in ("steps", "guidance", "scheduler")})
-        return generate(self, *given, **settings)
+    def spy(self, prompts, seeds, settings, **how):
+        seen.append({k: getattr(settings, k) for k in ("steps", "guidance", "scheduler")})
+        return generate(self, prompts, seeds, settings, **how)
 
     monkeypatch.setattr(Runner, "generate", spy)
     assert pcs(*arguments, "--limit", 1, "--out", tmp_path / "a").code == 0
@@ -91,18 +94,18 @@ def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folde
     """The same as the command, and one of several loaded concepts; what was learned here needs no references."""
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     by_command = json.loads((tmp_path / "report" / "report.json").read_text())
-    runner = Runner(load_backbone(tiny_folder))
+    runner = ImageRunner(load_backbone(tiny_folder))
     runner.load(read(concepts["mug"]))
-    settings = {"dino": dino, "gallery": tmp_path / "gallery"}
     prompts = str(tmp_path / "prompts.txt")
-    report = runner.evaluate("mug", prompts, references=photos, **settings)
+    settings = EvaluationSettings(prompts, dino=dino, gallery=tmp_path / "gallery")
+    report = runner.evaluate("mug", replace(settings, references=photos))
     assert json.loads(report.to_json())["scores"] == by_command["scores"]
     with pytest.raises(ValueError, match=r"unknown concept 'mag'. Did you mean 'mug'"):
-        runner.evaluate("mag", prompts, references=photos, **settings)
+        runner.evaluate("mag", settings)
     tiny = ("train.steps=1", "train.batch_size=1", "train.resolution=32", "sampling.steps=1", "backbone=tiny")
     subject = {"pot": read_subject(photos, "teapot")}
     runner.personalize(subject, load("textual_inversion", tiny), tmp_path / "run", tensorboard=False)
-    own = runner.evaluate("pot", prompts, out=tmp_path / "own", seeds=[0], limit=1, **settings)
+    own = runner.evaluate("pot", replace(settings, out=tmp_path / "own", seeds=(0,), limit=1))
     assert own.name == "pot" and own.class_noun == "teapot" and (tmp_path / "own" / "index.html").is_file()
     assert len(own.references) == 3 and own.costs.training_seconds is not None
 
@@ -139,8 +142,8 @@ def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_pat
 
 
 def test_what_a_concept_is_told_from_passes_the_same_autoencoder(tiny_sd):
-    from pcs_image.scoring import _round_trip
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
+    from shared.runner.judging import _round_trip
 
     pixels = torch.rand(5, 3, 32, 32) * 2 - 1
     with torch.no_grad():

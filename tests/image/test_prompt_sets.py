@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pcs_image.prompts import PromptSet, load_prompts, prompt_sets
 from shared.config import validate
+from shared.evaluation.prompt_sets import PromptSet, load_prompts, prompt_sets
 
 # prompts
 

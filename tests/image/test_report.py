@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_image.compare import Goal, benchmark, compare
-from pcs_image.evaluate import Case, evaluate
-from pcs_image.prompts import PromptSet
+from shared.benchmark.aggregate import Goal
+from shared.benchmark.compare import benchmark, compare
 from shared.config import validate
+from shared.evaluation.evaluate import Case, evaluate
+from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
+from shared.metrics.writing import save_report
 
 # a stand-in world: a subject is a square of its hue, a background a colour around it
 
@@ -118,8 +120,8 @@ def report(folder: Path) -> Report:
 
 
 def test_evaluation_measures_what_was_drawn(report: Report) -> None:
-    made = report.rows("concept")
-    assert len(made) == 6 and len(report.rows("base")) == 6 and len(report.rows("drift")) == 3
+    made = report.of_kind("concept")
+    assert len(made) == 6 and len(report.of_kind("base")) == 6 and len(report.of_kind("drift")) == 3
     copied = [p for p in made if p.scores["copied"]]
     assert {p.seed for p in copied} == {23} and all("copies reference 1" in p.flags and p.failed for p in copied)
     assert report.value("copied") == pytest.approx(1 / 3)
@@ -131,7 +133,9 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     assert identity is not None and identity.base == 0 and identity.chance == pytest.approx(1 / 9)
     assert identity.low is not None and identity.low <= 2 / 3
     assert report.value("trade_off") == pytest.approx(2 * (2 / 3) * (5 / 6) / (2 / 3 + 5 / 6))
-    assert report.value("drift") is not None and report.rows("drift")[0].scores["drift"] == pytest.approx(0, abs=1e-6)
+    assert report.value("drift") is not None and report.of_kind("drift")[0].scores["drift"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert (
         report.value(
             "diversity",
@@ -141,9 +145,9 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
 
 
 def test_prompts_are_told_to_each_model_as_they_must_be(report: Report) -> None:
-    assert report.rows("concept")[0].text == "a <my-mug> on the beach"
-    assert report.rows("base")[0].text == "a mug on the beach"
-    assert report.rows("drift")[0].text == "a boat on the beach"
+    assert report.of_kind("concept")[0].text == "a <my-mug> on the beach"
+    assert report.of_kind("base")[0].text == "a mug on the beach"
+    assert report.of_kind("drift")[0].text == "a boat on the beach"
 
 
 def test_costs_and_facts(report: Report) -> None:
@@ -159,7 +163,7 @@ def test_costs_and_facts(report: Report) -> None:
 def test_json_round_trip_is_exact(report: Report, folder: Path, tmp_path: Path) -> None:
     again = Report.load(folder)
     assert again == report and again.to_json() == report.to_json() == (folder / "report.json").read_text()
-    report.save(tmp_path / "copy")
+    save_report(report, tmp_path / "copy")
     for name in ("report.json", "pictures.csv", "prompts.csv", "index.html"):
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
 

@@ -12,16 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pcs_image import tasks
-from pcs_image.runner import Runner, attached, metadata
+from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import export, read, save
-from shared.io.pictures import read_metadata, read_picture, to_image
-from shared.io.subjects import read_subject
-from shared.recipes import load
-from shared.sampling.sampler import sample
+from shared.io.contact_sheets import read_metadata, to_image
+from shared.io.decode import read_picture
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.runner.base import Runner, attached
+from shared.runner.metadata import metadata
+from shared.runner.opening import open_runner, parse_concept
+from shared.runner.plan import warn_unseen
+from shared.sampling.settings import SamplingSettings
+from tests.core.runs import sample
 
 TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
 TOKENS, LORA = "trainable.tokens.lr=0.5", "trainable.lora.lr=0.05"
@@ -31,12 +36,12 @@ FAST: dict[str, Any] = {"steps": 3, "guidance": 3.0, "height": 32, "width": 32}
 SCENE = "a photo of a <mug> on the beach"
 
 
-def pictures(runner: Runner, prompt: str = SCENE, seeds=(0, 1), **settings: Any) -> Tensor:
-    return runner.generate([prompt] * len(seeds), list(seeds), **{**FAST, **settings})
+def pictures(runner: Runner, prompt: str = SCENE, seeds=(0, 1), base: bool = False, **settings: Any) -> Tensor:
+    return runner.generate([prompt] * len(seeds), list(seeds), SamplingSettings(**{**FAST, **settings}), base=base)
 
 
 def on(folder: Path, *loaded: tuple[Path, float]) -> Runner:
-    runner = Runner(load_backbone(folder))
+    runner = ImageRunner(load_backbone(folder))
     for path, strength in loaded:
         runner.load(read(path), strength)
     return runner
@@ -58,7 +63,7 @@ def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request,
     make = request.getfixturevalue(f"make_tiny_{family}")
     wrap = FluxBackbone if family == "flux" else StableDiffusionBackbone
     recipe = load(name, [*TINY, *extra])
-    runner = Runner(wrap(make(), "tiny"))
+    runner = ImageRunner(wrap(make(), "tiny"))
     look = {c: repr(m) for c, m in runner.backbone.components.items()}
     settings = {"guidance": 1.0} if family == "flux" else {}
     plain = sample(runner.backbone, ["a photo of a mug on the beach"], seeds=[0, 1], **{**FAST, **settings})
@@ -67,7 +72,7 @@ def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request,
     assert not torch.allclose(shown, plain, atol=1e-3), "something was learned"
     save(made["mug"], tmp_path / "mug.concept")
     concept = read(tmp_path / "mug.concept")
-    other = Runner(wrap(make(), "tiny"))
+    other = ImageRunner(wrap(make(), "tiny"))
     other.load(concept)
     assert torch.equal(pictures(other, **settings), shown)
     other.unload("mug")
@@ -84,7 +89,7 @@ def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request,
 @pytest.mark.parametrize("family", ["sd", "sd_v"])
 def test_the_pixels_are_those_of_diffusers_with_the_exported_concept(request, photos, tmp_path, family):
     make = request.getfixturevalue(f"make_tiny_{family}")
-    runner = Runner(StableDiffusionBackbone(make(), "tiny"))
+    runner = ImageRunner(StableDiffusionBackbone(make(), "tiny"))
     recipe = load("pivotal_tuning", [*TINY, *STRONG])
     made = runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     export(made["mug"], tmp_path / "out", backbone=runner.backbone)
@@ -108,7 +113,7 @@ def test_the_pixels_are_those_of_diffusers_with_the_exported_concept(request, ph
 
 
 def test_flux_pixels_are_those_of_diffusers_with_the_exported_lora(make_tiny_flux, photos, tmp_path):
-    runner = Runner(FluxBackbone(make_tiny_flux(), "tiny"))
+    runner = ImageRunner(FluxBackbone(make_tiny_flux(), "tiny"))
     recipe = load("dreambooth_lora", [*TINY, LORA, "regularize=null", "sources.class_pictures=null"])
     made = runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     export(made["mug"], tmp_path / "out", backbone=runner.backbone)
@@ -133,10 +138,10 @@ def test_flux_pixels_are_those_of_diffusers_with_the_exported_lora(make_tiny_flu
 
 def test_the_base_is_the_model_without_any_concept(tiny_folder, concepts):
     runner = on(tiny_folder, (concepts["mug"], 1.0), (concepts["rex"], 1.0))
-    base = runner.generate(["a photo of a <mug> and a <rex>"], [3], base=True, **FAST)
+    base = runner.generate(["a photo of a <mug> and a <rex>"], [3], SamplingSettings(**FAST), base=True)
     bare = sample(load_backbone(tiny_folder), ["a photo of a mug and a dog"], seeds=[3], **FAST)
     assert torch.equal(base, bare)
-    with_one = on(tiny_folder, (concepts["rex"], 1.0)).generate(["a photo of a <rex>"], [3], **FAST)
+    with_one = on(tiny_folder, (concepts["rex"], 1.0)).generate(["a photo of a <rex>"], [3], SamplingSettings(**FAST))
     assert not torch.allclose(
         with_one, sample(load_backbone(tiny_folder), ["a photo of a dog"], seeds=[3], **FAST), atol=1e-3
     )
@@ -150,14 +155,16 @@ def test_several_concepts_each_with_its_strength(tiny_folder, concepts):
     half = pictures(on(tiny_folder, (concepts["mug"], 1.0), (concepts["rex"], 0.5)), prompt)
     none = pictures(on(tiny_folder, (concepts["mug"], 1.0), (concepts["rex"], 0.0)), prompt)
     assert not torch.allclose(full, half, atol=1e-3) and not torch.allclose(half, none, atol=1e-3)
-    alone = on(tiny_folder, (concepts["mug"], 1.0)).generate(["a photo of a <mug> and a sks dog"] * 2, [0, 1], **FAST)
+    alone = on(tiny_folder, (concepts["mug"], 1.0)).generate(
+        ["a photo of a <mug> and a sks dog"] * 2, [0, 1], SamplingSettings(**FAST)
+    )
     assert torch.equal(none, alone), "at strength 0 an adapter is not there"
     turned = pictures(on(tiny_folder, (concepts["rex"], 1.0), (concepts["mug"], 1.0)), prompt)
     assert torch.allclose(full, turned, atol=1e-4), "the order of loading does not matter"
     both.unload("rex")
     assert torch.equal(
-        both.generate(["a photo of a <mug>"], [0], **FAST),
-        on(tiny_folder, (concepts["mug"], 1.0)).generate(["a photo of a <mug>"], [0], **FAST),
+        both.generate(["a photo of a <mug>"], [0], SamplingSettings(**FAST)),
+        on(tiny_folder, (concepts["mug"], 1.0)).generate(["a photo of a <mug>"], [0], SamplingSettings(**FAST)),
     )
 
 
@@ -165,7 +172,7 @@ def test_attached_takes_concepts_off_again(tiny_folder, concepts):
     runner = on(tiny_folder)
     with pytest.raises(ValueError, match="already"), attached(runner, [(read(concepts["mug"]), 1.0)] * 2):
         pass
-    assert not runner.loaded and not runner.backbone.namings and not runner.backbone.adapters
+    assert not runner.loaded and not runner.backbone.placeholders and not runner.backbone.adapters
     with attached(runner, [(read(concepts["mug"]), 0.5)]):
         assert runner.strengths == {"mug": 0.5}
     assert not runner.loaded
@@ -179,7 +186,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(tiny_folder, concepts):
 
 def test_a_new_concept_can_be_learned_beside_a_loaded_one(tiny_folder, concepts, photos, tmp_path):
     runner = on(tiny_folder, (concepts["rex"], 1.0))
-    before = runner.generate(["a photo of a <rex>"], [0], **FAST)
+    before = runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST))
     with pytest.raises(ValueError, match="'rex' is loaded already"):
         runner.personalize({"rex": read_subject(photos, "mug")}, load("pivotal_tuning", TINY), tmp_path / "a")
     made = runner.personalize(
@@ -191,7 +198,7 @@ def test_a_new_concept_can_be_learned_beside_a_loaded_one(tiny_folder, concepts,
     assert set(runner.loaded) == {"mug", "rex"} and runner.strengths == {"mug": 1.0, "rex": 1.0}
     assert {k.split(".")[0] for k in made["mug"].of("adapter")} == {"lora"}, "the other's adapter is not in it"
     runner.unload("mug")
-    assert torch.equal(runner.generate(["a photo of a <rex>"], [0], **FAST), before)
+    assert torch.equal(runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST)), before)
 
 
 def test_two_subjects_of_one_run_become_two_concepts(tiny_folder, photos, painted, tmp_path):
@@ -222,7 +229,7 @@ def test_a_run_that_fails_leaves_the_backbone_as_it_was(tiny_folder, photos, tmp
     ):
         with pytest.raises((ValueError, RuntimeError), match=said):
             runner.personalize(subject, load("pivotal_tuning", [*TINY, *settings]), tmp_path / "run", tensorboard=False)
-        assert not runner.loaded and not runner.backbone.namings and not runner.backbone.adapters
+        assert not runner.loaded and not runner.backbone.placeholders and not runner.backbone.adapters
         assert {c: repr(m) for c, m in runner.backbone.components.items()} == look
 
 
@@ -288,10 +295,12 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tmp_p
     about = json.loads(text["pcs"])
     assert text["Description"] == about["prompt"] == "a <mug> beside a <rex>"
     assert about["expanded"] == "a <mug> <mug>_1 mug beside a sks dog" and about["concepts"] == {"mug": 1.0, "rex": 0.5}
-    runner = tasks.open_runner(about["backbone"], [f"{concepts[n]}:{s}" for n, s in about["concepts"].items()], "cpu")
+    runner = open_runner(
+        ImageRunner, about["backbone"], [f"{concepts[n]}:{s}" for n, s in about["concepts"].items()], "cpu"
+    )
     assert about["checkpoint"] == runner.backbone.checkpoint
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}
-    again = runner.generate([about["prompt"]], [about["seed"]], **settings)
+    again = runner.generate([about["prompt"]], [about["seed"]], SamplingSettings(**settings))
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
 
 
@@ -308,7 +317,7 @@ def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
     pixels = {p: read_picture(p).pixels for p in (on, late, zero, next(off.iterdir()))}
     on_, late_, zero_, off_ = pixels.values()
     assert torch.equal(zero_, off_) and not torch.equal(late_, on_) and not torch.equal(late_, off_)
-    (change,) = json.loads(read_metadata(late)["pcs"])["changes"]
+    (change,) = json.loads(read_metadata(late)["pcs"])["hooks"]
     assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
     said = {
         ("rex",): "--strength: 'rex' is no strength by step",
@@ -322,13 +331,13 @@ def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
 
 
 def _bytes(pixels: Tensor) -> Tensor:
-    from shared.io.pictures import to_pixels
+    from shared.io.decode import to_pixels
 
     return to_pixels(to_image(pixels))
 
 
 def test_what_was_left_to_the_backbone_is_said_too(tiny_folder):
-    about = json.loads(metadata("a mug", 3, on(tiny_folder), steps=None, guidance=2.0, scheduler=None)["pcs"])
+    about = json.loads(metadata("a mug", 3, on(tiny_folder), SamplingSettings(guidance=2.0))["pcs"])
     assert {k: about[k] for k in ("steps", "guidance", "height", "width", "seed")} == {
         **{"steps": 50, "guidance": 2.0, "height": 32, "width": 32, "seed": 3}
     }
@@ -337,16 +346,16 @@ def test_what_was_left_to_the_backbone_is_said_too(tiny_folder):
 def test_photos_on_the_toybox_are_taken_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
     with pytest.warns(UserWarning, match="has never seen the real world") as told:
-        tasks.warn_unseen(toybox, {"mug": read_subject(photos, "mug")})
+        warn_unseen(toybox, {"mug": read_subject(photos, "mug")})
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tasks.warn_unseen(toybox, {"toy": read_subject(painted(tmp_path / "toys", side=64), "mug")})
-        tasks.warn_unseen(StableDiffusionBackbone(make_tiny_sd(), "x"), {"mug": read_subject(photos, "mug")})
+        warn_unseen(toybox, {"toy": read_subject(painted(tmp_path / "toys", side=64), "mug")})
+        warn_unseen(StableDiffusionBackbone(make_tiny_sd(), "x"), {"mug": read_subject(photos, "mug")})
 
 
 def test_the_backbone_is_the_one_it_was_learned_on(concepts, tiny_folder):
-    assert tasks.open_runner(None, [str(concepts["mug"])], "cpu").backbone.name == str(tiny_folder)
+    assert open_runner(ImageRunner, None, [str(concepts["mug"])], "cpu").backbone.name == str(tiny_folder)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +363,7 @@ def test_the_backbone_is_the_one_it_was_learned_on(concepts, tiny_folder):
     [("a.concept", ("a.concept", 1.0)), ("a.concept:0.8", ("a.concept", 0.8)), ("x/y:-1", ("x/y", -1.0))],
 )
 def test_a_concept_with_its_strength(text, expected):
-    assert tasks.parse_concept(text) == (Path(expected[0]), expected[1])
+    assert parse_concept(text) == (Path(expected[0]), expected[1])
 
 
 def test_several_subjects_through_the_command_line(pcs, learn, photos, painted, tmp_path):

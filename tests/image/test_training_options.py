@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from pcs_image import tasks
-from pcs_image.commands.progress import Bar, Lines, Tenths
-from pcs_image.runner import Runner
-from pcs_image.scoring import training_scorers
+from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.commands.progress import Bar, Lines, Tenths
 from shared.concept import read
-from shared.io.subjects import read_subject
-from shared.recipes import load
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.runner import learn as learn_module
+from shared.runner.judging import training_scorers
+from shared.runner.plan import Plan, plan
 from shared.train import checkpoint
 
 TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
@@ -29,9 +30,9 @@ TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolutio
 # --- what scores while training ------------------------------------------------------------------
 
 
-def planned(photos: Path, out: Path, *settings: str) -> tasks.Plan:
+def planned(photos: Path, out: Path, *settings: str) -> Plan:
     given = (f"subject.images={photos}", "subject.class_noun=mug", f"output={out / 'x.concept'}")
-    return tasks.plan(load("textual_inversion", [*TINY, *given, *settings]))
+    return plan(load("textual_inversion", [*TINY, *given, *settings]))
 
 
 EVERY = "train.validation.every=1"
@@ -112,7 +113,7 @@ def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, 
 
     out = tmp_path / "x.concept"
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"x\.concept is saved; its preview could"):
-        patch.setattr(tasks, "preview", fail)
+        patch.setattr(learn_module, "preview", fail)
         assert pcs(*learn("textual_inversion", f"output={out}")).code == 0
     assert not (out / "preview.png").exists() and read(out).preview is None
     assert not list((tmp_path / "x.training").glob("checkpoint-*"))
@@ -123,7 +124,7 @@ def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, 
 
 
 def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_path):
-    runner = Runner(load_backbone(tiny_folder))
+    runner = ImageRunner(load_backbone(tiny_folder))
     subject = {"mug": read_subject(photos, "mug")}
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -151,11 +152,11 @@ def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_pat
     ],
 )
 def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, tmp_path, setting, said):
-    runner = Runner(load_backbone(tiny_folder))
+    runner = ImageRunner(load_backbone(tiny_folder))
     with pytest.raises(ValueError, match=said):
         recipe = load("pivotal_tuning", [*TINY, setting])
         runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
-    assert not (tmp_path / "run").exists() and not runner.backbone.namings
+    assert not (tmp_path / "run").exists() and not runner.backbone.placeholders
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])
@@ -170,7 +171,7 @@ def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_pat
 def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder, photos, tmp_path):
     small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
     recipe = load("dreambooth_lora", [*TINY, *small, "phases.a.train.resolution=16"])
-    runner = Runner(load_backbone(tiny_folder))
+    runner = ImageRunner(load_backbone(tiny_folder))
     runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     assert "mug" in runner.loaded
 

@@ -1,6 +1,6 @@
 """The toybox's measuring instruments: a recognizer of attributes, an identity encoder and a CLIP.
 
-How far each is to be believed is in `weights/CARD.md`. Imports are lazy: naming this package loads no torch.
+How far each is to be believed is in `weights/CARD.md`. Imports are lazy: placeholder this package loads no torch.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clip import load_clip
-    from .identity import IdentityEncoder, load_identity, retrieve
-    from .recognizer import Recognizer, load_recognizer
+    from shared.toybox.evaluators.clip import load_clip
+    from shared.toybox.evaluators.identity import IdentityEncoder, load_identity
+    from shared.toybox.evaluators.recognizer import Recognizer, load_recognizer
 
-__all__ = ["IdentityEncoder", "Recognizer", "load_clip", "load_identity", "load_recognizer", "retrieve"]
+__all__ = ["IdentityEncoder", "Recognizer", "load_clip", "load_identity", "load_recognizer"]
 _HOME = {
     "IdentityEncoder": "identity",
     "Recognizer": "recognizer",
     "load_clip": "clip",
     "load_identity": "identity",
     "load_recognizer": "recognizer",
-    "retrieve": "identity",
 }
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from .trunk import WEIGHTS
+from shared.toybox.evaluators.convnet import WEIGHTS
 
 MEAN = STD = (0.5, 0.5, 0.5)
 

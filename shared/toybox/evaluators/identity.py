@@ -9,7 +9,6 @@ palette that differ in their pattern only (hard negatives).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .trunk import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
+from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 HIDDEN = 256
 _WIDE, _LEAST = (
@@ -128,45 +127,6 @@ class IdentityEncoder(nn.Module):
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.dimensions)
-
-
-def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """How much each query looks like each entry: `[Q, G]`, float64, at most 1.
-
-    Args:
-        queries: `[Q, D]`
-        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the
-            mean of the two highest cosines counts, not the cosine to the mean; of every entry as many pictures (the
-            first) as the smallest has, since the best of many would be higher by chance
-
-    Raises:
-        ValueError: the gallery is empty
-    """
-    if not len(gallery):
-        raise ValueError("gallery: empty; give at least one entry of embeddings")
-    entries = [entry.double().reshape(-1, queries.shape[1]) for entry in gallery]
-    count = min(len(entry) for entry in entries)
-    pictures = F.normalize(torch.stack([entry[:count] for entry in entries]), dim=2)
-    cosines = torch.einsum("qd,gnd->qgn", F.normalize(queries.double(), dim=1), pictures)
-    return cosines.topk(min(2, count), dim=2).values.mean(2)
-
-
-def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """The index `[Q]` of the entry that each query `[Q, D]` is most similar to; `gallery` as in `similarities`."""
-    return similarities(queries, gallery).argmax(1)
-
-
-def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; scalar.
-
-    A row without a positive in the batch is left out.
-    """
-    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    logits = (embeddings @ embeddings.T / temperature).masked_fill(own, -torch.inf)
-    log_p = logits.log_softmax(1).masked_fill(own, 0.0)
-    positive = (labels[:, None] == labels[None]) & ~own
-    count = positive.sum(1)
-    return -((log_p * positive).sum(1)[count > 0] / count[count > 0]).mean()
 
 
 @lru_cache(maxsize=4)

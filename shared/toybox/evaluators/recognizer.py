@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from .trunk import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
+from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 ATTRIBUTES = ("class", "main", "second", "background", "view", "accessory", "style")
 

@@ -1,0 +1,259 @@
+"""What the model families share: placeholders and adapters by concept name, and the identity of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.backbones.forward_process import ForwardProcess
+from shared.backbones.latents import LatentCodec
+from shared.backbones.module_roles import RoleSpec, resolve
+from shared.backbones.protocol import Adapter, Group, Placeholder, Site
+from shared.backbones.text import TextEncoding
+from shared.backbones.tokens import TokenOverlay
+from shared.types import Conditioning
+
+
+class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
+    """A frozen pipeline's parts, and what is attached to them. Families fill in the abstract methods.
+
+    Args:
+        name: as the user gave it
+        components: the trainable networks by name, the denoiser first
+        tokenizers: by text-encoder name
+        max_length: tokens per prompt, by text-encoder name
+        vae: an AutoencoderKL
+        scheduler: the family's own scheduler; sampling schedulers are built from its configuration
+    """
+
+    family: str = ""
+    role_table: Mapping[str, Sequence[RoleSpec]] = {}
+    default_guidance: float = 7.5
+    default_steps: int = 50
+    discrete_time: bool = True  # trained on whole timesteps
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        components: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        max_length: Mapping[str, int],
+        vae: nn.Module,
+        scheduler: Any,
+    ) -> None:
+        self.name = name
+        self._components = dict(components)
+        self.tokens = TokenOverlay(tokenizers, max_length)
+        self.vae: Any = vae
+        self.scheduler = scheduler
+        self.adapters: dict[str, list[Adapter]] = {}
+        self.placeholders: dict[str, Placeholder] = {}
+        self._strengths: dict[str, float] = {}  # of adapters
+        self._spoken: dict[str, float] = {}  # of placeholders
+        self._warned: set[str] = set()
+        for module in (*self._components.values(), vae):
+            module.requires_grad_(False)
+            module.eval()
+        networks = {**self._components, "vae": vae}
+        self.fingerprint = _fingerprint(self.family, networks)
+        self.checkpoint = _checkpoint(networks)
+
+    # --- what there is -------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return next(iter(self._components.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        return self._components
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
+        """Moves every network, in place."""
+        for module in (*self._components.values(), self.vae):
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def roles(self) -> tuple[str, ...]:
+        """The roles that `group` knows in this family."""
+        return tuple(sorted(self.role_table))
+
+    def group(self, role: str) -> tuple[Group, ...]:
+        """The modules of a role, one Group per component. ValueError lists the roles there are."""
+        return resolve(role, self.role_table, self._components, self.family)
+
+    def sites(self) -> tuple[Site, ...]:
+        """The attention layers, in the order of the forward pass."""
+        raise NotImplementedError
+
+    def text_sites(self) -> tuple[str, ...]:
+        """Names of the sites where each layer can have a text context of its own."""
+        return tuple(s.name for s in self.sites() if s.kind == "cross")
+
+    # --- what is attached ----------------------------------------------------------------------------------
+
+    def add_placeholder(self, placeholder: Placeholder) -> None:
+        """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
+        if placeholder.name in self.placeholders:
+            raise ValueError(f"a concept named {placeholder.name!r} is already named here; remove it first")
+        self.tokens.check_new(placeholder.tokens)
+        self.placeholders[placeholder.name] = placeholder
+        self._spoken[placeholder.name] = 1.0
+        self._refresh_tokens()
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Registers an injected adapter under a concept's name; it takes that name's strength, 1 for a new name."""
+        self.adapters.setdefault(name, []).append(adapter)
+        adapter.set_strength(self._strengths.setdefault(name, 1.0))
+
+    def remove(self, name: str) -> None:
+        """Ejects all that is attached under this name. ValueError when nothing is."""
+        if name not in self.adapters and name not in self.placeholders:
+            raise ValueError(self._unknown([name]))
+        for adapter in reversed(self.adapters.pop(name, [])):
+            adapter.eject()
+        self._strengths.pop(name, None)
+        self._spoken.pop(name, None)
+        if self.placeholders.pop(name, None) is not None:
+            self._refresh_tokens()
+
+    def _refresh_tokens(self) -> None:
+        self.tokens.set([t for n in self.placeholders.values() for t in n.tokens])
+        self._warned.clear()  # what is cut may be a concept's name now
+
+    # --- strengths by named set ----------------------------------------------------------------------------
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
+        learned = {name: s for name, s in self._spoken.items() if getattr(self.placeholders[name], "components", ())}
+        return {**learned, **self._strengths}
+
+    @contextmanager
+    def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off.
+
+        Learned words take the strength that is given for their concept; those of others keep theirs, for they act only
+        where a prompt says them. What was before comes back, also from nested blocks and after exceptions. Names of
+        concepts that learned nothing are allowed: there is nothing to switch. ValueError on other names.
+        """
+        missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
+        if missing:
+            raise ValueError(self._unknown(missing))
+        adapters, words = dict(self._strengths), dict(self._spoken)
+        try:
+            self._switch({name: float(strengths.get(name, 0.0)) for name in self.adapters})
+            self._say({name: float(s) for name, s in strengths.items()})
+            yield
+        finally:
+            self._switch(adapters)
+            self._say(words)
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """A lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when nothing of
+        that name is here that a strength could scale."""
+        if name not in self.strengths:
+            known = name in self.placeholders
+            words = f"{name!r} learned nothing that a strength could scale: it is said in words that the model knows"
+            raise ValueError(words if known else self._unknown([name]))
+        self._say({name: float(strength)})
+        self._switch({name: float(strength)})
+
+    def _switch(self, strengths: Mapping[str, float]) -> None:
+        for name, strength in strengths.items():
+            if name in self.adapters and self._strengths[name] != strength:
+                self._strengths[name] = strength
+                for adapter in self.adapters[name]:
+                    adapter.set_strength(strength)
+
+    def _say(self, strengths: Mapping[str, float]) -> None:
+        for name, strength in strengths.items():
+            if name in self.placeholders and self._spoken[name] != strength:
+                self.placeholders[name].set_strength(strength)
+                self._spoken[name] = strength
+
+    def _unknown(self, names: Sequence[str]) -> str:
+        there = ", ".join(sorted({*self.adapters, *self.placeholders})) or "none"
+        return f"nothing named {', '.join(map(repr, names))} is loaded. There are: {there}."
+
+    # --- prediction ----------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
+        raise NotImplementedError
+
+    def _refuse_unread(self, conditioning: Conditioning) -> None:
+        """Raises ValueError for what a conditioning carries and no family here reads yet."""
+        if conditioning.image_tokens:
+            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
+        if conditioning.regions:
+            names = ", ".join(sorted(conditioning.regions))
+            raise ValueError(
+                f"{self.family}: regions ({names}) need attention that is kept to them, and none is attached"
+            )
+        if conditioning.size_ids is not None:
+            raise ValueError(f"{self.family}: size_ids are for models that read picture sizes, and this one does not")
+
+    def needs_negative(self, guidance: float) -> bool:
+        """Whether sampling with this guidance looks at the negative prompt."""
+        return guidance > 1
+
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
+    ) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; plain without `negative`.
+
+        Args:
+            x_t: [B, C, h, w]
+            t: a scalar or [B]
+            guidance: 1 is none; diffusers' convention, negative + guidance * (positive - negative)
+        """
+        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+        if negative is None:
+            return self.predict(x_t, t, positive)
+        both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([negative, positive]))
+        off, on = both.chunk(2)
+        return off + guidance * (on - off)
+
+    def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
+        """Sets a scheduler's steps as the family's diffusers pipeline does."""
+        scheduler.set_timesteps(steps, device=self.device)
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline of the family around the same networks."""
+        raise NotImplementedError
+
+
+def _fingerprint(family: str, networks: Mapping[str, nn.Module]) -> str:
+    """sha256 over class names, parameter names and shapes: equal for two checkpoints of one architecture."""
+    lines = [family]
+    for name, module in sorted(networks.items()):
+        lines.append(f"{name}:{type(module).__name__}")
+        lines += [f"{n}{tuple(p.shape)}" for n, p in sorted(module.named_parameters())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _checkpoint(networks: Mapping[str, nn.Module], samples: int = 64) -> str:
+    """sha256 over some values of every tensor, as bfloat16, so that the precision it was loaded in hardly matters."""
+    digest = hashlib.sha256()
+    for _, module in sorted(networks.items()):
+        for _, p in sorted(module.named_parameters()):
+            flat = p.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // samples)][:samples].to("cpu", torch.bfloat16)
+            digest.update(picked.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

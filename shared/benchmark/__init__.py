@@ -1,0 +1,1 @@
+"""Many concepts compared: one report per cell, then a table."""

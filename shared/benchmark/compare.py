@@ -1,0 +1,141 @@
+"""Several recipes on several subjects: one report per cell, kept as it is made, then one table, plot and page.
+
+A cell that is on disk is not run again, so a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from shared.benchmark.aggregate import Goal, aggregate
+from shared.benchmark.comparison import Comparison
+from shared.io.outputs import write_text
+from shared.metrics.report import Report
+
+Run = Callable[[str, str, Path], Report]
+
+
+def benchmark(
+    run: Run,
+    recipes: Sequence[str],
+    subjects: Sequence[str],
+    prompts: str,
+    seeds: Sequence[int],
+    out: Path | str,
+    *,
+    settings: Mapping[str, object] | None = None,
+    contents: Mapping[str, object] | None = None,
+    goal: Goal = Goal(),
+    retry: bool = True,
+    progress: Callable[[str, str, str], None] | None = None,
+) -> Comparison:
+    """Runs `run(recipe, subject, workdir) -> Report` for every cell that is not on disk, and writes the comparison to
+    `out`.
+
+    prompts, seeds, settings and the recipe's own entry of `contents` (what it says, resolved) are the cell's key: with
+    others, a kept cell does not count, and is an error here rather than a mix of two experiments. A cell that raises is
+    kept as failed, said so in every table, and run again next time (`retry`). progress: called with (recipe, subject,
+    "kept" | "start" | "done" | "failed: …").
+    """
+    if not recipes or not subjects or not seeds:
+        raise ValueError("a comparison needs at least one recipe, one subject and one seed")
+    for what, given in (("recipes", recipes), ("subjects", subjects)):
+        if len({_slug(n) for n in given}) != len(given):
+            raise ValueError(f"{what}: two of {', '.join(given)} would share a folder")
+    shared = {"prompts": prompts, "seeds": list(seeds), "settings": dict(settings or {})}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tell = progress or (lambda *_: None)
+    reports, failures = {}, {}
+    for recipe in recipes:
+        key = {**shared, "recipe": (contents or {}).get(recipe)}
+        for subject in subjects:
+            found = _cell_report(run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell)
+            if isinstance(found, Report):
+                reports[recipe, subject] = found
+            else:
+                failures[recipe, subject] = found
+    comparison = compare(reports, failures, goal)
+    write_text(out / "comparison.md", comparison.markdown())
+    write_text(out / "comparison.csv", comparison.csv())
+    write_text(out / "index.html", comparison.html())
+    return comparison
+
+
+def _cell_report(
+    run: Run,
+    recipe: str,
+    subject: str,
+    folder: Path,
+    key: Mapping[str, object],
+    retry: bool,
+    tell: Callable[[str, str, str], None],
+) -> Report | str:
+    """The cell's report, from disk or by running; or what went wrong."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, mark = folder / "cell.json", hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    if kept.is_file():
+        cell = json.loads(kept.read_text(encoding="utf-8"))
+        if cell["key"] != mark:
+            raise ValueError(
+                f"{folder} holds this cell with other prompts, seeds, settings, recipe or instruments: choose another output, "
+                f"or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
+            )
+        if cell["error"] is None:
+            tell(recipe, subject, "kept")
+            return Report.model_validate(cell["report"])
+        if not retry:
+            return str(cell["error"])
+    tell(recipe, subject, "start")
+    work = folder / "work"
+    try:
+        report = run(recipe, subject, work)
+        report = report.model_copy(update={"recipe": recipe})
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        content = {
+            "key": mark,
+            "inputs": dict(key),
+            "error": message,
+            "traceback": traceback.format_exc(),
+            "report": None,
+        }
+        write_text(kept, json.dumps(content, indent=1, default=str))
+        tell(recipe, subject, f"failed: {message}")
+        return message
+    content = {"key": mark, "inputs": dict(key), "error": None, "report": report.model_dump(mode="json")}
+    write_text(kept, json.dumps(content, indent=1, ensure_ascii=False, default=str))
+    tell(recipe, subject, "done")
+    return report
+
+
+def compare(
+    reports: Mapping[tuple[str, str], Report],
+    failures: Mapping[tuple[str, str], str] | None = None,
+    goal: Goal = Goal(),
+) -> Comparison:
+    """The table of reports by (recipe, subject). ValueError when they were not measured with the same instruments."""
+    failures = failures or {}
+    tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
+    if len(tools) > 1:
+        found = "; ".join(", ".join(t) for t in sorted(tools))
+        raise ValueError(f"reports measured with different instruments cannot share a table: {found}")
+    rows = []
+    for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
+        own = {s: rep for (r, s), rep in reports.items() if r == recipe}
+        rows.append(aggregate(recipe, own, {s: e for (r, s), e in failures.items() if r == recipe}))
+    rows.sort(key=lambda r: -1.0 if (v := r.value("trade_off")) is None else v, reverse=True)
+    return Comparison(tuple(rows), reports, failures, goal, any(r.toybox for r in reports.values()))
+
+
+def _slug(name: str) -> str:
+    """A folder name for a recipe (which may be a path) or a subject."""
+    return (
+        re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).stem if name.endswith((".yaml", ".yml")) else name).strip("._")
+        or "_"
+    )

@@ -1,0 +1,121 @@
+"""A comparison as Markdown, CSV and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.benchmark.aggregate import Goal, Row, aggregate
+from shared.evaluation.summary import ABOUT
+from shared.metrics.html import plot_of, render, seconds, shown, size
+from shared.metrics.report import Report, Score
+
+COLUMNS = ("trade_off", "identity", "text", "background", "copied", "drift", "diversity")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table, best trade-off first, and the reports behind it."""
+
+    rows: tuple[Row, ...]
+    reports: Mapping[tuple[str, str], Report]
+    failures: Mapping[tuple[str, str], str]
+    goal: Goal
+    toybox: bool
+
+    def markdown(self) -> str:
+        """One line per recipe, ready for a README."""
+        head = [
+            "recipe",
+            "subjects",
+            *(ABOUT[k].title for k in self._columns()),
+            "floor (identity)",
+            "learning",
+            "size",
+            *(["goal"] if self._has_goal else []),
+        ]
+        lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(head) - 1)) + "|"]
+        for r in self.rows:
+            cells = [r.recipe, _count(r), *(_cell(r.scores.get(k)) for k in self._columns())]
+            floor = r.scores.get("identity")
+            cells += [
+                shown(floor.base, floor.unit) if floor else "–",
+                seconds(r.training_seconds),
+                size(r.concept_bytes),
+            ]
+            cells += [_yes(self.goal.met(r))] if self._has_goal else []
+            lines.append("| " + " | ".join(cells) + " |")
+        toy = "\nToy numbers: made and judged on the toybox.\n" if self.toybox else ""
+        return "\n".join(lines) + "\n" + toy
+
+    def csv(self) -> str:
+        """One line per recipe and one per cell (`subject` empty for the pooled line), numbers in full."""
+        out = io.StringIO()
+        keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
+        names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(
+            [
+                "recipe",
+                "subject",
+                "pictures",
+                *names,
+                "training_seconds",
+                "seconds_per_picture",
+                "concept_bytes",
+                "error",
+            ]
+        )
+        cells = [(aggregate(recipe, {subject: r}, {}), subject) for (recipe, subject), r in self.reports.items()]
+        for row, subject in [*((r, "") for r in self.rows), *cells]:
+            numbers = [
+                getattr(row.scores[k], name) if k in row.scores else None
+                for k in keys
+                for name in ("value", "low", "high", "base")
+            ]
+            rest = [*numbers, row.training_seconds, row.seconds_per_picture, row.concept_bytes]
+            writer.writerow([row.recipe, subject, row.pictures, *("" if v is None else v for v in rest), ""])
+        for (recipe, subject), error in self.failures.items():
+            writer.writerow([recipe, subject, 0, *([""] * (len(names) + 3)), error])
+        return out.getvalue()
+
+    def html(self) -> str:
+        """A self-contained page: table, plot, and each cell's scores."""
+        first = next(iter(self.reports.values()), None)
+        pooled = [Report(name=r.recipe, recipe=r.recipe, scores=list(r.scores.values())) for r in self.rows]
+        return render(
+            "compare.html.j2",
+            comparison=self,
+            columns=[(k, ABOUT[k]) for k in self._columns()],
+            plot=plot_of(pooled),
+            met=self.goal.met,
+            has_goal=self._has_goal,
+            first=first,
+            subjects=sorted({s for _, s in [*self.reports, *self.failures]}),
+            cell=_cell,
+        )
+
+    def _columns(self) -> list[str]:
+        return [k for k in COLUMNS if any(k in r.scores for r in self.rows)]
+
+    @property
+    def _has_goal(self) -> bool:
+        return any(self.goal.met(r) is not None for r in self.rows)
+
+
+def _cell(score: Score | None) -> str:
+    """Value and interval."""
+    if score is None or score.value is None:
+        return "–"
+    span = "" if score.low is None else f" ({shown(score.low, score.unit)} to {shown(score.high, score.unit)})"
+    return shown(score.value, score.unit) + span
+
+
+def _count(row: Row) -> str:
+    return f"{len(row.subjects)}" + (f", {len(row.failed)} failed" if row.failed else "")
+
+
+def _yes(met: bool | None) -> str:
+    return "–" if met is None else "yes" if met else "no"

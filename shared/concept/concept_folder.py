@@ -1,0 +1,232 @@
+"""The concept folder `NAME.concept/`: written whole or not at all, read without executing anything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.concept.schema import ConceptMeta, parse_meta
+from shared.config import Part
+from shared.io.files import read_safetensors_header, safe_load_safetensors, safe_relative, sha256
+from shared.io.outputs import atomic_folder
+
+META = "concept.json"
+PREVIEW = "preview.png"
+START = "start."  # before a key of "embeddings": what that tensor was before anything was learned
+KINDS = ("adapter", "weights", "embeddings")  # each is one file KIND.safetensors
+_PNG = b"\x89PNG\r\n\x1a\n"
+_DTYPES = ("F32", "F16", "BF16")
+_MAX_JSON = 16 * 2**20  # bytes
+_MAX_BYTES = 64 * 2**30  # of one tensor file
+_MAX_TENSORS = 200_000
+_MAX_ENTRIES = 10_000  # files and folders inside a concept
+_CODE = frozenset(
+    f".{end}"
+    for end in (
+        *("bin", "pt", "pth", "ckpt", "pkl", "pickle", "joblib", "dill", "npy", "npz", "h5", "msgpack"),
+        *("py", "pyc", "pyd", "so", "dll", "dylib", "sh", "bat", "ps1", "exe", "ipynb", "js", "jar"),
+    )
+)
+_TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A learned thing: its description and its tensors.
+
+    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{component}.{path}`: changes
+    of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`: rows
+    `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
+    """
+
+    meta: ConceptMeta
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    preview: Path | None = None  # a PNG
+    path: Path | None = None  # the folder it was read from or saved to
+
+    @property
+    def name(self) -> str:
+        return self.meta.name
+
+    @property
+    def learned_words(self) -> dict[str, Tensor]:
+        """What the modifier learned, by its own keys."""
+        return {key: rows for key, rows in self.of("embeddings").items() if not key.startswith(START)}
+
+    @property
+    def initial_embeddings(self) -> dict[str, Tensor]:
+        """What that was at the start, by the same keys; empty in concepts that were saved without it."""
+        return {key[len(START) :]: rows for key, rows in self.of("embeddings").items() if key.startswith(START)}
+
+    def of(self, kind: str) -> Mapping[str, Tensor]:
+        """The tensors of one kind; empty when the concept has none."""
+        return self.tensors.get(kind, {})
+
+
+def with_fields(part: Part, **changes: Any) -> Any:
+    """A validated copy of a part with some fields changed. ValueError as at its making."""
+    return type(part).model_validate({**part.model_dump(), **changes})
+
+
+def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """sha256 over names, shapes and values of adapter and weight tensors: equal for concepts learned together."""
+    digest = hashlib.sha256()
+    found = False
+    for kind in ("adapter", "weights"):
+        for key, tensor in sorted(tensors.get(kind, {}).items()):
+            found = True
+            digest.update(f"{kind}/{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if found else ""
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False, preview: Any = None) -> Concept:
+    """Write the folder, atomically: it appears complete or not at all. Returns the concept as it was saved.
+
+    Args:
+        preview: a PIL picture, or a PNG file; the concept's own where none is given
+
+    Raises ValueError when the output exists and holds something, unless `overwrite`; the old folder stays until the new
+    one is complete.
+    """
+    with atomic_folder(path, overwrite) as folder:
+        files = {}
+        for kind in KINDS:
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in concept.of(kind).items()}
+            if tensors:
+                file = folder / f"{kind}.safetensors"
+                save_file(tensors, file, metadata={"format": "pt"})
+                files[file.name] = sha256(file)
+        picture = concept.preview if preview is None else preview
+        if isinstance(picture, str | os.PathLike):
+            shutil.copyfile(_png(Path(picture)), folder / PREVIEW)
+        elif picture is not None:
+            picture.save(folder / PREVIEW, "PNG")
+        meta = with_fields(concept.meta, files=files, adapter_id=adapter_id(concept.tensors))
+        (folder / META).write_text(dump_json(meta), encoding="utf-8")
+    out = Path(path).expanduser()
+    return replace(concept, meta=meta, path=out, preview=out / PREVIEW if picture is not None else None)
+
+
+def dump_json(meta: ConceptMeta) -> str:
+    """The text of `concept.json`; values that are not numbers become null."""
+    return meta.model_dump_json(indent=2) + "\n"
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike[str]) -> Concept:
+    """The concept in a folder. Nothing in it is executed; its preview is not opened.
+
+    Raises ValueError, placeholder the file, when the folder is no concept, when a file is missing, damaged, not the one that
+    `concept.json` describes, or too large, when it holds NaN or Inf, when a link leads out of the folder, and when the
+    folder holds a file that could carry code.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}: a concept is a folder with a {META} in it")
+    if not (folder / META).is_file():
+        raise ValueError(f"{folder} is not a concept: it has no {META}")
+    _survey(folder)
+    meta = _read_meta(folder / META)
+    _check_listing(folder, meta)
+    tensors = {kind: _read_tensors(folder, kind, meta) for kind in KINDS if f"{kind}.safetensors" in meta.files}
+    if adapter_id(tensors) != meta.adapter_id:
+        raise ValueError(f"{folder / META}: adapter_id does not belong to the tensors in this folder")
+    preview = folder / PREVIEW
+    return Concept(meta=meta, tensors=tensors, preview=_png(preview) if preview.is_file() else None, path=folder)
+
+
+def _read_meta(file: Path) -> ConceptMeta:
+    if file.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{file} is {file.stat().st_size:,} bytes; a concept's description has at most {_MAX_JSON:,}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{file} is damaged: it is not readable JSON{line}") from None
+    return parse_meta(data, str(file))
+
+
+def _survey(folder: Path) -> None:
+    """Raises ValueError for links that lead out and for files that could carry code, before anything is opened."""
+    root = folder.resolve()
+    count = 0
+    for place, folders, files in os.walk(folder, followlinks=False):
+        for name in (*folders, *files):
+            count += 1
+            if count > _MAX_ENTRIES:
+                raise ValueError(f"{folder} holds more than {_MAX_ENTRIES:,} files: it is not a concept")
+            entry = Path(place) / name
+            if entry.is_symlink() and root not in entry.resolve().parents:
+                raise ValueError(f"{entry} is a link that leads out of the concept; it was not followed")
+            _check_harmless(entry)
+
+
+def _check_harmless(entry: Path) -> None:
+    suffix = entry.suffix.lower()
+    if suffix in _CODE and not entry.is_dir():
+        raise ValueError(
+            f"{entry} can carry code ({suffix}) and has no place in a concept; it was not opened. Remove it first"
+        )
+    if suffix in (".yaml", ".yml") and entry.is_file():
+        with entry.open("rb") as stream:
+            text = stream.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON or _TAG.search(text):
+            raise ValueError(f"{entry} is YAML with tags, which can carry code; it was not loaded. Remove it first")
+
+
+def _check_listing(folder: Path, meta: ConceptMeta) -> None:
+    """Raises ValueError unless the tensor files in the folder are those that `concept.json` lists."""
+    known = {f"{kind}.safetensors" for kind in KINDS}
+    for name in meta.files:
+        safe_relative(folder, name)
+        if name not in known:
+            raise ValueError(f"{folder / META} lists the file {name!r}; a concept has only {', '.join(sorted(known))}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; {META} lists it")
+    for name in known - set(meta.files):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is not listed in {META}: it does not belong to this concept, and was not opened"
+            )
+
+
+def _read_tensors(folder: Path, kind: str, meta: ConceptMeta) -> dict[str, Tensor]:
+    file = folder / f"{kind}.safetensors"
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{file} is {file.stat().st_size:,} bytes; at most {_MAX_BYTES:,} are read")
+    header, _ = read_safetensors_header(file)
+    if not header or len(header) > _MAX_TENSORS:
+        raise ValueError(f"{file} holds {len(header):,} tensors; 1 to {_MAX_TENSORS:,} are read")
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"{file}: tensor {name!r} is {entry['dtype']}; a concept's tensors are {', '.join(_DTYPES)}"
+            )
+    if sha256(file) != meta.files[file.name]:
+        raise ValueError(f"{file} is not the file that {META} describes: it was changed or damaged (sha256 differs)")
+    return safe_load_safetensors(file)
+
+
+def _png(file: Path) -> Path:
+    with file.open("rb") as stream:
+        if stream.read(len(_PNG)) != _PNG:
+            raise ValueError(f"{file} is not a PNG picture; it was not opened")
+    return file

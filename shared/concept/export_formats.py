@@ -1,0 +1,115 @@
+"""A concept as files of another program, checked by loading them there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.backbones.protocol import Backbone
+from shared.concept import diffusers_format
+from shared.concept.attaching import attach
+from shared.concept.concept_folder import Concept
+from shared.concept.open_backbone import load_backbone_of
+from shared.concept.verify import compare
+from shared.config import unknown
+from shared.io.files import sha256
+from shared.io.outputs import atomic_folder, check_output
+
+Writer = Callable[[Concept, Path, Backbone, float], dict[str, Any]]
+
+
+def export(
+    concept: Concept,
+    path: str | os.PathLike[str],
+    format: str = "diffusers",
+    overwrite: bool = False,
+    *,
+    backbone: Backbone | None = None,
+    strength: float = 1.0,
+) -> dict[str, Any]:
+    """Write the concept in another program's format, load it back there, and compare.
+
+    Args:
+        path: the folder to write; it appears only when the comparison holds
+        backbone: what to compare on; loaded by the concept's own note of it where none is given. A concept of this name
+            that is attached there is what is compared
+        strength: folded into the files
+
+    Returns:
+        What `export.json` in the folder says: the files with their hashes, and per output the largest difference, the
+        concept's own effect and the limit.
+
+    Raises:
+        ValueError: for an unknown format, for something that the format cannot hold, for an existing output, and when
+            the files that were written do not give the same outputs (nothing is left behind then)
+    """
+    if format not in FORMATS:
+        raise ValueError(unknown(format, FORMATS, "format"))
+    if not strength:
+        raise ValueError(f"an export of {concept.name!r} at strength 0 would hold nothing")
+    check_output(path, overwrite)
+    if backbone is None:
+        backbone = load_backbone_of(concept)
+    with atomic_folder(path, overwrite) as folder, _attached(concept, backbone, strength):
+        report = {
+            "concept": concept.name,
+            "format": format,
+            "strength": strength,
+            "backbone": concept.meta.backbone.name,
+        }
+        report.update(FORMATS[format](concept, folder, backbone, strength))
+        _judge(concept, report)
+        report["files"] = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+        report["versions"] = dict(concept.meta.versions)
+        (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+@contextmanager
+def _attached(concept: Concept, backbone: Backbone, strength: float) -> Iterator[None]:
+    if concept.name in backbone.placeholders or concept.name in backbone.adapters:
+        yield
+        return
+    attach(concept, backbone, strength)
+    try:
+        yield
+    finally:
+        backbone.remove(concept.name)
+
+
+def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
+    bad = "; ".join(f"{what} {_said(check)}" for what, check in report["checks"].items() if not check["ok"])
+    if bad:
+        raise ValueError(
+            f"the export of {concept.name!r} as {report['format']} is not what was learned, and was not kept: {bad}"
+        )
+
+
+def _said(check: Mapping[str, Any]) -> str:
+    if check["max_abs_difference"] is None:
+        return "has another shape"
+    share = "" if check["share"] is None else f", {check['share']:.1%} of what the concept changes"
+    return f"differs by {check['max_abs_difference']:.3g} (rounding would be {check['limit']:.3g}{share})"
+
+
+def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any]:
+    placeholder = backbone.placeholders.get(concept.name)
+    tokens = placeholder.tokens if placeholder is not None else ()
+    words = diffusers_format.public_words(placeholder.words if placeholder is not None else "", tokens)
+    written: dict[str, Any] = {
+        "lora": diffusers_format.write_lora(concept, folder, backbone, strength),
+        "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),
+    }
+    if not written["lora"] and not written["tokens"]:
+        raise ValueError(f"{concept.name!r} is plain words ({words!r}): there is nothing to export")
+    checked = compare(backbone, concept.name, strength, folder, written, words)
+    diffusers_format.write_readme(folder, concept, backbone, written, words)
+    return {**written, **checked, "words": words}
+
+
+#: What a concept can be exported as.
+FORMATS: Mapping[str, Writer] = {"diffusers": _diffusers}

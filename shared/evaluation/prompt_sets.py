@@ -1,0 +1,118 @@
+"""Prompt sets for evaluation: the shipped ones (`configs/prompts/*.yaml`) and the user's own (YAML or one prompt per
+line).
+
+In a prompt `{concept}` is where the subject is named, and `{class_noun}` its plain class. With the concept, `{concept}`
+becomes `<name>`; for the base model and for text scores it becomes the class noun, so no score depends on a made-up
+word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import field_validator, model_validator
+
+from shared.config import Part, read_yaml, unknown, validate
+from shared.metrics.scorer import fill
+from shared.recipe.catalog import config_folder
+
+FOLDER = config_folder() / "prompts"
+LIVE_CLASSES = frozenset(
+    {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
+)
+_FIELD = re.compile(r"\{([^{}]*)\}")
+
+
+class Prompt(Part):
+    """One prompt, and what a picture of it must show."""
+
+    text: str
+    expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: object) -> object:
+        return {"text": data} if isinstance(data, str) else data
+
+    @field_validator("text")
+    @classmethod
+    def _fields(cls, text: str) -> str:
+        for name in _FIELD.findall(text):
+            if name not in ("concept", "class_noun"):
+                raise ValueError(unknown("{" + name + "}", ["{concept}", "{class_noun}"], "placeholder"))
+        return text.strip()
+
+    def named(self, name: str, class_noun: str) -> str:
+        """The prompt for the model with the concept: `{concept}` is `<name>`."""
+        return fill(self.text, f"<{name}>", class_noun)
+
+    def plain(self, class_noun: str) -> str:
+        """The prompt in plain words: `{concept}` is the class noun."""
+        return fill(self.text, class_noun, class_noun)
+
+
+class PromptSet(Part):
+    """Prompts that name the subject, and some that do not (to measure drift)."""
+
+    name: str
+    about: str = ""
+    prompts: tuple[Prompt, ...]
+    drift: tuple[Prompt, ...] = ()
+
+    @model_validator(mode="after")
+    def _named(self) -> PromptSet:
+        if not self.prompts:
+            raise ValueError("prompts: there is none")
+        for p in self.prompts:
+            if "{concept}" not in p.text:
+                raise ValueError(f"the prompt {p.text!r} does not say where the subject goes: write {{concept}} in it")
+        for p in self.drift:
+            if "{concept}" in p.text:
+                raise ValueError(f"the drift prompt {p.text!r} must not name the concept")
+        return self
+
+    def first(self, count: int | None) -> PromptSet:
+        """The same set with its first `count` prompts; None keeps all."""
+        return self if count is None else self.model_copy(update={"prompts": self.prompts[:count]})
+
+
+def prompt_sets() -> tuple[str, ...]:
+    """The names of the shipped sets; `dreambench` stands for whichever of its two fits the class noun."""
+    return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml")} | {"dreambench"}))
+
+
+def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
+    """A shipped set by name, or a user's file (.yaml, .yml, .txt).
+
+    ValueError: an unknown set (with the choices), an empty file, a prompt without `{concept}`.
+    """
+    text = str(name)
+    if text == "dreambench":
+        text = "dreambench_live" if class_noun.split(" ")[-1].lower() in LIVE_CLASSES else "dreambench_objects"
+    shipped = FOLDER / f"{text}.yaml"
+    if text in prompt_sets() and shipped.is_file():
+        return _from_yaml(shipped)
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
+        missing = " No such file either." if path.suffix else ""
+        raise ValueError(
+            unknown(text, prompt_sets(), "prompt set") + missing + " A .yaml or .txt file of your own works too."
+        )
+    return _from_yaml(path) if path.suffix.lower() != ".txt" else _from_txt(path)
+
+
+def _from_yaml(path: Path) -> PromptSet:
+    return validate(PromptSet, {"name": path.stem, **read_yaml(path)}, str(path.name))
+
+
+def _from_txt(path: Path) -> PromptSet:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: write one per line, with {{concept}} where the subject goes")
+    return validate(PromptSet, {"name": path.stem, "prompts": prompts}, path.name)

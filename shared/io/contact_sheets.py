@@ -1,0 +1,131 @@
+"""Pictures out: PNG files with text in them, grids, and labelled contact sheets."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from shared.io.outputs import atomic_write
+
+_PAPER = (255, 255, 255)
+_INK = (30, 30, 30)
+_GAP = 4  # pixels between the pictures of a sheet
+_TILE = 128  # pixels: smaller pictures are enlarged to about this on a contact sheet
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] (clamped) as an 8-bit picture. ValueError when a value is not a number."""
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"a picture has the shape [3, H, W], and this one has {list(pixels.shape)}")
+    pixels = pixels.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(pixels).all()):
+        raise ValueError("a picture holds values that are not numbers (NaN or Inf): the model or its precision failed")
+    levels = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
+
+
+def write_picture(
+    picture: Tensor | Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a PNG ([3, H, W] in [-1, 1], or a picture) with `metadata` as text chunks, whole or not at all.
+
+    Folders are made as needed; an existing file is replaced. `read_metadata` reads the text back. Raises ValueError
+    when a key is not 1 to 79 Latin-1 characters.
+    """
+    path = Path(path)
+    text = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        try:
+            fits = 1 <= len(key.encode("latin-1")) <= 79
+        except UnicodeEncodeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{key!r} cannot be a key in a PNG: it must have 1 to 79 Latin-1 characters")
+        text.add_text(key, str(value))
+    image = to_image(picture) if isinstance(picture, Tensor) else picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+    return path
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text chunks of a PNG by key; empty where there are none. ValueError when it is not a readable PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            return {str(k): str(v) for k, v in image.text.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable PNG: {error}") from None
+
+
+def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
+    """[N, 3, H, W] in [-1, 1] side by side, row by row, `gap` pixels apart; `columns` is about sqrt(N) by default."""
+    if pixels.ndim != 4 or len(pixels) == 0:
+        raise ValueError(f"a grid needs pictures of the shape [N, 3, H, W], and this is {list(pixels.shape)}")
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    if columns < 1:
+        raise ValueError(f"a grid needs at least one column, not {columns}")
+    columns = min(columns, len(pixels))
+    height, width = pixels.shape[-2:]
+    rows = math.ceil(len(pixels) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _PAPER)
+    for i, picture in enumerate(pixels):
+        sheet.paste(to_image(picture), (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
+    """Rows of pictures, each [N, 3, H, W] in [-1, 1], with their labels in a column on the left.
+
+    Pictures smaller than `tile` pixels are enlarged by a whole factor without smoothing, so that every pixel shows;
+    larger ones stay as they are. Rows may differ in number and size; more than `columns` pictures wrap.
+    """
+    if not rows or any(p.ndim != 4 or len(p) == 0 for p in rows.values()):
+        raise ValueError("a contact sheet needs rows of pictures [N, 3, H, W], at least one in each")
+    strips = [grid(_enlarged(p, tile), min(len(p), columns or len(p)), _GAP) for p in rows.values()]
+    font, line = _font(), 18
+    labels = [_wrapped(label, font, 190) for label in rows]
+    left = _GAP * 3 + max((int(font.getlength(text)) for label in labels for text in label), default=0)
+    heights = [max(s.height, line * len(lines)) for s, lines in zip(strips, labels, strict=True)]
+    size = (left + max(s.width for s in strips) + _GAP, sum(heights) + _GAP * 3 * len(strips))
+    sheet = Image.new("RGB", size, _PAPER)
+    draw, top = ImageDraw.Draw(sheet), _GAP
+    for strip, lines, height in zip(strips, labels, heights, strict=True):
+        for i, text in enumerate(lines):
+            draw.text((_GAP, top + (height - line * len(lines)) // 2 + i * line), text, _INK, font)
+        sheet.paste(strip, (left, top))
+        top += height + _GAP * 3
+    return sheet
+
+
+def _enlarged(pixels: Tensor, tile: int) -> Tensor:
+    factor = max(1, round(tile / max(pixels.shape[-2:])))
+    return pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(14)
+    except (ImportError, OSError):  # a Pillow without FreeType
+        return ImageFont.load_default()
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Sequence[str]:
+    if isinstance(font, ImageFont.ImageFont):
+        text = text.encode("ascii", "replace").decode()
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

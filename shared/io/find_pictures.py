@@ -1,0 +1,197 @@
+"""Which files of a folder are pictures, which are captions and masks beside them, and which are neither."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.io.foreign_files import MARK
+
+PathLike = str | os.PathLike[str]
+
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_MAGIC = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+    (b"\0\0\0\x0cjP  ", "JPEG2000"),
+)
+_PPM = tuple(b"P%d" % n for n in range(1, 7))
+_WEAK = {".bmp": "BMP", ".dib": "BMP", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"}
+_MASK_ENDS = (".mask", "-mask", "_mask")
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Pictures in order, with the caption file and the mask of those that have one."""
+
+    pictures: tuple[Path, ...]
+    captions: dict[Path, Path]  # picture -> .txt
+    masks: dict[Path, Path]  # picture -> mask picture
+    warnings: tuple[str, ...] = ()
+
+
+def sniff(path: Path) -> str | None:
+    """The picture format that a file holds, by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
+
+    Formats whose mark is only two letters (BMP, PPM) must have the right ending as well. OSError when it cannot be
+    opened.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    for mark, name in _MAGIC:
+        if head.startswith(mark):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8:]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        return "HEIC" if any(brand in brands for brand in _HEIC) else None
+    weak = _WEAK.get(path.suffix.lower())
+    if (weak == "BMP" and head[:2] == b"BM") or (weak == "PPM" and head[:2] in _PPM):
+        return weak
+    return None
+
+
+def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
+    """The pictures of a folder (sorted by name), of one file, or of a list of files and folders (in its order).
+
+    What is no picture (hidden files, text, empty files, sub-folders) is skipped and named in one UserWarning per
+    folder; captions (`NAME.txt`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) beside the pictures are
+    neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a named
+    file is no picture, or nothing is left, and says what was found.
+    """
+    found = scan(images)
+    return found.pictures, list(found.warnings)
+
+
+def scan(images: PathLike | Sequence[PathLike]) -> Listing:
+    """As `list_pictures`, with captions and masks."""
+    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    if not given:
+        raise ValueError("no pictures: the list of files is empty")
+    pictures: dict[Path, None] = {}
+    captions: dict[Path, Path] = {}
+    masks: dict[Path, Path] = {}
+    notes: list[str] = []
+    seen: dict[Path, list[Path]] = {}
+    for item in given:
+        path = Path(item).expanduser()
+        part = _folder(path) if path.is_dir() else _file(path, seen)
+        notes += part.warnings
+        twice = [p.name for p in part.pictures if p in pictures]
+        if twice:
+            notes.append(f"named twice, used once: {names(twice)}")
+        pictures.update(dict.fromkeys(part.pictures))
+        captions.update(part.captions)
+        masks.update(part.masks)
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
+    return Listing(tuple(pictures), captions, masks, tuple(notes))
+
+
+def names(items: Iterable[str]) -> str:
+    """A list for a message: at most eight names, then how many more."""
+    every = list(items)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more
+
+
+def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
+    """One file that was named; `seen` keeps the possible masks of each folder."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    reason = _not_a_picture(path)
+    if reason:
+        raise ValueError(f"{path} is not a picture ({reason})")
+    if path.parent not in seen:
+        seen[path.parent] = _mask_files(path.parent)
+    return Listing((path,), _captions([path]), _masks([path], seen[path.parent]))
+
+
+def _folder(folder: Path) -> Listing:
+    entries = sorted(folder.iterdir(), key=lambda p: p.name)
+    stray: dict[Path, str] = {}
+    pictures: list[Path] = []
+    for path in (p for p in entries if p.name != MARK):
+        reason = "hidden" if path.name.startswith(".") else _not_a_picture(path)
+        if reason:
+            stray[path] = reason
+        else:
+            pictures.append(path)
+    stems = {p.stem for p in pictures}
+    pictures = [p for p in pictures if _owner_stem(p.stem, stems) == p.stem]
+    if not pictures:
+        what = f"only {names(map(_told, stray, stray.values()))}" if stray else "nothing"
+        raise ValueError(f"no pictures in {folder}: found {what}")
+    candidates = _mask_files(folder)
+    captions, masks = _captions(pictures), _masks(pictures, candidates)
+    used = {*captions.values(), *masks.values()}
+    stray.update({p: "a mask of no picture" for p in candidates if p not in used and p not in pictures})
+    if (folder / "masks").is_dir():
+        stray.update({p: why for p in sorted((folder / "masks").iterdir()) if (why := _not_a_picture(p))})
+    for path in [p for p in stray if p in used or (p == folder / "masks" and p.is_dir())]:
+        del stray[path]
+    note = f"{folder}: skipped what is not a picture: {names(map(_told, stray, stray.values()))}"
+    return Listing(tuple(pictures), captions, masks, (note,) if stray else ())
+
+
+def _told(path: Path, reason: str) -> str:
+    inside = f"{path.parent.name}/" if path.parent.name == "masks" else ""
+    return f"{inside}{path.name} ({reason})"
+
+
+def _not_a_picture(path: Path) -> str:
+    """Why a file is not a picture; empty when it is one."""
+    if path.is_dir():
+        return "a folder"
+    if not path.is_file():
+        return "not a file"
+    try:
+        if path.stat().st_size == 0:
+            return "empty, 0 bytes"
+        return "" if sniff(path) else "its content is no picture"
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+
+
+def _owner_stem(stem: str, stems: set[str]) -> str:
+    """The stem of the picture that a mask file belongs to; its own where it is a picture itself."""
+    for end in _MASK_ENDS:
+        if stem.endswith(end) and stem.removesuffix(end) in stems:
+            return stem.removesuffix(end)
+    return stem
+
+
+def _mask_files(folder: Path) -> list[Path]:
+    """Every file that could be a mask of a picture of this folder, those in `masks/` first."""
+    inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
+    named = sorted(p for p in folder.iterdir() if p.stem.endswith(_MASK_ENDS))
+    return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]
+
+
+def _captions(pictures: Sequence[Path]) -> dict[Path, Path]:
+    return {p: p.with_suffix(".txt") for p in pictures if p.with_suffix(".txt").is_file()}
+
+
+def _masks(pictures: Sequence[Path], candidates: Sequence[Path]) -> dict[Path, Path]:
+    stems = {p.stem for p in pictures}
+    out: dict[Path, Path] = {}
+    for mask in candidates:
+        owner = _owner_stem(mask.stem, stems)
+        for picture in pictures:
+            if picture.stem == owner and mask != picture:
+                out.setdefault(picture, mask)
+    return out

@@ -1,0 +1,128 @@
+"""Which files of a folder pcs itself wrote: only a folder that holds nothing else may be replaced as a whole.
+
+Concepts, reports, exports and cells of a benchmark say in their JSON which files are theirs, pictures say it in their
+PNG text; where that leaves something open, `atomic_folder` writes a list of its files into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+MARK = ".pcs-output"  # the list of files, hidden
+_NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave
+_MAX_JSON = 64 * 1024 * 1024  # bytes
+_MADE = "pcs"  # the key in the PNG text of generated pictures
+_ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
+_DEMO_PAGE = b"<title>pcs demo</title>"
+_TRAINING = ("log.jsonl", "tensorboard/", "samples/", "checkpoint-*", ".checkpoint-*")
+
+
+def foreign_files(folder: Path, most: int = 4) -> list[str]:
+    """At most `most` files below a folder that nothing there says pcs has written; none of an empty folder.
+
+    Paths are relative to the folder. Links are not followed, and count as strangers.
+    """
+    return list(islice(_foreign_files(folder, frozenset(), ""), most))
+
+
+def mark(folder: Path) -> None:
+    """Leave the list of a new folder's files in it, where the files themselves do not say who wrote them."""
+    if foreign_files(folder, 1):
+        files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
+        text = json.dumps({"written by": "pcs", "files": [f for f in files if f != MARK]}, indent=1)
+        (folder / MARK).write_text(text, encoding="utf-8")
+
+
+def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterator[str]:
+    known = {*known, *_explained(folder)}
+    for entry in sorted(folder.iterdir()):
+        if entry.name in _NOISE or entry.name in known or f"{entry.name}/" in known:
+            continue
+        if any(k.endswith("*") and "/" not in k and entry.name.startswith(k[:-1]) for k in known):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            inside = f"{entry.name}/"
+            below = [k.removeprefix(inside) for k in known if k.startswith(inside)]
+            yield from _foreign_files(entry, below, prefix + inside)
+        elif not _png_text(entry) & {_MADE, *_ALBUM}:
+            yield prefix + entry.name
+
+
+def _explained(folder: Path) -> set[str]:
+    """Files below a folder that its own files account for: names, `folder/` for all below one, `start*`."""
+    out: set[str] = set()
+    for name, (keys, files) in _LISTS.items():
+        content = _json(folder / name)
+        if isinstance(content, dict) and keys <= content.keys():
+            try:
+                out |= {name, *map(str, files(content))}
+            except (KeyError, TypeError, AttributeError):
+                continue  # somebody else's file of this name
+    if _begins(folder / "index.html", _DEMO_PAGE):
+        out |= {"index.html", "contact-sheet.png"}
+    if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
+        out |= {"comparison.md", "comparison.csv", "index.html"}
+    if folder.name.endswith(".training"):
+        out |= set(_TRAINING)
+    return out | _of_pictures(folder)
+
+
+def _of_pictures(folder: Path) -> set[str]:
+    """The grid beside generated pictures; captions and masks beside those of an album."""
+    out: set[str] = set()
+    for picture in folder.glob("*.png"):
+        keys = _png_text(picture)
+        if _MADE in keys:
+            out.add("grid.png")
+        if _ALBUM & keys:
+            out |= {f"{picture.stem}.txt", f"masks/{picture.name}"}
+    return out
+
+
+def _report(content: Any) -> list[str]:
+    pictures = [row["file"] for row in content["pictures"]]
+    return ["pictures.csv", "prompts.csv", "index.html", *pictures, *content["references"]]
+
+
+# file -> the keys that it must have to be ours, and the files beside it that it accounts for
+_LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
+    MARK: ({"written by", "files"}, lambda content: list(content["files"])),
+    "concept.json": ({"schema_version", "files", "adapter_id"}, lambda content: ["preview.png", *content["files"]]),
+    "report.json": ({"schema_version", "pictures", "references"}, _report),
+    "export.json": ({"concept", "format", "files"}, lambda content: ["README.txt", *content["files"]]),
+    "cell.json": ({"key", "error", "report"}, lambda content: []),
+}
+
+
+def _json(path: Path) -> Any:
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_JSON:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _begins(path: Path, text: bytes) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return text in stream.read(4096)
+    except OSError:
+        return False
+
+
+def _png_text(path: Path) -> set[str]:
+    """The keys of the text in a PNG's head; nothing is decoded. Empty for every other file."""
+    from PIL import Image
+
+    if path.suffix.lower() != ".png" or path.is_symlink():
+        return set()
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return {k for k in image.info if isinstance(k, str)}
+    except Exception:  # whatever it is, it is not ours
+        return set()

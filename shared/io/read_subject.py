@@ -1,0 +1,101 @@
+"""A folder of somebody's pictures becomes a Subject."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from shared.io.decode import picture_size, read_picture
+from shared.io.find_pictures import PathLike, names, scan, sniff
+from shared.types import Subject
+
+
+def read_subject(
+    images: PathLike | Sequence[PathLike],
+    class_noun: str = "",
+    masks: PathLike | Mapping[PathLike, PathLike] | None = None,
+    captions: PathLike | Mapping[PathLike, str] | None = None,
+) -> Subject:
+    """Pictures (a folder, a file, a list), with the captions and masks beside them or in the folders given.
+
+    `masks` and `captions` are a folder whose files have the pictures' names, or a mapping by picture (path or file
+    name). Raises ValueError when there are no pictures, a mask has another size than its picture, or something that was
+    named matches no picture. Stray files are skipped with a warning; where only some pictures have a caption or a mask,
+    a UserWarning names the others.
+    """
+    found = scan(images)
+    by_picture = {p: _caption(t) for p, t in found.captions.items()}
+    mask_of = dict(found.masks)
+    if isinstance(captions, Mapping):
+        by_picture = {_match(found.pictures, k, "captions"): " ".join(v.split()) for k, v in captions.items()}
+    elif captions is not None:
+        by_picture = {p: _caption(t) for p, t in _by_stem(found.pictures, captions, "captions", {".txt"}).items()}
+    if isinstance(masks, Mapping):
+        mask_of = {_match(found.pictures, k, "masks"): Path(v).expanduser() for k, v in masks.items()}
+    elif masks is not None:
+        mask_of = _by_stem(found.pictures, masks, "masks", None)
+    for picture, mask in mask_of.items():
+        size, other = picture_size(picture), picture_size(mask)
+        if size != other:
+            raise ValueError(
+                f"the mask {mask} is {other[0]}x{other[1]} pixels, and its picture {picture} is {size[0]}x{size[1]}: "
+                "they must be of one size"
+            )
+    kept = {p: text for p, text in by_picture.items() if text}
+    _warn_of_gaps(found.pictures, kept, "caption", "their captions are made from the recipe's template")
+    cut_out = {p for p in found.pictures if p not in mask_of and _transparent(p)}
+    _warn_of_gaps(found.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
+    if set("<>{}") & set(class_noun):
+        raise ValueError(f"class_noun = {class_noun!r}: say a plain word for what the thing is, for example duck")
+    return Subject(images=found.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
+
+
+def _warn_of_gaps(pictures: Sequence[Path], given: Collection[Path], what: str, then: str) -> None:
+    """Say which pictures lack what others have; a folder where none has it is no mistake."""
+    without = [p.name for p in pictures if p not in given]
+    if given and without:
+        count = f"{len(without)} of {len(pictures)} pictures have no {what}"
+        warnings.warn(f"{count}: {names(without)}; {then}", UserWarning, stacklevel=3)
+
+
+def _transparent(path: Path) -> bool:
+    """Whether a picture's own transparency is its mask. One that cannot be read is somebody else's to report."""
+    try:
+        return sniff(path) != "JPEG" and read_picture(path).alpha is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _caption(path: Path) -> str:
+    """One line of text; line ends become spaces."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise ValueError(f"the caption {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"the caption {path} cannot be read: {error.strerror}") from None
+
+
+def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
+    name = os.fspath(key)
+    hits = [p for p in pictures if p == Path(name).expanduser()] or [p for p in pictures if p.name == name]
+    if len(hits) != 1:
+        reason = "no picture" if not hits else f"{len(hits)} pictures"
+        raise ValueError(f"{what}: {name!r} names {reason}. There are: {names(p.name for p in pictures)}")
+    return hits[0]
+
+
+def _by_stem(pictures: Sequence[Path], folder: PathLike, what: str, endings: set[str] | None) -> dict[Path, Path]:
+    """The file of `folder` with the same stem, for each picture that has one."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"{what}: {root} is not a folder")
+    files = [p for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in files if endings is None or p.suffix.lower() in endings]
+    out = {picture: f for picture in pictures for f in files if f.stem == picture.stem}
+    if not out:
+        seen, there = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
+        raise ValueError(f"{what}: nothing in {root} has a picture's name; it holds {seen}, the pictures are {there}")
+    return out

@@ -1,0 +1,68 @@
+"""A report as a folder: JSON, CSV tables, pictures and one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.io.files import safe_relative
+from shared.io.outputs import atomic_folder, write_text
+from shared.metrics.html import report_html
+from shared.metrics.report import HTML_FILE, REPORT_FILE, PictureRow, PromptRow, Report
+
+
+def _cells(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
+    rows = list(rows)
+    rest = sorted({k for r in rows for k in r} - set(first))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*first, *rest], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def pictures_csv(pictures: Sequence[PictureRow]) -> str:
+    """One row per picture: `score.*`, `expects.*` and `seen.*` as columns; flags joined with "; "."""
+    rows = []
+    for p in pictures:
+        row: dict[str, Any] = {"kind": p.kind, "prompt": p.prompt, "text": p.text, "seed": p.seed, "file": p.file}
+        row |= {"failed": int(p.failed), "flags": "; ".join(p.flags), "nearest": p.nearest}
+        row |= {f"score.{k}": "" if v is None else v for k, v in p.scores.items()}
+        row |= {f"expects.{k}": v for k, v in p.expects.items()} | {f"seen.{k}": v for k, v in p.seen.items()}
+        rows.append(row)
+    return _cells(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
+
+
+def prompts_csv(prompts: Sequence[PromptRow]) -> str:
+    """One row per prompt, with the mean scores as columns `score.*`."""
+    rows = []
+    for p in prompts:
+        row: dict[str, Any] = {
+            "prompt": p.prompt,
+            "text": p.text,
+            "plain": p.plain,
+            "pictures": p.pictures,
+            "failures": p.failures,
+        }
+        rows.append(row | {f"score.{k}": "" if v is None else v for k, v in p.scores.items()})
+    return _cells(rows, ("prompt", "text", "plain", "pictures", "failures"))
+
+
+def save_report(report: Report, out: Path | str, overwrite: bool = False) -> Path:
+    """Writes `report.json`, `pictures.csv`, `prompts.csv`, `index.html` and `pictures/`; all or nothing.
+
+    ValueError when `out` exists and is not empty, unless `overwrite`.
+    """
+    with atomic_folder(out, overwrite) as folder:
+        for name, data in report.thumbs.items():
+            path = safe_relative(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        write_text(folder / REPORT_FILE, report.to_json())
+        write_text(folder / "pictures.csv", pictures_csv(report.pictures))
+        write_text(folder / "prompts.csv", prompts_csv(report.prompts))
+        write_text(folder / HTML_FILE, report_html(report))
+    return Path(out) / HTML_FILE

@@ -1,0 +1,332 @@
+"""Pictures that the evaluators learn from: the backbone's dataset, and things seen from many views for the identity
+encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from shared.pretrain.evaluators.augment import from_bytes, to_bytes
+from shared.pretrain.toybox import dataset
+from shared.toybox import patterns, world
+from shared.toybox.evaluators.convnet import write_json
+from shared.toybox.render import render
+
+RECONSTRUCTED = 0.7  # of the draws of a picture of which there is a reconstruction, the fraction that take it
+VIEWS_PER_THING = 4  # in a batch
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: not to be told),
+    captions per picture, names of
+    the values.
+    """
+
+    pixels: np.ndarray
+    packed: np.ndarray
+    labels: dict[str, np.ndarray]
+    captions: Sequence[Sequence[str]]
+    values: dict[str, tuple[str, ...]]
+    reconstructions: np.ndarray | None = None
+
+    @classmethod
+    def load(cls, folder: Path, reconstructions: Path | None = None) -> Pictures:
+        """Reads what is finished of a folder of `shared.pretrain.toybox.dataset`; `reconstructions`: an .npy of its first
+        pictures after the VAE.
+        """
+        stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
+        if not stems:
+            raise ValueError(
+                f"{folder} holds no finished chunk of a toybox data set: build it with `pcs toybox train data`"
+            )
+        pixels = np.concatenate([np.load(folder / f"{stem}.pixels.npy", mmap_mode="r") for stem in stems])
+        packed = np.concatenate([np.load(folder / f"{stem}.masks.npy") for stem in stems])
+        table = np.concatenate([np.load(folder / f"{stem}.labels.npy") for stem in stems])
+        captions = [
+            json.loads(line)
+            for stem in stems
+            for line in (folder / f"{stem}.captions.jsonl").read_text("utf-8").splitlines()
+        ]
+        labels = labels_of({name: table[:, k] for k, name in enumerate(dataset.LABELS)})
+        return cls(pixels, packed, labels, captions, attribute_values(), _open(reconstructions))
+
+    def draw(self, generator: Generator, count: int) -> tuple[np.ndarray, Tensor]:
+        """Random rows `[count]`, and their pictures `[count, 3, 64, 64]` in [0, 1]."""
+        rows = _often_reconstructed(
+            torch.randint(len(self.pixels), (count,), generator=generator), self.reconstructions, 1
+        )
+        rows = rows.numpy()
+        return rows, _read(self.pixels, self.reconstructions, rows, generator)
+
+    def masks(self, rows: np.ndarray) -> Tensor:
+        """Where things are in the pictures of `rows`: float `[n, 1, 64, 64]`, 0 or 1."""
+        return torch.from_numpy(np.unpackbits(self.packed[rows], axis=-1)).float()[:, None]
+
+    def draw_captions(self, rows: np.ndarray, generator: Generator) -> list[str]:
+        """One of the captions of each row."""
+        draws = torch.randint(1 << 30, (len(rows),), generator=generator).tolist()
+        return [
+            str(self.captions[row][draw % len(self.captions[row])])
+            for row, draw in zip(rows.tolist(), draws, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class IdentityPictures:
+    """Pixels uint8 `[groups, things, views, 64, 64, 3]`: the things of a group share class and palette, not the
+    pattern.
+
+    kinds: int64 `[groups * things]`, the kind of the pattern, -1 for faces; numbers: float32 `[groups * things, K]`,
+    what
+    else draws the pattern or the face, NaN where it does not apply (`individual`).
+    """
+
+    pixels: np.ndarray
+    kinds: np.ndarray
+    numbers: np.ndarray
+    reconstructions: np.ndarray | None = None
+
+    @classmethod
+    def load(cls, folder: Path, reconstructions: Path | None = None) -> IdentityPictures:
+        """Reads what `build_identity` has finished so far."""
+        facts = json.loads((folder / "identity.json").read_text("utf-8"))
+        things = [
+            scenes[0].things[0]
+            for group in range(facts["done"])
+            for scenes in sample_group(
+                np.random.default_rng([facts["seed"], 11, group]), facts["things"], facts["views"]
+            )
+        ]
+        kinds, numbers = zip(*(individual(thing) for thing in things), strict=True)
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")[: facts["done"]]
+        return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
+
+    def draw(self, generator: Generator, count: int) -> Drawn:
+        """About `count` pictures, by group; each group `vary`-ed as one."""
+        total, things, views = self.pixels.shape[:3]
+        shown = min(VIEWS_PER_THING, views)
+        groups = max(1, count // (things * shown))
+        chosen = torch.randint(total, (groups,), generator=generator)
+        chosen = _often_reconstructed(chosen, self.reconstructions, things * views)
+        order = torch.rand(groups, things, views, generator=generator).argsort(-1)[..., :shown]
+        rows = (chosen[:, None, None] * things + torch.arange(things)[None, :, None]) * views + order
+        flat = self.pixels.reshape(-1, *self.pixels.shape[3:])
+        labels = (chosen[:, None] * things + torch.arange(things)[None]).repeat_interleave(shown, 1).flatten()
+        pixels = _read(flat, self.reconstructions, rows.flatten().numpy(), generator)
+        faces = torch.from_numpy(self.kinds[labels.numpy()] < 0).reshape(groups, -1)[:, 0]
+        varied, channels = vary(pixels, groups, faces, generator)
+        return Drawn(labels, groups, varied, channels.repeat_interleave(len(labels) // groups, 0))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch for the identity encoder: which thing `[B]`, in how many `groups` (equal runs of rows), pictures
+    `[B, 3, 64, 64]` in [0, 1], and which channel of the render each channel is `[B, 3]`.
+    """
+
+    labels: Tensor
+    groups: int
+    pixels: Tensor
+    channels: Tensor
+
+
+def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Other things out of the same pictures: a group is mirrored, or its colour channels change places, all its pictures
+    alike.
+
+    What tells its things apart stays, so that a few thousand rendered things are not learned by heart. Faces keep their
+    colours, which belong to their identity.
+
+    Args:
+        pixels: `[groups * n, 3, H, W]`; faces: `[groups]`, bool
+    Returns:
+        the pictures, and which channel each channel was, `[groups, 3]`
+    """
+    kept = torch.arange(3).expand(groups, 3)
+    mixed = torch.rand(groups, 3, generator=generator).argsort(1)
+    plain = faces | (torch.rand(groups, generator=generator) < 0.5)
+    channels = torch.where(plain[:, None], kept, mixed)
+    mirrored = torch.rand(groups, generator=generator) < 0.5
+    done = [
+        (group.flip(3) if flip else group)[:, order]
+        for group, order, flip in zip(pixels.chunk(groups), channels, mirrored.tolist(), strict=True)
+    ]
+    return torch.cat(done), channels
+
+
+def individual(thing: world.Thing) -> tuple[int, list[float]]:
+    """What sets a thing apart from others of its class and palette: the kind of its pattern, -1 for a face, and
+    numbers.
+
+    The numbers: the two accent colours, coverage (centred) and proportions of the pattern; then a face's identity
+    vector.
+    """
+    if thing.identity is not None:
+        return -1, [float("nan")] * 11 + list(thing.identity)
+    assert thing.pattern_seed is not None
+    pattern, (first, second) = patterns.pattern(thing.pattern_seed), patterns.accents(thing)
+    shape = [8 * (value - 1) for value in pattern.proportions[:3]] + [8 * pattern.proportions[3]]
+    colors = [2 * value - 1 for value in (*first, *(second if pattern.two else first))]
+    return patterns.KINDS.index(pattern.kind), [*colors, 10 * (pattern.coverage - 0.39), *shape] + [float("nan")] * 16
+
+
+def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
+    """`individual`'s numbers `[B, K]` where each channel shows what was channel `channels` `[B, 3]`: the accents' too."""
+    first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
+    return torch.cat([first, second, numbers[:, 6:]], 1)
+
+
+def attribute_values() -> dict[str, tuple[str, ...]]:
+    """The names of the values of every attribute, in the order of the labels."""
+    return {
+        "class": world.CLASSES,
+        "main": world.COLORS,
+        "second": world.COLORS,
+        "background": world.BACKGROUNDS,
+        "view": world.VIEWS,
+        "accessory": world.ACCESSORIES,
+        "style": world.STYLES,
+    }
+
+
+def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Targets `[N]` from the dataset's label columns.
+
+    -1, not told: where two things are in the picture, all but background and style; the view where it has no clear
+    name.
+    """
+    labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
+    for name, values in labels.items():
+        if name not in ("background", "style"):
+            values[columns["two_objects"] > 0] = -1
+    labels["view"][columns["view_is_clear"] == 0] = -1
+    return labels
+
+
+def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
+    """Renders the identity encoder's training pictures into `folder`; goes on where it stopped, readable while it
+    grows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts_path, path = folder / "identity.json", folder / "pixels.npy"
+    shape = (groups, things, views, 64, 64, 3)
+    done = json.loads(facts_path.read_text("utf-8"))["done"] if facts_path.is_file() else 0
+    pixels = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
+    if pixels.shape != shape:
+        raise ValueError(f"{path} has shape {pixels.shape}, not {shape}: keep its numbers or use another folder")
+    for group in range(done, groups):
+        scenes = [
+            scene for thing in sample_group(np.random.default_rng([seed, 11, group]), things, views) for scene in thing
+        ]
+        pixels[group] = to_bytes(render(scenes).pixels).reshape(shape[1:])
+        if (group + 1) % 10 == 0 or group + 1 == groups:
+            pixels.flush()
+            write_json(
+                facts_path, {"done": group + 1, "groups": groups, "things": things, "views": views, "seed": seed}
+            )
+
+
+def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
+    """Scenes `[things][views]` of things of one class and palette: other patterns (for faces, other identities)."""
+    first = world.sample_thing(rng, split, pattern=True, accessory="none")
+    fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
+    scenes = []
+    for _ in range(things):
+        thing = world.sample_thing(rng, split, **fixed, accessory="none")
+        keep = {**fixed, "pattern_seed": thing.pattern_seed, "identity": thing.identity, "two": False}
+        scenes.append([world.sample_scene(rng, split, **keep) for _ in range(views)])
+    return scenes
+
+
+def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_size: int = 64) -> None:
+    """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: .npy, uint8 `[rows,
+    64, 64, 3]`.
+    """
+    vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
+    source = whole.load(folder).pixels
+    source = source.reshape(-1, *source.shape[-3:])[:rows]
+    temporary = target.with_name(target.name + ".part")
+    result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
+    for start in range(0, len(source), batch_size):
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast, and a third of a grey level off
+            through = round_trip(vae, from_bytes(source[start : start + batch_size]))
+        result[start : start + batch_size] = to_bytes(through.float())
+    result.flush()
+    os.replace(temporary, target)
+
+
+def load_vae(folder: Path) -> torch.nn.Module:
+    """The frozen `AutoencoderKL` in a folder, float32."""
+    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+
+    return (
+        AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@torch.no_grad()
+def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Pictures `[B, 3, H, W]` in [0, 1] encoded (mean of the latent) and decoded again, clamped to [0, 1]."""
+    parts = []
+    for chunk in pixels.split(batch_size):
+        latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]
+        parts.append((vae.decode(latent).sample / 2 + 0.5).clamp(0, 1))  # pyright: ignore[reportCallIssue]
+    return torch.cat(parts)
+
+
+def _open(path: Path | None) -> np.ndarray | None:
+    return None if path is None else np.load(path, mmap_mode="r")
+
+
+def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
+    """Sends every second draw to the rows (of `size` pictures each) that have reconstructions, where there are few."""
+    if reconstructions is None:
+        return rows
+    return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))
+
+
+def _read(pixels: np.ndarray, reconstructions: np.ndarray | None, rows: np.ndarray, generator: Generator) -> Tensor:
+    """Pictures of `rows`, some of them after the VAE."""
+    found = pixels[rows]
+    through = torch.rand(len(rows), generator=generator).numpy() < RECONSTRUCTED
+    if reconstructions is not None:
+        at = np.flatnonzero(through & (rows < len(reconstructions)))
+        found[at] = reconstructions[rows[at]]
+    return from_bytes(found)
+
+
+def main() -> None:
+    """`identity FOLDER` renders the identity set; `reconstruct FOLDER VAE TARGET ROWS` sends pictures through a VAE."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    identity = commands.add_parser("identity")
+    identity.add_argument("folder", type=Path)
+    identity.add_argument("--groups", type=int, default=1500)
+    identity.add_argument("--seed", type=int, default=0)
+    through = commands.add_parser("reconstruct")
+    for name in ("folder", "vae", "target"):
+        through.add_argument(name, type=Path)
+    through.add_argument("rows", type=int)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.command == "identity":
+        build_identity(given.folder, groups=given.groups, seed=given.seed)
+    else:
+        reconstruct(given.folder, given.vae, given.target, given.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""How far the evaluators are to be believed: their accuracies on fresh renders, and on the same after the VAE's round
+trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.pretrain.evaluators.judge_backbone import render_all as render_anew
+from shared.pretrain.evaluators.judge_backbone import truth
+from shared.pretrain.evaluators.losses import retrieve
+from shared.toybox import subjects, world
+from shared.toybox.captions import caption
+from shared.toybox.evaluators.clip import image_features, load_clip, text_features
+from shared.toybox.evaluators.identity import load_identity
+from shared.toybox.evaluators.recognizer import ATTRIBUTES, load_recognizer
+
+Degrade = Callable[[Tensor], Tensor]
+
+
+@lru_cache(maxsize=512)
+def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
+    return render_anew(scenes)
+
+
+def render_all(scenes: Sequence[world.Scene]) -> Tensor:
+    """Renders `[n, 3, 64, 64]` in [0, 1], kept: every measure is taken twice, before and after the VAE."""
+    return _rendered(tuple(scenes))
+
+
+def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
+    """`n` random scenes of one thing whose view is far enough from the border between two views to have a name.
+
+    Their random numbers are apart from those of the training pictures; patterns and identities are those of no training
+    picture either (`reporting` seeds).
+    """
+    rng = np.random.default_rng([seed, 77])
+    scenes: list[world.Scene] = []
+    while len(scenes) < n:
+        scene = world.sample_scene(rng, "reporting", two=False, **fixed)
+        if scene.cameras[0].view_is_clear:
+            scenes.append(scene)
+    return scenes
+
+
+def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
+    """Fractions right on `n` fresh renders, all styles; `_shown`: over pictures with an accessory, a style; the usual
+    confusions.
+
+    degrade: what happens to the pictures `[n, 3, 64, 64]` first, for instance the VAE's round trip.
+    """
+    scenes = fresh_scenes(n, seed)
+    pictures = render_all(scenes)
+    found = load_recognizer().predict(degrade(pictures) if degrade else pictures)
+    told = [truth(scene) for scene in scenes]
+    result: dict[str, Any] = {}
+    for name in ATTRIBUTES:
+        right = np.array([a == b[name] for a, b in zip(found[name], told, strict=True)])
+        result[name] = round(float(right.mean()), 4)
+        plain = {"accessory": "none", "style": "photo"}.get(name)
+        if plain:
+            shown = np.array([t[name] != plain for t in told])
+            result[f"{name}_shown"] = round(float(right[shown].mean()), 4)
+    photo = np.array([t["style"] == "photo" for t in told])
+    for name in ("main", "second", "view"):
+        right = np.array([a == b[name] for a, b in zip(found[name], told, strict=True)])
+        result[f"{name}_in_photos"] = round(float(right[photo].mean()), 4)
+    result["confusions"] = {name: confusions(found[name], [t[name] for t in told]) for name in ATTRIBUTES}
+    return result
+
+
+def confusions(found: list[str], told: list[str], most: int = 6) -> list[str]:
+    """The commonest errors, as "what it is -> what was said: how often"."""
+    counts: dict[tuple[str, str], int] = {}
+    for said, true in zip(found, told, strict=True):
+        if said != true:
+            counts[true, said] = counts.get((true, said), 0) + 1
+    worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return [f"{true} -> {said}: {count}" for (true, said), count in worst]
+
+
+def measure_identity(
+    split: str = "development",
+    references: int = 5,
+    queries: int = 3,
+    seed: int = 0,
+    degrade: Degrade | None = None,
+    faces: bool = False,
+) -> dict[str, Any]:
+    """Retrieval of held-out subjects (or faces) among their same-class, same-palette distractors, from pictures the
+    gallery has not seen.
+
+    Every entry of a gallery (subject and distractors) is `references` reference pictures; the queries are other
+    pictures of it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
+    """
+    right: list[bool] = []
+    own: list[bool] = []
+    by_view: dict[str, list[bool]] = {}
+    by_subject: dict[str, float] = {}
+    held_out = (subjects.faces if faces else subjects.subjects)(split)
+    for number, held in enumerate(held_out):
+        hits = _identity_hits(held, split, references, queries, [seed, number, 78], degrade)
+        right += [hit for _, _, hit in hits]
+        own += [hit for index, _, hit in hits if index == 0]
+        for _, view, hit in hits:
+            by_view.setdefault(view, []).append(hit)
+        by_subject[held.name] = round(float(np.mean([hit for _, _, hit in hits])), 4)
+    gallery = 1 + min(len(held.distractors) for held in held_out)
+    return {
+        "retrieval": round(float(np.mean(right)), 4),
+        "subject": round(float(np.mean(own)), 4),
+        "queries": len(right),
+        "gallery": gallery,
+        "chance": round(1 / gallery, 4),
+        "by_view": {name: round(float(np.mean(hits)), 4) for name, hits in sorted(by_view.items())},
+        "by_subject": by_subject,
+    }
+
+
+def _identity_hits(
+    held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
+) -> list[tuple[int, str, bool]]:
+    """For every query: its entry of the gallery, its view, whether the right entry was found."""
+    encoder, rng = load_identity(), np.random.default_rng(seed)
+    gallery = [held.thing, *held.distractors]
+    through = degrade or (lambda pictures: pictures)
+    shown = [
+        encoder.embed(through(render_all(subjects.reference_scenes(t, references, seed[0] + i, split))))
+        for i, t in enumerate(gallery)
+    ]
+    scenes = [world.sample_scene(rng, split, thing=thing, style="photo") for thing in gallery for _ in range(queries)]
+    pictures = render_all(scenes)
+    found = retrieve(encoder.embed(through(pictures)), shown).tolist()
+    return [(k // queries, scene.view, found[k] == k // queries) for k, scene in enumerate(scenes)]
+
+
+@torch.no_grad()
+def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
+    """Zero-shot accuracies; retrieval of a picture's full caption among 64; and the swap test.
+
+    `swap_<attribute>`: the fraction of pictures closer to their caption than to the same with another value of the
+    attribute (chance 0.5); `swap_binding`: than to the same with the two colours exchanged.
+    """
+    model, processor = load_clip()
+    scenes = fresh_scenes(n, seed, style="photo", accessory="none")
+    pictures = render_all(scenes)
+    images = image_features(model, degrade(pictures) if degrade else pictures)
+    texts = [caption(scene, np.random.default_rng([seed, i]), full=True) for i, scene in enumerate(scenes)]
+    words = text_features(model, processor.tokenizer, texts)
+    result: dict[str, Any] = {"caption_of_64": round(_retrieval(images, words, 64), 4)}
+    rng = np.random.default_rng([seed, 79])
+    for name in ("class", "main", "second", "background", "view", "binding"):
+        others = [
+            caption(swapped(scene, name, rng), np.random.default_rng([seed, i]), full=True)
+            for i, scene in enumerate(scenes)
+        ]
+        wrong = text_features(model, processor.tokenizer, others)
+        result[f"swap_{name}"] = round(float(((images * words).sum(1) > (images * wrong).sum(1)).float().mean()), 4)
+    for name, values in (("class", world.CLASSES), ("background", world.BACKGROUNDS)):
+        prompt = "a photo of a {}" if name == "class" else "a photo of a toy, {}"
+        scores = images @ text_features(model, processor.tokenizer, [prompt.format(v) for v in values]).T
+        true = torch.tensor([values.index(truth(scene)[name]) for scene in scenes])
+        result[f"zero_shot_{name}"] = round(float((scores.argmax(1) == true).float().mean()), 4)
+    return result
+
+
+def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
+    """The scene with another value of one attribute; `binding`: with its two colours exchanged."""
+
+    def other(values: tuple[str, ...], *but: str) -> str:
+        left = [v for v in values if v not in but]
+        return left[int(rng.integers(len(left)))]
+
+    thing = scene.things[0]
+    if attribute == "background":
+        return replace(scene, background=other(world.BACKGROUNDS, scene.background))
+    if attribute == "view":
+        return replace(scene, cameras=(world.sample_camera(rng, other(world.VIEWS, scene.view)),))
+    if attribute == "class":
+        name = other(world.CLASSES, thing.class_name, "face")
+        changed = replace(thing, class_name=name, identity=None)
+    elif attribute == "main":
+        changed = replace(thing, main=other(world.COLORS, thing.main, thing.second))
+    elif attribute == "second":
+        changed = replace(thing, second=other(world.COLORS, thing.main, thing.second))
+    else:
+        changed = replace(thing, main=thing.second, second=thing.main)
+    return replace(scene, things=(changed,))
+
+
+def _retrieval(images: Tensor, words: Tensor, among: int) -> float:
+    """The fraction of pictures whose own caption is the closest of `among` consecutive ones."""
+    count = len(images) // among * among
+    scores = images[:count].view(-1, among, images.shape[1]) @ words[:count].view(-1, among, words.shape[1]).mT
+    return float((scores.argmax(2) == torch.arange(among)).float().mean()) if count else float("nan")

@@ -1,0 +1,99 @@
+"""The model card of the toybox's weights: what they are, how they were made, how far the instruments are to be
+believed.
+
+`python -m shared.pretrain.evaluators.model_card [--judge judge.json]` measures and writes `weights/CARD.md` and `card.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.pretrain.evaluators import measure
+from shared.pretrain.evaluators import training_curve as curve
+from shared.pretrain.evaluators.data import load_vae, round_trip
+from shared.pretrain.evaluators.model_card_page import page
+from shared.toybox.evaluators.convnet import WEIGHTS, write_json
+
+SPLITS = ("development", "reporting")
+
+
+def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
+    """Every accuracy on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": ..., "vae":
+    ...}}`.
+    """
+
+    def through(pixels: Tensor) -> Tensor:
+        assert vae is not None
+        return round_trip(vae, pixels)
+
+    ways = {"clean": None} if vae is None else {"clean": None, "vae": through}
+    result: dict[str, Any] = {"recognizer": {}, "clip": {}}
+    result |= {f"{kind}_{split}": {} for kind in ("identity", "faces") for split in SPLITS}
+    for way, degrade in ways.items():
+        result["recognizer"][way] = measure.measure_recognizer(n, seed, degrade)
+        for split in SPLITS:
+            result[f"identity_{split}"][way] = measure.measure_identity(split, seed=seed, degrade=degrade)
+            result[f"faces_{split}"][way] = measure.measure_identity(split, seed=seed, degrade=degrade, faces=True)
+        result["clip"][way] = measure.measure_clip(max(64, n // 2), seed, degrade)
+    return result
+
+
+def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
+    """Sizes in bytes and trainings of what lies in `weights`."""
+    folders = (
+        sorted(f for f in weights.iterdir() if f.is_dir() and not f.name.startswith(".")) if weights.is_dir() else []
+    )
+    sizes = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in folders}
+    trainings = {
+        f.name: json.loads((f / "training.json").read_text("utf-8")) for f in folders if (f / "training.json").is_file()
+    }
+    return {"bytes": sizes, "bytes_in_all": sum(sizes.values()), "trainings": trainings}
+
+
+def write_card(
+    n: int = 600, seed: int = 0, judge: dict[str, Any] | None = None, weights: Path = WEIGHTS, keep: bool = False
+) -> dict[str, Any]:
+    """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
+
+    judge: what `judge_backbone` returned; where None, what the card said already. keep: the accuracies that the card said
+    already (with their `n` and `seed`) instead of measuring again, which takes minutes.
+    """
+    path, backbone = weights / "card.json", weights / "backbone" / "vae"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if keep and not before:
+        raise ValueError(f"keep: there is no {path} whose accuracies could be kept; measure them")
+    if keep:
+        n, seed, accuracies = before["fresh_renders"], before["seed"], before["accuracies"]
+    else:
+        vae = load_vae(backbone) if (backbone / "config.json").is_file() else None
+        accuracies = measure_all(vae, n, seed)
+    card = {"fresh_renders": n, "seed": seed, **describe(weights), "accuracies": accuracies}
+    card["judge"] = judge or before.get("judge")
+    card["curve"] = curve.read(weights)
+    write_json(path, card)
+    (weights / "CARD.md").write_text(page(card), "utf-8")
+    return card
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge", type=Path, help="JSON of `shared.pretrain.evaluators.judge_backbone`")
+    parser.add_argument("--keep", action="store_true", help="keep the accuracies that the card says already")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    judge = json.loads(given.judge.read_text("utf-8")) if given.judge else None
+    print(page(write_card(given.n, given.seed, judge, keep=given.keep)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The model card as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+AIMS = {"class": 0.97, "background": 0.97, "main": 0.92, "second": 0.92, "view": 0.92, "retrieval": 0.95}
+NAMES = {
+    "main": "main colour",
+    "second": "second colour (on its part)",
+    "accessory_shown": "accessory, where there is one",
+    "style_shown": "style, where it is not a photo",
+    "main_in_photos": "main colour, photos only",
+    "second_in_photos": "second colour, photos only",
+    "view_in_photos": "view, photos only",
+}
+HEADER = """# The toybox's weights
+
+Made by `shared/toybox` from seeds, on pictures that it rendered itself. They know the toybox world and nothing else:
+a number measured with them is a toybox number. Licence: that of this repository.
+"""
+HOW = """
+DATA is a folder of `shared.pretrain.toybox.dataset`; for `identity` one of
+`python -m shared.pretrain.evaluators.data identity FOLDER`. Pictures after the VAE, for `--reconstructions FILE`,
+come from `python -m shared.pretrain.evaluators.data reconstruct DATA VAE FILE ROWS`.
+"""
+SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
+`binding`: with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
+"""
+
+
+def page(card: dict[str, Any]) -> str:
+    """The card of `card.write_card` as Markdown."""
+    sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in card["bytes"].items())
+    parts = [
+        HEADER,
+        f"All together {card['bytes_in_all'] / 1e6:.1f} MB, fp16 safetensors: {sizes}.\n",
+        "## Backbone\n",
+        _backbone_made(card["trainings"].get("backbone")),
+        _backbone(card["judge"]),
+        *_curve(card.get("curve")),
+        "## Evaluators\n",
+        _evaluators(card),
+        "### CLIP\n",
+        SWAPS,
+        _clip(card["accuracies"]["clip"]),
+        "## How the evaluators were made\n",
+        _trainings({name: t for name, t in card["trainings"].items() if "losses" in t}),
+        HOW,
+    ]
+    return "\n".join(parts)
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _ways(found: dict[str, Any]) -> list[str]:
+    return ["clean" if way == "clean" else "after the VAE" for way in found]
+
+
+def _row(label: str, name: str, found: dict[str, dict[str, float]]) -> list[str]:
+    return [label, *(_percent(way[name]) for way in found.values()), _percent(AIMS.get(name))]
+
+
+def _backbone(judge: dict[str, Any] | None) -> str:
+    if judge is None:
+        return "Not judged yet: `pcs toybox evaluate`.\n"
+    rows = []
+    for name, bar in judge["bars"].items():
+        value, least = ((f"{v:.1f} dB" if name.endswith("_db") else _percent(v)) for v in (bar["value"], bar["bar"]))
+        ceiling = _percent(judge["instrument"].get(name))
+        rows.append([name.replace("_", " "), value, least, "yes" if bar["met"] else "**no**", ceiling])
+    scores = judge["scores"]
+    kid = ", ".join(
+        f"{name} {scores[key]:.4f} ({scores[f'{key}_floor']:.4f})"
+        for key, name in (("kid", "recognizer"), ("kid_clip", "CLIP"))
+    )
+    return (
+        f"{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, "
+        f"seed {judge['seed']}, one picture each, none selected.\n"
+        "The last column: what the recognizer reads from renders of the same scenes.\n\n"
+        + _table(["", "value", "bar", "met", "on renders"], rows)
+        + f"\nKID to fresh renders (scaled features; in brackets renders to renders): {kid}.\n"
+    )
+
+
+def _backbone_made(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return ""
+    last = training.get("last", {})
+    steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
+    said = [
+        f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
+        "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).",
+        f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`train/decoder.py`)."
+        if steps
+        else "",
+        "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each going on from what was shipped before"
+        + (f"; the U-Net's last loss: {loss}." if loss else "."),
+        *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
+    ]
+    return "\n".join(line for line in said if line) + "\n"
+
+
+def _curve(curve: dict[str, Any] | None) -> list[str]:
+    if not curve:
+        return []
+    names = [name for name in curve["points"][0] if name not in ("step", "pictures")]
+    rows = [
+        [f"{p['pictures']:,}", *(f"{p[k]:.4f}" if k == "kid" else _percent(p[k]) for k in names)]
+        for p in curve["points"]
+    ]
+    return [
+        "### Over training\n",
+        f"{curve.get('of', 'Snapshots of the averaged weights')}, {curve['n']} captions each, guidance "
+        f"{curve['guidance']} ({curve.get('by', '`pcs toybox curve`')}).\n",
+        _table(["pictures seen", *(name.replace("_", " ") for name in names)], rows),
+    ]
+
+
+def _evaluators(card: dict[str, Any]) -> str:
+    found = card["accuracies"]
+    recognizer, facts = found["recognizer"], found["identity_development"]["clean"]
+    rows = [_row(NAMES.get(k) or k, k, recognizer) for k, v in recognizer["clean"].items() if isinstance(v, float)]
+    for key in (k for k in found if k.startswith(("identity_", "faces_"))):
+        kind, split = key.split("_")
+        rows.append(_row(f"identity, held-out {kind.replace('identity', 'things')}, {split}", "retrieval", found[key]))
+    last = list(recognizer)[-1]
+    errors = [f"- {name}: " + (", ".join(pairs) or "none") for name, pairs in recognizer[last]["confusions"].items()]
+    return (
+        f"{card['fresh_renders']} fresh renders with patterns and identities of no training picture, every style, "
+        f"scale 0.4–1.1.\nIdentity: a gallery of {facts['gallery']} (the thing and its distractors of same class and "
+        f"palette), five reference pictures each,\nqueries from random views (chance {_percent(facts['chance'])}).\n\n"
+        + _table(["", *_ways(recognizer), "aim"], rows)
+        + f"\nThe recognizer's commonest errors ({_ways(recognizer)[-1]}):\n\n"
+        + "\n".join(errors)
+        + "\n"
+    )
+
+
+def _clip(found: dict[str, dict[str, float]]) -> str:
+    return _table(["", *_ways(found)], [_row(name.replace("_", " "), name, found)[:-1] for name in found["clean"]])
+
+
+def _trainings(trainings: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, t in trainings.items():
+        losses = ", ".join(f"{k} {v}" for k, v in t["losses"].items())
+        rows.append([name, *(str(t[key]) for key in ("done", "batch_size", "lr", "seed")), losses])
+    start = "python -m shared.pretrain.evaluators.train"
+    commands = [
+        f"{start} {name} --data DATA --work WORK --steps {t['steps']} --lr {t['lr']}" for name, t in trainings.items()
+    ]
+    commands = [" ".join([c, *t.get("flags", [])]) for c, t in zip(commands, trainings.values(), strict=True)]
+    table = _table(["", "steps", "batch", "lr", "seed", "last losses"], rows)
+    notes = "".join(f"\n{name}: {t['note']}\n" for name, t in trainings.items() if "note" in t)
+    return table + "\n```\n" + "\n".join(commands) + "\n```\n" + notes

@@ -1,0 +1,57 @@
+"""The curve over training: a run's snapshots judged like the shipped backbone, on fewer captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.pretrain.evaluators.judge_backbone import BARS, judge_backbone
+from shared.pretrain.toybox.assemble import assemble
+from shared.toybox.evaluators.convnet import WEIGHTS, write_json
+
+SCORES = (*(name for name in BARS if name != "vae_psnr_db"), "kid")
+CURVE = "curve.json"
+
+
+def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = WEIGHTS) -> Iterator[dict[str, Any]]:
+    """Judges every snapshot of `work/run` and its checkpoint that `weights/curve.json` does not have yet, and adds it.
+
+    Args:
+        n: random captions; those of `judge_backbone` with the same seed
+        guidance: of every point
+    Yields:
+        each new point: step, pictures, n, guidance and `SCORES`
+    Raises:
+        ValueError: there is no checkpoint, or the curve was measured with other settings
+    """
+    from shared.pretrain.toybox import common
+
+    run = work / "run"
+    files = [*sorted((run / "snapshots").glob("unet-*.safetensors")), run / assemble.UNET_CHECKPOINT]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ValueError(f"{run} holds no snapshot and no checkpoint: train first (`pcs toybox train unet`)")
+    settings = {"n": n, "guidance": guidance, "seed": seed}
+    curve = read(weights) or {**settings, "points": []}
+    if {k: curve[k] for k in settings} != settings:
+        raise ValueError(f"{weights / CURVE} was measured with other settings: remove it, or use its own ({curve})")
+    known = {point["step"] for point in curve["points"]}
+    for file in files:
+        facts = common.read_facts(file)
+        if facts["step"] in known:
+            continue
+        pipeline = assemble.pipeline(run, checkpoint=file)
+        scores = judge_backbone(pipeline, n=n, guidance=guidance, seed=seed)["scores"]
+        point = {"step": facts["step"], "pictures": facts["pictures"], **{k: round(scores[k], 4) for k in SCORES}}
+        known.add(facts["step"])
+        curve["points"] = sorted([*curve["points"], point], key=lambda p: p["step"])
+        write_json(weights / CURVE, curve)
+        yield point
+
+
+def read(weights: Path = WEIGHTS) -> dict[str, Any] | None:
+    """`n`, `guidance`, `seed` and the `points` by step; None where nothing was measured."""
+    path = weights / CURVE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -1,0 +1,147 @@
+"""What the U-Net trains on, computed once: scaled latents and token ids, as memory-mapped arrays on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shared.pretrain.toybox.vae import Pictures, to_signed
+from shared.toybox.captions import said
+from shared.toybox.tokenizer import MAX_LENGTH
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
+
+_CHUNK = 2048
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Latents and token ids of a data set; row i of both belongs to picture i."""
+
+    latents: np.ndarray  # float16 [N, 4, H, W], posterior means times the scaling factor: unit spread
+    tokens: np.ndarray  # int16 [N, V, 32], V caption variants
+    covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
+    said: np.ndarray  # int8 [N, V, 3], what each caption says: `shared.toybox.captions.said`
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
+    """A hash over everything that the cached numbers depend on except the pictures; the decoder is not among it."""
+    digest = hashlib.sha256(json.dumps([vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]).encode())
+    parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
+    named = {f"{part}.{name}": x for part, net in parts.items() if net for name, x in net.state_dict().items()}
+    for name, tensor in sorted(named.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def build(
+    folder: Path, pictures: Pictures, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
+) -> Cache:
+    """The cache in ``folder``, made or extended as needed.
+
+    Pictures are expected to be appended only: rows that are there are kept where autoencoder and tokenizer are the
+    same, and everything is made anew where they are not. The state file is written last and atomically.
+
+    Args:
+        folder: where the arrays lie
+        pictures: uint8 [N, S, S, 3] and captions, N times V
+        vae: finished; moved to ``device`` and left there
+        tokenizer: pads and cuts to 32 tokens
+        device: computes the latents
+
+    Returns:
+        the arrays, mapped read-only
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total, mark = len(pictures), fingerprint(vae, tokenizer)
+    state = _state(folder)
+    done = min(int(state["count"]), total) if state.get("fingerprint") == mark else 0
+    vae = vae.to(device) if device is not None else vae  # pyright: ignore[reportArgumentType]
+    vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on a CPU
+    for start in range(done, total, _CHUNK):
+        stop = min(start + _CHUNK, total)
+        latents = encode(vae, pictures.pixels(slice(start, stop)))
+        ids = tokenize(tokenizer, [pictures.captions[i] for i in range(start, stop)])
+        _append(folder / "latents.f16", latents, start)
+        _append(folder / "tokens.i16", ids, start)
+        _append(folder / "covered.u8", cover(pictures.masks(slice(start, stop)), latents.shape[-1]), start)
+        told = np.array([[said(text) for text in pictures.captions[i]] for i in range(start, stop)], np.int8)
+        _append(folder / "said.i8", told, start)
+        shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:], "said": told.shape[1:]}
+        _write_state(folder, {"count": stop, "fingerprint": mark, "shapes": shapes})
+    return load(folder)
+
+
+def load(folder: Path) -> Cache:
+    """Maps a finished cache.
+
+    Raises:
+        ValueError: where there is none
+    """
+    state = _state(folder)
+    if not state:
+        raise ValueError(f"no cached latents in {folder}")
+    count, shapes = int(state["count"]), state["shapes"]
+    latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(count, *shapes["latents"]))
+    tokens = np.memmap(folder / "tokens.i16", np.int16, "r", shape=(count, *shapes["tokens"]))
+    covered = np.memmap(folder / "covered.u8", np.uint8, "r", shape=(count, *shapes["latents"][1:]))
+    told = np.memmap(folder / "said.i8", np.int8, "r", shape=(count, *shapes["said"]))
+    return Cache(latents, tokens, covered, told)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
+    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, 4, h, w] of unit spread."""
+    device, parts = next(vae.parameters()).device, []
+    for start in range(0, len(pixels), _BATCH):
+        x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
+        encoded: Any = vae.encode(x, return_dict=True)
+        parts.append((encoded.latent_dist.mean * vae.config["scaling_factor"]).half().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def cover(masks: np.ndarray, side: int) -> np.ndarray:
+    """bool [B, S, S] to uint8 [B, side, side]: the mean over each patch, of 255."""
+    patch = masks.shape[-1] // side
+    means = masks.reshape(len(masks), side, patch, side, patch).mean((2, 4))
+    return np.round(255 * means).astype(np.uint8)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
+    """B times V captions to int16 [B, V, 32], padded and cut as the pipeline does."""
+    flat = [text for variants in captions for text in variants]
+    ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)
+
+
+def _append(path: Path, rows: np.ndarray, start: int) -> None:
+    row_bytes = rows[0].nbytes
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(start * row_bytes)
+        file.seek(start * row_bytes)
+        file.write(np.ascontiguousarray(rows).tobytes())
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    partial = folder / "state.json.partial"
+    partial.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(partial, folder / "state.json")

@@ -1,0 +1,1 @@
+"""Recipes: their schema, where they are found, and how they are resolved."""

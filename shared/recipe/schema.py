@@ -1,0 +1,129 @@
+"""A recipe: the slots of design §2 as typed fields, and phases. Data only; `shared.recipe.resolve` finds and resolves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.augment import Augment
+from shared.config import NAME, Part, Slot, default_kind
+from shared.masks import Mask
+from shared.modifiers import Modifier
+from shared.modifiers.words import RareToken
+from shared.noise import Noise
+from shared.noise.times import Uniform
+from shared.objective import Objective
+from shared.prompts import Prompts
+from shared.recipe.catalog import Taxonomy
+from shared.regularize import Regularizer
+from shared.sources import Source
+from shared.trainable import Trainable
+
+Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _nothing(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a recipe, laid on the rest of it
+
+
+class SubjectSettings(Part):
+    """The user's pictures of one thing."""
+
+    images: Path | tuple[Path, ...]
+    class_noun: str = ""
+    masks: Path | None = None
+    captions: Path | None = None
+
+
+class Optimizer(Part):
+    """AdamW (https://arxiv.org/abs/1711.05101); each trainable part has its own rate."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Validation(Part):
+    """Pictures and scores while training; the best checkpoint is kept by score."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: never
+    prompts: tuple[str, ...] = ("a photo of a {concept}",)
+    num: Positive = 2  # pictures per prompt
+    keep_best: bool = True
+
+
+class Train(Part):
+    """How compute is spent."""
+
+    steps: Annotated[int, Field(ge=0)] = 500
+    batch_size: Positive = 1
+    gradient_accumulation: Positive = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"  # auto: bf16 where the device computes it fast
+    resolution: Positive | None = None  # pixels; the backbone's own where none is given
+    cache: bool = True  # latents and text that do not vary
+    variants: Annotated[int, Field(ge=0)] = (
+        0  # augmented versions of each picture made once and cached; 0: anew each step
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
+    optimizer: Optimizer = Optimizer()
+    validation: Validation = Validation()
+
+
+class Sampling(Part):
+    """How pictures are made, while training and by default afterwards. None: the backbone's own."""
+
+    steps: Positive | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+
+
+class Recipe(Part):
+    """The resolved, typed description of how a concept is learned."""
+
+    method: str = ""
+    title: str = ""
+    papers: tuple[str, ...] = ()
+    taxonomy: Taxonomy = Taxonomy()
+    kind: Literal["subject", "style", "motion", "identity"] = "subject"
+
+    subject: SubjectSettings | None = None
+    subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}
+    backbone: str = "toybox"
+    output: Path | None = None
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    sources: Slot[Source] = {"references": {"kind": "references"}}  # type: ignore[assignment]
+    masks: Slot[Mask] = {}
+    augment: Slot[Augment] = {}
+    prompts: Prompts = Prompts()
+    modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
+    trainable: Slot[Trainable] = {}
+    noise: Annotated[Noise, default_kind("uniform")] = Uniform()
+    objective: Objective = Objective()
+    regularize: Slot[Regularizer] = {}
+    train: Train = Train()
+    sampling: Sampling = Sampling()
+    phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Recipe:
+        if self.subject is not None and self.subjects:
+            raise ValueError("give either subject.* or subjects.NAME.*, not both")
+        needs = [k for k, r in self.regularize.items() if getattr(r, "needs_prior_rows", False)]
+        if needs and not any(s.kind in ("generated", "folder") for s in self.sources.values()):
+            raise ValueError(
+                f"regularize.{needs[0]} needs class pictures: add sources.class_pictures.kind=generated "
+                "(made by the base model) or =folder (your own)"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""What every runner does: plan a run, open a backbone with its concepts, learn, judge."""

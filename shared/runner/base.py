@@ -1,0 +1,244 @@
+"""The runner under every package's own: concepts loaded on one backbone; learn, make, evaluate. A package says how
+expanded prompts become its medium (`make`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.concept import Concept, attach, capture
+from shared.metrics.report import Report
+from shared.prompts import check_named, expand, without
+from shared.recipe.resolve import expand_phases
+from shared.recipe.schema import Recipe
+from shared.runner.judging import EvaluationSettings, evaluate_loaded
+from shared.runner.loaded import Loaded
+from shared.sampling.settings import SamplingSettings
+from shared.train.loop import Record
+from shared.train.training_run import Session
+from shared.types import Subject
+
+
+def cache_folder() -> Path:
+    """Where class pictures are kept between runs: $PCS_CACHE, else the user's cache folder."""
+    root = os.environ.get("PCS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "pcs")
+    return Path(root).expanduser()
+
+
+class Progress(Protocol):
+    """Who is told how far a run is."""
+
+    def step(self, phase: str, record: Record, total: int) -> None:
+        """After each step; `total` is the steps of all phases."""
+        ...
+
+    def pictures(self, what: str, done: int, of: int) -> None:
+        """While class pictures are made."""
+        ...
+
+
+@dataclass
+class Runner:
+    """One backbone and the concepts attached to it."""
+
+    backbone: Backbone
+    loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def make(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
+        """What the package makes, on the CPU, in [-1, 1]: of pictures [N, 3, H, W], one per (prompt, seed) pair.
+
+        Args:
+            prompts: already expanded
+        """
+        raise NotImplementedError
+
+    def load(self, concept: Concept, strength: float = 1.0) -> None:
+        """Attach a concept. ValueError when it does not fit, or another of its name is loaded."""
+        attach(concept, self.backbone, strength)
+        self.loaded[concept.meta.name] = Loaded(concept)
+
+    def unload(self, name: str) -> None:
+        """Take a concept off; the backbone is what it was before."""
+        self.backbone.remove(name)
+        del self.loaded[name]
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Of the loaded concepts that have adapters, as the backbone has them."""
+        return {name: s for name, s in self.backbone.strengths.items() if name in self.backbone.adapters}
+
+    @property
+    def class_nouns(self) -> dict[str, str]:
+        return {name: loaded.concept.meta.class_noun for name, loaded in self.loaded.items()}
+
+    def personalize(
+        self,
+        subjects: Mapping[str, Subject],
+        recipe: Recipe,
+        workdir: Path,
+        *,
+        resume: bool = False,
+        scorers: Mapping[str, Callable[[Tensor, Sequence[str]], Mapping[str, float]]] | None = None,
+        progress: Progress | None = None,
+        tensorboard: bool = True,
+    ) -> dict[str, Concept]:
+        """Learn every subject in one run; the concepts by name, also left attached.
+
+        Args:
+            subjects: name -> pictures
+            workdir: training state, logs and sample pictures
+            resume: go on from the newest checkpoint in `workdir`
+            scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
+            progress: told of every step, and of the class pictures that are made before them
+            tensorboard: whether the log is also written as TensorBoard's events
+
+        Raises:
+            ValueError: names, pictures or recipe do not fit
+            NotFinite, Interrupted: after the last good state was saved
+        """
+        for name in subjects:
+            if name in self.loaded:
+                raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
+        session = Session(
+            self.backbone,
+            recipe,
+            subjects,
+            workdir,
+            cache_folder(),
+            generate=self._class_pictures,
+            preview=self._preview(subjects, recipe, scorers or {}),
+            loaded_strengths=self.strengths,
+            tensorboard=tensorboard,
+            on_pictures=progress.pictures if progress else None,
+        )
+        try:
+            with _own_randomness():
+                for phase, record in session.steps(resume):
+                    if progress:
+                        progress.step(phase, record, session.total_steps)
+            metrics = {**session.costs, **session.final_scores}
+            concepts = {n: self._captured(n, subjects[n], recipe, session, metrics) for n in subjects}
+        finally:
+            self._forget(session)
+        for name, concept in concepts.items():
+            self.load(concept)
+            self.loaded[name] = Loaded(concept, subject=subjects[name])
+        return concepts
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings = SamplingSettings(),
+        *,
+        base: bool = False,
+        must_name: bool = True,
+    ) -> Tensor:
+        """What `make` gives for each (prompt, seed) pair, with the loaded concepts.
+
+        `<name>` in a prompt is a loaded concept. With `base`, concepts are off and names are said as class nouns.
+        Raises ValueError for a name that is not loaded, and, unless `must_name` is off, for a loaded subject that a
+        prompt does not name.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: one of each per picture")
+        placeholders = self.backbone.placeholders
+        if base:
+            texts = [without(p, self.class_nouns) for p in prompts]
+        else:
+            kinds = {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()}
+            for prompt in prompts if must_name else ():
+                check_named(prompt, kinds)
+            texts = [expand(p, placeholders) for p in prompts]
+        negatives = (settings.negative,) if isinstance(settings.negative, str) else settings.negative
+        avoided = tuple(without(n, self.class_nouns) if base else expand(n, placeholders) for n in negatives)
+        settings = replace(settings, negative=avoided[0] if len(avoided) == 1 else avoided)
+        with self.backbone.active({} if base else self.strengths):
+            return self.make(texts, seeds, settings)
+
+    def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:
+        """Measure a loaded concept: what `pcs image evaluate` does.
+
+        Raises:
+            ValueError: the concept is not loaded, its pictures are not to be found, there is nothing to measure with
+        """
+        return evaluate_loaded(self, name, settings)
+
+    def _class_pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+    ) -> Tensor:
+        return self.make(prompts, seeds, SamplingSettings("", guidance, steps, height=resolution, width=resolution))
+
+    def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
+        phases = dict(expand_phases(recipe))
+
+        def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
+            check, how = phases[phase].train.validation, phases[phase].sampling
+            side = phases[phase].train.resolution or self.backbone.resolution
+            settings = SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side)
+            pictures, scores = [], {}
+            for name in subjects:
+                prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
+                seeds = [10_000 + i for i in range(len(prompts))]
+                pixels = self.make([expand(p, self.backbone.placeholders) for p in prompts], seeds, settings)
+                pictures.append(pixels)
+                if name in scorers:
+                    plain = [without(p, {name: subjects[name].class_noun}) for p in prompts]
+                    for key, value in scorers[name](pixels, plain).items():
+                        scores[key] = scores.get(key, 0.0) + value / len(subjects)
+            return torch.cat(pictures), scores
+
+        return preview
+
+    def _captured(
+        self, name: str, subject: Subject, recipe: Recipe, session: Session, metrics: Mapping[str, float]
+    ) -> Concept:
+        return capture(
+            self.backbone,
+            name,
+            adapters_of=session.run_name,
+            class_noun=subject.class_noun,
+            kind=recipe.kind,
+            recipe=recipe,
+            metrics=metrics,
+            references=subject.images,
+            ports=sorted(session.ports),
+        )
+
+    def _forget(self, session: Session) -> None:
+        for name in {*session.names, session.run_name}:
+            if name in self.backbone.placeholders or name in self.backbone.adapters:
+                self.backbone.remove(name)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """The caller's global random state, of the CPU and of every GPU in use, is what it was afterwards."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
+R = TypeVar("R", bound=Runner)
+
+
+@contextmanager
+def attached(runner: R, concepts: Sequence[tuple[Concept, float]]) -> Iterator[R]:
+    """The runner with these concepts loaded, and without them afterwards."""
+    names = []
+    try:
+        for concept, strength in concepts:
+            runner.load(concept, strength)
+            names.append(concept.meta.name)
+        yield runner
+    finally:
+        for name in names:
+            runner.unload(name)

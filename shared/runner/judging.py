@@ -1,0 +1,216 @@
+"""Scoring concepts: which instruments, which references and look-alikes, and the report."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.concept import Concept
+from shared.config import unknown
+from shared.evaluation.evaluate import Case, evaluate
+from shared.evaluation.prompt_sets import load_prompts
+from shared.io.decode import read_picture
+from shared.io.files import sha256
+from shared.io.pictures import resize
+from shared.io.read_subject import read_subject
+from shared.metrics.instruments import load_instruments
+from shared.metrics.report import Report, Score
+from shared.metrics.scorer import Scorer
+from shared.recipe.resolve import expand_phases
+from shared.runner.loaded import Loaded, Painter
+from shared.runner.plan import Plan
+from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
+from shared.sampling.settings import SamplingSettings
+from shared.toybox import reference_sets as album
+from shared.types import Subject
+
+
+def check_folders(clip: Path | None, dino: Path | None) -> None:
+    """ValueError when a folder to score with is given and is not there."""
+    for option, folder in (("--clip", clip), ("--dino", dino)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{option} {folder}: there is no such folder")
+
+
+def training_scorers(
+    planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
+) -> dict[str, Scorer] | None:
+    """One scorer per subject for pictures made while training; None where none are made, or nothing can measure them.
+
+    They know the references only, never the look-alikes that the finished concept is told from: what chooses the best
+    checkpoint must not be what it is judged by.
+    """
+    check_folders(clip, dino)
+    toybox = backbone.name == "toybox"
+    if not any(p.train.validation.every for _, p in expand_phases(planned.recipe)):
+        if clip or dino:
+            warnings.warn(
+                "--clip and --dino score the pictures made while training, and none are made: "
+                "set train.validation.every=100, for example",
+                stacklevel=2,
+            )
+        return None
+    if not (toybox or clip or dino):
+        warnings.warn(
+            "pictures are made while training (train.validation.every), but nothing can score them, so the last state "
+            "is kept, not the best: give --clip FOLDER or --dino FOLDER",
+            stacklevel=2,
+        )
+        return None
+    instruments = load_instruments(clip, dino, toybox, str(backbone.device))
+    out = {}
+    for name, subject in planned.subjects.items():
+        out[name] = Scorer(
+            references(subject, backbone.resolution),
+            instruments,
+            subject.class_noun,
+            name,
+            None,
+            None,
+            _expectations(planned, subject.class_noun),
+        )
+    return out
+
+
+def _expectations(planned: Plan, class_noun: str) -> dict[str, Mapping[str, str]]:
+    """What the toybox's recognizer should see in the validation prompts that are also in its prompt set."""
+    known = {p.plain(class_noun): p.expects for p in load_prompts("toybox").prompts}
+    prompts = [p for _, phase in expand_phases(planned.recipe) for p in phase.train.validation.prompts]
+    said = [p.replace("{concept}", class_noun) for p in prompts]
+    return {p: known[p] for p in said if p in known}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a concept is judged."""
+
+    prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "" is the backbone's own set
+    seeds: tuple[int, ...] = (0, 1)
+    limit: int | None = None  # only the first prompts of the set
+    sampling: SamplingSettings = field(
+        default_factory=SamplingSettings
+    )  # what is None there is that of the concept's recipe
+    references: Path | None = (
+        None  # a folder; default the pictures that it was learned from, or those beside its folder
+    )
+    gallery: Path | None = None  # a folder of folders with pictures of other things of the class
+    clip: Path | None = None  # model folders to measure with
+    dino: Path | None = None
+    path: Path | None = None  # the concept's folder, for its size; default where it was read from
+    out: Path | None = None  # a folder for the report; None writes none
+    overwrite: bool = False
+
+
+def evaluate_loaded(
+    runner: Painter,
+    name: str,
+    settings: EvaluationSettings = EvaluationSettings(),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Evaluate the concept `name` of those loaded in `runner`; with `settings.out`, the report is written there.
+
+    Raises:
+        ValueError: the concept is not loaded, its references are not to be found, or nothing is there to measure with
+    """
+    if name not in runner.loaded:
+        raise ValueError(f"there is no concept {unknown(name, list(runner.loaded), 'concept')}")
+    check_folders(settings.clip, settings.dino)
+    loaded, backbone = runner.loaded[name], runner.backbone
+    toybox = backbone.name == "toybox"
+    learned, asked = loaded.concept.meta.recipe.get("sampling", {}), settings.sampling
+    own = {k: learned.get(k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
+    sampling = replace(asked, **own)
+    chosen = load_prompts(settings.prompts or ("toybox" if toybox else "dreambench"), loaded.concept.meta.class_noun)
+    return evaluate(
+        lambda texts, numbers: runner.generate(texts, numbers, sampling, must_name=False),
+        lambda texts, numbers: runner.generate(texts, numbers, sampling, base=True),
+        _case(runner, loaded, settings),
+        chosen.first(settings.limit),
+        seeds=list(settings.seeds),
+        instruments=load_instruments(settings.clip, settings.dino, toybox, str(backbone.device)),
+        out=settings.out,
+        overwrite=settings.overwrite,
+        progress=progress,
+    )
+
+
+def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
+    concept, folder, gallery = loaded.concept, settings.references, settings.gallery
+    path = settings.path or concept.path
+    subject = loaded.subject if folder is None else None
+    subject = subject or find_references(concept, path, folder)
+    known = album.shown_in(subject.images)
+    side = runner.backbone.resolution
+    return Case(
+        name=concept.meta.name,
+        class_noun=concept.meta.class_noun,
+        references=references(subject, side),
+        gallery=_gallery(gallery, side) if gallery else album.gallery(known) if known else None,
+        fresh=album.fresh(known) if known else None,
+        through=lambda pixels: _round_trip(runner.backbone, pixels),
+        concept=path,
+        recipe=str(concept.meta.recipe.get("method", "")),
+        backbone=runner.backbone.name,
+        training_seconds=concept.meta.metrics.get("training_seconds"),
+        metadata=json.loads(concept.meta.model_dump_json(exclude={"recipe"})),
+    )
+
+
+@torch.no_grad()
+def _round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] as the model's autoencoder gives them back."""
+    size = pixels.shape[-2] * pixels.shape[-1]
+    latents = [
+        backbone.latent_moments(p.to(backbone.device))[0] for p in pixels.split(images_per_batch(size, DECODE_PIXELS))
+    ]
+    return decoded(backbone, torch.cat(latents), size).cpu()
+
+
+def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
+    """The pictures the concept was learned from: in `folder`, or in the folder of that name beside the concept (`path`).
+
+    Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
+    """
+    settings: Any = concept.meta.recipe.get("subject") or concept.meta.recipe.get("subjects", {}).get(concept.meta.name)
+    said = (settings or {}).get("images")
+    beside = path.resolve().parent / Path(said).name if path and isinstance(said, str) else None
+    source = folder or beside
+    if source is None or (folder is None and not source.is_dir()):
+        raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
+    subject = read_subject(source, concept.meta.class_noun)
+    hashes = {r.sha256 for r in concept.meta.references}
+    known = [p for p in subject.images if sha256(p) in hashes]
+    if folder is None and len(known) < len(subject.images):
+        raise ValueError(f"{source} holds other pictures than the concept was learned from: give --references FOLDER")
+    return subject
+
+
+def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
+    """Folder of folders: name -> [n, 3, side, side]."""
+    names = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise ValueError(f"{folder} holds no folders: a gallery has one folder of pictures per other thing")
+    return {p.name: references(read_subject(p), side) for p in names}
+
+
+def shown(score: Score) -> str:
+    """A headline score as one line: value, interval, and the base model beside it."""
+    if score.value is None:
+        return "not measured"
+    span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
+    base = f"   base model {score.base:.3f}" if score.base is not None else ""
+    chance = f"   chance {score.chance:.3f}" if score.chance is not None else ""
+    return f"{score.value:.3f}{span}{base}{chance}"
+
+
+def references(subject: Subject, side: int) -> Tensor:
+    """[N, 3, side, side] in [-1, 1]."""
+    return torch.stack([resize(read_picture(p), side).pixels for p in subject.images])

@@ -1,0 +1,43 @@
+"""Concepts that are attached to a backbone, and what judging needs of whoever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.concept import Concept
+from shared.sampling.settings import SamplingSettings
+from shared.types import Subject
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A concept that is attached to a backbone; its strength is the backbone's business."""
+
+    concept: Concept
+    subject: Subject | None = None  # its pictures, where it was learned here
+
+
+class Painter(Protocol):
+    """A backbone with concepts loaded that makes pictures of prompts."""
+
+    backbone: Backbone
+
+    @property
+    def loaded(self) -> Mapping[str, Loaded]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingSettings = ...,
+        *,
+        base: bool = ...,
+        must_name: bool = ...,
+    ) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] on the CPU; see `Runner.generate`."""
+        ...

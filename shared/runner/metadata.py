@@ -1,0 +1,34 @@
+"""What a file says about how it was made."""
+
+from __future__ import annotations
+
+import json
+
+from shared.prompts import expand, names_in
+from shared.runner.loaded import Painter
+from shared.sampling.settings import SamplingSettings
+
+
+def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
+    """What a picture's PNG says about how it was made: everything that is needed to make it again."""
+    backbone, stated = runner.backbone, settings.stated()
+    made = {
+        "steps": backbone.default_steps,
+        "guidance": backbone.default_guidance,
+        "height": backbone.resolution,
+        "width": backbone.resolution,
+        **stated,
+        "negative": settings.negative,
+        "hooks": [hook.model_dump(mode="json") for hook in settings.hooks],  # type: ignore[attr-defined]
+    }
+    about = {
+        "prompt": prompt,
+        "expanded": expand(prompt, backbone.placeholders),
+        "seed": seed,
+        "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
+        "named": list(names_in(prompt)),
+        "backbone": backbone.name,
+        "checkpoint": backbone.checkpoint,
+        **made,
+    }
+    return {"pcs": json.dumps(about), "Software": "pcs", "Description": prompt}

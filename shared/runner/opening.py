@@ -1,0 +1,89 @@
+"""From what a command line says to a runner with its concepts loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from shared.backbones import load_backbone
+from shared.concept import load_backbone_of, read
+from shared.runner.base import Runner
+from shared.sampling.hooks import StrengthSchedule
+from shared.train.precision import DTYPES, resolve_precision
+
+
+def parse_concept(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH:STRENGTH`. ValueError when the strength is no number or there is no such folder."""
+    path, sep, strength = text.rpartition(":")
+    if sep and not Path(text).exists():
+        try:
+            return Path(path), float(strength)
+        except ValueError:
+            raise ValueError(f"--concept {text!r}: {strength!r} is no strength; write PATH:0.8") from None
+    return Path(text), 1.0
+
+
+R = TypeVar("R", bound=Runner)
+
+
+def open_runner(
+    kind: type[R], backbone: str | None, concepts: Sequence[str], device: str | None = None, precision: str = "no"
+) -> R:
+    """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
+    was learned on."""
+    opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
+    where = check_device(device or best_device())
+    if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
+        precision = resolve_precision(precision, where) if torch.device(where).type == "cuda" else "no"
+    dtype = DTYPES[precision]
+    options: dict[str, Any] = {"device": where, "dtype": dtype}
+    home = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
+    runner = kind(home)
+    for concept, strength in opened:
+        runner.load(concept, strength)
+    return runner
+
+
+def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:
+    """The folders that `open_runner` reads: no output may take their place."""
+    local = [Path(backbone).expanduser()] if backbone and Path(backbone).expanduser().exists() else []
+    return [*(parse_concept(c)[0] for c in concepts), *local]
+
+
+def check_device(device: str) -> str:
+    """The same name; ValueError when this machine has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"--device {device!r} cannot be used here ({why}). There are: {there}.") from None
+    return device
+
+
+def best_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
+    """Strengths by step, as `StrengthSchedule.parse` reads them; ValueError names the option."""
+    try:
+        changes = [StrengthSchedule.parse(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--strength: {error}") from None
+    names = [name for change in changes for name in change.strengths]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--strength: {name!r} is given twice; write all its points in one, separated by commas")
+    return changes
+
+
+def check_precision(precision: str) -> str:
+    """ "no", "bf16" or "fp16"; ValueError otherwise."""
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"--precision {precision!r}: choose no, bf16 or fp16")
+    return precision

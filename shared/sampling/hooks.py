@@ -1,0 +1,114 @@
+"""What happens between denoising steps: hooks around one sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from pydantic import field_validator
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.config import Part, validate
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One denoising step, before its prediction."""
+
+    index: int  # 0 … steps - 1
+    steps: int  # calls of the scheduler (second-order ones call twice per step)
+    t: Tensor  # scalar, in the model's training time
+    backbone: Backbone
+
+    @property
+    def fraction(self) -> float:
+        """How much is done: 0 at the first step, towards 1 at the last."""
+        return self.index / self.steps
+
+
+@runtime_checkable
+class SamplingHook(Protocol):
+    """Something that happens between denoising steps. `SamplingHookBase` does nothing, to build on."""
+
+    def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
+        """The prompts from here on this step (delayed subjects)."""
+        ...
+
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        """The latents [B, C, h, w] before the prediction (layout gradients, inversion)."""
+        ...
+
+    def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
+        """What holds while this step is predicted (strengths, attention)."""
+        ...
+
+
+class SamplingHookBase(Part):
+    """A change that hooks nothing."""
+
+    def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
+        return prompts
+
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        return latents
+
+    def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+class StrengthSchedule(SamplingHookBase):
+    """Adapter strengths by step: `{"my-mug": {0: 0, 0.2: 1}}` leaves the mug out of the first fifth of the steps.
+
+    Adapters that are not named keep the strength they have. As delayed subject conditioning of FastComposer
+    (Xiao et al., arXiv 2305.10431, section 4.3) does with text, here for adapters.
+    """
+
+    kind: Literal["strength_schedule"] = "strength_schedule"
+    strengths: Mapping[str, Mapping[float, float]]  # concept -> {fraction of steps done: strength from there on}
+    linear: bool = False  # True: strengths in between are interpolated instead of held
+
+    @field_validator("strengths")
+    @classmethod
+    def _fractions(cls, value: Mapping[str, Mapping[float, float]]) -> Mapping[str, Mapping[float, float]]:
+        for name, points in value.items():
+            if not points or any(not 0 <= f <= 1 or not math.isfinite(s) for f, s in points.items()):
+                raise ValueError(
+                    f"{name}: give strengths at fractions of the steps in [0, 1], such as {{0: 0, 0.2: 1}}"
+                )
+        return value
+
+    @classmethod
+    def parse(cls, text: str) -> StrengthSchedule:
+        """`my-mug=0@0,1@0.2`: strength 0 from the first step on, 1 once a fifth of the steps is done.
+
+        ValueError when it is written in another way, or a fraction is outside [0, 1] or said twice.
+        """
+        name, _, points = text.partition("=")
+        try:
+            pairs = [point.split("@") for point in points.split(",")]
+            given = {float(fraction): float(strength) for strength, fraction in pairs}
+            if len(given) < len(pairs):
+                raise ValueError("one fraction twice")
+        except ValueError:
+            wanted = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
+            raise ValueError(f"{text!r} is no strength by step; {wanted}") from None
+        return validate(cls, {"strengths": {name: given}})
+
+    def at(self, name: str, fraction: float) -> float:
+        """The strength of one concept when `fraction` of the steps is done; before the first point, the first's."""
+        points = sorted(self.strengths[name].items())
+        before = [p for p in points if p[0] <= fraction] or points[:1]
+        after = [p for p in points if p[0] > fraction]
+        (f0, s0) = before[-1]
+        if not self.linear or not after or fraction < f0:
+            return s0
+        (f1, s1) = after[0]
+        return s0 + (s1 - s0) * (fraction - f0) / (f1 - f0)
+
+    def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
+        now = {name: self.at(name, step.fraction) for name in self.strengths}
+        return step.backbone.active({**step.backbone.strengths, **now})

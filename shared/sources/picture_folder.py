@@ -1,0 +1,52 @@
+"""The user's own pictures of the class, or any further folder of pictures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from shared.config import Part
+from shared.io.pictures import ResizeMode
+from shared.io.read_subject import read_subject
+from shared.sources.base import SourceContext
+from shared.sources.to_example import example, load
+from shared.types import Example, Role
+
+
+class Folder(Part):
+    """Pictures of a folder: real class (regularization) pictures, as Custom Diffusion uses them, with role "prior".
+
+    Captions `NAME.txt` beside the pictures are used; `prompt` serves the others, with "{class_noun}" filled in. With role
+    "instance" the others are left to the prompt part, as those of the references are.
+    """
+
+    kind: Literal["folder"] = "folder"
+    images: str
+    subject: str = ""  # whose class it is; may be left out where there is one subject
+    role: Role = "prior"
+    prompt: str = "a photo of a {class_noun}"
+    fit: ResizeMode = "cover"
+    limit: int = Field(default=0, ge=0)  # the first so many; 0: all
+
+    def examples(self, context: SourceContext) -> list[Example]:
+        """ValueError when the folder holds no pictures, one of them cannot be read, or the subject is not clear."""
+        owner = context.owner(self.subject, f"source folder {self.images}")
+        noun = context.subjects[owner].class_noun
+        default = self.prompt if self.role == "prior" else ""
+        if "{class_noun}" in default and not noun:
+            raise ValueError(f"source folder: {default!r} needs subject.class_noun, and {owner!r} has none")
+        found = read_subject(self.images, noun)
+        default = default.replace("{class_noun}", noun)
+        paths = found.images[: self.limit or None]
+        return [
+            example(
+                load(path, found.masks.get(path)),
+                owner,
+                self.role,
+                context.resolution,
+                self.fit,
+                found.captions.get(path, default),
+            )
+            for path in paths
+        ]

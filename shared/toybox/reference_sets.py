@@ -1,0 +1,72 @@
+"""Held-out things as folders of pictures, as a person would bring them; and finding out again which thing a folder shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.config import unknown
+from shared.io.contact_sheets import read_metadata, write_picture
+from shared.io.outputs import atomic_folder
+from shared.toybox.captions import plain_caption
+from shared.toybox.render import render
+from shared.toybox.subjects import HeldOut, faces, reference_scenes, subjects
+from shared.toybox.world import Thing
+
+SPLITS = ("development", "reporting")
+_KEY = "toybox-subject"
+
+
+def held_out(name: str) -> HeldOut:
+    """A held-out subject or face by name. ValueError lists what there is."""
+    there = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
+    if name not in there:
+        raise ValueError(unknown(name, there, "toybox subject"))
+    return there[name]
+
+
+def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development") -> Tensor:
+    """[n, 3, 64, 64] in [-1, 1]: photos from several sides in several places."""
+    return render(reference_scenes(thing, n, seed, split)).pixels * 2 - 1
+
+
+def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
+    """Write n reference pictures of a held-out thing; each says in its PNG text what it shows.
+
+    Beside each lies what a careful person adds: a caption of where it is and from which side it is seen (`NAME.txt`;
+    its colours and its pattern are not said), and its mask (`masks/NAME.png`).
+    """
+    subject = held_out(name)
+    scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
+    shown = render(scenes)
+    with atomic_folder(folder, overwrite) as out:
+        for i, scene in enumerate(scenes):
+            write_picture(shown.pixels[i] * 2 - 1, out / f"{i:02d}.png", {_KEY: name})
+            write_picture(shown.mask[i].expand(3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}.png")
+            (out / f"{i:02d}.txt").write_text(plain_caption(scene) + "\n", "utf-8")
+    return [folder / f"{i:02d}.png" for i in range(n)]
+
+
+def shown_in(files: Sequence[Path]) -> HeldOut | None:
+    """Which held-out thing these pictures show; None when they are not from an album, or of several things."""
+    names = set()
+    for file in files:
+        try:
+            names.add(read_metadata(file).get(_KEY, ""))
+        except (ValueError, OSError):
+            return None
+    return held_out(names.pop()) if len(names) == 1 and "" not in names else None
+
+
+def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
+    """Pictures of the subject's look-alikes (same class, same colours): name -> [n, 3, 64, 64] in [-1, 1]."""
+    split = subject.name.split("-")[0]
+    return {f"distractor-{i}": pictures(d, n, seed + i, split) for i, d in enumerate(subject.distractors)}
+
+
+def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
+    """New photos of the subject itself, none of them a reference: what a perfect model would make."""
+    return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

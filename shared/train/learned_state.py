@@ -1,0 +1,51 @@
+"""What a run learns, as one flat mapping: token rows and adapters, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.trainable.adapter import PeftAdapter
+
+
+def gather(backbone: Backbone, names: Sequence[str], run_name: str) -> dict[str, Tensor]:
+    """`placeholder/<concept>/<component>` and `adapter/<slot>/<tensor>`, fp32, on the CPU."""
+    out = {}
+    for name in names:
+        for key, value in backbone.placeholders[name].state_dict().items():
+            out[f"naming/{name}/{key}"] = value
+    for adapter in backbone.adapters.get(run_name, []):
+        for key, value in adapter.state_dict().items():
+            out[f"adapter/{_slot(adapter)}/{key}"] = value
+    return out
+
+
+def restore(
+    backbone: Backbone, names: Sequence[str], run_name: str, state: Mapping[str, Tensor], fresh: bool = False
+) -> None:
+    """The inverse of `gather`. ValueError when tensors are missing, left over or of another shape.
+
+    With `fresh`, an adapter of which nothing was saved keeps its start: the phase that adds it has only begun.
+    """
+    left = dict(state)
+    for name in names:
+        own = _take(left, f"naming/{name}/")
+        backbone.placeholders[name].load_state_dict(own)
+    for adapter in backbone.adapters.get(run_name, []):
+        prefix = f"adapter/{_slot(adapter)}/"
+        mine = adapter.state_dict()
+        if fresh and not any(prefix + k in left for k in mine):
+            continue
+        adapter.load_state_dict({k: left.pop(prefix + k) for k in mine if prefix + k in left})
+    if left:
+        raise ValueError(f"{len(left)} saved tensors fit nothing in this recipe, for example {sorted(left)[0]!r}")
+
+
+def _slot(adapter: object) -> str:
+    return adapter.slot if isinstance(adapter, PeftAdapter) else type(adapter).__name__
+
+
+def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: state.pop(k) for k in sorted(state) if k.startswith(prefix)}
