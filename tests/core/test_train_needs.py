@@ -62,7 +62,7 @@ def test_a_declared_need_is_served(tiny, photos, tmp_path):
 def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class_pred.*row_loss",
+        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class_pred.*example_loss",
     ):
         task(tiny(), photos, tmp_path, mine=Unserved())
 

@@ -205,7 +205,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
     valid = (torch.rand(3, 1, 8, 8, generator=draw) > 0.2).float()
     for outside in (0.0, 0.25):
         part = Denoising(masked=True, outside=outside)
-        rows = part.rows(prediction, target, part.weight(mask, valid))
+        rows = part.example_losses(prediction, target, part.weight(mask, valid))
         weight = ((outside + (1 - outside) * mask) * valid).double()
         error = ((prediction.double() - target.double()) ** 2).mean(1, keepdim=True)
         expected = (weight * error).sum((1, 2, 3)) / weight.sum((1, 2, 3))
@@ -215,7 +215,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
     plain = Denoising(masked=False)
     assert plain.weight(mask, None) is None and torch.equal(plain.weight(mask, valid), valid)
     expected = ((prediction.double() - target.double()) ** 2).mean((1, 2, 3))
-    assert torch.allclose(plain.rows(prediction, target, None).double(), expected, rtol=1e-5)
+    assert torch.allclose(plain.example_losses(prediction, target, None).double(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])

@@ -41,13 +41,13 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     run._attach_names()
     woken = run._wake(recipe)
     draw = torch.Generator().manual_seed(4)
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.loaded_strengths)
     step = task._predict(task.data.batch(0, 0), 0, 0)
     assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "nothing is learned yet"
     with torch.no_grad():
         for p in woken[0].parameters:
             p.add_(0.3 * torch.randn(p.shape, generator=draw))
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.others)
+    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.loaded_strengths)
     step = task._predict(task.data.batch(0, 0), 0, 0)
     now, base = step.need("class_prediction"), step.need("base_class_prediction")
     assert now.requires_grad and not base.requires_grad and not torch.allclose(now, base, atol=1e-3)

@@ -61,7 +61,7 @@ def test_the_rows_lie_on_the_line(backbone: Any) -> None:
         attach(concept, backbone, strength)
         for component, rows in concept.learned_words.items():
             start = concept.initial_embeddings[component]
-            got = backbone.placeholders["x"].rows(component, None, None)
+            got = backbone.placeholders["x"].embeddings(component, None, None)
             assert torch.allclose(got, start + strength * (rows - start), atol=1e-6)
             assert strength not in (0.0, 1.0) or torch.equal(got, rows if strength else start)
         assert backbone.strengths == {"x": strength}

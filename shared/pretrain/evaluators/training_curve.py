@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.pretrain.evaluators.judge_backbone import BARS, judge_backbone
-from shared.pretrain.toybox.assemble import assemble
+from shared.pretrain.toybox import assemble
 from shared.toybox.evaluators.convnet import WEIGHTS, write_json
 
 SCORES = (*(name for name in BARS if name != "vae_psnr_db"), "kid")
