@@ -81,15 +81,32 @@ def default_kind(kind: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
+def parts_of(kind: str) -> BeforeValidator:
+    """For a mapping of parts under free names: which kind is meant where none is said (`train.optimizers.main.eps=1e-6`)."""
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: {"kind": kind, **v} if isinstance(v, Mapping) and "kind" not in v else v for k, v in value.items()}
+
+    fill.each = kind  # type: ignore[attr-defined]  # for `default_kinds`
+    return BeforeValidator(fill)
+
+
 def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """Field -> the kind that is meant where none is said, of the slots that hold one part; for `merge`."""
+    """Field -> the kind that is meant where none is said, of the slots that hold one part; nested as the fields are, "*"
+    for any key of a mapping of parts. For `merge`."""
     out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        said = [getattr(getattr(mark, "func", None), "kind", None) for mark in field.metadata]
+        marks = [getattr(mark, "func", None) for mark in field.metadata]
+        kinds = [kind for mark in marks if isinstance(kind := getattr(mark, "kind", None), str)]
+        each = [kind for mark in marks if isinstance(kind := getattr(mark, "each", None), str)]
         if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
             own = field.annotation.model_fields.get("kind")
-            said.append(own.default if own else None)
-        out.update((name, kind) for kind in said if isinstance(kind, str))
+            nested = default_kinds(field.annotation) if own is None else {}
+            kinds += [own.default] if own and isinstance(own.default, str) else []
+            out.update({name: nested} if nested else {})
+        out.update({name: {"*": each[0]}} if each else {name: kinds[-1]} if kinds else {})
     return out
 
 

@@ -33,33 +33,72 @@ class Subject:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture on its way into a batch."""
+    """One picture on its way into a batch. It may show several subjects, each with a mask of its own.
+
+    Raises ValueError when pixels, masks and valid area are not of one size.
+    """
 
     pixels: Tensor  # [3, H, W] in [-1, 1]
     caption: str  # may hold {concept}, {class_noun} or <name>; resolved by the prompt part
-    owner: str  # the subject it belongs to
+    owners: tuple[str, ...]  # the subjects in it, the one that its caption names first
     role: Role = "instance"
-    mask: Tensor | None = None  # [1, H, W] in [0, 1]: where the subject is
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [1, H, W] in [0, 1]: where it is
     valid: Tensor | None = None  # [1, H, W] in [0, 1]: where the picture is real (not padding)
     source: str = ""  # the file or the recipe it came from; key of caches
     user_caption: bool = False  # True: the caption is the user's own, templates do not replace it
+
+    def __post_init__(self) -> None:
+        if not self.owners:
+            raise ValueError(f"{self.source}: a picture needs an owner")
+        if self.pixels.ndim != 3 or self.pixels.shape[0] != 3:
+            raise ValueError(f"{self.source}: pixels are [3, H, W], and these are {list(self.pixels.shape)}")
+        planes = {**{f"the mask of {n}": m for n, m in self.masks.items()}, "the valid area": self.valid}
+        for what, plane in planes.items():
+            if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
+                size = list(self.pixels.shape[1:])
+                raise ValueError(f"{self.source}: {what} is {list(plane.shape)}, and its picture {size}")
+
+    @property
+    def owner(self) -> str:
+        """The subject that the caption names."""
+        return self.owners[0]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[1, H, W]: where any of the subjects is; None where nothing says so."""
+        return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """A copy with every mask changed in the same way; itself where there is none."""
+        if not self.masks:
+            return self
+        return replace(self, masks={owner: change(mask) for owner, mask in self.masks.items()})
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are trained on together. `latents` may come from a cache; `pixels` is None then."""
+    """Rows that are trained on together. Raises ValueError when they are not of one number."""
 
     captions: tuple[str, ...]  # B, fully expanded
-    owner: tuple[str, ...]  # B
+    owners: tuple[tuple[str, ...], ...]  # B; as of an example
     role: tuple[Role, ...]  # B
     latents: Tensor  # [B, C, h, w]
-    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]; 1 where nothing is masked
+    owner_masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [B, 1, h, w]; 0 where it is not in a row
+    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]: the masks of a row together; 1 where nothing is masked
     valid: Tensor | None = None  # [B, 1, h, w]
-    pixels: Tensor | None = None  # [B, 3, H, W]
+    pixels: Tensor | None = None  # [B, 3, H, W], where a part asks for them (the need "pixels")
+    sources: tuple[str, ...] = ()  # B: where each row came from
+
+    def __post_init__(self) -> None:
+        counts = {"captions": len(self.captions), "owners": len(self.owners), "role": len(self.role)}
+        counts |= {"latents": len(self.latents), **{f"owner_masks.{n}": len(m) for n, m in self.owner_masks.items()}}
+        counts |= {k: len(v) for k in ("mask", "valid", "pixels") if (v := getattr(self, k)) is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"a batch's rows are not of one number: {counts}")
 
     @property
     def size(self) -> int:
@@ -174,7 +213,7 @@ def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step as penalties see it. `needs` are filled lazily by the loop: read them through the properties."""
+    """One training step as penalties see it. What a part declared as its needs is read through `need`."""
 
     index: int
     batch: Batch
@@ -185,9 +224,9 @@ class Step:
     x_t: Tensor  # [B, C, h, w]
     prediction: Tensor  # [B, C, h, w], in the backbone's own parametrisation
     target: Tensor  # [B, C, h, w]
-    lazy: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
-    def need(self, name: str) -> Tensor:
+    def need(self, name: str) -> Any:
         """A declared need ("base_prediction", "attention_maps", …), computed once."""
         if name not in self.lazy:
             raise AssertionError(f"the part did not declare the need {name!r}; it has {sorted(self.lazy)}")

@@ -32,6 +32,6 @@ class Flip(Augmentation):
             return example
         return example.with_(
             pixels=example.pixels.flip(-1),
-            mask=None if example.mask is None else example.mask.flip(-1),
+            masks={owner: mask.flip(-1) for owner, mask in example.masks.items()},
             valid=None if example.valid is None else example.valid.flip(-1),
         )

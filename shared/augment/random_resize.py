@@ -55,7 +55,7 @@ class RandomResize(Augmentation):
         rim = 0 if inner[0] >= height else min(self.margin, min(inner) // 8)
         return example.with_(
             pixels=placed(pixels, *frame),
-            mask=None if example.mask is None else placed(resized(example.mask, inner, "bilinear", 0), *frame),
+            masks={n: placed(resized(m, inner, "bilinear", 0), *frame) for n, m in example.masks.items()},
             valid=placed(_inside(resized(valid, inner, "bilinear", 0), rim), *frame),
             caption=self._caption(example.caption, factor, generator),
         )

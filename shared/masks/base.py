@@ -19,7 +19,7 @@ class MaskPart(Part):
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
         """The example with the changed mask; the generator is not used."""
-        return example if example.mask is None else example.with_(mask=self.change(example.mask))
+        return example.with_masks(self.change)
 
     def change(self, mask: Tensor) -> Tensor:
         """[1, H, W] in [0, 1] -> the same."""

@@ -19,7 +19,7 @@ class Given(MaskPart):
     threshold: float | None = None  # in (0, 1): above it 1, else 0
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
-        if self.require and example.mask is None and example.role == "instance":
+        if self.require and not example.masks and example.role == "instance":
             raise ValueError(
                 f"{example.source} has no mask, and this recipe requires one: put it in masks/ beside the pictures, "
                 "with the same name, or give pictures with a transparent background"

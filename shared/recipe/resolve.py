@@ -114,7 +114,11 @@ def _outrank(
     for key in own.keys() - {"phases"}:
         if key not in parts or not isinstance(own[key], Mapping):
             for phase in [p for p in phases.values() if key in p]:
-                one = key in kinds and isinstance(phase[key], Mapping) and isinstance(own[key], Mapping)
+                one = (
+                    isinstance(kinds.get(key), str)
+                    and isinstance(phase[key], Mapping)
+                    and isinstance(own[key], Mapping)
+                )
                 phase[key] = merge(phase, {key: own[key]}, kinds)[key] if one else _replaced(phase[key], own[key])
             continue
         for name, part in own[key].items():

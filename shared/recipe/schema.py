@@ -8,21 +8,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from shared.augment import Augment
-from shared.config import NAME, Part, Slot, default_kind
+from shared.config import NAME, Part, Slot, default_kind, parts_of
 from shared.masks import Mask
 from shared.modifiers import Modifier
 from shared.modifiers.words import RareToken
 from shared.noise import Noise
 from shared.noise.times import Uniform
 from shared.objective import Objective
+from shared.optimizers import AdamW, Optimizer
 from shared.prompts import Prompts
 from shared.recipe.catalog import Taxonomy
+from shared.recipe.tasks import TaskPart, TuneTask
 from shared.regularize import Regularizer
 from shared.sources import Source
 from shared.trainable import Trainable
+from shared.trainable.base import MAIN
 
 Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Group = Annotated[str, Field(pattern=NAME)]
 
 
 def _nothing(value: Any) -> Any:
@@ -39,17 +42,6 @@ class SubjectSettings(Part):
     class_noun: str = ""
     masks: Path | None = None
     captions: Path | None = None
-
-
-class Optimizer(Part):
-    """AdamW (https://arxiv.org/abs/1711.05101); each trainable part has its own rate."""
-
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0  # steps
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 
 class Validation(Part):
@@ -75,7 +67,7 @@ class Train(Part):
         0  # augmented versions of each picture made once and cached; 0: anew each step
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
-    optimizer: Optimizer = Optimizer()
+    optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
     validation: Validation = Validation()
 
 
@@ -114,6 +106,7 @@ class Recipe(Part):
     regularize: Slot[Regularizer] = {}
     train: Train = Train()
     sampling: Sampling = Sampling()
+    task: TaskPart = TuneTask()  # what is done; of each phase, where there are some
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
     @model_validator(mode="after")

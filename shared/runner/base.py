@@ -23,7 +23,7 @@ from shared.runner.judging import EvaluationSettings, evaluate_loaded
 from shared.runner.loaded import Loaded
 from shared.sampling.settings import SamplingSettings
 from shared.train.loop import Record
-from shared.train.training_run import Session
+from shared.train.training_run import TrainingRun
 from shared.types import Subject
 
 
@@ -107,27 +107,29 @@ class Runner:
         for name in subjects:
             if name in self.loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
-        session = Session(
+        run = TrainingRun(
             self.backbone,
             recipe,
             subjects,
             workdir,
             cache_folder(),
-            generate=self._class_pictures,
+            class_pictures=self._class_pictures,
+            make=self._made_now,
             preview=self._preview(subjects, recipe, scorers or {}),
+            scorers=scorers or {},
             loaded_strengths=self.strengths,
             tensorboard=tensorboard,
             on_pictures=progress.pictures if progress else None,
         )
         try:
             with _own_randomness():
-                for phase, record in session.steps(resume):
+                for phase, record in run.steps(resume):
                     if progress:
-                        progress.step(phase, record, session.total_steps)
-            metrics = {**session.costs, **session.final_scores}
-            concepts = {n: self._captured(n, subjects[n], recipe, session, metrics) for n in subjects}
+                        progress.step(phase, record, run.total_steps)
+            metrics = {**run.costs, **run.final_scores}
+            concepts = {n: self._captured(n, subjects[n], recipe, run, metrics) for n in subjects}
         finally:
-            self._forget(session)
+            self._forget(run)
         for name, concept in concepts.items():
             self.load(concept)
             self.loaded[name] = Loaded(concept, subject=subjects[name])
@@ -177,13 +179,19 @@ class Runner:
     ) -> Tensor:
         return self.make(prompts, seeds, SamplingSettings("", guidance, steps, height=resolution, width=resolution))
 
+    def _made_now(self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> Tensor:
+        return self.make(prompts, seeds, self._as_trained(recipe))
+
+    def _as_trained(self, recipe: Recipe) -> SamplingSettings:
+        """How a recipe says that pictures are made while training: in the size that it learns."""
+        how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
+        return SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side)
+
     def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
         phases = dict(expand_phases(recipe))
 
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
-            check, how = phases[phase].train.validation, phases[phase].sampling
-            side = phases[phase].train.resolution or self.backbone.resolution
-            settings = SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side)
+            check, settings = phases[phase].train.validation, self._as_trained(phases[phase])
             pictures, scores = [], {}
             for name in subjects:
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
@@ -199,22 +207,22 @@ class Runner:
         return preview
 
     def _captured(
-        self, name: str, subject: Subject, recipe: Recipe, session: Session, metrics: Mapping[str, float]
+        self, name: str, subject: Subject, recipe: Recipe, run: TrainingRun, metrics: Mapping[str, float]
     ) -> Concept:
         return capture(
             self.backbone,
             name,
-            adapters_of=session.run_name,
+            adapters_of=run.run_name,
             class_noun=subject.class_noun,
             kind=recipe.kind,
             recipe=recipe,
             metrics=metrics,
             references=subject.images,
-            ports=sorted(session.ports),
+            ports=sorted(run.ports),
         )
 
-    def _forget(self, session: Session) -> None:
-        for name in {*session.names, session.run_name}:
+    def _forget(self, run: TrainingRun) -> None:
+        for name in {*run.names, run.run_name}:
             if name in self.backbone.placeholders or name in self.backbone.adapters:
                 self.backbone.remove(name)
 

@@ -50,7 +50,8 @@ def training_scorers(
     """
     check_folders(clip, dino)
     toybox = backbone.name == "toybox"
-    if not any(p.train.validation.every for _, p in expand_phases(planned.recipe)):
+    phases = [p for _, p in expand_phases(planned.recipe)]
+    if not any(p.train.validation.every or p.task.needs_scores for p in phases):
         if clip or dino:
             warnings.warn(
                 "--clip and --dino score the pictures made while training, and none are made: "

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from shared.sources.base import Generate, SourceContext
 from shared.sources.generated import Generated
+from shared.sources.phase_pictures import PhasePictures
 from shared.sources.picture_folder import Folder
 from shared.sources.references import References
 
-Source = Annotated[References | Generated | Folder, Field(discriminator="kind")]
+Source = Annotated[References | Generated | Folder | PhasePictures, Field(discriminator="kind")]
 
-__all__ = ["Folder", "Generate", "Generated", "References", "Source", "SourceContext"]
+__all__ = ["Folder", "Generate", "Generated", "PhasePictures", "References", "Source", "SourceContext"]

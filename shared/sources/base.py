@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class SourceContext:
     cache_dir: Path  # generated pictures are kept here, between runs
     generate: Generate | None = None  # None: this run cannot make pictures
     backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phases that made pictures -> where
     progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) while pictures are made
 
     def owner(self, name: str, what: str) -> str:

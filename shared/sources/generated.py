@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator
 
 from shared.config import Part
 from shared.io.contact_sheets import read_metadata, write_picture
-from shared.io.decode import Picture, read_picture
+from shared.io.decode import read_picture
 from shared.io.outputs import write_text
 from shared.sources.base import SourceContext
 from shared.types import Example
@@ -47,36 +48,34 @@ class Generated(Part):
             raise ValueError("class pictures are made before the concept is known: only plain words and {class_noun}")
         return prompt
 
-    def examples(self, context: SourceContext) -> list[Example]:
+    def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError when a subject has no class noun but the prompt needs it, or when the run cannot make pictures."""
-        out: list[Example] = []
         for name, subject in context.subjects.items():
             if "{class_noun}" in self.prompt and not subject.class_noun:
                 raise ValueError(f"class pictures need {self.prompt!r}, and {name!r} has no subject.class_noun")
             prompt = self.prompt.replace("{class_noun}", subject.class_noun)
-            for path, picture in self._filled(context, prompt).items():
-                out.append(Example(picture.pixels, prompt, name, "prior", source=str(path), user_caption=True))
-        return out
+            for path in self._filled(context, prompt):
+                pixels = read_picture(path, min_side=1).pixels
+                yield Example(pixels, prompt, (name,), "prior", source=str(path), user_caption=True)
 
     def key(self, context: SourceContext, prompt: str) -> str:
         """sha256 of all that the pictures depend on."""
         facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _filled(self, context: SourceContext, prompt: str) -> dict[Path, Picture]:
-        """The pictures of one prompt, after making those that are missing."""
+    def _filled(self, context: SourceContext, prompt: str) -> list[Path]:
+        """The files of one prompt's pictures, after making those that are missing."""
         key = self.key(context, prompt)
         folder = context.cache_dir / "class" / key[:24]
         paths = [folder / f"{i:05d}.png" for i in range(self.num_images)]
-        found = {path: picture for path in paths if (picture := _read(path, key)) is not None}
-        todo = [i for i, path in enumerate(paths) if path not in found]
+        todo = [i for i, path in enumerate(paths) if not _whole(path, key)]
         if todo and context.generate is None:
             raise ValueError(
                 f"{len(todo)} class pictures of {prompt!r} are missing in {folder}, and this run cannot make pictures"
             )
         if todo:
             self._make(context, prompt, key, {i: paths[i] for i in todo})
-        return {path: found[path] if path in found else read_picture(path, min_side=1) for path in paths}
+        return paths
 
     def _make(self, context: SourceContext, prompt: str, key: str, todo: dict[int, Path]) -> None:
         """Make the pictures with these numbers, a batch at a time; what is made is kept even if the rest fails."""
@@ -105,11 +104,12 @@ def _seed(key: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{key}/{index}".encode()).digest()[:6], "big")
 
 
-def _read(path: Path, key: str) -> Picture | None:
-    """A picture of the cache; None where it is missing, damaged, or was put there by somebody else."""
+def _whole(path: Path, key: str) -> bool:
+    """Whether a picture of the cache is there, can be read, and was made with this key."""
     if not path.is_file():
-        return None
+        return False
     try:
-        return read_picture(path, min_side=1) if read_metadata(path).get("key") == key else None
+        read_picture(path, min_side=1)
+        return read_metadata(path).get("key") == key
     except ValueError:
-        return None
+        return False

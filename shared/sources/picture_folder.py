@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -29,7 +30,7 @@ class Folder(Part):
     fit: ResizeMode = "cover"
     limit: int = Field(default=0, ge=0)  # the first so many; 0: all
 
-    def examples(self, context: SourceContext) -> list[Example]:
+    def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError when the folder holds no pictures, one of them cannot be read, or the subject is not clear."""
         owner = context.owner(self.subject, f"source folder {self.images}")
         noun = context.subjects[owner].class_noun
@@ -38,15 +39,6 @@ class Folder(Part):
             raise ValueError(f"source folder: {default!r} needs subject.class_noun, and {owner!r} has none")
         found = read_subject(self.images, noun)
         default = default.replace("{class_noun}", noun)
-        paths = found.images[: self.limit or None]
-        return [
-            example(
-                load(path, found.masks.get(path)),
-                owner,
-                self.role,
-                context.resolution,
-                self.fit,
-                found.captions.get(path, default),
-            )
-            for path in paths
-        ]
+        for path in found.images[: self.limit or None]:
+            picture, caption = load(path, found.masks.get(path)), found.captions.get(path, default)
+            yield example(picture, owner, self.role, context.resolution, self.fit, caption)

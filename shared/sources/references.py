@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -26,21 +27,20 @@ class References(Part):
     repeats: int = Field(default=1, ge=1)
     fit: ResizeMode = "cover"  # how pictures that are not square become so
 
-    def examples(self, context: SourceContext) -> list[Example]:
+    def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError, placeholder the file, when a picture or mask cannot be used; see `read_picture`."""
         if not context.subjects:
             raise ValueError("there is no subject: give pictures with subject.images=FOLDER")
-        out: list[Example] = []
         small: list[str] = []
-        for name, subject in context.subjects.items():
-            for path in subject.images:
-                picture = load(path, subject.masks.get(path))
-                if min(picture.size) * 2 < context.resolution:
-                    small.append(f"{path.name} ({picture.size[0]}x{picture.size[1]})")
-                caption = subject.captions.get(path, "")
-                out.append(example(picture, name, "instance", context.resolution, self.fit, caption))
-        if small:
-            warnings.warn(
-                f"enlarged to {context.resolution} pixels, and soft: {names(small)}", UserWarning, stacklevel=2
-            )
-        return out * self.repeats
+        for number in range(self.repeats):
+            for name, subject in context.subjects.items():
+                for path in subject.images:
+                    picture = load(path, subject.masks.get(path))
+                    if number == 0 and min(picture.size) * 2 < context.resolution:
+                        small.append(f"{path.name} ({picture.size[0]}x{picture.size[1]})")
+                    caption = subject.captions.get(path, "")
+                    yield example(picture, name, "instance", context.resolution, self.fit, caption)
+            if number == 0 and small:
+                warnings.warn(
+                    f"enlarged to {context.resolution} pixels, and soft: {names(small)}", UserWarning, stacklevel=2
+                )

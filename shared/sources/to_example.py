@@ -29,9 +29,9 @@ def example(picture: Picture, owner: str, role: Role, resolution: int, how: Resi
     return Example(
         pixels=square.pixels,
         caption=caption,
-        owner=owner,
+        owners=(owner,),
         role=role,
-        mask=square.mask,
+        masks={} if square.mask is None else {owner: square.mask},
         valid=square.valid,
         source=str(picture.path),
         user_caption=bool(caption),

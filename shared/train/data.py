@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,46 +22,89 @@ _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
 
 @dataclass(frozen=True)
-class Row:
+class CachedExample:
     """One example ready to be batched: the mean and spread of its latents, its masks at latent size."""
 
-    example: Example  # without pixels once its latents are cached
+    example: Example  # without pixels, unless a part asks for them
     mean: Tensor  # [C, h, w]
     std: Tensor  # [C, h, w]
-    mask: Tensor  # [1, h, w]
+    mask: Tensor  # [1, h, w]: all masks together; ones where there is none
+    masks: Mapping[str, Tensor]  # owner -> [1, h, w]
     valid: Tensor  # [1, h, w]
 
 
 class Data:
-    """Draws batches. Latents are cached when nothing random is upstream, or as `train.variants` versions of each picture.
+    """Draws batches. Latents are cached when nothing random is upstream, or as `train.variants` versions of each picture;
+    pixels are dropped as soon as they are encoded.
 
     Pictures of role "instance" fill `batch_size` rows; where a penalty asks for class pictures, as many rows follow.
+
+    Args:
+        examples: consumed once, in order
+        words: by owner, what it is called in a caption
+        keep_pixels: batches carry pixels, for a part that asks for them
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Iterable[Example],
         recipe: Recipe,
         backbone: Backbone,
         words: Mapping[str, str],
         class_nouns: Mapping[str, str],
+        keep_pixels: bool = False,
     ) -> None:
         self.recipe, self.backbone, self.words, self.class_nouns = recipe, backbone, words, class_nouns
+        self.keep_pixels = keep_pixels
         self.random = any(a.random for a in recipe.augment.values())
-        ready = [self._prepared(e, i) for i, e in enumerate(examples)]
-        self.instances = [e for e in ready if e.role == "instance"]
-        self.priors = [e for e in ready if e.role == "prior"]
+        self.with_priors = any(r.needs_class_examples for r in recipe.regularize.values())
+        self._cache: dict[tuple[str, int, int], CachedExample] = {}
+        self._pools: dict[str, list[Example]] = {"instance": [], "prior": []}
+        self._read(examples)
         if not self.instances:
             raise ValueError("there are no pictures of the subject: the recipe has no source of role instance")
-        self.with_priors = any(r.needs_class_examples for r in recipe.regularize.values())
         if self.with_priors and not self.priors:
             raise ValueError("the recipe asks for class pictures, but its sources gave none")
-        self.has_masks = any(e.mask is not None for e in self.instances)
+        self.has_masks = any(e.masks for e in self.instances)
         if recipe.objective.masked and not self.has_masks:
             import warnings
 
             warnings.warn("objective.masked is on, but no picture has a mask: the whole picture counts", stacklevel=2)
-        self._rows: dict[tuple[str, int, int], Row] = {}
+
+    @property
+    def instances(self) -> list[Example]:
+        return self._pools["instance"]
+
+    @property
+    def priors(self) -> list[Example]:
+        return self._pools["prior"]
+
+    @property
+    def cached(self) -> bool:
+        """Whether latents are made once."""
+        return self.recipe.train.cache and (not self.random or self.recipe.train.variants > 0)
+
+    @property
+    def _variants(self) -> int:
+        return max(1, self.recipe.train.variants) if self.random else 1
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def _read(self, examples: Iterable[Example]) -> None:
+        """Take over the examples; where latents are cached, a bounded number of pixels at a time."""
+        waiting: dict[str, list[int]] = {"instance": [], "prior": []}
+        for number, example in enumerate(examples):
+            if example.role == "prior" and not self.with_priors:
+                continue
+            pool, indices = self._pools[example.role], waiting[example.role]
+            pool.append(self._prepared(example, number))
+            indices.append(len(pool) - 1)
+            if self.cached and len(indices) == images_per_batch(example.pixels[0].numel(), _ENCODE_PIXELS):
+                self._fill(example.role, indices)
+                indices.clear()
+        for role, indices in waiting.items():
+            if self.cached and indices:
+                self._fill(role, indices)
 
     def _prepared(self, example: Example, index: int) -> Example:
         """What is the same each time: masks, augmentations where none is random, other concepts named in a caption."""
@@ -69,18 +112,45 @@ class Data:
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
             example = augment(example, generator(self.recipe.seed, _FIXED, index))
-        others = {n: placeholder for n, placeholder in self.backbone.placeholders.items() if n != example.owner}
+        loaded = {n: p for n, p in self.backbone.placeholders.items() if n not in example.owners}
         try:
-            own = example.caption.replace(f"<{example.owner}>", "{concept}")
-            said = expand(own if example.role == "instance" else example.caption, others)
+            caption = example.caption if example.role == "prior" else _own_name_open(example)
+            return example.with_(caption=expand(caption, loaded))
         except ValueError as error:
             raise ValueError(f"the caption of {example.source}: {error}") from None
-        return example.with_(caption=said)
 
-    @property
-    def cached(self) -> bool:
-        """Whether latents are made once."""
-        return self.recipe.train.cache and (not self.random or self.recipe.train.variants > 0)
+    def _fill(self, role: str, indices: Sequence[int]) -> None:
+        """Cache these examples in every variant, and drop their pixels."""
+        pool = self._pools[role]
+        for variant in range(self._variants):
+            ready = []
+            for index in indices:
+                draw = generator(self.recipe.seed, _VARIANT + variant, index * 2 + int(role == "prior"))
+                ready.append(self._augmented(pool[index], draw))
+            for index, row in zip(indices, self._encode(ready), strict=True):
+                self._cache[(role, index, variant)] = row
+        for index in indices:
+            pool[index] = _without_pixels(pool[index])
+
+    @torch.no_grad()
+    def _encode(self, examples: Sequence[Example]) -> list[CachedExample]:
+        pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
+        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
+            means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
+        size = means.shape[-2:]
+        return [
+            CachedExample(
+                e if self.keep_pixels else _without_pixels(e),
+                mean,
+                std,
+                _at(e.mask, size),
+                {owner: _at(mask, size) for owner, mask in e.masks.items()},
+                _at(e.valid, size),
+            )
+            for e, mean, std in zip(examples, means, stds, strict=True)
+        ]
+
+    # --- drawing -------------------------------------------------------------------------------------------
 
     def batch(self, step: int, micro: int) -> Batch:
         """The rows of one micro-batch; the same for the same (seed, step, micro)."""
@@ -91,20 +161,22 @@ class Data:
         device = self.backbone.device
         mean, std = (torch.stack([getattr(r, k) for r in rows]) for k in ("mean", "std"))
         latents = mean + std * torch.randn(mean.shape, generator=draw)
+        owners = dict.fromkeys(owner for r in rows for owner in r.masks)
+        partly = any(bool((r.valid < 1).any()) for r in rows)
         return Batch(
             captions=tuple(r.example.caption for r in rows),
-            owner=tuple(r.example.owner for r in rows),
+            owners=tuple(r.example.owners for r in rows),
             role=tuple(r.example.role for r in rows),
             latents=latents.to(device),
+            owner_masks={n: torch.stack([_mask_of(r, n) for r in rows]).to(device) for n in owners},
             mask=torch.stack([r.mask for r in rows]).to(device) if self.has_masks else None,
-            valid=torch.stack([r.valid for r in rows]).to(device)
-            if any(bool((r.valid < 1).any()) for r in rows)
-            else None,
+            valid=torch.stack([r.valid for r in rows]).to(device) if partly else None,
+            pixels=torch.stack([r.example.pixels for r in rows]).to(device) if self.keep_pixels else None,
+            sources=tuple(r.example.source for r in rows),
         )
 
-    def _draw(self, role: str, step: int, micro: int, draw: torch.Generator) -> list[Row]:
-        train = self.recipe.train
-        pool = self.instances if role == "instance" else self.priors
+    def _draw(self, role: str, step: int, micro: int, draw: torch.Generator) -> list[CachedExample]:
+        train, pool = self.recipe.train, self._pools[role]
         first = (step * train.gradient_accumulation + micro) * train.batch_size
         rows = []
         for position in range(first, first + train.batch_size):
@@ -115,20 +187,17 @@ class Data:
             rows.append(self._row(role, int(order[place]), draw))
         return rows
 
-    def _row(self, role: str, index: int, draw: torch.Generator) -> Row:
-        variants = max(1, self.recipe.train.variants) if self.random else 1
-        variant = int(torch.randint(variants, (), generator=draw))
-        key = (role, index, variant)
-        pool = self.instances if role == "instance" else self.priors
+    def _row(self, role: str, index: int, draw: torch.Generator) -> CachedExample:
+        variant = int(torch.randint(self._variants, (), generator=draw))
+        example = self._pools[role][index]
         if not self.cached:
-            return self._encode([self._augmented(pool[index], draw)])[0]
-        if key not in self._rows:
-            self._fill(role, variant)
-        row = self._rows[key]
+            return self._encode([self._augmented(example, draw)])[0]
+        row = self._cache[(role, index, variant)]
         if self.random:
             return row  # an augmentation may have put words into its caption
         # the caption is drawn anew each time: it costs nothing and is half of the variety there is
-        return Row(self._caption(pool[index], draw), row.mean, row.std, row.mask, row.valid)
+        captioned = self._caption(example, draw)
+        return replace(row, example=captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned)
 
     def _caption(self, example: Example, draw: torch.Generator) -> Example:
         return self.recipe.prompts(
@@ -141,36 +210,22 @@ class Data:
             example = augment(example, draw)
         return example
 
-    def fill(self) -> None:
-        """Cache all there is to cache now: afterwards the autoencoder is not needed any more."""
-        for role, pool in (("instance", self.instances), ("prior", self.priors if self.with_priors else [])):
-            for variant in range(max(1, self.recipe.train.variants) if self.random else 1) if pool else ():
-                if (role, 0, variant) not in self._rows:
-                    self._fill(role, variant)
 
-    def _fill(self, role: str, variant: int) -> None:
-        """Cache every row of one role and variant, a bounded number of pixels at a time."""
-        pool = self.instances if role == "instance" else self.priors
-        at_once = images_per_batch(max(e.pixels[0].numel() for e in pool), _ENCODE_PIXELS)
-        for start in range(0, len(pool), at_once):
-            part = list(range(start, min(start + at_once, len(pool))))
-            ready = []
-            for index in part:
-                draw = generator(self.recipe.seed, _VARIANT + variant, index * 2 + int(role == "prior"))
-                ready.append(self._augmented(pool[index], draw))
-            for index, row in zip(part, self._encode(ready), strict=True):
-                self._rows[(role, index, variant)] = row
+def _own_name_open(example: Example) -> str:
+    """The caption with its first owner's name left for the prompt part to fill."""
+    return example.caption.replace(f"<{example.owner}>", "{concept}")
 
-    @torch.no_grad()
-    def _encode(self, examples: Sequence[Example]) -> list[Row]:
-        pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
-        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
-            means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
-        size = means.shape[-2:]
-        return [
-            Row(e.with_(pixels=e.pixels[:, :0, :0]), mean, std, _at(e.mask, size), _at(e.valid, size))
-            for e, mean, std in zip(examples, means, stds, strict=True)
-        ]
+
+def _without_pixels(example: Example) -> Example:
+    """The masks stay, for what asks whether there are any; pixels of no size stand for those that are encoded."""
+    return example.with_(pixels=example.pixels[:, :0, :0].clone())
+
+
+def _mask_of(row: CachedExample, owner: str) -> Tensor:
+    """[1, h, w]: where an owner is; nowhere in a row that is not its own, everywhere in its own without a mask."""
+    if owner in row.masks:
+        return row.masks[owner]
+    return torch.ones_like(row.mask) if owner in row.example.owners else torch.zeros_like(row.mask)
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class LastGood:
         self.step: int | None = None  # steps done in the state that is kept; None: none is
         self.small = sum(p.numel() for p in optimizers.parameters()) <= _MOST
         self._lowest = math.inf
-        self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._kept: list[tuple[Tensor, dict[str, Any]]] = []
+        self._progress: dict[str, Any] = {}
 
     @torch.no_grad()
     def keep(self, step: int, loss: float) -> None:
@@ -34,17 +36,26 @@ class LastGood:
         self._lowest = min(self._lowest, loss)
         self.step = step
         self._kept = [
-            (p.detach().clone(), {k: v.clone() for k, v in state.items()}) for p, state in self.optimizers.states()
+            (p.detach().clone(), {k: _copied(v) for k, v in state.items()}) for p, state in self.optimizers.states()
         ]
+        self._progress = self.optimizers.progress()
 
     @torch.no_grad()
     def put_back(self) -> int | None:
-        """The parameters and moments as they were kept; the number of steps done there, None where nothing was kept."""
-        if self.step is None:
+        """The parameters and moments as they were kept; the number of steps done there, None where nothing good was
+        kept."""
+        if self.step is None or not all(bool(values.isfinite().all()) for values, _ in self._kept):
             return None
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):
             parameter.copy_(values)
             state.clear()
             state.update(moments)
+        self.optimizers.load_progress(self._progress)
         self.optimizers.zero_grad()
         return self.step
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copied(v) for v in value] if isinstance(value, list) else value

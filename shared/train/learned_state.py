@@ -15,7 +15,7 @@ def gather(backbone: Backbone, names: Sequence[str], run_name: str) -> dict[str,
     out = {}
     for name in names:
         for key, value in backbone.placeholders[name].state_dict().items():
-            out[f"naming/{name}/{key}"] = value
+            out[f"placeholder/{name}/{key}"] = value
     for adapter in backbone.adapters.get(run_name, []):
         for key, value in adapter.state_dict().items():
             out[f"adapter/{_slot(adapter)}/{key}"] = value
@@ -31,7 +31,7 @@ def restore(
     """
     left = dict(state)
     for name in names:
-        own = _take(left, f"naming/{name}/")
+        own = _take(left, f"placeholder/{name}/")
         backbone.placeholders[name].load_state_dict(own)
     for adapter in backbone.adapters.get(run_name, []):
         prefix = f"adapter/{_slot(adapter)}/"

@@ -81,7 +81,8 @@ def flat(record: Record) -> dict[str, float]:
     """What is logged of one step."""
     rates = {f"lr/{k}": v for k, v in record.lr.items()}
     parts = {f"loss/{k}": v for k, v in record.parts.items()}
-    return {"loss": record.loss, **parts, **rates, "grad_norm": record.grad_norm}
+    loss = {} if record.loss is None else {"loss": record.loss}
+    return {**loss, **parts, **rates, "grad_norm": record.grad_norm}
 
 
 def _step(line: str) -> int:

@@ -1,4 +1,4 @@
-"""The training loop: a generator of steps. Logging, saving, pictures and pages stay outside it.
+"""The loop: a generator of steps. Logging, saving, pictures and pages stay outside it.
 
 Every random draw of step i comes from a generator seeded with (seed, i): no generator state has to be saved, and k + m steps
 equal k steps, stop, resume, m steps.
@@ -8,45 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from shared.recipe.schema import Train
+from shared.train.averages import Averages
+from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
-
-
-@dataclass(frozen=True)
-class Update:
-    """One loss for one group of parameters. A step may hold several, in order (distillation alternates)."""
-
-    loss: Tensor  # scalar
-    group: str = "main"
-    parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
+from shared.train.task import Task, Update
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one optimizer step did."""
+    """What one step did."""
 
     step: int  # steps done, this one included
-    loss: float
+    loss: float | None  # None: a step without a loss (pictures are made)
     parts: Mapping[str, float]
     lr: Mapping[str, float]
     grad_norm: float
-
-
-class Task(Protocol):
-    """Something trainable. It knows its data and its losses; the loop knows time, gradients and optimizers."""
-
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
-        """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`."""
-        ...
 
 
 def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
@@ -55,42 +38,104 @@ def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def run(
-    task: Task,
-    optimizers: Optimizers,
-    settings: Train,
-    seed: int,
-    accelerator: Accelerator,
-    start: int = 0,
-    good: LastGood | None = None,
-) -> Iterator[Record]:
-    """Yield a `Record` after each optimizer step, from `start` to `settings.steps`.
+@dataclass
+class Loop:
+    """Takes a task's steps.
 
-    Raises NotFinite before parameters are touched by a bad gradient; `good` then holds the state to go back to.
+    Args:
+        good: keeps the state to go back to when a loss or a gradient is no number
+        averages: moving averages of what is trained, updated after each step
     """
-    for step in range(start, settings.steps):
-        losses: list[float] = []
-        parts: dict[str, float] = {}
-        norm, kept = 0.0, False
-        optimizers.set_step(step, settings.steps)
-        for micro in range(settings.gradient_accumulation):
-            torch.manual_seed(generator(seed, step, micro).initial_seed() % 2**31)  # dropout draws from the global one
-            updates = task.updates(step, micro)
-            while True:
-                with accelerator.autocast():
-                    update = next(updates, None)
-                if update is None:
-                    break
-                value = float(update.loss.detach())
-                if not math.isfinite(value):
-                    optimizers.zero_grad()
-                    raise NotFinite(f"the loss of step {step + 1} is {value}")
-                optimizers.backward(update.loss / settings.gradient_accumulation, update.group, accelerator)
-                losses.append(value)
-                for key, part in update.parts.items():
-                    parts[key] = parts.get(key, 0.0) + float(part) / settings.gradient_accumulation
-                if micro == settings.gradient_accumulation - 1:
-                    loss = sum(losses) / len(losses)
-                    before = partial(good.keep, step, loss) if good and not kept else None
-                    norm, kept = optimizers.step(update.group, accelerator, step, before), True
-        yield Record(step + 1, sum(losses) / len(losses), parts, optimizers.rates(), norm)
+
+    task: Task
+    optimizers: Optimizers
+    budget: Budget
+    seed: int
+    accelerator: Accelerator
+    gradient_accumulation: int = 1
+    good: LastGood | None = None
+    averages: Averages | None = None
+
+    def run(self, start: int = 0) -> Iterator[Record]:
+        """Yield a `Record` after each step, from `start` until the budget is spent.
+
+        Raises NotFinite before parameters are touched by a bad gradient, and after an update that left values that are
+        not finite in them; `good` then holds the state to go back to.
+        """
+        step = start
+        while not self.budget.over(step):
+            yield self._step(step)
+            step += 1
+
+    def _step(self, step: int) -> Record:
+        done = _Sums(self.gradient_accumulation)
+        self.optimizers.set_step(step, self.budget)
+        for micro in range(self.gradient_accumulation):
+            self._seed(step, micro)
+            updates = self.task.updates(step, micro)
+            try:
+                while (update := self._next(updates)) is not None:
+                    self._backward(update, step, done)
+                    if micro == self.gradient_accumulation - 1:
+                        self._apply(update, step, done)
+            finally:
+                getattr(updates, "close", lambda: None)()
+        if done.kept and self.averages is not None:
+            self.averages.update(step)
+        return Record(step + 1, done.loss, done.parts, self.optimizers.rates(), done.norm)
+
+    def _seed(self, step: int, micro: int) -> None:
+        torch.manual_seed(generator(self.seed, step, micro).initial_seed() % 2**31)  # dropout draws from the global one
+
+    def _next(self, updates: Iterator[Update]) -> Update | None:
+        with self.accelerator.autocast():
+            return next(updates, None)
+
+    def _backward(self, update: Update, step: int, done: _Sums) -> None:
+        value = float(update.loss.detach())
+        if not math.isfinite(value):
+            self.optimizers.zero_grad()
+            raise NotFinite(f"the loss of step {step + 1} is {value}")
+        self.optimizers.backward(update.loss / self.gradient_accumulation, update.groups, self.accelerator)
+        done.add(value, update)
+
+    def _apply(self, update: Update, step: int, done: _Sums) -> None:
+        loss = done.loss
+        assert loss is not None
+        for group in update.groups if update.groups is not None else self.optimizers.names:
+            before = partial(self.good.keep, step, loss) if self.good and not done.kept else None
+            closure = partial(self._again, group, step) if self.optimizers.needs_closure(group) else None
+            done.norm, done.kept = self.optimizers.step(group, self.accelerator, step, before, closure), True
+
+    def _again(self, group: str, step: int) -> torch.Tensor:
+        """The loss of one optimizer group and its gradients, computed again with the same noise."""
+        self.optimizers.zero_grad()
+        total = torch.zeros(())
+        for micro in range(self.gradient_accumulation):
+            self._seed(step, micro)
+            updates = self.task.updates(step, micro)
+            while (update := self._next(updates)) is not None:
+                if update.groups is None or group in update.groups:
+                    part = update.loss / self.gradient_accumulation
+                    self.optimizers.backward(part, (group,), self.accelerator)
+                    total = total + part.detach().cpu()
+        return total
+
+
+class _Sums:
+    """What a step adds up to over its micro-batches."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.losses: list[float] = []
+        self.parts: dict[str, float] = {}
+        self.norm, self.kept = 0.0, False
+
+    def add(self, value: float, update: Update) -> None:
+        self.losses.append(value)
+        for key, part in update.parts.items():
+            self.parts[key] = self.parts.get(key, 0.0) + float(part) / self.micro_batches
+
+    @property
+    def loss(self) -> float | None:
+        return sum(self.losses) / len(self.losses) if self.losses else None

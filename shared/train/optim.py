@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,97 +11,125 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.recipe.schema import Optimizer
+from shared.config import unknown
+from shared.optimizers import AdamW, OptimizerPart
+from shared.train.budget import Budget
 from shared.trainable import TrainableGroup
 
 _SKIPPED = 20  # steps in a row whose fp16 gradients overflow: halving the scale has not helped, nor will it
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient is no number; parameters are those that gave it."""
-
-
-def schedule(kind: str, step: int, steps: int, warmup: int) -> float:
-    """The factor on the learning rate at `step` of `steps` (both counted from 0)."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    if kind == "linear":
-        return 1 - done
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0
+    """A loss, a gradient or a parameter is NaN or infinite."""
 
 
 class Optimizers:
-    """One AdamW per group of updates; a parameter group per trainable part, each with its own rate."""
+    """One optimizer per group; within it a parameter group per trainable part, each with its own rate.
+
+    Args:
+        groups: name -> what that optimizer trains
+        settings: by the same names; AdamW where none is given. ValueError for a name that no part trains under
+    """
 
     def __init__(
-        self, groups: Mapping[str, Sequence[TrainableGroup]], settings: Optimizer, accelerator: Accelerator
+        self,
+        groups: Mapping[str, Sequence[TrainableGroup]],
+        settings: Mapping[str, OptimizerPart],
+        accelerator: Accelerator,
     ) -> None:
-        self.settings = settings
-        self.woken = groups
+        self.groups = {name: list(parts) for name, parts in groups.items()}
+        self.settings: dict[str, OptimizerPart] = {name: settings.get(name, AdamW()) for name in groups}
         self.raw = {
-            name: torch.optim.AdamW(
+            name: self.settings[name].build(
                 [
                     {
-                        "params": w.parameters,
-                        "lr": w.lr,
-                        "weight_decay": settings.weight_decay if w.weight_decay is None else w.weight_decay,
+                        "params": part.parameters,
+                        "lr": part.lr,
+                        "weight_decay": self.settings[name].weight_decay
+                        if part.weight_decay is None
+                        else part.weight_decay,
                     }
-                    for w in parts
-                ],
-                betas=settings.betas,
-                eps=settings.eps,
+                    for part in parts
+                ]
             )
             for name, parts in groups.items()
         }
         self.prepared = {name: accelerator.prepare_optimizer(o, device_placement=False) for name, o in self.raw.items()}
-
         self._scaler: Any = accelerator.scaler
         self.skipped = 0  # fp16: overflowing steps in a row
+        self.average(False)
 
-    def parameters(self, group: str | None = None) -> list[nn.Parameter]:
-        """All that is trained, or what one group of updates trains."""
-        groups = self.woken.values() if group is None else [self.woken[group]]
-        return [p for parts in groups for part in parts for p in part.parameters]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The optimizer groups, in order."""
+        return tuple(self.groups)
 
-    def states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
+        """All that is trained, or what these groups train."""
+        chosen = self.names if names is None else names
+        return [p for name in chosen for part in self.groups[name] for p in part.parameters]
+
+    def needs_closure(self, group: str) -> bool:
+        """Whether this group's optimizer evaluates the loss itself."""
+        return self.settings[group].needs_closure
+
+    def states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with what its optimizer keeps of it: moments and step count, empty before the first step."""
         for optimizer in self.raw.values():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     yield parameter, optimizer.state[parameter]
 
-    def backward(self, loss: Tensor, group: str, accelerator: Accelerator) -> None:
-        """Adds the loss's gradient to the parameters of its own group: another group's are not this loss's business."""
-        own = {"inputs": self.parameters(group)} if len(self.woken) > 1 else {}
+    def backward(self, loss: Tensor, names: Sequence[str] | None, accelerator: Accelerator) -> None:
+        """Adds the loss's gradient to the parameters of its own groups: another group's are not this loss's business."""
+        own = {"inputs": self.parameters(names)} if names is not None and len(self.groups) > len(names) else {}
         accelerator.backward(loss, **own)
 
-    def set_step(self, step: int, steps: int) -> None:
+    def set_step(self, step: int, budget: Budget) -> None:
         """Sets the rates of this step; nothing is left of gradients that led to none."""
         self.zero_grad()
-        factor = schedule(self.settings.schedule, step, steps, self.settings.warmup)
-        for name, parts in self.woken.items():
-            for group, part in zip(self.raw[name].param_groups, parts, strict=True):
-                group["lr"] = part.lr * factor
+        for name, parts in self.groups.items():
+            settings = self.settings[name]
+            factor = settings.factor(step, budget.spent(step, settings.warmup))
+            for group, part in self._rated(name, parts):
+                group["lr"] = settings.rate(part.lr, factor)
+
+    def _rated(self, name: str, parts: Sequence[TrainableGroup]) -> Iterator[tuple[dict[str, Any], TrainableGroup]]:
+        groups = self.raw[name].param_groups
+        return zip(groups, parts if len(groups) == len(parts) else parts[:1], strict=True)
 
     def rates(self) -> dict[str, float]:
-        return {
-            part.slot: group["lr"]
-            for name, parts in self.woken.items()
-            for group, part in zip(self.raw[name].param_groups, parts, strict=True)
-        }
+        return {part.slot: group["lr"] for n, parts in self.groups.items() for group, part in self._rated(n, parts)}
 
-    def step(self, group: str, accelerator: Accelerator, index: int, before: Callable[[], None] | None = None) -> float:
+    def average(self, on: bool) -> None:
+        """Whether the parameters hold the average that a schedule-free optimizer gives (for pictures, scores and the
+        concept) or the point that it goes on from."""
+        for optimizer in self.raw.values():
+            switch: Any = getattr(optimizer, "eval" if on else "train", None)
+            if switch is not None:
+                switch()
+
+    @property
+    def averages(self) -> bool:
+        """Whether `average` changes anything."""
+        return any(hasattr(optimizer, "eval") for optimizer in self.raw.values())
+
+    def step(
+        self,
+        group: str,
+        accelerator: Accelerator,
+        index: int,
+        before: Callable[[], None] | None = None,
+        closure: Callable[[], Tensor] | None = None,
+    ) -> float:
         """Clip, check, step, clear; the gradient's norm. Raises NotFinite and leaves the parameters as they were.
 
         `before` is called when all is well and the parameters are about to change. With fp16 the scaler skips a step
         whose gradient overflows, and halves its scale; that is said when it never ends.
         """
-        limit = self.settings.max_grad_norm
+        limit = self.settings[group].max_grad_norm
         accelerator.unscale_gradients(self.prepared[group])  # fp16; of this optimizer alone: phases share parameters
-        parameters = self.parameters(group)
+        parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped > (0 if self._scaler is None else _SKIPPED - 1):
@@ -109,9 +138,21 @@ class Optimizers:
             raise NotFinite(f"the gradient of step {index + 1} is not finite{many}")
         if before and not self.skipped:
             before()
-        self.prepared[group].step()
+        if closure is not None:
+            with torch.enable_grad():
+                self.raw[group].step(closure)  # type: ignore[arg-type]
+        else:
+            self.prepared[group].step()
         self.prepared[group].zero_grad()
         return norm
+
+    def check_finite(self, step: int) -> None:
+        """Raises NotFinite when the update that ended step `step` left values in the parameters that are not finite."""
+        sums = [p.detach().sum() for p in self.parameters()]
+        if sums and not bool(torch.stack([s.float().cpu() for s in sums]).isfinite().all()):
+            for p in self.parameters():
+                if not bool(p.detach().isfinite().all()):  # a sum may overflow where no value does
+                    raise NotFinite(f"the update of step {step} left values that are not finite")
 
     def scaler_state(self) -> dict[str, float]:
         """What the fp16 scaler has found out, as plain numbers; empty without one."""
@@ -126,28 +167,79 @@ class Optimizers:
         for optimizer in self.raw.values():
             optimizer.zero_grad()
 
+    # --- what is saved -------------------------------------------------------------------------------------
+
+    def progress(self) -> dict[str, list[dict[str, Any]]]:
+        """What optimizers keep of a whole parameter group (an estimated rate, a count), as plain numbers."""
+        return {
+            name: [
+                {k: group[k] for k in self.settings[name].progress if k in group} for group in optimizer.param_groups
+            ]
+            for name, optimizer in self.raw.items()
+        }
+
+    def load_progress(self, state: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """The inverse of `progress`."""
+        for name, groups in state.items():
+            for group, kept in zip(self.raw[name].param_groups if name in self.raw else (), groups, strict=False):
+                group.update(kept)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """`group.index.name` -> tensor: AdamW's two moments and its step count, for safetensors."""
-        out = {}
+        """`group.index.name` -> tensor: moments and step counts, for safetensors; lists and plain numbers as JSON keys."""
+        out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
-                    out[f"{name}.{index}.{key}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+                    out.update(_flat(f"{name}.{index}.{key}", value))
         return out
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """ValueError when the tensors do not fit these parameters."""
+        for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
+            raise ValueError(f"the optimizer state is of {unknown(name, self.raw, 'group')} Start anew.")
         for name, optimizer in self.raw.items():
             full = optimizer.state_dict()
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            state: dict[int, dict[str, Tensor]] = {}
+            state: dict[int, dict[str, Any]] = {}
             for key, value in flat.items():
-                group, index, field = key.rsplit(".", 2)
+                group, index, place = key.split(".", 2)
                 if group == name:
-                    state.setdefault(int(index), {})[field] = value
+                    _put(state.setdefault(int(index), {}), place, value)
             for index, entry in state.items():
                 if index >= len(parameters) or any(
-                    v.shape != parameters[index].shape for v in entry.values() if v.ndim
+                    v.shape != parameters[index].shape
+                    for k, v in entry.items()
+                    if isinstance(v, Tensor) and k in ("exp_avg", "exp_avg_sq", "z")
                 ):
                     raise ValueError(f"the optimizer state of {name} does not fit this recipe; start anew")
             optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """A value of an optimizer's state as tensors; what is no tensor says in its key what it is."""
+    if isinstance(value, Tensor):
+        yield key, value.detach().cpu().clone().contiguous()
+    elif isinstance(value, list):
+        yield f"{key}/list", torch.tensor(len(value))
+        for i, item in enumerate(value):
+            yield from _flat(f"{key}/{i}", item)
+    else:
+        plain = json.dumps(value).encode()
+        yield f"{key}/json", torch.frombuffer(bytearray(plain), dtype=torch.uint8).clone()
+
+
+def _put(state: dict[str, Any], place: str, value: Tensor) -> None:
+    """The inverse of `_flat` into one parameter's state; parts of a list may come in any order."""
+    key, _, rest = place.partition("/")
+    if not rest:
+        state[key] = value
+    elif rest == "json":
+        state[key] = json.loads(bytes(value.tolist()))
+    else:
+        items = state.setdefault(key, [])
+        if rest == "list":
+            items += [None] * (int(value) - len(items))
+            return
+        number, _, kind = rest.partition("/")
+        items += [None] * (int(number) + 1 - len(items))
+        items[int(number)] = json.loads(bytes(value.tolist())) if kind == "json" else value

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 from shared.backbones.protocol import Backbone
+from shared.config import unknown
 from shared.prompts import expand
-from shared.recipe.schema import Recipe
+from shared.recipe.schema import MAIN, Recipe
 from shared.sampling.sampler import check_guidance
 from shared.sampling.schedulers import make_scheduler
 
 
-def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe) -> None:
+def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
     """ValueError for what a run has once and a phase would have otherwise, and for pictures that cannot be made so."""
     for name, phase in phases:
         if phase.train.mixed_precision != recipe.train.mixed_precision:
@@ -19,12 +20,25 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
                 "this is the same in all phases; say it outside of them (train.mixed_precision)"
             )
+        if phase.task.needs_scores and not scored:
+            raise ValueError(
+                f"phases.{name}.task.keep chooses the best pictures by score, and nothing can score them here: "
+                "give --clip FOLDER or --dino FOLDER, or leave keep out"
+            )
     for place, part in (("", recipe), *((f"phases.{n}.", p) for n, p in phases)):
         check_guidance(part.sampling.guidance, f"{place}sampling.guidance")
+        _check_optimizers(part, f"{place}train.optimizers")
         try:
             make_scheduler(backbone, part.sampling.scheduler)
         except ValueError as error:
             raise ValueError(f"{place}sampling.scheduler: {error}") from None
+
+
+def _check_optimizers(recipe: Recipe, where: str) -> None:
+    groups = {part.group for part in recipe.trainable.values()}
+    for name in recipe.train.optimizers:
+        if groups and name not in groups and name != MAIN:
+            raise ValueError(f"{where}: {unknown(name, groups, 'group')} A part under trainable says its group.")
 
 
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:
@@ -43,18 +57,3 @@ def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[
                     backbone.check_prompt(expand(prompt.replace("{concept}", f"<{name}>"), backbone.placeholders))
                 except ValueError as error:
                     raise ValueError(f"{where}: {prompt!r}: {error}") from None
-
-
-def own_needs(part: object) -> frozenset[str]:
-    """What a part says that it needs of a step."""
-    return frozenset(getattr(part, "needs", frozenset()))
-
-
-def check_needs(parts: Mapping[str, object], served: Collection[str]) -> frozenset[str]:
-    """All that the parts (place in the recipe -> part) declare. ValueError for a need that nothing can serve."""
-    for place, part in parts.items():
-        missing = sorted(own_needs(part) - set(served))
-        if missing:
-            there = ", ".join(sorted(served))
-            raise ValueError(f"{place} needs {missing[0]!r}, and nothing here can give it. There are: {there}.")
-    return frozenset().union(*(own_needs(p) for p in parts.values()))

@@ -18,7 +18,9 @@ from shared.types import Subject
 WEIGHTS = "the backbone's checkpoint"
 _FREE = re.compile(r"(output|name)(\..*)?")
 #: What may also change after a loss that was no number: the cure for it.
-_CURE = re.compile(r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizer(\..*)?|trainable\.[^.]+\.lr)", re.ASCII)
+_CURE = re.compile(
+    r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
+)
 
 
 def same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False) -> None:

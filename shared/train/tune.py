@@ -3,82 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.backbones.protocol import Backbone
 from shared.prompts import without
-from shared.recipe.schema import Recipe
+from shared.train.context import ConceptTask, PhaseContext
 from shared.train.data import Data
-from shared.train.loop import Update, generator
-from shared.train.preflight import check_needs, own_needs
-from shared.trainable import TrainableGroup
-from shared.types import Batch, Conditioning, Example, Step
+from shared.train.loop import generator
+from shared.train.needs import Computed, Need, check_needs, declared, table
+from shared.train.task import Update
+from shared.types import Batch, Conditioning, Step
 
 _NOISE = 2**42  # a stream of its own, apart from the one that draws rows
 
 
-class Tune:
-    """Denoising plus penalties on one backbone, for the concepts in training (`run_name` is their adapters' name)."""
+class Tune(ConceptTask):
+    """Denoising plus penalties on one backbone, for the concepts in training.
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        recipe: Recipe,
-        examples: Sequence[Example],
-        class_nouns: Mapping[str, str],
-        woken: Sequence[TrainableGroup],
-        loaded_strengths: Mapping[str, float] | None = None,
-        initial_parameters: Mapping[str, Sequence[Tensor]] | None = None,
-        text_on_device: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """`loaded_strengths`: concepts that were loaded before and stay on, name -> strength. `initial_parameters`: what the parameters of each
-        concept's name were before training (default: what they are). `text_on_device`: inside it, the text encoders are where they
-        can be used. ValueError when a part needs what nothing can give it."""
-        self.backbone, self.recipe = backbone, recipe
-        self.class_nouns, self.loaded_strengths = dict(class_nouns), dict(loaded_strengths or {})
-        words = {name: backbone.placeholders[name].words for name in class_nouns}
-        self.said = {words[n]: n for n in words}
-        self.data = Data(examples, recipe, backbone, words, class_nouns)
-        varies = any(n.varies_with for n in backbone.placeholders.values())
-        self.text_frozen = recipe.train.cache and not varies and not any(w.touches_text for w in woken)
-        self._text_on_device = text_on_device
+    Raises ValueError when a part needs what nothing can give it, or trains nothing.
+    """
+
+    def __init__(self, context: PhaseContext) -> None:
+        super().__init__(context)
+        self.backbone, self.recipe, self.steps = context.backbone, context.recipe, context.recipe.train.steps
+        if not context.trained and self.steps:
+            raise ValueError("the recipe trains nothing: add a part under trainable, for example trainable.lora.rank=8")
+        self.class_nouns = context.class_nouns
+        words = {name: self.backbone.placeholders[name].words for name in self.class_nouns}
+        self._name_of = {text: name for name, text in words.items()}
+        parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
+        self.served = table(self._own_needs(), parts)
+        self.needs = check_needs(parts, self.served)
+        anchored = [place for place, part in parts.items() if "token_drift" in declared(part)]
+        if anchored and not any(context.initial_parameters.values()):
+            raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
+        self.data = Data(
+            context.examples(), self.recipe, self.backbone, words, self.class_nouns, "pixels" in self.needs
+        )
+        varies = any(p.varies_with for p in self.backbone.placeholders.values())
+        frozen = not varies and not any(group.touches_text for group in context.trained)
+        self.text_frozen = self.recipe.train.cache and frozen
         self._text: dict[str, Conditioning] = {}
         self._base_text: dict[str, Conditioning] = {}  # by the model without the concepts in training: it never changes
-        self._initial_parameters = initial_parameters or {
-            n: [p.detach().clone() for p in backbone.placeholders[n].parameters()] for n in class_nouns
-        }
-        parts = {f"regularize.{k}": r for k, r in recipe.regularize.items()}
-        self.needs = check_needs(parts, self.serves)
-        anchored = [place for place, part in parts.items() if "token_drift" in own_needs(part)]
-        if anchored and not any(self._initial_parameters.values()):
-            raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
 
     @property
-    def serves(self) -> Mapping[str, Callable[[Step], Tensor]]:
-        """What a penalty may declare as a need, and what computes it."""
-        return {
-            "example_loss": self._example_loss,  # [B], the objective of each row
-            "class_prediction": self._class_prediction,  # [I, C, h, w], of instance rows told the class noun
-            "base_class_prediction": self._base_class_prediction,  # the same, without the concepts in training
-            "token_drift": self._token_drift,  # [n], squared distances of token rows from their start
-        }
+    def networks_in_steps(self) -> frozenset[str]:
+        """Of the autoencoder and the text encoders, those that the steps use."""
+        text = frozenset(c for c in self.backbone.components if c.startswith("text_encoder"))
+        return (frozenset() if self.data.cached else frozenset({"vae"})) | (frozenset() if self.text_frozen else text)
+
+    def _own_needs(self) -> list[Need]:
+        """What a penalty may declare here, and what computes it."""
+        return [
+            Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
+            Computed("example_loss", self._example_loss),  # [B], the objective of each row
+            Computed("class_prediction", self._class_prediction),  # [I, C, h, w], of instance rows told the class noun
+            Computed(
+                "base_class_prediction", self._base_class_prediction
+            ),  # the same, without the concepts in training
+            Computed("token_drift", self._token_drift),  # [n], squared distances of token rows from their start
+        ]
 
     def updates(self, step: int, micro: int) -> Iterator[Update]:
-        """One loss per micro-batch: the objective on instance rows, plus every penalty."""
+        """One loss per micro-batch: the objective on instance rows, plus every penalty. It is yielded inside all that
+        the needs hold around the prediction."""
+        with self.state(step, micro) as state:
+            losses = state.need("example_loss")
+            instance = state.batch.with_role("instance").to(losses.device)
+            parts: dict[str, Tensor] = {"denoising": losses[instance].mean()}
+            for name, penalty in self.recipe.regularize.items():
+                parts[name] = penalty(_for(penalty, state))
+            loss = torch.stack(list(parts.values())).sum()
+            yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
+
+    @contextmanager
+    def state(self, step: int, micro: int) -> Iterator[Step]:
+        """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it."""
         batch = self.data.batch(step, micro)
-        state = self._predict(batch, step, micro)
-        rows = state.need("example_loss")
-        instance = batch.with_role("instance").to(rows.device)
-        parts: dict[str, Tensor] = {"denoising": rows[instance].mean()}
-        for name, penalty in self.recipe.regularize.items():
-            parts[name] = penalty(_for(penalty, state))
-        loss = torch.stack(list(parts.values())).sum()
-        yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
+        with ExitStack() as stack:
+            wanted = [self.served[name] for name in sorted(self.needs | {"example_loss"})]
+            entered = {n.name: stack.enter_context(n.around(self.backbone, batch)) for n in wanted}
+            state = self._predict(batch, step, micro)
+            yield replace(state, lazy={n.name: cache(partial(n.value, state, entered[n.name])) for n in wanted})
 
     def _predict(self, batch: Batch, step: int, micro: int) -> Step:
         backbone, recipe = self.backbone, self.recipe
@@ -89,8 +100,7 @@ class Tune:
         conditioning = self.encode(batch.captions, t)
         prediction = backbone.predict(x_t.to(backbone.dtype), t, conditioning)
         target = backbone.target(batch.latents, noise, t)
-        state = Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
-        return replace(state, lazy=self._lazy(state))
+        return Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
         """The captions' conditioning; from the cache when nothing in training changes it."""
@@ -102,20 +112,15 @@ class Tune:
         """Each caption encoded once, as the model is now."""
         for caption in captions:
             if caption not in kept:
-                with torch.no_grad(), self._text_on_device():
+                with torch.no_grad(), self.context.text_on_device():
                     kept[caption] = self.backbone.encode([caption])
         return Conditioning.cat([kept[c] for c in captions])
-
-    def _lazy(self, state: Step) -> Mapping[str, Callable[[], Tensor]]:
-        """What this task and the parts declare; computed at most once, and only when asked for."""
-        wanted = {"example_loss", *self.needs}
-        return {name: cache(partial(serve, state)) for name, serve in self.serves.items() if name in wanted}
 
     def _example_loss(self, state: Step) -> Tensor:
         objective = self.recipe.objective
         weight = objective.weight(state.batch.mask, state.batch.valid)
-        rows = objective.example_losses(state.prediction, state.target, weight)
-        return rows * objective.time_weight(self.backbone, state.t)
+        losses = objective.example_losses(state.prediction, state.target, weight)
+        return losses * objective.time_weight(self.backbone, state.t)
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
         """Noisy latents, times and class prompts of the instance rows."""
@@ -134,24 +139,23 @@ class Tune:
 
     def _base_class_prediction(self, state: Step) -> Tensor:
         x_t, t, prompts = self._class_step(state)
-        with torch.no_grad(), self.backbone.active(self.loaded_strengths):
+        with torch.no_grad(), self.backbone.active(self.context.loaded_strengths):
             if self.recipe.train.cache and not self.backbone.varies_with(prompts):
                 return self.backbone.predict(x_t, t, self._kept(prompts, self._base_text))
             return self.backbone.predict(x_t, t, self.backbone.encode(prompts, t))
 
     def _token_drift(self, state: Step) -> Tensor:
+        initial = self.context.initial_parameters
         pairs = [
             (now, start)
             for name in self.class_nouns
-            for now, start in zip(
-                self.backbone.placeholders[name].parameters(), self._initial_parameters[name], strict=True
-            )
+            for now, start in zip(self.backbone.placeholders[name].parameters(), initial[name], strict=True)
         ]
         return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
 
     def _class_prompt(self, caption: str) -> str:
         """The caption as the base model would be asked: the concept's words replaced by its class noun."""
-        for words, name in sorted(self.said.items(), key=lambda pair: -len(pair[0])):
+        for words, name in sorted(self._name_of.items(), key=lambda pair: -len(pair[0])):
             if words:
                 caption = caption.replace(words, f"<{name}>")
         return without(caption, self.class_nouns)
@@ -159,5 +163,6 @@ class Tune:
 
 def _for(part: object, state: Step) -> Step:
     """The step as one part sees it: with the needs that it declared, and no others."""
-    own = own_needs(part)
-    return replace(state, lazy={name: serve for name, serve in state.lazy.items() if name in own})
+    own = declared(part)
+    lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in own}
+    return replace(state, lazy=lazy)

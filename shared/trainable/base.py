@@ -1,19 +1,36 @@
-"""What a trainable part returns."""
+"""What trainable parts have in common, and what they return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import nn
+
+from shared.config import NAME, Part
+
+MAIN = "main"  # the optimizer group of parts that name none
+
+
+class TrainablePart(Part):
+    """Base of every part that injects or unfreezes parameters."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains it: train.optimizers.GROUP
+    adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
+        ""  # what its adapters are switched by; "": the concept
+    )
 
 
 @dataclass(frozen=True)
 class TrainableGroup:
-    """Parameters that a part injected or woke, and what follows from training them."""
+    """Parameters that a part injected or unfroze, and what follows from training them."""
 
     slot: str
     parameters: list[nn.Parameter]
     lr: float
     weight_decay: float | None = None  # None: the optimizer's
     touches_text: bool = False  # the text context changes while training: do not cache it
+    group: str = MAIN  # of optimizers
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept

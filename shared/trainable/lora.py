@@ -9,12 +9,11 @@ from peft import LoraConfig
 from pydantic import Field
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import TrainableGroup
+from shared.trainable.base import TrainableGroup, TrainablePart
 
 
-class Lora(Part):
+class Lora(TrainablePart):
     """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity."""
 
     kind: Literal["lora"] = "lora"
@@ -23,10 +22,9 @@ class Lora(Part):
     alpha: float | None = None  # None: equal to rank, that is a scale of 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dora: bool = False  # magnitude and direction apart; the norm is treated as constant in backward
-    lr: Annotated[float, Field(gt=0)] = 1e-4
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Inject into every component that the roles reach and wake the new weights."""
+        """Inject into every component that the roles reach and unfreeze the new weights."""
         targets: dict[str, list[str]] = defaultdict(list)
         notes = []
         for role in self.roles:

@@ -1,4 +1,4 @@
-"""Waking the rows of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
+"""Training the rows of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
-from shared.trainable.base import TrainableGroup
+from shared.trainable.base import TrainableGroup, TrainablePart
 
 
-class Tokens(Part):
+class Tokens(TrainablePart):
     """Train what the concept's modifier learns: its token rows. Every other row stays what it was, bit for bit,
     because the new rows never enter the table."""
 
@@ -20,7 +19,7 @@ class Tokens(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """`name` is ignored: the tokens of every attached concept that has some which are not loaded are woken.
+        """`name` is ignored: the tokens of every attached concept that has some which are not loaded are trained.
 
         Raises ValueError when no concept in training has anything to learn in its name.
         """

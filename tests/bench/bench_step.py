@@ -27,7 +27,7 @@ from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
 from shared.toybox.reference_sets import write_album
 from shared.train.optim import Optimizers
-from shared.train.training_run import Session
+from shared.train.training_run import TrainingRun
 from shared.train.tune import Tune
 
 SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer")
@@ -60,7 +60,7 @@ class Clock:
         setattr(owner, method, timed)
 
 
-def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[Session, Tune, Optimizers]:
+def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[TrainingRun, Tune, Optimizers]:
     """A session at the point where its first phase would start stepping."""
     settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
     settings += [f"backbone={backbone}"] if backbone else []
@@ -69,23 +69,24 @@ def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tup
     )
     model = load_backbone(backbone)
     subject = read_subject(folder, "duck")
-    session = Session(
+    session = TrainingRun(
         model, resolved, {"bench": subject}, folder / "work", folder / "cache",
-        generate=ImageRunner(model)._class_pictures, tensorboard=False,
+        class_pictures=ImageRunner(model)._class_pictures, tensorboard=False,
     )  # fmt: skip
     session._attach_names()
-    _, phase = session.phases[-1]
-    woken = session._wake(phase)
-    task = Tune(model, phase, session.examples(phase), session.class_nouns, woken)
-    return session, task, Optimizers({"main": woken}, phase.train.optimizer, session.accelerator)
+    last = len(session.phases) - 1
+    task = Tune(session.context(last, session._unfreeze(session.phases[last][1])))
+    return session, task, Optimizers(task.groups(), task.recipe.train.optimizers, session.accelerator)
 
 
-def step(session: Session, task: Tune, optimizers: Optimizers, index: int, clock: Clock | None = None) -> None:
+def step(session: TrainingRun, task: Tune, optimizers: Optimizers, index: int, clock: Clock | None = None) -> None:
     quiet = clock or Clock()
     with session.accelerator.autocast():
-        update = next(iter(task.updates(index, 0)))
+        updates = task.updates(index, 0)
+        update = next(updates)
     with quiet.of("backward"):
         session.accelerator.backward(update.loss)
+    updates.close()
     with quiet.of("optimizer"):
         optimizers.step("main", session.accelerator, index)
 

@@ -16,7 +16,9 @@ from shared.recipe.schema import Recipe
 from shared.sampling import sampler
 from shared.sampling.settings import SamplingSettings
 from shared.train.learned_state import gather
-from shared.train.training_run import Session
+from shared.train.training_run import TrainingRun
+from shared.train.tune import Tune
+from shared.types import Step
 
 SMALL = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32")
 CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=3")
@@ -47,23 +49,27 @@ def small(name: str, *settings: str) -> Recipe:
     return load(name, [*SMALL, *(CLASS if name == "dreambooth_lora" else ()), *settings])
 
 
-def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> Session:
+def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> TrainingRun:
     def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
         return sample(
             backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
         )
 
+    def make(prompts, seeds, recipe: Recipe) -> Tensor:
+        how = recipe.sampling
+        return sample(backbone, prompts, seeds=seeds, guidance=how.guidance, steps=how.steps, height=32, width=32)
+
     subjects = {"mug": read_subject(photos, "mug")}
     cache = workdir.parent / "cache"
-    given = {"generate": generate, "tensorboard": False, **changes}
-    return Session(backbone, recipe, given.pop("subjects", subjects), workdir, cache, **given)
+    given = {"class_pictures": generate, "make": make, "tensorboard": False, **changes}
+    return TrainingRun(backbone, recipe, given.pop("subjects", subjects), workdir, cache, **given)
 
 
-def learned(run: Session) -> dict[str, Tensor]:
+def learned(run: TrainingRun) -> dict[str, Tensor]:
     return gather(run.backbone, run.names, run.run_name)
 
 
-def finish(run: Session, resume: bool = False) -> dict[str, Tensor]:
+def finish(run: TrainingRun, resume: bool = False) -> dict[str, Tensor]:
     for _ in run.steps(resume):
         pass
     return learned(run)
@@ -71,3 +77,16 @@ def finish(run: Session, resume: bool = False) -> dict[str, Tensor]:
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def tuning(run: TrainingRun) -> Tune:
+    """The task of a run's first phase, as it is when the first step begins."""
+    if run.names[0] not in run.backbone.placeholders:
+        run._attach_names()
+    return Tune(run.context(0, run._unfreeze(run.phases[0][1])))
+
+
+def predicted(task: Tune, step: int = 0) -> Step:
+    """The state of one step."""
+    with task.state(step, 0) as state:
+        return state

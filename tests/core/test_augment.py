@@ -29,8 +29,12 @@ def example(side: int = 48, **changes: object) -> Example:
     y, x = torch.meshgrid(torch.linspace(-0.8, 0.8, side), torch.linspace(-0.8, 0.8, side), indexing="ij")
     mask = torch.zeros(1, side, side)
     mask[:, side // 4 : side // 2, side // 4 : side * 5 // 8] = 1
-    settings = {"pixels": torch.stack([mask[0] * 2 - 1, x, y]), "mask": mask, "caption": "a photo of a mug", **changes}
-    return Example(**{"owner": "m", "source": "a.png", **settings})  # type: ignore[arg-type]
+    mask, own = changes.pop("mask", mask), torch.stack([mask[0] * 2 - 1, x, y])
+    masks = {"m": mask} if isinstance(mask, torch.Tensor) else {}
+    if masks and "pixels" not in changes:
+        own = own[:, : mask.shape[-2], : mask.shape[-1]]
+    settings = {"pixels": own, "masks": masks, "caption": "a photo of a mug", **changes}
+    return Example(**{"owners": ("m",), "source": "a.png", **settings})  # type: ignore[arg-type]
 
 
 AUGMENTATIONS = [Flip(), RandomResize(), ColorJitter(), Background()]
@@ -144,7 +148,7 @@ def test_color_jitter_changes_light_a_little_and_no_padding() -> None:
     for seed in range(20):
         out = ColorJitter()(start, seeded(seed))
         assert torch.equal(out.pixels[:, :10], start.pixels[:, :10])
-        assert 0 < (out.pixels - start.pixels).abs().mean() < 0.2 and out.mask is start.mask
+        assert 0 < (out.pixels - start.pixels).abs().mean() < 0.2 and out.masks is start.masks
     grey = example(pixels=torch.full((3, 48, 48), 0.2))
     out = ColorJitter(brightness=0, contrast=0, saturation=0.9)(grey, seeded())
     torch.testing.assert_close(out.pixels, grey.pixels, atol=1e-5, rtol=0)  # grey has no saturation

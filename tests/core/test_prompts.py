@@ -16,7 +16,7 @@ NAMINGS = {"my-mug": PlaceholderBase("my-mug", "<my-mug> <my-mug>_1 mug"), "spin
 
 
 def example(caption: str = "", role="instance", owner: str = "my-mug") -> Example:
-    return Example(torch.zeros(3, 2, 2), caption, owner, role, user_caption=bool(caption))
+    return Example(torch.zeros(3, 2, 2), caption, (owner,), role, user_caption=bool(caption))
 
 
 def captioned(part: Templates, given: Example, seed: int = 0, words: str = "sks mug", noun: str = "mug") -> str:

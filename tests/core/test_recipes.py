@@ -121,7 +121,7 @@ def test_a_path_is_the_same_recipe_as_its_name():
         ("phases: {a: 3}", "phases.a = 3"),
         ("train: 3", "train = 3"),
         ("seed: -1", "seed = -1"),
-        ("train: {optimizer: {betas: [0.9, 1.5]}}", "train.optimizer.betas.1 = 1.5"),
+        ("train: {optimizers: {main: {betas: [0.9, 1.5]}}}", "train.optimizers.main.betas.1 = 1.5"),
         ("name: a b", "name = 'a b'"),
         ("noise: {low: 0.5, high: 0.2}", "low = 0.5 must be below high = 0.2"),
         ("prompts: {templates: [a photo]}", "has no {concept}"),

@@ -83,7 +83,7 @@ def test_references_of_two_subjects(tmp_path: Path) -> None:
     mask[10:30, 20:40] = 255
     Image.fromarray(mask).save(one / "masks/a.png")
     subjects = {"mug": read_subject(one, "mug"), "cat": read_subject(two, "cat")}
-    examples = References(repeats=2).examples(context(tmp_path, subjects=subjects))
+    examples = list(References(repeats=2).examples(context(tmp_path, subjects=subjects)))
     assert [(e.owner, Path(e.source).name) for e in examples] == [
         ("mug", "a.png"),
         ("mug", "b.png"),
@@ -95,73 +95,73 @@ def test_references_of_two_subjects(tmp_path: Path) -> None:
     assert second.caption == "" and not second.user_caption and second.mask is None and second.valid is None
     assert first.mask is not None and first.mask.shape == (1, 32, 32)
     assert float(first.mask.mean()) == pytest.approx(20 * 20 / 40 / 40, rel=0.05)
-    again = References(repeats=2).examples(context(tmp_path, subjects=subjects))
+    again = list(References(repeats=2).examples(context(tmp_path, subjects=subjects)))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(examples, again, strict=True))
 
 
 def test_references_can_keep_the_whole_picture(tmp_path: Path) -> None:
     subjects = {"mug": read_subject(photos(tmp_path / "one", "a.png"))}
-    [example] = References(fit="contain").examples(context(tmp_path, subjects=subjects))
+    [example] = list(References(fit="contain").examples(context(tmp_path, subjects=subjects)))
     assert example.valid is not None and example.valid.mean() == pytest.approx(21 / 32)
 
 
 def test_references_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"subject.images=FOLDER"):
-        References().examples(context(tmp_path, subjects={}))
+        list(References().examples(context(tmp_path, subjects={})))
     one = photos(tmp_path / "one", "a.png")
     (one / "b.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     with pytest.raises(ValueError, match=r"b\.jpg cannot be read"):
-        References().examples(context(tmp_path, subjects={"x": read_subject(one)}))
+        list(References().examples(context(tmp_path, subjects={"x": read_subject(one)})))
     (one / "b.jpg").unlink()
     Image.new("L", (8, 8), 255).save(tmp_path / "m.png")
     subject = Subject((one / "a.png",), masks={one / "a.png": tmp_path / "m.png"})
     with pytest.raises(ValueError, match=r"m\.png is 8x8 pixels, and its picture .*a\.png is 60x40"):
-        References().examples(context(tmp_path, subjects={"x": subject}))
+        list(References().examples(context(tmp_path, subjects={"x": subject})))
     corners = np.zeros((40, 120), np.uint8)
     corners[:2, :2] = corners[:2, -2:] = 255
     Image.fromarray(corners).save(tmp_path / "corners.png")
     wide = photos(tmp_path / "wide", "w.png", size=(120, 40)) / "w.png"
     subject = Subject((wide,), masks={wide: tmp_path / "corners.png"})
     with pytest.raises(ValueError, match=r"w\.png: no part of its mask is inside the square .* fit=contain"):
-        References().examples(context(tmp_path, subjects={"x": subject}))
+        list(References().examples(context(tmp_path, subjects={"x": subject})))
     with pytest.warns(UserWarning, match=r"enlarged to 512 pixels, and soft: a\.png \(60x40\)"):
-        References().examples(context(tmp_path, subjects={"x": read_subject(one)}, resolution=512))
+        list(References().examples(context(tmp_path, subjects={"x": read_subject(one)}, resolution=512)))
 
 
 def test_folder_of_class_pictures(tmp_path: Path) -> None:
     real = photos(tmp_path / "real", "a.png", "b.png", "c.png")
     (real / "a.txt").write_text("a mug on a shelf")
-    examples = Folder(images=str(real), limit=2).examples(context(tmp_path))
+    examples = list(Folder(images=str(real), limit=2).examples(context(tmp_path)))
     assert [(e.caption, e.user_caption, e.role, e.owner) for e in examples] == [
         ("a mug on a shelf", True, "prior", "my-mug"),
         ("a photo of a mug", True, "prior", "my-mug"),
     ]
-    own = Folder(images=str(real), role="instance").examples(context(tmp_path))
+    own = list(Folder(images=str(real), role="instance").examples(context(tmp_path)))
     assert [(e.caption, e.user_caption, e.role) for e in own][1:] == [("", False, "instance")] * 2
-    filled = Folder(images=str(real), prompt="photo of a {class_noun}").examples(context(tmp_path))
+    filled = list(Folder(images=str(real), prompt="photo of a {class_noun}").examples(context(tmp_path)))
     assert [e.caption for e in filled] == ["a mug on a shelf", "photo of a mug", "photo of a mug"]
     two = context(tmp_path, subjects={"a": Subject((), "mug"), "b": Subject(())})
     with pytest.raises(ValueError, match=r"say which subject it belongs to. There are: a, b"):
-        Folder(images=str(real)).examples(two)
+        list(Folder(images=str(real)).examples(two))
     with pytest.raises(ValueError, match=r"there is no subject 'c'. There are: a, b"):
-        Folder(images=str(real), subject="c").examples(two)
+        list(Folder(images=str(real), subject="c").examples(two))
     with pytest.raises(ValueError, match=r"needs subject.class_noun, and 'b' has none"):
-        Folder(images=str(real), subject="b", prompt="a {class_noun}").examples(two)
+        list(Folder(images=str(real), subject="b", prompt="a {class_noun}").examples(two))
     with pytest.raises(ValueError, match="nowhere does not exist"):
-        Folder(images=str(tmp_path / "nowhere")).examples(context(tmp_path))
+        list(Folder(images=str(tmp_path / "nowhere")).examples(context(tmp_path)))
 
 
 def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
     painter = Painter()
     part = Generated(num_images=5, batch_size=2, guidance=3.0, steps=7)
-    first = part.examples(context(tmp_path, painter))
+    first = list(part.examples(context(tmp_path, painter)))
     assert [len(seeds) for _, seeds, _, _ in painter.calls] == [2, 2, 1]
     assert {(*p, g, n) for p, _, g, n in painter.calls for p in [set(p)]} == {("a photo of a mug", 3.0, 7)}
     assert len({s for _, seeds, _, _ in painter.calls for s in seeds}) == 5
     assert {(e.role, e.owner, e.caption, e.user_caption) for e in first} == {
         ("prior", "my-mug", "a photo of a mug", True)
     }
-    second = part.examples(context(tmp_path))  # no generator any more: the cache serves
+    second = list(part.examples(context(tmp_path)))  # no generator any more: the cache serves
     assert painter.made == 5
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
     made = painter(["x"], painter.calls[0][1][:1], guidance=1, steps=1, resolution=32)[0]
@@ -172,8 +172,8 @@ def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
 
 def test_more_pictures_are_added_and_damaged_ones_made_again(tmp_path: Path) -> None:
     painter = Painter()
-    first = Generated(num_images=3).examples(context(tmp_path, painter))
-    more = Generated(num_images=6, batch_size=1).examples(context(tmp_path, painter))
+    first = list(Generated(num_images=3).examples(context(tmp_path, painter)))
+    more = list(Generated(num_images=6, batch_size=1).examples(context(tmp_path, painter)))
     assert painter.made == 6
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, more[:3], strict=True))
     Path(more[0].source).unlink()
@@ -185,8 +185,8 @@ def test_more_pictures_are_added_and_damaged_ones_made_again(tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match=r"4 class pictures of 'a photo of a mug' are missing in .*cannot make pictures"
     ):
-        Generated(num_images=6).examples(context(tmp_path))
-    again = Generated(num_images=6).examples(context(tmp_path, painter))
+        list(Generated(num_images=6).examples(context(tmp_path)))
+    again = list(Generated(num_images=6).examples(context(tmp_path, painter)))
     assert painter.made == 10
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(more, again, strict=True))
 
@@ -196,21 +196,21 @@ def test_more_pictures_are_added_and_damaged_ones_made_again(tmp_path: Path) -> 
 )
 def test_the_cache_knows_what_pictures_depend_on(tmp_path: Path, change: dict[str, object]) -> None:
     painter = Painter()
-    Generated(num_images=2).examples(context(tmp_path, painter))
-    Generated.model_validate({"num_images": 2, **change}).examples(context(tmp_path, painter))
+    list(Generated(num_images=2).examples(context(tmp_path, painter)))
+    list(Generated.model_validate({"num_images": 2, **change}).examples(context(tmp_path, painter)))
     assert painter.made == (2 if "batch_size" in change else 4)
 
 
 def test_the_cache_knows_the_weights_and_the_size_but_not_the_seed_of_the_run(tmp_path: Path) -> None:
     painter = Painter()
-    Generated(num_images=2).examples(context(tmp_path, painter))
-    Generated(num_images=2).examples(context(tmp_path, painter, seed=7))
+    list(Generated(num_images=2).examples(context(tmp_path, painter)))
+    list(Generated(num_images=2).examples(context(tmp_path, painter, seed=7)))
     assert painter.made == 2
-    Generated(num_images=2).examples(context(tmp_path, painter, backbone_key="weights-2"))
+    list(Generated(num_images=2).examples(context(tmp_path, painter, backbone_key="weights-2")))
     assert painter.made == 4
-    Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=24))
+    list(Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=24)))
     with pytest.raises(AssertionError, match="generate gave"):
-        Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=48))
+        list(Generated(num_images=2).examples(context(tmp_path, Painter(24), resolution=48)))
 
 
 def test_an_interrupted_run_keeps_what_is_whole(tmp_path: Path) -> None:
@@ -221,25 +221,25 @@ def test_an_interrupted_run_keeps_what_is_whole(tmp_path: Path) -> None:
             return super().__call__(*args, **settings)  # type: ignore[arg-type]
 
     with pytest.raises(KeyboardInterrupt):
-        Generated(num_images=4, batch_size=2).examples(context(tmp_path, Tired()))
+        list(Generated(num_images=4, batch_size=2).examples(context(tmp_path, Tired())))
     files = sorted(p for p in (tmp_path / "cache").rglob("*.png"))
     assert len(files) == 2 and all(read_picture(p).size == (32, 32) for p in files)
     assert not [p for p in (tmp_path / "cache").rglob("*") if "partial" in p.name]
     rest = Painter()
-    assert len(Generated(num_images=4).examples(context(tmp_path, rest))) == 4 and rest.made == 2
+    assert len(list(Generated(num_images=4).examples(context(tmp_path, rest)))) == 4 and rest.made == 2
 
 
 def test_two_subjects_of_one_class_share_pictures_and_a_class_is_needed(tmp_path: Path) -> None:
     painter = Painter()
     subjects = {"a": Subject((), "mug"), "b": Subject((), "mug"), "c": Subject((), "cat")}
-    examples = Generated(num_images=2).examples(context(tmp_path, painter, subjects=subjects))
+    examples = list(Generated(num_images=2).examples(context(tmp_path, painter, subjects=subjects)))
     assert [e.owner for e in examples] == ["a", "a", "b", "b", "c", "c"] and painter.made == 4
     with pytest.raises(ValueError, match=r"class pictures need 'a photo of a {class_noun}', and 'd' has no"):
-        Generated().examples(context(tmp_path, painter, subjects={"d": Subject(())}))
+        list(Generated().examples(context(tmp_path, painter, subjects={"d": Subject(())})))
 
 
 def test_nothing_is_warned_about_in_the_ordinary_case(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = photos(tmp_path / "one", "a.png")
-        References().examples(context(tmp_path, subjects={"x": read_subject(one)}))
+        list(References().examples(context(tmp_path, subjects={"x": read_subject(one)})))

@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from shared.recipe.schema import Optimizer, Train
+from shared.optimizers.adamw import AdamW
 from shared.train import checkpoint
+from shared.train.budget import Budget
 from shared.train.log import Log
-from shared.train.loop import Update, run
-from shared.train.optim import NotFinite, Optimizers, schedule
+from shared.train.loop import Loop
+from shared.train.optim import NotFinite, Optimizers
+from shared.train.task import Update
 from shared.trainable import TrainableGroup
 
 # --- the loop --------------------------------------------------------------------------------
@@ -40,11 +42,11 @@ class Line:
 
 
 def trained(task, pieces: int, steps: int = 5, start: int = 0, **settings):
-    woken = TrainableGroup("line", [task.weight], lr=0.1)
+    group = TrainableGroup("line", [task.weight], lr=0.1)
     accelerator = Accelerator(cpu=True)
-    optimizers = Optimizers({"main": [woken]}, Optimizer(**settings), accelerator)
-    train = Train(steps=steps, gradient_accumulation=pieces)
-    return list(run(task, optimizers, train, 0, accelerator, start)), optimizers
+    optimizers = Optimizers({"main": [group]}, {"main": AdamW(**settings)}, accelerator)
+    loop = Loop(task, optimizers, Budget(steps=steps), 0, accelerator, pieces)
+    return list(loop.run(start)), optimizers
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
@@ -79,11 +81,15 @@ def test_a_gradient_that_is_no_number_leaves_the_parameters_alone():
     assert torch.equal(task.weight, before) and task.weight.grad is None
 
 
+def factors(kind: str, steps: int, warmup: int = 0) -> list[float]:
+    settings, budget = AdamW(schedule=kind, warmup=warmup), Budget(steps=steps)
+    return [settings.factor(s, budget.spent(s, warmup)) for s in range(steps)]
+
+
 def test_schedules():
-    assert [schedule("constant", s, 10, 3) for s in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    assert [schedule("linear", s, 4, 0) for s in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert [schedule("cosine", s, 4, 0) for s in (0, 2)] == pytest.approx([1, 0.5])
-    assert schedule("cosine", 3, 4, 0) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert factors("constant", 5, 3) == [0.25, 0.5, 0.75, 1, 1]
+    assert factors("linear", 4) == [1, 0.75, 0.5, 0.25]
+    assert factors("cosine", 4) == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 4)) for s in range(4)])
     records, _ = trained(Line(1), 1, steps=4, schedule="linear")
     assert [r.lr["line"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 

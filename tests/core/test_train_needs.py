@@ -17,7 +17,7 @@ from shared.train.costs import Clock
 from shared.train.memory import Offloaded
 from shared.train.tune import Tune
 from shared.types import Step
-from tests.core.runs import finish, learned, same, sample, session, small
+from tests.core.runs import finish, learned, predicted, same, sample, session, small, tuning
 
 # --- declared needs ----------------------------------------------------------------------------
 
@@ -46,15 +46,14 @@ def task(backbone: Any, photos: Path, folder: Path, *settings: str, **parts: Par
     recipe = small("textual_inversion", *settings)
     recipe = recipe.model_copy(update={"regularize": {**recipe.regularize, **parts}})
     run = session(backbone, recipe, photos, folder)
-    run._attach_names()
-    return Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
+    return tuning(run)
 
 
 def test_a_declared_need_is_served(tiny, photos, tmp_path):
     tuned = task(tiny(), photos, tmp_path, mine=Declares(asks="class_prediction"))
     assert tuned.needs == {"class_prediction"}
     (update,) = tuned.updates(0, 0)
-    step = tuned._predict(tuned.data.batch(0, 0), 0, 0)
+    step = predicted(tuned)
     assert sorted(step.lazy) == ["class_prediction", "example_loss"], "what nobody declared is not there"
     assert float(update.parts["mine"]) == pytest.approx(float(step.need("class_prediction").mean()), rel=1e-5)
 
@@ -62,7 +61,7 @@ def test_a_declared_need_is_served(tiny, photos, tmp_path):
 def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class_pred.*example_loss",
+        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class.*example_loss",
     ):
         task(tiny(), photos, tmp_path, mine=Unserved())
 
@@ -156,7 +155,7 @@ def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_cal
             slept[0] += 1e4
             return torch.zeros(1, 3, 8, 8), {}
 
-        run = session(tiny(), recipe, photos, tmp_path / name, generate=generate, preview=preview)
+        run = session(tiny(), recipe, photos, tmp_path / name, class_pictures=generate, preview=preview)
         for _ in run.steps():
             slept[0] += 1e5
         return run.costs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from shared.modifiers import LearnableToken, RareToken
 from shared.noise import LogitNormal, Uniform
 from shared.objective import Denoising
 from shared.recipe.schema import Recipe
+from shared.train.context import PhaseContext
 from shared.train.data import Data
 from shared.train.loop import generator
 from shared.train.tune import Tune
 from shared.trainable import Lora
-from shared.types import Example
+from shared.types import Example, Subject
 
 
 @pytest.fixture
@@ -36,9 +39,9 @@ def pictures(n: int = 3, role="instance", mask: bool = False, caption: str = "",
         Example(
             torch.rand(3, 32, 32, generator=generator) * 2 - 1,
             caption,
-            owner,
+            (owner,),
             role,
-            mask=area if mask else None,
+            masks={owner: area} if mask else {},
             source=f"{i}.png",
             user_caption=bool(caption),
         )
@@ -112,7 +115,7 @@ def test_latents_and_captions_are_the_same_with_and_without_the_cache(sd):
     assert cached.cached and not fresh.cached
     for step in range(4):
         one, two = cached.batch(step, 0), fresh.batch(step, 0)
-        assert one.captions == two.captions and one.owner == two.owner == ("mug", "mug")
+        assert one.captions == two.captions and one.owners == two.owners == (("mug",), ("mug",))
         assert torch.allclose(one.latents, two.latents, atol=1e-5) and torch.equal(one.mask, two.mask)
     assert len({c for step in range(20) for c in cached.batch(step, 0).captions}) > 5, "captions are drawn anew"
 
@@ -245,12 +248,19 @@ def test_min_snr_is_the_weight_of_the_loss_on_x0(request, family, gamma):
     assert torch.equal(Denoising().time_weight(backbone, t), torch.ones(5))
 
 
+def task(sd, trained, **changes) -> Tune:
+    nothing = nullcontext
+    return Tune(
+        PhaseContext(
+            sd, "tune", recipe(**changes), {"mug": Subject((), "mug")}, "mug", trained, {}, {"mug": []},
+            examples=pictures, text_on_device=nothing, folder=Path("unused"),
+        )
+    )  # fmt: skip
+
+
 def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
-    woken = Lora(rank=2).inject(sd, "mug", "lora", seed=0)
-    kept, anew = (
-        Tune(sd, recipe(train={"batch_size": 2, "cache": c}), pictures(), {"mug": "mug"}, [woken])
-        for c in (True, False)
-    )
+    lora = Lora(rank=2).inject(sd, "mug", "lora", seed=0)
+    kept, anew = (task(sd, [lora], train={"batch_size": 2, "cache": c}) for c in (True, False))
     assert kept.text_frozen and not anew.text_frozen
     runs = []
     sd.components["text_encoder"].register_forward_hook(lambda *_: runs.append(1))
@@ -264,4 +274,4 @@ def test_text_that_does_not_change_is_encoded_once_and_gives_the_same_loss(sd):
     assert losses(kept) == first and len(runs) == before
     assert torch.allclose(torch.tensor(losses(anew)), torch.tensor(first), rtol=1e-4) and len(runs) == before + 12
     text = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "text", seed=0)
-    assert not Tune(sd, recipe(), pictures(), {"mug": "mug"}, [woken, text]).text_frozen
+    assert not task(sd, [lora, text]).text_frozen

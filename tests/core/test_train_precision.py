@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.recipe.schema import Optimizer, Train
+from shared.optimizers.adamw import AdamW
+from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.log import Log
-from shared.train.loop import Update, run
+from shared.train.loop import Loop
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
+from shared.train.task import Update
 from shared.trainable import TrainableGroup
 from tests.core.runs import finish, paint, sample, session, small
 
@@ -89,7 +91,7 @@ def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_ti
 
     for asked, dtype in (("auto", torch.bfloat16), ("no", False)):
         recipe = small("dreambooth_lora", f"train.mixed_precision={asked}", "train.validation.every=2", "seed=3")
-        one = session(backbone, recipe, photos, tmp_path / asked / "run", generate=generate, preview=preview)
+        one = session(backbone, recipe, photos, tmp_path / asked / "run", class_pictures=generate, preview=preview)
         finish(one)
         backbone.remove("mug")
         assert seen == [dtype, dtype] and one.costs["mixed_precision"] == {"auto": "bf16"}.get(asked, asked)
@@ -135,8 +137,8 @@ def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)  # type: ignore[attr-defined]
-    woken = TrainableGroup("line", [task.weight], lr=0.1, weight_decay=0.0)
-    return Optimizers({"main": [woken]}, Optimizer(), accelerator), accelerator
+    group = TrainableGroup("line", [task.weight], lr=0.1, weight_decay=0.0)
+    return Optimizers({"main": [group]}, {}, accelerator), accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +156,7 @@ def trained(task: Line, steps: int, start: int = 0, state: dict | None = None):
         optimizers.load_state_dict(state["optimizer"])
         optimizers.load_scaler_state(state["scaler"])
     good = LastGood(optimizers)
-    records = list(run(task, optimizers, Train(steps=steps), 0, accelerator, start, good))
+    records = list(Loop(task, optimizers, Budget(steps=steps), 0, accelerator, good=good).run(start))
     return records, optimizers, good
 
 
@@ -162,7 +164,7 @@ def test_some_overflows_are_skipped_and_the_scale_is_halved():
     task = Line(lambda step: step in (1, 2))
     before = None
     optimizers, accelerator = scaled(task)
-    for record in run(task, optimizers, Train(steps=3), 0, accelerator):
+    for record in Loop(task, optimizers, Budget(steps=3), 0, accelerator).run():
         if record.step == 1:
             before = task.weight.detach().clone()
         assert before is not None and torch.equal(task.weight, before), "bad gradients move nothing"
@@ -175,7 +177,7 @@ def test_twenty_overflows_in_a_row_end_the_run_with_the_last_good_state():
     optimizers, accelerator = scaled(task)
     good, states, steps = LastGood(optimizers), [], 0
     with pytest.raises(NotFinite, match="the gradient of step 23 is not finite, and those of the 19 steps before"):
-        for _ in run(task, optimizers, Train(steps=100), 0, accelerator, good=good):
+        for _ in Loop(task, optimizers, Budget(steps=100), 0, accelerator, good=good).run():
             steps += 1
             states.append(task.weight.detach().clone())
     assert steps == 22 and good.put_back() == 2 and torch.equal(task.weight, states[1])
@@ -218,8 +220,8 @@ class Two:
         self.pieces = pieces
 
     def updates(self, step, micro):
-        yield Update((self.a * self.b).sum() * (micro + 1), "a")
-        yield Update(((self.a + 3 * self.b) ** 2).sum() * (micro + 1), "b")
+        yield Update((self.a * self.b).sum() * (micro + 1), ("a",))
+        yield Update(((self.a + 3 * self.b) ** 2).sum() * (micro + 1), ("b",))
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -228,13 +230,12 @@ def test_a_loss_moves_its_own_group_only(pieces):
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
     groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}
-    optimizers = Optimizers(groups, Optimizer(max_grad_norm=None, weight_decay=0.0), accelerator)
-    settings = Train(steps=3, gradient_accumulation=pieces)
+    optimizers = Optimizers(groups, dict.fromkeys(groups, AdamW(max_grad_norm=None, weight_decay=0.0)), accelerator)
     norms = []
     a, b = 1.0, 2.0
     ours, theirs = ([nn.Parameter(torch.tensor([v]))] for v in (a, b))
     plain = [torch.optim.AdamW(p, lr=0.1, weight_decay=0.0) for p in (ours, theirs)]
-    for record in run(task, optimizers, settings, 0, accelerator):
+    for record in Loop(task, optimizers, Budget(steps=3), 0, accelerator, pieces).run():
         norms.append(record.grad_norm)
         weight = sum(m + 1 for m in range(pieces)) / pieces
         before = ours[0].detach().clone()

@@ -15,9 +15,9 @@ from shared.io.read_subject import read_subject
 from shared.modifiers import LearnableToken
 from shared.train import checkpoint
 from shared.train.last_good_state import LastGood
-from shared.train.loop import Update
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.resuming import same_recipe
+from shared.train.task import Update
 from shared.train.tune import Tune
 from shared.trainable import Lora
 from tests.core.runs import finish, learned, same, session, small
@@ -85,15 +85,15 @@ def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny,
     found = checkpoint.load(tmp_path / "run")
     assert before is not None and found is not None and found.step == 2 and found.info["not_finite"]
     assert same(dict(found.learned), dict(before.learned))
-    lower = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2", "train.optimizer.eps=1e-6")
+    lower = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2", "train.optimizers.main.eps=1e-6")
     finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
 
 
 def test_what_may_change_after_a_loss_that_was_no_number():
     old = {
-        "train": {"steps": 5, "mixed_precision": "fp16", "optimizer": {"eps": 1e-8, "betas": [0.9, 0.99]}},
+        "train": {"steps": 5, "mixed_precision": "fp16", "optimizers": {"main": {"eps": 1e-8, "betas": [0.9, 0.99]}}},
         "trainable": {"lora": {"kind": "lora", "lr": 1.0, "rank": 4}},
-        "phases": {"a": {"trainable": {"lora": {"lr": 1.0}}, "train": {"optimizer": {"warmup": 3}}}},
+        "phases": {"a": {"trainable": {"lora": {"lr": 1.0}}, "train": {"optimizers": {"main": {"warmup": 3}}}}},
     }
 
     def changed(*path: Any) -> dict:
@@ -107,10 +107,10 @@ def test_what_may_change_after_a_loss_that_was_no_number():
 
     for path in (
         ("train", "mixed_precision", "no"),
-        ("train", "optimizer", "betas", [0.5, 0.9]),
+        ("train", "optimizers", "main", "betas", [0.5, 0.9]),
         ("trainable", "lora", "lr", 0.1),
         ("phases", "a", "trainable", "lora", "lr", 0.1),
-        ("phases", "a", "train", "optimizer", "warmup", 9),
+        ("phases", "a", "train", "optimizers", "main", "warmup", 9),
     ):
         same_recipe(old, changed(*path), after_not_finite=True)
         with pytest.raises(ValueError, match=r"resume with the same recipe, or start anew with --overwrite"):
@@ -132,6 +132,12 @@ class Standing:
 
     def states(self):
         yield self.weight, self.state
+
+    def progress(self):
+        return {}
+
+    def load_progress(self, state) -> None:
+        assert state == {}
 
     def zero_grad(self) -> None:
         pass

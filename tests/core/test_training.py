@@ -50,7 +50,7 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
     assert same(weights(backbone), before), "and nothing else, bit for bit"
     declared = {slot for _, phase in run.phases for slot in phase.trainable}
     assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
-    assert any(k.startswith("naming/mug/") for k in after) == ("tokens" in declared)
+    assert any(k.startswith("placeholder/mug/") for k in after) == ("tokens" in declared)
     assert not any(p.requires_grad for m in backbone.components.values() for p in m.parameters())
     assert bool(run.ports) == (family == "flux")
 
@@ -73,7 +73,12 @@ def test_a_recipe_that_trains_nothing_is_an_error(tiny, photos, tmp_path):
 
 RICH = (
     *("augment.flip.p=0.5", "augment.color_jitter.brightness=0.2", "train.gradient_accumulation=2"),
-    *("train.optimizer.schedule=cosine", "train.optimizer.warmup=1", "prompts.drop=0.2", "noise.offset=0.1"),
+    *(
+        "train.optimizers.main.schedule=cosine",
+        "train.optimizers.main.warmup=1",
+        "prompts.drop=0.2",
+        "noise.offset=0.1",
+    ),
     *("trainable.lora.kind=lora", "trainable.lora.dropout=0.3", "trainable.lora.rank=2"),
     *("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=10"),
 )

@@ -14,10 +14,9 @@ from shared.backbones.attention import pays, unfused_attention
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.io.read_subject import read_subject
 from shared.modifiers import RareToken
-from shared.train.tune import Tune
 from shared.trainable import Lora
 from shared.types import Subject
-from tests.core.runs import finish, sample, session, small
+from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 # --- penalties and loaded concepts -----------------------------------------------------------
 
@@ -38,17 +37,15 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     recipe = small("pivotal_tuning", "phases=null", "trainable.lora.rank=2", "regularize.prior_prediction.weight=2")
     backbone = with_old(tiny(), strength)
     run = session(backbone, recipe, photos, tmp_path / "run", loaded_strengths={"old": strength})
-    run._attach_names()
-    woken = run._wake(recipe)
     draw = torch.Generator().manual_seed(4)
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.loaded_strengths)
-    step = task._predict(task.data.batch(0, 0), 0, 0)
+    task = tuning(run)
+    step = predicted(task)
     assert torch.equal(step.need("class_prediction"), step.need("base_class_prediction")), "nothing is learned yet"
     with torch.no_grad():
-        for p in woken[0].parameters:
+        for p in run.trained["lora"].parameters:
             p.add_(0.3 * torch.randn(p.shape, generator=draw))
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, woken, run.loaded_strengths)
-    step = task._predict(task.data.batch(0, 0), 0, 0)
+    task = tuning(run)
+    step = predicted(task)
     now, base = step.need("class_prediction"), step.need("base_class_prediction")
     assert now.requires_grad and not base.requires_grad and not torch.allclose(now, base, atol=1e-3)
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
@@ -70,9 +67,8 @@ def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
     recipe = small("dreambooth_lora", "regularize.prior.weight=0.25", "objective.masked=false")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run")
-    run._attach_names()
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
-    step = task._predict(task.data.batch(0, 0), 0, 0)
+    task = tuning(run)
+    step = predicted(task)
     assert step.batch.role == ("instance", "instance", "prior", "prior")
     assert step.batch.captions[2:] == ("a photo of a mug",) * 2
     rows = ((step.prediction - step.target) ** 2).mean((1, 2, 3))
@@ -94,7 +90,7 @@ def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, 
                 backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
             )
 
-        finish(session(backbone, recipe, photos, tmp_path / name, generate=generate, **changes))
+        finish(session(backbone, recipe, photos, tmp_path / name, class_pictures=generate, **changes))
 
     run("one", tiny())
     run("two", tiny())
@@ -110,7 +106,9 @@ def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
     settings = ("train.steps=3", "modifier.vectors=2", "trainable.tokens.lr=0.1")
     anchor = ("regularize.anchor.kind=embedding_anchor", "regularize.anchor.weight=1e4")
     start, free, held = (
-        finish(session(tiny(), small("textual_inversion", *s), photos, tmp_path / f"{i}"))["naming/mug/text_encoder"]
+        finish(session(tiny(), small("textual_inversion", *s), photos, tmp_path / f"{i}"))[
+            "placeholder/mug/text_encoder"
+        ]
         for i, s in enumerate([(*settings, "train.steps=0"), settings, (*settings, *anchor)])
     )
     assert (held - start).norm() < 0.8 * (free - start).norm()
@@ -123,9 +121,8 @@ def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "objective.masked=true")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run")
-    run._attach_names()
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, run._wake(recipe))
-    step = task._predict(task.data.batch(0, 0), 0, 0)
+    task = tuning(run)
+    step = predicted(task)
     (slope,) = torch.autograd.grad(step.need("example_loss").sum(), step.prediction)
     assert step.batch.mask is not None
     inside = step.batch.mask.expand_as(slope) > 0
@@ -143,22 +140,23 @@ def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path)
     recipe = small("pivotal_tuning", "train.steps=3")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run", subjects=two_subjects(photos))
-    run._attach_names()
-    task = Tune(backbone, recipe, run.examples(recipe), run.class_nouns, [])
+    task = tuning(run)
     batches = [task.data.batch(s, 0) for s in range(6)]
-    rows = [(o, c) for b in batches for o, c in zip(b.owner, b.captions, strict=True)]
+    rows = [(o, c) for b in batches for o, c in zip((o[0] for o in b.owners), b.captions, strict=True)]
     assert {o for o, _ in rows} == {"mug", "rex"}
     assert all(f"<{o}> <{o}>_1 {run.class_nouns[o]}" in c for o, c in rows)
     assert not any("<rex>" in c for o, c in rows if o == "mug")
     assert next(task._class_prompt(c) for _, c in rows).count("<") == 0
     for name in ("mug", "rex"):
         backbone.remove(name)
+    run = session(tiny(), recipe, photos, tmp_path / "run", subjects=two_subjects(photos))
+    backbone = run.backbone
     start = finish(
         session(tiny(), small("pivotal_tuning", "train.steps=0"), photos, tmp_path / "0", subjects=two_subjects(photos))
     )
     after = finish(run)
     for name in ("mug", "rex"):
-        assert not torch.equal(after[f"naming/{name}/text_encoder"], start[f"naming/{name}/text_encoder"])
+        assert not torch.equal(after[f"placeholder/{name}/text_encoder"], start[f"placeholder/{name}/text_encoder"])
     assert list(backbone.adapters) == ["mug+rex"]
 
 

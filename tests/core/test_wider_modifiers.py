@@ -19,7 +19,7 @@ from shared.modifiers import Modifier
 from shared.modifiers.base import PlaceholderBase
 from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe
-from shared.train.training_run import Session
+from shared.train.training_run import TrainingRun
 
 
 class Spread(PlaceholderBase):
@@ -80,7 +80,7 @@ def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
     recipe = load("textual_inversion", [*settings, "trainable.tokens.lr=0.1"], model=WiderRecipe)
     backbone = new_sd()
     subjects = {"mug": read_subject(tmp_path / "photos", "mug")}
-    run = Session(backbone, recipe, subjects, tmp_path / "run", tmp_path / "cache", tensorboard=False)
+    run = TrainingRun(backbone, recipe, subjects, tmp_path / "run", tmp_path / "cache", tensorboard=False)
     assert len(list(run.steps())) == 2
     return backbone, recipe
 

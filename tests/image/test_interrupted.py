@@ -62,8 +62,10 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)
     assert refused.code == 2 and "holds an interrupted run: go on with --resume" in refused.err
-    other = pcs(*arguments, "train.optimizer.eps=1e-6", "--resume")
-    assert other.code == 2 and "the interrupted run had train.optimizer.eps = 1e-08, this one has 1e-06" in other.err
+    other = pcs(*arguments, "train.optimizers.main.eps=1e-6", "--resume")
+    assert (
+        other.code == 2 and "the interrupted run had train.optimizers.main.eps = 1e-08, this one has 1e-06" in other.err
+    )
     assert sorted(p.name for p in training.iterdir()) == left
     resumed = pcs(*arguments, "--resume")
     assert resumed.code == 0, resumed.err

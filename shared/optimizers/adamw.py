@@ -1,0 +1,36 @@
+"""AdamW (https://arxiv.org/abs/1711.05101), in full precision and with 8-bit moments (https://arxiv.org/abs/2110.02861)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from shared.optimizers.base import Beta, OptimizerPart, Positive
+
+
+class AdamW(OptimizerPart):
+    """torch's AdamW."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
+
+
+class AdamW8bit(AdamW):
+    """bitsandbytes' AdamW: a quarter of the memory for the moments, on a GPU."""
+
+    kind: Literal["adamw_8bit"] = "adamw_8bit"  # type: ignore[assignment]
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        if any(p.device.type == "cpu" for group in groups for p in group["params"]):
+            raise ValueError("train.optimizers: adamw_8bit needs a GPU: use adamw, prodigy or schedule_free here")
+        try:
+            from bitsandbytes.optim import AdamW8bit as Quantised  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ValueError("train.optimizers: adamw_8bit needs bitsandbytes: pip install bitsandbytes") from None
+        return Quantised(list(groups), betas=self.betas, eps=self.eps)

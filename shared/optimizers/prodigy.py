@@ -1,0 +1,33 @@
+"""Prodigy (https://arxiv.org/abs/2306.06101): finds the rate by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from shared.optimizers.base import Beta, OptimizerPart, Positive
+
+
+class Prodigy(OptimizerPart):
+    """prodigyopt's Prodigy. The parts' own rates are not used: `lr` multiplies the rate that it finds."""
+
+    progress: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
+    kind: Literal["prodigy"] = "prodigy"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    lr: Positive = 1.0
+    d_coef: Positive = 1.0  # larger: larger estimates of the rate
+    safeguard_warmup: bool = True  # the estimate does not grow from the rate of the warm-up
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        from prodigyopt import Prodigy as Optimizer
+
+        own = [{**group, "lr": self.lr} for group in groups]
+        return Optimizer(
+            own, betas=self.betas, eps=self.eps, d_coef=self.d_coef, safeguard_warmup=self.safeguard_warmup
+        )
+
+    def rate(self, lr: float, factor: float) -> float:
+        return self.lr * factor

@@ -1,0 +1,25 @@
+"""Schedule-free AdamW (https://arxiv.org/abs/2405.15682): an average of the iterates instead of a falling rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from shared.optimizers.base import Beta, OptimizerPart, Positive
+
+
+class ScheduleFree(OptimizerPart):
+    """schedulefree's AdamW. Pictures, scores and the concept are of the average; `schedule` stays constant."""
+
+    progress: ClassVar[tuple[str, ...]] = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
+    kind: Literal["schedule_free"] = "schedule_free"
+    schedule: Literal["constant"] = "constant"  # type: ignore[assignment]
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree(list(groups), betas=self.betas, eps=self.eps)

@@ -1,0 +1,56 @@
+"""What a phase does, as a recipe says it: `task: tune`, or `task: {kind: generate, num: 16, keep: 4}`. The tasks themselves are
+in `shared.train`; a package with further ones widens the union in its own recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from shared.config import Part, default_kind
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TuneTask(Part):
+    """Learn from what the phase's sources give."""
+
+    kind: Literal["tune"] = "tune"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether something must score pictures for it."""
+        return False
+
+
+class GenerateTask(Part):
+    """Make pictures with the concept as it is by now, into a folder that a later phase reads
+    (`sources.NAME.kind=phase_pictures`)."""
+
+    kind: Literal["generate"] = "generate"
+    prompts: tuple[str, ...] = ("a photo of a {concept}",)
+    num: Count = 8  # pictures per prompt and subject
+    keep: Count | None = None  # of all pictures of a subject, the best so many by the scorers; None: all
+    batch_size: Count = 4  # made at once
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether something must score pictures for it."""
+        return self.keep is not None
+
+    @field_validator("prompts")
+    @classmethod
+    def _names_the_concept(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if "{concept}" not in prompt:
+                raise ValueError(f"the prompt {prompt!r} does not say {{concept}}, where the concept's name goes")
+        return prompts
+
+
+def _named(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+TaskPart = Annotated[
+    TuneTask | GenerateTask, Field(discriminator="kind"), default_kind("tune"), BeforeValidator(_named)
+]

@@ -1,0 +1,42 @@
+"""Pictures that an earlier phase made: iterated feedback, pseudo multi-view, self-distilled sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.config import Part, unknown
+from shared.io.decode import read_picture
+from shared.sources.base import SourceContext
+from shared.types import Example, Role
+
+KEPT = "kept.json"  # in a phase's folder: which of its pictures the next phase is to learn from
+
+
+class PhasePictures(Part):
+    """What the phase called `phase` made and kept, with the prompts that it was made with as captions."""
+
+    kind: Literal["phase_pictures"] = "phase_pictures"
+    phase: str
+    role: Role = "instance"
+
+    def examples(self, context: SourceContext) -> Iterator[Example]:
+        """ValueError when there is no such phase before this one, or it kept nothing that can be read."""
+        if self.phase not in context.phase_folders:
+            what = unknown(self.phase, context.phase_folders, "earlier phase that makes pictures")
+            raise ValueError(f"sources: phase_pictures: {what}")
+        folder = context.phase_folders[self.phase]
+        for entry in read_kept(folder):
+            path = folder / entry["file"]
+            pixels = read_picture(path, min_side=1).pixels
+            yield Example(pixels, entry["caption"], (entry["owner"],), self.role, source=str(path), user_caption=True)
+
+
+def read_kept(folder: Path) -> list[dict[str, Any]]:
+    """What a phase kept: file, caption (with {concept}), owner, score. ValueError when the list is not there."""
+    try:
+        return json.loads((folder / KEPT).read_text(encoding="utf-8"))["kept"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / KEPT} cannot be read: run the phase that makes it again (--overwrite)") from None

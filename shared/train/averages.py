@@ -1,0 +1,41 @@
+"""Moving averages of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Averages:
+    """An exponential moving average of parameters, in fp32.
+
+    The decay warms up as (1 + step) / (10 + step) and is capped, so that early averages are not held back by the start.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], cap: float) -> None:
+        self.parameters, self.cap = dict(parameters), cap
+        self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the averages towards the parameters after the 0-based `step`."""
+        weight = 1.0 - min(self.cap, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: shadow.cpu().clone() for name, shadow in self.shadow.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over saved averages; names must match, their order need not."""
+        if state.keys() != self.shadow.keys():
+            raise ValueError(f"{len(state)} saved averages for {len(self.shadow)} parameters: they are of another run")
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Writes the averages into parameters of these names."""
+        for name, parameter in parameters.items():
+            parameter.copy_(self.shadow[name])

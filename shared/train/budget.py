@@ -1,0 +1,29 @@
+"""What a run may spend."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends: after `steps` of it, counted from its very beginning, or after `minutes` from now."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"give either steps or minutes, not both or none: {self.steps=}, {self.minutes=}")
+
+    def spent(self, step: int, warmup: int = 0) -> float:
+        """The spent fraction of what comes after `warmup` steps; 1 or more means that it is over."""
+        if self.steps is not None:
+            return (step - warmup) / max(1, self.steps - warmup)
+        return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))
+
+    def over(self, step: int) -> bool:
+        """Whether no further step is to be taken."""
+        return step >= self.steps if self.steps is not None else self.spent(step) >= 1

@@ -1,0 +1,82 @@
+"""What a phase's task is given by the run that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.recipe.schema import Recipe
+from shared.train.learned_state import gather, restore
+from shared.trainable import TrainableGroup
+from shared.types import Example, Subject
+
+if TYPE_CHECKING:
+    from shared.train.task import Task
+
+#: (prompts, already expanded; seeds) -> pictures [N, 3, H, W] in [-1, 1] of the model as it is now
+MakeNow = Callable[[Sequence[str], Sequence[int], Recipe], Tensor]
+#: (pictures [N, 3, H, W], plain prompts) -> scores with the key "score": the higher the better
+Score = Callable[[Tensor, Sequence[str]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class PhaseContext:
+    """One phase of a run."""
+
+    backbone: Backbone
+    name: str
+    recipe: Recipe  # with the phase's overlay laid on
+    subjects: Mapping[str, Subject]
+    run_name: str  # what the adapters in training are registered under
+    trained: Sequence[TrainableGroup]  # what the phase trains
+    loaded_strengths: Mapping[str, float]  # concepts that were loaded before and stay on
+    initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's name, before any training
+    examples: Callable[[], Iterable[Example]]  # what the phase's sources give, lazily
+    text_on_device: Callable[[], AbstractContextManager[None]]  # inside it, text encoders are where they can be used
+    folder: Path  # for what the phase makes
+    make: MakeNow | None = None  # None: this run cannot make pictures
+    scorers: Mapping[str, Score] = field(default_factory=dict)  # by subject
+    progress: Callable[[str, int, int], None] | None = None
+    resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
+
+    @property
+    def class_nouns(self) -> dict[str, str]:
+        return {name: subject.class_noun for name, subject in self.subjects.items()}
+
+
+class ConceptTask:
+    """What tasks on a concept have in common: their state is what has been learned so far."""
+
+    def __init__(self, context: PhaseContext) -> None:
+        self.context = context
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Token rows and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
+        return gather(self.context.backbone, list(self.context.subjects), self.context.run_name)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when tensors are missing, left over or of another shape. An adapter of which nothing was
+        saved keeps its start: the phase that adds it has only begun."""
+        fresh = self.context.resumed_step == 0
+        restore(self.context.backbone, list(self.context.subjects), self.context.run_name, state, fresh)
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        """By the optimizer group that each trainable part names."""
+        out: dict[str, list[TrainableGroup]] = {}
+        for group in self.context.trained:
+            out.setdefault(group.group, []).append(group)
+        return out
+
+    def result(self) -> Any:
+        """What was learned; it stays attached to the backbone."""
+        return self.state_dict()
+
+
+#: What a package offers besides: the task part's class -> how its task is built.
+TaskTable = Mapping[type, Callable[[PhaseContext], "Task"]]

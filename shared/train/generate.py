@@ -1,0 +1,123 @@
+"""Making pictures as a phase of a run: with the concept as it is by now, into a folder that a later phase reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.io.contact_sheets import read_metadata, write_picture
+from shared.io.decode import read_picture
+from shared.io.outputs import write_text
+from shared.prompts import expand, without
+from shared.recipe.tasks import GenerateTask
+from shared.sources.phase_pictures import KEPT
+from shared.train.context import ConceptTask, PhaseContext
+from shared.train.resuming import model_key
+from shared.train.task import Update
+
+
+@dataclass(frozen=True)
+class _Shot:
+    file: str
+    owner: str
+    prompt: str  # with {concept}
+    seed: int
+
+
+class Generate(ConceptTask):
+    """One step makes `batch_size` pictures. A picture is known by all that it depends on, so that what an interrupted run
+    has made is not made again and what another run has made is not taken for it.
+
+    Raises ValueError when the run cannot make pictures.
+    """
+
+    def __init__(self, context: PhaseContext) -> None:
+        super().__init__(context)
+        self.settings: Any = context.recipe.task
+        assert isinstance(self.settings, GenerateTask)
+        if context.make is None:
+            raise ValueError(f"phase {context.name}: this run cannot make pictures")
+        self.shots = list(self._shots())
+        self.steps = math.ceil(len(self.shots) / self.settings.batch_size)
+        self._key = ""
+
+    def _shots(self) -> Iterator[_Shot]:
+        names, seed = list(self.context.subjects), self.context.recipe.seed
+        for number, (name, prompt) in enumerate((n, p) for n in names for p in self.settings.prompts):
+            for i in range(self.settings.num):
+                mixed = int.from_bytes(
+                    hashlib.sha256(f"{seed}/{self.context.name}/{number}/{i}".encode()).digest()[:6], "big"
+                )
+                yield _Shot(f"{name}-{number:03d}-{i:04d}.png", name, prompt, mixed)
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """Makes the pictures of this step; there is no loss."""
+        first = step * self.settings.batch_size
+        self._paint(self.shots[first : first + self.settings.batch_size])
+        if self.context.progress:
+            done = min(first + self.settings.batch_size, len(self.shots))
+            self.context.progress(f"pictures of phase {self.context.name}", done, len(self.shots))
+        yield from ()
+
+    @torch.no_grad()
+    def _paint(self, shots: list[_Shot]) -> None:
+        context, folder = self.context, self.context.folder
+        missing = [shot for shot in shots if not self._made(shot)]
+        if not missing:
+            return
+        assert context.make is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        placeholders = context.backbone.placeholders
+        texts = [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in missing]
+        pixels = context.make(texts, [s.seed for s in missing], context.recipe)
+        for shot, picture in zip(missing, pixels, strict=True):
+            about = {"prompt": shot.prompt, "seed": shot.seed, "phase": context.name}
+            write_picture(picture, folder / shot.file, {"pcs": json.dumps(about), "key": self.key})
+
+    @property
+    def key(self) -> str:
+        """sha256 of what a picture depends on besides its prompt and seed; what was learned does not change here."""
+        if not self._key:
+            recipe, backbone = self.context.recipe, self.context.backbone
+            digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())
+            digest.update(f"{recipe.sampling!r}{recipe.train.resolution}{self.settings!r}{recipe.seed}".encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            self._key = digest.hexdigest()
+        return self._key
+
+    def _made(self, shot: _Shot) -> bool:
+        path = self.context.folder / shot.file
+        try:
+            return path.is_file() and read_metadata(path).get("key") == self.key
+        except ValueError:
+            return False
+
+    def result(self) -> list[dict[str, Any]]:
+        """Writes and gives the list of the pictures that are kept: of each subject the best by score, or all."""
+        for first in range(0, len(self.shots), self.settings.batch_size):
+            self._paint(self.shots[first : first + self.settings.batch_size])
+        kept: list[dict[str, Any]] = []
+        for name in self.context.subjects:
+            own = [self._scored(shot) for shot in self.shots if shot.owner == name]
+            if self.settings.keep is not None:
+                own = sorted(own, key=lambda entry: -entry["score"])[: self.settings.keep]
+            kept += own
+        text = json.dumps({"phase": self.context.name, "key": self.key, "kept": kept}, indent=1)
+        self.context.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.context.folder / KEPT, text)
+        return kept
+
+    def _scored(self, shot: _Shot) -> dict[str, Any]:
+        entry: dict[str, Any] = {"file": shot.file, "owner": shot.owner, "caption": shot.prompt, "score": None}
+        if shot.owner in self.context.scorers:
+            pixels = read_picture(self.context.folder / shot.file, min_side=1).pixels[None]
+            plain = without(shot.prompt.replace("{concept}", f"<{shot.owner}>"), self.context.class_nouns)
+            entry["score"] = float(self.context.scorers[shot.owner](pixels, [plain])["score"])
+        return entry

@@ -1,0 +1,55 @@
+"""What a phase does: the contract between the loop and whatever spends compute on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from shared.trainable import TrainableGroup
+
+
+@dataclass(frozen=True)
+class Update:
+    """One loss. A step may hold several, in order (distillation alternates)."""
+
+    loss: Tensor  # scalar
+    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
+    parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
+
+
+class Task(Protocol):
+    """Something that spends compute in numbered steps. It knows its data and its losses; the loop knows time, gradients
+    and optimizers. Called in this order: `load_state_dict` (of a run that goes on) -> `groups` -> `updates`, step after
+    step -> `result`; `state_dict` at any time between two steps."""
+
+    steps: int  # how many it takes
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when tensors are missing, left over or of another shape."""
+        ...
+
+    def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
+        """Optimizer group -> what it trains; empty for a task that trains nothing."""
+        ...
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`, so that a step can
+        be computed again.
+
+        An update is yielded *inside* the contexts that its loss was computed under (`backbone.active`, `attending`, …)
+        and stays there until the loop has run its backward pass: with recomputed activations the layers run again in
+        the backward pass, and outside of those contexts they would compute something else, without a word.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the task has made so far and cannot make again, fp32, on the CPU; what a checkpoint and the best state
+        hold."""
+        ...
+
+    def result(self) -> Any:
+        """What the next phase finds, once all steps are done."""
+        ...
