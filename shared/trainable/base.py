@@ -13,10 +13,14 @@ from shared.config import NAME, Part
 MAIN = "main"  # the optimizer group of parts that name none
 
 
+#: A learning rate: what is larger than this overflows in one step, and is a slip of the finger.
+Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
 class TrainablePart(Part):
     """Base of every part that injects or unfreezes parameters."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Rate = 1e-4
     group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains it: train.optimizers.GROUP
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
         ""  # what its adapters are switched by; "": the concept

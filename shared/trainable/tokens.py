@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.backbones.protocol import Backbone
-from shared.trainable.base import TrainableGroup, TrainablePart
+from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
@@ -15,7 +15,7 @@ class Tokens(TrainablePart):
     because the new rows never enter the table."""
 
     kind: Literal["tokens"] = "tokens"
-    lr: Annotated[float, Field(gt=0)] = 5e-3
+    lr: Rate = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
