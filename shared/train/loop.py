@@ -108,8 +108,8 @@ class Loop:
             done.norm, done.kept = self.optimizers.step(group, self.accelerator, step, before, closure), True
 
     def _again(self, group: str, step: int) -> torch.Tensor:
-        """The loss of one optimizer group and its gradients, computed again with the same noise."""
-        self.optimizers.zero_grad()
+        """The loss of one optimizer group and its gradients, computed again with the same noise; those of others stay."""
+        self.optimizers.zero_grad(group)
         total = torch.zeros(())
         for micro in range(self.gradient_accumulation):
             self._seed(step, micro)

@@ -163,9 +163,11 @@ class Optimizers:
             self.skipped = int(state.get("skipped", 0))
             self._scaler.load_state_dict({k: v for k, v in state.items() if k != "skipped"})
 
-    def zero_grad(self) -> None:
-        for optimizer in self.raw.values():
-            optimizer.zero_grad()
+    def zero_grad(self, group: str | None = None) -> None:
+        """Clears the gradients of all groups, or of one."""
+        for name, optimizer in self.raw.items():
+            if group in (None, name):
+                optimizer.zero_grad()
 
     # --- what is saved -------------------------------------------------------------------------------------
 
