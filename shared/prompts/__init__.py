@@ -1,8 +1,14 @@
 """How training pictures are captioned and prompts are expanded."""
 
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.config import default_kind
 from shared.prompts.expand import check_named, expand, names_in, without
 from shared.prompts.templates import Templates
+from shared.prompts.union_sampling import UnionSampling
 
-Prompts = Templates
+Prompts = Annotated[Templates | UnionSampling, Field(discriminator="kind"), default_kind("templates")]
 
-__all__ = ["Prompts", "Templates", "check_named", "expand", "names_in", "without"]
+__all__ = ["Prompts", "Templates", "UnionSampling", "check_named", "expand", "names_in", "without"]

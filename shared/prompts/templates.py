@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -54,8 +55,20 @@ class Templates(Part):
                 raise ValueError(f"template {template!r} has no {{concept}}")
         return self
 
-    def __call__(self, example: Example, generator: torch.Generator, words: str, class_noun: str) -> Example:
-        """`words` is what the concept is called; class pictures keep their own caption, or are named by the class noun."""
+    def __call__(
+        self,
+        example: Example,
+        generator: torch.Generator,
+        words: Mapping[str, str],
+        class_nouns: Mapping[str, str],
+    ) -> Example:
+        """Class pictures keep their own caption, or are named by the class noun.
+
+        Args:
+            words: by owner, what it is called
+            class_nouns: by owner, its plain class
+        """
+        concept, class_noun = words.get(example.owner, ""), class_nouns.get(example.owner, "")
         choices = self.templates or SETS[self.set]
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]
         dropped = float(torch.rand((), generator=generator)) < self.drop
@@ -65,7 +78,7 @@ class Templates(Part):
         if dropped:
             return example.with_(caption="")
         text = _place(example, class_noun) if example.user_caption else f"{pick} {example.caption}".strip()
-        return example.with_(caption=text.replace("{concept}", words).replace("{class_noun}", class_noun))
+        return example.with_(caption=text.replace("{concept}", concept).replace("{class_noun}", class_noun))
 
 
 def _place(example: Example, class_noun: str) -> str:

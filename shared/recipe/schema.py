@@ -16,7 +16,7 @@ from shared.noise import Noise
 from shared.noise.times import Uniform
 from shared.objective import Objective
 from shared.optimizers import AdamW, Optimizer
-from shared.prompts import Prompts
+from shared.prompts import Prompts, Templates
 from shared.recipe.catalog import Taxonomy
 from shared.recipe.tasks import TaskPart, TuneTask
 from shared.regularize import Regularizer
@@ -98,7 +98,7 @@ class Recipe(Part):
     sources: Slot[Source] = {"references": {"kind": "references"}}  # type: ignore[assignment]
     masks: Slot[Mask] = {}
     augment: Slot[Augment] = {}
-    prompts: Prompts = Prompts()
+    prompts: Prompts = Templates()
     modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
     trainable: Slot[Trainable] = {}
     noise: Annotated[Noise, default_kind("uniform")] = Uniform()

@@ -11,7 +11,8 @@ from shared.sources.generated import Generated
 from shared.sources.phase_pictures import PhasePictures
 from shared.sources.picture_folder import Folder
 from shared.sources.references import References
+from shared.sources.scene import Scene
 
-Source = Annotated[References | Generated | Folder | PhasePictures, Field(discriminator="kind")]
+Source = Annotated[References | Generated | Folder | PhasePictures | Scene, Field(discriminator="kind")]
 
-__all__ = ["Folder", "Generate", "Generated", "PhasePictures", "References", "Source", "SourceContext"]
+__all__ = ["Folder", "Generate", "Generated", "PhasePictures", "References", "Scene", "Source", "SourceContext"]

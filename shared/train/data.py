@@ -126,7 +126,7 @@ class Data:
             ready = []
             for index in indices:
                 draw = generator(self.recipe.seed, _VARIANT + variant, index * 2 + int(role == "prior"))
-                ready.append(self._augmented(pool[index], draw))
+                ready.append(self._augmented(pool[index], draw) if self.random else pool[index])
             for index, row in zip(indices, self._encode(ready), strict=True):
                 self._cache[(role, index, variant)] = row
         for index in indices:
@@ -197,12 +197,15 @@ class Data:
             return row  # an augmentation may have put words into its caption
         # the caption is drawn anew each time: it costs nothing and is half of the variety there is
         captioned = self._caption(example, draw)
-        return replace(row, example=captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned)
+        shown = captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned
+        if captioned.owners == example.owners:
+            return replace(row, example=shown)
+        masks = {name: mask for name, mask in row.masks.items() if name in captioned.owners}
+        union = torch.stack(list(masks.values())).amax(0) if masks else torch.ones_like(row.mask)
+        return replace(row, example=shown, masks=masks, mask=union)
 
     def _caption(self, example: Example, draw: torch.Generator) -> Example:
-        return self.recipe.prompts(
-            example, draw, self.words.get(example.owner, ""), self.class_nouns.get(example.owner, "")
-        )
+        return self.recipe.prompts(example, draw, self.words, self.class_nouns)
 
     def _augmented(self, example: Example, draw: torch.Generator) -> Example:
         example = self._caption(example, draw)

@@ -20,7 +20,8 @@ def example(caption: str = "", role="instance", owner: str = "my-mug") -> Exampl
 
 
 def captioned(part: Templates, given: Example, seed: int = 0, words: str = "sks mug", noun: str = "mug") -> str:
-    return part(given, torch.Generator().manual_seed(seed), words, noun).caption
+    names = {given.owner: words}, {given.owner: noun}
+    return part(given, torch.Generator().manual_seed(seed), *names).caption
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -118,5 +119,5 @@ def test_class_pictures_keep_their_caption_or_are_called_by_their_class():
 
 def test_the_picture_and_its_mask_pass_untouched():
     given = example("a mug")
-    made = Templates()(given, torch.Generator().manual_seed(0), "sks mug", "mug")
+    made = Templates()(given, torch.Generator().manual_seed(0), {given.owner: "sks mug"}, {given.owner: "mug"})
     assert made.pixels is given.pixels and made.owner == given.owner and given.caption == "a mug"

@@ -1,0 +1,56 @@
+"""Captions of several subjects at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from shared.config import Part
+from shared.types import Example
+
+
+class UnionSampling(Part):
+    """Each time a picture is drawn, some of its subjects: a random subset that is not empty, named together ("a photo of a
+    <mug> and a <dog>") and counted together, so that the loss sees the union of their masks (Break-A-Scene,
+    https://arxiv.org/abs/2305.16311, section 3.2). Without it, concepts that are always trained together cannot be told
+    apart afterwards.
+
+    Class pictures keep their own caption.
+    """
+
+    kind: Literal["union_sampling"] = "union_sampling"
+    template: str = "a photo of {concept}"
+    joined_by: str = " and "
+    article: str = "a "  # before each name
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
+
+    @model_validator(mode="after")
+    def _has_place(self) -> UnionSampling:
+        if "{concept}" not in self.template:
+            raise ValueError(f"template {self.template!r} has no {{concept}}")
+        return self
+
+    def __call__(
+        self,
+        example: Example,
+        generator: torch.Generator,
+        words: Mapping[str, str],
+        class_nouns: Mapping[str, str],
+    ) -> Example:
+        """`words`: by owner, what it is called; `class_nouns`: by owner, its plain class."""
+        drawn = torch.rand(len(example.owners) + 1, generator=generator)
+        if example.role == "prior":
+            return example.with_(caption=example.caption.replace("{class_noun}", class_nouns.get(example.owner, "")))
+        subset = self._subset(example, drawn[:-1], generator)
+        masks = {name: mask for name, mask in example.masks.items() if name in subset}
+        caption = self.joined_by.join(f"{self.article}{words[name]}" for name in subset)
+        text = "" if float(drawn[-1]) < self.drop else self.template.replace("{concept}", caption)
+        return example.with_(owners=subset, masks=masks, caption=text)
+
+    def _subset(self, example: Example, drawn: torch.Tensor, generator: torch.Generator) -> tuple[str, ...]:
+        """How many is drawn evenly, then which; in the order that the draw gives."""
+        count = 1 + int(torch.randint(len(example.owners), (), generator=generator))
+        return tuple(example.owners[int(i)] for i in drawn.argsort()[:count])
