@@ -151,8 +151,25 @@ def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
             f"{len(left)} of {total} adapter tensors of {meta.name!r} belong to no adapter, "
             f"for example {next(iter(left))!r}"
         )
-    if concept.of("weights"):
-        _ids[DeltaAdapter.inject(backbone, meta.name, concept.of("weights"))] = meta.adapter_id
+    _attach_weights(concept, backbone)
+
+
+def _attach_weights(concept: Concept, backbone: Backbone) -> None:
+    meta, left = concept.meta, dict(concept.of("weights"))
+    for slot, components in meta.weights.items():
+        keys = [f"{component}.{path}" for component, paths in components.items() for path in paths]
+        missing = [k for k in keys if f"{slot}.{k}" not in left]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} changed weights of {meta.name!r} have no tensor, "
+                f"for example {slot}.{missing[0]!r}"
+            )
+        deltas = {k: left.pop(f"{slot}.{k}") for k in keys}
+        _ids[DeltaAdapter.inject(backbone, meta.name, slot, deltas)] = meta.adapter_id
+    if left:
+        raise ValueError(
+            f"{len(left)} changed weights of {meta.name!r} belong to no slot, for example {next(iter(left))!r}"
+        )
 
 
 def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:

@@ -72,6 +72,7 @@ def capture(
         "modifier": part,
         "backbone": _info(backbone),
         "adapters": settings,
+        "weights": _weights_of(attached),
         "adapter_id": adapter_id(tensors),
         "requires": sorted(
             {c for parts in settings.values() for c in parts} | {*(placeholder.components if placeholder else ())}
@@ -104,7 +105,7 @@ def _adapters_of(
     tensors: dict[str, dict[str, Tensor]] = {"adapter": {}, "weights": {}}
     for adapter in attached:
         if isinstance(adapter, DeltaAdapter):
-            tensors["weights"].update(adapter.state_dict())
+            tensors["weights"].update({f"{adapter.slot}.{k}": v for k, v in adapter.state_dict().items()})
         elif isinstance(adapter, PeftAdapter):
             config = config_to_dict(adapter.config)
             config["target_modules"] = adapter.modules()  # peft shortens the list
@@ -113,6 +114,17 @@ def _adapters_of(
         else:
             raise ValueError(f"{name!r} has a {type(adapter).__name__}, which a concept cannot hold")
     return settings, tensors
+
+
+def _weights_of(attached: Iterable[Adapter]) -> dict[str, dict[str, list[str]]]:
+    """slot -> component -> paths of the parameters that are changed."""
+    out: dict[str, dict[str, list[str]]] = {}
+    for adapter in attached:
+        if isinstance(adapter, DeltaAdapter):
+            for key in sorted(adapter.deltas):
+                component, _, path = key.partition(".")
+                out.setdefault(adapter.slot, {}).setdefault(component, []).append(path)
+    return out
 
 
 def _plain(part: Part | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from shared.config import NAME, Part, validate
 
 SCHEMA_VERSION = 1
 Name = Annotated[str, Field(pattern=NAME)]
+LayerPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,512}$")]  # dotted, of a layer or a parameter
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]
 
@@ -63,6 +64,9 @@ class ConceptMeta(Part):
     modifier: dict[str, Any] = Field(default_factory=dict)  # the modifier part; empty: nothing names this concept
     backbone: BackboneInfo
     adapters: dict[Name, dict[Name, dict[str, Any]]] = Field(default_factory=dict)  # slot -> component -> peft settings
+    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
+        default_factory=dict
+    )  # slot -> component -> parameters
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
     requires: tuple[Annotated[str, Field(max_length=200)], ...] = ()  # components that the backbone must have
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved

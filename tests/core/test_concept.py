@@ -17,7 +17,7 @@ from shared.concept.concept_folder import with_fields
 from shared.modifiers import LearnableToken, RareToken
 from shared.trainable import Lora
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.delta import DeltaAdapter
+from shared.trainable.delta import DeltaAdapter, find_parameter
 
 PROMPT = "a photo of a <my-mug> on the beach"
 ROLES = ("cross_attention", "text_encoder")
@@ -165,8 +165,8 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
     weight = backbone.denoiser.get_parameter(key.partition(".")[2])
     original, change = weight.detach().clone(), torch.randn_like(weight)
-    DeltaAdapter.inject(backbone, "a", {key: change})
-    DeltaAdapter.inject(backbone, "b", {key: 2 * change})
+    DeltaAdapter.inject(backbone, "a", "weights", {key: change})
+    DeltaAdapter.inject(backbone, "b", "weights", {key: 2 * change})
     learn(backbone, "b")  # wraps the very layer
     assert torch.allclose(weight, original + 3 * change)
     with backbone.active({"b": 0.5}):
@@ -183,6 +183,30 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     assert torch.allclose(weight, original + change)
     detach(backbone, "b")
     assert traces(backbone) == before
+
+
+def test_two_adapters_of_one_kind_stay_two(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
+    learn(backbone, slot="wide", rank=2, roles=("self_attention",), seed=1)
+    learn(backbone, slot="deep", rank=5, roles=("attention", "text_encoder"), seed=2)
+    shared, other = "unet.conv_in.bias", "text_encoder.embeddings.position_embedding.weight"
+    for slot, keys in {"one": (shared,), "two": (shared, other)}.items():
+        deltas = {k: torch.randn_like(find_parameter(backbone, k)) for k in keys}  # type: ignore[arg-type]
+        DeltaAdapter.inject(backbone, "my-mug", slot, deltas)
+    concept = capture(backbone, "my-mug")
+    again = read(save(concept, tmp_path / "c").path or "")
+    assert {s: c["unet"]["r"] for s, c in again.meta.adapters.items()} == {"wide": 2, "deep": 5}
+    assert again.meta.weights == {
+        "one": {"unet": ("conv_in.bias",)},
+        "two": {"unet": ("conv_in.bias",), "text_encoder": (other.partition(".")[2],)},
+    }
+    assert set(again.of("weights")) == {f"one.{shared}", f"two.{shared}", f"two.{other}"}
+    fresh = new_sd()
+    attach(again, fresh)
+    there = [(a.slot, a.state_dict()) for a in fresh.adapters["my-mug"]]
+    for adapter, (slot, state) in zip(backbone.adapters["my-mug"], there, strict=True):
+        assert adapter.slot == slot and all(torch.equal(v, state[k]) for k, v in adapter.state_dict().items())
+    assert torch.equal(output(fresh), output(backbone))
 
 
 # --- several concepts
@@ -302,8 +326,8 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
         (lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}), r"embeddings are for \[\]"),
         (
-            lambda c: Concept(c.meta, {**c.tensors, "weights": {"unet.nowhere.weight": torch.ones(1)}}),
-            r"1 of 1 changed weights are not in this model",
+            lambda c: Concept(c.meta, {**c.tensors, "weights": {"w.unet.nowhere.weight": torch.ones(1)}}),
+            r"1 changed weights of 'my-mug' belong to no slot, for example 'w\.unet\.nowhere\.weight'",
         ),
         (lambda c: Concept(with_fields(c.meta, requires=("text_encoder_2",)), c.tensors), "needs text_encoder_2"),
         (lambda c: Concept(with_fields(c.meta, modifier={"kind": "magic"}), c.tensors), "unknown kind 'magic'"),

@@ -196,7 +196,7 @@ def _dora_shared(backbone: Any) -> None:
 
 def _weights(backbone: Any) -> None:
     learn(backbone)
-    DeltaAdapter.inject(backbone, "my-mug", {"unet.conv_in.bias": torch.ones(16)})
+    DeltaAdapter.inject(backbone, "my-mug", "weights", {"unet.conv_in.bias": torch.ones(16)})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_other_concepts_stay_out_of_it(new_sd: Callable[..., Any], tmp_path: Pat
     learn(backbone)
     concept = taken(backbone)
     learn(backbone, "another", roles=("attention", "text_encoder"))
-    DeltaAdapter.inject(backbone, "another", {"unet.conv_in.bias": torch.ones(16)})
+    DeltaAdapter.inject(backbone, "another", "weights", {"unet.conv_in.bias": torch.ones(16)})
     before = state(backbone)
     assert export(concept, tmp_path / "out", backbone=backbone)["checks"]["denoiser"]["ok"]
     assert state(backbone) == before
