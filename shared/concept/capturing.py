@@ -18,6 +18,7 @@ from shared.concept.schema import BackboneInfo, ConceptMeta, Kind
 from shared.concept.shared_adapter import unshared
 from shared.config import Part, validate
 from shared.io.files import sha256
+from shared.io.terminal import escaped_name
 from shared.trainable.adapter import PeftAdapter, config_to_dict
 from shared.trainable.delta import DeltaAdapter
 
@@ -132,7 +133,11 @@ def _plain(part: Part | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _reference(picture: Path | Mapping[str, str]) -> dict[str, str]:
-    return dict(picture) if isinstance(picture, Mapping) else {"file": picture.name, "sha256": sha256(picture)}
+    return (
+        dict(picture)
+        if isinstance(picture, Mapping)
+        else {"file": escaped_name(picture.name), "sha256": sha256(picture)}
+    )
 
 
 def _portable(value: Any) -> Any:
