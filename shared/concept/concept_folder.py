@@ -45,9 +45,9 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 class Concept:
     """A learned thing: its description and its tensors.
 
-    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights"
-    (`{slot}.{component}.{path}`: changes of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`: rows
-    `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
+    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
+    changes of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`:
+    rows `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
     """
 
     meta: ConceptMeta

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.concept import Concept, as_json, capture, describe, lines, read, save
+from shared.concept import Concept, Provenance, as_json, capture, describe, lines, read, save
 from shared.modifiers import LearnableToken
 from shared.trainable import Lora
 
@@ -29,7 +29,7 @@ def learned(backbone: Any, name: str = "my-mug") -> Concept:
     modifier = LearnableToken(vectors=2)
     modifier.attach(backbone, name, "mug")
     Lora(roles=("cross_attention", "text_encoder"), rank=4).inject(backbone, name, "lora", 0)
-    return capture(backbone, name, class_noun="mug", modifier=modifier)
+    return capture(backbone, name, Provenance(class_noun="mug", modifier=modifier))
 
 
 class _Bomb:

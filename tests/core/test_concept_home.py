@@ -20,7 +20,7 @@ from shared.recipe.resolve import dump, load
 def learned(backbone: Any, **given: Any) -> Any:
     modifier = LearnableToken()
     modifier.attach(backbone, "x", "mug")
-    return capture(backbone, "x", class_noun="mug", modifier=modifier, **given)
+    return capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier, **given))
 
 
 def test_a_model_given_by_a_relative_path_is_found_from_another_folder(

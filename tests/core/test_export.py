@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.backbones.flux import FluxBackbone
-from shared.concept import Concept, attach, capture, export
-from shared.concept import diffusers_format as files
+from shared.concept import Concept, Provenance, attach, capture, export
+from shared.concept import Provenance, diffusers_format as files
 from shared.modifiers import LearnableToken, PlainText
 from shared.trainable import Lora
 from shared.trainable.delta import DeltaAdapter
@@ -37,7 +37,7 @@ def with_tokens(backbone: Any, vectors: int, name: str = "my-mug", **settings: A
 
 
 def taken(backbone: Any, modifier: Any = None, name: str = "my-mug") -> Concept:
-    concept = capture(backbone, name, class_noun="mug", modifier=modifier)
+    concept = capture(backbone, name, Provenance(class_noun="mug", modifier=modifier))
     backbone.remove(name)
     return concept
 
