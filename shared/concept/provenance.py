@@ -95,7 +95,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             out.update(flat(value, f"{name}."))
         else:
             found = _plain(value)
-            out[name] = None if isinstance(found, list | dict) else found
+            out[name] = found if isinstance(value, str) or isinstance(found, int | float) else None
     return out
 
 
@@ -115,6 +115,8 @@ def public_name(backbone: str) -> str:
 
 
 def _last(path: str) -> str:
+    if path[0] in "/~":  # where a backslash is a letter of a name
+        return path.rstrip("/").rpartition("/")[2]
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 

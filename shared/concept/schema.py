@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from shared.concept.learning_record import LearnedWith, learned_with
 from shared.config import NAME, Part, validate
@@ -85,17 +85,19 @@ class ConceptMeta(Part):
                 check_adapter(settings, f"{slot}.{component}")
         return value
 
-    @model_validator(mode="after")
-    def _all_layers(self) -> ConceptMeta:
+    @field_validator("layers")
+    @classmethod
+    def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
         """Nothing is adapted or changed that `layers` does not name: it is what a model is compared by."""
+        adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
         touched = [
-            *((c, p) for parts in self.adapters.values() for c, s in parts.items() for p in s["target_modules"]),
-            *((c, p) for parts in self.weights.values() for c, paths in parts.items() for p in paths),
+            *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
+            *((c, p) for parts in weights.values() for c, paths in parts.items() for p in paths),
         ]
         for component, path in touched:
-            if path not in self.layers.get(component, {}):
-                raise ValueError(f"layers.{component} does not name {path!r}, which the concept touches")
-        return self
+            if path not in value.get(component, {}):
+                raise ValueError(f"{component} does not name {path!r}, which the concept touches")
+        return value
 
     @property
     def learned_with(self) -> LearnedWith:

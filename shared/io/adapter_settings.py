@@ -98,4 +98,5 @@ def _plain(key: str, value: Any) -> bool:
 def _number(key: str, value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) and abs(value) <= (2**63 if "seed" in key or "key" in key else _MAX_NUMBER)
+    free = key == "r" or "seed" in key or "key" in key  # ranks have a bound of their own
+    return isinstance(value, int) and (free or abs(value) <= _MAX_NUMBER)

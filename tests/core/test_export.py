@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.backbones.flux import FluxBackbone
 from shared.concept import Concept, Provenance, attach, capture, export
-from shared.concept import Provenance, diffusers_format as files
+from shared.concept import diffusers_format as files
 from shared.modifiers import LearnableToken, PlainText
 from shared.trainable import Lora
 from shared.trainable.delta import DeltaAdapter

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from shared.concept import attach, capture, export, lines, read, save
+from shared.concept import Provenance, attach, capture, export, lines, read, save
 from shared.config import Part, default_kind
 from shared.io.read_subject import read_subject
 from shared.modifiers import Modifier
