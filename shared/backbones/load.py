@@ -110,7 +110,9 @@ def _imported(entry: Any) -> Wrap:
 
 
 def _families() -> str:
-    return f"A backbone is a diffusers folder of one of: {', '.join(sorted(families()))}; or leave it out for the toybox."
+    return (
+        f"A backbone is a diffusers folder of one of: {', '.join(sorted(families()))}; or leave it out for the toybox."
+    )
 
 
 def _toybox_path() -> Path:

@@ -94,4 +94,3 @@ def _signs(weight: Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
     step = -(-flat.numel() // _SAMPLES) | 1  # odd: it walks through the columns of a matrix of even width
     return torch.signbit(flat[::step]).cpu().numpy().tobytes()
-

@@ -28,7 +28,9 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     where = info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
     here = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not here:
-        raise ValueError(f"{what}, and that model is not known here. Say where it is with --backbone PATH (or a hub id)")
+        raise ValueError(
+            f"{what}, and that model is not known here. Say where it is with --backbone PATH (or a hub id)"
+        )
     try:
         return load_backbone(where, **options)
     except ValueError as error:

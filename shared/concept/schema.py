@@ -15,7 +15,9 @@ from shared.io.adapter_settings import check_adapter
 
 SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
-LayerPath = Annotated[str, Field(min_length=1, max_length=512)]  # dotted, of a layer or a parameter; only ever looked up
+LayerPath = Annotated[
+    str, Field(min_length=1, max_length=512)
+]  # dotted, of a layer or a parameter; only ever looked up
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]
@@ -64,8 +66,12 @@ class ConceptMeta(Part):
     modifier: dict[str, Any] = Field(default_factory=dict)  # the modifier part; empty: nothing names this concept
     backbone: BackboneInfo
     adapters: dict[Name, dict[Name, dict[str, Any]]] = Field(default_factory=dict)  # slot -> component -> peft settings
-    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(default_factory=dict)  # slot -> component -> parameters
-    layers: dict[Name, dict[LayerPath, Shape]] = Field(default_factory=dict)  # component -> what is touched -> base shape
+    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
+        default_factory=dict
+    )  # slot -> component -> parameters
+    layers: dict[Name, dict[LayerPath, Shape]] = Field(
+        default_factory=dict
+    )  # component -> what is touched -> base shape
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; what of it is used again is `learned_with`

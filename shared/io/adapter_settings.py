@@ -67,7 +67,9 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
         if key.startswith(("init", "ab_svd")) and isinstance(value, str) and _CHANGES_BASE.search(value):
             raise ValueError(f"{where}.{key}={value!r} rewrites the base model's weights, which no concept can hold")
     if settings.get("bias", "none") != "none":
-        raise ValueError(f"{where}.bias trains the base model's own biases; keep those as weights, by a part of their own")
+        raise ValueError(
+            f"{where}.bias trains the base model's own biases; keep those as weights, by a part of their own"
+        )
     pattern = settings.get("rank_pattern")
     ranks = [settings.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     most = _MAX_LOKR_RANK if settings.get("peft_type") == "LOKR" else _MAX_RANK

@@ -49,7 +49,9 @@ def test_a_model_that_has_moved_is_asked_for_once(
     tiny_sd.save_pretrained(tmp_path / "sd")
     concept = save(learned(load_backbone(tmp_path / "sd")), tmp_path / "x.concept")
     shutil.move(tmp_path / "sd", tmp_path / "moved")
-    asked = r"the concept 'x' was learned on sd \(stable_diffusion\), and that model is not known here\..*--backbone PATH"
+    asked = (
+        r"the concept 'x' was learned on sd \(stable_diffusion\), and that model is not known here\..*--backbone PATH"
+    )
     with pytest.raises(ValueError, match=asked):
         load_backbone_of(concept)
     arguments = ["concept", "export", str(tmp_path / "x.concept"), "--out", str(tmp_path / "out")]

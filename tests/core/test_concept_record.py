@@ -80,7 +80,9 @@ def test_what_a_run_measured_and_was_told_is_written_whatever_it_is(backbone: An
         "tuple": (1, Path("/home/anna/masks")),
         "backbone": str(tmp_path),
     }
-    concept = kept(backbone, tmp_path / "c", metrics=metrics, recipe=recipe, class_noun="\udce9" * 300, ports=["a\udce9"])
+    concept = kept(
+        backbone, tmp_path / "c", metrics=metrics, recipe=recipe, class_noun="\udce9" * 300, ports=["a\udce9"]
+    )
     found = concept.meta.metrics
     assert found["inner.a"] == 1 and (found["tensor"], found["numpy"], found["text"]) == (0.5, 0.25, "bf16")
     assert [k for k, v in found.items() if v is None] == ["nan", "inf", "none", "inner.b", "list", "many"]
