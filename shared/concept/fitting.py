@@ -29,7 +29,8 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
             f"it was learned on {info.family} ({info.name}), and this backbone is {backbone.family} "
             f"({backbone.name}), which reads concepts of {reads}"
         )
-    missing = sorted({*meta.layers, *meta.embeddings} - set(backbone.components))
+    texts = {c for c in backbone.components if c.startswith("text_encoder")}
+    missing = sorted({*meta.layers} - set(backbone.components)) + sorted({*meta.embeddings} - texts)
     if missing:
         return f"it needs {', '.join(missing)}; this backbone has {', '.join(backbone.components)}"
     for component, layers in meta.layers.items():
@@ -44,7 +45,7 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
 
 
 def _compare(component: str, layers: Mapping[str, tuple[int, ...]], here: Mapping[str, Tensor | None]) -> str | None:
-    gone = [path for path, weight in here.items() if weight is None]
+    gone = [path for path, weight in here.items() if weight is None and layers[path]]
     if gone:
         return f"{len(gone)} of the {len(layers)} layers of {component} that it changes are not here, such as {gone[0]}"
     for path, weight in here.items():
@@ -65,12 +66,11 @@ def embedding_width(backbone: Backbone, component: str) -> int:
 
 
 def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
-    """The base shapes of (component, path) pairs."""
+    """The base shapes of (component, path) pairs; () for a layer that keeps its weight in a form of its own."""
     out: Shapes = {}
     for component, path in sorted(set(touched)):
         weight = base_weight(backbone, component, path)
-        assert weight is not None, f"{component}.{path} has an adapter and no weight"
-        out.setdefault(component, {})[path] = tuple(weight.shape)
+        out.setdefault(component, {})[path] = () if weight is None else tuple(weight.shape)
     return out
 
 

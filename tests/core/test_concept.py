@@ -343,6 +343,10 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
             r"1 changed weights of 'my-mug' belong to no slot, for example 'w\.unet\.nowhere\.weight'",
         ),
         (lambda c: Concept(with_fields(c.meta, embeddings={"text_encoder_2": 16}), c.tensors), "needs text_encoder_2"),
+        (
+            lambda c: Concept(with_fields(c.meta, embeddings={"unet": 16}), c.tensors),
+            "it needs unet; this backbone has",
+        ),
         (lambda c: Concept(with_fields(c.meta, modifier={"kind": "magic"}), c.tensors), "unknown kind 'magic'"),
         (
             lambda c: Concept(

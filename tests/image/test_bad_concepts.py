@@ -96,6 +96,18 @@ def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
     assert "'twin' and 'rex' cannot be loaded together" in said and "'sks dog' and 'sks dog'" in said
 
 
+def test_a_name_that_no_concept_can_have_is_refused_before_anything_is_learned(tiny_sd, photos, tmp_path):
+    from pcs_image.runner import Runner
+    from shared.backbones.stable_diffusion import StableDiffusionBackbone
+    from shared.io.read_subject import read_subject
+    from shared.recipe.resolve import load
+
+    runner = Runner(StableDiffusionBackbone(tiny_sd, "tiny"))
+    with pytest.raises(ValueError, match="cannot be called 'my mug'"):
+        runner.personalize({"my mug": read_subject(photos, "mug")}, load("textual_inversion"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 class Evil:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
