@@ -7,6 +7,7 @@ same `seed`; `tiny_*` are one fresh pipeline per test. Pictures are 32×32, late
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -160,6 +161,12 @@ def build_flux(seed: int = 0, *, guidance_embeds: bool = True, dynamic: bool = T
 def _interrupts() -> None:
     """Ctrl-C as in a terminal, also where the tests run as a background job, which ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor write what a person's runs have cached; commands in processes of their own too."""
+    os.environ["PCS_CACHE"] = str(tmp_path_factory.getbasetemp() / "pcs-cache")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,10 +61,14 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
             module.requires_grad_(False)
             module.eval()
         networks = {**self._components, "vae": vae}
-        self.fingerprint = _fingerprint(self.family, networks)
         self.checkpoint = _checkpoint(networks)
 
     # --- what there is -------------------------------------------------------------------------------------
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The families whose concepts can fit here; a family made of another's layers names that one too."""
+        return frozenset({self.family})
 
     @property
     def denoiser(self) -> nn.Module:
@@ -236,15 +240,6 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
     def pipeline(self) -> Any:
         """A diffusers pipeline of the family around the same networks."""
         raise NotImplementedError
-
-
-def _fingerprint(family: str, networks: Mapping[str, nn.Module]) -> str:
-    """sha256 over class names, parameter names and shapes: equal for two checkpoints of one architecture."""
-    lines = [family]
-    for name, module in sorted(networks.items()):
-        lines.append(f"{name}:{type(module).__name__}")
-        lines += [f"{n}{tuple(p.shape)}" for n, p in sorted(module.named_parameters())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -27,11 +27,13 @@ def _flux(pipe: Any, name: str) -> Backbone:
     return FluxBackbone(pipe, name)
 
 
-#: diffusers' pipeline classes that a family covers, and how the family wraps one.
-FAMILIES: Mapping[str, Callable[[Any, str], Backbone]] = {
+Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> the backbone around it
+#: diffusers' pipeline classes that a family covers, and how the family wraps one. Packages add theirs: `families`.
+FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
+GROUP = "pcs.families"  # entry points: diffusers' pipeline class = "module:function", a `Wrap`
 TOYBOX = "toybox"
 _UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # of no use here, and slow to load
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,8 +79,40 @@ def _toybox_defaults(backbone: Backbone) -> None:
     backbone.default_guidance, backbone.default_steps = float(stated["guidance"]), int(stated["steps"])
 
 
+def register_family(pipeline: str, wrap: Wrap) -> None:
+    """Let `load_backbone` open diffusers pipelines of this class, from now on in this process.
+
+    An installed package names its own in the entry points `pcs.families` instead, and is imported when a model is one of
+    them. ValueError when the class has a family already.
+    """
+    if pipeline in families():
+        raise ValueError(f"{pipeline} has a family already: each pipeline class is opened in one way")
+    FAMILIES[pipeline] = wrap
+
+
+def families() -> dict[str, Wrap]:
+    """diffusers' pipeline classes that can be opened, ours and those of installed packages; nothing is imported yet.
+
+    ValueError when two offer the same class.
+    """
+    from importlib.metadata import entry_points
+
+    out = dict(FAMILIES)
+    for entry in entry_points(group=GROUP):
+        if entry.name in out:
+            raise ValueError(f"{entry.value} offers {entry.name}, which has a family already: uninstall one of the two")
+        out[entry.name] = _imported(entry)
+    return out
+
+
+def _imported(entry: Any) -> Wrap:
+    return lambda pipe, name: entry.load()(pipe, name)
+
+
 def _families() -> str:
-    return f"A backbone is a diffusers folder of one of: {', '.join(sorted(FAMILIES))}; or leave it out for the toybox."
+    return (
+        f"A backbone is a diffusers folder of one of: {', '.join(sorted(families()))}; or leave it out for the toybox."
+    )
 
 
 def _toybox_path() -> Path:
@@ -113,7 +147,7 @@ def _class_of(index: Path) -> str:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{index} is not readable JSON") from None
     kind = data.get("_class_name") if isinstance(data, dict) else None
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in families():
         raise ValueError(f"{index.parent} holds a {kind}, and no family here covers that. {_families()}")
     return kind
 
@@ -182,6 +216,7 @@ def _first_line(error: BaseException) -> str:
 
 def _wrap(pipe: Any, name: str) -> Backbone:
     kind = type(pipe).__name__
-    if kind not in FAMILIES:
+    known = families()
+    if kind not in known:
         raise ValueError(f"{name} holds a {kind}, and no family here covers that. {_families()}")
-    return FAMILIES[kind](pipe, name)
+    return known[kind](pipe, name)

@@ -110,13 +110,17 @@ class Backbone(Protocol):
 
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
-    fingerprint: str  # of the architecture and shapes; equal for two checkpoints of one architecture
     checkpoint: str  # of the weights; differs between two checkpoints of one architecture
     resolution: int  # default picture size in pixels
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The families whose concepts can fit here, where the layers that they touch are the same; its own among them."""
+        ...
 
     @property
     def device(self) -> torch.device: ...

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from shared.concept.capturing import capture
     from shared.concept.concept_folder import Concept, read, save
     from shared.concept.export_formats import export
+    from shared.concept.fitting import fits
     from shared.concept.open_backbone import load_backbone_of
+    from shared.concept.provenance import Provenance
     from shared.concept.schema import ConceptMeta
     from shared.concept.show import as_json, describe, lines
 
@@ -20,6 +22,8 @@ _HOME = {
     "export": "export_formats",
     **dict.fromkeys(("Concept", "read", "save"), "concept_folder"),
     "ConceptMeta": "schema",
+    "Provenance": "provenance",
+    "fits": "fitting",
     "load_backbone_of": "open_backbone",
     **dict.fromkeys(("as_json", "describe", "lines"), "show"),
 }
@@ -27,12 +31,14 @@ _HOME = {
 __all__ = [
     "Concept",
     "ConceptMeta",
+    "Provenance",
     "as_json",
     "attach",
     "capture",
     "describe",
     "detach",
     "export",
+    "fits",
     "lines",
     "load_backbone_of",
     "read",

@@ -11,15 +11,19 @@ from typing import Any
 from pydantic import create_model
 from torch import Tensor
 
-from shared.backbones.protocol import Adapter, Backbone
-from shared.concept.capturing import describe_parts
+from shared.backbones.protocol import Adapter, Backbone, Placeholder
 from shared.concept.concept_folder import Concept
+from shared.concept.confusable import confusable
+from shared.concept.fitting import fits, layers_identity
 from shared.concept.shared_adapter import SharedAdapter, unshared
 from shared.config import Part, validate
-from shared.modifiers import Modifier
+from shared.io.adapter_settings import SEED
+from shared.modifiers import Modifier, PlainText
 from shared.trainable.adapter import PeftAdapter, config_from_dict
-from shared.trainable.delta import DeltaAdapter, find_parameter
+from shared.trainable.delta import DeltaAdapter
 
+#: Attached names of styles that are ordinary words.
+_acts_unnamed: weakref.WeakKeyDictionary[Placeholder, bool] = weakref.WeakKeyDictionary()
 _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # which adapter_id an attached adapter has
 
 
@@ -31,13 +35,13 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
         modifiers: the union of modifiers that are known; a package with more of them gives its own
 
     Raises:
-        ValueError: when the concept was learned on another architecture (with the reason), when its tensors fit only in
-            part or not at all (with the numbers), when the name is taken, when it has nothing that a strength other
-            than 1 could scale, and when it shares its adapters with an attached concept of another strength. The
-            backbone is then as it was.
+        ValueError: when the model lacks layers of the concept or has them in other shapes (`fits` says which), when its
+            tensors fit only in part or not at all (with the numbers), when the name is taken, when its words are those
+            of an attached concept, when it has nothing that a strength other than 1 could scale, and when it shares its
+            adapters with an attached concept of another strength. The backbone is then as it was.
 
     Warns:
-        UserWarning: when it was learned on another checkpoint of this architecture
+        UserWarning: when it was learned on another checkpoint of these layers
     """
     name = concept.meta.name
     if name in backbone.placeholders or name in backbone.adapters:
@@ -69,48 +73,19 @@ def detach(backbone: Backbone, name: str) -> None:
 
 def _check_fit(concept: Concept, backbone: Backbone) -> None:
     meta, info = concept.meta, concept.meta.backbone
-    if info.family != backbone.family:
-        raise ValueError(
-            f"{meta.name!r} was learned on {info.family} ({info.name}), "
-            f"and this backbone is {backbone.family} ({backbone.name})"
-        )
-    missing = [c for c in meta.requires if c not in backbone.components]
-    if missing:
-        raise ValueError(
-            f"{meta.name!r} needs {', '.join(missing)}; this backbone has {', '.join(backbone.components)}"
-        )
-    if info.fingerprint != backbone.fingerprint:
-        raise ValueError(
-            f"{meta.name!r} was learned on another architecture of the family {info.family} ({info.name}), "
-            f"not that of {backbone.name}: {_difference(concept, backbone)}"
-        )
-    if info.checkpoint != backbone.checkpoint:
+    reason = fits(concept, backbone)
+    if reason:
+        raise ValueError(f"{meta.name!r} does not fit {backbone.name or backbone.family}: {reason}")
+    if info.family == backbone.family:
+        same = info.checkpoint == backbone.checkpoint
+    else:  # a model made of the other has more weights; those that the concept is on can be the same
+        same = info.layers == layers_identity(backbone, meta.layers, meta.embeddings)
+    if not same:
         warnings.warn(
-            f"{meta.name!r} was learned on another checkpoint of this architecture ({info.name}, "
+            f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}, "
             f"and this is {backbone.name}): it may look different here",
             stacklevel=3,
         )
-
-
-def _difference(concept: Concept, backbone: Backbone) -> str:
-    """At which tensor, or in which component, two architectures of one family differ."""
-    for component, rows in concept.learned_words.items():
-        width = (
-            backbone.word_embeddings(component, "a").shape[1] if component in backbone.components else rows.shape[-1]
-        )
-        if width != rows.shape[-1]:
-            return f"its token embeddings for {component} are {rows.shape[-1]} wide, here they are {width}"
-    for key, tensor in concept.of("adapter").items():
-        layer, found, kind = key.partition(".")[2].rpartition(".lora_A.weight")
-        weight = find_parameter(backbone, f"{layer}.weight") if found and not kind else None
-        if found and (weight is None or weight.shape[1:] != tensor.shape[1:]):
-            here = "there is no such layer here" if weight is None else f"here it reads {list(weight.shape[1:])}"
-            return f"its {layer} reads {list(tensor.shape[1:])}, {here}"
-    here = describe_parts(backbone)
-    for component, what in concept.meta.backbone.parts.items():
-        if here.get(component) != what:
-            return f"its {component} was {what}, here it is {here.get(component, 'missing')}"
-    return "layers of other names or shapes (the autoencoder counts)"
 
 
 def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) -> None:
@@ -128,6 +103,24 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
     if concept.initial_embeddings:  # without it, the start is that of this model's words
         placeholder.load_initial_state_dict(concept.initial_embeddings)
     placeholder.frozen = True
+    _acts_unnamed[placeholder] = meta.kind == "style" and isinstance(modifier, PlainText)
+    _check_words(placeholder, backbone)
+
+
+def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
+    """ValueError when the words of another attached concept are these words, or part of them, or the other way round.
+
+    Two styles may be said by the same ordinary words: they act without being named.
+    """
+    for name, other in backbone.placeholders.items():
+        if other is placeholder or (_acts_unnamed.get(other) and _acts_unnamed[placeholder]):
+            continue
+        if confusable(backbone, placeholder, other):
+            raise ValueError(
+                f"{placeholder.name!r} and {name!r} cannot be loaded together: in a prompt they are "
+                f"{placeholder.words!r} and {other.words!r}, which the model cannot tell apart. Load one of them, or "
+                "learn one again with another modifier.token, or with modifier.kind=learnable_token"
+            )
 
 
 def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
@@ -135,14 +128,12 @@ def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
     total = len(left)
     for slot, components in meta.adapters.items():
         for component, settings in components.items():
-            if component not in backbone.components:
-                raise ValueError(
-                    f"{meta.name!r} adapts {component!r}; this backbone has {', '.join(backbone.components)}"
-                )
             prefix = f"{slot}.{component}."
             state = {k[len(slot) + 1 :]: left.pop(k) for k in list(left) if k.startswith(prefix)}
             _check_size(settings, state, f"{slot}.{component}")
-            adapter = PeftAdapter.inject(backbone, meta.name, slot, component, config_from_dict(settings), seed=0)
+            config = config_from_dict({k: v for k, v in settings.items() if k != SEED})
+            seed = settings.get(SEED, 0)
+            adapter = PeftAdapter.inject(backbone, meta.name, slot, component, config, seed)
             adapter.load_state_dict(state)
             adapter.train(False)
             _ids[adapter] = meta.adapter_id
@@ -151,13 +142,31 @@ def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
             f"{len(left)} of {total} adapter tensors of {meta.name!r} belong to no adapter, "
             f"for example {next(iter(left))!r}"
         )
-    if concept.of("weights"):
-        _ids[DeltaAdapter.inject(backbone, meta.name, concept.of("weights"))] = meta.adapter_id
+    _attach_weights(concept, backbone)
+
+
+def _attach_weights(concept: Concept, backbone: Backbone) -> None:
+    meta, left = concept.meta, dict(concept.of("weights"))
+    for slot, components in meta.weights.items():
+        keys = [f"{component}.{path}" for component, paths in components.items() for path in paths]
+        missing = [k for k in keys if f"{slot}.{k}" not in left]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} changed weights of {meta.name!r} have no tensor, "
+                f"for example {slot}.{missing[0]!r}"
+            )
+        deltas = {k: left.pop(f"{slot}.{k}") for k in keys}
+        _ids[DeltaAdapter.inject(backbone, meta.name, slot, deltas)] = meta.adapter_id
+    if left:
+        raise ValueError(
+            f"{len(left)} changed weights of {meta.name!r} belong to no slot, for example {next(iter(left))!r}"
+        )
 
 
 def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
     """Raises ValueError before memory is taken for an adapter that is larger than its tensors."""
-    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
+    plain = settings.get("peft_type") == "LORA"
+    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()] if plain else [0]
     largest = max((max(t.shape, default=0) for t in state.values()), default=0)
     if not state:
         raise ValueError(f"{where}: 0 tensors for an adapter of {len(settings['target_modules'])} modules")

@@ -45,9 +45,9 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 class Concept:
     """A learned thing: its description and its tensors.
 
-    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{component}.{path}`: changes
-    of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`: rows
-    `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
+    `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
+    changes of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`:
+    rows `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
     """
 
     meta: ConceptMeta
@@ -101,8 +101,9 @@ def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False
         preview: a PIL picture, or a PNG file; the concept's own where none is given
 
     Raises ValueError when the output exists and holds something, unless `overwrite`; the old folder stays until the new
-    one is complete.
+    one is complete. And when a tensor holds values that are not numbers: reading would refuse it.
     """
+    _check_finite(concept)
     with atomic_folder(path, overwrite) as folder:
         files = {}
         for kind in KINDS:
@@ -120,6 +121,15 @@ def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False
         (folder / META).write_text(dump_json(meta), encoding="utf-8")
     out = Path(path).expanduser()
     return replace(concept, meta=meta, path=out, preview=out / PREVIEW if picture is not None else None)
+
+
+def _check_finite(concept: Concept) -> None:
+    for kind, tensors in concept.tensors.items():
+        for key, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{concept.name!r} was not saved: its {kind} tensor {key!r} holds values that are not numbers"
+                )
 
 
 def dump_json(meta: ConceptMeta) -> str:

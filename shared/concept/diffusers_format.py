@@ -209,8 +209,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     """How to load it: the lines to copy."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    source = json.dumps(concept.meta.backbone.name)
-    if concept.meta.backbone.name == "toybox":
+    source = json.dumps(backbone.name)
+    if backbone.name == "toybox":
         lines.append("from shared.toybox.weights import backbone_path  # where the toybox's folder is")
         source = "backbone_path()"
     lines.append(f"pipe = {pipeline}.from_pretrained({source})")

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from shared.backbones.load import load_backbone
+from shared.backbones.load import TOYBOX, load_backbone
 from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
+from shared.concept.known_models import known_path, remember
 
 
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:
-    """`backbone` where it is given, else the model that the concept notes; `options` as of `load_backbone`.
+    """`backbone` where it is given, else the model that the concept was learned on; `options` as of `load_backbone`.
 
-    ValueError, placeholder the concept and what to say instead, when that model is not where it was.
+    A concept may come from anywhere, so what it names is never downloaded: it is the toybox, a model with the same
+    weights that this machine has seen before, a hub id in the hub's cache here, or a folder of that name.
+
+    ValueError, naming the concept and what to say instead, when the model is not here.
     """
     if backbone:
-        return load_backbone(backbone, **options)
-    try:
-        return load_backbone(concept.meta.backbone.name, **options)
-    except ValueError as error:
+        model = load_backbone(backbone, **options)
+        remember(model)
+        return model
+    info = concept.meta.backbone
+    what = f"the concept {concept.name!r} was learned on {info.name} ({info.family})"
+    where = info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
+    here = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
+    if not here:
         raise ValueError(
-            f"the concept {concept.name!r} was learned on {concept.meta.backbone.name}: {error} "
-            "Say where that model is now with --backbone PATH"
-        ) from error
+            f"{what}, and that model is not known here. Say where it is with --backbone PATH (or a hub id)"
+        )
+    try:
+        return load_backbone(where, **options)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error} Say where that model is now with --backbone PATH") from error
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    except HFValidationError:  # no hub id
+        return False

@@ -7,67 +7,76 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from shared.concept.learning_record import LearnedWith, learned_with
 from shared.config import NAME, Part, validate
+from shared.io.adapter_settings import check_adapter
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
+LayerPath = Annotated[
+    str, Field(min_length=1, max_length=512)
+]  # dotted, of a layer or a parameter; only ever looked up
+Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]
 
-#: Settings of peft adapters that a concept may carry. Others could import modules, read files, or change base weights.
-_ADAPTER_KEYS = frozenset(
-    (
-        *("peft_type", "r", "target_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-        *("lora_alpha", "lora_dropout", "use_dora", "use_rslora"),
-        *("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "decompose_both", "decompose_factor"),
-        *("oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
-    )
-)
-_MAX_RANK = 4096
-_PLAIN_PATH = re.compile(r"[\w.^$-]{1,256}")
+
+def _measured(value: Any) -> Any:
+    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("must be a finite number, a text, or null")
+    return value
+
+
+Metric = Annotated[Any, AfterValidator(_measured)]
+_ESCAPE = re.compile(r"\\(u[0-9a-f]{4}|U[0-9a-f]{8})")  # as `shared.io.terminal.escaped_name` writes them
 
 
 class BackboneInfo(Part):
     """The model that a concept was learned on."""
 
     family: str
-    name: str  # as the user gave it: "toybox", a hub id, a folder
-    fingerprint: str  # of architecture and shapes
-    checkpoint: str  # of the weights
-    parts: dict[str, str] = Field(default_factory=dict)  # component -> class and number of parameters, for messages
+    name: str  # "toybox", a hub id, or the last part of a folder's or file's path
+    checkpoint: str  # which weights it had, all of them
+    layers: str = ""  # which weights the layers had that the concept touches
 
 
 class Reference(Part):
     """A picture that the concept was learned from: its file name without folders, and its hash."""
 
-    file: Annotated[str, Field(min_length=1, max_length=255)]
-    sha256: Sha256
+    file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped: a name of 255 bytes can grow
+    sha256: Sha256 | None  # None: it was gone when the concept was made
 
     @field_validator("file")
     @classmethod
     def _name_only(cls, value: str) -> str:
-        if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
-            raise ValueError("must be a file name without folders")
+        if "/" in value or "\\" in _ESCAPE.sub("", value) or value in (".", "..") or not value.isprintable():
+            raise ValueError("must be a file name without folders, other characters than printable ones escaped")
         return value
 
 
 class ConceptMeta(Part):
     """`concept.json`. Plain data: nothing in it is imported, evaluated or followed as a path."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
     kind: Kind = "subject"
-    class_noun: Annotated[str, Field(max_length=200)] = ""
+    class_noun: str = ""
     modifier: dict[str, Any] = Field(default_factory=dict)  # the modifier part; empty: nothing names this concept
     backbone: BackboneInfo
     adapters: dict[Name, dict[Name, dict[str, Any]]] = Field(default_factory=dict)  # slot -> component -> peft settings
+    weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
+        default_factory=dict
+    )  # slot -> component -> parameters
+    layers: dict[Name, dict[LayerPath, Shape]] = Field(
+        default_factory=dict
+    )  # component -> what is touched -> base shape
+    embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
-    requires: tuple[Annotated[str, Field(max_length=200)], ...] = ()  # components that the backbone must have
-    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved
+    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; what of it is used again is `learned_with`
     ports: tuple[str, ...] = ()  # roles that a stand-in took
-    metrics: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, Metric] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     seed: int = 0
     versions: dict[str, str] = Field(default_factory=dict)
@@ -82,50 +91,40 @@ class ConceptMeta(Part):
                 check_adapter(settings, f"{slot}.{component}")
         return value
 
+    @field_validator("layers")
+    @classmethod
+    def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
+        """Nothing is adapted or changed that `layers` does not name: it is what a model is compared by."""
+        adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
+        touched = [
+            *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
+            *((c, p) for parts in weights.values() for c, paths in parts.items() for p in paths),
+        ]
+        for component, path in touched:
+            if path not in value.get(component, {}):
+                raise ValueError(f"{component} does not name {path!r}, which the concept touches")
+        return value
 
-def check_adapter(settings: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for adapter settings that are not plain numbers, switches and names of a bounded size."""
-    for key, value in settings.items():
-        if key not in _ADAPTER_KEYS:
-            raise ValueError(f"{where} has the adapter setting {key!r}, which is not accepted from a file")
-        if not _plain(value):
-            raise ValueError(
-                f"{where}.{key} must be a number, a switch, or names of modules, and is {str(value)[:80]!r}"
-            )
-    ranks = [settings.get("r", 8), *_values(settings.get("rank_pattern"))]
-    if any(not isinstance(r, int) or not 0 < r <= _MAX_RANK for r in ranks):
-        raise ValueError(f"{where}: ranks must be whole numbers from 1 to {_MAX_RANK}, and are {ranks[:4]}")
-    if not isinstance(settings.get("target_modules"), list):
-        raise ValueError(f"{where}.target_modules must be a list of module names")
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, str):
-        return _PLAIN_PATH.fullmatch(value) is not None
-    if isinstance(value, list):
-        return all(isinstance(v, str) and _plain(v) for v in value)
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _plain(k) and isinstance(v, int | float) for k, v in value.items())
-    return value is None or isinstance(value, bool | int)
-
-
-def _values(pattern: Any) -> list[Any]:
-    return list(pattern.values()) if isinstance(pattern, Mapping) else []
+    @property
+    def learned_with(self) -> LearnedWith:
+        """What is used again of the recipe, checked. ValueError naming the key that is not usable."""
+        return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """`concept.json` as a validated object. ValueError, placeholder the file and the key, when something is not right."""
+    """`concept.json` as a validated object. ValueError, naming the file and the key, when something is not right."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must hold an object with the concept's description, and holds {type(data).__name__}")
     version = data.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        hint = (
-            "it was made by a newer version of the suite: update this one"
-            if newer
-            else "it is not a concept that this suite made"
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{where} has schema version {version!r}: it is not a concept that this suite made")
+    if version != SCHEMA_VERSION:
+        age = (
+            "made by an older version; learn it again"
+            if version < SCHEMA_VERSION
+            else f"made by a newer version; this one reads {SCHEMA_VERSION}: update it"
         )
-        raise ValueError(f"{where} has schema version {version!r}, this version reads {SCHEMA_VERSION}: {hint}")
-    return validate(ConceptMeta, data, where=where)
+        raise ValueError(f"{where} has schema {version}: {age}")
+    meta = validate(ConceptMeta, data, where=where)
+    learned_with(meta.recipe, meta.metrics, where)  # said now, and not when it is used
+    return meta

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.concept.concept_folder import Concept
+from shared.concept.learning_record import LearnedWith
 from shared.io.terminal import printable
 
 
@@ -24,12 +25,12 @@ def rows(concept: Concept) -> list[tuple[str, str]]:
             "embeddings",
             "; ".join(f"{key}: {' × '.join(map(str, v.shape))}" for key, v in concept.learned_words.items()),
         ),
-        ("weights", f"{len(concept.of('weights'))} changed tensors" if concept.of("weights") else ""),
+        ("weights", "; ".join(_weights(concept))),
         ("parameters", f"{parameters(concept):,}"),
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
-        ("recipe", _recipe(meta.recipe)),
+        ("recipe", _recipe(meta.learned_with)),
         ("stand-ins", "; ".join(meta.ports)),
-        ("metrics", "; ".join(f"{k} {_short(v)}" for k, v in _flat(meta.metrics).items())),
+        ("metrics", "; ".join(f"{k} {_short(v)}" for k, v in meta.metrics.items() if v is not None)),
         ("references", _listed([r.file for r in meta.references])),
         ("made", ", ".join(t for t in (meta.created, f"seed {meta.seed}", _versions(meta.versions)) if t)),
         ("use", _use(concept)),
@@ -87,38 +88,31 @@ def _adapters(concept: Concept) -> list[str]:
     for slot, components in concept.meta.adapters.items():
         for component, settings in components.items():
             kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "?"))
-            rank = f" rank {settings['r']}" if "r" in settings else ""
-            alpha = f" alpha {settings['lora_alpha']:g}" if "lora_alpha" in settings else ""
+            rank = f" rank {settings['r']}" if settings.get("r") is not None else ""
+            alpha = f" alpha {settings['lora_alpha']}" if settings.get("lora_alpha") is not None else ""
             out.append(
                 f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers of {component}"
             )
     return out
 
 
-def _recipe(recipe: Mapping[str, Any]) -> str:
-    train, phases = _map(recipe.get("train")), _map(recipe.get("phases"))
-    steps = f"{train['steps']} steps" if "steps" in train else ""
-    if phases:  # each has its own, or the recipe's
-        each = (
-            (name, _map(_map(phase).get("train")).get("steps", train.get("steps"))) for name, phase in phases.items()
-        )
-        steps = " then ".join(f"{name} {n} steps" if n is not None else str(name) for name, n in each)
-    batch = f"batch {train['batch_size']}" if "batch_size" in train else ""
-    return ", ".join(f for f in (str(recipe.get("method") or ""), steps, batch) if f)
+def _weights(concept: Concept) -> list[str]:
+    return [
+        f"{slot}: {len(paths)} changed tensors of {component}"
+        for slot, components in concept.meta.weights.items()
+        for component, paths in components.items()
+    ]
 
 
-def _map(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            out.update(_flat(value, f"{prefix}{key}."))
-        elif isinstance(value, int | float | str):
-            out[f"{prefix}{key}"] = value
-    return out
+def _recipe(learned: LearnedWith) -> str:
+    train = learned.train
+    steps = f"{train.steps} steps" if train.steps is not None else ""
+    if learned.phases:  # each has its own, or the recipe's
+        own = {name: phase.train.steps for name, phase in learned.phases.items()}
+        counts = {name: train.steps if n is None else n for name, n in own.items()}
+        steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())
+    batch = f"batch {train.batch_size}" if train.batch_size is not None else ""
+    return ", ".join(f for f in (learned.method, steps, batch) if f)
 
 
 def _short(value: Any) -> str:

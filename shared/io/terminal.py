@@ -1,4 +1,5 @@
-"""Text of others on a terminal: what would move the cursor, change colours or hide other words is taken out."""
+"""Text of others on a terminal and in files of ours: what would move the cursor, change colours or hide other words is
+taken out or escaped."""
 
 from __future__ import annotations
 
@@ -16,3 +17,18 @@ def printable(text: object, line: bool = False) -> str:
     """
     words = "".join(c for c in str(text) if c in _KEPT or not (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS))
     return words.replace("\n", " ").replace("\t", " ") if line else words
+
+
+def escaped_name(name: str) -> str:
+    """A file name as one printable word without folder separators, so that it can be stored and shown anywhere.
+
+    Printable Unicode and the plain space stay. Every other character becomes its Python escape (`\\uXXXX`, or
+    `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, half surrogates (bytes
+    that were not UTF-8), `/` and `\\` itself. Different names stay different: each escape can be read back.
+    """
+    return "".join(c if c.isprintable() and c not in "/\\" else _escape(c) for c in name)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -3,7 +3,7 @@ expanded prompts become its medium (`make`)."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from shared.backbones import Backbone
-from shared.concept import Concept, attach, capture
+from shared.concept import Concept, Provenance, attach, capture
+from shared.config import NAME
+from shared.io.cache import cache_folder
 from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.resolve import expand_phases
@@ -25,12 +27,6 @@ from shared.sampling.settings import SamplingSettings
 from shared.train.loop import Record
 from shared.train.training_run import TrainingRun
 from shared.types import Subject
-
-
-def cache_folder() -> Path:
-    """Where class pictures are kept between runs: $PCS_CACHE, else the user's cache folder."""
-    root = os.environ.get("PCS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "pcs")
-    return Path(root).expanduser()
 
 
 class Progress(Protocol):
@@ -105,6 +101,8 @@ class Runner:
             NotFinite, Interrupted: after the last good state was saved
         """
         for name in subjects:
+            if not re.match(NAME, name):
+                raise ValueError(f"a concept cannot be called {name!r}: letters, digits, - and _ only")
             if name in self.loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
         run = TrainingRun(
@@ -209,17 +207,15 @@ class Runner:
     def _captured(
         self, name: str, subject: Subject, recipe: Recipe, run: TrainingRun, metrics: Mapping[str, float]
     ) -> Concept:
-        return capture(
-            self.backbone,
-            name,
-            adapters_of=run.run_name,
-            class_noun=subject.class_noun,
+        provenance = Provenance(
             kind=recipe.kind,
+            class_noun=subject.class_noun,
             recipe=recipe,
             metrics=metrics,
             references=subject.images,
             ports=sorted(run.ports),
         )
+        return capture(self.backbone, name, provenance, adapters_of=run.run_name)
 
     def _forget(self, run: TrainingRun) -> None:
         for name in {*run.names, run.run_name}:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,8 +125,8 @@ def evaluate_loaded(
     check_folders(settings.clip, settings.dino)
     loaded, backbone = runner.loaded[name], runner.backbone
     toybox = backbone.name == "toybox"
-    learned, asked = loaded.concept.meta.recipe.get("sampling", {}), settings.sampling
-    own = {k: learned.get(k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
+    learned, asked = loaded.concept.meta.learned_with.sampling, settings.sampling
+    own = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
     sampling = replace(asked, **own)
     chosen = load_prompts(settings.prompts or ("toybox" if toybox else "dreambench"), loaded.concept.meta.class_noun)
     return evaluate(
@@ -158,7 +157,7 @@ def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case
         fresh=album.fresh(known) if known else None,
         through=lambda pixels: _round_trip(runner.backbone, pixels),
         concept=path,
-        recipe=str(concept.meta.recipe.get("method", "")),
+        recipe=concept.meta.learned_with.method,
         backbone=runner.backbone.name,
         training_seconds=concept.meta.metrics.get("training_seconds"),
         metadata=json.loads(concept.meta.model_dump_json(exclude={"recipe"})),
@@ -180,9 +179,8 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
     Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
     """
-    settings: Any = concept.meta.recipe.get("subject") or concept.meta.recipe.get("subjects", {}).get(concept.meta.name)
-    said = (settings or {}).get("images")
-    beside = path.resolve().parent / Path(said).name if path and isinstance(said, str) else None
+    said = concept.meta.learned_with.folder_of(concept.meta.name)
+    beside = path.resolve().parent / Path(said).name if path and said else None
     source = folder or beside
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")

@@ -71,12 +71,12 @@ def _add_preview(runner: Runner, name: str, subject: Subject, concept: Concept) 
 def preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> Any:
     """references | new pictures, as the concept's `preview.png`."""
     side = runner.backbone.resolution
-    sampling = concept.meta.recipe.get("sampling", {})
+    sampling = concept.meta.learned_with.sampling
     prompts = [f"a photo of a <{n}>" for n in [name] * 4]
     pixels = runner.generate(
         prompts,
         range(4),
-        SamplingSettings("", sampling.get("guidance"), sampling.get("steps"), sampling.get("scheduler")),
+        SamplingSettings("", sampling.guidance, sampling.steps, sampling.scheduler),
         must_name=False,
     )
     return contact_sheet({"references": references(subject, side)[:4], "new": pixels})

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.trainable.adapter import PeftAdapter
 
 
 def gather(backbone: Backbone, names: Sequence[str], run_name: str) -> dict[str, Tensor]:
@@ -44,7 +43,7 @@ def restore(
 
 
 def _slot(adapter: object) -> str:
-    return adapter.slot if isinstance(adapter, PeftAdapter) else type(adapter).__name__
+    return getattr(adapter, "slot", type(adapter).__name__)
 
 
 def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

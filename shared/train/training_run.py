@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shared.backbones.attention import pays, unfused_attention
 from shared.backbones.protocol import Backbone
+from shared.concept.confusable import confusable
 from shared.recipe.resolve import dump, expand_phases
 from shared.recipe.schema import Recipe
 from shared.recipe.tasks import GenerateTask, TuneTask
@@ -158,17 +159,17 @@ class TrainingRun:
         self.clock = Clock(info.get("seconds"))
 
     def _attach_names(self) -> None:
-        taken = {p.words: name for name, p in self.backbone.placeholders.items()}
         for name, subject in self.subjects.items():
             placeholder = self.recipe.modifier.attach(self.backbone, name, subject.class_noun, self.recipe.seed)
             self.initial_parameters[name] = [p.detach().clone() for p in placeholder.parameters()]
-            if placeholder.words and placeholder.words in taken:
-                self.backbone.remove(name)
-                raise ValueError(
-                    f"{name!r} and {taken[placeholder.words]!r} would both be called {placeholder.words!r}: "
-                    "learn them in two runs with other modifier.token, or use modifier.kind=learnable_token"
-                )
-            taken[placeholder.words] = name
+            for other, there in list(self.backbone.placeholders.items()):
+                if other != name and confusable(self.backbone, placeholder, there):
+                    self.backbone.remove(name)
+                    raise ValueError(
+                        f"{name!r} and {other!r} would be {placeholder.words!r} and {there.words!r}, which the model "
+                        "cannot tell apart: learn them in two runs with other modifier.token, or use "
+                        "modifier.kind=learnable_token"
+                    )
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
         """Inject what is new, unfreeze what the phase trains, freeze the rest."""

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
+from shared.io.adapter_settings import check_adapter, recordable
 
 
 class PeftAdapter:
@@ -26,6 +27,7 @@ class PeftAdapter:
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
+        self.seed = 0  # of the start; what is drawn there and not trained comes from it again
         # LoRA and kin keep a factor per adapter; what has none (OFT) can only be on or off
         self._scaling = [dict(getattr(m, "scaling", {})).get(peft_name) for m in self.layers]
 
@@ -35,8 +37,10 @@ class PeftAdapter:
     ) -> PeftAdapter:
         """Wrap the target modules of `component`, register the adapter under `name`; it starts frozen and active at 1.
 
-        Raises ValueError when nothing matches, and when a layer cannot be wrapped by this kind of adapter.
+        Raises ValueError when nothing matches, when a layer cannot be wrapped by this kind of adapter, and for settings
+        that no concept can keep: now, and not after the training.
         """
+        check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
         while peft_name in getattr(
@@ -61,6 +65,7 @@ class PeftAdapter:
                 _restore(model, wanted, active)
                 raise ValueError(f"cannot put {config.peft_type} on {component}: {error}") from None
         adapter = cls(model, component, slot, peft_name, config)
+        adapter.seed = seed
         for layer in adapter.layers:
             active[layer] = [*active.get(layer, []), peft_name]
         _restore(model, wanted, active)

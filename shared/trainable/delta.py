@@ -21,17 +21,20 @@ class DeltaAdapter:
     The original bytes are kept while any delta is there; at strength 0 and after `eject` they are back exactly.
     """
 
-    def __init__(self, backbone: Backbone, targets: Mapping[str, nn.Parameter], deltas: Mapping[str, Tensor]) -> None:
-        self.backbone, self.targets = backbone, dict(targets)
+    def __init__(
+        self, backbone: Backbone, slot: str, targets: Mapping[str, nn.Parameter], deltas: Mapping[str, Tensor]
+    ) -> None:
+        self.backbone, self.slot, self.targets = backbone, slot, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
         self.number = next(_count)  # sums keep the order of injection, so that what was switched off comes back exactly
 
     @classmethod
-    def inject(cls, backbone: Backbone, name: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
+    def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
         """Register the deltas under a concept's name; they act at once, at that name's strength.
 
         Args:
+            slot: which of the recipe's parts they are; several under one concept stay apart by it
             deltas: "{component}.{path of the parameter}" -> its change, in the parameter's shape
 
         Raises:
@@ -48,7 +51,7 @@ class DeltaAdapter:
                 raise ValueError(
                     f"changed weight {key!r} is {list(deltas[key].shape)}, this model has {list(parameter.shape)}"
                 )
-        adapter = cls(backbone, {k: p for k, p in targets.items() if p is not None}, deltas)
+        adapter = cls(backbone, slot, {k: p for k, p in targets.items() if p is not None}, deltas)
         backbone.add_adapter(name, adapter)
         return adapter
 

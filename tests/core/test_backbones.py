@@ -254,7 +254,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(backbone: Any, on: dict[str, fl
 def test_changed_weights_come_back_bit_for_bit(sd: StableDiffusionBackbone) -> None:
     weight = sd.denoiser.get_parameter("conv_in.weight")
     for name in "abc":
-        DeltaAdapter.inject(sd, name, {"unet.conv_in.weight": torch.randn_like(weight)})
+        DeltaAdapter.inject(sd, name, "weights", {"unet.conv_in.weight": torch.randn_like(weight)})
     before = weight.detach().clone()
     with sd.active({"b": 1.0}):
         assert not torch.equal(weight, before)

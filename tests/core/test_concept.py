@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.concept import Concept, attach, capture, detach, read, save
+from shared.concept import Concept, Provenance, attach, capture, detach, fits, read, save
 from shared.concept.concept_folder import with_fields
 from shared.modifiers import LearnableToken, RareToken
 from shared.trainable import Lora
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.delta import DeltaAdapter
+from shared.trainable.delta import DeltaAdapter, find_parameter
 
 PROMPT = "a photo of a <my-mug> on the beach"
 ROLES = ("cross_attention", "text_encoder")
@@ -48,7 +49,9 @@ def learned(backbone: Any, name: str = "my-mug", **settings: Any) -> Concept:
     for parameter in placeholder.parameters():
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     learn(backbone, name, **settings)
-    return capture(backbone, name, class_noun="mug", modifier=modifier, recipe={"method": "test", "seed": 7})
+    return capture(
+        backbone, name, Provenance(class_noun="mug", modifier=modifier, recipe={"method": "test", "seed": 7})
+    )
 
 
 def said(backbone: Any, name: str = "my-mug") -> str:
@@ -97,16 +100,18 @@ def test_everything_in_the_description_survives(new_sd: Callable[..., Any], tmp_
     concept = capture(
         backbone,
         "my-mug",
-        kind="identity",
-        class_noun="mug",
-        modifier=LearnableToken(vectors=2),
-        recipe={"subject": {"images": "/home/anna/photos"}, "backbone": "/models/sd", "seed": 7},
-        metrics={"clip_t": 0.31, "broken": float("nan")},
-        references=[picture],
-        ports=["cross_attention: the text stream"],
+        Provenance(
+            kind="identity",
+            class_noun="mug",
+            modifier=LearnableToken(vectors=2),
+            recipe={"subject": {"images": "/home/anna/photos"}, "backbone": "/models/sd", "seed": 7},
+            metrics={"clip_t": 0.31, "broken": float("nan")},
+            references=[picture],
+            ports=["cross_attention: the text stream"],
+        ),
     )
     again = read(save(concept, tmp_path / "c.concept").path or "")
-    assert again.meta.recipe == {"subject": {"images": "photos"}, "backbone": "/models/sd", "seed": 7}
+    assert again.meta.recipe == {"subject": {"images": "photos"}, "backbone": "sd", "seed": 7}
     assert again.meta.references[0].file == "IMG 1.jpg"
     assert again.meta.references[0].sha256 == hashlib.sha256(b"not opened").hexdigest()
     assert again.meta.metrics == {"clip_t": 0.31, "broken": None}
@@ -115,7 +120,8 @@ def test_everything_in_the_description_survives(new_sd: Callable[..., Any], tmp_
         7,
         ("cross_attention: the text stream",),
     )
-    assert again.meta.requires == ("text_encoder", "unet") and "torch" in again.meta.versions and again.meta.created
+    assert set(again.meta.layers) == {"text_encoder", "unet"} and again.meta.embeddings == {"text_encoder": 16}
+    assert "torch" in again.meta.versions and again.meta.created
     for kind, tensors in concept.tensors.items():
         assert all(torch.equal(again.tensors[kind][k], v) for k, v in tensors.items())
 
@@ -139,7 +145,7 @@ def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Pat
     backbone = new_sd()
     RareToken().attach(backbone, "my-mug", "mug")
     learn(backbone)
-    concept = capture(backbone, "my-mug", class_noun="mug", modifier=RareToken())
+    concept = capture(backbone, "my-mug", Provenance(class_noun="mug", modifier=RareToken()))
     save(concept, tmp_path / "c")
     fresh = new_sd()
     attach(read(tmp_path / "c"), fresh)
@@ -153,7 +159,7 @@ def test_dora_conv_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_p
     learn(backbone, "lora_x", "lora_A", roles=("self_attention", "conv"), rank=3)
     learn(backbone, "lora_x", "fine", roles=("cross_attention",), dora=True)
     learn(backbone, "lora_x", "both", roles=("attention",), rank=2)
-    save(capture(backbone, "lora_x", class_noun="mug", modifier=RareToken()), tmp_path / "c")
+    save(capture(backbone, "lora_x", Provenance(class_noun="mug", modifier=RareToken())), tmp_path / "c")
     fresh = new_sd()
     attach(read(tmp_path / "c"), fresh, 1.0)
     assert torch.equal(output(fresh), output(backbone))
@@ -165,8 +171,8 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
     weight = backbone.denoiser.get_parameter(key.partition(".")[2])
     original, change = weight.detach().clone(), torch.randn_like(weight)
-    DeltaAdapter.inject(backbone, "a", {key: change})
-    DeltaAdapter.inject(backbone, "b", {key: 2 * change})
+    DeltaAdapter.inject(backbone, "a", "weights", {key: change})
+    DeltaAdapter.inject(backbone, "b", "weights", {key: 2 * change})
     learn(backbone, "b")  # wraps the very layer
     assert torch.allclose(weight, original + 3 * change)
     with backbone.active({"b": 0.5}):
@@ -185,6 +191,30 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     assert traces(backbone) == before
 
 
+def test_two_adapters_of_one_kind_stay_two(new_sd: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = new_sd()
+    learn(backbone, slot="wide", rank=2, roles=("self_attention",), seed=1)
+    learn(backbone, slot="deep", rank=5, roles=("attention", "text_encoder"), seed=2)
+    shared, other = "unet.conv_in.bias", "text_encoder.embeddings.position_embedding.weight"
+    for slot, keys in {"one": (shared,), "two": (shared, other)}.items():
+        deltas = {k: torch.randn_like(find_parameter(backbone, k)) for k in keys}  # type: ignore[arg-type]
+        DeltaAdapter.inject(backbone, "my-mug", slot, deltas)
+    concept = capture(backbone, "my-mug")
+    again = read(save(concept, tmp_path / "c").path or "")
+    assert {s: c["unet"]["r"] for s, c in again.meta.adapters.items()} == {"wide": 2, "deep": 5}
+    assert again.meta.weights == {
+        "one": {"unet": ("conv_in.bias",)},
+        "two": {"unet": ("conv_in.bias",), "text_encoder": (other.partition(".")[2],)},
+    }
+    assert set(again.of("weights")) == {f"one.{shared}", f"two.{shared}", f"two.{other}"}
+    fresh = new_sd()
+    attach(again, fresh)
+    there = [(a.slot, a.state_dict()) for a in fresh.adapters["my-mug"]]
+    for adapter, (slot, state) in zip(backbone.adapters["my-mug"], there, strict=True):
+        assert adapter.slot == slot and all(torch.equal(v, state[k]) for k, v in adapter.state_dict().items())
+    assert torch.equal(output(fresh), output(backbone))
+
+
 # --- several concepts
 
 
@@ -194,7 +224,8 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
         LearnableToken().attach(backbone, name, "mug")
     learn(backbone, "run")
     both = [
-        capture(backbone, n, class_noun="mug", modifier=LearnableToken(), adapters_of="run") for n in ("cup", "pot")
+        capture(backbone, n, Provenance(class_noun="mug", modifier=LearnableToken()), adapters_of="run")
+        for n in ("cup", "pot")
     ]
     assert both[0].meta.adapter_id == both[1].meta.adapter_id
     expected = output(backbone)
@@ -250,28 +281,34 @@ def test_another_family_or_shape_is_refused_with_the_reason(
     new_sd: Callable[..., Any], new_flux: Callable[..., Any], make_tiny_sd: Callable[..., Any]
 ) -> None:
     concept = learned(new_sd())
-    head = r"another architecture of the family stable_diffusion \(tiny\), not that of \w+: "
+    small = _rebuilt(make_tiny_sd(), block_out_channels=(8, 16, 16))
+    shallow = _rebuilt(make_tiny_sd(), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     for other, reason in (
-        (new_flux(), r"learned on stable_diffusion \(tiny\), and this backbone is flux"),
         (
-            _rebuilt(make_tiny_sd(), block_out_channels=(8, 16, 16)),
-            head + r"its unet\.\S+ reads \[\d+\], here it reads",
+            new_flux(),
+            r"learned on stable_diffusion \(tiny\), and this backbone is flux \(tiny-flux\), which reads .* flux",
         ),
-        (
-            _rebuilt(make_tiny_sd(), layers_per_block=2),
-            head + r"its unet was UNet2DConditionModel with [\d,]+ parameters",
-        ),
-        (new_sd(linear=True), head + "layers of other names or shapes"),
+        (small, r"its unet\.down_blocks\.0\.\S+to_k is \[16, 16\], here it is \[8, 16\]"),
+        (shallow, r"4 of the 28 layers of unet that it changes are not here, such as down_blocks\.0\.attentions"),
     ):
+        assert re.search(reason, fits(concept, other) or "")
         before = traces(other)
         with pytest.raises(ValueError, match=reason):
             attach(concept, other)
         assert traces(other) == before
 
 
+def test_words_of_another_width_are_the_reason(new_sd: Callable[..., Any]) -> None:
+    concept, wide = learned(new_sd(), roles=("cross_attention",)), new_sd()
+    table = wide.components["text_encoder"].get_input_embeddings()
+    table.weight = torch.nn.Parameter(torch.zeros(len(table.weight), 24))
+    with pytest.raises(ValueError, match="its words have 16 values in text_encoder, and words here have 24"):
+        attach(concept, wide)
+
+
 def test_another_checkpoint_warns_and_works(new_sd: Callable[..., Any]) -> None:
     concept, other = learned(new_sd()), new_sd(seed=1)
-    with pytest.warns(UserWarning, match="another checkpoint of this architecture"):
+    with pytest.warns(UserWarning, match="another checkpoint of these layers"):
         attach(concept, other)
     assert "my-mug" in other.adapters
     with warnings.catch_warnings():
@@ -302,10 +339,14 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
         (lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}), r"embeddings are for \[\]"),
         (
-            lambda c: Concept(c.meta, {**c.tensors, "weights": {"unet.nowhere.weight": torch.ones(1)}}),
-            r"1 of 1 changed weights are not in this model",
+            lambda c: Concept(c.meta, {**c.tensors, "weights": {"w.unet.nowhere.weight": torch.ones(1)}}),
+            r"1 changed weights of 'my-mug' belong to no slot, for example 'w\.unet\.nowhere\.weight'",
         ),
-        (lambda c: Concept(with_fields(c.meta, requires=("text_encoder_2",)), c.tensors), "needs text_encoder_2"),
+        (lambda c: Concept(with_fields(c.meta, embeddings={"text_encoder_2": 16}), c.tensors), "needs text_encoder_2"),
+        (
+            lambda c: Concept(with_fields(c.meta, embeddings={"unet": 16}), c.tensors),
+            "it needs unet; this backbone has",
+        ),
         (lambda c: Concept(with_fields(c.meta, modifier={"kind": "magic"}), c.tensors), "unknown kind 'magic'"),
         (
             lambda c: Concept(
@@ -330,9 +371,15 @@ def test_modules_that_match_nothing_are_refused(new_sd: Callable[..., Any]) -> N
     concept, backbone = learned(new_sd()), new_sd()
     settings = {**concept.meta.adapters["lora"]["unet"], "target_modules": ["nowhere.to_q"]}
     text = concept.meta.adapters["lora"]["text_encoder"]
-    meta = with_fields(concept.meta, adapters={"lora": {"text_encoder": text, "unet": settings}})
+    adapters = {"lora": {"text_encoder": text, "unet": settings}}
+    with pytest.raises(ValueError, match=r"unet does not name 'nowhere\.to_q'"):
+        with_fields(concept.meta, adapters=adapters)
+    layers = {**concept.meta.layers, "unet": {**concept.meta.layers["unet"], "nowhere.to_q": (16, 16)}}
+    meta = with_fields(concept.meta, adapters=adapters, layers=layers)
     before = traces(backbone)
-    with pytest.raises(ValueError, match=r"cannot put .*LORA on unet"):
+    with pytest.raises(
+        ValueError, match=r"1 of the 29 layers of unet that it changes are not here, such as nowhere\.to_q"
+    ):
         attach(Concept(meta, concept.tensors), backbone)
     assert traces(backbone) == before
 
@@ -343,4 +390,4 @@ def test_nothing_attached_is_nothing_to_save(new_sd: Callable[..., Any]) -> None
         capture(backbone, "x")
     RareToken().attach(backbone, "x", "mug")
     with pytest.raises(ValueError, match="say which modifier"):
-        capture(backbone, "x")
+        capture(backbone, "x", Provenance(class_noun="mug"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.concept import Concept, as_json, capture, describe, lines, read, save
+from shared.concept import Concept, Provenance, as_json, capture, describe, lines, read, save
 from shared.modifiers import LearnableToken
 from shared.trainable import Lora
 
@@ -29,7 +30,7 @@ def learned(backbone: Any, name: str = "my-mug") -> Concept:
     modifier = LearnableToken(vectors=2)
     modifier.attach(backbone, name, "mug")
     Lora(roles=("cross_attention", "text_encoder"), rank=4).inject(backbone, name, "lora", 0)
-    return capture(backbone, name, class_noun="mug", modifier=modifier)
+    return capture(backbone, name, Provenance(class_noun="mug", modifier=modifier))
 
 
 class _Bomb:
@@ -152,7 +153,9 @@ def test_links_that_lead_out_are_not_followed(saved: Path, tmp_path: Path) -> No
     [
         ({"name": "../../etc"}, "name"),
         ({"name": ""}, "name"),
-        ({"schema_version": 2}, "schema version 2, this version reads 1: it was made by a newer version"),
+        ({"schema_version": 1}, r"concept\.json has schema 1: made by an older version; learn it again$"),
+        ({"schema_version": 3}, "has schema 3: made by a newer version; this one reads 2: update it"),
+        ({"schema_version": True}, "not a concept that this suite made"),
         ({"schema_version": None}, "not a concept that this suite made"),
         ({"kind": "virus"}, "kind: unknown value 'virus'"),
         ({"colour": 1}, "unknown key 'colour'"),
@@ -167,6 +170,22 @@ def test_links_that_lead_out_are_not_followed(saved: Path, tmp_path: Path) -> No
         ({"adapters": {"l": {"unet": {"peft_type": "LORA", "r": 10**9, "target_modules": ["a"]}}}}, "ranks must be"),
         ({"adapters": {"l": {"unet": {"peft_type": "LORA", "target_modules": "(a+)+$"}}}}, "names of modules"),
         ({"adapters": {"../x": {"unet": {}}}}, "adapters"),
+        (
+            {"adapters": {"l": {"unet": {"peft_type": "LORA", "r": 2, "bias": "all", "target_modules": ["a"]}}}},
+            "trains the base model's own biases",
+        ),
+        (
+            {"adapters": {"l": {"unet": {"peft_type": "LORA", "init_lora_weights": "pissa", "target_modules": []}}}},
+            "init_lora_weights='pissa' rewrites the base model's weights",
+        ),
+        (
+            {"adapters": {"l": {"unet": {"peft_type": "LORA", "rank_pattern": {"a": math.nan}, "target_modules": []}}}},
+            "l.unet.rank_pattern must be a number",
+        ),
+        ({"layers": {}}, r"layers: unet does not name 'down_blocks\.0\.\S+', which the concept touches"),
+        ({"layers": {"unet": {"x": "wide"}}}, r"layers\.unet\.x"),
+        ({"weights": {"w": {"unet": ["conv_in.bias"]}}}, r"layers: unet does not name 'conv_in\.bias'"),
+        ({"embeddings": {"text_encoder": "wide"}}, r"embeddings\.text_encoder = 'wide'"),
     ],
 )
 def test_descriptions_are_checked(saved: Path, changes: dict[str, Any], message: str) -> None:
@@ -175,7 +194,7 @@ def test_descriptions_are_checked(saved: Path, changes: dict[str, Any], message:
         read(saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\x00", '{"schema_version": 1}', "nan", "\ud800"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\x00", '{"schema_version": 2}', "nan", "\ud800"])
 def test_a_broken_description_is_refused(saved: Path, text: str) -> None:
     (saved / "concept.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(ValueError, match=r"concept\.json"):

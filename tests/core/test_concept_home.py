@@ -12,15 +12,21 @@ import torch
 
 from shared.backbones import load_backbone
 from shared.cli import build, run
-from shared.concept import capture, lines, load_backbone_of, read, save
+from shared.concept import Provenance, capture, lines, load_backbone_of, read, save
 from shared.modifiers import LearnableToken
 from shared.recipe.resolve import dump, load
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def learned(backbone: Any, **given: Any) -> Any:
     modifier = LearnableToken()
     modifier.attach(backbone, "x", "mug")
-    return capture(backbone, "x", class_noun="mug", modifier=modifier, **given)
+    return capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier, **given))
 
 
 def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
@@ -30,23 +36,63 @@ def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
     monkeypatch.chdir(tmp_path / "here")
     recipe = {"method": "x", "backbone": "./sd"}
     concept = read(save(learned(load_backbone("./sd"), recipe=recipe), tmp_path / "x.concept").path or "")
-    assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == str((tmp_path / "here" / "sd").resolve())
+    assert concept.meta.backbone.name == concept.meta.recipe["backbone"] == "sd"
+    assert str(tmp_path) not in (tmp_path / "x.concept" / "concept.json").read_text(), "it is made to be given away"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_backbone_of(concept).checkpoint == concept.meta.backbone.checkpoint
 
 
-def test_a_model_that_has_moved_is_asked_for(tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_has_moved_is_asked_for_once(
+    tiny_sd: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: Path
+) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
     concept = save(learned(load_backbone(tmp_path / "sd")), tmp_path / "x.concept")
     shutil.move(tmp_path / "sd", tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"the concept 'x' was learned on .*/sd: no model at .*--backbone PATH"):
+    asked = (
+        r"the concept 'x' was learned on sd \(stable_diffusion\), and that model is not known here\..*--backbone PATH"
+    )
+    with pytest.raises(ValueError, match=asked):
         load_backbone_of(concept)
-    assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
     arguments = ["concept", "export", str(tmp_path / "x.concept"), "--out", str(tmp_path / "out")]
     assert run(build(), arguments) == 2 and not (tmp_path / "out").exists()
     assert "the concept 'x' was learned on" in capsys.readouterr().err
-    assert run(build(), [*arguments, "--backbone", str(tmp_path / "moved")]) == 0
+    assert load_backbone_of(concept, str(tmp_path / "moved")).checkpoint == concept.meta.backbone.checkpoint
+    assert run(build(), arguments) == 0, "where it is now was said once"
+
+
+def test_an_index_that_is_damaged_or_cannot_be_written_is_no_error(
+    tiny_sd: Any, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_sd.save_pretrained(tmp_path / "sd")
+    own_cache.mkdir()
+    for text in ("{", "[]", '{"a": 1}', "\xff"):
+        (own_cache / "models.json").write_text(text, encoding="latin-1")
+        concept = learned(load_backbone(tmp_path / "sd"))
+        assert load_backbone_of(concept).name == str(tmp_path / "sd")
+    file = tmp_path / "a file"
+    file.write_text("where the cache is to be")
+    monkeypatch.setenv("PCS_CACHE", str(file / "cache"))
+    concept = learned(load_backbone(tmp_path / "sd"))
+    with pytest.raises(ValueError, match="not known here"):
+        load_backbone_of(concept)
+
+
+def test_what_a_concept_names_is_never_downloaded(
+    new_sd: Callable[..., Any], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client is replaced by one that fails the test: a concept from anywhere must not reach it."""
+    import huggingface_hub
+
+    for call in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("the hub was asked for a model"))
+    backbone = new_sd()
+    for name in ("owner/name", "nowhere", "https://example.org/model", "owner/name/more"):
+        backbone.name = name
+        concept = learned(backbone)
+        backbone.remove("x")
+        with pytest.raises(ValueError, match=rf"learned on {name} .*not known here.*--backbone PATH"):
+            load_backbone_of(concept)
 
 
 def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.backbones.flux import FluxBackbone
-from shared.concept import Concept, attach, capture, export
+from shared.concept import Concept, Provenance, attach, capture, export
 from shared.concept import diffusers_format as files
 from shared.modifiers import LearnableToken, PlainText
 from shared.trainable import Lora
@@ -37,7 +37,7 @@ def with_tokens(backbone: Any, vectors: int, name: str = "my-mug", **settings: A
 
 
 def taken(backbone: Any, modifier: Any = None, name: str = "my-mug") -> Concept:
-    concept = capture(backbone, name, class_noun="mug", modifier=modifier)
+    concept = capture(backbone, name, Provenance(class_noun="mug", modifier=modifier))
     backbone.remove(name)
     return concept
 
@@ -196,7 +196,7 @@ def _dora_shared(backbone: Any) -> None:
 
 def _weights(backbone: Any) -> None:
     learn(backbone)
-    DeltaAdapter.inject(backbone, "my-mug", {"unet.conv_in.bias": torch.ones(16)})
+    DeltaAdapter.inject(backbone, "my-mug", "weights", {"unet.conv_in.bias": torch.ones(16)})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_other_concepts_stay_out_of_it(new_sd: Callable[..., Any], tmp_path: Pat
     learn(backbone)
     concept = taken(backbone)
     learn(backbone, "another", roles=("attention", "text_encoder"))
-    DeltaAdapter.inject(backbone, "another", {"unet.conv_in.bias": torch.ones(16)})
+    DeltaAdapter.inject(backbone, "another", "weights", {"unet.conv_in.bias": torch.ones(16)})
     before = state(backbone)
     assert export(concept, tmp_path / "out", backbone=backbone)["checks"]["denoiser"]["ok"]
     assert state(backbone) == before

@@ -25,11 +25,9 @@ def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
         return backbone.predict(x, torch.tensor(300), backbone.encode(prompts))
 
 
-def test_fingerprint_is_of_the_shapes_and_checkpoint_of_the_weights(make_tiny_sd: Any, make_tiny_sd_v: Any) -> None:
+def test_checkpoint_is_of_the_weights(make_tiny_sd: Any) -> None:
     one, again, other = (StableDiffusionBackbone(make_tiny_sd(seed)) for seed in (0, 0, 1))
-    assert one.fingerprint == again.fingerprint == other.fingerprint
     assert one.checkpoint == again.checkpoint != other.checkpoint
-    assert StableDiffusionBackbone(make_tiny_sd_v()).fingerprint != one.fingerprint
     half = make_tiny_sd().to(torch.bfloat16)
     assert StableDiffusionBackbone(half).checkpoint == one.checkpoint  # the precision it is loaded in is no difference
 
@@ -40,7 +38,7 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
         pipe.save_pretrained(folder)
         loaded, own = load_backbone(folder), kind(copy.deepcopy(pipe))
         assert isinstance(loaded, kind) and loaded.name == str(folder)
-        assert (loaded.fingerprint, loaded.checkpoint) == (own.fingerprint, own.checkpoint)
+        assert loaded.checkpoint == own.checkpoint
         assert torch.allclose(predict(loaded), predict(own), atol=1e-5)
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 

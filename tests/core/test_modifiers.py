@@ -9,7 +9,7 @@ import torch
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.concept import attach, capture
+from shared.concept import Provenance, attach, capture
 from shared.modifiers import LearnableToken, PlainText, RareToken
 from shared.prompts import expand
 from shared.trainable import Tokens
@@ -70,7 +70,7 @@ def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(
 def test_one_token_is_no_warning_nor_is_a_concept_that_is_loaded(sd, make_tiny_flux):
     with pytest.warns(UserWarning):
         RareToken(token="qzw").attach(sd, "cup", "mug")
-    concept = capture(sd, "cup", class_noun="mug", modifier=RareToken(token="qzw"))
+    concept = capture(sd, "cup", Provenance(class_noun="mug", modifier=RareToken(token="qzw")))
     sd.remove("cup")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

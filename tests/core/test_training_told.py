@@ -162,11 +162,11 @@ def test_several_subjects_in_one_run_each_with_its_token(tiny, photos, tmp_path)
 
 def test_two_that_would_be_called_the_same_are_refused(tiny, photos, tmp_path):
     subjects = {"a": read_subject(photos, "mug"), "b": read_subject(photos, "mug")}
-    with pytest.raises(ValueError, match="'b' and 'a' would both be called 'sks mug'"):
+    with pytest.raises(ValueError, match="'b' and 'a' would be 'sks mug' and 'sks mug'"):
         finish(session(tiny(), small("dreambooth_lora"), photos, tmp_path / "run", subjects=subjects))
     backbone = tiny()
     RareToken().attach(backbone, "old", "mug")
-    with pytest.raises(ValueError, match="'mug' and 'old' would both be called 'sks mug'"):
+    with pytest.raises(ValueError, match="'mug' and 'old' would be 'sks mug' and 'sks mug'"):
         finish(session(backbone, small("dreambooth_lora"), photos, tmp_path / "run"))
     wordless = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.with_class_noun=false", "train.steps=1")
     finish(session(tiny(), wordless, photos, tmp_path / "two", subjects=two_subjects(photos)))

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from shared.concept import attach, capture, export, lines, read, save
+from shared.concept import Provenance, attach, capture, export, lines, read, save
 from shared.config import Part, default_kind
 from shared.io.read_subject import read_subject
 from shared.modifiers import Modifier
@@ -88,8 +88,8 @@ def trained(new_sd: Callable[..., Any], tmp_path: Path) -> Any:
 def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone, recipe = trained
     learned = predicted(backbone)
-    concept = capture(backbone, "mug", class_noun="mug", recipe=recipe)
-    assert concept.meta.requires == ("text_encoder",)
+    concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe))
+    assert concept.meta.embeddings == {"text_encoder": 16} and not concept.meta.layers
     assert len(concept.tensors["embeddings"]) == len(backbone.text_sites()) + 1
     loaded = read(save(concept, tmp_path / "mug.concept").path or "")
     fresh = new_sd()
@@ -104,7 +104,7 @@ def test_it_is_trained_saved_and_loaded(trained: Any, new_sd: Callable[..., Any]
 
 def test_what_cannot_be_done_with_it_is_said(trained: Any, new_sd: Callable[..., Any], tmp_path: Path) -> None:
     backbone, recipe = trained
-    concept = capture(backbone, "mug", class_noun="mug", recipe=recipe)
+    concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe))
     fresh = new_sd()
     with pytest.raises(ValueError, match="the concept 'mug': modifier: unknown kind 'per_site_and_time'"):
         attach(concept, fresh)

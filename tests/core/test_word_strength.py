@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.concept import Concept, attach, capture, export, read, save
+from shared.concept import Concept, Provenance, attach, capture, export, read, save
 from shared.concept.concept_folder import with_fields
 from shared.modifiers import LearnableToken, PlainText, RareToken
 from shared.modifiers.base import PlaceholderBase
@@ -30,7 +30,7 @@ def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: An
     if lora:
         for parameter in Lora(rank=2).inject(backbone, "x", "lora", 0).parameters:
             parameter.data += 0.2
-    concept = capture(backbone, "x", class_noun=noun, modifier=modifier, seed=5)
+    concept = capture(backbone, "x", Provenance(class_noun=noun, modifier=modifier, seed=5))
     backbone.remove("x")
     return concept
 
@@ -105,7 +105,7 @@ def test_an_older_concept_without_a_start_starts_from_this_model_s_words(new_sd:
 def test_words_that_learned_nothing_have_no_strength(new_sd: Callable[..., Any], modifier: Any) -> None:
     backbone = new_sd()
     modifier.attach(backbone, "x", "mug")
-    concept = capture(backbone, "x", class_noun="mug", modifier=modifier)
+    concept = capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier))
     backbone.remove("x")
     with pytest.raises(ValueError, match="'x' learned nothing that a strength could scale"):
         attach(concept, backbone, 0.5)

@@ -31,15 +31,81 @@ def test_no_concept_at_all(refused, tmp_path):
     assert "is not a concept" in refused("concept", "show", tmp_path / "x.concept")
 
 
-def test_a_concept_of_another_architecture(refused, concepts, make_tiny_sd_v, make_tiny_flux, tmp_path):
-    make_tiny_sd_v().save_pretrained(tmp_path / "other")
+def test_a_concept_of_other_layers(refused, concepts, make_tiny_sd, make_tiny_flux, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    pipe = make_tiny_sd()
+    blocks = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, "down_block_types": blocks})
+    pipe.save_pretrained(tmp_path / "other")
     make_tiny_flux().save_pretrained(tmp_path / "flux")
     generate = ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", tmp_path / "o", "--backbone")
     said = refused(*generate, tmp_path / "other")
-    assert "'mug' was learned on another architecture of the family stable_diffusion" in said
-    assert "layers of other names or shapes" in said
+    assert "'mug' does not fit" in said and "layers of unet that it changes are not here, such as down_blocks.0" in said
     said = refused(*generate, tmp_path / "flux")
-    assert "'mug' was learned on stable_diffusion" in said and "this backbone is flux" in said
+    assert "learned on stable_diffusion" in said and "this backbone is flux" in said
+
+
+def _described(concepts, tmp_path, change) -> Path:
+    folder = tmp_path / "mug.concept"
+    shutil.copytree(concepts["mug"], folder)
+    meta = json.loads((folder / "concept.json").read_text())
+    change(meta)
+    (folder / "concept.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m["recipe"].update(sampling=True), "recipe.sampling"),
+        (lambda m: m["recipe"]["sampling"].update(steps="x"), "recipe.sampling.steps = 'x'"),
+        (lambda m: m["metrics"].update(training_seconds=float("nan")), "metrics.training_seconds = nan"),
+        (lambda m: m.update(schema_version=1), "has schema 1: made by an older version; learn it again"),
+    ],
+    ids=["sampling", "steps", "metrics", "older"],
+)
+def test_a_description_that_is_not_usable_is_said_first(refused, concepts, tiny_folder, tmp_path, change, said):
+    folder = _described(concepts, tmp_path, change)
+    for command in (
+        ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o", "--backbone", tiny_folder),
+        ("image", "evaluate", "--concept", folder, "--out", tmp_path / "o", "--backbone", tiny_folder),
+        ("concept", "show", folder),
+    ):
+        error = refused(*command)
+        assert f"{folder / 'concept.json'}" in error and said in error
+
+
+def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    for call in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("the hub was asked for a model"))
+    folder = _described(concepts, tmp_path, lambda m: m["backbone"].update(name="owner/name", checkpoint="another"))
+    said = refused("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o")
+    assert "'mug' was learned on owner/name" in said and "--backbone PATH" in said
+
+
+def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
+    twin = tmp_path / "twin.concept"
+    shutil.copytree(concepts["rex"], twin)
+    meta = json.loads((twin / "concept.json").read_text())
+    (twin / "concept.json").write_text(json.dumps({**meta, "name": "twin"}))
+    both = ("--concept", concepts["rex"], "--concept", twin, "--backbone", tiny_folder)
+    said = refused("image", "generate", "a <rex> and a <twin>", *both, "--out", tmp_path / "o")
+    assert "'twin' and 'rex' cannot be loaded together" in said and "'sks dog' and 'sks dog'" in said
+
+
+def test_a_name_that_no_concept_can_have_is_refused_before_anything_is_learned(tiny_sd, photos, tmp_path):
+    from pcs_image.runner import Runner
+    from shared.backbones.stable_diffusion import StableDiffusionBackbone
+    from shared.io.read_subject import read_subject
+    from shared.recipe.resolve import load
+
+    runner = Runner(StableDiffusionBackbone(tiny_sd, "tiny"))
+    with pytest.raises(ValueError, match="cannot be called 'my mug'"):
+        runner.personalize({"my mug": read_subject(photos, "mug")}, load("textual_inversion"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 class Evil:

@@ -1,0 +1,30 @@
+"""Whether a model could tell two concepts apart by the words that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shared.backbones.protocol import Backbone, Placeholder
+
+
+def confusable(backbone: Backbone, a: Placeholder, b: Placeholder) -> bool:
+    """Whether every text encoder finds all of one's words in the other's: "sks mug" and "sks mug", or "mug" and
+    "sks mug". False where one of them is said without words."""
+    encoders = [c for c in backbone.components if c.startswith("text_encoder")]
+    return bool(encoders) and all(_within(_read(backbone, c, a), _read(backbone, c, b)) for c in encoders)
+
+
+def _read(backbone: Backbone, component: str, placeholder: Placeholder) -> list[str]:
+    """What a text encoder reads of the words: added tokens as they are, the rest in the pieces of its tokenizer."""
+    out: list[str] = []
+    for word in placeholder.words.split():
+        if word in placeholder.tokens:
+            out.append(word)
+        else:
+            out += [piece.casefold() for piece in backbone.word_pieces(component, word)]
+    return out
+
+
+def _within(a: Sequence[str], b: Sequence[str]) -> bool:
+    short, long = sorted((list(a), list(b)), key=len)
+    return bool(short) and any(long[i : i + len(short)] == short for i in range(len(long) - len(short) + 1))

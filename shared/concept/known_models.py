@@ -1,0 +1,49 @@
+"""Where models are on this machine, by what their weights are: concepts are given away, and do not say it.
+
+One file in the user's cache, `models.json`: checkpoint -> path. It may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shared.backbones.protocol import Backbone
+from shared.io.cache import cache_folder
+from shared.io.outputs import atomic_write
+
+_FILE = "models.json"
+_MOST = 1000  # entries; the oldest go first
+
+
+def remember(backbone: Backbone) -> None:
+    """Note where a model is that is a folder or file here. A cache that cannot be written is no error: the model is then
+    asked for."""
+    path = Path(backbone.name)
+    if not path.is_absolute() or not path.exists():
+        return
+    known = _read()
+    if known.get(backbone.checkpoint) == str(path):
+        return
+    known.pop(backbone.checkpoint, None)
+    known[backbone.checkpoint] = str(path)
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache_folder() / _FILE) as file:
+            file.write_text(json.dumps(dict(list(known.items())[-_MOST:]), indent=1), encoding="utf-8")
+    except OSError:
+        return
+
+
+def known_path(checkpoint: str) -> Path | None:
+    """Where a model with these weights was last seen, if it is still there."""
+    found = _read().get(checkpoint)
+    return Path(found) if found and Path(found).exists() else None
+
+
+def _read() -> dict[str, str]:
+    try:
+        data = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}

@@ -1,0 +1,80 @@
+"""What is used again of how a concept was learned, checked: the rest of its recipe is kept, and only shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
+
+from shared.config import validate
+
+
+def _nothing(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def _names(value: Any) -> Any:
+    given = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(name, str) for name in given):
+        raise ValueError("must be a folder's name, or a list of files' names")
+    return value
+
+
+class _Read(BaseModel):
+    """Other keys than these may stand there too: recipes of other packages have more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class LearnedSampling(_Read):
+    """How its pictures were made. None: the backbone's own."""
+
+    steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
+    guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
+    scheduler: StrictStr | None = None
+
+
+class LearnedSubject(_Read):
+    """Where its pictures were: a folder or files, by their last names."""
+
+    images: Annotated[Any, AfterValidator(_names)] = None
+
+
+class LearnedTrain(_Read):
+    steps: Annotated[StrictInt, Field(ge=0)] | None = None
+    batch_size: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class LearnedPhase(_Read):
+    train: Annotated[LearnedTrain, BeforeValidator(_nothing)] = LearnedTrain()
+
+
+class LearnedWith(_Read):
+    """The parts of a concept's recipe that somebody reads."""
+
+    method: StrictStr = ""
+    subject: LearnedSubject | None = None
+    subjects: Annotated[dict[str, LearnedSubject], BeforeValidator(_nothing)] = {}
+    train: Annotated[LearnedTrain, BeforeValidator(_nothing)] = LearnedTrain()
+    sampling: Annotated[LearnedSampling, BeforeValidator(_nothing)] = LearnedSampling()
+    phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
+
+    def folder_of(self, name: str) -> str | None:
+        """The folder that the pictures of `name` were in, by its last name; None where it was not one folder."""
+        subject = self.subject or self.subjects.get(name)
+        return subject.images if subject is not None and isinstance(subject.images, str) else None
+
+
+class _Metrics(_Read):
+    training_seconds: Annotated[FiniteFloat, Field(strict=True, ge=0)] | None = None
+
+
+class _Used(_Read):
+    recipe: LearnedWith
+    metrics: _Metrics
+
+
+def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
+    """The checked parts of a concept's description. ValueError naming `where` and the key when one is not usable."""
+    return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe
