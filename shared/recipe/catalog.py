@@ -38,7 +38,7 @@ def find(recipe: str, modality: str) -> Path:
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

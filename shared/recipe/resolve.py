@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shared.config import default_kinds, merge, parse_overrides, read_yaml, slots, validate
-from shared.recipe.catalog import config_folder, find, recipe_files
+from shared.config import default_kinds, merge, parse_overrides, slots, validate
+from shared.recipe.catalog import find
+from shared.recipe.inherit import Layer, read_layers
+from shared.recipe.overlay import mapping, overlay, unsaid
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
@@ -19,52 +21,47 @@ _ONCE = frozenset(
 )
 
 
-def overlay(backbone: str, data: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What `configs/overlays/toybox.yaml` adapts: steps and rates for the small world, in one place.
-
-    Its `common` part is for every recipe, `by_kind` for recipes (and phases) that have a part of that kind, `recipes`
-    for the shipped one of that name (`method`; "" for none).
-    """
-    file = config_folder() / "overlays" / "toybox.yaml"
-    if backbone != "toybox" or not file.is_file():
-        return {}
-    rules = read_yaml(file)
-    out = merge(merge({}, rules.get("common", {})), _by_kind(rules, data, {}))
-    for name, phase in _map(data.get("phases")).items():
-        if phase is not None:
-            out = merge(out, {"phases": {name: _by_kind(rules, _map(phase), data if not method else {})}})
-    return merge(out, rules.get("recipes", {}).get(method, {}))
-
-
-def _by_kind(rules: Mapping[str, Any], data: Mapping[str, Any], covered: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules for the parts of `data`, but for those that `covered` has and that have them from there."""
-    out: dict[str, Any] = {}
-    for slot, by_kind in rules.get("by_kind", {}).items():
-        for key, part in _map(data.get(slot)).items():
-            above = _map(_map(covered.get(slot)).get(key))
-            kind = part.get("kind", above.get("kind", key)) if isinstance(part, Mapping) else None
-            if kind in by_kind and not (above and kind == above.get("kind", key)):
-                out = merge(out, {slot: {key: {"kind": kind, **by_kind[kind]}}})
-    return out
-
-
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
-    """The resolved recipe. Order: a shipped file, the toybox's overlay (on the toybox only), a file of the user's own,
-    the user's `key=value`. The overlay adapts the parts that all of these together have.
+    """The resolved recipe. Order: shipped files (a `base` under what inherits from it), the toybox's overlay (on the
+    toybox only), files of the user's own, the user's `key=value`. The overlay adapts the parts that all of these
+    together have.
 
     Raises ValueError for an unknown recipe, a broken file, or a key or value that no part has.
     """
-    path = find(recipe, modality)
-    shipped = path.resolve() in {p.resolve() for p in recipe_files(modality).values()}
-    data, own = {"method": path.stem, **read_yaml(path)}, parse_overrides(overrides)
-    full = _lay(data, own, model)
-    rules = overlay(str(full.get("backbone", "toybox")), full, path.stem if shipped else "")
-    kinds = _kinds(model)
-    adapted = merge(full, rules, kinds)
-    resolved = validate(model, _lay(adapted, own, model) if shipped else merge(adapted, full, kinds), where=path.name)
-    for _ in expand_phases(resolved):  # a wrong key inside a phase is said now, not after an hour
-        pass
+    layers = read_layers(find(recipe, modality), modality)
+    own = parse_overrides(overrides)
+    full = _lay(_inherited(layers, model), own, model)
+    rules = overlay(str(full.get("backbone", "toybox")), full, [layer.name for layer in layers if layer.shipped])
+    said = [*(layer.data for layer in layers if not layer.shipped), own]
+    try:
+        resolved = validate(model, merge(full, unsaid(rules, said, full, _kinds(model)), _kinds(model)))
+        for _ in expand_phases(resolved):  # a wrong key inside a phase is said now, not after an hour
+            pass
+    except ValueError as error:
+        raise ValueError(_blamed(str(error), layers, model)) from None
     return resolved
+
+
+def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
+    """What the files say together: each outranks its base, phases included, as the command line outranks a file."""
+    data = dict(layers[0].data)
+    for layer in layers[1:]:
+        data = _lay({k: v for k, v in data.items() if k != "method"}, layer.data, model)
+    return {"method": layers[-1].name, **data}
+
+
+def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
+    """Each line of a message headed by the file that brought it: the first of the chain that is wrong in this way."""
+    heads: dict[str, str] = {}
+    for i, layer in enumerate(layers):
+        try:
+            for _ in expand_phases(validate(model, _inherited(layers[: i + 1], model))):
+                pass
+        except ValueError as error:
+            for line in str(error).splitlines():
+                heads.setdefault(line, layer.path.name)
+    last = layers[-1].path.name
+    return "\n".join(f"{heads.get(line, last)}: {line}" for line in message.splitlines())
 
 
 def _kinds(model: type[Recipe]) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def _outrank(
     A part that only phases have is changed only there; a part that a phase does not want stays away.
     """
     kept = data.get("phases") if own.get("phases", {}) is not None else None
-    phases = {name: dict(phase) for name, phase in _map(kept).items() if isinstance(phase, Mapping)}
+    phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}
     left = dict(own)
     for key in own.keys() - {"phases"}:
         if key not in parts or not isinstance(own[key], Mapping):
@@ -122,10 +119,10 @@ def _outrank(
                 phase[key] = merge(phase, {key: own[key]}, kinds)[key] if one else _replaced(phase[key], own[key])
             continue
         for name, part in own[key].items():
-            having = [p for p in phases.values() if _map(p.get(key)).get(name) is not None]
+            having = [p for p in phases.values() if mapping(p.get(key)).get(name) is not None]
             for phase in having:
                 phase[key] = merge(phase[key], {name: part})
-            if having and name not in _map(data.get(key)):
+            if having and name not in mapping(data.get(key)):
                 left[key] = {n: p for n, p in left[key].items() if n != name}
     return ({**data, "phases": {**data["phases"], **phases}} if phases else dict(data)), left
 
@@ -135,8 +132,3 @@ def _replaced(phase: Any, own: Any) -> Any:
     if not isinstance(phase, Mapping) or not isinstance(own, Mapping):
         return own
     return {k: _replaced(v, own[k]) if k in own else v for k, v in phase.items()}
-
-
-def _map(value: Any) -> Mapping[str, Any]:
-    """A mapping as it is; nothing of anything else (what is wrong there, validation says)."""
-    return value if isinstance(value, Mapping) else {}

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import shared.recipe.resolve
+import shared.recipe.overlay
 from shared.config import read_yaml, slots, validate
 from shared.recipe.catalog import Taxonomy, config_folder, recipe_files
-from shared.recipe.resolve import dump, expand_phases, load, overlay
+from shared.recipe.overlay import overlay
+from shared.recipe.resolve import dump, expand_phases, load
 from shared.recipe.schema import Recipe
 
 SHIPPED = sorted(recipe_files("image"))
@@ -163,13 +164,13 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     }
     (tmp_path / "overlays").mkdir()
     (tmp_path / "overlays" / "toybox.yaml").write_text(yaml.safe_dump(rules))
-    monkeypatch.setattr(shared.recipe.resolve, "config_folder", lambda: tmp_path)
+    monkeypatch.setattr(shared.recipe.overlay, "config_folder", lambda: tmp_path)
     said = "{a: {trainable: {t: {kind: tokens}}}, b: {train: {steps: 2}}}"
     text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + said
     recipe = own(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
     assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), "recipes: the shipped ones'"
-    assert overlay("toybox", read_yaml(tmp_path / "mine.yaml"), "mine")["train"] == {"steps": 7, "batch_size": 4}
+    assert overlay("toybox", read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {"steps": 7, "batch_size": 4}
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
     assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"

@@ -1,0 +1,133 @@
+"""`base:` in a recipe file: chains, what outranks what, errors; and the shipped recipes as the toybox has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.config import read_yaml, validate
+from shared.recipe.resolve import dump, expand_phases, load
+from shared.recipe.schema import Recipe
+
+ELSEWHERE = "backbone=some/folder"
+Own = Callable[..., Recipe]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Own:
+    """Writes recipe files by name and loads the first one."""
+
+    def make(files: dict[str, str], *overrides: str) -> Recipe:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return load(str(tmp_path / next(iter(files))), overrides)
+
+    return make
+
+
+# --- what the toybox's figures were made with -------------------------------------------------
+
+
+def _differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        missing = [f"{where}.{key} is gone" for key in expected if key not in found]
+        inside = [d for k, v in expected.items() if k in found for d in _differences(v, found[k], f"{where}.{k}")]
+        return missing + inside
+    return [] if expected == found else [f"{where}: {expected!r} became {found!r}"]
+
+
+@pytest.mark.parametrize("name", ["textual_inversion", "dreambooth_lora", "pivotal_tuning"])
+def test_on_the_toybox_the_first_three_are_what_the_readme_s_figures_were_made_with(name: str) -> None:
+    expected = read_yaml(Path(__file__).parent / "toybox_recipes.yaml")[name]
+    assert not _differences(expected, dump(load(name)))
+
+
+# --- inheriting -------------------------------------------------------------------------------
+
+
+def test_a_variant_says_only_what_differs(own: Own) -> None:
+    base = load("dreambooth_lora", [ELSEWHERE])
+    variant = own({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {dora: true}}\nseed: 3"}, ELSEWHERE)
+    lora = base.trainable["lora"].model_copy(update={"dora": True})
+    assert variant == base.model_copy(update={"method": "mine", "seed": 3, "trainable": {"lora": lora}})
+    assert "base" not in dump(variant) and validate(Recipe, yaml.safe_load(yaml.safe_dump(dump(variant)))) == variant
+
+
+def test_a_base_is_found_by_name_beside_the_file_and_in_the_home(
+    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "sub/leaf.yaml": "base: ../middle.yaml\ntrain: {steps: 3}",
+        "middle.yaml": "base: sub/root.yaml\ntrain: {steps: 2, batch_size: 2}\nname: between",
+        "sub/root.yaml": "base: textual_inversion\ntrain: {steps: 1, batch_size: 1, optimizer: {warmup: 5}}",
+    }
+    leaf = own(files, ELSEWHERE)
+    assert (leaf.method, leaf.name, leaf.title) == ("leaf", "between", "Textual Inversion")
+    assert (leaf.train.steps, leaf.train.batch_size, leaf.train.optimizer.warmup) == (3, 2, 5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert own({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
+
+
+def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(own: Own) -> None:
+    variant = own(
+        {
+            "mine.yaml": "base: dreambooth_lora\nsources: {class_pictures: null}\n"
+            "regularize: {prior: {kind: prior_prediction}}\nmodifier: {kind: learnable_token, vectors: 2}"
+        },
+        ELSEWHERE,
+    )
+    assert set(variant.sources) == {"references"} and variant.regularize["prior"].kind == "prior_prediction"
+    assert variant.modifier.kind == "learnable_token" and variant.modifier.vectors == 2
+    joined = own({"mine.yaml": "base: textual_inversion\nsources: {more: {kind: folder, images: x}}"}, ELSEWHERE)
+    assert set(joined.sources) == {"references", "more"}, "a part that a variant adds joins those there are"
+
+
+def test_a_variant_outranks_the_phases_of_its_base(own: Own) -> None:
+    """As the command line does: a setting that the phases have is not lost without a word."""
+    text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
+    pivot, tune = dict(expand_phases(own({"mine.yaml": text}, ELSEWHERE))).values()
+    assert (pivot.train.steps, tune.train.steps) == (7, 9)
+    assert set(pivot.trainable) == {"tokens"} and tune.trainable["lora"].rank == 2
+
+
+def test_the_overlay_lies_between_shipped_files_and_one_s_own(own: Own) -> None:
+    shipped = load("dreambooth_lora")
+    variant = own({"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"})
+    assert variant.trainable["lora"] == shipped.trainable["lora"], "the small world's rates"
+    assert variant.trainable["more"].lr == shipped.trainable["lora"].lr, "also of parts that a variant adds"
+    assert (variant.train.batch_size, variant.train.steps) == (2, shipped.train.steps)
+    assert own({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {lr: 0.5}}"}).trainable["lora"].lr == 0.5
+    faster = own({"mine.yaml": "base: pivotal_tuning\ntrainable: {lora: {lr: 0.5}}"})
+    assert dict(expand_phases(faster))["tune"].trainable["lora"].lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.yaml": "base: dreambooth_lra"}, "a.yaml: base = 'dreambooth_lra': unknown recipe.*'dreambooth_lora'"),
+        ({"a.yaml": "base: gone.yaml"}, "a.yaml: base = 'gone.yaml': recipe file .*gone.yaml does not exist"),
+        ({"a.yaml": "base: [x]"}, r"a.yaml: base = \['x'\]: give a recipe's name"),
+        ({"a.yaml": "base: a.yaml"}, "a.yaml: base = 'a.yaml': .*circle: a.yaml → a.yaml"),
+        (
+            {"a.yaml": "base: b.yaml", "b.yaml": "base: c.yaml", "c.yaml": "base: b.yaml"},
+            "c.yaml: base = 'b.yaml': .*circle: a.yaml → b.yaml → c.yaml → b.yaml",
+        ),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "trane: {}"}, "^b.yaml: recipe: unknown key 'trane'"),
+        ({"a.yaml": "base: b.yaml\ntrain: {stps: 3}", "b.yaml": "seed: 1"}, "^a.yaml: train: unknown key 'stps'"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "train: [1"}, "b.yaml is not readable YAML"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "phases: {one: {train: {stps: 3}}}"}, "^b.yaml: phases.one: train: unk"),
+    ],
+)
+def test_a_wrong_base_is_said_with_file_and_key(own: Own, files: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        own(files)
+
+
+def test_a_base_belongs_in_a_file(own: Own) -> None:
+    with pytest.raises(ValueError, match="unknown key 'base'"):
+        own({"a.yaml": "seed: 1"}, "base=dreambooth_lora")
