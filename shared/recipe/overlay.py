@@ -50,7 +50,7 @@ def unsaid(
     out = _unsaid({k: v for k, v in rules.items() if k != "phases"}, top, base)
     phases = mapping(full.get("phases"))
     for name, rule in mapping(rules.get("phases")).items():
-        if isinstance(phases.get(name, {}), Mapping):
+        if isinstance(phases.get(name), Mapping):
             own = [mapping(mapping(layer.get("phases")).get(name)) for layer in said]
             whole = merge(base, mapping(phases.get(name)), kinds)
             out = merge(out, {"phases": {name: _unsaid(rule, [*top, *own], whole)}})

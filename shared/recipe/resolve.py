@@ -9,6 +9,7 @@ from shared.config import default_kinds, merge, parse_overrides, slots, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
 from shared.recipe.overlay import mapping, overlay, unsaid
+from shared.recipe.phase_names import check_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
@@ -30,7 +31,9 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     """
     layers = read_layers(find(recipe, modality), modality)
     own = parse_overrides(overrides)
-    full = _lay(_inherited(layers, model), own, model)
+    files = _inherited(layers, model)
+    check_phases(own, files)
+    full = _lay(files, own, model)
     rules = overlay(str(full.get("backbone", "toybox")), full, [layer.name for layer in layers if layer.shipped])
     said = [*(layer.data for layer in layers if not layer.shipped), own]
     try:
@@ -46,6 +49,7 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
     """What the files say together: each outranks its base, phases included, as the command line outranks a file."""
     data = dict(layers[0].data)
     for layer in layers[1:]:
+        check_phases(layer.data, data, layer.path.name)
         data = _lay({k: v for k, v in data.items() if k != "method"}, layer.data, model)
     return {"method": layers[-1].name, **data}
 
@@ -73,7 +77,11 @@ def _lay(data: Mapping[str, Any], own: Mapping[str, Any], model: type[Recipe]) -
     """What the user says laid on a file, and on its phases; a part that the user adds joins those there are."""
     there = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
     there, left = _outrank(there, own, slots(model), default_kinds(model))
-    return merge(there, left, _kinds(model))
+    gone = [name for name, phase in mapping(own.get("phases")).items() if phase is None]
+    out = merge(there, left, _kinds(model))
+    if gone:
+        out["phases"] = {name: phase for name, phase in out["phases"].items() if name not in gone}
+    return out
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:

@@ -131,3 +131,31 @@ def test_a_wrong_base_is_said_with_file_and_key(own: Own, files: dict[str, str],
 def test_a_base_belongs_in_a_file(own: Own) -> None:
     with pytest.raises(ValueError, match="unknown key 'base'"):
         own({"a.yaml": "seed: 1"}, "base=dreambooth_lora")
+
+
+# --- which phases may be named ----------------------------------------------------------------
+
+
+def test_the_command_line_names_phases_that_there_are(own: Own) -> None:
+    with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase 'tokens'.*There are: pivot, tune\."):
+        load("pivotal_tuning", ["phases.tokens.train.steps=5"])
+    with pytest.raises(ValueError, match=r"phases\.tune: unknown phase 'tune'.*There are: none\."):
+        load("textual_inversion", ["phases.tune.train.steps=5"])
+    with pytest.raises(ValueError, match=r"phases\.tun: .*Did you mean 'tune'"):
+        own({"mine.yaml": "base: pivotal_tuning"}, "phases.tun.train.steps=5")
+    assert dict(expand_phases(load("pivotal_tuning", ["phases.tune.train.steps=5"])))["tune"].train.steps == 5
+
+
+def test_a_variant_adds_phases_that_say_what_they_do(own: Own) -> None:
+    more = "base: pivotal_tuning\nphases: {last: {trainable: {lora: {rank: 2}}, train: {steps: 1}}}"
+    assert list(dict(expand_phases(own({"mine.yaml": more})))) == ["pivot", "tune", "last"]
+    with pytest.raises(ValueError, match=r"mine\.yaml: phases\.tun: unknown phase 'tun'\. Did you mean 'tune'"):
+        own({"mine.yaml": "base: pivotal_tuning\nphases: {tun: {train: {steps: 5}}}"})
+    assert own({"mine.yaml": "phases: {any: {train: {steps: 5}}}"}).phases, "a file without a base defines its own"
+
+
+def test_null_takes_a_phase_away(own: Own) -> None:
+    assert set(own({"mine.yaml": "base: pivotal_tuning\nphases: {pivot: null}"}).phases) == {"tune"}
+    assert set(load("pivotal_tuning", ["phases.tune=null"]).phases) == {"pivot"}
+    with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase"):
+        load("pivotal_tuning", ["phases.tokens=null"])

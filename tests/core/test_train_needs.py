@@ -17,7 +17,7 @@ from shared.train.costs import Clock
 from shared.train.memory import Offloaded
 from shared.train.tune import Tune
 from shared.types import Step
-from tests.core.runs import finish, learned, predicted, same, sample, session, small, tuning
+from tests.core.runs import CLASS, finish, learned, predicted, same, sample, session, small, tuning
 
 # --- declared needs ----------------------------------------------------------------------------
 
@@ -113,7 +113,8 @@ def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_
 def test_a_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
     """The overlay of a phase may change the resolution; its class pictures follow."""
     settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
-    finish(session(tiny(), small("dreambooth_lora", *settings), photos, tmp_path / "run"))
+    (tmp_path / "own.yaml").write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}, b: {trainable: {}}}")
+    finish(session(tiny(), small(str(tmp_path / "own.yaml"), *CLASS, *settings), photos, tmp_path / "run"))
     from PIL import Image
 
     sizes = {Image.open(p).size for p in (tmp_path / "cache").rglob("*.png")}

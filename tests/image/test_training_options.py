@@ -170,7 +170,9 @@ def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_pat
 
 def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder, photos, tmp_path):
     small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
-    recipe = load("dreambooth_lora", [*TINY, *small, "phases.a.train.resolution=16"])
+    own = tmp_path / "own.yaml"
+    own.write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}}")
+    recipe = load(str(own), [*TINY, *small, "phases.a.train.resolution=16"])
     runner = ImageRunner(load_backbone(tiny_folder))
     runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     assert "mug" in runner.loaded
