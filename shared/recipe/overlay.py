@@ -3,39 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shared.config import merge, read_yaml
 from shared.recipe.catalog import config_folder
 
 
-def overlay(backbone: str, data: Mapping[str, Any], methods: Sequence[str]) -> dict[str, Any]:
-    """What `configs/overlays/toybox.yaml` adapts: steps and rates for the small world, in one place.
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one overlay file, for the recipes of one modality.
 
-    Its `common` part is for every recipe, `by_kind` for recipes (and phases) that have a part of that kind, `recipes`
-    for the shipped ones of these names (`methods`, a base first).
+    `common` lies under every recipe, `by_modality` under those of one, `by_trained` under what trains parts of a kind (the
+    first kind of the file that is trained: `alone` for a recipe without phases, `phase` for one phase of several), `by_kind`
+    under every part of that kind (or of `kind.type`), and `recipes` under the shipped ones of that name.
     """
-    file = config_folder() / "overlays" / "toybox.yaml"
-    if backbone != "toybox" or not file.is_file():
-        return {}
-    rules = read_yaml(file)
-    out = merge(merge({}, rules.get("common", {})), _by_kind(rules, data))
-    for name, phase in mapping(data.get("phases")).items():
-        if phase is not None:
-            out = merge(out, {"phases": {name: _by_kind(rules, mapping(phase))}})
-    for method in methods:
-        out = merge(out, rules.get("recipes", {}).get(method, {}))
-    return out
 
+    file: Mapping[str, Any]
+    modality: str
+    kinds: Mapping[str, Any]  # which kind is meant where none is said, as for `merge`
 
-def _by_kind(rules: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for slot, by_kind in rules.get("by_kind", {}).items():
-        for key, part in mapping(data.get(slot)).items():
-            kind = part.get("kind", key) if isinstance(part, Mapping) else None
-            if kind in by_kind:
-                out = merge(out, {slot: {key: {"kind": kind, **by_kind[kind]}}})
-    return out
+    @classmethod
+    def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any]) -> Rules:
+        """The rules of `configs/overlays/NAME.yaml`; none where there is no such file or no name."""
+        path = config_folder() / "overlays" / f"{name}.yaml"
+        return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds)
+
+    def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:
+        """What they change in the recipe `data`.
+
+        Args:
+            methods: the shipped recipes that it is or inherits from, a base first
+        """
+        phases = mapping(data.get("phases"))
+        out = merge(self.file.get("common", {}), mapping(self.file.get("by_modality", {}).get(self.modality)))
+        if not phases:
+            out = merge(out, self._by_trained(data, "alone"))
+        out = merge(out, self._by_kind(data))
+        base = {key: value for key, value in data.items() if key != "phases"}
+        for name, phase in phases.items():
+            trained = self._by_trained(merge(base, mapping(phase), self.kinds), "phase")
+            out = merge(out, {"phases": {name: merge(trained, self._by_kind(mapping(phase)))}})
+        for method in methods:
+            out = merge(out, mapping(self.file.get("recipes")).get(method, {}))
+        return out
+
+    def _by_kind(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for slot, rules in self.file.get("by_kind", {}).items():
+            for key, part in mapping(data.get(slot)).items():
+                if isinstance(part, Mapping):
+                    kind = str(part.get("kind", key))
+                    for name in (kind, f"{kind}.{part.get('type')}"):
+                        if name in rules:
+                            out = merge(out, {slot: {key: {"kind": kind, **rules[name]}}})
+        return out
+
+    def _by_trained(self, data: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+        task = data.get("task", "tune")
+        if (task.get("kind", "tune") if isinstance(task, Mapping) else task) != "tune":
+            return {}
+        parts = mapping(data.get("trainable"))
+        kinds = {part.get("kind", key) for key, part in parts.items() if isinstance(part, Mapping)}
+        found = (rules for kind, rules in self.file.get("by_trained", {}).items() if kind in kinds)
+        return mapping(next(found, {}).get(place))
 
 
 def unsaid(
@@ -50,7 +81,7 @@ def unsaid(
     out = _unsaid({k: v for k, v in rules.items() if k != "phases"}, top, base)
     phases = mapping(full.get("phases"))
     for name, rule in mapping(rules.get("phases")).items():
-        if isinstance(phases.get(name), Mapping):
+        if name in phases and isinstance(phases[name], Mapping | None):
             own = [mapping(mapping(layer.get("phases")).get(name)) for layer in said]
             whole = merge(base, mapping(phases.get(name)), kinds)
             out = merge(out, {"phases": {name: _unsaid(rule, [*top, *own], whole)}})

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from shared.config import default_kinds, merge, parse_overrides, slots, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
-from shared.recipe.overlay import mapping, overlay, unsaid
+from shared.recipe.overlay import Rules, mapping, unsaid
 from shared.recipe.phase_names import check_phases
 from shared.recipe.schema import Recipe
 
@@ -34,7 +34,8 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     files = _inherited(layers, model)
     check_phases(own, files)
     full = _lay(files, own, model)
-    rules = overlay(str(full.get("backbone", "toybox")), full, [layer.name for layer in layers if layer.shipped])
+    small = "toybox" if full.get("backbone", "toybox") == "toybox" else None
+    rules = Rules.read(small, modality, default_kinds(model)).of(full, [la.name for la in layers if la.shipped])
     said = [*(layer.data for layer in layers if not layer.shipped), own]
     try:
         resolved = validate(model, merge(full, unsaid(rules, said, full, _kinds(model)), _kinds(model)))

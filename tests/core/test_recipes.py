@@ -11,7 +11,7 @@ import yaml
 import shared.recipe.overlay
 from shared.config import read_yaml, slots, validate
 from shared.recipe.catalog import Taxonomy, config_folder, recipe_files
-from shared.recipe.overlay import overlay
+from shared.recipe.overlay import Rules
 from shared.recipe.resolve import dump, expand_phases, load
 from shared.recipe.schema import Recipe
 
@@ -170,7 +170,10 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     recipe = own(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
     assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), "recipes: the shipped ones'"
-    assert overlay("toybox", read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {"steps": 7, "batch_size": 4}
+    assert Rules.read("toybox", "image", {}).of(read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {
+        "steps": 7,
+        "batch_size": 4,
+    }
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
     assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"

@@ -1,0 +1,85 @@
+"""What the small world changes: rules by what is trained, by kind and by modality, for shipped files and one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.recipe.overlay import Rules, unsaid
+from shared.recipe.resolve import expand_phases, load
+from shared.recipe.schema import Recipe
+
+FILE = {
+    "common": {"train": {"batch_size": 3}},
+    "by_modality": {"image": {"train": {"resolution": 8}}, "video": {"train": {"resolution": 4}}},
+    "by_trained": {
+        "lora": {"alone": {"train": {"steps": 10}}, "phase": {"train": {"steps": 5}}},
+        "tokens": {"alone": {"train": {"steps": 20}}, "phase": {"train": {"steps": 2}}},
+    },
+    "by_kind": {"trainable": {"peft": {"lr": 0.1}, "peft.OFT": {"lr": 0.2}}},
+    "recipes": {"a": {"seed": 1}, "b": {"seed": 2}},
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., Recipe]:
+    def make(text: str, *overrides: str) -> Recipe:
+        (tmp_path / "mine.yaml").write_text(text)
+        return load(str(tmp_path / "mine.yaml"), overrides)
+
+    return make
+
+
+def rules(data: dict[str, Any], modality: str = "image", **more: Any) -> dict[str, Any]:
+    return Rules(FILE, modality, {}).of(data, **more)
+
+
+def test_how_long_follows_from_what_is_trained() -> None:
+    both = {"trainable": {"t": {"kind": "tokens"}, "lora": {}}}
+    assert rules(both)["train"]["steps"] == 10, "the first kind of the file counts"
+    assert rules({"trainable": {"t": {"kind": "tokens"}}})["train"]["steps"] == 20
+    assert "steps" not in rules({"trainable": {"x": {"kind": "svd"}}})["train"]
+    found = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
+    assert "steps" not in found["train"]
+    assert [found["phases"][name]["train"]["steps"] for name in "ab"] == [2, 5]
+
+
+def test_a_phase_that_does_not_tune_has_no_length() -> None:
+    found = rules({"trainable": {"lora": {}}, "phases": {"a": {"task": "generate"}, "b": {"task": {"kind": "tune"}}}})
+    assert "train" not in found["phases"]["a"] and found["phases"]["b"]["train"] == {"steps": 5}
+
+
+def test_each_medium_and_each_type_has_its_own() -> None:
+    assert rules({})["train"] == {"batch_size": 3, "resolution": 8}
+    assert rules({}, "video")["train"] == {"batch_size": 3, "resolution": 4}
+    assert rules({}, "3d")["train"] == {"batch_size": 3}
+    parts = rules({"trainable": {"x": {"kind": "peft", "type": "OFT"}, "peft": {"type": "LOKR"}}})["trainable"]
+    assert (parts["x"]["lr"], parts["peft"]["lr"]) == (0.2, 0.1)
+    assert rules({}, methods=["a", "b"])["seed"] == 2 and rules({}, methods=["b"])["seed"] == 2
+
+
+def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
+    said = [{"x": {"a": 1, "b": 2}}]
+    rule = {"x": {"a": 10, "b": 10, "c": 10}}
+    assert unsaid(rule, said, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
+    assert unsaid(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays, to be refused"
+    phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}
+    assert unsaid(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
+    assert unsaid(phased, said, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
+
+
+def test_a_file_of_one_s_own_gets_the_small_world_s_lengths_and_rates(own: Callable[..., Recipe]) -> None:
+    shipped = {name: load(name) for name in ("dreambooth_lora", "textual_inversion", "pivotal_tuning")}
+    lora, tokens = (
+        own("trainable: {lora: {rank: 2}}"),
+        own("trainable: {tokens: {}}\nmodifier: {kind: learnable_token}"),
+    )
+    assert lora.train == shipped["dreambooth_lora"].train and tokens.train == shipped["textual_inversion"].train
+    two = "modifier: {kind: learnable_token}\nphases: {a: {trainable: {tokens: {}}}, b: {trainable: {lora: {}}}}"
+    found, expected = (dict(expand_phases(r)) for r in (own(two), shipped["pivotal_tuning"]))
+    assert [p.train for p in found.values()] == [p.train for p in expected.values()]
+    assert own("trainable: {lora: {}}\ntrain: {steps: 7}").train.steps == 7
+    assert own("trainable: {lora: {}}\ntrain: {steps: 7}", "train.steps=9").train.steps == 9
