@@ -7,6 +7,15 @@ import typer
 app = typer.Typer(
     help="The recipes there are, in the taxonomy of the survey arXiv 2405.05538.", invoke_without_command=True
 )
+_COLUMNS = {
+    "modifier": "modifier",
+    "trains": "trains",
+    "prompt_engineering": "prompts",
+    "attention": "attention",
+    "mask": "masks",
+    "augmentation": "augmentation",
+    "regularization": "regularization",
+}
 
 
 @app.callback()
@@ -17,25 +26,16 @@ def methods(context: typer.Context) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shared.config import read_yaml, validate
-    from shared.recipe.catalog import Taxonomy, recipe_files
+    from shared.recipe.catalog import recipe_files
+    from shared.recipe.resolve import written
+    from shared.recipe.taxonomy import taxonomy_of
 
-    columns = ("recipe", "modifier", "trains", "prompts", "attention", "masks", "regularization")
     rows: dict[str, list[tuple[str, ...]]] = {}
     for modality in ("image", "video", "3d"):
-        for name, path in recipe_files(modality).items():
-            data = read_yaml(path)
-            where = validate(Taxonomy, data.get("taxonomy", {}), where=path.name)
-            row = (
-                name,
-                where.modifier,
-                where.trains,
-                where.prompt_engineering,
-                where.attention,
-                where.mask,
-                where.regularization,
-            )
-            rows.setdefault(f"{modality}: {where.scheme}", []).append(row)
+        for name in recipe_files(modality):
+            place = taxonomy_of(written(name, modality))
+            rows.setdefault(f"{modality}: {place.scheme}", []).append((name, *(getattr(place, k) for k in _COLUMNS)))
+    columns = ("recipe", *_COLUMNS.values())
     for heading, found in rows.items():
         used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in found)]
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=heading, title_justify="left")
@@ -49,7 +49,7 @@ def methods(context: typer.Context) -> None:
 
 @app.command()
 def show(
-    name: str,
+    name: str = typer.Argument(help="a recipe's name or a YAML file"),
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
     modality: str = typer.Option("image", help="image, video or 3d"),
 ) -> None:
@@ -57,5 +57,11 @@ def show(
     import yaml
 
     from shared.recipe.resolve import dump, load
+    from shared.recipe.taxonomy import taxonomy_of
 
-    print(yaml.safe_dump(dump(load(name, settings or [], modality)), sort_keys=False, allow_unicode=True, width=120))
+    recipe = load(name, settings or [], modality)
+    place = taxonomy_of(recipe)
+    for key, words in _COLUMNS.items():
+        if getattr(place, key):
+            print(f"# {words}: {getattr(place, key)}")
+    print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True, width=120))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from shared.masks.base import MaskPart
 class Box(MaskPart):
     """1 inside the smallest upright rectangle around the mask (above one half), `margin` pixels larger on each side."""
 
+    taxonomy: ClassVar[str] = "boxes as masks"
     kind: Literal["box"] = "box"
     margin: int = Field(default=0, ge=0)
 

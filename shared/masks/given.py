@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from shared.types import Example
 class Given(MaskPart):
     """Keeps masks, as they are or black and white at a threshold; with `require`, each reference must have one."""
 
+    taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"
     require: bool = False
     threshold: float | None = None  # in (0, 1): above it 1, else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ class Grow(MaskPart):
     Both in pixels of the training resolution.
     """
 
+    taxonomy: ClassVar[str] = "grown masks"
     kind: Literal["grow"] = "grow"
     by: int = Field(default=0, ge=-256, le=256)
     soften: float = Field(default=0.0, ge=0, le=256)

@@ -24,6 +24,10 @@ class LearnableToken(Part):
     init: str = ""  # words; "" is the class noun; "<rand>" is noise with the table's own spread
     with_class_noun: bool = False
 
+    @property
+    def taxonomy(self) -> str:
+        return "learnable token" if self.vectors == 1 else "learnable tokens"
+
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> LearnedPlaceholder:
         """Adds `<name>`, `<name>_1`, … to the tokenizers. ValueError when there is no word to start from."""
         init = self.init or class_noun

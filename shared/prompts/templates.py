@@ -48,6 +48,11 @@ class Templates(Part):
     templates: tuple[str, ...] = ()  # given: used instead of the set
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 
+    @property
+    def taxonomy(self) -> str:
+        one = len(self.templates or SETS[self.set]) == 1
+        return ("one template" if one else "template captions") + (", some empty" if self.drop else "")
+
     @model_validator(mode="after")
     def _has_place(self) -> Templates:
         for template in self.templates:

@@ -10,7 +10,11 @@ from shared.config import Part, unknown
 
 
 class Taxonomy(Part):
-    """Where a method stands in the survey (https://arxiv.org/abs/2405.05538)."""
+    """Where a method stands in the survey (https://arxiv.org/abs/2405.05538).
+
+    Recipes say the scheme and the concept; the rest follows from their parts (`shared.recipe.taxonomy`) unless they say
+    it in other words.
+    """
 
     scheme: Literal["test-time fine-tuning", "pre-trained adaptation"] = "test-time fine-tuning"
     concept: tuple[Literal["subject", "face", "style", "high-level semantics"], ...] = ("subject",)

@@ -46,6 +46,12 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     return resolved
 
 
+def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
+    """The recipe as its files say it, for models of full size: without any overlay. Raises ValueError as `load` does."""
+    layers = read_layers(find(recipe, modality), modality)
+    return validate(model, _inherited(layers, model), where=layers[-1].path.name)
+
+
 def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
     """What the files say together: each outranks its base, phases included, as the command line outranks a file."""
     data = dict(layers[0].data)

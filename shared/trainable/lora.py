@@ -23,6 +23,10 @@ class Lora(TrainablePart):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dora: bool = False  # magnitude and direction apart; the norm is treated as constant in backward
 
+    @property
+    def taxonomy(self) -> str:
+        return "DoRA" if self.dora else "LoRA"
+
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Inject into every component that the roles reach and unfreeze the new weights."""
         targets: dict[str, list[str]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ class Tokens(TrainablePart):
     """Train what the concept's modifier learns: its token rows. Every other row stays what it was, bit for bit,
     because the new rows never enter the table."""
 
+    taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
     lr: Rate = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

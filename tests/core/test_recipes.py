@@ -10,10 +10,11 @@ import yaml
 
 import shared.recipe.overlay
 from shared.config import read_yaml, slots, validate
-from shared.recipe.catalog import Taxonomy, config_folder, recipe_files
+from shared.recipe.catalog import config_folder, recipe_files
 from shared.recipe.overlay import Rules
-from shared.recipe.resolve import dump, expand_phases, load
+from shared.recipe.resolve import dump, expand_phases, load, written
 from shared.recipe.schema import Recipe
+from shared.recipe.taxonomy import taxonomy_of
 
 SHIPPED = sorted(recipe_files("image"))
 ELSEWHERE = "backbone=some/folder"
@@ -69,13 +70,36 @@ def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_links_its_papers_at_the_top_and_says_where_it_stands(name):
-    text = recipe_files("image")[name].read_text()
-    data = read_yaml(recipe_files("image")[name])
-    head = text[: text.index("title:")]
-    assert "https://" in head.splitlines()[0] + head.splitlines()[1]
-    assert data["papers"] and all(p in head for p in data["papers"])
-    place = validate(Taxonomy, data["taxonomy"])
-    assert place.modifier and place.trains and data["title"]
+    lines = recipe_files("image")[name].read_text().splitlines()
+    head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    data, recipe = read_yaml(recipe_files("image")[name]), written(name)
+    assert "https://" in "".join(head.splitlines()[:2]) and recipe.title
+    assert recipe.papers and all(p in head for p in data.get("papers", ()))
+    place = taxonomy_of(recipe)
+    assert place.modifier and place.trains
+
+
+def test_where_a_recipe_stands_follows_from_its_parts(own):
+    text = """
+taxonomy: {concept: [face], augmentation: in my own words}
+modifier: {kind: learnable_token, vectors: 3}
+prompts: {templates: ["a {concept}"], drop: 0.1}
+masks: {grow: {by: 2}}
+objective: {masked: true}
+augment: {random_resize: {}}
+phases:
+  first: {trainable: {tokens: {}}}
+  second:
+    trainable: {lora: {dora: true, roles: [cross_attention.kv]}}
+    prompts: {set: subject, templates: [], drop: 0.0}
+    regularize: {near: {kind: prior_prediction}}
+"""
+    place = taxonomy_of(own(text))
+    assert (place.scheme, place.concept, place.modifier) == ("test-time fine-tuning", ("face",), "learnable tokens")
+    assert place.trains == "token embeddings, then DoRA on cross-attention K/V"
+    assert place.prompt_engineering == "one template, some empty, template captions"
+    assert (place.mask, place.regularization) == ("grown masks, masked loss", "prior prediction")
+    assert place.augmentation == "in my own words", "what a file says in its own words stays"
 
 
 def test_what_the_recipes_are():

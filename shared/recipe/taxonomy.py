@@ -1,0 +1,66 @@
+"""Where a recipe stands in the survey (https://arxiv.org/abs/2405.05538), read off its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shared.recipe.catalog import Taxonomy
+from shared.recipe.resolve import expand_phases
+from shared.recipe.schema import Recipe
+
+_ROLES = {
+    frozenset({"self_attention", "cross_attention"}): "attention",
+    frozenset({"cross_attention.kv"}): "cross-attention K/V",
+}
+
+
+def taxonomy_of(recipe: Recipe) -> Taxonomy:
+    """The recipe's own `taxonomy`, with what it leaves open derived from the slots of all its phases."""
+    phases = [phase for _, phase in expand_phases(recipe)]
+    derived = {
+        "modifier": label(recipe.modifier),
+        "trains": ", then ".join(_once(trained for phase in phases if (trained := _trains(phase)))),
+        "prompt_engineering": _joined(label(phase.prompts) for phase in phases),
+        "attention": _joined(_attending(phase) for phase in phases),
+        "mask": _joined(_masks(phase) for phase in phases),
+        "augmentation": _joined(label(part) for phase in phases for part in phase.augment.values()),
+        "regularization": _joined(label(part) for phase in phases for part in phase.regularize.values()),
+    }
+    said = {key: value for key, value in recipe.taxonomy.model_dump().items() if value or key not in derived}
+    return Taxonomy(**{**derived, **said})
+
+
+def label(part: Any) -> str:
+    """What a part is called in a table: its own `taxonomy`, else its type or its kind in plain words."""
+    return getattr(part, "taxonomy", "") or getattr(part, "type", "") or str(part.kind).replace("_", " ")
+
+
+def _trains(phase: Recipe) -> str:
+    return " and ".join(_once(label(part) + _on(getattr(part, "roles", ())) for part in phase.trainable.values()))
+
+
+def _on(roles: Iterable[str]) -> str:
+    names = tuple(roles)
+    words = _ROLES.get(frozenset(names)) or ", ".join(n.replace("_", " ") for n in names)
+    return f" on {words}" if words else ""
+
+
+def _attending(phase: Recipe) -> str:
+    """Parts that watch attention (they need its maps), and those that change it, where a recipe has a slot for them."""
+    watching = [p for p in phase.regularize.values() if any("attention" in need for need in getattr(p, "needs", ()))]
+    edits: Mapping[str, Any] = getattr(phase, "attention", {})
+    return ", ".join(label(part) for part in [*watching, *edits.values()])
+
+
+def _masks(phase: Recipe) -> str:
+    loss = ["masked loss"] if getattr(phase.objective, "masked", None) else []
+    return ", ".join([*(label(part) for part in phase.masks.values()), *loss])
+
+
+def _joined(texts: Iterable[str]) -> str:
+    return ", ".join(_once(text for text in texts if text))
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
