@@ -16,6 +16,7 @@ from shared.backbones.module_roles import RoleSpec, resolve
 from shared.backbones.protocol import Adapter, Group, Placeholder, Site
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
+from shared.backbones.world import World
 from shared.types import Conditioning
 
 
@@ -36,6 +37,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
     default_guidance: float = 7.5
     default_steps: int = 50
     discrete_time: bool = True  # trained on whole timesteps
+    world: World | None = None
 
     def __init__(
         self,

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.backbones.world import World
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,6 +37,18 @@ FAMILIES: dict[str, Wrap] = {
 }
 GROUP = "pcs.families"  # entry points: diffusers' pipeline class = "module:function", a `Wrap`
 TOYBOX = "toybox"
+#: Models that come with a world of their own, by the name that a user gives.
+WORLDS: Mapping[str, World] = {
+    TOYBOX: World(
+        overlay="toybox",
+        prompts="toybox",
+        instruments="toybox",
+        side=64,
+        unseen="are not from the toybox, and the toybox has never seen the real world: what it paints will be toys. Give "
+        "backbone=PATH to a Stable Diffusion folder for real photos.",
+        find=("from shared.toybox.weights import backbone_path  # where the toybox's folder is", "backbone_path()"),
+    )
+}
 _UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # of no use here, and slow to load
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -66,6 +80,7 @@ def load_backbone(
         backbone = _from_hub(name, options)
     else:
         raise ValueError(f"no model at {name}: there is no such file or folder. {_families()}")
+    backbone.world = WORLDS.get(name)
     if name == TOYBOX:
         _toybox_defaults(backbone)
     return backbone.to(device=device) if device is not None else backbone  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.world import World
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]
@@ -114,6 +115,7 @@ class Backbone(Protocol):
     resolution: int  # default picture size in pixels
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
+    world: World | None  # a world of its own; None: the real one
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 

@@ -210,9 +210,9 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
     source = json.dumps(backbone.name)
-    if backbone.name == "toybox":
-        lines.append("from shared.toybox.weights import backbone_path  # where the toybox's folder is")
-        source = "backbone_path()"
+    if backbone.world is not None:
+        found, source = backbone.world.find
+        lines.append(found)
     lines.append(f"pipe = {pipeline}.from_pretrained({source})")
     if written.get("lora"):
         lines.append(f'pipe.load_lora_weights("{{folder}}", weight_name="{LORA_FILE}")')

@@ -45,6 +45,7 @@ class Case:
     concept: Path | None = None  # its folder, for the size on disk
     recipe: str = ""
     backbone: str = ""
+    toy: bool = False  # made by a model of a world of its own
     training_seconds: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -232,7 +233,7 @@ def _about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, An
         "recipe": case.recipe,
         "backbone": case.backbone,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "toybox": instruments.toybox or case.backbone == "toybox",
+        "toybox": instruments.toybox or case.toy,
         "gallery": list(case.gallery or {}),
         "copy_limits": {"pixel": limits.pixel, "embed": limits.embed, "calibrated_on": float(limits.calibrated_on)},
         "metadata": dict(case.metadata),

@@ -19,6 +19,7 @@ from shared.metrics.scorer import fill
 from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
+REAL = "dreambench"  # the set for models of the real world
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
 )
@@ -80,7 +81,7 @@ class PromptSet(Part):
 
 def prompt_sets() -> tuple[str, ...]:
     """The names of the shipped sets; `dreambench` stands for whichever of its two fits the class noun."""
-    return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml")} | {"dreambench"}))
+    return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml")} | {REAL}))
 
 
 def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
@@ -89,7 +90,7 @@ def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
     ValueError: an unknown set (with the choices), an empty file, a prompt without `{concept}`.
     """
     text = str(name)
-    if text == "dreambench":
+    if text == REAL:
         text = "dreambench_live" if class_noun.split(" ")[-1].lower() in LIVE_CLASSES else "dreambench_objects"
     shipped = FOLDER / f"{text}.yaml"
     if text in prompt_sets() and shipped.is_file():

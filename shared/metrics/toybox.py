@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def load_toybox() -> Instruments:
         ToyboxIdentity(load_identity(), who),
         ToyboxReader(load_recognizer(), what),
     )
+
+
+def toybox_look_alikes(files: Sequence[Path]) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+    """The look-alikes of the held-out thing that an album shows, and new renders of it; None twice for other pictures."""
+    from shared.toybox import reference_sets
+
+    known = reference_sets.shown_in(files)
+    return (reference_sets.gallery(known), reference_sets.fresh(known)) if known else (None, None)
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from shared.backbones.load import WORLDS
 from shared.config import default_kinds, merge, parse_overrides, slots, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
@@ -34,8 +35,10 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     files = _inherited(layers, model)
     check_phases(own, files)
     full = _lay(files, own, model)
-    small = "toybox" if full.get("backbone", "toybox") == "toybox" else None
-    rules = Rules.read(small, modality, default_kinds(model)).of(full, [la.name for la in layers if la.shipped])
+    world = WORLDS.get(str(full.get("backbone", model.model_fields["backbone"].default)))
+    rules = Rules.read(world and world.overlay, modality, default_kinds(model)).of(
+        full, [la.name for la in layers if la.shipped]
+    )
     said = [*(layer.data for layer in layers if not layer.shipped), own]
     try:
         resolved = validate(model, merge(full, unsaid(rules, said, full, _kinds(model)), _kinds(model)))

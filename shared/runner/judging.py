@@ -15,12 +15,12 @@ from shared.backbones import Backbone
 from shared.concept import Concept
 from shared.config import unknown
 from shared.evaluation.evaluate import Case, evaluate
-from shared.evaluation.prompt_sets import load_prompts
+from shared.evaluation.prompt_sets import REAL, load_prompts
 from shared.io.decode import read_picture
 from shared.io.files import sha256
 from shared.io.pictures import resize
 from shared.io.read_subject import read_subject
-from shared.metrics.instruments import load_instruments
+from shared.metrics.instruments import load_instruments, look_alikes
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
 from shared.recipe.resolve import expand_phases
@@ -28,7 +28,6 @@ from shared.runner.loaded import Loaded, Painter
 from shared.runner.plan import Plan
 from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
 from shared.sampling.settings import SamplingSettings
-from shared.toybox import reference_sets as album
 from shared.types import Subject
 
 
@@ -48,7 +47,7 @@ def training_scorers(
     checkpoint must not be what it is judged by.
     """
     check_folders(clip, dino)
-    toybox = backbone.name == "toybox"
+    own = backbone.world and backbone.world.instruments
     phases = [p for _, p in expand_phases(planned.recipe)]
     if not any(p.train.validation.every or p.task.needs_scores for p in phases):
         if clip or dino:
@@ -58,14 +57,14 @@ def training_scorers(
                 stacklevel=2,
             )
         return None
-    if not (toybox or clip or dino):
+    if not (own or clip or dino):
         warnings.warn(
             "pictures are made while training (train.validation.every), but nothing can score them, so the last state "
             "is kept, not the best: give --clip FOLDER or --dino FOLDER",
             stacklevel=2,
         )
         return None
-    instruments = load_instruments(clip, dino, toybox, str(backbone.device))
+    instruments = load_instruments(clip, dino, own, str(backbone.device))
     out = {}
     for name, subject in planned.subjects.items():
         out[name] = Scorer(
@@ -75,14 +74,16 @@ def training_scorers(
             name,
             None,
             None,
-            _expectations(planned, subject.class_noun),
+            _expectations(planned, backbone, subject.class_noun),
         )
     return out
 
 
-def _expectations(planned: Plan, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """What the toybox's recognizer should see in the validation prompts that are also in its prompt set."""
-    known = {p.plain(class_noun): p.expects for p in load_prompts("toybox").prompts}
+def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
+    """What a recognizer should see in the validation prompts that are also in the prompt set of the backbone's world."""
+    if backbone.world is None:
+        return {}
+    known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
     prompts = [p for _, phase in expand_phases(planned.recipe) for p in phase.train.validation.prompts]
     said = [p.replace("{concept}", class_noun) for p in prompts]
     return {p: known[p] for p in said if p in known}
@@ -124,18 +125,18 @@ def evaluate_loaded(
         raise ValueError(f"there is no concept {unknown(name, list(runner.loaded), 'concept')}")
     check_folders(settings.clip, settings.dino)
     loaded, backbone = runner.loaded[name], runner.backbone
-    toybox = backbone.name == "toybox"
+    world = backbone.world
     learned, asked = loaded.concept.meta.learned_with.sampling, settings.sampling
     own = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
     sampling = replace(asked, **own)
-    chosen = load_prompts(settings.prompts or ("toybox" if toybox else "dreambench"), loaded.concept.meta.class_noun)
+    chosen = load_prompts(settings.prompts or (world.prompts if world else REAL), loaded.concept.meta.class_noun)
     return evaluate(
         lambda texts, numbers: runner.generate(texts, numbers, sampling, must_name=False),
         lambda texts, numbers: runner.generate(texts, numbers, sampling, base=True),
         _case(runner, loaded, settings),
         chosen.first(settings.limit),
         seeds=list(settings.seeds),
-        instruments=load_instruments(settings.clip, settings.dino, toybox, str(backbone.device)),
+        instruments=load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
         out=settings.out,
         overwrite=settings.overwrite,
         progress=progress,
@@ -147,18 +148,19 @@ def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
     subject = subject or find_references(concept, path, folder)
-    known = album.shown_in(subject.images)
+    others, fresh = look_alikes(subject.images)
     side = runner.backbone.resolution
     return Case(
         name=concept.meta.name,
         class_noun=concept.meta.class_noun,
         references=references(subject, side),
-        gallery=_gallery(gallery, side) if gallery else album.gallery(known) if known else None,
-        fresh=album.fresh(known) if known else None,
+        gallery=_gallery(gallery, side) if gallery else others,
+        fresh=fresh,
         through=lambda pixels: _round_trip(runner.backbone, pixels),
         concept=path,
         recipe=concept.meta.learned_with.method,
         backbone=runner.backbone.name,
+        toy=runner.backbone.world is not None,
         training_seconds=concept.meta.metrics.get("training_seconds"),
         metadata=json.loads(concept.meta.model_dump_json(exclude={"recipe"})),
     )

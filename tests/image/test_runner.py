@@ -15,6 +15,7 @@ from torch import Tensor
 from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
 from shared.backbones.flux import FluxBackbone
+from shared.backbones.load import WORLDS
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import export, read, save
 from shared.io.contact_sheets import read_metadata, to_image
@@ -345,6 +346,7 @@ def test_what_was_left_to_the_backbone_is_said_too(tiny_folder):
 
 def test_photos_on_the_toybox_are_taken_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
+    toybox.world = WORLDS["toybox"]
     with pytest.warns(UserWarning, match="has never seen the real world") as told:
         warn_unseen(toybox, {"mug": read_subject(photos, "mug")})
     assert len(told) == 1
