@@ -227,6 +227,10 @@ class Backbone(Protocol):
         """The attention layers, in the order of the forward pass."""
         ...
 
+    def text_sites(self) -> tuple[str, ...]:
+        """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
+        ...
+
     # what is attached, by concept name
     def add_placeholder(self, placeholder: Placeholder) -> None:
         """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""

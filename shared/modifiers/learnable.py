@@ -1,8 +1,9 @@
-"""New tokens whose input embeddings are learned (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
+"""New tokens whose input embeddings are learned (Textual Inversion, https://arxiv.org/abs/2208.01618), also apart for each
+attention layer (P+, https://arxiv.org/abs/2303.09522)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -17,23 +18,37 @@ from shared.modifiers.base import PlaceholderBase, spoken
 class LearnableToken(Part):
     """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given).
 
-    Words of more sub-tokens than there are vectors start as their means."""
+    Words of more sub-tokens than there are vectors start as their means. With `per: layer` each cross-attention layer
+    reads the whole prompt with rows of its own (P+, section 3.2): one run of the text encoder per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     init: str = ""  # words; "" is the class noun; "<rand>" is noise with the table's own spread
     with_class_noun: bool = False
+    per: Literal["layer"] | None = None  # None: the same rows for all layers
 
     @property
     def taxonomy(self) -> str:
-        return "learnable token" if self.vectors == 1 else "learnable tokens"
+        return ("learnable token" if self.vectors == 1 else "learnable tokens") + (
+            f" per {self.per}" if self.per else ""
+        )
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> LearnedPlaceholder:
-        """Adds `<name>`, `<name>_1`, … to the tokenizers. ValueError when there is no word to start from."""
+        """Adds `<name>`, `<name>_1`, … to the tokenizers.
+
+        Raises:
+            ValueError: there is no word to start from, or rows per layer are asked of a model without cross-attention
+        """
         init = self.init or class_noun
         if not init:
             raise ValueError(
                 "modifier.init is empty and there is no class noun: give subject.class_noun or modifier.init"
+            )
+        sites = backbone.text_sites()
+        if self.per and not sites:
+            raise ValueError(
+                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers, its text and picture attend "
+                "jointly: leave modifier.per out"
             )
         tokens = tuple(f"<{name}>" + (f"_{i}" if i else "") for i in range(self.vectors))
         start = {
@@ -42,7 +57,12 @@ class LearnableToken(Part):
             if component.startswith("text_encoder")
         }
         words = spoken(" ".join(tokens), class_noun, self.with_class_noun)
-        placeholder = LearnedPlaceholder(name, words, tokens, {c: v.to(backbone.device) for c, v in start.items()})
+        start = {component: rows.to(backbone.device) for component, rows in start.items()}
+        placeholder = (
+            LayeredPlaceholder(name, words, tokens, start, sites)
+            if self.per
+            else LearnedPlaceholder(name, words, tokens, start)
+        )
         backbone.add_placeholder(placeholder)
         return placeholder
 
@@ -57,7 +77,7 @@ class LearnedPlaceholder(PlaceholderBase):
         super().__init__(name, words)
         self.tokens, self.components = tokens, tuple(start)
         self.start = {c: v.detach().clone() for c, v in start.items()}
-        self.table = nn.ParameterDict({c: nn.Parameter(v.clone(), requires_grad=False) for c, v in start.items()})
+        self.table = {c: nn.Parameter(v.clone(), requires_grad=False) for c, v in start.items()}
         self.strength = 1.0
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
@@ -72,7 +92,7 @@ class LearnedPlaceholder(PlaceholderBase):
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """component -> what was learned, [n, d]."""
+        """component (for rows per layer, component and layer) -> what was learned, [n, d]."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -87,12 +107,41 @@ class LearnedPlaceholder(PlaceholderBase):
 
     def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
         if set(state) != set(into):
-            raise ValueError(f"{what} are for {sorted(state)}, this model's text encoders are {sorted(into)}")
+            raise ValueError(f"{what} are for {_some(state)}, this model's are {_some(into)}")
         for component, rows in state.items():
             if rows.shape != into[component].shape:
                 here = list(into[component].shape)
                 raise ValueError(f"{what} of {component} are {list(rows.shape)}, this model needs {here}")
             into[component].copy_(rows)
+
+
+class LayeredPlaceholder(LearnedPlaceholder):
+    """Rows for each attention layer, all started alike, so that the start is that of rows for all layers.
+
+    Args:
+        start: text encoder -> [n, d]
+        sites: the cross-attention layers
+    """
+
+    varies_with = frozenset({"site"})
+
+    def __init__(
+        self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor], sites: tuple[str, ...]
+    ) -> None:
+        super().__init__(name, words, tokens, {f"{c}.{site}": rows for c, rows in start.items() for site in sites})
+        self.components, self.sites = tuple(start), sites
+
+    def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
+        """[n, d] of one layer; their mean for what is no layer's (a pooled text embedding)."""
+        if site is not None:
+            return super().embeddings(f"{component}.{site}", t, site)
+        rows = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
+        return torch.stack([r for r in rows if r is not None]).mean(0)
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
