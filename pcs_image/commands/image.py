@@ -148,7 +148,9 @@ def evaluate(
 
 @app.command()
 def benchmark(
-    recipes: list[str] = typer.Argument(None, help="recipes to compare; default: all"),
+    recipes: list[str] = typer.Argument(
+        None, help="recipes to compare, by name or as YAML files; default: all shipped"
+    ),
     split: str = typer.Option("development", help="development while working; reporting once, at the end"),
     subjects: int = typer.Option(4, min=1, help="how many of the split's subjects"),
     limit: int = typer.Option(10, min=1, help="prompts"),
@@ -159,9 +161,10 @@ def benchmark(
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
     from pcs_image.runner import ImageRunner
-    from shared.benchmark.toybox import run
+    from shared.benchmark.toybox import BenchmarkSettings, run
 
-    found = run(ImageRunner, recipes or None, split, subjects, limit, num, out, device, given)
+    settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(given))
+    found = run(ImageRunner, recipes or [], settings)
     print(found.markdown())
     if found.failures:
         lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in found.failures.items()]

@@ -10,6 +10,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.benchmark.aggregate import Goal, aggregate
@@ -20,47 +21,54 @@ from shared.metrics.report import Report
 Run = Callable[[str, str, Path], Report]
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Which cells there are, and what a kept one must have been made with."""
+
+    recipes: Mapping[str, object]  # what the table calls each -> what it says, resolved
+    subjects: Sequence[str]
+    prompts: str
+    seeds: Sequence[int]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    goal: Goal = field(default_factory=Goal)
+
+    def __post_init__(self) -> None:
+        if not self.recipes or not self.subjects or not self.seeds:
+            raise ValueError("a comparison needs at least one recipe, one subject and one seed")
+        for what, given in (("recipes", self.recipes), ("subjects", self.subjects)):
+            if len({_slug(n) for n in given}) != len(given):
+                raise ValueError(f"{what}: two of {', '.join(given)} would share a folder")
+
+
 def benchmark(
     run: Run,
-    recipes: Sequence[str],
-    subjects: Sequence[str],
-    prompts: str,
-    seeds: Sequence[int],
+    experiment: Experiment,
     out: Path | str,
     *,
-    settings: Mapping[str, object] | None = None,
-    contents: Mapping[str, object] | None = None,
-    goal: Goal = Goal(),
     retry: bool = True,
     progress: Callable[[str, str, str], None] | None = None,
 ) -> Comparison:
     """Runs `run(recipe, subject, workdir) -> Report` for every cell that is not on disk, and writes the comparison to
     `out`.
 
-    prompts, seeds, settings and the recipe's own entry of `contents` (what it says, resolved) are the cell's key: with
-    others, a kept cell does not count, and is an error here rather than a mix of two experiments. A cell that raises is
-    kept as failed, said so in every table, and run again next time (`retry`). progress: called with (recipe, subject,
-    "kept" | "start" | "done" | "failed: …").
+    Prompts, seeds, settings and what the recipe says are the cell's key: with others, a kept cell does not count, and is
+    an error here rather than a mix of two experiments. A cell that raises is kept as failed, said so in every table, and
+    run again next time (`retry`). progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
     """
-    if not recipes or not subjects or not seeds:
-        raise ValueError("a comparison needs at least one recipe, one subject and one seed")
-    for what, given in (("recipes", recipes), ("subjects", subjects)):
-        if len({_slug(n) for n in given}) != len(given):
-            raise ValueError(f"{what}: two of {', '.join(given)} would share a folder")
-    shared = {"prompts": prompts, "seeds": list(seeds), "settings": dict(settings or {})}
+    shared = {"prompts": experiment.prompts, "seeds": list(experiment.seeds), "settings": dict(experiment.settings)}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda *_: None)
     reports, failures = {}, {}
-    for recipe in recipes:
-        key = {**shared, "recipe": (contents or {}).get(recipe)}
-        for subject in subjects:
+    for recipe, content in experiment.recipes.items():
+        key = {**shared, "recipe": content}
+        for subject in experiment.subjects:
             found = _cell_report(run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell)
             if isinstance(found, Report):
                 reports[recipe, subject] = found
             else:
                 failures[recipe, subject] = found
-    comparison = compare(reports, failures, goal)
+    comparison = compare(reports, failures, experiment.goal)
     write_text(out / "comparison.md", comparison.markdown())
     write_text(out / "comparison.csv", comparison.csv())
     write_text(out / "index.html", comparison.html())
@@ -134,8 +142,5 @@ def compare(
 
 
 def _slug(name: str) -> str:
-    """A folder name for a recipe (which may be a path) or a subject."""
-    return (
-        re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).stem if name.endswith((".yaml", ".yml")) else name).strip("._")
-        or "_"
-    )
+    """A folder name for a recipe or a subject."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "_"

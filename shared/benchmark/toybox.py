@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.backbones import load_backbone
 from shared.benchmark.aggregate import Goal
-from shared.benchmark.compare import benchmark
+from shared.benchmark.compare import Experiment, benchmark
 from shared.benchmark.comparison import Comparison
 from shared.concept import read
 from shared.config import unknown
@@ -31,53 +32,61 @@ _PLACES = ("subject", "output", "backbone")
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
 
 
-def run(
-    kind: type[Runner],
-    recipes: Sequence[str] | None,
-    split: str,
-    subjects: int,
-    limit: int,
-    num: int,
-    out: Path,
-    device: str | None = None,
-    given: Sequence[str] = (),
-) -> Comparison:
-    """Learn, generate and score every recipe on the split's first `subjects`; `given` settings go on every recipe.
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is compared, on how much, and where it is kept."""
+
+    split: str = "development"  # of the toybox's held-out things; "reporting" once, at the end
+    subjects: int = 4  # the first of the split
+    limit: int = 10  # prompts
+    num: int = 2  # pictures per prompt
+    out: Path = Path("benchmark")
+    device: str | None = None  # None: the GPU where there is one
+    given: tuple[str, ...] = ()  # key=value laid on every recipe
+
+
+def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
+    """Learn, generate and score every recipe (shipped names and files of one's own; none: all that are shipped) on the
+    split's subjects.
 
     Raises ValueError for an unknown recipe or split. Goes on where an earlier call with the same arguments stopped.
     """
-    known = recipe_files("image")
-    contents = {}
-    for recipe in recipes or known:
-        if recipe not in known:
-            raise ValueError(unknown(recipe, known, "recipe"))
-        contents[recipe] = dump(load(recipe, list(given)))  # a wrong setting is an error now, not a failed cell
-    if split not in album.SPLITS:
-        raise ValueError(unknown(split, album.SPLITS, "split"))
-    names = [h.name for h in held_out(split)][:subjects]
-    chosen = list(recipes or known)
-    runner = kind(load_backbone("toybox", device=device or best_device()))
-
-    def cell(recipe: str, subject: str, workdir: Path) -> Report:
-        return _cell(runner, recipe, subject, workdir, range(num), limit, given)
-
-    return benchmark(
-        cell,
-        chosen,
-        names,
+    chosen = _named(recipes or list(recipe_files("image")))
+    contents = {  # a wrong setting is an error now, not a failed cell
+        name: dump(load(recipe, settings.given)) for name, recipe in chosen.items()
+    }
+    if settings.split not in album.SPLITS:
+        raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    runner = kind(load_backbone("toybox", device=settings.device or best_device()))
+    experiment = Experiment(
+        contents,
+        [h.name for h in held_out(settings.split)][: settings.subjects],
         "toybox",
-        list(range(num)),
-        out,
-        settings={"limit": limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
-        contents=contents,
-        goal=GOAL,
-        progress=lambda *what: print(*what, file=sys.stderr, flush=True),
+        range(settings.num),
+        {"limit": settings.limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
+        GOAL,
     )
 
+    def cell(recipe: str, subject: str, workdir: Path) -> Report:
+        return _cell(runner, chosen[recipe], subject, workdir, settings)
 
-def _cell(
-    runner: Runner, recipe: str, subject: str, workdir: Path, seeds: Sequence[int], limit: int, given: Sequence[str]
-) -> Report:
+    return benchmark(cell, experiment, settings.out, progress=lambda *what: print(*what, file=sys.stderr, flush=True))
+
+
+def _named(recipes: Sequence[str]) -> dict[str, str]:
+    """What the table calls each recipe (a file by its stem) -> the recipe. ValueError where two have one name."""
+    out: dict[str, str] = {}
+    for recipe in recipes:
+        name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+        if name in out:
+            raise ValueError(
+                f"recipes: {out[name]} and {recipe} would both be {name!r} in the table: give one file another name"
+            )
+        out[name] = recipe
+    return out
+
+
+def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: BenchmarkSettings) -> Report:
     held = album.held_out(subject)
     album.write_album(subject, workdir / "references", overwrite=True)
     concept = workdir / "subject.concept"
@@ -86,17 +95,22 @@ def _cell(
         f"subject.class_noun={held.thing.class_name}",
         f"output={concept}",
     ]
-    planned = plan(load(recipe, [*given, *own]), overwrite=True)
+    planned = plan(load(recipe, [*settings.given, *own]), overwrite=True)
     if not _learned(concept, planned, runner):
         scorers = training_scorers(planned, runner.backbone, None, None)
         personalize(planned, runner, overwrite=True, scorers=scorers)
     name = next(iter(planned.subjects))
-    settings = EvaluationSettings(
-        "toybox", tuple(seeds), limit, references=workdir / "references", path=concept, out=workdir / "report",
+    judged = EvaluationSettings(
+        "toybox",
+        tuple(range(settings.num)),
+        settings.limit,
+        references=workdir / "references",
+        path=concept,
+        out=workdir / "report",
         overwrite=True,
-    )  # fmt: skip
+    )
     try:
-        return runner.evaluate(name, settings)
+        return runner.evaluate(name, judged)
     finally:
         runner.unload(name)
 

@@ -50,29 +50,40 @@ class Case:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shots:
+    """Which pictures are made of each prompt, and where the report goes."""
+
+    seeds: Sequence[int]
+    out: Path | str | None = None  # a folder; None writes none
+    overwrite: bool = False
+    chunk: int = 16  # pictures asked for at once
+
+
 def evaluate(
     generate: Generate,
     base_generate: Generate,
     case: Case,
     prompts: PromptSet,
-    *,
-    seeds: Sequence[int],
     instruments: Instruments,
-    out: Path | str | None = None,
-    overwrite: bool = False,
-    chunk: int = 16,
+    settings: Shots,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Scores a concept on every prompt with every seed; with `out`, the report is written there.
+    """Scores a concept on every prompt with every seed; with `settings.out`, the report is written there.
 
-    generate: the model with the concept; must also take prompts that do not name it (for drift). base_generate: the
-    same without the concept, which is told the class noun instead. progress: called with (what, done, of all).
-    ValueError: no seeds, an output folder that exists, pictures that are not finite.
+    Args:
+        generate: the model with the concept; must also take prompts that do not name it (for drift)
+        base_generate: the same without the concept, which is told the class noun instead
+        progress: called with (what, done, of all)
+
+    Raises:
+        ValueError: no seeds, an output folder that exists, pictures that are not finite
     """
+    seeds, out = settings.seeds, settings.out
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: give at least one, each once; got {list(seeds)}")
     if out is not None:
-        check_output(out, overwrite)
+        check_output(out, settings.overwrite)
     scorer = Scorer(
         case.references, instruments, case.class_noun, case.name, case.gallery, case.fresh, through=case.through
     )
@@ -80,14 +91,14 @@ def evaluate(
     plain = [p.plain(case.class_noun) for p in prompts.prompts]
     named = [p.named(case.name, case.class_noun) for p in prompts.prompts]
     expects = [prompts.prompts[i].expects if instruments.attributes else {} for i, _ in shots]
-    run = _Run(chunk, progress)
-    with_concept, seconds = run.pictures(generate, named, shots, "with the concept")
-    without, base_seconds = run.pictures(base_generate, plain, shots, "without it")
+    run = _Run(generate, base_generate, settings.chunk, progress)
+    with_concept, seconds = run.pictures(True, named, shots, "with the concept")
+    without, base_seconds = run.pictures(False, plain, shots, "without it")
     texts = [plain[i] for i, _ in shots]
     found, floor = scorer.measure(with_concept, texts, expects), scorer.measure(without, texts, expects)
     rows, thumbs = _rows("concept", shots, named, with_concept, found, expects)
     base_rows, base_thumbs = _rows("base", shots, plain, without, floor, expects)
-    drift_rows, drift_thumbs, drifts = _drift(run, generate, base_generate, case, prompts, seeds, scorer)
+    drift_rows, drift_thumbs, drifts = _drift(run, case, prompts, seeds, scorer)
     references = {f"{PICTURES}/reference_{i}.png": png for i, png in enumerate(_pngs(case.references))}
     report = Report(
         **_about(case, instruments, scorer),
@@ -105,7 +116,7 @@ def evaluate(
         tables = {
             "scores.csv": scores_csv(report).encode()
         }  # a file of the folder like the pictures: whole or not at all
-        save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, overwrite)
+        save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
 
 
@@ -125,15 +136,19 @@ def scores_csv(report: Report) -> str:
     return out.getvalue()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
+    generate: Generate
+    base_generate: Generate
     chunk: int
     progress: Callable[[str, int, int], None] | None
 
     def pictures(
-        self, generate: Generate, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
+        self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
     ) -> tuple[Tensor, float]:
-        """All pictures `[N, 3, H, W]` of (number of the text, seed), float32 on the CPU, and the seconds that one took."""
+        """All pictures `[N, 3, H, W]` of (number of the text, seed), float32 on the CPU, and the seconds that one took;
+        with the concept or without it."""
+        generate = self.generate if concept else self.base_generate
         parts, seconds = [], 0.0
         for start in range(0, len(shots), self.chunk):
             some = shots[start : start + self.chunk]
@@ -195,13 +210,7 @@ def _flags(found: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
 
 
 def _drift(
-    run: _Run,
-    generate: Generate,
-    base_generate: Generate,
-    case: Case,
-    prompts: PromptSet,
-    seeds: Sequence[int],
-    scorer: Scorer,
+    run: _Run, case: Case, prompts: PromptSet, seeds: Sequence[int], scorer: Scorer
 ) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[int, float]]]:
     """Pictures of the prompts that do not name the concept, with it loaded and without; and (prompt, drift) of each
     pair.
@@ -211,8 +220,8 @@ def _drift(
     texts = [p.plain(case.class_noun) for p in prompts.drift]
     shots = [(i, seed) for i in range(len(texts)) for seed in seeds]
     asked = [texts[i] for i, _ in shots]
-    loaded, _ = run.pictures(generate, texts, shots, "other things, with the concept")
-    base, _ = run.pictures(base_generate, texts, shots, "other things, without it")
+    loaded, _ = run.pictures(True, texts, shots, "other things, with the concept")
+    base, _ = run.pictures(False, texts, shots, "other things, without it")
     nothing: list[Mapping[str, str]] = [{} for _ in shots]
     found, floor = scorer.measure(loaded, asked, nothing), scorer.measure(base, asked, nothing)
     values = drift(floor.embeddings, found.embeddings).tolist()

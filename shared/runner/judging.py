@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.backbones import Backbone
 from shared.concept import Concept
 from shared.config import unknown
-from shared.evaluation.evaluate import Case, evaluate
+from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
 from shared.io.decode import read_picture
 from shared.io.files import sha256
@@ -135,11 +135,9 @@ def evaluate_loaded(
         lambda texts, numbers: runner.generate(texts, numbers, sampling, base=True),
         _case(runner, loaded, settings),
         chosen.first(settings.limit),
-        seeds=list(settings.seeds),
-        instruments=load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
-        out=settings.out,
-        overwrite=settings.overwrite,
-        progress=progress,
+        load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
+        Shots(settings.seeds, settings.out, settings.overwrite),
+        progress,
     )
 
 

@@ -42,3 +42,23 @@ def test_a_run_that_fails_is_named_and_is_not_success(pcs, tmp_path):
 def test_a_wrong_setting_is_said_before_anything_runs(pcs, tmp_path):
     ran = pcs("image", "benchmark", "textual_inversion", *SMALL, "--set", "trian.steps=3", "--out", tmp_path / "table")
     assert ran.code != 0 and "trian" in ran.err and not (tmp_path / "table").exists()
+
+
+def test_files_of_one_s_own_stand_beside_the_shipped_recipes(pcs, tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: textual_inversion\ntrainable: {tokens: {lr: 0.5}}\n")
+    recipes = ("textual_inversion", tmp_path / "mine.yaml")
+    ran = pcs("image", "benchmark", *recipes, *SMALL, "--out", tmp_path / "table")
+    assert ran.code == 0, ran.err
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
+    assert {r["recipe"] for r in rows} == {"textual_inversion", "mine"}
+    (kept,) = (tmp_path / "table/cells/mine").rglob("cell.json")
+    assert json.loads(kept.read_text())["inputs"]["recipe"]["trainable"]["tokens"]["lr"] == 0.5
+
+
+def test_two_recipes_of_one_name_are_refused(pcs, tmp_path):
+    (tmp_path / "textual_inversion.yaml").write_text("base: pivotal_tuning\n")
+    recipes = ("textual_inversion", tmp_path / "textual_inversion.yaml")
+    ran = pcs("image", "benchmark", *recipes, *SMALL, "--out", tmp_path / "table")
+    assert ran.code == 2 and "would both be 'textual_inversion' in the table" in ran.err
+    gone = pcs("image", "benchmark", tmp_path / "gone.yaml", *SMALL, "--out", tmp_path / "table")
+    assert gone.code == 2 and "gone.yaml does not exist" in gone.err and not (tmp_path / "table").exists()

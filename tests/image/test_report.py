@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.benchmark.aggregate import Goal
-from shared.benchmark.compare import benchmark, compare
+from shared.benchmark.compare import Experiment, benchmark, compare
 from shared.config import validate
-from shared.evaluation.evaluate import Case, evaluate
+from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     concept.mkdir()
     (concept / "adapter.safetensors").write_bytes(b"0" * 3000)
     case = _case(concept=concept, training_seconds=65.0, metadata={"kind": "subject", "note": "<b>&"})
-    evaluate(_generate(0, [23]), _generate(5), case, PROMPTS, seeds=[20, 21, 23], instruments=TOOLS, out=out)
+    evaluate(_generate(0, [23]), _generate(5), case, PROMPTS, TOOLS, Shots([20, 21, 23], out))
     return out
 
 
@@ -237,7 +237,7 @@ def test_html_needs_nothing_else_and_escapes_what_it_shows(report: Report, folde
 def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> None:
     case = _case(references=F.interpolate(REFERENCES, scale_factor=16), gallery=None)
     generate = lambda p, s: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
-    evaluate(generate, generate, case, PROMPTS.first(1), seeds=[20], instruments=TOOLS, out=tmp_path / "r")
+    evaluate(generate, generate, case, PROMPTS.first(1), TOOLS, Shots([20], tmp_path / "r"))
     assert "data:image/jpeg" in (tmp_path / "r" / "index.html").read_text()
     from PIL import Image
 
@@ -248,16 +248,14 @@ def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> Non
 def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> None:
     prompts = validate(PromptSet, {"name": "x", "prompts": list(PROMPTS.prompts)})
     tools = Instruments(_Clip(), _Who())
-    found = evaluate(
-        _generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, seeds=[20], instruments=tools
-    )
+    found = evaluate(_generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, tools, Shots([20]))
     said = " ".join(found.notes)
     for what in ("No gallery", "No recognizer", "no drift prompts", "one seed"):
         assert what in said
     assert found.value("drift") is None and found.value("background") is None and found.value("diversity") is None
     identity = found.score("identity")
     assert identity is not None and identity.unit == "score" and identity.chance is None
-    only = evaluate(_generate(0), _generate(5), _case(), prompts, seeds=[20], instruments=Instruments(identity=_Who()))
+    only = evaluate(_generate(0), _generate(5), _case(), prompts, Instruments(identity=_Who()), Shots([20]))
     assert only.value("trade_off") is None and "No CLIP" in " ".join(only.notes)
     from shared.metrics.html import report_html
 
@@ -266,9 +264,9 @@ def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> N
 
 def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds"):
-        evaluate(_generate(0), _generate(5), _case(), PROMPTS, seeds=[], instruments=TOOLS)
+        evaluate(_generate(0), _generate(5), _case(), PROMPTS, TOOLS, Shots([]))
     with pytest.raises(ValueError, match="each once"):
-        evaluate(_generate(0), _generate(5), _case(), PROMPTS, seeds=[1, 1], instruments=TOOLS)
+        evaluate(_generate(0), _generate(5), _case(), PROMPTS, TOOLS, Shots([1, 1]))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("keep")
     calls: list[int] = []
@@ -278,10 +276,10 @@ def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
         return torch.full((len(prompts), 3, 32, 32), float("nan"))
 
     with pytest.raises(ValueError, match="exists already"):
-        evaluate(counted, counted, _case(), PROMPTS, seeds=[1], instruments=TOOLS, out=tmp_path / "there")
+        evaluate(counted, counted, _case(), PROMPTS, TOOLS, Shots([1], tmp_path / "there"))
     assert not calls
     with pytest.raises(ValueError, match="not finite"):
-        evaluate(counted, counted, _case(), PROMPTS, seeds=[1], instruments=TOOLS, out=tmp_path / "new")
+        evaluate(counted, counted, _case(), PROMPTS, TOOLS, Shots([1], tmp_path / "new"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
 
 
@@ -311,7 +309,7 @@ def _run(calls: list[tuple[str, str]], fail: set[tuple[str, str]]):
         if (recipe, subject) in fail:
             raise RuntimeError("the loss is not finite")
         thing = {"good": 0, "bad": 3}[recipe]
-        return evaluate(_generate(thing), _generate(5), _case(name=subject), PROMPTS, seeds=[20, 21], instruments=TOOLS)
+        return evaluate(_generate(thing), _generate(5), _case(name=subject), PROMPTS, TOOLS, Shots([20, 21]))
 
     return run
 
@@ -320,21 +318,27 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     calls: list[tuple[str, str]] = []
     fail = {("bad", "s2")}
     goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
-    first = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    both = Experiment({"bad": 1, "good": 2}, ["s1", "s2"], "two", [20, 21], goal=goal)
+    first = benchmark(_run(calls, fail), both, tmp_path / "b")
     assert len(calls) == 4 and first.failures == {("bad", "s2"): "RuntimeError: the loss is not finite"}
     fail.clear()
-    second = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    second = benchmark(_run(calls, fail), both, tmp_path / "b")
     assert calls[4:] == [("bad", "s2")] and not second.failures
-    third = benchmark(_run(calls, fail), ["bad", "good"], ["s1", "s2"], "two", [20, 21], tmp_path / "b", goal=goal)
+    third = benchmark(_run(calls, fail), both, tmp_path / "b")
     assert len(calls) == 5 and third.markdown() == second.markdown() and third.csv() == second.csv()
-    with pytest.raises(ValueError, match="other prompts, seeds, settings"):
-        benchmark(_run(calls, fail), ["good"], ["s1"], "two", [20], tmp_path / "b")
+    for other in (
+        Experiment({"good": 2}, ["s1"], "two", [20]),
+        Experiment({"good": 3}, ["s1"], "two", [20, 21]),
+    ):
+        with pytest.raises(ValueError, match="other prompts, seeds, settings"):
+            benchmark(_run(calls, fail), other, tmp_path / "b")
     assert len(calls) == 5
 
 
 def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
     goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
-    found = benchmark(_run([], {("bad", "s2")}), ["bad", "good"], ["s1", "s2"], "two", [1], tmp_path / "b", goal=goal)
+    both = Experiment({"bad": None, "good": None}, ["s1", "s2"], "two", [1], goal=goal)
+    found = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b")
     good, bad = found.rows
     assert (good.recipe, bad.recipe) == ("good", "bad")
     assert good.value("identity") == 1 and good.base("identity") == 0 and bad.value("identity") == 0
@@ -363,6 +367,6 @@ def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_pa
     with pytest.raises(ValueError, match="different instruments"):
         compare({("a", "s"): report, ("b", "s"): other})
     with pytest.raises(ValueError, match="at least one recipe"):
-        benchmark(_run([], set()), [], ["s"], "two", [1], tmp_path)
+        Experiment({}, ["s"], "two", [1])
     with pytest.raises(ValueError, match="would share a folder"):
-        benchmark(_run([], set()), ["a b", "a_b"], ["s"], "two", [1], tmp_path)
+        Experiment({"a b": None, "a_b": None}, ["s"], "two", [1])
