@@ -36,9 +36,8 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     check_phases(own, files)
     full = _lay(files, own, model)
     world = WORLDS.get(str(full.get("backbone", model.model_fields["backbone"].default)))
-    rules = Rules.read(world and world.overlay, modality, default_kinds(model)).of(
-        full, [la.name for la in layers if la.shipped]
-    )
+    shipped = [layer.name for layer in layers if layer.shipped]
+    rules = Rules.read(world and world.overlay, modality, default_kinds(model)).of(full, shipped)
     said = [*(layer.data for layer in layers if not layer.shipped), own]
     try:
         resolved = validate(model, merge(full, unsaid(rules, said, full, _kinds(model)), _kinds(model)))
@@ -65,7 +64,9 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
 
 
 def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
-    """Each line of a message headed by the file that brought it: the first of the chain that is wrong in this way."""
+    """Each line of a message headed by the file that brought it: the first of the chain that is wrong in this way.
+    What no file is wrong in comes from the command line, and stays as it is.
+    """
     heads: dict[str, str] = {}
     for i, layer in enumerate(layers):
         try:
@@ -74,8 +75,7 @@ def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
         except ValueError as error:
             for line in str(error).splitlines():
                 heads.setdefault(line, layer.path.name)
-    last = layers[-1].path.name
-    return "\n".join(f"{heads.get(line, last)}: {line}" for line in message.splitlines())
+    return "\n".join(f"{heads[line]}: {line}" if line in heads else line for line in message.splitlines())
 
 
 def _kinds(model: type[Recipe]) -> dict[str, Any]:
