@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+from shared.backbones.load import WORLDS
 from shared.concept.schema import Kind
 from shared.config import Part
 from shared.io.files import sha256
@@ -111,7 +112,7 @@ def portable(value: Any) -> Any:
 def public_name(backbone: str) -> str:
     """The last name of a model that is a folder or file here; anything else (toybox, a hub id) as it is."""
     local = _ABSOLUTE.match(backbone) or backbone.startswith(".") or Path(backbone).exists()
-    return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone != "toybox" else _text(backbone)
+    return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone not in WORLDS else _text(backbone)
 
 
 def _last(path: str) -> str:

@@ -64,11 +64,11 @@ def test_a_base_is_found_by_name_beside_the_file_and_in_the_home(
     files = {
         "sub/leaf.yaml": "base: ../middle.yaml\ntrain: {steps: 3}",
         "middle.yaml": "base: sub/root.yaml\ntrain: {steps: 2, batch_size: 2}\nname: between",
-        "sub/root.yaml": "base: textual_inversion\ntrain: {steps: 1, batch_size: 1, optimizer: {warmup: 5}}",
+        "sub/root.yaml": "base: textual_inversion\ntrain: {steps: 1, batch_size: 1, optimizers: {main: {warmup: 5}}}",
     }
     leaf = own(files, ELSEWHERE)
     assert (leaf.method, leaf.name, leaf.title) == ("leaf", "between", "Textual Inversion")
-    assert (leaf.train.steps, leaf.train.batch_size, leaf.train.optimizer.warmup) == (3, 2, 5)
+    assert (leaf.train.steps, leaf.train.batch_size, leaf.train.optimizers["main"].warmup) == (3, 2, 5)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert own({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
 
