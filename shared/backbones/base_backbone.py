@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.attention import Attending, PredictionRows
+from shared.backbones.attention_edits import Rows, Site
 from shared.backbones.forward_process import ForwardProcess
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
-from shared.backbones.protocol import Adapter, Group, Placeholder, Site
+from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
 from shared.types import Conditioning
 
 
-class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
+class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     """A frozen pipeline's parts, and what is attached to them. Families fill in the abstract methods.
 
     Args:
@@ -57,6 +59,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         self._strengths: dict[str, float] = {}  # of adapters
         self._spoken: dict[str, float] = {}  # of placeholders
         self._warned: set[str] = set()
+        self._predictions = PredictionRows()
         for module in (*self._components.values(), vae):
             module.requires_grad_(False)
             module.eval()
@@ -229,7 +232,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
         if negative is None:
             return self.predict(x_t, t, positive)
-        both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([negative, positive]))
+        with self._predictions.holding(Rows.guided(len(x_t))):
+            both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([negative, positive]))
         off, on = both.chunk(2)
         return off + guidance * (on - off)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.backbones.attention_edits import Site
 from shared.backbones.base_backbone import BaseBackbone
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
-from shared.backbones.protocol import Site
 from shared.types import Conditioning
 
 _DOUBLE = r"transformer_blocks\.\d+\."
@@ -164,16 +164,17 @@ class FluxBackbone(BaseBackbone):
         dtype, device = self.transformer.dtype, x_t.device
         t = torch.as_tensor(t, device=device).expand(batch).to(dtype)
         told = self.training_guidance if guidance is None else guidance
-        out = self.transformer(
-            hidden_states=pack(x_t).to(dtype),
-            timestep=t / 1000,
-            guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
-            pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
-            encoder_hidden_states=conditioning.context.to(dtype),
-            txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),
-            img_ids=picture_ids(h // 2, w // 2).to(device, dtype),
-            return_dict=False,
-        )[0]
+        with self._predictions.under_way(batch):
+            out = self.transformer(
+                hidden_states=pack(x_t).to(dtype),
+                timestep=t / 1000,
+                guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
+                pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
+                encoder_hidden_states=conditioning.context.to(dtype),
+                txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),
+                img_ids=picture_ids(h // 2, w // 2).to(device, dtype),
+                return_dict=False,
+            )[0]
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:

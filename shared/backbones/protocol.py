@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]
@@ -28,15 +29,6 @@ class Group:
     modules: tuple[str, ...]  # linear and convolution layers; of "denoiser.all", every module that holds parameters
     resolution: Resolution = "exact"
     note: str = ""  # for a port: what it stands in for
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention layer: where text meets the picture (or the picture itself)."""
-
-    name: str  # dotted path in the denoiser
-    kind: Literal["cross", "self", "joint"]
-    scale: int  # how many times smaller than the latent grid it works
 
 
 @runtime_checkable
@@ -212,7 +204,7 @@ class Backbone(Protocol):
         """The family's diffusers pipeline around the same networks, with base tokenizers."""
         ...
 
-    # placeholder of modules
+    # names of modules
     def roles(self) -> tuple[str, ...]:
         """The roles that `group` has modules for in this network."""
         ...
@@ -228,6 +220,11 @@ class Backbone(Protocol):
 
     def sites(self) -> tuple[Site, ...]:
         """The attention layers, in the order of the forward pass."""
+        ...
+
+    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> AbstractContextManager[Record]:
+        """Inside, attention layers compute with these edits and keep the maps that are watched; see
+        `shared.backbones.attention`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...
 
     # what is attached, by concept name

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.attention_edits import Site
 from shared.backbones.base_backbone import BaseBackbone
 from shared.backbones.forward_process import PREDICTIONS
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
-from shared.backbones.protocol import Site
 from shared.types import Conditioning, SiteContext
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
@@ -138,7 +138,8 @@ class StableDiffusionBackbone(BaseBackbone):
         if not isinstance(context, Tensor):
             context = self._route(context)
         dtype = self.unet.dtype
-        return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+        with self._predictions.under_way(len(x_t)):
+            return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
         """All sites' keys and values side by side, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.

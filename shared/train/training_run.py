@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from shared.backbones.attention import pays, unfused_attention
+from shared.backbones.attention import pays
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
 from shared.recipe.resolve import dump, expand_phases
@@ -328,7 +328,7 @@ class _Phase:
         owner, backbone = self.owner, self.owner.backbone
         side = self.recipe.train.resolution or backbone.resolution
         stack.enter_context(recomputed(backbone.denoiser, self.recipe.train.gradient_checkpointing))
-        stack.enter_context(unfused_attention(backbone.denoiser, pays(backbone, side)))
+        stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)

@@ -122,7 +122,8 @@ def motion_unet(unet: Any) -> Any:
         motion_norm_num_groups=4,
         motion_max_seq_length=8,
     )
-    return UNetMotionModel.from_unet2d(unet, adapter).eval()
+    grown: Any = UNetMotionModel.from_unet2d(unet, adapter)
+    return grown.eval()
 
 
 @pytest.mark.parametrize("kind", _OTHERS)
