@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.backbones.attention import Attending, PredictionRows
 from shared.backbones.attention_edits import Rows, Site
-from shared.backbones.forward_process import ForwardProcess
+from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.protocol import Adapter, Group, Placeholder
@@ -203,8 +203,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
         raise NotImplementedError
 
-    def _refuse_unread(self, conditioning: Conditioning) -> None:
-        """Raises ValueError for what a conditioning carries and no family here reads yet."""
+    def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
+        """Raises ValueError for what a conditioning carries and no family here reads yet, and for another batch size."""
+        if conditioning.batch_size != batch:
+            raise ValueError(f"{self.family}: {batch} noisy pictures, and a conditioning for {conditioning.batch_size}")
         if conditioning.image_tokens:
             raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
         if conditioning.regions:
@@ -229,7 +231,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             t: a scalar or [B]
             guidance: 1 is none; diffusers' convention, negative + guidance * (positive - negative)
         """
-        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+        t = times(t, len(x_t), x_t.device)
         if negative is None:
             return self.predict(x_t, t, positive)
         with self._predictions.holding(Rows.guided(len(x_t))):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.backbones.attention_edits import Site
 from shared.backbones.base_backbone import BaseBackbone
+from shared.backbones.forward_process import times
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.types import Conditioning
 
@@ -124,7 +125,7 @@ class FluxBackbone(BaseBackbone):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sigma = t / 1000, alpha = 1 - sigma; t in [0, 1000]: [B] or a scalar."""
-        t = torch.as_tensor(t)
+        t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma
 
@@ -155,14 +156,14 @@ class FluxBackbone(BaseBackbone):
             guidance: the scale told to a guidance-distilled transformer; default `training_guidance`
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids
+            ValueError: for a context per site, image tokens, regions or size_ids; for shapes that do not agree
         """
-        self._refuse_unread(conditioning)
+        self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
             raise ValueError("flux: text and picture attend jointly, so the context must be one tensor")
         batch, _, h, w = x_t.shape
         dtype, device = self.transformer.dtype, x_t.device
-        t = torch.as_tensor(t, device=device).expand(batch).to(dtype)
+        t = times(t, batch, device).to(dtype)
         told = self.training_guidance if guidance is None else guidance
         with self._predictions.under_way(batch):
             out = self.transformer(

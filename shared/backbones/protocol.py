@@ -155,7 +155,7 @@ class Backbone(Protocol):
         """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
         ...
 
-    # the forward process; every function takes t: [B] or a scalar
+    # the forward process; every function takes t: [B] or a scalar, and raises ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha * x_0 + sigma * noise."""
         ...

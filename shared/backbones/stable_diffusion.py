@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shared.backbones.attention_edits import Site
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.forward_process import PREDICTIONS
+from shared.backbones.forward_process import PREDICTIONS, times
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.types import Conditioning, SiteContext
 
@@ -110,7 +110,7 @@ class StableDiffusionBackbone(BaseBackbone):
         Args:
             t: [B] or a scalar, in [0, 1000)
         """
-        t = torch.as_tensor(t)
+        t = times(t)
         table = self.alphas_cumprod.to(t.device)
         if not t.is_floating_point():
             bar = table[t]
@@ -131,13 +131,14 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: for sites without a context, image tokens, regions or size_ids
+            ValueError: for sites without a context, image tokens, regions or size_ids; for shapes that do not agree
         """
-        self._refuse_unread(conditioning)
+        self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context
         if not isinstance(context, Tensor):
             context = self._route(context)
         dtype = self.unet.dtype
+        t = times(t, len(x_t), x_t.device)
         with self._predictions.under_way(len(x_t)):
             return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
 

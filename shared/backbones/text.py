@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.forward_process import times
 from shared.backbones.protocol import Placeholder
 from shared.backbones.tokens import Tokenized, TokenOverlay, join_embeddings, overlaid, same_embeddings, slots
 from shared.types import Conditioning, SiteContext
@@ -75,7 +76,7 @@ class TextEncoding:
             t: [B] or a scalar, needed where a placeholder that these prompts use varies with "time"
 
         Raises:
-            ValueError: when time is needed and not given, when the family cannot have a context per site, and when a
+            ValueError: when time is needed and not given, or of another shape, when the family cannot have a context per site, and when a
                 concept's name lies beyond what a text encoder reads (a warning where it is other text)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -139,13 +140,13 @@ class TextEncoding:
         return sites
 
     def _time(self, used: Sequence[Placeholder], t: Tensor | None, batch: int) -> Tensor | None:
+        t = None if t is None else times(t, batch, self.device)
         timed = [n.name for n in used if "time" in n.varies_with]
         if not timed:
             return None
         if t is None:
             raise ValueError(f"the words of {', '.join(timed)} vary with time: encode(prompts, t) needs t")
-        t = torch.as_tensor(t, device=self.device)
-        return t.expand(batch) if t.ndim == 0 else t
+        return t
 
     def _readers(self) -> list[str]:
         """The text encoders that are used, the context's first."""
