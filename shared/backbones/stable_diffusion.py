@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.attention_edits import Site
+from shared.backbones.attention_edits import Kind, Site
 from shared.backbones.base_backbone import BaseBackbone
 from shared.backbones.forward_process import PREDICTIONS, times
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
@@ -234,9 +234,20 @@ def _sites(unet: Any) -> tuple[Site, ...]:
         scales[f"up_blocks.{i}."] = scale
         scale //= 2 if getattr(block, "upsamplers", None) else 1
     found = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
-    return tuple(
-        Site(name, "cross" if module.is_cross_attention else "self", size)
-        for prefix, size in scales.items()
-        for name, module in found.items()
-        if name.startswith(prefix)
-    )
+    sites = []
+    for prefix, size in scales.items():
+        # a block calls its layers in turn, and after each the motion module of the same number
+        inside = sorted((n for n in found if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
+        sites += [Site(name, _kind(name, found[name]), size) for name in inside]
+    return tuple(sites)
+
+
+def _turn(name: str) -> tuple[int, bool]:
+    """When a block calls an attention layer, by its name inside the block: "attentions.1.…" or "motion_modules.1.…"."""
+    return int(name.split(".")[1]), name.startswith("motion_modules.")
+
+
+def _kind(name: str, layer: Any) -> Kind:
+    if ".motion_modules." in name:
+        return "temporal"
+    return "cross" if layer.is_cross_attention else "self"

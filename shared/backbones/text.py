@@ -76,8 +76,8 @@ class TextEncoding:
             t: [B] or a scalar, needed where a placeholder that these prompts use varies with "time"
 
         Raises:
-            ValueError: when time is needed and not given, or of another shape, when the family cannot have a context per site, and when a
-                concept's name lies beyond what a text encoder reads (a warning where it is other text)
+            ValueError: when time is needed and not given, or of another shape, when the family cannot have a context per
+                site, and when a concept's name lies beyond what a text encoder reads (a warning where it is other text)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)

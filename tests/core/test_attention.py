@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.backbones.attention_edits import At, Record, Rows, Site, Watch, Where
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.core.motion import ask_motion, motion_unet
 
 PROMPTS = ("a mug", "a dog on the beach")
 
@@ -325,3 +326,15 @@ def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -
         refused = f"no attention layer is of {said}. There are: cross at scale 1, cross at scale 2"
         with pytest.raises(ValueError, match=refused), sd.attending(edit):
             pass
+
+
+def test_attention_over_time_is_watched_and_edited_too(tiny_sd: Any) -> None:
+    tiny_sd.unet = motion_unet(tiny_sd.unet)
+    backbone = StableDiffusionBackbone(tiny_sd)
+    plain = ask_motion(backbone, frames=3)
+    with backbone.attending(Watch()) as record, noting(backbone) as seen, backbone._predictions.under_way(2):
+        assert (ask_motion(backbone, frames=3) - plain).abs().max() < 1e-5
+    for site, rows in zip(backbone.sites(), seen, strict=True):
+        cells = (8 // site.scale) ** 2
+        repeat, shape = (3, (6, cells)) if site.kind != "temporal" else (cells, (2 * cells, 3, 3))
+        assert rows == Rows((0, 1), (False, False), repeat) and record[site.name].shape[: len(shape)] == shape

@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.module_roles import LEAVES, leaf_names, parameter_holders
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.core.motion import ask_motion, motion_unet
 
 
 def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
@@ -87,6 +89,24 @@ def test_sites_say_where_and_how_small(sd: StableDiffusionBackbone, flux: FluxBa
     assert {s.kind for s in flux.sites()} == {"joint"} and len(flux.sites()) == 4 and flux.text_sites() == ()
 
 
+def test_sites_of_motion_modules_are_temporal(tiny_sd: Any) -> None:
+    tiny_sd.unet = unet = motion_unet(tiny_sd.unet)
+    backbone, seen = StableDiffusionBackbone(tiny_sd), []
+    names = [n for n, m in unet.named_modules() if isinstance(m, Attention)]
+    for name in names:
+        unet.get_submodule(name).register_forward_hook(
+            lambda m, a, out, n=name: seen.append((n, tuple(a[0].shape[:2])))
+        )
+    ask_motion(backbone, frames=3)
+    assert [n for n, _ in seen] == [s.name for s in backbone.sites()]  # in the order of the forward pass
+    for site, (name, shape) in zip(backbone.sites(), seen, strict=True):
+        cells = (8 // site.scale) ** 2
+        assert (site.kind == "temporal") == ("motion_modules" in name)
+        assert shape == ((2 * cells, 3) if site.kind == "temporal" else (2 * 3, cells))
+        assert (site.kind == "cross") == (".attn2" in name and site.kind != "temporal")
+    assert all("motion_modules" not in n for n in backbone.text_sites()) and len(backbone.text_sites()) == 7
+
+
 DISJOINT = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 _BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
 _UNET = rf"conv_(in|out)|time_embedding\.linear_[12]|{_BLOCK}(resnets\.\d+\.time_emb_proj|(down|up)samplers\.0\.conv)"
@@ -109,21 +129,6 @@ def build(kind: str, request: pytest.FixtureRequest) -> Any:
         blocks = {"down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}
         pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **blocks})
     return StableDiffusionBackbone(pipe)
-
-
-def motion_unet(unet: Any) -> Any:
-    """A tiny U-Net with motion modules around this one's weights."""
-    from diffusers import MotionAdapter, UNetMotionModel
-
-    adapter = MotionAdapter(
-        block_out_channels=unet.config.block_out_channels,
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-        motion_max_seq_length=8,
-    )
-    grown: Any = UNetMotionModel.from_unet2d(unet, adapter)
-    return grown.eval()
 
 
 @pytest.mark.parametrize("kind", _OTHERS)
