@@ -130,6 +130,11 @@ class Backbone(Protocol):
         """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] where a name varies with it."""
         ...
 
+    def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
+        """Where whole `words` stand in these prompts: bool [B, L], over the tokens of the context. `words` may be any text
+        or `shared.backbones.tokens.END`, the token that ends the text. ValueError for no words."""
+        ...
+
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
         """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
         ...

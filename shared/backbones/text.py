@@ -61,6 +61,16 @@ class TextEncoding:
         """The sub-tokens that this text encoder's tokenizer makes of `words`, without its marks for word borders."""
         return self.tokens.pieces(component, words)
 
+    def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
+        """Where whole `words` (a class noun, a concept's tokens, or `END`, the token that ends the text) stand in these
+        prompts: bool [B, L], over the tokens of `Conditioning.context`. A prompt without them has none.
+
+        Raises:
+            ValueError: when there are no words
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.tokens.find_words(self.context_component, prompts, words).to(self.device)
+
     def table_spread(self, component: str) -> float:
         """Standard deviation over all input embeddings of this text encoder."""
         return float(self._embedding(component).weight.detach().float().std())
