@@ -147,7 +147,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     @property
     def strengths(self) -> dict[str, float]:
         """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
-        learned = {name: s for name, s in self._spoken.items() if getattr(self.placeholders[name], "components", ())}
+        learned = {name: s for name, s in self._spoken.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager

@@ -192,7 +192,7 @@ class FluxBackbone(BaseBackbone):
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self._components[component](ids)  # no mask: FLUX attends to the padding, too
-        return out[0], getattr(out, "pooler_output", None)
+        return out[0], out.pooler_output if component == self.pooled_component else None
 
 
 def pack(latents: Tensor) -> Tensor:

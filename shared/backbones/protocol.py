@@ -106,6 +106,8 @@ class Backbone(Protocol):
     resolution: int  # default picture size in pixels
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
+    context_component: str  # the text encoder whose hidden states are the context
+    vae: Any  # between pixels and latents; never trained
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 
@@ -126,6 +128,16 @@ class Backbone(Protocol):
         ...
 
     # text
+    @property
+    def pooled_component(self) -> str | None:
+        """The text encoder whose pooled output is `Conditioning.pooled`, where there is one."""
+        ...
+
+    @property
+    def max_length(self) -> Mapping[str, int]:
+        """Tokens per prompt that each text encoder reads, special ones included."""
+        ...
+
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] where a name varies with it."""
         ...
@@ -225,6 +237,10 @@ class Backbone(Protocol):
 
     def sites(self) -> tuple[Site, ...]:
         """The attention layers, in the order of the forward pass."""
+        ...
+
+    def text_sites(self) -> tuple[str, ...]:
+        """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> AbstractContextManager[Record]:

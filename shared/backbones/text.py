@@ -36,6 +36,11 @@ class TextEncoding:
     def text_sites(self) -> tuple[str, ...]:
         raise NotImplementedError
 
+    @property
+    def max_length(self) -> Mapping[str, int]:
+        """Tokens per prompt that each text encoder reads, special ones included."""
+        return self.tokens.max_length
+
     def check_prompt(self, prompt: str) -> None:
         """Raises ValueError when the prompt is longer than the text encoder reads, or any of them a concept's name; names
         what would be cut. What only a second encoder would not read is a warning."""
