@@ -95,8 +95,7 @@ class TrainingRun:
         self._depends: dict[str, str] = {}
         self._anew = True
         text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
-        vae = getattr(self.backbone, "vae", None)
-        self.offloaded = Offloaded(text if vae is None else {"vae": vae, **text}, self.backbone.device)
+        self.offloaded = Offloaded({"vae": self.backbone.vae, **text}, self.backbone.device)
         self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
     @property

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from shared.backbones.attention_maps import AttentionMaps
 from shared.regularize import Localisation
 from shared.regularize.localisation import localisation_loss
+from shared.types import Batch, Step
 from tests.core.test_tokens import TestNaming, fixed
 
 LENGTH = 7
@@ -81,60 +86,64 @@ def named(request: pytest.FixtureRequest) -> Any:
     return backbone
 
 
-def step(backbone: Any, **masks: Any) -> Any:
-    batch = SimpleNamespace(
-        latents=torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        owner_masks=masks,
-        with_role=lambda role: torch.tensor([True, True]),
-    )
-    prompts, t = ["a photo of <cat> and <mug>", "a <mug>"], torch.tensor([300, 600])
-    return SimpleNamespace(batch=batch, x_t=batch.latents, t=t, conditioning=backbone.encode(prompts)), prompts
+def batch_of(**masks: Tensor) -> Batch:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    captions = ("a photo of <cat> and <mug>", "a <mug>")
+    return Batch(captions, (("cat", "mug"), ("mug",)), ("instance", "instance"), latents, owner_masks=masks)
+
+
+@contextmanager
+def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
+    """As the tuning task makes it: the need is held around the prediction and what follows."""
+    t, x_t, told = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
+    with need.around(backbone, batch) as entered:
+        prediction = backbone.predict(x_t, t, told)
+        state = Step(0, batch, backbone, told, x_t, t, x_t, prediction, x_t)
+        yield replace(state, lazy={need.name: lambda: need.value(state, entered)})
 
 
 @pytest.mark.parametrize("named", ["sd", "flux"], indirect=True)
 def test_training_on_it_moves_attention_onto_the_mask(named: Any) -> None:
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :4, :4] = 1
-    state, _ = step(named, mug=mask)
-    part = Localisation(weight=1.0)
+    part, batch = Localisation(weight=1.0), batch_of(mug=mask)
     (need,) = part.provides
     assert need.name in Localisation.needs
     named.denoiser.requires_grad_(True)
     optimizer = torch.optim.Adam(named.denoiser.parameters(), 1e-2)
     losses = []
     for _ in range(8):
-        with need.around(named, state.batch) as entered:
-            state.prediction = named.predict(state.x_t, state.t, state.conditioning)
+        with step(named, batch, need) as state:
             with torch.no_grad():
                 named.predict(state.x_t.flip(0), state.t, state.conditioning)  # another part's own prediction
-            state.need = lambda name, e=entered: {"attention_maps": need.value(state, e)}[name]
             loss = part(state)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    kinds = {entered.sites[n].kind for n in entered}
+    record = state.need("attention_maps")
+    kinds = {record.sites[n].kind for n in record}
     assert kinds == ({"cross"} if named.family == "stable_diffusion" else {"joint"})
 
 
 @pytest.mark.parametrize("named", ["sd"], indirect=True)
 def test_the_scale_nearest_to_sixteen_is_watched(named: Any) -> None:
-    state, _ = step(named)
     (need,) = Localisation().provides
-    for size, scale in ((8, 1), (16, 1), (32, 2), (64, 2)):  # this network's text layers are at scales 1 and 2, and 4
-        state.batch.latents = torch.zeros(1, 4, size, size)
-        with need.around(named, state.batch) as record:
+    for size, scale in ((8, 1), (16, 1), (32, 2), (64, 2)):  # this network's text layers are at scales 1, 2 and 4
+        batch = replace(batch_of(), latents=torch.zeros(2, 4, size, size))
+        with need.around(named, batch) as record:
             at = {s.scale for s in record.sites.values()}
             assert at == {min((s.scale for s in named.sites()), key=lambda x: abs(size / x - 16))}, (size, scale)
-    with pytest.raises(ValueError, match="scale 3.*There are: cross at scale 1"):
-        Localisation(scales=(3,)).provides[0].around(named, state.batch).__enter__()
-    with Localisation(scales=(1, 2)).provides[0].around(named, state.batch) as record:
+    other, two = Localisation(scales=(3,)).provides[0], Localisation(scales=(1, 2)).provides[0]
+    with pytest.raises(ValueError, match="scale 3.*There are: cross at scale 1"), other.around(named, batch_of()):
+        pass
+    with two.around(named, batch_of()) as record:
         assert record.sites.keys() == {s.name for s in named.sites() if s.kind == "cross" and s.scale in (1, 2)}
 
 
 @pytest.mark.parametrize("named", ["sd"], indirect=True)
 def test_without_any_mask_it_says_so(named: Any) -> None:
-    state, _ = step(named)
-    with pytest.raises(ValueError, match="no picture has one"):
-        Localisation()(state)
+    part = Localisation()
+    with step(named, batch_of(), part.provides[0]) as state, pytest.raises(ValueError, match="no picture has one"):
+        part(state)
