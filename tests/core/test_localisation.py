@@ -16,6 +16,7 @@ from shared.backbones.attention_maps import AttentionMaps
 from shared.regularize import Localisation
 from shared.regularize.localisation import localisation_loss
 from shared.types import Batch, Step
+from tests.core.runs import finish, session, small
 from tests.core.test_tokens import TestNaming, fixed
 
 LENGTH = 7
@@ -147,3 +148,15 @@ def test_without_any_mask_it_says_so(named: Any) -> None:
     part = Localisation()
     with step(named, batch_of(), part.provides[0]) as state, pytest.raises(ValueError, match="no picture has one"):
         part(state)
+
+
+def test_a_run_with_checkpointing_learns_what_one_without_does(tiny: Any, photos: Any, tmp_path: Any) -> None:
+    asked = ("masks.given.kind=given", "regularize.localisation.weight=0.1", "regularize.prior.kind=prior_prediction")
+    after = []
+    for name, extra in (("kept", ()), ("again", ("train.gradient_checkpointing=true",)), ("without", ())):
+        weight = ("regularize.localisation.weight=0",) if name == "without" else ()
+        recipe = small("pivotal_tuning", *asked, *extra, *weight)
+        after.append(finish(session(tiny(), recipe, photos, tmp_path / name)))
+    kept, again, without = after
+    assert all(torch.allclose(v, again[k], atol=1e-6) for k, v in kept.items())
+    assert not all(torch.allclose(v, without[k], atol=1e-6) for k, v in kept.items())
