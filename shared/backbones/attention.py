@@ -1,39 +1,176 @@
-"""How attention layers compute."""
+"""The one owner of attention: who changes it, who watches it, and how it is computed. Nothing else sets a processor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
+from shared.backbones.attention_edits import At, Edit, Record, Rows, Site, Watch, Where
+from shared.backbones.attention_processors import FluxProcessor, Plan, UNetProcessor
 from shared.backbones.protocol import Backbone
 
 _FEW = 32 * 32  # places that look at each other: 4 MB for each head and picture, and 64 MB at twice the side
 
 
 def pays(backbone: Backbone, side: int) -> bool:
-    """Whether `unfused_attention` does for pictures of `side` pixels: on a CPU, while they are small. It keeps every row of
-    every attention for the backward pass, which at 512 pixels would be gigabytes."""
+    """Whether `attending(unfused=True)` does for pictures of `side` pixels: on a CPU, while they are small. It keeps every
+    row of every attention for the backward pass, which at 512 pixels would be gigabytes."""
     latents = backbone.latent_shape(side, side)
     return backbone.device.type == "cpu" and latents[-1] * latents[-2] <= _FEW
 
 
-@contextmanager
-def unfused_attention(network: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, diffusers' attention layers multiply matrices instead of calling PyTorch's fused kernel.
+@dataclass
+class PredictionRows:
+    """Which prediction is under way, and whose rows it holds; remembered for forward passes that are recomputed."""
 
-    The same function up to rounding; on a CPU the kernel's backward pass is slow (`tests/bench/bench_step.py` prints how
-    much a step gains). Layers that run in something else than diffusers' default are left alone.
-    """
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+    number: int | None = None
+    _count: int = 0
+    _rows: Rows | None = None
+    _seen: dict[tuple[str, int], set[Rows]] = field(default_factory=dict)
 
-    layers = [m for m in network.modules() if on and isinstance(m, Attention) and type(m.processor) is AttnProcessor2_0]
-    fused = [layer.processor for layer in layers]
-    try:
-        for layer in layers:
-            layer.processor = AttnProcessor()  # type: ignore[assignment]
-        yield
-    finally:
-        for layer, processor in zip(layers, fused, strict=True):
-            layer.processor = processor
+    @contextmanager
+    def under_way(self, batch: int) -> Iterator[None]:
+        """Inside, a new prediction of `batch` rows is made: plain ones, or those that `holding` said."""
+        before, rows = (self.number, self._rows), self._rows
+        if rows is None or len(rows.index) != batch:
+            rows = Rows.plain(batch)
+        self._count += 1
+        self.number, self._rows = self._count, rows
+        try:
+            yield
+        finally:
+            self.number, self._rows = before
+
+    @contextmanager
+    def holding(self, rows: Rows) -> Iterator[None]:
+        """Inside, a prediction of this many rows is one of these rows."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def rows(self, site: Site, entries: int) -> Rows:
+        """The rows behind `entries` along a layer's batch: of the prediction under way, or of the one that is recomputed.
+
+        Raises:
+            ValueError: in a recomputed pass, where two predictions of this size differed in their rows
+        """
+        key = (site.name, entries)
+        if self.number is not None and self._rows is not None:
+            assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} are no multiple of {self._rows}"
+            rows = replace(self._rows, repeat=entries // len(self._rows.index))
+            self._seen.setdefault(key, set()).add(rows)
+            return rows
+        seen = self._seen.get(key) or {Rows.plain(entries)}
+        if len(seen) > 1:
+            raise ValueError(
+                f"{site.name} is recomputed for its gradient, and predictions with and without guidance had "
+                f"{entries} rows: edits cannot tell which it was. Predict them under `attending` blocks of their own."
+            )
+        return next(iter(seen))
+
+    def forget(self) -> None:
+        """What was remembered goes."""
+        self._seen.clear()
+
+
+class Attending:
+    """The half of a backbone that owns its attention layers."""
+
+    family: str
+    _predictions: PredictionRows
+
+    @property
+    def denoiser(self) -> nn.Module:
+        raise NotImplementedError
+
+    def sites(self) -> tuple[Site, ...]:
+        raise NotImplementedError
+
+    @contextmanager
+    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> Iterator[Record]:
+        """Inside, attention layers compute with these edits, in their order, and keep the maps that are watched.
+
+        A plain edit acts at every site, `At(edit, where)` at some; layers that nobody edits or watches keep their own fast
+        processor. Blocks nest: inner edits come after outer ones, and outer records go on. Processors come back as the
+        same objects, also after exceptions. With gradient checkpointing, stay inside until the backward pass is over:
+        it runs the layers again.
+
+        A layer that carries a processor other than diffusers' default, somebody's own, is never replaced: an edit or
+        record for it is refused, while `unfused` leaves it alone.
+
+        Args:
+            unfused: compute by matrix products instead of PyTorch's fused kernel, the same function up to rounding: on a
+                CPU the kernel's backward pass is slow (`tests/bench/bench_step.py` prints how much a step gains)
+
+        Raises:
+            ValueError: when an edit or watch matches no site, or a site of it carries a processor of somebody's own
+        """
+        record = Record({s.name: s for s in self.sites() if any(isinstance(e, Watch) and s in e for e in edits)})
+        plans = self._plans(edits, record, unfused)
+        changed: list[tuple[Any, Any]] = []
+        try:
+            for layer, processor in plans:
+                changed.append((layer, layer.processor))
+                layer.processor = processor
+            yield record
+        finally:
+            for layer, processor in changed:
+                layer.processor = processor
+            left = (_plan(self.denoiser.get_submodule(s.name)) for s in self.sites())
+            if not any(plan is not None and plan.edits for plan in left):
+                self._predictions.forget()
+
+    def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record, unfused: bool) -> list[tuple[Any, Any]]:
+        """The layers to change, each with its new processor."""
+        for edit in edits:
+            where = edit.where if isinstance(edit, At) else edit
+            if isinstance(where, Where) and not any(s in where for s in self.sites()):
+                there = ", ".join(sorted({f"{s.kind} at scale {s.scale}" for s in self.sites()}))
+                raise ValueError(f"{self.family}: no attention layer is of {where}. There are: {there}.")
+        out = []
+        for site in self.sites():
+            layer: Any = self.denoiser.get_submodule(site.name)
+            own = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
+            records = [(e, record) for e in edits if isinstance(e, Watch) and site in e]
+            if not (own or records or unfused):
+                continue
+            kind = _processor_for(layer)
+            if kind is not None:
+                plan = _plan(layer) or Plan(site, self._predictions)
+                joined = ((*plan.edits, *own), (*plan.records, *records), plan.unfused or unfused)
+                out.append((layer, kind(Plan(site, self._predictions, *joined))))
+            elif own or records:
+                raise ValueError(
+                    f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not diffusers' "
+                    f"default: it cannot be edited or watched"
+                )
+        return out
+
+
+def _acts(edit: Edit | At, site: Site) -> bool:
+    return site in edit.where if isinstance(edit, At) else True
+
+
+def _plan(layer: Any) -> Plan | None:
+    """What is already planned for a layer by an outer block."""
+    return layer.processor.plan if isinstance(layer.processor, UNetProcessor | FluxProcessor) else None
+
+
+def _processor_for(layer: Any) -> type[UNetProcessor] | type[FluxProcessor] | None:
+    """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    now = layer.processor
+    if isinstance(now, UNetProcessor) or type(now) is AttnProcessor2_0:
+        return UNetProcessor
+    if isinstance(now, FluxProcessor):
+        return FluxProcessor
+    plain = type(now) is FluxAttnProcessor and now._attention_backend is None and not layer.fused_projections
+    return FluxProcessor if plain else None

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.forward_process import ForwardProcess
+from shared.backbones.attention import Attending, PredictionRows
+from shared.backbones.attention_edits import Rows, Site
+from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.latents import LatentCodec
-from shared.backbones.module_roles import RoleSpec, resolve
-from shared.backbones.protocol import Adapter, Group, Placeholder, Site
+from shared.backbones.module_roles import RoleSpec, resolve, there_are
+from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
 from shared.backbones.world import World
 from shared.types import Conditioning
 
 
-class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
+class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     """A frozen pipeline's parts, and what is attached to them. Families fill in the abstract methods.
 
     Args:
@@ -59,6 +61,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         self._strengths: dict[str, float] = {}  # of adapters
         self._spoken: dict[str, float] = {}  # of placeholders
         self._warned: set[str] = set()
+        self._predictions = PredictionRows()
         for module in (*self._components.values(), vae):
             module.requires_grad_(False)
             module.eval()
@@ -95,8 +98,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         return self
 
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` knows in this family."""
-        return tuple(sorted(self.role_table))
+        """The roles that `group` has modules for in this network."""
+        return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
         """The modules of a role, one Group per component. ValueError lists the roles there are."""
@@ -146,7 +149,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
     @property
     def strengths(self) -> dict[str, float]:
         """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
-        learned = {name: s for name, s in self._spoken.items() if getattr(self.placeholders[name], "components", ())}
+        learned = {name: s for name, s in self._spoken.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager
@@ -202,8 +205,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
         raise NotImplementedError
 
-    def _refuse_unread(self, conditioning: Conditioning) -> None:
-        """Raises ValueError for what a conditioning carries and no family here reads yet."""
+    def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
+        """Raises ValueError for what a conditioning carries and no family here reads yet, and for another batch size."""
+        if conditioning.batch_size != batch:
+            raise ValueError(f"{self.family}: {batch} noisy pictures, and a conditioning for {conditioning.batch_size}")
         if conditioning.image_tokens:
             raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
         if conditioning.regions:
@@ -228,10 +233,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
             t: a scalar or [B]
             guidance: 1 is none; diffusers' convention, negative + guidance * (positive - negative)
         """
-        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+        t = times(t, len(x_t), x_t.device)
         if negative is None:
             return self.predict(x_t, t, positive)
-        both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([negative, positive]))
+        with self._predictions.holding(Rows.guided(len(x_t))):
+            both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([negative, positive]))
         off, on = both.chunk(2)
         return off + guidance * (on - off)
 

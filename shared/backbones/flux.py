@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.backbones.attention_edits import Site
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.module_roles import RoleSpec
-from shared.backbones.protocol import Site
+from shared.backbones.forward_process import times
+from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.types import Conditioning
 
 _DOUBLE = r"transformer_blocks\.\d+\."
@@ -27,6 +28,7 @@ def _port(pattern: str, note: str) -> tuple[RoleSpec, ...]:
 
 
 ROLES = {
+    **denoiser_roles(_NET),
     "attention": (RoleSpec(_NET, f"{_ANY}({_PICTURE}|{_TEXT})"),),
     "self_attention": _port(
         _ANY + _PICTURE, "the picture stream of joint attention, with the single blocks' shared one"
@@ -35,9 +37,7 @@ ROLES = {
     "self_attention.q": _port(_ANY + r"attn\.to_q", "queries of the picture stream of joint attention"),
     "cross_attention": _port(_DOUBLE + _TEXT, "the text stream of joint attention in the double blocks"),
     "cross_attention.kv": _port(_DOUBLE + r"attn\.add_[kv]_proj", "keys and values of joint attention's text stream"),
-    "cross_attention.q": _port(
-        _DOUBLE + r"attn\.to_q", "queries of the picture stream, which attend to text and picture"
-    ),
+    "cross_attention.q": _port(_DOUBLE + r"attn\.add_q_proj", "queries of joint attention's text stream"),
     "feed_forward": (RoleSpec(_NET, rf"{_DOUBLE}ff(_context)?\.net\.(0\.proj|2)|single_{_DOUBLE}proj_mlp"),),
     "proj": _port(rf"single_{_DOUBLE}proj_out", "the single blocks' joint projection of attention and feed-forward"),
     "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),
@@ -125,7 +125,7 @@ class FluxBackbone(BaseBackbone):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sigma = t / 1000, alpha = 1 - sigma; t in [0, 1000]: [B] or a scalar."""
-        t = torch.as_tensor(t)
+        t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma
 
@@ -156,25 +156,26 @@ class FluxBackbone(BaseBackbone):
             guidance: the scale told to a guidance-distilled transformer; default `training_guidance`
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids
+            ValueError: for a context per site, image tokens, regions or size_ids; for shapes that do not agree
         """
-        self._refuse_unread(conditioning)
+        self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
             raise ValueError("flux: text and picture attend jointly, so the context must be one tensor")
         batch, _, h, w = x_t.shape
         dtype, device = self.transformer.dtype, x_t.device
-        t = torch.as_tensor(t, device=device).expand(batch).to(dtype)
+        t = times(t, batch, device).to(dtype)
         told = self.training_guidance if guidance is None else guidance
-        out = self.transformer(
-            hidden_states=pack(x_t).to(dtype),
-            timestep=t / 1000,
-            guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
-            pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
-            encoder_hidden_states=conditioning.context.to(dtype),
-            txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),
-            img_ids=picture_ids(h // 2, w // 2).to(device, dtype),
-            return_dict=False,
-        )[0]
+        with self._predictions.under_way(batch):
+            out = self.transformer(
+                hidden_states=pack(x_t).to(dtype),
+                timestep=t / 1000,
+                guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
+                pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
+                encoder_hidden_states=conditioning.context.to(dtype),
+                txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),
+                img_ids=picture_ids(h // 2, w // 2).to(device, dtype),
+                return_dict=False,
+            )[0]
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
@@ -191,7 +192,7 @@ class FluxBackbone(BaseBackbone):
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self._components[component](ids)  # no mask: FLUX attends to the padding, too
-        return out[0], getattr(out, "pooler_output", None)
+        return out[0], out.pooler_output if component == self.pooled_component else None
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -20,18 +20,35 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
+def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
+    """Training times, one for each row: [B], whole ones staying whole; without `batch` as they are, a scalar or [B].
+
+    Args:
+        t: a scalar or [B]
+        batch: B, where it is known
+
+    Raises:
+        ValueError: for any other shape: it would broadcast against the rows in silence
+    """
+    t = torch.as_tensor(t, device=device)
+    if t.ndim > 1 or (t.ndim == 1 and batch not in (None, len(t))):
+        rows = "B" if batch is None else batch
+        raise ValueError(f"t is {list(t.shape)}, and must be a scalar or [{rows}]: one time for each row of the batch")
+    return t if batch is None else t.expand(batch)
+
+
 class ForwardProcess:
     """The diffusion half of a backbone: a family says `prediction_type` and gives `alpha_sigma`."""
 
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both of the shape of `t`: x_t = alpha * x_0 + sigma * noise."""
+        """x_t = alpha * x_0 + sigma * noise; both of the shape of `t`, a scalar or [B]. ValueError for other shapes."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma shaped [B, 1, 1, 1…], at least float32, on the device of `like`."""
-        alpha, sigma = self.alpha_sigma(torch.as_tensor(t, device=like.device))
+        alpha, sigma = self.alpha_sigma(times(t, len(like), like.device))
         wide = torch.promote_types(like.dtype, torch.float32)
         shape = (-1, *([1] * (like.ndim - 1)))
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
@@ -43,13 +60,13 @@ class ForwardProcess:
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network is trained to predict: [B, C, h, w], as x0 and noise; t: [B] or a scalar."""
+        alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
             return x0
         if self.prediction_type == "flow":
             return noise - x0
-        alpha, sigma = self._coefficients(t, x0)
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.world import World
+from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]
@@ -26,18 +27,9 @@ class Group:
 
     role: str
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
-    modules: tuple[str, ...]  # leaf modules (Linear, Conv2d)
+    modules: tuple[str, ...]  # linear and convolution layers; of "denoiser.all", every module that holds parameters
     resolution: Resolution = "exact"
     note: str = ""  # for a port: what it stands in for
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention layer: where text meets the picture (or the picture itself)."""
-
-    name: str  # dotted path in the denoiser
-    kind: Literal["cross", "self", "joint"]
-    scale: int  # how many times smaller than the latent grid it works
 
 
 @runtime_checkable
@@ -116,6 +108,8 @@ class Backbone(Protocol):
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
     world: World | None  # a world of its own; None: the real one
+    context_component: str  # the text encoder whose hidden states are the context
+    vae: Any  # between pixels and latents; never trained
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 
@@ -136,8 +130,23 @@ class Backbone(Protocol):
         ...
 
     # text
+    @property
+    def pooled_component(self) -> str | None:
+        """The text encoder whose pooled output is `Conditioning.pooled`, where there is one."""
+        ...
+
+    @property
+    def max_length(self) -> Mapping[str, int]:
+        """Tokens per prompt that each text encoder reads, special ones included."""
+        ...
+
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] where a name varies with it."""
+        ...
+
+    def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
+        """Where whole `words` stand in these prompts: bool [B, L], over the tokens of the context. `words` may be any text
+        or `shared.backbones.tokens.END`, the token that ends the text. ValueError for no words."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
@@ -165,7 +174,7 @@ class Backbone(Protocol):
         """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
         ...
 
-    # the forward process; every function takes t: [B] or a scalar
+    # the forward process; every function takes t: [B] or a scalar, and raises ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha * x_0 + sigma * noise."""
         ...
@@ -214,13 +223,18 @@ class Backbone(Protocol):
         """The family's diffusers pipeline around the same networks, with base tokenizers."""
         ...
 
-    # placeholder of modules
+    # names of modules
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` knows."""
+        """The roles that `group` has modules for in this network."""
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the roles there are."""
+        """The modules of a role, one Group per component. ValueError lists the roles there are.
+
+        No layer belongs to two of self_attention, cross_attention, temporal_attention, feed_forward, conv and proj.
+        "denoiser" is each linear and convolution layer of the denoiser; "denoiser.all" each of its modules that holds
+        parameters of its own, norms and embeddings included, for full fine-tuning.
+        """
         ...
 
     def sites(self) -> tuple[Site, ...]:
@@ -229,6 +243,11 @@ class Backbone(Protocol):
 
     def text_sites(self) -> tuple[str, ...]:
         """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
+        ...
+
+    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> AbstractContextManager[Record]:
+        """Inside, attention layers compute with these edits and keep the maps that are watched; see
+        `shared.backbones.attention`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...
 
     # what is attached, by concept name

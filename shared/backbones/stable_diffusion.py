@@ -8,27 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.attention_edits import Kind, Site
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.forward_process import PREDICTIONS
-from shared.backbones.module_roles import RoleSpec
-from shared.backbones.protocol import Site
+from shared.backbones.forward_process import PREDICTIONS, times
+from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.types import Conditioning, SiteContext
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
-_OLD_SELF = r"(.*_block\w*\.)(\d+\.)?attentions\.\d+\." + _QKVO  # AttnDownBlock2D: attention without text
+_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
+_SPATIAL = _BLOCK + r"attentions\.\d+\."  # a motion module holds layers of the same names: see _TEMPORAL
+_LAYER = _SPATIAL + r"transformer_blocks\.\d+\."
+_TEMPORAL = _BLOCK + r"motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]\."
+
+
+def _unet(pattern: str) -> tuple[RoleSpec, ...]:
+    return (RoleSpec("unet", pattern),)
+
+
+def _self(leaf: str) -> tuple[RoleSpec, ...]:
+    """Attention within the picture: in a transformer block, or alone (AttnDownBlock2D has no text)."""
+    return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
+
 
 ROLES = {
-    "attention": (RoleSpec("unet", rf".*\.attn[12]\.{_QKVO}|{_OLD_SELF}"),),
-    "self_attention": (RoleSpec("unet", rf".*\.attn1\.{_QKVO}|{_OLD_SELF}"),),
-    "self_attention.kv": (RoleSpec("unet", r".*\.attn1\.to_[kv]"),),
-    "self_attention.q": (RoleSpec("unet", r".*\.attn1\.to_q"),),
-    "cross_attention": (RoleSpec("unet", rf".*\.attn2\.{_QKVO}"),),
-    "cross_attention.kv": (RoleSpec("unet", r".*\.attn2\.to_[kv]"),),
-    "cross_attention.q": (RoleSpec("unet", r".*\.attn2\.to_q"),),
-    "feed_forward": (RoleSpec("unet", r".*\.ff\.net\.(0\.proj|2)"),),
-    "conv": (RoleSpec("unet", r".*\.resnets\.\d+\.conv(1|2|_shortcut)"),),
-    "proj": (RoleSpec("unet", r".*\.attentions\.\d+\.proj_(in|out)"),),
+    **denoiser_roles("unet"),
+    "attention": _unet(rf"({_LAYER}attn[12]\.|{_SPATIAL}){_QKVO}"),
+    "self_attention": _self(_QKVO),
+    "self_attention.kv": _self("to_[kv]"),
+    "self_attention.q": _self("to_q"),
+    "cross_attention": _unet(rf"{_LAYER}attn2\.{_QKVO}"),
+    "cross_attention.kv": _unet(_LAYER + r"attn2\.to_[kv]"),
+    "cross_attention.q": _unet(_LAYER + r"attn2\.to_q"),
+    "temporal_attention": _unet(_TEMPORAL + _QKVO),
+    "temporal_attention.kv": _unet(_TEMPORAL + "to_[kv]"),
+    "temporal_attention.q": _unet(_TEMPORAL + "to_q"),
+    "feed_forward": _unet(_LAYER + r"ff\.net\.(0\.proj|2)"),
+    "conv": _unet(_BLOCK + r"resnets\.\d+\.conv(1|2|_shortcut)"),
+    "proj": _unet(_SPATIAL + r"proj_(in|out)"),
     "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),
     "text_encoder.mlp": (RoleSpec("text_encoder", _CLIP + r"mlp\.fc[12]"),),
 }
@@ -93,7 +110,7 @@ class StableDiffusionBackbone(BaseBackbone):
         Args:
             t: [B] or a scalar, in [0, 1000)
         """
-        t = torch.as_tensor(t)
+        t = times(t)
         table = self.alphas_cumprod.to(t.device)
         if not t.is_floating_point():
             bar = table[t]
@@ -114,14 +131,16 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: for sites without a context, image tokens, regions or size_ids
+            ValueError: for sites without a context, image tokens, regions or size_ids; for shapes that do not agree
         """
-        self._refuse_unread(conditioning)
+        self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context
         if not isinstance(context, Tensor):
             context = self._route(context)
         dtype = self.unet.dtype
-        return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+        t = times(t, len(x_t), x_t.device)
+        with self._predictions.under_way(len(x_t)):
+            return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
         """All sites' keys and values side by side, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.
@@ -215,9 +234,20 @@ def _sites(unet: Any) -> tuple[Site, ...]:
         scales[f"up_blocks.{i}."] = scale
         scale //= 2 if getattr(block, "upsamplers", None) else 1
     found = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
-    return tuple(
-        Site(name, "cross" if module.is_cross_attention else "self", size)
-        for prefix, size in scales.items()
-        for name, module in found.items()
-        if name.startswith(prefix)
-    )
+    sites = []
+    for prefix, size in scales.items():
+        # a block calls its layers in turn, and after each the motion module of the same number
+        inside = sorted((n for n in found if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
+        sites += [Site(name, _kind(name, found[name]), size) for name in inside]
+    return tuple(sites)
+
+
+def _turn(name: str) -> tuple[int, bool]:
+    """When a block calls an attention layer, by its name inside the block: "attentions.1.…" or "motion_modules.1.…"."""
+    return int(name.split(".")[1]), name.startswith("motion_modules.")
+
+
+def _kind(name: str, layer: Any) -> Kind:
+    if ".motion_modules." in name:
+        return "temporal"
+    return "cross" if layer.is_cross_attention else "self"

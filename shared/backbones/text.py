@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.forward_process import times
 from shared.backbones.protocol import Placeholder
 from shared.backbones.tokens import Tokenized, TokenOverlay, join_embeddings, overlaid, same_embeddings, slots
 from shared.types import Conditioning, SiteContext
@@ -35,6 +36,11 @@ class TextEncoding:
     def text_sites(self) -> tuple[str, ...]:
         raise NotImplementedError
 
+    @property
+    def max_length(self) -> Mapping[str, int]:
+        """Tokens per prompt that each text encoder reads, special ones included."""
+        return self.tokens.max_length
+
     def check_prompt(self, prompt: str) -> None:
         """Raises ValueError when the prompt is longer than the text encoder reads, or any of them a concept's name; names
         what would be cut. What only a second encoder would not read is a warning."""
@@ -60,6 +66,16 @@ class TextEncoding:
         """The sub-tokens that this text encoder's tokenizer makes of `words`, without its marks for word borders."""
         return self.tokens.pieces(component, words)
 
+    def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
+        """Where whole `words` (a class noun, a concept's tokens, or `END`, the token that ends the text) stand in these
+        prompts: bool [B, L], over the tokens of `Conditioning.context`. A prompt without them has none.
+
+        Raises:
+            ValueError: when there are no words
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.tokens.find_words(self.context_component, prompts, words).to(self.device)
+
     def table_spread(self, component: str) -> float:
         """Standard deviation over all input embeddings of this text encoder."""
         return float(self._embedding(component).weight.detach().float().std())
@@ -75,8 +91,8 @@ class TextEncoding:
             t: [B] or a scalar, needed where a placeholder that these prompts use varies with "time"
 
         Raises:
-            ValueError: when time is needed and not given, when the family cannot have a context per site, and when a
-                concept's name lies beyond what a text encoder reads (a warning where it is other text)
+            ValueError: when time is needed and not given, or of another shape, when the family cannot have a context per
+                site, and when a concept's name lies beyond what a text encoder reads (a warning where it is other text)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -139,13 +155,13 @@ class TextEncoding:
         return sites
 
     def _time(self, used: Sequence[Placeholder], t: Tensor | None, batch: int) -> Tensor | None:
+        t = None if t is None else times(t, batch, self.device)
         timed = [n.name for n in used if "time" in n.varies_with]
         if not timed:
             return None
         if t is None:
             raise ValueError(f"the words of {', '.join(timed)} vary with time: encode(prompts, t) needs t")
-        t = torch.as_tensor(t, device=self.device)
-        return t.expand(batch) if t.ndim == 0 else t
+        return t
 
     def _readers(self) -> list[str]:
         """The text encoders that are used, the context's first."""

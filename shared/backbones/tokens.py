@@ -9,6 +9,7 @@ ids) stays right, and when the last token leaves, everything is what it was.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: Stands for the token that ends the text, wherever words are asked for. No learned token holds blanks, so it is none.
+END = "<end of text>"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,35 @@ class TokenOverlay:
             found[:, i : i + hits.shape[1]] |= hits
         return found
 
+    def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
+        """Bool [B, L] on the CPU: where whole `words` stand in prompts as this encoder reads them; all places, none of them
+        where the words are only a part of others, or cut. Added tokens count as words.
+
+        Args:
+            words: text, in any case; or END, the token that ends the text
+
+        Raises:
+            ValueError: when there are no words
+        """
+        length = self.max_length[component]
+        out = self.current[component](
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+        )
+        found = torch.zeros(len(prompts), length, dtype=torch.bool)
+        if words == END:
+            found[torch.arange(len(prompts)), torch.tensor(out["attention_mask"]).sum(1) - 1] = True
+            return found
+        pattern = _whole(words, any(token in words for token in self.tokens))
+        for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
+            spans = [
+                (a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets
+            ]  # T5's may hold the blank
+            starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
+            for start, end in (match.span() for match in pattern.finditer(prompt)):
+                if start in starts and end in ends:  # else it is inside of another token
+                    found[row] |= torch.tensor([start <= a < b <= end for a, b in spans])
+        return found
+
     def filler(self, component: str) -> int:
         """A base id to stand where an added token is: the first that is no special token."""
         special = set(self.base[component].all_special_ids)
@@ -119,6 +152,15 @@ class TokenOverlay:
         """What the base tokenizer makes of `words`, without its marks for word borders."""
         found = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
         return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in found) if p)
+
+
+def _whole(words: str, exact: bool) -> re.Pattern[str]:
+    """Finds `words` with any blanks between them, and no letter or digit right before or after."""
+    parts = words.split()
+    if not parts:
+        raise ValueError("the positions of no words were asked for")
+    before, after = (r"(?<!\w)" if words.strip()[0].isalnum() else "", r"(?!\w)" if words.strip()[-1].isalnum() else "")
+    return re.compile(before + r"\s+".join(map(re.escape, parts)) + after, 0 if exact else re.IGNORECASE)
 
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:

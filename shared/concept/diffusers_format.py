@@ -175,7 +175,7 @@ def write_tokens(
         token = tokens[0].lower()
         save_file({token: rows.float().contiguous()}, folder / file, metadata={"format": "pt"})
         old = getattr(backbone.components[component], "eos_token_id", None) == 2
-        pooled = getattr(backbone, "pooled_component", None) == component
+        pooled = backbone.pooled_component == component
         entry = {"file": file, "component": component, "token": token, "vectors": len(tokens)}
         out.append({**entry, "end_of_text": old and pooled})
     return out

@@ -150,7 +150,7 @@ def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
 
 def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor | None]:
     """(context, pooled) by the pipeline's own `encode_prompt`."""
-    lengths = backbone.tokens.max_length  # type: ignore[attr-defined]
+    lengths = backbone.max_length
     settings = {
         "prompt": prompt,
         "device": backbone.device,
@@ -160,7 +160,7 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
     }
     takes = inspect.signature(pipe.encode_prompt).parameters
     out = pipe.encode_prompt(**{k: v for k, v in settings.items() if k in takes})
-    return out[0], out[1] if getattr(backbone, "pooled_component", None) else None
+    return out[0], out[1] if backbone.pooled_component else None
 
 
 def _call(backbone: Backbone, conditioning: Any) -> dict[str, Any]:

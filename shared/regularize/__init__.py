@@ -5,8 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.regularize.anchor import EmbeddingAnchor
+from shared.regularize.localisation import Localisation
 from shared.regularize.prior import PriorPrediction, PriorPreservation
 
-Regularizer = Annotated[PriorPreservation | PriorPrediction | EmbeddingAnchor, Field(discriminator="kind")]
+Regularizer = Annotated[
+    PriorPreservation | PriorPrediction | EmbeddingAnchor | Localisation, Field(discriminator="kind")
+]
 
-__all__ = ["EmbeddingAnchor", "PriorPrediction", "PriorPreservation", "Regularizer"]
+__all__ = ["EmbeddingAnchor", "Localisation", "PriorPrediction", "PriorPreservation", "Regularizer"]

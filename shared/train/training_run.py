@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from shared.backbones.attention import pays, unfused_attention
+from shared.backbones.attention import pays
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
 from shared.recipe.resolve import dump, expand_phases
@@ -95,8 +95,7 @@ class TrainingRun:
         self._depends: dict[str, str] = {}
         self._anew = True
         text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
-        vae = getattr(self.backbone, "vae", None)
-        self.offloaded = Offloaded(text if vae is None else {"vae": vae, **text}, self.backbone.device)
+        self.offloaded = Offloaded({"vae": self.backbone.vae, **text}, self.backbone.device)
         self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
     @property
@@ -328,7 +327,7 @@ class _Phase:
         owner, backbone = self.owner, self.owner.backbone
         side = self.recipe.train.resolution or backbone.resolution
         stack.enter_context(recomputed(backbone.denoiser, self.recipe.train.gradient_checkpointing))
-        stack.enter_context(unfused_attention(backbone.denoiser, pays(backbone, side)))
+        stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)

@@ -22,7 +22,7 @@ import torch
 
 from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
-from shared.backbones.attention import pays, unfused_attention
+from shared.backbones.attention import pays
 from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
 from shared.toybox.reference_sets import write_album
@@ -111,7 +111,7 @@ def main() -> None:
         rounds = max(2, given.steps // 10)
         for turn in range(rounds):
             for name, run in (("suite", cached), ("fused", cached), ("plain", plain)):
-                with unfused_attention(backbone.denoiser, unfused and name == "suite"):
+                with backbone.attending(unfused=unfused and name == "suite"):
                     start = time.perf_counter()
                     for index in range(5):
                         step(*run, 3 + turn * 5 + index)
@@ -122,7 +122,7 @@ def main() -> None:
         clock.wrap(task.backbone, "latent_moments", "autoencoder")
         clock.wrap(task, "encode", "text encoder")
         clock.wrap(task.backbone, "predict", "denoiser")
-        with unfused_attention(backbone.denoiser, unfused):
+        with backbone.attending(unfused=unfused):
             for index in range(given.steps):
                 step(session, task, optimizers, 100 + index, clock)
     total = sum(clock.seconds.values())

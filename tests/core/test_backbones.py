@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +81,37 @@ def test_forward_process_equals_diffusers_scheduler(version: str, request: pytes
         prediction, x = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
         clean = scheduler.step(prediction, t, x).pred_original_sample
         assert torch.allclose(backbone.to_x0(prediction, x, t), clean, rtol=1e-4, atol=1e-4)
+
+
+_TAKE_TIMES = {
+    "alpha_sigma": lambda b, x, c, t: b.alpha_sigma(t),
+    "add_noise": lambda b, x, c, t: b.add_noise(x, x, t),
+    "target": lambda b, x, c, t: b.target(x, x, t),
+    "to_x0": lambda b, x, c, t: b.to_x0(x, x, t),
+    "to_eps": lambda b, x, c, t: b.to_eps(x, x, t),
+    "predict": lambda b, x, c, t: b.predict(x, t, c),
+    "predict_guided": lambda b, x, c, t: b.predict_guided(x, t, c, None, 2.0),
+    "encode": lambda b, x, c, t: b.encode(["a mug"] * 3, t),
+}
+
+
+@pytest.mark.parametrize("name", _TAKE_TIMES)
+@torch.no_grad()
+def test_times_of_another_shape_are_refused(backbone: Any, name: str) -> None:
+    take, x, told = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
+    for fine in (torch.tensor(300), torch.tensor([1, 300, 999]), torch.tensor([1.5, 300.0, 999.0])):
+        take(backbone, x, told, fine)
+    take(backbone, x, told, 300)
+    for shape in ([1, 3], [3, 1], [2], [1], [3, 4, 8, 8]):
+        if name == "alpha_sigma" and len(shape) == 1:
+            continue  # it knows no batch
+        with pytest.raises(ValueError, match=re.escape(f"t is {shape}, and must be a scalar or [")):
+            take(backbone, x, told, torch.full(shape, 300))
+
+
+def test_a_conditioning_for_another_batch_is_refused(backbone: Any) -> None:
+    with pytest.raises(ValueError, match="3 noisy pictures, and a conditioning for 1"):
+        backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor(300), backbone.encode(["a mug"]))
 
 
 def test_times_between_whole_ones(sd: StableDiffusionBackbone) -> None:

@@ -194,7 +194,7 @@ def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
 class Varying:
     """One token whose row is `row(t, site)`."""
 
-    name, words, tokens = "x", "<x>", ("<x>",)
+    name, words, tokens, components = "x", "<x>", ("<x>",), ()
 
     def __init__(self, row: Callable[[Tensor | None, str | None], Tensor], varies_with: Sequence[str]) -> None:
         self.row, self.varies_with, self.times = row, frozenset(varies_with), []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.backbones.tokens import same_embeddings
+from shared.backbones.tokens import END, same_embeddings
 from shared.types import SiteContext
 
 
@@ -370,3 +370,44 @@ def test_same_rows_compares_memory_where_something_is_learned() -> None:
     table = nn.Parameter(torch.ones(2, 1, 2))
     assert same_embeddings([table[0]], [table[0]]) and not same_embeddings([table[0]], [table[1]])
     assert same_embeddings([a.detach()], [b.detach()]) and not same_embeddings([a], [a.detach()])
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_words_are_found_whole_and_everywhere(family: str, request: pytest.FixtureRequest) -> None:
+    backbone, two = request.getfixturevalue(family), lambda c, t, s: fixed(2)[c]
+    backbone.add_placeholder(TestNaming("x", ("<x>", "<x>_1"), two, words="<x> <x>_1 mug"))
+    backbone.add_placeholder(TestNaming("a-mug", ("<a-mug>",), lambda c, t, s: fixed(1)[c]))
+    tokenizer = backbone.tokens.current[backbone.context_component]
+    prompts = ("a photo of <x> <x>_1 mug, a Mug and a <a-mug> teapot", "xzq zqx  zq  mug", "a dog")
+    ids = backbone.tokens.tokenize(backbone.context_component, prompts, torch.device("cpu")).ids
+
+    def found(words: str) -> list[list[str]]:
+        positions = backbone.word_positions(prompts, words)
+        assert (
+            positions.shape == ids.shape == backbone.encode(prompts).context.shape[:2] and positions.dtype == torch.bool
+        )
+        read = [tokenizer.convert_ids_to_tokens(row[at].tolist()) for row, at in zip(ids, positions, strict=True)]
+        return [[t.replace("</w>", "").replace("▁", "") for t in tokens] for tokens in read]
+
+    assert [[t.lower() for t in row if t] for row in found("mug")] == [
+        ["mug", "mug"] if family == "sd" else ["mug", "m", "u", "g"],  # T5's vocabulary has no capitals here
+        ["mug"],
+        [],
+    ]
+    assert found("<x>") == [["<x>"], [], []] and found("<x>_1  mug") == [["<x>_1", "mug"], [], []]
+    assert found("<x> <x>_1 mug")[0] == ["<x>", "<x>_1", "mug"]
+    assert torch.equal(backbone.word_positions(prompts, "<a-mug>"), backbone.encode(prompts).token_positions["a-mug"])
+    assert [[t for t in row if t] for row in found("zq")] == [[], ["z", "q"], []] and found("cat") == [[], [], []]
+    ends = found(END)
+    assert ends == [[tokenizer.eos_token.replace("</w>", "")]] * 3
+    at = backbone.word_positions(prompts, END).int().argmax(1)
+    assert at.tolist() == [int((row != tokenizer.pad_token_id).sum()) - (family == "flux") for row in ids]
+    for nothing in ("", "  "):
+        with pytest.raises(ValueError, match="no words"):
+            backbone.word_positions(prompts, nothing)
+
+
+def test_words_that_are_cut_are_not_there(sd: StableDiffusionBackbone) -> None:
+    prompts = ["dog " * 29 + "mug", "dog " * 30 + "mug"]  # 30 tokens fit between the special ones
+    found = sd.word_positions(prompts, "mug").nonzero().tolist()
+    assert found == [[0, 30]]

@@ -1,0 +1,90 @@
+"""Keeping each concept's word on its own part of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from shared.backbones.attention_edits import Record
+from shared.backbones.attention_maps import AttentionMaps
+from shared.config import Part
+from shared.types import Step
+
+
+class Localisation(Part):
+    """weight * mean over instance rows of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
+    https://arxiv.org/abs/2305.16311, eq. 3).
+
+    A is how the picture's places look at the concept's own tokens: the mean over heads, over the watched layers and over
+    the tokens, divided by its greatest value, as the paper's code does. It is compared at 16×16 places, where the layers
+    of a full-size model see objects best. Needs a mask for each subject.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
+    needs_class_examples: ClassVar[bool] = False
+    kind: Literal["localisation"] = "localisation"
+    weight: Annotated[float, Field(ge=0)] = 1e-2
+    scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the latents; default: the one that is nearest to 16×16
+    normalize: Literal["max", "none"] = "max"
+
+    @property
+    def provides(self) -> tuple[AttentionMaps, ...]:
+        """The need that this part brings."""
+        return (AttentionMaps(scales=frozenset(self.scales)),)
+
+    def __call__(self, step: Step) -> Tensor:
+        masks = step.batch.owner_masks
+        if not masks:
+            raise ValueError(
+                "localisation keeps words on masks, and no picture has one: add a masks part or subject.masks"
+            )
+        record: Record = step.need("attention_maps")
+        positions = step.conditioning.token_positions
+        instance = step.batch.with_role("instance").to(step.prediction.device)
+        grids: dict[tuple[int, int], list[Tensor]] = {}
+        for name in record:
+            length = next(iter(positions.values())).shape[1] if positions else 0
+            grid = record.sites[name].grid(*step.x_t.shape[-2:])
+            grids.setdefault(grid, []).append(record.text_map(name, length))
+        losses = [
+            localisation_loss(torch.stack(maps).mean(0), grid, positions, masks, instance, self.normalize)
+            for grid, maps in grids.items()
+        ]
+        return self.weight * torch.stack(losses).mean()
+
+
+def localisation_loss(
+    maps: Tensor,
+    grid: tuple[int, int],
+    positions: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    rows: Tensor,
+    normalize: Literal["max", "none"] = "max",
+) -> Tensor:
+    """Mean over rows of the sum over concepts of the mean squared distance between map and mask: a scalar.
+
+    A concept counts in the rows whose text names it and where its mask is not empty.
+
+    Args:
+        maps: [B, rows * columns of the grid, L], probabilities
+        grid: rows and columns
+        positions: concept -> bool [B, L]
+        masks: concept -> [B, 1, h, w] in [0, 1]
+        rows: bool [B], those that count
+        normalize: "max": each map is divided by its greatest value
+    """
+    total = maps.new_zeros(len(maps))
+    for owner in sorted(positions.keys() & masks.keys()):
+        at, mask = positions[owner].to(maps), masks[owner].to(maps)
+        there = at.any(1) & mask.flatten(1).any(1)
+        map_ = torch.einsum("bpl,bl->bp", maps, at) / at.sum(1).clamp_min(1)[:, None]
+        if normalize == "max":
+            map_ = map_ / map_.amax(1, keepdim=True).clamp_min(torch.finfo(map_.dtype).tiny)
+        wanted = F.adaptive_avg_pool2d(mask, grid).flatten(1)
+        total = total + ((map_ - wanted) ** 2).mean(1) * there
+    return total[rows.to(total.device)].mean() if rows.any() else total.sum() * 0

@@ -1,0 +1,340 @@
+"""The one owner of attention: the same function as diffusers', edits in their order, maps that are what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from shared.backbones.attention_edits import At, Record, Rows, Site, Watch, Where
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.core.motion import ask_motion, motion_unet
+
+PROMPTS = ("a mug", "a dog on the beach")
+
+
+@pytest.fixture(params=["sd", "sd_v", "flux"])
+def backbone(request: pytest.FixtureRequest) -> Any:
+    if request.param == "sd_v":
+        return StableDiffusionBackbone(request.getfixturevalue("tiny_sd_v"))
+    return request.getfixturevalue(request.param)
+
+
+def ask(backbone: Any, prompts: tuple[str, ...] = PROMPTS, seed: int = 0) -> Tensor:
+    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return backbone.predict(x, torch.tensor([300, 600, 900])[: len(prompts)], backbone.encode(prompts))
+
+
+def processors(backbone: Any) -> list[Any]:
+    return [backbone.denoiser.get_submodule(s.name).processor for s in backbone.sites()]
+
+
+def nothing(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
+    """An edit that changes nothing: the layer's processor is ours."""
+    return q, k, v, bias
+
+
+def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
+    backbone.denoiser.zero_grad()
+    prediction = ask(backbone.to(dtype=torch.float64))  # rounding adds up over the layers in float32
+    prediction.square().mean().backward()
+    return prediction.detach(), [p.grad.clone() for p in backbone.denoiser.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("mode", ["edit", "watch", "unfused"])
+def test_our_processors_compute_what_diffusers_do(backbone: Any, adapted: bool, mode: str) -> None:
+    if adapted:
+        targets = [n for g in backbone.group("attention") for n in g.modules]
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), backbone.denoiser
+        )
+    else:
+        backbone.denoiser.requires_grad_(True)
+    expected, gradients = with_gradients(backbone)
+    modes: dict[str, Any] = {"edit": ((nothing,), False), "watch": ((Watch(),), False), "unfused": ((), True)}
+    edits, unfused = modes[mode]
+    with backbone.attending(*edits, unfused=unfused) as record:
+        assert not any(type(p) is AttnProcessor2_0 for p in processors(backbone))
+        got, found = with_gradients(backbone)
+        assert len(record) == (len(backbone.sites()) if mode == "watch" else 0)
+    assert (got - expected).abs().max() <= (0 if mode == "edit" else 1e-12)
+    assert len(found) == len(gradients) > 0
+    for a, b in zip(found, gradients, strict=True):
+        assert (a - b).abs().max() <= (0 if mode == "edit" else 1e-12)
+
+
+def test_an_edit_that_changes_nothing_changes_no_bit(backbone: Any) -> None:
+    with torch.no_grad():
+        expected = ask(backbone)
+        with backbone.attending(nothing):
+            assert torch.equal(ask(backbone), expected)
+
+
+def test_unfused_attention_is_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+    with torch.no_grad(), sd.attending(unfused=True):
+        got = ask(sd)
+    sd.unet.set_attn_processor(AttnProcessor())
+    with torch.no_grad():
+        assert torch.equal(got, ask(sd))
+
+
+def layer(**options: Any) -> tuple[Attention, Tensor]:
+    torch.manual_seed(0)
+    grown: dict[str, Any] = {"query_dim": 8, "heads": 2, "dim_head": 4, "processor": AttnProcessor2_0(), **options}
+    return Attention(**grown).eval(), torch.randn(2, 9, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0},
+        {"qk_norm": "layer_norm", "bias": True},
+        {"cross_attention_dim": 6},
+        {"cross_attention_dim": 6, "cross_attention_norm": "layer_norm"},
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> None:
+    from shared.backbones.attention import PredictionRows
+    from shared.backbones.attention_processors import Plan, UNetProcessor
+
+    attention, x = layer(**options)
+    told = torch.randn(2, 5, 6) if "cross_attention_dim" in options else None
+    mask = torch.randn(2, 1, 9 if told is None else 5) if masked else None
+    grid = x.mT.unflatten(2, (3, 3))
+    before = [attention(y, encoder_hidden_states=told, attention_mask=mask) for y in (x, grid)]
+    for unfused in (False, True):
+        site = Site("layer", "self", 1)
+        attention.processor = UNetProcessor(Plan(site, PredictionRows(), unfused=unfused))  # type: ignore[assignment]
+        for y, expected in zip((x, grid), before, strict=True):
+            got = attention(y, encoder_hidden_states=told, attention_mask=mask)
+            assert got.shape == expected.shape and (got - expected).abs().max() <= (1e-6 if unfused else 0)
+
+
+def test_maps_are_the_softmax_of_what_the_layer_computed(sd: StableDiffusionBackbone) -> None:
+    site = sd.sites()[1]
+    attn: Any = sd.unet.get_submodule(site.name)
+    seen: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda m, a, out: seen.append(out)) for m in (attn.to_q, attn.to_k)]
+    only = frozenset({site.name})
+    with torch.no_grad(), sd.attending(Watch(only)) as mean, sd.attending(Watch(only, heads="all")) as apart:
+        ask(sd)
+    for hook in hooks:
+        hook.remove()
+    q, k = (x.double().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in seen)
+    expected = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    assert apart[site.name].shape == expected.shape == (2, attn.heads, 64 // site.scale**2, 32)
+    assert (apart[site.name] - expected).abs().max() < 1e-6
+    assert (mean[site.name] - expected.mean(1)).abs().max() < 1e-6
+    assert list(mean) == [site.name] and "other" not in mean
+    with pytest.raises(KeyError, match="not a site that is watched"):
+        mean["other"]
+
+
+def test_joint_maps_have_a_part_of_picture_to_text(flux: FluxBackbone) -> None:
+    with torch.no_grad(), flux.attending(Watch()) as record:
+        ask(flux)
+    length = flux.tokens.max_length["text_encoder_2"]
+    for name in record:
+        assert record[name].shape == (2, length + 16, length + 16)
+        assert torch.equal(record.text_map(name, length), record[name][:, length:, :length])
+        assert (record[name].sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_self_attention_has_no_text_map(sd: StableDiffusionBackbone) -> None:
+    with torch.no_grad(), sd.attending(Watch()) as record:
+        ask(sd)
+    kinds = {s.name: s.kind for s in sd.sites()}
+    for name in record:
+        if kinds[name] == "cross":
+            assert record.text_map(name, 32) is record[name]
+        else:
+            with pytest.raises(ValueError, match="does not look at text"):
+                record.text_map(name, 32)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_flow_through_maps_and_recomputing_keeps_one_map(backbone: Any, recompute: bool) -> None:
+    """With gradient checkpointing the gradient is that without it, and a site has one map, not two."""
+    backbone.denoiser.requires_grad_(True)
+    backbone.denoiser.train()  # diffusers recomputes in training mode only
+    if recompute:
+        backbone.denoiser.enable_gradient_checkpointing()
+    first = backbone.sites()[1].name
+    with backbone.attending(Watch()) as record:
+        ask(backbone)
+        map_ = record[first]
+        loss = map_[..., 1].square().sum()
+        loss.backward()
+        assert record[first].shape == map_.shape and torch.allclose(record[first], map_, atol=1e-6)
+        assert (record[first] is map_) == (not recompute)
+    grad = backbone.denoiser.get_submodule(first).to_k.weight.grad
+    assert grad is not None and grad.abs().max() > 0
+    backbone.denoiser.zero_grad()
+    backbone.denoiser.disable_gradient_checkpointing()
+    with backbone.attending(Watch()) as record:
+        ask(backbone)
+        record[first][..., 1].square().sum().backward()
+    assert torch.allclose(grad, backbone.denoiser.get_submodule(first).to_k.weight.grad, atol=1e-6)
+
+
+def test_the_first_prediction_can_be_kept(backbone: Any) -> None:
+    with torch.no_grad(), backbone.attending(Watch(keep="first")) as first, backbone.attending(Watch()) as last:
+        ask(backbone)
+        maps = dict(first)
+        ask(backbone, seed=1)
+        assert all(first[n] is maps[n] and not torch.equal(last[n], maps[n]) for n in maps)
+    with torch.no_grad(), backbone.attending(Watch()) as other:
+        assert len(other) == 0
+        with pytest.raises(KeyError, match="nothing was predicted yet"):
+            other[backbone.sites()[0].name]
+
+
+def test_edits_act_in_order_where_they_were_asked_for(sd: StableDiffusionBackbone) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def edit(name: str) -> Callable[..., Any]:
+        def call(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
+            calls.append((name, site.name))
+            assert q.shape[0] == k.shape[0] == 2 and rows == Rows.plain(2)
+            return q, k, v, bias
+
+        return call
+
+    cross = Where(kinds=frozenset({"cross"}), scales=frozenset({2}))
+    at = [s.name for s in sd.sites() if s in cross]
+    before = processors(sd)
+    with torch.no_grad(), sd.attending(At(edit("a"), cross), At(edit("b"), cross)), sd.attending(At(edit("c"), cross)):
+        ask(sd)
+        kept = [p is old for p, old in zip(processors(sd), before, strict=True)]
+        assert kept == [s not in cross for s in sd.sites()]
+    assert at and calls == [(e, name) for name in at for e in "abc"]
+
+
+def test_an_edit_changes_the_output_and_the_record_sees_it(backbone: Any) -> None:
+    def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
+        """Nobody looks at anything but the first key; one more key that nobody looks at."""
+        k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
+        away = torch.zeros(1, 1, 1, k.shape[2])
+        away[..., 1:] = -torch.inf
+        return q, k, v, away if bias is None else bias + away
+
+    with torch.no_grad():
+        plain = ask(backbone)
+        with backbone.attending(only_first):
+            edited = ask(backbone)
+        with backbone.attending(only_first, Watch()) as record:
+            watched = ask(backbone)
+    assert (edited - plain).abs().max() > 1e-4 and (edited - watched).abs().max() < 1e-6
+    assert all((m[..., 0] == 1).all() and (m[..., 1:] == 0).all() for m in record.values())
+
+
+@contextmanager
+def noting(backbone: Any) -> Iterator[list[Rows]]:
+    seen: list[Rows] = []
+
+    def note(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
+        seen.append(rows)
+        return q, k, v, bias
+
+    with backbone.attending(note):
+        yield seen
+
+
+def test_edits_know_the_rows_under_guidance(sd: StableDiffusionBackbone) -> None:
+    positive, negative = sd.encode(PROMPTS), sd.encode(["", ""])
+    with torch.no_grad(), noting(sd) as seen:
+        sd.predict_guided(torch.randn(2, 4, 8, 8), torch.tensor(300), positive, negative, 5.0)
+        assert set(seen) == {Rows((0, 1, 0, 1), (True, True, False, False))}
+        seen.clear()
+        sd.predict_guided(torch.randn(2, 4, 8, 8), torch.tensor(300), positive, None, 5.0)
+        assert set(seen) == {Rows.plain(2)}
+    rows = Rows.guided(2)
+    assert rows.indices(torch.device("cpu")).tolist() == [0, 1, 0, 1]
+    assert Rows((0, 1), (True, False), 2).negatives(torch.device("cpu")).tolist() == [True, True, False, False]
+
+
+def test_edits_know_the_rows_when_a_pass_is_recomputed(sd: StableDiffusionBackbone) -> None:
+    sd.unet.requires_grad_(True).train()
+    sd.unet.enable_gradient_checkpointing()
+    positive, negative = sd.encode(PROMPTS), sd.encode(["", ""])
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(300)
+    with noting(sd) as seen:
+        loss = sd.predict_guided(x, t, positive, negative, 5.0).mean()
+        count = len(seen)
+        loss.backward()
+        assert len(seen) > count and set(seen) == {Rows.guided(2)}
+    with noting(sd):
+        loss = sd.predict_guided(x, t, positive, negative, 5.0).mean()
+        loss = (
+            loss
+            + ask(sd, (*PROMPTS, *PROMPTS)[:3]).mean()
+            + sd.predict(torch.cat([x, x]), t, sd.encode(PROMPTS * 2)).mean()
+        )
+        with pytest.raises(ValueError, match="with and without guidance"):
+            loss.backward()
+
+
+def test_processors_come_back_as_the_same_objects(backbone: Any) -> None:
+    before = processors(backbone)
+    with backbone.attending(unfused=True):
+        outer = processors(backbone)
+        assert not any(a is b for a, b in zip(outer, before, strict=True))
+        with pytest.raises(RuntimeError, match="stop"), backbone.attending(nothing, Watch()):
+            raise RuntimeError("stop")
+        assert all(a is b for a, b in zip(processors(backbone), outer, strict=True))
+    assert all(a is b for a, b in zip(processors(backbone), before, strict=True))
+    with backbone.attending():
+        assert all(a is b for a, b in zip(processors(backbone), before, strict=True))
+
+
+def test_unfused_attention_inside_does_not_stop_a_record(backbone: Any) -> None:
+    with torch.no_grad(), backbone.attending(Watch()) as record, backbone.attending(unfused=True):
+        ask(backbone)
+    assert set(record) == {s.name for s in backbone.sites()}
+
+
+def test_somebody_elses_processor_is_refused_or_left_alone(sd: StableDiffusionBackbone) -> None:
+    names = [s.name for s in sd.sites()]
+    odd: Any = sd.unet.get_submodule(names[3])
+    odd.processor = strange = AttnProcessor()
+    before = processors(sd)
+    for edits in ((nothing,), (Watch(),)):
+        refused = rf"{names[3]} computes with AttnProcessor, which is not diffusers' default"
+        with pytest.raises(ValueError, match=refused), sd.attending(*edits):
+            pass
+        assert all(a is b for a, b in zip(processors(sd), before, strict=True))
+    with torch.no_grad(), sd.attending(Watch(sites=frozenset(names[:3])), unfused=True) as record:
+        assert odd.processor is strange
+        ask(sd)
+    assert list(record) == names[:3] and isinstance(record, Record)
+
+
+def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -> None:
+    for where in (Where(scales=frozenset({16})), Watch(kinds=frozenset({"joint"}))):
+        edit: Any = where if isinstance(where, Watch) else At(nothing, where)
+        said = "scale 16" if edit is not where else "kind joint"
+        refused = f"no attention layer is of {said}. There are: cross at scale 1, cross at scale 2"
+        with pytest.raises(ValueError, match=refused), sd.attending(edit):
+            pass
+
+
+def test_attention_over_time_is_watched_and_edited_too(tiny_sd: Any) -> None:
+    tiny_sd.unet = motion_unet(tiny_sd.unet)
+    backbone = StableDiffusionBackbone(tiny_sd)
+    plain = ask_motion(backbone, frames=3)
+    with backbone.attending(Watch()) as record, noting(backbone) as seen, backbone._predictions.under_way(2):
+        assert (ask_motion(backbone, frames=3) - plain).abs().max() < 1e-5
+    for site, rows in zip(backbone.sites(), seen, strict=True):
+        cells = (8 // site.scale) ** 2
+        repeat, shape = (3, (6, cells)) if site.kind != "temporal" else (cells, (2 * cells, 3, 3))
+        assert rows == Rows((0, 1), (False, False), repeat) and record[site.name].shape[: len(shape)] == shape
