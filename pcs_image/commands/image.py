@@ -42,6 +42,9 @@ def personalize(
 
     resolved = load(recipe, settings or [])
     planned = plan(resolved, overwrite, resume)
+    if planned.finished:
+        print("\n".join(f"finished already: <{name}> is in {path}" for name, path in planned.outputs.items()))
+        return
     check_folders(clip, dino)
     runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision)
     scorers = training_scorers(planned, runner.backbone, clip, dino)

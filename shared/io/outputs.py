@@ -23,7 +23,7 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
     when it is, holds or lies inside one of `inputs` (files and folders that are read); and when it cannot be written.
     """
     path = _named(path)
-    _apart(path, inputs)
+    check_apart(path, inputs)
     if path.exists():
         _check_there(path, overwrite)
     return _writable(path)
@@ -45,10 +45,16 @@ def _named(path: PathLike) -> Path:
     home, here = Path.home().resolve(), Path.cwd().resolve()
     if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the output {str(path)!r} is not UTF-8, and safetensors writes to no such path: choose another name"
+        ) from None
     return path
 
 
-def _apart(path: Path, inputs: Iterable[PathLike]) -> None:
+def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
     """ValueError when the output and something that is read share a place; links are followed."""
     place = path.resolve()
     for item in inputs:

@@ -14,7 +14,7 @@ R = TypeVar("R", bound=Recipe)
 _ONCE = frozenset(
     (
         *("method", "title", "papers", "taxonomy", "kind", "subject", "subjects", "backbone", "output", "name"),
-        *("modifier", "phases"),
+        *("modifier", "preview", "phases"),
     )
 )
 

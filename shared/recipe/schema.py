@@ -79,6 +79,14 @@ class Sampling(Part):
     scheduler: str | None = None
 
 
+class PreviewSettings(Part):
+    """The new pictures in a concept's `preview.png`, made after the last step."""
+
+    num: Annotated[int, Field(ge=0)] = 4  # 0: no preview
+    resolution: Positive | None = None  # pixels; train.resolution where none is given, else the backbone's own
+    steps: Positive | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
+
+
 class Recipe(Part):
     """The resolved, typed description of how a concept is learned."""
 
@@ -106,6 +114,7 @@ class Recipe(Part):
     regularize: Slot[Regularizer] = {}
     train: Train = Train()
     sampling: Sampling = Sampling()
+    preview: PreviewSettings = PreviewSettings()
     task: TaskPart = TuneTask()  # what is done; of each phase, where there are some
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
