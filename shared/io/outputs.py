@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.config import expanded
 from shared.io.find_pictures import names
 from shared.io.foreign_files import foreign_files, mark
 from shared.io.temporary_names import beside, replaced, sweep, sweep_once
@@ -41,7 +42,7 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
 
 
 def _named(path: PathLike) -> Path:
-    path = Path(path).expanduser()
+    path = expanded(path)
     home, here = Path.home().resolve(), Path.cwd().resolve()
     if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
@@ -58,7 +59,7 @@ def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
     """ValueError when the output and something that is read share a place; links are followed."""
     place = path.resolve()
     for item in inputs:
-        source = Path(item).expanduser().resolve()
+        source = expanded(item).resolve()
         how = "is" if place == source else "holds" if place in source.parents else ""
         how = how or ("lies inside" if source in place.parents else "")
         if how:

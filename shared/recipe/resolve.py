@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shared.config import default_kinds, merge, parse_overrides, read_yaml, slots, validate
+from shared.config import default_kinds, merge, read_yaml, slots, validate
 from shared.recipe.catalog import config_folder, find, recipe_files
+from shared.recipe.overrides import parse_overrides
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
@@ -56,7 +57,7 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     """
     path = find(recipe, modality)
     shipped = path.resolve() in {p.resolve() for p in recipe_files(modality).values()}
-    data, own = {"method": path.stem, **read_yaml(path)}, parse_overrides(overrides)
+    data, own = {"method": path.stem, **read_yaml(path)}, parse_overrides(overrides, model)
     full = _lay(data, own, model)
     rules = overlay(str(full.get("backbone", "toybox")), full, path.stem if shipped else "")
     kinds = _kinds(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from shared.augment import Augment
-from shared.config import NAME, Part, Slot, default_kind, parts_of
+from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
 from shared.masks import Mask
 from shared.modifiers import Modifier
 from shared.modifiers.words import RareToken
@@ -38,10 +37,10 @@ Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a reci
 class SubjectSettings(Part):
     """The user's pictures of one thing."""
 
-    images: Path | tuple[Path, ...]
+    images: PathText | tuple[PathText, ...]
     class_noun: str = ""
-    masks: Path | None = None
-    captions: Path | None = None
+    masks: PathText | None = None
+    captions: PathText | None = None
 
 
 class Validation(Part):
@@ -98,8 +97,8 @@ class Recipe(Part):
 
     subject: SubjectSettings | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}
-    backbone: str = "toybox"
-    output: Path | None = None
+    backbone: NameOrPath = "toybox"
+    output: PathText | None = None
     name: Annotated[str, Field(pattern=NAME)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
