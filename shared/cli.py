@@ -6,6 +6,7 @@ Command modules import only the CLI library at the top; everything heavy is impo
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -74,6 +75,11 @@ def _main(arguments: list[str] | None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a name of somebody's file ends no command, whatever the terminal shows
+            stream.reconfigure(errors="backslashreplace")
     _SAID.clear()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)

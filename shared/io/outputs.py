@@ -11,6 +11,7 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.find_pictures import names
 from shared.io.foreign_files import foreign_files, mark
+from shared.io.terminal import encodable
 from shared.io.temporary_names import beside, replaced, sweep, sweep_once
 
 PathLike = str | os.PathLike[str]
@@ -161,7 +162,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> Path:
-    """Write UTF-8 text, whole or not at all; the folder must exist."""
+    """Write UTF-8 text, whole or not at all; the folder must exist. What UTF-8 cannot hold is escaped, as JSON does it."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")
     return Path(path)

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from shared.backbones import Backbone
 from shared.concept import Concept, read
 from shared.concept.provenance import plain, portable
 from shared.concept.concept_folder import META
-from shared.concept.schema import ConceptMeta
 from shared.config import NAME
 from shared.io.decode import picture_size
 from shared.io.files import sha256
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
-from shared.io.terminal import escaped_name
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
@@ -60,12 +56,11 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
     begun = _check_outputs(outputs, workdir, overwrite, resume)
     subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
-    for name, subject in subjects.items():
+    for subject in subjects.values():
         for path in (*outputs.values(), workdir):
             check_apart(path, [*subject.images, *subject.masks.values()])
         for path in subject.images:
             load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
-        check_description(recipe, name, subject)
     finished = resume and not begun and not overwrite and _all_there(outputs)
     if finished:
         for name, path in outputs.items():
@@ -108,26 +103,11 @@ def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> Non
         )
 
 
-def check_description(recipe: Recipe, name: str, subject: Subject) -> None:
-    """ValueError for what `concept.json` does not accept: said before anything is learned, not when it is to be saved."""
-    pictures = [{"file": escaped_name(p.name), "sha256": "0" * 64} for p in subject.images]
-    known = {"name": name, "kind": recipe.kind, "class_noun": subject.class_noun, "seed": recipe.seed}
-    try:
-        ConceptMeta.model_validate({**known, "references": pictures})
-    except ValidationError as error:
-        for problem in error.errors():
-            if problem["type"] != "missing":  # what only the training knows
-                key = ".".join(map(str, problem["loc"]))
-                raise ValueError(
-                    f"{name!r} cannot be saved with {key} = {problem['input']!r}: {problem['msg']}"
-                ) from None
-
-
 def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
     """The toybox takes any picture, and says that it has never seen the real world."""
     if backbone.name != "toybox":
         return
-    for name, subject in subjects.items():
+    for subject in subjects.values():
         sizes = {picture_size(p) for p in subject.images}
         if sizes != {(64, 64)}:
             warnings.warn(
