@@ -37,8 +37,8 @@ def write_picture(
 ) -> Path:
     """Write a PNG ([3, H, W] in [-1, 1], or a picture) with `metadata` as text chunks, whole or not at all.
 
-    Folders are made as needed; an existing file is replaced. What UTF-8 cannot hold is escaped. `read_metadata` reads the text back. Raises ValueError
-    when a key is not 1 to 79 Latin-1 characters.
+    Folders are made as needed; an existing file is replaced. `read_metadata` reads the text back, and what UTF-8 cannot
+    hold as escapes. Raises ValueError when a key is not 1 to 79 Latin-1 characters.
     """
     path = Path(path)
     text = PngImagePlugin.PngInfo()

@@ -11,8 +11,8 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.find_pictures import names
 from shared.io.foreign_files import foreign_files, mark
-from shared.io.terminal import encodable
 from shared.io.temporary_names import beside, replaced, sweep, sweep_once
+from shared.io.terminal import encodable
 
 PathLike = str | os.PathLike[str]
 

@@ -107,7 +107,7 @@ def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
     """The toybox takes any picture, and says that it has never seen the real world."""
     if backbone.name != "toybox":
         return
-    for subject in subjects.values():
+    for name, subject in subjects.items():
         sizes = {picture_size(p) for p in subject.images}
         if sizes != {(64, 64)}:
             warnings.warn(
