@@ -11,8 +11,8 @@ from typing import Any
 
 from shared.backbones import Backbone
 from shared.concept import Concept, read
-from shared.concept.provenance import plain, portable
 from shared.concept.concept_folder import META
+from shared.concept.provenance import plain, portable
 from shared.config import NAME
 from shared.io.decode import picture_size
 from shared.io.files import sha256
