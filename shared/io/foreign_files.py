@@ -131,6 +131,7 @@ _LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
     "report.json": ({"schema_version", "pictures", "references"}, _report),
     "export.json": ({"concept", "format", "files"}, lambda content: ["README.txt", *content["files"]]),
     "state.json": ({"written by", "phase", "step", "files"}, lambda content: list(content["files"])),
+    "kept.json": ({"phase", "key", "kept"}, lambda content: []),
     "cell.json": ({"key", "error", "report"}, lambda content: []),
 }
 

@@ -20,7 +20,7 @@ from shared.io.decode import read_picture
 from shared.io.files import sha256
 from shared.io.pictures import resize
 from shared.io.read_subject import read_subject
-from shared.io.terminal import escaped_name
+from shared.io.terminal import encodable
 from shared.metrics.instruments import load_instruments
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
@@ -195,7 +195,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 def _called(folder: Path, name: str) -> Path:
     """The entry of a folder that a concept records under a name, plain or escaped."""
-    found = (p for p in sorted(folder.iterdir()) if escaped_name(p.name) == name)
+    found = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(found, folder / name)
 
 

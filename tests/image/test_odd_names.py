@@ -50,16 +50,15 @@ def test_pictures_of_any_name_are_learned_from_shown_and_judged(pcs, learn, odd,
     assert again.code == 0 and again.out.startswith("finished already"), again.err
 
 
-def test_a_run_with_odd_names_is_interrupted_and_resumed(pcs, learn, odd, tmp_path: Path) -> None:
+def test_a_run_with_odd_names_is_interrupted_and_resumed(pcs, interrupted, learn, odd, tmp_path: Path) -> None:
     settings = (f"sources.mine.images={odd}", "sources.mine.kind=folder", "sources.mine.prompt=a mug", "train.steps=3")
     whole, cut = tmp_path / "whole.concept", tmp_path / "cut.concept"
     assert pcs(*learn("pivotal_tuning", f"output={whole}", *settings, images=odd)).code == 0
     arguments = learn("pivotal_tuning", f"output={cut}", *settings, "name=whole", images=odd)
-    broken = pcs(*arguments, "phases.tune.trainable.lora.lr=1e30")
-    assert broken.code == 1, broken.err
+    assert interrupted(*arguments).code == 130
     resumed = pcs(*arguments, "--resume")
     assert resumed.code == 0, resumed.err
-    assert tensors(cut).keys() == tensors(whole).keys()
+    assert tensors(cut) == tensors(whole)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
