@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,6 @@ def generate(
             write_picture(picture, folder / name, metadata(prompt, number, runner, settings))
             paths.append(out / name)
         if as_grid:
-            grid(pixels, columns=num).save(folder / "grid.png")
+            write_picture(grid(pixels, columns=num), folder / "grid.png", {"pcs": json.dumps({"columns": num})})
             paths.append(out / "grid.png")
     return paths

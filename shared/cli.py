@@ -5,22 +5,31 @@ Command modules import only the CLI library at the top; everything heavy is impo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import signal
 import sys
 import warnings
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from shared.train.signals import exit_code, heed_stops
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    import typer
 
 GROUP = "pcs.commands"
 _SAID: set[str] = set()  # the warnings that this command has printed
-_STOPPED, _TERMINATED = 130, 143  # the exit codes after Ctrl-C and after SIGTERM
+_STOPPED = 130  # what typer returns, and a shell expects, after Ctrl-C
 
 
 def build() -> typer.Typer:
     """The whole command tree. A package whose commands cannot be loaded is said aloud; the others work."""
+    from importlib.metadata import entry_points
+
+    import typer
+
     app = typer.Typer(
         name="pcs",
         help="Learn a thing from a few pictures, keep it as one concept, show it in new scenes, measure how well.",
@@ -42,38 +51,46 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP.
 
-    Both signals end a command in the same way: what is half-written is removed, a training saves its state.
+    The signals end a command in the same way: what is half-written is removed, a training saves its state.
     """
+    heed_stops()
+    try:
+        code = _main(arguments)
+    except KeyboardInterrupt:  # while the commands were found
+        print("stopped", file=sys.stderr)
+        code = _STOPPED
+    if code == _STOPPED:  # past Python's own end, which reports SIGINT where the signal came inside an `exec`
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(exit_code())
+    sys.exit(code)
+
+
+def _main(arguments: list[str] | None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a name of somebody's file ends no command, whatever the terminal shows
+            stream.reconfigure(errors="backslashreplace")
     _SAID.clear()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    terminated = _heed_sigterm()
-    code = run(build(), arguments)
-    sys.exit(_TERMINATED if terminated and code == _STOPPED else code)
-
-
-def _heed_sigterm() -> list[int]:
-    """SIGTERM acts as Ctrl-C does from here on; the list that is returned is empty until it comes."""
-    came: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    return came
+    return run(build(), arguments)
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run one command line; its exit code. Errors of users become one message without a traceback."""
     import click
+    import typer
 
     try:
         result: Any = typer.main.get_command(app)(args=arguments, standalone_mode=False)

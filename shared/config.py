@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -55,6 +56,30 @@ def _kinds_from_keys(value: Any) -> Any:
         for k, v in value.items()
         if v is not None
     }
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as a user writes it, its leading `~` or `~user` expanded, once: expanding what comes out changes nothing.
+
+    `./~` is the folder called `~`, and so is `~nobody` the one called so where there is no such user.
+    """
+    text = os.path.expanduser(os.fspath(path))
+    out = Path(text)
+    return Path.cwd() / out if out.parts[:1] and out.parts[0].startswith("~") else out
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike):
+        return value
+    if not os.fspath(value) or "\0" in str(value):
+        raise ValueError("must name a file or folder")
+    return expanded(value)
+
+
+#: A file or folder as the user names it.
+PathText = Annotated[Path, BeforeValidator(_path)]
+#: A name, or a file or folder.
+NameOrPath = Annotated[str, BeforeValidator(lambda v: str(expanded(v)) if isinstance(v, str) and v[:1] == "~" else v)]
 
 
 T = TypeVar("T")
@@ -131,34 +156,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["train.steps=5", "regularize.prior.weight=0.5"]` as nested mappings; values are read as YAML.
-
-    They are one layer: where two set the same key the last one wins, and otherwise their order does not matter.
-    """
-    out: dict[str, Any] = {}
-    for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not all(key.strip().split(".")):
-            raise ValueError(f"{item!r} is not a setting: write key=value, for example train.steps=500")
-        node: Any = _scalar(text, item)
-        for name in reversed(key.strip().split(".")):
-            node = {name: node}
-        _gather(out, node)
-    return out
-
-
-def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Adds `more` in place. Mappings join; anything else replaces."""
-    for key, value in more.items():
-        if isinstance(value, Mapping):
-            if not isinstance(into.get(key), dict):
-                into[key] = {}
-            _gather(into[key], value)
-        else:
-            into[key] = value
-
-
 class _Loader(yaml.SafeLoader):
     """Plain data: tags run nothing, aliases (which can grow without bound, or hold themselves) and keys that come twice
     are errors. Where YAML 1.1 reads 1e-4 as text, and no and 2024-01-01 as something else, here they are what they look
@@ -192,13 +189,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _scalar(text: str, item: str) -> Any:
-    if not text.strip():
-        return ""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value of {item!r}: {error.__class__.__name__}") from None
+def parse_yaml(text: str) -> Any:
+    """A value as YAML has it; "" where there is none. yaml.YAMLError on anything else."""
+    return yaml.load(text, Loader=_Loader) if text.strip() else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from shared.commands.paths import PATH
+
 app = typer.Typer(
     help="Learn a toybox subject from five pictures, show it in new scenes, and measure it.",
     invoke_without_command=True,
@@ -14,7 +16,7 @@ app = typer.Typer(
 
 @app.callback()
 def demo(
-    out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes"),
+    out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes", **PATH),
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
     recipe: str = typer.Option("pivotal_tuning", help="how to learn it"),
     overwrite: bool = typer.Option(False, help="replace an earlier demo"),

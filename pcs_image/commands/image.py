@@ -7,14 +7,16 @@ from pathlib import Path
 
 import typer
 
+from shared.commands.paths import PATH
+
 app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
 
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; may be given several times")
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; the GPU where there is one")
 _PRECISION = typer.Option("no", help="no (float32), bf16 or fp16")
-_CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)")
-_DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with")
+_CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
+_DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
 
 @app.command()
@@ -42,6 +44,9 @@ def personalize(
 
     resolved = load(recipe, settings or [])
     planned = plan(resolved, overwrite, resume)
+    if planned.finished:
+        print("\n".join(f"finished already: <{name}> is in {path}" for name, path in planned.outputs.items()))
+        return
     check_folders(clip, dino)
     runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision)
     scorers = training_scorers(planned, runner.backbone, clip, dino)
@@ -60,7 +65,7 @@ def personalize(
 def generate(
     prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> on the beach"; several give several rows'),
     concept: list[str] = _CONCEPT,
-    out: Path = typer.Option(Path("out"), help="folder for the pictures"),
+    out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="of the first picture; the next ones count up"),
     strength: list[str] = typer.Option(
@@ -99,12 +104,14 @@ def generate(
 def evaluate(
     concept: list[str] = _CONCEPT,
     prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
-    out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and pictures"),
+    out: Path = typer.Option(
+        Path("report"), help="folder for index.html, report.json, CSV tables and pictures", **PATH
+    ),
     references: Path = typer.Option(
-        None, help="the subject's pictures; default: a folder beside the concept, called as when it was learned"
+        None, help="the subject's pictures; default: a folder beside the concept, called as when it was learned", **PATH
     ),
     gallery: Path = typer.Option(
-        None, help="a folder of folders: other things of the same class, for identity retrieval"
+        None, help="a folder of folders: other things of the same class, for identity retrieval", **PATH
     ),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
@@ -155,7 +162,7 @@ def benchmark(
     subjects: int = typer.Option(4, min=1, help="how many of the split's subjects"),
     limit: int = typer.Option(10, min=1, help="prompts"),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
-    out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there"),
+    out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there", **PATH),
     given: list[str] = typer.Option([], "--set", help="key=value laid on every recipe, train.steps=100 for example"),
     device: str = _DEVICE,
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.backbones.world import World
+from shared.config import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def load_backbone(
     import torch
 
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
-    path = _toybox_path() if name == TOYBOX else Path(name).expanduser()
+    path = _toybox_path() if name == TOYBOX else expanded(name)
     if name != TOYBOX and path.exists():
         name = str(path.resolve())  # a concept notes it, and is used from other folders
     options = {"torch_dtype": dtype or torch.float32}

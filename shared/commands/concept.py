@@ -6,12 +6,14 @@ from pathlib import Path
 
 import typer
 
+from shared.commands.paths import PATH
+
 app = typer.Typer(help="Look into concepts, and take them to other programs.", no_args_is_help=True)
 
 
 @app.command()
 def show(
-    path: Path = typer.Argument(help="a concept folder"),
+    path: Path = typer.Argument(help="a concept folder", **PATH),
     as_json: bool = typer.Option(False, "--json", help="everything, for machines"),
 ) -> None:
     """What a concept is, how it was learned, how well it scored, and how to use it."""
@@ -31,8 +33,8 @@ def show(
 
 @app.command()
 def export(
-    path: Path = typer.Argument(help="a concept folder"),
-    out: Path = typer.Option(help="folder for the export"),
+    path: Path = typer.Argument(help="a concept folder", **PATH),
+    out: Path = typer.Option(help="folder for the export", **PATH),
     format: str = typer.Option("diffusers", help="diffusers"),
     strength: float = typer.Option(1.0, help="folded into weights and learned words"),
     backbone: str = typer.Option(None, help="default: what the concept was learned on"),

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import typer
 
+from shared.commands.paths import PATH
 from shared.pretrain.toybox import stages as pipeline
 
 app = typer.Typer(help="The embedded toy world and its model: train, evaluate, look.", no_args_is_help=True)
 
-_WORK = typer.Option(Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it")
+_WORK = typer.Option(
+    Path(".toybox"), help="folder for rendered pictures and checkpoints; training resumes from it", **PATH
+)
 
 
 @app.command()
@@ -37,7 +40,7 @@ def train(
 
 @app.command()
 def evaluate(
-    out: Path = typer.Option(None, help="also write the figures to this JSON file"),
+    out: Path = typer.Option(None, help="also write the figures to this JSON file", **PATH),
     pictures: int = typer.Option(256, min=8, help="captions to paint"),
     guidance: float = typer.Option(None, help="default: the guidance that the card states"),
     steps: int = typer.Option(25, min=1),
@@ -68,7 +71,7 @@ def curve(
 
 @app.command()
 def sheet(
-    out: Path = typer.Argument(help="PNG to write"),
+    out: Path = typer.Argument(help="PNG to write", **PATH),
     source: str = typer.Option(
         "world", help="world (renders), model (the shipped model's pictures) or vae (renders | decoded)"
     ),
@@ -88,7 +91,7 @@ def sheet(
 @app.command()
 def subjects(
     name: str = typer.Argument(None, help="a subject, face or style to write as pictures; none: list them"),
-    out: Path = typer.Option(None, help="folder for the reference pictures; default: one of that name"),
+    out: Path = typer.Option(None, help="folder for the reference pictures; default: one of that name", **PATH),
     num: int = typer.Option(5, min=1, help="reference pictures"),
     seed: int = typer.Option(0, min=0),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),

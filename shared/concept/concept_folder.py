@@ -143,7 +143,7 @@ def dump_json(meta: ConceptMeta) -> str:
 def read(path: str | os.PathLike[str]) -> Concept:
     """The concept in a folder. Nothing in it is executed; its preview is not opened.
 
-    Raises ValueError, placeholder the file, when the folder is no concept, when a file is missing, damaged, not the one that
+    Raises ValueError, naming the file, when the folder is no concept, when a file is missing, damaged, not the one that
     `concept.json` describes, or too large, when it holds NaN or Inf, when a link leads out of the folder, and when the
     folder holds a file that could carry code.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import field_validator, model_validator
 
-from shared.config import Part, read_yaml, unknown, validate
+from shared.config import Part, expanded, read_yaml, unknown, validate
 from shared.metrics.scorer import fill
 from shared.recipe.catalog import config_folder
 
@@ -95,7 +95,7 @@ def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
     shipped = FOLDER / f"{text}.yaml"
     if text in prompt_sets() and shipped.is_file():
         return _from_yaml(shipped)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
         missing = " No such file either." if path.suffix else ""
         raise ValueError(

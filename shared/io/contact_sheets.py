@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from shared.io.outputs import atomic_write
+from shared.io.terminal import encodable
 
 _PAPER = (255, 255, 255)
 _INK = (30, 30, 30)
@@ -36,8 +37,8 @@ def write_picture(
 ) -> Path:
     """Write a PNG ([3, H, W] in [-1, 1], or a picture) with `metadata` as text chunks, whole or not at all.
 
-    Folders are made as needed; an existing file is replaced. `read_metadata` reads the text back. Raises ValueError
-    when a key is not 1 to 79 Latin-1 characters.
+    Folders are made as needed; an existing file is replaced. `read_metadata` reads the text back, and what UTF-8 cannot
+    hold as escapes. Raises ValueError when a key is not 1 to 79 Latin-1 characters.
     """
     path = Path(path)
     text = PngImagePlugin.PngInfo()
@@ -48,7 +49,7 @@ def write_picture(
             fits = False
         if not fits:
             raise ValueError(f"{key!r} cannot be a key in a PNG: it must have 1 to 79 Latin-1 characters")
-        text.add_text(key, str(value))
+        text.add_text(key, encodable(str(value)))
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:

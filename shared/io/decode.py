@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile, features
 from torch import Tensor
 
+from shared.config import expanded
 from shared.io.find_pictures import sniff
 
 MAX_PIXELS = 128_000_000  # width * height; 512 MB while it is decoded
@@ -67,11 +68,11 @@ class Picture:
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
     """Decode a picture file, whatever its name says: upright, 8-bit sRGB, transparency as a mask on a neutral ground.
 
-    Of an animation the first frame is used, with a UserWarning. Raises ValueError, placeholder the file, when it is missing,
+    Of an animation the first frame is used, with a UserWarning. Raises ValueError, naming the file, when it is missing,
     not a picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or
     wholly transparent.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     image = _decode(path, max_pixels, min_side)
     with _named(path):
         profile = image.info.get("icc_profile")
@@ -90,7 +91,7 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
     A mask of only two values (0 and 1, or two label colours) is black and white. Raises ValueError as `read_picture`
     does, and when the mask marks nothing.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     image = _decode(path, max_pixels, 1)
     with _named(path):
         colour, alpha = _split(image)
@@ -106,7 +107,7 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(width, height) of the upright picture, from its header. ValueError when it cannot be read."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     with _opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
         return (image.height, image.width) if turned else image.size

@@ -60,7 +60,7 @@ def safe_relative(root: str | os.PathLike[str], name: str) -> Path:
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
 
-    Raises ValueError, placeholder the file, when it is missing, cut off, or its header is not what the format allows.
+    Raises ValueError, naming the file, when it is missing, cut off, or its header is not what the format allows.
     """
     path = Path(path)
     try:
@@ -101,7 +101,7 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """Tensors by name, on the CPU. Nothing in the file is executed.
 
-    Raises ValueError, placeholder file and tensor, when the file is missing, cut off or malformed, or (with `finite`) when a
+    Raises ValueError, naming file and tensor, when the file is missing, cut off or malformed, or (with `finite`) when a
     value is NaN or Inf.
     """
     read_safetensors_header(path)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.config import expanded
 from shared.io.foreign_files import MARK
 
 PathLike = str | os.PathLike[str]
@@ -88,7 +89,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
     notes: list[str] = []
     seen: dict[Path, list[Path]] = {}
     for item in given:
-        path = Path(item).expanduser()
+        path = expanded(item)
         part = _folder(path) if path.is_dir() else _file(path, seen)
         notes += part.warnings
         twice = [p.name for p in part.pictures if p in pictures]

@@ -1,16 +1,21 @@
 """Which files of a folder pcs itself wrote: only a folder that holds nothing else may be replaced as a whole.
 
-Concepts, reports, exports and cells of a benchmark say in their JSON which files are theirs, pictures say it in their
-PNG text; where that leaves something open, `atomic_folder` writes a list of its files into the folder.
+Concepts, reports, exports, checkpoints and cells of a benchmark say in their JSON which files are theirs, pictures say
+it in their PNG text; where that leaves something open, a list of its files lies in the folder: `atomic_folder` writes
+it at the end, a training adds each file before it writes it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from shared.io.temporary_names import is_temporary
 
 MARK = ".pcs-output"  # the list of files, hidden
 _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave
@@ -18,7 +23,6 @@ _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
 _ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
 _DEMO_PAGE = b"<title>pcs demo</title>"
-_TRAINING = ("log.jsonl", "tensorboard/", "samples/", "checkpoint-*", ".checkpoint-*")
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
@@ -33,16 +37,53 @@ def mark(folder: Path) -> None:
     """Leave the list of a new folder's files in it, where the files themselves do not say who wrote them."""
     if foreign_files(folder, 1):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
-        text = json.dumps({"written by": "pcs", "files": [f for f in files if f != MARK]}, indent=1)
-        (folder / MARK).write_text(text, encoding="utf-8")
+        _write_mark(folder, [f for f in files if f != MARK])
+
+
+def claim(folder: Path, file: str, made: bool = False) -> None:
+    """Add a file to the list of a folder that grows while pcs works in it. To be called before the file is written.
+
+    `file` is relative to the folder. ValueError when a file of that name is there that pcs did not write; `made`: it is
+    there because it has just been made.
+    """
+    if file in _claimed(folder):
+        return
+    if os.path.lexists(folder / file) and not made:
+        raise ValueError(f"{folder / file} was not written by pcs, and would be replaced: move it away first")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_mark(folder, [*_claimed(folder), file])
+
+
+def _claimed(folder: Path) -> list[str]:
+    content = _json(folder / MARK)
+    return list(content["files"]) if isinstance(content, dict) and isinstance(content.get("files"), list) else []
+
+
+def _write_mark(folder: Path, files: list[str]) -> None:
+    temporary = folder / f"{MARK}.{os.getpid()}"
+    temporary.write_text(json.dumps({"written by": "pcs", "files": files}, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / MARK)
+
+
+def remove_written(folder: Path) -> None:
+    """Remove the files below a folder that pcs wrote, the list of them, and folders that are empty then; nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    kept = {folder / name for name in foreign_files(folder, sys.maxsize)}
+    for inside, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(inside) / name for name in files):
+            if path not in kept and path.name not in _NOISE:
+                path.unlink(missing_ok=True)
+        for path in (Path(inside) / name for name in folders):
+            if not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+    (folder / MARK).unlink(missing_ok=True)
 
 
 def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterator[str]:
     known = {*known, *_explained(folder)}
     for entry in sorted(folder.iterdir()):
-        if entry.name in _NOISE or entry.name in known or f"{entry.name}/" in known:
-            continue
-        if any(k.endswith("*") and "/" not in k and entry.name.startswith(k[:-1]) for k in known):
+        if entry.name in _NOISE or entry.name in known or is_temporary(entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             inside = f"{entry.name}/"
@@ -53,7 +94,7 @@ def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterato
 
 
 def _explained(folder: Path) -> set[str]:
-    """Files below a folder that its own files account for: names, `folder/` for all below one, `start*`."""
+    """Files below a folder that its own files account for."""
     out: set[str] = set()
     for name, (keys, files) in _LISTS.items():
         content = _json(folder / name)
@@ -66,19 +107,14 @@ def _explained(folder: Path) -> set[str]:
         out |= {"index.html", "contact-sheet.png"}
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
         out |= {"comparison.md", "comparison.csv", "index.html"}
-    if folder.name.endswith(".training"):
-        out |= set(_TRAINING)
     return out | _of_pictures(folder)
 
 
 def _of_pictures(folder: Path) -> set[str]:
-    """The grid beside generated pictures; captions and masks beside those of an album."""
+    """Captions and masks beside the pictures of an album."""
     out: set[str] = set()
     for picture in folder.glob("*.png"):
-        keys = _png_text(picture)
-        if _MADE in keys:
-            out.add("grid.png")
-        if _ALBUM & keys:
+        if _ALBUM & _png_text(picture):
             out |= {f"{picture.stem}.txt", f"masks/{picture.name}"}
     return out
 
@@ -94,6 +130,8 @@ _LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
     "concept.json": ({"schema_version", "files", "adapter_id"}, lambda content: ["preview.png", *content["files"]]),
     "report.json": ({"schema_version", "pictures", "references"}, _report),
     "export.json": ({"concept", "format", "files"}, lambda content: ["README.txt", *content["files"]]),
+    "state.json": ({"written by", "phase", "step", "files"}, lambda content: list(content["files"])),
+    "kept.json": ({"phase", "key", "kept"}, lambda content: []),
     "cell.json": ({"key", "error", "report"}, lambda content: []),
 }
 

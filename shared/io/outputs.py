@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.config import expanded
 from shared.io.find_pictures import names
 from shared.io.foreign_files import foreign_files, mark
 from shared.io.temporary_names import beside, replaced, sweep, sweep_once
+from shared.io.terminal import encodable
 
 PathLike = str | os.PathLike[str]
 
@@ -23,7 +25,7 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
     when it is, holds or lies inside one of `inputs` (files and folders that are read); and when it cannot be written.
     """
     path = _named(path)
-    _apart(path, inputs)
+    check_apart(path, inputs)
     if path.exists():
         _check_there(path, overwrite)
     return _writable(path)
@@ -41,18 +43,24 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
 
 
 def _named(path: PathLike) -> Path:
-    path = Path(path).expanduser()
+    path = expanded(path)
     home, here = Path.home().resolve(), Path.cwd().resolve()
     if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the output {str(path)!r} is not UTF-8, and safetensors writes to no such path: choose another name"
+        ) from None
     return path
 
 
-def _apart(path: Path, inputs: Iterable[PathLike]) -> None:
+def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
     """ValueError when the output and something that is read share a place; links are followed."""
     place = path.resolve()
     for item in inputs:
-        source = Path(item).expanduser().resolve()
+        source = expanded(item).resolve()
         how = "is" if place == source else "holds" if place in source.parents else ""
         how = how or ("lies inside" if source in place.parents else "")
         if how:
@@ -154,7 +162,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> Path:
-    """Write UTF-8 text, whole or not at all; the folder must exist."""
+    """Write UTF-8 text, whole or not at all; the folder must exist. What UTF-8 cannot hold is escaped, as JSON does it."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")
     return Path(path)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from shared.config import expanded
 from shared.io.decode import picture_size, read_picture
 from shared.io.find_pictures import PathLike, names, scan, sniff
 from shared.types import Subject
@@ -33,7 +34,7 @@ def read_subject(
     elif captions is not None:
         by_picture = {p: _caption(t) for p, t in _by_stem(found.pictures, captions, "captions", {".txt"}).items()}
     if isinstance(masks, Mapping):
-        mask_of = {_match(found.pictures, k, "masks"): Path(v).expanduser() for k, v in masks.items()}
+        mask_of = {_match(found.pictures, k, "masks"): expanded(v) for k, v in masks.items()}
     elif masks is not None:
         mask_of = _by_stem(found.pictures, masks, "masks", None)
     for picture, mask in mask_of.items():
@@ -80,7 +81,7 @@ def _caption(path: Path) -> str:
 
 def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
     name = os.fspath(key)
-    hits = [p for p in pictures if p == Path(name).expanduser()] or [p for p in pictures if p.name == name]
+    hits = [p for p in pictures if p == expanded(name)] or [p for p in pictures if p.name == name]
     if len(hits) != 1:
         reason = "no picture" if not hits else f"{len(hits)} pictures"
         raise ValueError(f"{what}: {name!r} names {reason}. There are: {names(p.name for p in pictures)}")
@@ -89,7 +90,7 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
 
 def _by_stem(pictures: Sequence[Path], folder: PathLike, what: str, endings: set[str] | None) -> dict[Path, Path]:
     """The file of `folder` with the same stem, for each picture that has one."""
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"{what}: {root} is not a folder")
     files = [p for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]

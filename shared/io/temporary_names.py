@@ -28,6 +28,11 @@ def replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_tag()}.replaced")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of those that `beside` and `replaced` give."""
+    return _NAME.fullmatch(name) is not None
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that are dead have left half-written directly in a folder.
 

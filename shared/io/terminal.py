@@ -19,6 +19,11 @@ def printable(text: object, line: bool = False) -> str:
     return words.replace("\n", " ").replace("\t", " ") if line else words
 
 
+def encodable(text: str) -> str:
+    """The text with what UTF-8 cannot hold (half surrogates: bytes of a file name or an argument) as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def escaped_name(name: str) -> str:
     """A file name as one printable word without folder separators, so that it can be stored and shown anywhere.
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.config import expanded
 from shared.metrics.scores import CLIP_SCORE_WEIGHT
 
 BATCH = 64  # pictures encoded at once
@@ -199,7 +200,7 @@ CARD_KEYS = {
 
 
 def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"{what}: {path} is not a model folder (no config.json in it); nothing is downloaded here")
     try:

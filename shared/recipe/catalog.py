@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from shared.config import Part, unknown
+from shared.config import Part, expanded, unknown
 
 
 class Taxonomy(Part):
@@ -42,7 +42,7 @@ def find(recipe: str, modality: str) -> Path:
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]
-    path = Path(recipe).expanduser()
+    path = expanded(recipe)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import read_yaml
+from shared.config import expanded, read_yaml
 from shared.recipe.catalog import find, recipe_files
 
 
@@ -49,7 +49,7 @@ def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
 def _find_base(base: Any, path: Path, modality: str) -> Path:
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path.name}: base = {base!r}: give a recipe's name or the path of its YAML file")
-    beside = path.parent / Path(base).expanduser()
+    beside = path.parent / expanded(base)
     try:
         return find(str(beside) if beside.suffix in (".yaml", ".yml") else base, modality)
     except ValueError as error:

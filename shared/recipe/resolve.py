@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from shared.backbones.load import WORLDS
-from shared.config import default_kinds, merge, parse_overrides, slots, validate
+from shared.config import default_kinds, merge, slots, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
 from shared.recipe.overlay import Rules, mapping, unsaid
+from shared.recipe.overrides import parse_overrides
 from shared.recipe.phase_names import check_phases
 from shared.recipe.schema import Recipe
 
@@ -18,7 +19,7 @@ R = TypeVar("R", bound=Recipe)
 _ONCE = frozenset(
     (
         *("method", "title", "papers", "taxonomy", "kind", "subject", "subjects", "backbone", "output", "name"),
-        *("modifier", "phases"),
+        *("modifier", "preview", "phases"),
     )
 )
 
@@ -31,7 +32,7 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     Raises ValueError for an unknown recipe, a broken file, or a key or value that no part has.
     """
     layers = read_layers(find(recipe, modality), modality)
-    own = parse_overrides(overrides)
+    own = parse_overrides(overrides, model)
     files = _inherited(layers, model)
     check_phases(own, files)
     full = _lay(files, own, model)

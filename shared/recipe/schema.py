@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from shared.augment import Augment
-from shared.config import NAME, Part, Slot, default_kind, parts_of
+from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
 from shared.masks import Mask
 from shared.modifiers import Modifier
 from shared.modifiers.words import RareToken
@@ -38,10 +37,10 @@ Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a reci
 class SubjectSettings(Part):
     """The user's pictures of one thing."""
 
-    images: Path | tuple[Path, ...]
+    images: PathText | tuple[PathText, ...]
     class_noun: str = ""
-    masks: Path | None = None
-    captions: Path | None = None
+    masks: PathText | None = None
+    captions: PathText | None = None
 
 
 class Validation(Part):
@@ -79,6 +78,14 @@ class Sampling(Part):
     scheduler: str | None = None
 
 
+class PreviewSettings(Part):
+    """The new pictures in a concept's `preview.png`, made after the last step."""
+
+    num: Annotated[int, Field(ge=0)] = 4  # 0: no preview
+    resolution: Positive | None = None  # pixels; train.resolution where none is given, else the backbone's own
+    steps: Positive | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
+
+
 class Recipe(Part):
     """The resolved, typed description of how a concept is learned."""
 
@@ -90,8 +97,8 @@ class Recipe(Part):
 
     subject: SubjectSettings | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], SubjectSettings] = {}
-    backbone: str = "toybox"
-    output: Path | None = None
+    backbone: NameOrPath = "toybox"
+    output: PathText | None = None
     name: Annotated[str, Field(pattern=NAME)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
@@ -106,6 +113,7 @@ class Recipe(Part):
     regularize: Slot[Regularizer] = {}
     train: Train = Train()
     sampling: Sampling = Sampling()
+    preview: PreviewSettings = PreviewSettings()
     task: TaskPart = TuneTask()  # what is done; of each phase, where there are some
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 

@@ -37,7 +37,7 @@ class Progress(Protocol):
         ...
 
     def pictures(self, what: str, done: int, of: int) -> None:
-        """While class pictures are made."""
+        """While class pictures and previews are made."""
         ...
 
 

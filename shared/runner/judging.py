@@ -20,6 +20,7 @@ from shared.io.decode import read_picture
 from shared.io.files import sha256
 from shared.io.pictures import resize
 from shared.io.read_subject import read_subject
+from shared.io.terminal import encodable
 from shared.metrics.instruments import load_instruments, look_alikes
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
@@ -180,7 +181,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
     Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
     """
     said = concept.meta.learned_with.folder_of(concept.meta.name)
-    beside = path.resolve().parent / Path(said).name if path and said else None
+    beside = _called(path.resolve().parent, Path(said).name) if path and said else None
     source = folder or beside
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
@@ -190,6 +191,12 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
     if folder is None and len(known) < len(subject.images):
         raise ValueError(f"{source} holds other pictures than the concept was learned from: give --references FOLDER")
     return subject
+
+
+def _called(folder: Path, name: str) -> Path:
+    """The entry of a folder that a concept records under a name, plain or escaped."""
+    found = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
+    return folder / name if (folder / name).exists() else next(found, folder / name)
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:

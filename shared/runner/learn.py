@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.concept import Concept, save
+from shared.concept import save
 from shared.io.contact_sheets import contact_sheet
-from shared.io.outputs import atomic_write
+from shared.recipe.resolve import expand_phases
+from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
 from shared.runner.judging import references
 from shared.runner.plan import Plan, warn_unseen
+from shared.sampling.hooks import ProgressHook
 from shared.sampling.settings import SamplingSettings
 from shared.train import checkpoint
 from shared.types import Subject
@@ -31,10 +32,16 @@ def personalize(
 ) -> dict[str, Path]:
     """Learn and save; the concept folders by name. The training folder keeps logs and samples, not the checkpoints.
 
-    Without `resume`, what an earlier run left in the training folder is removed when the first step begins.
+    Without `resume`, what an earlier run left in the training folder is removed when the first step begins. A run that
+    is stopped at any moment can be resumed until every concept is whole, its preview included.
     """
+    if planned.finished:
+        return dict(planned.outputs)
     recipe = planned.recipe
     warn_unseen(runner.backbone, planned.subjects)
+    side = preview_resolution(runner, recipe)
+    if recipe.preview.num:
+        runner.backbone.latent_shape(side, side)  # a size that does not fit is said now
     concepts = runner.personalize(
         planned.subjects,
         recipe,
@@ -43,40 +50,41 @@ def personalize(
         scorers=scorers,
         progress=progress,
     )
-    saved = {}
     for name, concept in concepts.items():
         planned.outputs[name].parent.mkdir(parents=True, exist_ok=True)
-        saved[name] = save(concept, planned.outputs[name], overwrite=overwrite or resume)
-        runner.loaded[name] = replace(runner.loaded[name], concept=saved[name])
-    for stale in planned.workdir.glob(f"{checkpoint.PREFIX}*"):
-        shutil.rmtree(stale)
-    for name, concept in saved.items():
-        _add_preview(runner, name, planned.subjects[name], concept)
+        picture = _painted(runner, name, planned.subjects[name], recipe, progress)
+        saved = save(concept, planned.outputs[name], overwrite=overwrite or resume, preview=picture)
+        runner.loaded[name] = replace(runner.loaded[name], concept=saved)
+    checkpoint.drop(planned.workdir)
     return dict(planned.outputs)
 
 
-def _add_preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> None:
-    """Put `preview.png` into a concept's folder; the concept is complete without it, should painting it fail."""
-    assert concept.path is not None
+def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None) -> Any:
+    """The preview; None where none is asked for, or where painting it fails: a concept is complete without it."""
+    if not recipe.preview.num:
+        return None
     try:
-        picture = preview(runner, name, subject, concept)
-    except RuntimeError as error:  # out of memory, above all
+        return preview(runner, name, subject, recipe, progress)
+    except Exception as error:  # whatever it is (out of memory, above all), what was learned is saved
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"{concept.path} is saved; its preview could not be painted ({why})", stacklevel=2)
-        return
-    with atomic_write(concept.path / "preview.png") as file:
-        picture.save(file, "PNG")
+        warnings.warn(f"the preview of {name!r} could not be painted, and is left out ({why})", stacklevel=2)
+        return None
 
 
-def preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> Any:
+def preview_resolution(runner: Runner, recipe: Recipe) -> int:
+    """Side of the preview's pictures, in pixels."""
+    *_, (_, last) = expand_phases(recipe)
+    return recipe.preview.resolution or last.train.resolution or runner.backbone.resolution
+
+
+def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None = None) -> Any:
     """references | new pictures, as the concept's `preview.png`."""
-    side = runner.backbone.resolution
-    sampling = concept.meta.learned_with.sampling
-    prompts = [f"a photo of a <{n}>" for n in [name] * 4]
-    pixels = runner.generate(
-        prompts,
-        range(4),
-        SamplingSettings("", sampling.guidance, sampling.steps, sampling.scheduler),
-        must_name=False,
-    )
-    return contact_sheet({"references": references(subject, side)[:4], "new": pixels})
+    *_, (_, last) = expand_phases(recipe)
+    side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
+    steps, what = recipe.preview.steps or how.steps, f"preview of {name!r}"
+    hook = ProgressHook(lambda done, of: progress.pictures(what, done, of) if progress else None, num)
+    settings = SamplingSettings("", how.guidance, steps, how.scheduler, side, side, (hook,))
+    pixels = runner.generate([f"a photo of a <{name}>"] * num, range(num), settings, must_name=False)
+    hook.told(hook.done, hook.done)
+    shown = replace(subject, images=subject.images[:num])
+    return contact_sheet({"references": references(shown, side), "new": pixels})

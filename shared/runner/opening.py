@@ -10,6 +10,7 @@ import torch
 
 from shared.backbones import load_backbone
 from shared.concept import load_backbone_of, read
+from shared.config import expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
 from shared.train.precision import DTYPES, resolve_precision
@@ -18,12 +19,12 @@ from shared.train.precision import DTYPES, resolve_precision
 def parse_concept(text: str) -> tuple[Path, float]:
     """`PATH` or `PATH:STRENGTH`. ValueError when the strength is no number or there is no such folder."""
     path, sep, strength = text.rpartition(":")
-    if sep and not Path(text).exists():
+    if sep and not expanded(text).exists():
         try:
-            return Path(path), float(strength)
+            return expanded(path), float(strength)
         except ValueError:
             raise ValueError(f"--concept {text!r}: {strength!r} is no strength; write PATH:0.8") from None
-    return Path(text), 1.0
+    return expanded(text), 1.0
 
 
 R = TypeVar("R", bound=Runner)
@@ -49,7 +50,7 @@ def open_runner(
 
 def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:
     """The folders that `open_runner` reads: no output may take their place."""
-    local = [Path(backbone).expanduser()] if backbone and Path(backbone).expanduser().exists() else []
+    local = [expanded(backbone)] if backbone and expanded(backbone).exists() else []
     return [*(parse_concept(c)[0] for c in concepts), *local]
 
 

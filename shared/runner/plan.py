@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from shared.backbones import Backbone
+from shared.concept import Concept, read
+from shared.concept.concept_folder import META
+from shared.concept.provenance import plain, portable
 from shared.config import NAME
 from shared.io.decode import picture_size
-from shared.io.outputs import check_output
+from shared.io.files import sha256
+from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
+from shared.train.log import check_log
+from shared.train.resuming import same_recipe
 from shared.types import Subject
 
 
@@ -28,6 +34,7 @@ class Plan:
     subjects: Mapping[str, Subject]
     outputs: Mapping[str, Path]
     workdir: Path
+    finished: bool = False  # there is nothing to resume: the concepts are there, learned in this way
 
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
@@ -47,25 +54,53 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
             f"a concept cannot be called {wrong!r} (letters, digits, - and _): say name=… or another output"
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
+    begun = _check_outputs(outputs, workdir, overwrite, resume)
+    subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
+    for subject in subjects.values():
+        for path in (*outputs.values(), workdir):
+            check_apart(path, [*subject.images, *subject.masks.values()])
+        for path in subject.images:
+            load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
+    finished = resume and not begun and not overwrite and _all_there(outputs)
+    if finished:
+        for name, path in outputs.items():
+            _check_learned_so(recipe, read(path), subjects[name])
+    elif resume and not begun:
+        warnings.warn(f"{workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
+    return Plan(recipe, subjects, outputs, workdir, finished)
+
+
+def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
+    """Whether an interrupted run is to be resumed. ValueError when something that is there would have to give way."""
     anew = overwrite and not resume  # what an earlier run left is cleared away when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
-    for path in outputs.values():
+    for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
         check_output(path, overwrite or (resume and begun))
     if begun and not resume:
         raise ValueError(f"{workdir} holds an interrupted run: go on with --resume, or start anew with --overwrite")
-    if resume and not begun:
-        warnings.warn(f"{workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
-    subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
-    for subject in subjects.values():
-        for path in outputs.values():
-            check_output(path, True, [*subject.images, *subject.masks.values()])
-        for path in subject.images:
-            load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
-    return Plan(recipe, subjects, outputs, workdir)
+    if begun:
+        check_log(workdir)
+    else:
+        check_output(workdir, overwrite=True)  # an earlier run's logs and samples are cleared away, and only they
+    return begun
 
 
 def _images(images: Path | Sequence[Path]) -> Any:
     return images if isinstance(images, Path) else list(images)
+
+
+def _all_there(outputs: Mapping[str, Path]) -> bool:
+    return all((path / META).is_file() for path in outputs.values())
+
+
+def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
+    """ValueError when a finished concept was learned with another recipe, or from other pictures."""
+    same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
+    if sorted(str(r.sha256) for r in concept.meta.references) != sorted(map(sha256, subject.images)):
+        raise ValueError(
+            f"{concept.path} is finished, and was learned from other pictures: choose another output, or start anew with "
+            "--overwrite"
+        )
 
 
 def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:

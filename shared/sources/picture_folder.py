@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.config import Part
+from shared.config import Part, PathText
 from shared.io.pictures import ResizeMode
 from shared.io.read_subject import read_subject
 from shared.sources.base import SourceContext
@@ -23,7 +23,7 @@ class Folder(Part):
     """
 
     kind: Literal["folder"] = "folder"
-    images: str
+    images: PathText
     subject: str = ""  # whose class it is; may be left out where there is one subject
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"

@@ -28,7 +28,7 @@ class References(Part):
     fit: ResizeMode = "cover"  # how pictures that are not square become so
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError, placeholder the file, when a picture or mask cannot be used; see `read_picture`."""
+        """ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
         if not context.subjects:
             raise ValueError("there is no subject: give pictures with subject.images=FOLDER")
         small: list[str] = []

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shared.io.foreign_files import foreign_files, remove_written
 from shared.io.outputs import write_text
+from shared.io.temporary_names import beside, sweep
 
 PREFIX = "checkpoint-"
 
@@ -37,36 +39,48 @@ def save(folder: Path, state: State) -> Path:
     target = folder / f"{PREFIX}{state.phase:02d}-{state.step:07d}"
     while target.exists():  # the same step again: beside it, for it is whole until the new one is
         target = target.with_name(target.name + "x")
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    sweep(folder)
+    temporary = beside(target)
     temporary.mkdir()
+    try:
+        _write(temporary, state)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _found(folder):
+        if old != target:
+            _drop(old)
+    return target
+
+
+def _write(folder: Path, state: State) -> None:
     for name in ("learned", "optimizer", "best"):
         tensors = dict(getattr(state, name))
         if tensors:
-            save_file(tensors, temporary / f"{name}.safetensors")
-    files = sorted(f.name for f in temporary.iterdir())
-    meta = {"phase": state.phase, "step": state.step, "files": files, **state.info}
-    (temporary / "state.json").write_text(json.dumps(meta, indent=1))
-    for file in temporary.iterdir():
+            save_file(tensors, folder / f"{name}.safetensors")
+    files = sorted(f.name for f in folder.iterdir())
+    meta = {"written by": "pcs", "phase": state.phase, "step": state.step, "files": files, **state.info}
+    (folder / "state.json").write_text(json.dumps(meta, indent=1))
+    for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    os.rename(temporary, target)
-    for old in folder.glob(f"{PREFIX}*"):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
-    for stale in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    return target
+
+
+def _found(folder: Path) -> list[Path]:
+    """Whatever is called a checkpoint, in order."""
+    return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def load(folder: Path) -> State | None:
     """The newest whole checkpoint, or None. ValueError when one is there and cannot be read."""
-    found = sorted(folder.glob(f"{PREFIX}*"))
+    found = _found(folder)
     if not found:
         return None
     path = found[-1]
     try:
         info = json.loads((path / "state.json").read_text())
+        info.pop("written by", None)
         tensors = {Path(name).stem: load_file(path / name) for name in info.pop("files")}
         return State(phase=int(info.pop("phase")), step=int(info.pop("step")), info=info, **tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -76,15 +90,30 @@ def load(folder: Path) -> State | None:
 
 def amend(folder: Path, **info: Any) -> None:
     """Say more in the newest checkpoint's `info`; its tensors stay. AssertionError where there is none."""
-    found = sorted(folder.glob(f"{PREFIX}*"))
+    found = _found(folder)
     assert found, f"no checkpoint in {folder}"
     file = found[-1] / "state.json"
     write_text(file, json.dumps({**json.loads(file.read_text()), **info}, indent=1))
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left in its training folder: checkpoints, logs and samples, and nothing else."""
-    for pattern in (f"{PREFIX}*", f".{PREFIX}*", "tensorboard", "samples"):
-        for old in folder.glob(pattern):
-            shutil.rmtree(old, ignore_errors=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)
+    """Remove what earlier runs wrote into their training folder: checkpoints, logs and samples, and nothing else."""
+    drop(folder)
+    remove_written(folder)
+
+
+def drop(folder: Path) -> None:
+    """Remove the checkpoints of a run that is done: each vanishes in one moment, whenever a kill comes."""
+    for path in reversed(_found(folder)):
+        _drop(path)
+    if folder.is_dir():
+        sweep(folder)
+
+
+def _drop(path: Path) -> None:
+    if foreign_files(path, 1) if path.is_dir() and not path.is_symlink() else True:
+        remove_written(path)  # what somebody has put there stays
+        return
+    gone = beside(path)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
+from shared.io.find_pictures import names
+from shared.io.foreign_files import claim, foreign_files
 from shared.io.outputs import write_text
 from shared.train.loop import Record
+
+
+def check_log(folder: Path) -> None:
+    """ValueError when files that pcs did not write are where a log or sample pictures would replace them."""
+    there = foreign_files(folder, sys.maxsize) if folder.is_dir() else []
+    in_the_way = [f for f in there if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
+    if in_the_way:
+        raise ValueError(
+            f"{folder} holds what pcs did not write, where a training writes ({names(in_the_way)}): move it away first"
+        )
 
 
 class Log:
     """`log.jsonl` and TensorBoard events in one folder, made when there is something to write.
 
-    On resume, lines past the resumed step are dropped.
+    Of an earlier log in the folder, lines past the step `start` are dropped. What is written is added to the folder's
+    list of files (`shared.io.foreign_files`); ValueError where that would replace a file that pcs did not write.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool = True) -> None:
         self.folder, self.path, self.start, self.tensorboard = folder, folder / "log.jsonl", start, tensorboard
+        check_log(folder)
         self._file: TextIO | None = None
         self._board: Any = None
 
@@ -30,18 +44,18 @@ class Log:
         if self._file is not None:
             return self._file
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.start == 0:
-            self.path.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        elif self.path.exists():
+        claim(self.folder, self.path.name)
+        if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= self.start]
             write_text(self.path, "".join(line + "\n" for line in kept))
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self.start + 1 if self.start else None
-            )
+            folder = self.folder / "tensorboard"
+            before = set(folder.iterdir()) if folder.is_dir() else set()
+            self._board = SummaryWriter(str(folder), purge_step=self.start + 1 if before else None)
+            for events in sorted(set(folder.iterdir()) - before):
+                claim(self.folder, f"tensorboard/{events.name}", made=True)
         self._file = self.path.open("a", encoding="utf-8")
         return self._file
 
@@ -62,11 +76,11 @@ class Log:
 
     def samples(self, step: int, pixels: Tensor) -> None:
         """Pictures [N, 3, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and each in TensorBoard."""
-        from shared.io.contact_sheets import grid
+        from shared.io.contact_sheets import grid, write_picture
 
-        folder = self.folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid(pixels).save(folder / f"step-{step:06d}.png")
+        file = f"samples/step-{step:06d}.png"
+        claim(self.folder, file)
+        write_picture(grid(pixels), self.folder / file)
         for i, picture in enumerate(pixels):
             self.picture(step, f"sample/{i}", (picture + 1) / 2)
 

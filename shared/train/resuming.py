@@ -16,24 +16,27 @@ from shared.io.files import sha256
 from shared.types import Subject
 
 WEIGHTS = "the backbone's checkpoint"
-_FREE = re.compile(r"(output|name)(\..*)?")
+_FREE = re.compile(r"(output|name|preview)(\..*)?")
 #: What may also change after a loss that was no number: the cure for it.
 _CURE = re.compile(
     r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
 )
 
 
-def same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False) -> None:
-    """ValueError placeholder the first key in which a checkpoint's recipe differs; output and name may.
+def same_recipe(
+    old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
+) -> None:
+    """ValueError that names the first key in which the recipe of a checkpoint, or of a finished run, differs; output,
+    name and preview may.
 
     After a loss that was no number, rates, precision and optimizer may too.
     """
+    what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
         if _FREE.fullmatch(key) or (after_not_finite and _CURE.fullmatch(key)):
             continue
         raise ValueError(
-            f"the interrupted run had {key} = {before!r}, this one has {now!r}: "
-            "resume with the same recipe, or start anew with --overwrite"
+            f"the {what} run had {key} = {before!r}, this one has {now!r}: {cure}, or start anew with --overwrite"
         )
 
 
@@ -75,7 +78,7 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
 
 
 def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: Collection[str] = ()) -> None:
-    """ValueError placeholder the first thing that a run depended on and that is another one now."""
+    """ValueError naming the first thing that a run depended on and that is another one now."""
     for what in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(what), new.get(what)
         if before != now and what not in ignored:

@@ -1,30 +1,85 @@
-"""Ctrl-C that waits for the step."""
+"""Requests to stop: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal). They wait for the step.
+
+Light: the command line heeds them before it imports anything heavy.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+_STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+_received: list[int] = []
+
+
+def heed_stops() -> None:
+    """From here on each of the signals raises KeyboardInterrupt; one that is ignored (nohup) stays so.
+
+    To be called by a program, in its main thread.
+    """
+    _received.clear()
+    for number in _STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _raise)
+
+
+def exit_code() -> int:
+    """Of a program that was stopped: 128 and the last signal's number, 130 (Ctrl-C) where none is known."""
+    return 128 + (_received or [signal.SIGINT])[-1]
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C lets the step end and the state be saved; the second acts at once."""
+    """The first signal sets the event, so that the step can end and the state be saved; the second acts at once.
+
+    KeyboardInterrupt where one has come before and was lost (a library's `except:` while it was imported).
+    """
+    if _received:
+        raise KeyboardInterrupt
     stop = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    ignored = before == signal.SIG_IGN  # nohup and background jobs: Ctrl-C is not for this process
-    if ignored or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    before = {n: h for n in _STOPS if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
-    def handler(number: int, frame: Any) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def wait_for_the_step(number: int, frame: Any) -> None:
+        _noted(number)
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, handler)
+    for number in before:
+        signal.signal(number, wait_for_the_step)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
+        if not _heeded():
+            _received.clear()
+
+
+def _raise(number: int, frame: Any) -> None:
+    _noted(number)
+    raise KeyboardInterrupt
+
+
+def _heeded() -> bool:
+    return any(signal.getsignal(n) is _raise for n in _STOPS)
+
+
+def _noted(number: int) -> None:
+    _received.append(number)
+    for stream in (1, 2):  # a terminal that is gone would turn every message into an error, and lose the state with it
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)

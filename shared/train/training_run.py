@@ -51,7 +51,7 @@ class Preview(Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved."""
+    """Ctrl-C, SIGTERM or SIGHUP, after the state was saved."""
 
 
 @dataclass
@@ -321,6 +321,8 @@ class _Phase:
             except NotFinite as error:
                 raise NotFinite(f"{error} (phase {self.name}); {self._keep_good()}") from None
             self._finish()
+            if stop.is_set():  # it came when the last step was done
+                raise Interrupted
 
     def _enter(self, stack: ExitStack) -> None:
         """What holds while the phase runs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from shared.config import (
     Part,
@@ -14,11 +14,16 @@ from shared.config import (
     default_kind,
     default_kinds,
     merge,
-    parse_overrides,
     read_yaml,
     unknown,
     validate,
 )
+from shared.recipe import overrides
+
+
+def parse_overrides(items):
+    """For a model without fields: every value is YAML."""
+    return overrides.parse_overrides(items, BaseModel)
 
 
 class Wide(Part):

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import json
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from shared.io.contact_sheets import read_metadata, write_picture
+from shared.io.outputs import check_output, write_text
+from shared.io.read_subject import read_subject
 from shared.io.terminal import escaped_name
+from shared.sources.to_example import load
+from tests.core.scenes import save, scene
 
 #: What people's systems put into names: macOS' screenshots, Japanese input, a web page, joined emoji, bytes of another age.
 NAMES = (
@@ -33,3 +42,38 @@ def test_plain_names_stay_as_they_are_and_others_stay_different() -> None:
     assert escaped_name("写真 naïve 🚀.png") == "写真 naïve 🚀.png"
     assert escaped_name("a\u00a0b") == "a\\u00a0b" != escaped_name("a\\u00a0b")
     assert escaped_name("\U000e0041/") == "\\U000e0041\\u002f"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_and_masks_are_found_beside_any_name(tmp_path: Path, name: str) -> None:
+    own = tmp_path / name
+    (own / "masks").mkdir(parents=True)
+    for folder in ("captions", "other masks"):
+        (tmp_path / folder).mkdir()
+    save(own / f"{name}.png", scene(32, 32))
+    for folder in (own / "masks", tmp_path / "other masks"):
+        Image.new("L", (32, 32), 255).save(folder / f"{name}.png")
+    for folder in (own, tmp_path / "captions"):
+        (folder / f"{name}.txt").write_text("on a table")
+    for given in ({}, {"captions": tmp_path / "captions", "masks": tmp_path / "other masks"}):
+        found = read_subject(own, **given)
+        (picture,) = found.images
+        assert picture.name == f"{name}.png" and found.captions[picture] == "on a table"
+        assert found.masks[picture].name == f"{name}.png" and load(picture, found.masks[picture]).size == (32, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_utf_8_cannot_hold_goes_into_a_png(tmp_path: Path, name: str) -> None:
+    write_picture(torch.zeros(3, 16, 16), tmp_path / f"{name}.png", {"Description": f"a {name}"})
+    said = read_metadata(tmp_path / f"{name}.png")["Description"]
+    assert said == f"a {name}".encode(errors="backslashreplace").decode()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors writes to no such path"):
+        check_output(tmp_path / "caf\udce9" / "mug.concept")
+
+
+def test_text_that_utf_8_cannot_hold_is_written_as_json_reads_it(tmp_path: Path) -> None:
+    text = json.dumps({"file": "caf\udce9 写"}, ensure_ascii=False)
+    assert json.loads(write_text(tmp_path / "a.json", text).read_text(encoding="utf-8")) == {"file": "caf\udce9 写"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from shared.io.contact_sheets import write_picture
 from shared.io.find_pictures import list_pictures
 from shared.io.foreign_files import MARK, foreign_files
 from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, write_text
+from shared.train import checkpoint
+from shared.train.log import Log
 
 
 def earlier(target: Path) -> Path:
@@ -155,7 +158,7 @@ def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path
     pictures = tmp_path / "pictures"
     with atomic_folder(pictures) as folder:
         write_picture(torch.zeros(3, 20, 20), folder / "000-seed0.png", {"pcs": "{}"})
-        write_picture(torch.zeros(3, 20, 20), folder / "grid.png")
+        write_picture(torch.zeros(3, 20, 20), folder / "grid.png", {"pcs": "{}"})
     assert seen(pictures) == ["000-seed0.png", "grid.png"] and not (pictures / MARK).exists()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").touch()
@@ -177,9 +180,11 @@ def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
     (demo / "my-duck.concept/concept.json").write_text(json.dumps(content))
     for name in ("adapter.safetensors", "preview.png"):
         (demo / "my-duck.concept" / name).touch()
-    (demo / "my-duck.training/tensorboard").mkdir(parents=True)
-    for name in ("log.jsonl", "tensorboard/events.1"):
-        (demo / "my-duck.training" / name).touch()
+    log = Log(demo / "my-duck.training")
+    log.scalars(1, {"loss": 0.5})
+    log.samples(1, torch.zeros(1, 3, 20, 20))
+    log.close()
+    checkpoint.save(demo / "my-duck.training", checkpoint.State(0, 1, {"rows": torch.ones(2)}))
     (demo / "report/pictures").mkdir(parents=True)
     rows = {"schema_version": 1, "pictures": [{"file": "pictures/0.png"}], "references": ["pictures/r.png"]}
     (demo / "report/report.json").write_text(json.dumps(rows))
@@ -188,9 +193,15 @@ def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
     (demo / "index.html").write_text("<title>pcs demo</title>")
     (demo / "contact-sheet.png").touch()
     assert check_output(demo, overwrite=True) == demo
-    (demo / "references/holiday.jpg").touch()
-    with pytest.raises(ValueError, match=r"\(references/holiday\.jpg\)"):
-        check_output(demo, overwrite=True)
+    for mine in (
+        "references/holiday.jpg",
+        "my-duck.training/samples/mine.png",
+        "my-duck.training/tensorboard/events.1",
+    ):
+        (demo / mine).write_text("mine")
+        with pytest.raises(ValueError, match=rf"\({re.escape(mine)}\)"):
+            check_output(demo, overwrite=True)
+        (demo / mine).unlink()
 
 
 def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from shared.io.temporary_names import beside
 from shared.optimizers.adamw import AdamW
 from shared.train import checkpoint
 from shared.train.budget import Budget
@@ -140,8 +142,10 @@ def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path
 
 def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
     checkpoint.save(tmp_path, a_state(3))
-    (tmp_path / ".checkpoint-01-0000004.77").mkdir()
-    (tmp_path / ".checkpoint-01-0000004.77" / "learned.safetensors").write_bytes(b"half")
+    half = beside(tmp_path / "checkpoint-01-0000004")
+    half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    half.mkdir()
+    (half / "learned.safetensors").write_bytes(b"half")
     found = checkpoint.load(tmp_path)
     assert found is not None and found.step == 3
     checkpoint.save(tmp_path, a_state(5))

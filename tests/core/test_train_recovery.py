@@ -15,7 +15,8 @@ from shared.io.read_subject import read_subject
 from shared.modifiers import LearnableToken
 from shared.train import checkpoint
 from shared.train.last_good_state import LastGood
-from shared.train.optim import NotFinite, Optimizers
+from shared.train.log import Log
+from shared.train.optim import NotFinite
 from shared.train.resuming import same_recipe
 from shared.train.task import Update
 from shared.train.tune import Tune
@@ -299,10 +300,33 @@ def test_two_subjects_whose_pictures_have_the_same_names(tiny, photos, tmp_path)
 
 
 def test_clearing_leaves_what_is_not_of_a_run(tmp_path):
-    checkpoint.save(tmp_path, checkpoint.State(0, 1))
-    (tmp_path / "samples").mkdir()
-    for name in ("log.jsonl", "mine.txt"):
+    log = Log(tmp_path)
+    log.scalars(1, {"loss": 1.0})
+    log.samples(1, torch.zeros(1, 3, 16, 16))
+    log.close()
+    checkpoint.save(tmp_path, checkpoint.State(0, 1, {"rows": torch.ones(2)}))
+    mine = ("mine.txt", "samples/mine.png", "tensorboard/events.out.tfevents.1.mine", "checkpoint-00-0000001/notes.txt")
+    for name in mine:
         (tmp_path / name).write_text("x")
     checkpoint.clear(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    assert Optimizers is not None
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(mine)
+
+
+def test_clearing_what_is_all_of_a_run_leaves_nothing(tmp_path):
+    log = Log(tmp_path)
+    log.scalars(1, {"loss": 1.0})
+    log.samples(1, torch.zeros(1, 3, 16, 16))
+    log.close()
+    checkpoint.save(tmp_path, checkpoint.State(0, 1, {"rows": torch.ones(2)}))
+    checkpoint.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_never_takes_the_place_of_somebody_elses_file(tmp_path):
+    for name in ("log.jsonl", "samples/step-000001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=rf"did not write.*{name}"):
+            Log(tmp_path)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()

@@ -44,6 +44,26 @@ def pcs(capsys) -> Callable[..., Ran]:
     return call
 
 
+@pytest.fixture
+def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
+    """`pcs(…)` for a training that Ctrl-C stops after its first step."""
+
+    def call(*arguments: Any) -> Ran:
+        import os
+        import signal
+
+        from shared.commands.progress import Bar
+
+        def step(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bar, "step", step)
+            return pcs(*arguments)
+
+    return call
+
+
 def paint(folder: Path, n: int = 3, side: int = 32, seed: int = 0) -> Path:
     """A folder of `n` smooth random pictures."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,25 @@ from shared.cli import build, run
 STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.checkpoint_every=1", "train.batch_size=1")
 
 
-def started(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
+def started(arguments: list[str], tmp_path: Path, before: Sequence[str] = (), **how) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "shared.cli", *arguments],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "stderr").open("w"),
-    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": (tmp_path / "stderr").open("w"), **how}
+    command = [*before, sys.executable, "-m", "shared.cli", *arguments]
+    return subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], **streams)
+
+
+IMPORTS = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{library}":
+            os.kill(os.getpid(), {number})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.modules.pop("{library}", None)
+sys.meta_path.insert(0, Finder())
+import shared.cli
+shared.cli.main(sys.argv[1:])
+"""
 
 
 def wait_for(what, process: subprocess.Popen, tmp_path: Path, seconds: float = 300) -> None:
@@ -76,21 +87,63 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     assert not list(training.glob("*checkpoint*"))
 
 
-def test_ctrl_c_saves_says_where_and_exits_with_130(pcs, learn, whole, tmp_path):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp_path, number, expected):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     process = started(arguments, tmp_path)
     try:
         wait_for(in_second_phase(training), process, tmp_path)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         code = process.wait(120)
     finally:
         process.kill()
     said = (tmp_path / "stderr").read_text()
-    assert code == 130 and f"the state is in {training}: go on with --resume\nstopped\n" in said
+    assert code == expected and f"the state is in {training}: go on with --resume\nstopped\n" in said
     assert "Traceback" not in said and not concept.exists()
     assert len(list(training.glob("checkpoint-*"))) == 1
     assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)
+
+
+def test_a_closed_terminal_does_not_lose_the_state(pcs, learn, whole, tmp_path):
+    """The kernel sends SIGHUP, and whatever is printed from then on is an error."""
+    concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
+    arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
+    terminal, inside = os.openpty()
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    process = started(arguments, tmp_path, ["setsid", "--ctty", "--wait"], **streams)
+    os.close(inside)
+    try:
+        wait_for(in_second_phase(training), process, tmp_path)
+        os.close(terminal)
+        code = process.wait(120)
+    finally:
+        process.kill()
+    assert code == 129 and not concept.exists() and len(list(training.glob("checkpoint-*"))) == 1
+    assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)
+
+
+def test_nohup_goes_on_when_the_terminal_is_closed(learn, whole, tmp_path):
+    concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
+    process = started(learn("pivotal_tuning", *STEPS, f"output={concept}"), tmp_path, ["nohup"])
+    try:
+        wait_for(in_second_phase(training), process, tmp_path)
+        process.send_signal(signal.SIGHUP)
+        code = process.wait(300)
+    finally:
+        process.kill()
+    assert code == 0 and tensors(concept) == tensors(whole)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("library", ["importlib.metadata", "typer", "torch"])
+def test_a_signal_while_libraries_are_imported_ends_a_command_at_once(learn, tmp_path, number, expected, library):
+    """In the first second of a process: the signal comes when `library` is about to be imported."""
+    code = IMPORTS.format(library=library, number=int(number))
+    arguments = learn("pivotal_tuning", f"output={tmp_path / 'mug.concept'}")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (expected, "stopped\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_without_an_interrupted_run_says_that_it_begins(pcs, learn, tmp_path):

@@ -7,7 +7,6 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from shared.commands.progress import Bar, Lines, Tenths
 from shared.concept import read
 from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
-from shared.runner import learn as learn_module
 from shared.runner.judging import training_scorers
 from shared.runner.plan import Plan, plan
 from shared.train import checkpoint
@@ -105,22 +103,6 @@ def test_a_lower_rate_goes_on_through_the_command_line(pcs, learn, tmp_path):
 
 
 # --- what was learned is not lost ------------------------------------------------------------------
-
-
-def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, tmp_path, monkeypatch):
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    out = tmp_path / "x.concept"
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"x\.concept is saved; its preview could"):
-        patch.setattr(learn_module, "preview", fail)
-        assert pcs(*learn("textual_inversion", f"output={out}")).code == 0
-    assert not (out / "preview.png").exists() and read(out).preview is None
-    assert not list((tmp_path / "x.training").glob("checkpoint-*"))
-    ran = pcs("image", "generate", "a <x>", "--concept", out, "--steps", 1, "--out", tmp_path / "o")
-    assert ran.code == 0, ran.err
-    assert pcs(*learn("textual_inversion", f"output={out}"), "--overwrite").code == 0
-    assert read(out).preview == out / "preview.png"
 
 
 def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_path):

@@ -19,6 +19,7 @@ import torch
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTokenizer
+from shared.io.temporary_names import replaced
 from shared.toybox.weights import WEIGHTS
 
 UNET_CHECKPOINT = "unet.safetensors"
@@ -177,8 +178,7 @@ def _readable(folder: Path) -> None:
 
 
 def _swap(fresh: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = replaced(target)
     if target.exists():
         os.replace(target, old)
     os.replace(fresh, target)

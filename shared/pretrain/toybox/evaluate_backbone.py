@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.config import unknown
+from shared.config import expanded, unknown
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import atomic_folder, check_file, write_text
 from shared.toybox.captions import SEEN, background_phrase, describe
@@ -25,7 +25,7 @@ def open_pipeline(folder: str | None) -> Any:
     """The shipped diffusers pipeline, or another folder's. ValueError when there is none, or it cannot be loaded."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    place = Path(folder).expanduser() if folder is not None else backbone_path()
+    place = expanded(folder) if folder is not None else backbone_path()
     index = place / "model_index.json"
     if not index.is_file():
         why = "it has no model_index.json" if place.is_dir() else "there is no such folder"

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.io.temporary_names import beside, replaced
 from shared.toybox.evaluators.convnet import WEIGHTS
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -89,8 +90,7 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
     from shared.toybox import tokenizer as tokenizer_files
 
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = beside(folder)
     half = CLIPModel(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(str(temporary), safe_serialization=True)
@@ -100,7 +100,7 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
     _state_float32(temporary / "config.json")
     for file in temporary.iterdir():
         file.chmod(0o644)
-    old = folder.with_name(folder.name + ".old")
+    old = replaced(folder)
     if folder.exists():
         os.replace(folder, old)
     os.replace(temporary, folder)

@@ -1,0 +1,16 @@
+"""How a command takes a file or folder: `typer.Option(None, **PATH)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def _path(text: Any) -> Path:
+    from shared.config import expanded  # heavy
+
+    return expanded(text)
+
+
+#: For every option and argument that is a path: `~` is expanded, once, also in `--out=~/x`, where a shell does not.
+PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}

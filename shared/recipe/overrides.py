@@ -1,0 +1,101 @@
+"""`key=value` of a command line: text for paths and strings, YAML for everything else."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from shared.config import expanded, parse_yaml
+
+_NONE = type(None)
+
+
+def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """`["train.steps=5", "subject.images=cats #1"]` as nested mappings, for the fields of `model`.
+
+    Where a field is a path or a string, the text behind = is taken literally, whatever it looks like; every other value
+    is read as YAML. Two things can still be said of such a field:
+
+    - `[a.png, b.png]`, where several may be given: YAML's list, of strings; a file or folder of that name wins.
+    - nothing (`subject.masks=`) for a path, and `null` for a string, where the field may be unset. A path may be
+      called null.
+
+    They are one layer: where two set the same key the last one wins, and otherwise their order does not matter.
+    """
+    out: dict[str, Any] = {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        names = key.strip().split(".")
+        if not sep or not all(names):
+            raise ValueError(f"{item!r} is not a setting: write key=value, for example train.steps=500")
+        try:
+            node = _value(text, set(_leaves(model, names, model)))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"cannot read the value of {item!r}: {type(error).__name__}") from None
+        for name in reversed(names):
+            node = {name: node}
+        _gather(out, node)
+    return out
+
+
+def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Adds `more` in place. Mappings join; anything else replaces."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _gather(into[key], value)
+        else:
+            into[key] = value
+
+
+def _value(text: str, leaves: set[Any]) -> Any:
+    """The value of a field that may hold any of `leaves`: types, and (type,) for sequences of it."""
+    path = Path in leaves
+    if not path and (str not in leaves or leaves - {str, _NONE, (str,)}):
+        return parse_yaml(text)
+    if _NONE in leaves and text == ("" if path else "null"):
+        return None
+    if leaves & {(Path,), (str,)} and text.lstrip().startswith("[") and not (path and expanded(text).exists()):
+        return _strings(text) or text
+    return text
+
+
+class _Texts(yaml.SafeLoader):
+    """YAML in which every scalar is what it looks like: `[2024, true]` are two names."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+
+def _strings(text: str) -> list[str] | None:
+    try:
+        found = yaml.load(text, Loader=_Texts)
+    except (yaml.YAMLError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(f, str) for f in found) else None
+
+
+def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
+    """What may stand at a dotted key below an annotation: through models, unions, slots and the phases' overlays."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _leaves(arguments[0], names, root)
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            yield from _leaves(argument, names, root)
+    elif not names:
+        sequence = origin in (tuple, list, Sequence)
+        yield from ((inner,) for a in arguments[:1] for inner in _leaves(a, (), root)) if sequence else (annotation,)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is root and names[0] == "phases" and len(names) > 2:
+            yield from _leaves(root, names[2:], root)  # a phase is laid on the recipe
+        elif names[0] in annotation.model_fields:
+            yield from _leaves(annotation.model_fields[names[0]].annotation, names[1:], root)
+    elif origin in (dict, Mapping):
+        yield from _leaves(arguments[1], names[1:], root)

@@ -1,0 +1,178 @@
+"""What a command line's `key=value` means: text where a field holds text, YAML elsewhere; `~` expanded once."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from shared.cli import build
+from shared.commands.paths import PATH
+from shared.config import Part, PathText, Slot, expanded, validate
+from shared.io.outputs import check_output
+from shared.io.read_subject import read_subject
+from shared.recipe.overrides import parse_overrides
+from shared.recipe.resolve import load
+from shared.recipe.schema import Recipe
+from tests.core.scenes import save, scene
+
+#: Names that YAML, or a home folder, would make something else of.
+ODD = (
+    *(
+        "cats #1",
+        "2024",
+        "007",
+        "12:30",
+        "true",
+        "null",
+        "no",
+        "[1] x",
+        "@x",
+        "`x`",
+        "*x",
+        "&x",
+        "!x",
+        "%x",
+        "{x}",
+        "'x",
+    ),
+    *("a: b", "- a", "? a", "|", ">", "1e-4", ".inf", "x ", " x", "~nobody here", "[a", "[a, b]"),
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("subject.images", "subject.masks", "subject.captions", "output", "subjects.mug.images", "backbone"),
+        *("sources.mine.images", "phases.tune.sources.mine.images", "subject.class_noun"),
+        *("modifier.token", "sampling.scheduler", "phases.tune.sources.mine.prompt"),
+    ],
+)
+def test_a_path_or_a_string_is_what_was_typed(tmp_path, monkeypatch, key: str, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    value = parse_overrides([f"{key}={name}"], Recipe)
+    for part in key.split("."):
+        value = value[part]
+    assert value == (None if (name, key) == ("null", "sampling.scheduler") else name)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_recipe_learns_from_the_folder_that_was_named(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    save(tmp_path / name / "a.png", scene(32, 32))
+    settings = [f"subject.images={name}", f"output={name}/mug.concept", "sources.mine.kind=folder"]
+    found = load("textual_inversion", [*settings, f"sources.mine.images={name}"])
+    assert found.subject is not None and found.output is not None
+    for images in (found.subject.images, found.sources["mine"].images):  # type: ignore[union-attr]
+        assert read_subject(images).images[0].samefile(tmp_path / name / "a.png")  # type: ignore[arg-type]
+    assert check_output(found.output).parent.samefile(tmp_path / name)
+
+
+def test_several_files_are_a_list_unless_a_file_is_called_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def images(text: str):
+        return parse_overrides([f"subject.images={text}"], Recipe)["subject"]["images"]
+
+    assert images("[a.png, b c.png]") == ["a.png", "b c.png"]
+    assert images("[2024, 007, true, ~, no]") == ["2024", "007", "true", "~", "no"], "strings, all of them"
+    assert images(' ["a, b.png"]') == ["a, b.png"]
+    assert images("[{a: 1}]") == "[{a: 1}]" and images("[]") == "[]" and images("[*a]") == "[*a]"
+    (tmp_path / "[a.png, b c.png]").mkdir()
+    assert images("[a.png, b c.png]") == "[a.png, b c.png]"
+    assert parse_overrides(["subject.masks=[a, b]"], Recipe)["subject"]["masks"] == "[a, b]", "one folder, not several"
+
+
+def test_how_a_field_is_unset() -> None:
+    def one(text: str):
+        return load("dreambooth_lora", ["subject.images=x", "output=y.concept", "name=z", "subject.masks=m", text])
+
+    assert (
+        one("name=null").name is None and one("output=").output is None and one("subject.masks=").subject.masks is None
+    )  # type: ignore[union-attr]
+    assert one("output=null").output == Path("null") and one("sampling.scheduler=null").sampling.scheduler is None
+    assert one("subject.class_noun=null").subject.class_noun == "null"  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"subject\.images = '': must name a file or folder"):
+        one("subject.images=")
+
+
+class One(Part):
+    kind: Literal["one"] = "one"
+    place: PathText | None = None
+    amount: float | str = 0.0
+    words: tuple[str, ...] = ()
+
+
+class Two(Part):
+    kind: Literal["two"] = "two"
+    place: int = 0
+
+
+class Settings(Part):
+    parts: Slot[Annotated[One | Two, Field(discriminator="kind")]] = {}
+
+
+def test_what_is_not_only_text_is_yaml() -> None:
+    found = parse_overrides(
+        ["parts.x.amount=1e-4", "parts.x.words=[a, 1]", "parts={y: {kind: two}}", "no.such=1"], Settings
+    )
+    assert found["parts"]["y"] == {"kind": "two"} and found["no"] == {"such": 1}
+    assert found["parts"]["x"] == {"amount": 1e-4, "words": ["a", 1]}
+    assert parse_overrides(["parts.x.place=1: 2"], Settings) == {"parts": {"x": {"place": "1: 2"}}}
+
+
+# --- ~ -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_a_path_is_expanded_once(home) -> None:
+    assert expanded("~/x") == home / "x" and expanded("~") == home and expanded(Path("~/x")) == home / "x"
+    for folder in ("./~", "./~/x", "~no-such-user/x"):
+        path = expanded(folder)
+        assert path == Path.cwd() / folder and expanded(path) == path == path.expanduser()
+
+
+def test_every_path_of_a_recipe_is_expanded(home) -> None:
+    (home / "own.yaml").write_text("trainable: {tokens: {lr: 0.1}}\nsubject: {masks: ~/masks}\n")
+    keys = ("subject.images", "subject.captions", "output", "backbone", "sources.mine.images")
+    found = load(
+        "~/own.yaml", ["sources.mine.kind=folder", "modifier.kind=learnable_token", *(f"{k}=~/x" for k in keys)]
+    )
+    assert found.subject is not None and found.subject.masks == home / "masks"
+    assert found.subject.images == found.subject.captions == found.output == home / "x"
+    assert found.backbone == str(home / "x") and found.sources["mine"].images == home / "x"  # type: ignore[union-attr]
+    listed = load("textual_inversion", ["subject.images=[~/a.png, b.png]"]).subject
+    assert listed is not None and listed.images == (home / "a.png", Path("b.png"))
+
+
+def test_every_option_that_is_a_path_is_expanded(home) -> None:
+    seen, apps = 0, [build()]
+    while apps:
+        app = apps.pop()
+        apps += [g.typer_instance for g in app.registered_groups if g.typer_instance is not None]
+        for command in [*app.registered_commands, *filter(None, [app.registered_callback])]:
+            for name, parameter in inspect.signature(command.callback or len).parameters.items():
+                if "Path" in str(parameter.annotation):
+                    assert parameter.default.parser is PATH["parser"], (command.callback, name)
+                    seen += 1
+    assert seen > 10 and PATH["parser"]("~/x") == home / "x" and os.fspath(PATH["parser"](Path("out"))) == "out"
+
+
+def test_a_settings_file_with_a_path_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"images = 2024"):
+        validate(Recipe, {"subject": {"images": 2024}})

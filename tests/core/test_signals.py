@@ -1,0 +1,53 @@
+"""Signals that ask a training to stop: the first waits for the step, the second does not, ignored ones stay ignored."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from shared.train.signals import exit_code, heed_stops, interruptible
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    before = {n: signal.getsignal(n) for n in NUMBERS}
+    heed_stops()
+    yield
+    heed_stops()  # forget what came
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", NUMBERS)
+@pytest.mark.parametrize("second", NUMBERS)
+def test_the_first_waits_and_the_second_acts_at_once(first, second) -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible() as stop:
+        os.kill(os.getpid(), first)
+        assert stop.is_set() and exit_code() == 128 + first
+        os.kill(os.getpid(), second)
+        raise AssertionError("not reached")
+    assert exit_code() == 128 + second
+
+
+def test_one_that_was_lost_is_not_forgotten() -> None:
+    with contextlib.suppress(BaseException):  # as a library may do
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        raise AssertionError("not reached")
+    assert exit_code() == 143
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    heed_stops()
+    with interruptible() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
