@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.backbones.forward_process import ForwardProcess
 from shared.backbones.latents import LatentCodec
-from shared.backbones.module_roles import RoleSpec, resolve
+from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.protocol import Adapter, Group, Placeholder, Site
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
@@ -95,8 +95,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess):
         return self
 
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` knows in this family."""
-        return tuple(sorted(self.role_table))
+        """The roles that `group` has modules for in this network."""
+        return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
         """The modules of a role, one Group per component. ValueError lists the roles there are."""

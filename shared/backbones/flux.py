@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.module_roles import RoleSpec
+from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.backbones.protocol import Site
 from shared.types import Conditioning
 
@@ -27,6 +27,7 @@ def _port(pattern: str, note: str) -> tuple[RoleSpec, ...]:
 
 
 ROLES = {
+    **denoiser_roles(_NET),
     "attention": (RoleSpec(_NET, f"{_ANY}({_PICTURE}|{_TEXT})"),),
     "self_attention": _port(
         _ANY + _PICTURE, "the picture stream of joint attention, with the single blocks' shared one"
@@ -35,9 +36,7 @@ ROLES = {
     "self_attention.q": _port(_ANY + r"attn\.to_q", "queries of the picture stream of joint attention"),
     "cross_attention": _port(_DOUBLE + _TEXT, "the text stream of joint attention in the double blocks"),
     "cross_attention.kv": _port(_DOUBLE + r"attn\.add_[kv]_proj", "keys and values of joint attention's text stream"),
-    "cross_attention.q": _port(
-        _DOUBLE + r"attn\.to_q", "queries of the picture stream, which attend to text and picture"
-    ),
+    "cross_attention.q": _port(_DOUBLE + r"attn\.add_q_proj", "queries of joint attention's text stream"),
     "feed_forward": (RoleSpec(_NET, rf"{_DOUBLE}ff(_context)?\.net\.(0\.proj|2)|single_{_DOUBLE}proj_mlp"),),
     "proj": _port(rf"single_{_DOUBLE}proj_out", "the single blocks' joint projection of attention and feed-forward"),
     "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -21,12 +22,26 @@ _BASE = ".base_layer"
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """Leaves of `component` whose dotted name matches `pattern` in full."""
+    """Leaves of `component` whose dotted name matches `pattern` in full.
+
+    Leaves are linear and convolution layers, which any adapter can wrap; with `of="parameters"` they are all modules that
+    hold parameters of their own, norms and embeddings included.
+    """
 
     component: str
     pattern: str
     resolution: Resolution = "exact"
     note: str = ""
+    of: Literal["layers", "parameters"] = "layers"
+
+
+def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
+    """The two roles that every family has: each linear and convolution layer of the denoiser, and each module of it that
+    holds parameters, which is what full fine-tuning trains."""
+    return {
+        "denoiser": (RoleSpec(component, ".*"),),
+        "denoiser.all": (RoleSpec(component, ".*", of="parameters"),),
+    }
 
 
 def leaf_names(module: nn.Module) -> tuple[str, ...]:
@@ -35,10 +50,20 @@ def leaf_names(module: nn.Module) -> tuple[str, ...]:
     Args:
         module: any network; layers inside an adapter's wrapper are not listed, the wrapped layer is, under its own name
     """
-    leaves = [name for name, child in module.named_modules() if isinstance(child, LEAVES)]
-    wrapped = {name.split(_BASE)[0] for name in (n for n, _ in module.named_modules()) if _BASE in name}
+    return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
+
+
+def parameter_holders(module: nn.Module) -> tuple[str, ...]:
+    """Dotted names of the modules that hold parameters of their own, as they were before anything wrapped them; what an
+    adapter added is not listed. A network that holds some itself is "" among them."""
+    holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
+    return _unwrapped(module, holders)
+
+
+def _unwrapped(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    wrapped = {name.split(_BASE)[0] for name, _ in module.named_modules() if _BASE in name}
     out: list[str] = []
-    for name in leaves:
+    for name in names:
         plain = name
         while plain.endswith(_BASE):
             plain = plain.removesuffix(_BASE)
@@ -47,6 +72,12 @@ def leaf_names(module: nn.Module) -> tuple[str, ...]:
         if not inside:
             out.append(plain)
     return tuple(dict.fromkeys(out))
+
+
+def there_are(table: Mapping[str, Sequence[RoleSpec]], components: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The roles of a table that match something in these networks, by name."""
+    names = _Names(components)
+    return tuple(sorted(role for role, specs in table.items() if any(names.of(spec) for spec in specs)))
 
 
 def resolve(
@@ -58,15 +89,28 @@ def resolve(
         ValueError: when the family has no such role, or it matches nothing in this network; both list the roles
     """
     if role not in table:
-        raise ValueError(f"{family}: {unknown(role, table, 'role')}")
-    groups = []
-    for spec in table[role]:
-        names = tuple(n for n in leaf_names(components[spec.component]) if re.fullmatch(spec.pattern, n))
-        if names:
-            groups.append(Group(role, spec.component, names, spec.resolution, spec.note))
+        raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")
+    names = _Names(components)
+    found = [(spec, names.of(spec)) for spec in table[role]]
+    groups = [Group(role, spec.component, names, spec.resolution, spec.note) for spec, names in found if names]
     if not groups:
         where = ", ".join(spec.component for spec in table[role])
-        raise ValueError(
-            f"{family}: role {role!r} matches no layer of this {where}. There are: {', '.join(sorted(table))}."
-        )
+        listed = ", ".join(there_are(table, components))
+        raise ValueError(f"{family}: role {role!r} matches no layer of this {where}. There are: {listed}.")
     return tuple(groups)
+
+
+class _Names:
+    """The leaves of networks, each network walked once."""
+
+    def __init__(self, components: Mapping[str, nn.Module]) -> None:
+        self._components = components
+        self._known: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def of(self, spec: RoleSpec) -> tuple[str, ...]:
+        """The names that a spec matches."""
+        key = (spec.component, spec.of)
+        if key not in self._known:
+            list_names = leaf_names if spec.of == "layers" else parameter_holders
+            self._known[key] = list_names(self._components[spec.component])
+        return tuple(n for n in self._known[key] if re.fullmatch(spec.pattern, n))

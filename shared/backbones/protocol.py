@@ -26,7 +26,7 @@ class Group:
 
     role: str
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
-    modules: tuple[str, ...]  # leaf modules (Linear, Conv2d)
+    modules: tuple[str, ...]  # linear and convolution layers; of "denoiser.all", every module that holds parameters
     resolution: Resolution = "exact"
     note: str = ""  # for a port: what it stands in for
 
@@ -216,11 +216,16 @@ class Backbone(Protocol):
 
     # placeholder of modules
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` knows."""
+        """The roles that `group` has modules for in this network."""
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the roles there are."""
+        """The modules of a role, one Group per component. ValueError lists the roles there are.
+
+        No layer belongs to two of self_attention, cross_attention, temporal_attention, feed_forward, conv and proj.
+        "denoiser" is each linear and convolution layer of the denoiser; "denoiser.all" each of its modules that holds
+        parameters of its own, norms and embeddings included, for full fine-tuning.
+        """
         ...
 
     def sites(self) -> tuple[Site, ...]:

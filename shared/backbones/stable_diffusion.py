@@ -10,25 +10,42 @@ from torch import Tensor, nn
 
 from shared.backbones.base_backbone import BaseBackbone
 from shared.backbones.forward_process import PREDICTIONS
-from shared.backbones.module_roles import RoleSpec
+from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.backbones.protocol import Site
 from shared.types import Conditioning, SiteContext
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
-_OLD_SELF = r"(.*_block\w*\.)(\d+\.)?attentions\.\d+\." + _QKVO  # AttnDownBlock2D: attention without text
+_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
+_SPATIAL = _BLOCK + r"attentions\.\d+\."  # a motion module holds layers of the same names: see _TEMPORAL
+_LAYER = _SPATIAL + r"transformer_blocks\.\d+\."
+_TEMPORAL = _BLOCK + r"motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]\."
+
+
+def _unet(pattern: str) -> tuple[RoleSpec, ...]:
+    return (RoleSpec("unet", pattern),)
+
+
+def _self(leaf: str) -> tuple[RoleSpec, ...]:
+    """Attention within the picture: in a transformer block, or alone (AttnDownBlock2D has no text)."""
+    return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
+
 
 ROLES = {
-    "attention": (RoleSpec("unet", rf".*\.attn[12]\.{_QKVO}|{_OLD_SELF}"),),
-    "self_attention": (RoleSpec("unet", rf".*\.attn1\.{_QKVO}|{_OLD_SELF}"),),
-    "self_attention.kv": (RoleSpec("unet", r".*\.attn1\.to_[kv]"),),
-    "self_attention.q": (RoleSpec("unet", r".*\.attn1\.to_q"),),
-    "cross_attention": (RoleSpec("unet", rf".*\.attn2\.{_QKVO}"),),
-    "cross_attention.kv": (RoleSpec("unet", r".*\.attn2\.to_[kv]"),),
-    "cross_attention.q": (RoleSpec("unet", r".*\.attn2\.to_q"),),
-    "feed_forward": (RoleSpec("unet", r".*\.ff\.net\.(0\.proj|2)"),),
-    "conv": (RoleSpec("unet", r".*\.resnets\.\d+\.conv(1|2|_shortcut)"),),
-    "proj": (RoleSpec("unet", r".*\.attentions\.\d+\.proj_(in|out)"),),
+    **denoiser_roles("unet"),
+    "attention": _unet(rf"({_LAYER}attn[12]\.|{_SPATIAL}){_QKVO}"),
+    "self_attention": _self(_QKVO),
+    "self_attention.kv": _self("to_[kv]"),
+    "self_attention.q": _self("to_q"),
+    "cross_attention": _unet(rf"{_LAYER}attn2\.{_QKVO}"),
+    "cross_attention.kv": _unet(_LAYER + r"attn2\.to_[kv]"),
+    "cross_attention.q": _unet(_LAYER + r"attn2\.to_q"),
+    "temporal_attention": _unet(_TEMPORAL + _QKVO),
+    "temporal_attention.kv": _unet(_TEMPORAL + "to_[kv]"),
+    "temporal_attention.q": _unet(_TEMPORAL + "to_q"),
+    "feed_forward": _unet(_LAYER + r"ff\.net\.(0\.proj|2)"),
+    "conv": _unet(_BLOCK + r"resnets\.\d+\.conv(1|2|_shortcut)"),
+    "proj": _unet(_SPATIAL + r"proj_(in|out)"),
     "text_encoder": (RoleSpec("text_encoder", _CLIP + r"self_attn\.(q|k|v|out)_proj"),),
     "text_encoder.mlp": (RoleSpec("text_encoder", _CLIP + r"mlp\.fc[12]"),),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.flux import FluxBackbone
-from shared.backbones.module_roles import leaf_names
+from shared.backbones.module_roles import LEAVES, leaf_names, parameter_holders
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 
 
@@ -26,7 +27,8 @@ def test_every_role_is_made_of_leaves(backbone: Any) -> None:
         for group in backbone.group(role):
             assert group.modules and len(set(group.modules)) == len(group.modules)
             for name in group.modules:
-                assert isinstance(backbone.components[group.component].get_submodule(name), (nn.Linear, nn.Conv2d))
+                module = backbone.components[group.component].get_submodule(name)
+                assert isinstance(module, LEAVES) or role == "denoiser.all"
 
 
 def test_roles_of_stable_diffusion(sd: StableDiffusionBackbone) -> None:
@@ -48,7 +50,10 @@ def test_roles_of_flux_are_ports_or_errors(flux: FluxBackbone) -> None:
     assert [g.component for g in flux.group("text_encoder_2")] == ["text_encoder_2"]
     attention = {n for n in leaf_names(flux.transformer) if ".attn." in n}
     assert set(flux.group("attention")[0].modules) == attention
-    with pytest.raises(ValueError, match=r"flux: unknown role 'conv'.*There are: attention, cross_attention"):
+    with pytest.raises(
+        ValueError,
+        match=r"flux: unknown role 'conv'.*There are: attention, cross_attention",
+    ):
         flux.group("conv")
 
 
@@ -80,3 +85,84 @@ def test_sites_say_where_and_how_small(sd: StableDiffusionBackbone, flux: FluxBa
         handle.remove()
     assert len(sd.sites()) == 14 and sd.text_sites() == tuple(s.name for s in sd.sites() if s.kind == "cross")
     assert {s.kind for s in flux.sites()} == {"joint"} and len(flux.sites()) == 4 and flux.text_sites() == ()
+
+
+DISJOINT = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
+_BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
+_UNET = rf"conv_(in|out)|time_embedding\.linear_[12]|{_BLOCK}(resnets\.\d+\.time_emb_proj|(down|up)samplers\.0\.conv)"
+_OTHERS = {  # leaves that no role names but "denoiser"
+    "sd": _UNET,
+    "sd_v": _UNET,
+    "attention without text": _UNET,
+    "motion": rf"{_UNET}|{_BLOCK}motion_modules\.\d+\.(proj_(in|out)|transformer_blocks\.0\.ff\.net\.(0\.proj|2))",
+    "flux": r"time_text_embed\..*|context_embedder|x_embedder|(.*\.)?norm\w*\.linear|proj_out",
+}
+
+
+def build(kind: str, request: pytest.FixtureRequest) -> Any:
+    if kind == "flux":
+        return FluxBackbone(request.getfixturevalue("tiny_flux"))
+    pipe = request.getfixturevalue("tiny_sd_v" if kind == "sd_v" else "tiny_sd")
+    if kind == "motion":
+        pipe.unet = motion_unet(pipe.unet)
+    if kind == "attention without text":
+        blocks = {"down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}
+        pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **blocks})
+    return StableDiffusionBackbone(pipe)
+
+
+def motion_unet(unet: Any) -> Any:
+    """A tiny U-Net with motion modules around this one's weights."""
+    from diffusers import MotionAdapter, UNetMotionModel
+
+    adapter = MotionAdapter(
+        block_out_channels=unet.config.block_out_channels,
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+        motion_max_seq_length=8,
+    )
+    return UNetMotionModel.from_unet2d(unet, adapter).eval()
+
+
+@pytest.mark.parametrize("kind", _OTHERS)
+def test_no_layer_has_two_roles_and_those_without_are_known(kind: str, request: pytest.FixtureRequest) -> None:
+    backbone = build(kind, request)
+    taken: dict[str, str] = {}
+    for role in (r for r in DISJOINT if r in backbone.roles()):
+        for name in (n for g in backbone.group(role) for n in g.modules):
+            assert name not in taken, f"{name} is {taken[name]} and {role}"
+            taken[name] = role
+            moves = "motion_modules" in name
+            assert moves == (role == "temporal_attention"), f"{name} is {role}"
+    (everything,) = backbone.group("denoiser")
+    assert everything.modules == leaf_names(backbone.denoiser)
+    left = [n for n in everything.modules if n not in taken]
+    assert left and all(re.fullmatch(_OTHERS[kind], n) for n in left), left
+    names = {role: {n for g in backbone.group(role) for n in g.modules} for role in backbone.roles()}
+    assert names["attention"] == {n for n in names["attention"] if taken[n] in ("self_attention", "cross_attention")}
+    for role in (r for r in names if r.endswith((".q", ".kv"))):
+        assert names[role] < names[role.rsplit(".", 1)[0]]
+    assert ("temporal_attention" in names) == (kind == "motion")
+
+
+def test_a_model_without_motion_modules_lists_the_roles_that_it_has(sd: StableDiffusionBackbone) -> None:
+    with pytest.raises(ValueError, match="'temporal_attention' matches no layer of this unet. There are: ") as error:
+        sd.group("temporal_attention")
+    assert "cross_attention.kv" in str(error.value) and str(error.value).count("temporal_attention") == 1
+
+
+def test_the_whole_denoiser_is_every_parameter_whatever_wraps_it(backbone: Any) -> None:
+    (group,) = backbone.group("denoiser.all")
+    network, before = backbone.denoiser, backbone.group("denoiser.all")
+    own = {f"{m}.{n}" for m in group.modules for n, _ in network.get_submodule(m).named_parameters(recurse=False)}
+    assert own == {n for n, _ in network.named_parameters()}
+    targets = list(backbone.group("attention")[0].modules)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets), network)
+    assert backbone.group("denoiser.all") == before
+
+
+def test_a_parameter_of_the_network_itself_has_a_holder() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU())
+    network.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    assert parameter_holders(network) == ("", "0", "1")
