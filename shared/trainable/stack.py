@@ -107,6 +107,7 @@ class Training:
         values = self.current()
         values.copy_(below + delta.to(below.device))
         self.values = values
+        torch.clear_autocast_cache()  # it keeps casts of weights that require a gradient
         self.stack.show()
 
     def enter(self) -> None:
@@ -121,15 +122,16 @@ class Training:
             self.settle()
             self.values, self.full_precision = self.current(), mode
             if self._shown:
-                torch.clear_autocast_cache()
                 self._expose()
 
     def _expose(self) -> None:
         self.stack.parameter.data = self.values if self.full_precision else self.values.to(self.stack.original.dtype)
 
     def leave(self) -> None:
-        """Take the values off the parameter, which then learns nothing: a sum of changes is no leaf."""
-        torch.clear_autocast_cache()  # it would go on using these values, in half precision, whatever is shown
+        """Take the values off the parameter, which then learns nothing: a sum of changes is no leaf.
+
+        Nor does autocast, which keeps casts of weights that require a gradient, then use its cast of the values.
+        """
         if self._shown:
             self.values = self.current()
             self._shown, self._wants_grad = False, self.stack.parameter.requires_grad
