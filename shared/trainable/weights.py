@@ -12,13 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
-from shared.trainable.base import TrainableGroup
+from shared.trainable.base import Rate, TrainableGroup, TrainablePart, modules_of
 from shared.trainable.delta import DeltaAdapter, find_parameter
 from shared.trainable.stack import Training, stack_of
 
 
-class Weights(Part):
+class Weights(TrainablePart):
     """The weights (and biases) of `roles` themselves are trained, in fp32, and kept as differences from what they were.
 
     Memory: beside gradients and the optimizer's state one further copy, the original, in the precision and on the device
@@ -28,7 +27,7 @@ class Weights(Part):
 
     kind: Literal["weights"] = "weights"
     roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
-    lr: Annotated[float, Field(gt=0)] = 5e-6
+    lr: Rate = 5e-6
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
@@ -51,23 +50,19 @@ class Weights(Part):
 
 def weights_of(backbone: Backbone, roles: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
     """`{component}.{path}` of the parameters that the roles' modules hold themselves, and a note for each port."""
-    keys: dict[str, None] = {}
-    notes = []
-    for role in roles:
-        found = 0
-        for group in backbone.group(role):
-            for path in group.modules:
-                module: Any = backbone.components[group.component].get_submodule(path)
-                if isinstance(module, BaseTunerLayer):
-                    module = module.get_base_layer()
-                for leaf, _ in module.named_parameters(recurse=False):
-                    keys[".".join(part for part in (group.component, path, leaf) if part)] = None
-                    found += 1
-            if group.resolution == "port":
-                notes.append(f"{role}: {group.note}")
-        if not found:
-            raise ValueError(f"trainable roles={role!r}: its modules hold no parameters to train")
-    return list(keys), tuple(notes)
+    targets, ports = modules_of(backbone, roles)
+    keys = []
+    for component, paths in targets.items():
+        for path in paths:
+            module: Any = backbone.components[component].get_submodule(path)
+            while isinstance(module, BaseTunerLayer):
+                module = module.get_base_layer()
+            keys += [
+                ".".join(p for p in (component, path, leaf) if p) for leaf, _ in module.named_parameters(recurse=False)
+            ]
+    if not keys:
+        raise ValueError(f"roles={list(roles)}: their modules hold no parameters to train")
+    return keys, ports
 
 
 class TrainedWeights(DeltaAdapter):
