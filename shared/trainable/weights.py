@@ -4,7 +4,7 @@ of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +25,7 @@ class Weights(TrainablePart):
     copied; at a strength between, one sum per weight is.
     """
 
+    taxonomy: ClassVar[str] = "weights"
     kind: Literal["weights"] = "weights"
     roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
     lr: Rate = 5e-6
