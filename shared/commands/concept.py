@@ -1,8 +1,9 @@
-"""`pcs concept show | export`."""
+"""`pcs concept show | export | merge`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -52,3 +53,54 @@ def export(
     for name, check in result["checks"].items():
         print(f"{name}: largest difference {check['max_abs_difference']:.2g} (rounding: {check['limit']:.2g})")
     print(out)
+
+
+@app.command()
+def merge(
+    paths: list[Path] = typer.Argument(
+        help="two or more concept folders with changed keys and values (custom_diffusion)"
+    ),
+    out: Path = typer.Option(help="a folder for the merged concepts, one NAME.concept each"),
+    method: str = typer.Option("closed_form", help="closed_form | sum"),
+    captions: Path = typer.Option(None, help="sentences that keep their meaning, one per line; default: plain prompts"),
+    backbone: str = typer.Option(None, help="default: what the first was learned on"),
+    overwrite: bool = typer.Option(False, help="replace an existing folder"),
+) -> None:
+    """Join concepts that were learned apart, without training: Custom Diffusion's constrained least squares."""
+    from shared.concept import load_backbone_of, read, save
+    from shared.concept.merge import merge as join
+    from shared.io.outputs import atomic_folder, check_output
+
+    check_output(out, overwrite, [*paths, *([captions] if captions else [])])
+    concepts = [read(path) for path in paths]
+    own = _lines(captions) if captions else None
+    model = load_backbone_of(concepts[0], backbone)
+    sentences = own if own is not None else _plain(model, [c.meta.class_noun for c in concepts])
+    merged = join(concepts, model, sentences, method)  # type: ignore[arg-type]
+    with atomic_folder(out, overwrite) as folder:
+        for concept in merged:
+            save(concept, folder / f"{concept.name}.concept")
+    for concept in merged:
+        print(out / f"{concept.name}.concept")
+
+
+def _lines(path: Path) -> list[str]:
+    """The sentences in a text file, one per line. ValueError where it holds none."""
+    try:
+        found = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--captions {path} cannot be read as text: {error}") from None
+    if not found:
+        raise ValueError(f"--captions {path} holds no sentence")
+    return found
+
+
+def _plain(model: Any, nouns: list[str]) -> list[str]:
+    """The evaluation's prompts about each class, in plain words, and those about other things."""
+    from shared.evaluation.prompt_sets import REAL, load_prompts
+
+    out = []
+    for noun in dict.fromkeys(nouns):
+        prompts = load_prompts(model.world.prompts if model.world else REAL, noun)
+        out += [p.plain(noun or "thing") for p in (*prompts.prompts, *prompts.drift)]
+    return list(dict.fromkeys(out))

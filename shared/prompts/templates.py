@@ -46,6 +46,7 @@ class Templates(Part):
     kind: Literal["templates"] = "templates"
     set: Literal["plain", "subject", "style"] = "plain"
     templates: tuple[str, ...] = ()  # given: used instead of the set
+    user_captions: bool = True  # false: a template in place of each, as where there are none
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 
     @property
@@ -82,7 +83,10 @@ class Templates(Part):
             return example.with_(caption=own.replace("{class_noun}", class_noun))
         if dropped:
             return example.with_(caption="")
-        text = _place(example, class_noun) if example.user_caption else f"{pick} {example.caption}".strip()
+        if example.user_caption:
+            text = _place(example, class_noun) if self.user_captions else pick
+        else:
+            text = f"{pick} {example.caption}".strip()
         return example.with_(caption=text.replace("{concept}", concept).replace("{class_noun}", class_noun))
 
 

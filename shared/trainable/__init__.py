@@ -6,8 +6,10 @@ from pydantic import Field
 
 from shared.trainable.base import TrainableGroup
 from shared.trainable.lora import Lora
+from shared.trainable.peft import Peft
 from shared.trainable.tokens import Tokens
+from shared.trainable.weights import Weights
 
-Trainable = Annotated[Lora | Tokens, Field(discriminator="kind")]
+Trainable = Annotated[Lora | Peft | Tokens | Weights, Field(discriminator="kind")]
 
-__all__ = ["Lora", "Tokens", "Trainable", "TrainableGroup"]
+__all__ = ["Lora", "Peft", "Tokens", "Trainable", "TrainableGroup", "Weights"]

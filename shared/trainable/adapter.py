@@ -29,6 +29,12 @@ class PeftAdapter:
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
         self.seed = 0  # of the start; what is drawn there and not trained comes from it again
         # LoRA and kin keep a factor per adapter; what has none (OFT) can only be on or off
+        self._chances: dict[tuple[Any, str], float] = {
+            (layer, key): getattr(layer, key)[peft_name]
+            for layer in self.layers
+            for key in ("rank_dropout", "module_dropout")
+            if peft_name in getattr(layer, key, {})
+        }
         self._scaling = [dict(getattr(m, "scaling", {})).get(peft_name) for m in self.layers]
 
     @classmethod
@@ -92,9 +98,11 @@ class PeftAdapter:
     def train(self, mode: bool) -> None:
         """Dropout of this adapter alone; the model itself stays in eval mode."""
         for layer in self.layers:
-            dropout = getattr(layer, "lora_dropout", {})
-            if self.peft_name in dropout:
-                dropout[self.peft_name].train(mode)
+            for table in layer._modules.values():
+                if isinstance(table, nn.ModuleDict) and self.peft_name in table:
+                    table[self.peft_name].train(mode)
+        for (layer, key), chance in self._chances.items():  # LoHa's and LoKr's is a number beside each adapter
+            getattr(layer, key)[self.peft_name] = chance if mode else 0.0
 
     def set_strength(self, strength: float) -> None:
         for layer, scaling in zip(self.layers, self._scaling, strict=True):
@@ -140,7 +148,7 @@ class PeftAdapter:
             configs.pop(self.peft_name, None)
             if not configs:
                 del self.model.peft_config
-        self.layers, self._scaling = [], []
+        self.layers, self._scaling, self._chances = [], [], {}
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:

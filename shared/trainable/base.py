@@ -1,20 +1,22 @@
-"""What trainable parts have in common, and what they return."""
+"""What trainable parts have in common, how they find what they adapt, and what they return."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 from torch import nn
 
+from shared.backbones.protocol import Backbone
 from shared.config import NAME, Part
 
 MAIN = "main"  # the optimizer group of parts that name none
 
 
 #: A learning rate: what is larger than this overflows in one step, and is a slip of the finger.
-Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 class TrainablePart(Part):
@@ -38,3 +40,15 @@ class TrainableGroup:
     touches_text: bool = False  # the text context changes while training: do not cache it
     group: str = MAIN  # of optimizers
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept
+
+
+def modules_of(backbone: Backbone, roles: Sequence[str]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Component -> dotted names of the modules that the roles name there, sorted; and a note for each port."""
+    targets: dict[str, set[str]] = {}
+    notes = []
+    for role in roles:
+        for group in backbone.group(role):
+            targets.setdefault(group.component, set()).update(group.modules)
+            if group.resolution == "port":
+                notes.append(f"{role}: {group.note}")
+    return {component: sorted(modules) for component, modules in targets.items()}, tuple(notes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
+from shared.trainable.stack import stack_of
 
 _count = itertools.count()
 
@@ -64,58 +64,33 @@ class DeltaAdapter:
             return
         self.strength = strength
         for key, parameter in self.targets.items():
-            _write(parameter, self, self.deltas[key], strength)
+            stack_of(parameter).put(self, self.deltas[key].data, strength)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {k: v.detach().float().cpu().contiguous().clone() for k, v in self.deltas.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if set(state) != set(self.deltas):
-            missing, extra = len(set(self.deltas) - set(state)), len(set(state) - set(self.deltas))
-            raise ValueError(f"changed weights do not fit: {missing} missing, {extra} unknown")
+        self.check(state, {k: d.shape for k, d in self.deltas.items()})
         for key, tensor in state.items():
-            if tensor.shape != self.deltas[key].shape:
-                raise ValueError(
-                    f"changed weight {key!r} is {list(tensor.shape)}, this model has {list(self.deltas[key].shape)}"
-                )
-        for key, tensor in state.items():
-            self.deltas[key].copy_(tensor)
+            here = self.deltas[key]
+            here.data = tensor.detach().to(here.device, torch.float32, copy=True)
         strength, self.strength = self.strength, 0.0
         self.set_strength(strength)
+
+    @staticmethod
+    def check(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        """Raises ValueError unless the state has exactly these keys and shapes."""
+        if set(state) != set(shapes):
+            missing, extra = len(set(shapes) - set(state)), len(set(state) - set(shapes))
+            raise ValueError(f"changed weights do not fit: {missing} missing, {extra} unknown")
+        for key, tensor in state.items():
+            if tensor.shape != shapes[key]:
+                raise ValueError(f"changed weight {key!r} is {list(tensor.shape)}, this model has {list(shapes[key])}")
 
     def eject(self) -> None:
         self.set_strength(0.0)
         self.targets, self.deltas = {}, {}
-
-
-class _Stack:
-    """The original of one parameter, and the deltas that act on it now. It lives on the parameter."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.original = parameter.detach().clone()
-        self.parts: dict[DeltaAdapter, tuple[Tensor, float]] = {}
-
-
-@torch.no_grad()
-def _write(parameter: Any, owner: DeltaAdapter, delta: Tensor, strength: float) -> None:
-    """Let `owner` act on the parameter with this strength (0: not any more), beside the others that do."""
-    stack: _Stack | None = getattr(parameter, "_delta_stack", None)
-    if stack is None:
-        stack = parameter._delta_stack = _Stack(parameter)
-    if strength:
-        stack.parts[owner] = (delta, strength)
-    else:
-        stack.parts.pop(owner, None)
-    original = stack.original.to(parameter.device)
-    if not stack.parts:
-        del parameter._delta_stack
-        parameter.data.copy_(original)
-        return
-    total = original.float()
-    for _, (change, factor) in sorted(stack.parts.items(), key=lambda part: part[0].number):
-        total = total + factor * change.to(total.device)
-    parameter.data.copy_(total)
 
 
 def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:

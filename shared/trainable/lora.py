@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Annotated, Literal
 
 from peft import LoraConfig
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import TrainableGroup, TrainablePart
+from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
 
 
 class Lora(TrainablePart):
@@ -29,13 +28,7 @@ class Lora(TrainablePart):
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Inject into every component that the roles reach and unfreeze the new weights."""
-        targets: dict[str, list[str]] = defaultdict(list)
-        notes = []
-        for role in self.roles:
-            for group in backbone.group(role):
-                targets[group.component] += group.modules
-                if group.resolution == "port":
-                    notes.append(f"{role}: {group.note}")
+        targets, ports = modules_of(backbone, self.roles)
         adapters = []
         for component, modules in targets.items():
             config = LoraConfig(
@@ -43,7 +36,7 @@ class Lora(TrainablePart):
                 lora_alpha=self.alpha if self.alpha is not None else self.rank,  # type: ignore[arg-type]
                 lora_dropout=self.dropout,
                 use_dora=self.dora,
-                target_modules=sorted(set(modules)),
+                target_modules=modules,
             )
             adapters.append(PeftAdapter.inject(backbone, name, slot, component, config, seed))
         for adapter in adapters:
@@ -54,5 +47,5 @@ class Lora(TrainablePart):
             parameters=[p for a in adapters for p in a.parameters()],
             lr=self.lr,
             touches_text=any(c.startswith("text_encoder") for c in targets),
-            ports=tuple(notes),
+            ports=ports,
         )

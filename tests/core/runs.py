@@ -46,7 +46,8 @@ def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tenso
 
 
 def small(name: str, *settings: str) -> Recipe:
-    return load(name, [*SMALL, *(CLASS if name == "dreambooth_lora" else ()), *settings])
+    """A shipped recipe for two steps on tiny pictures."""
+    return load(name, [*SMALL, *(CLASS if "class_pictures" in load(name).sources else ()), *settings])
 
 
 def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> TrainingRun:

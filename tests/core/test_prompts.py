@@ -81,6 +81,12 @@ def test_a_caption_without_a_class_noun_has_the_concept_in_front():
     assert captioned(Templates(), example("by the sea"), words="sks", noun="") == "sks, by the sea"
 
 
+def test_a_user_s_captions_can_be_left_out_but_not_those_of_class_pictures():
+    part = Templates(user_captions=False)
+    assert captioned(part, example("a mug by the sea")) == "a photo of a sks mug"
+    assert captioned(part, example("a photo of a mug", "prior")) == "a photo of a mug"
+
+
 def test_templates_are_drawn_with_the_generator_all_of_them():
     part = Templates(set="subject")
     drawn = Counter(captioned(part, example(), seed) for seed in range(300))

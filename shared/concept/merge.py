@@ -1,0 +1,201 @@
+"""Concepts that were learned apart, joined without training: Custom Diffusion's closed form (arXiv 2212.04488, 3.3).
+
+Each concept has keys and values of cross-attention of its own. The merged ones, W, must treat every concept's words as that
+concept does, and all other text as nearly as possible as the base model does (equation 4):
+
+    W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
+
+with the text features of the concepts' words C [s, d], what each concept makes of its own V [o, s], and the features of plain
+captions C_reg. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with D = C G^-1 and
+v = (C D^T)^-1 (V - W_0 C^T)^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.concept.attaching import attach
+from shared.concept.concept_folder import Concept, adapter_id, with_fields
+from shared.config import unknown
+from shared.trainable.delta import find_parameter
+
+Method = Literal["closed_form", "sum"]
+SLOT = "merged"
+_BEFORE = "a photo of a"  # the words' place in a sentence
+#: Of G's mean diagonal: few captions do not span all features, and normalised ones lie in a plane. What is open stays as it is.
+_RIDGE = 1e-9
+_LEAST = 1e-9  # singular values of C below this share of the largest are none
+
+
+def merge(
+    concepts: Sequence[Concept], backbone: Backbone, captions: Sequence[str], method: Method = "closed_form"
+) -> list[Concept]:
+    """The concepts with one common change of keys and values, each with its own name and words.
+
+    They share their adapter: loaded together it acts once. Loaded alone, it still holds all of them.
+
+    Args:
+        backbone: what they were learned on; none of them is attached, and it is left as it was
+        captions: plain sentences that must keep their meaning; not looked at by "sum", which adds the changes up
+
+    Raises:
+        ValueError: for fewer than two concepts, a name twice, changes of other weights than cross-attention's keys and
+            values, other layers or families, no captions, an unknown method, and words that cannot be told apart
+    """
+    if method not in get_args(Method):
+        raise ValueError(unknown(method, get_args(Method), "method"))
+    changes = _changes(concepts, backbone)
+    base = _base(backbone, changes[0])
+    if method == "sum":
+        merged = {key: torch.stack([c[key].double() for c in changes]).sum(0) for key in base}
+    else:
+        merged = _closed_form(concepts, backbone, captions, changes, base)
+    deltas = {key: delta.float() for key, delta in merged.items()}
+    return [_with(concept, deltas, [c.name for c in concepts], method) for concept in concepts]
+
+
+def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
+    """Equation 5: the change of `weight` [o, d] that makes targets [s, d] give values [s, o] at the least cost
+    tr(change gram change^T); float64."""
+    directions = torch.linalg.solve(gram, targets.T).T
+    factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
+    return factors.T @ directions
+
+
+def _closed_form(
+    concepts: Sequence[Concept],
+    backbone: Backbone,
+    captions: Sequence[str],
+    changes: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    words = [_word_features(concept, backbone) for concept in concepts]
+    targets = torch.cat(words)
+    singular = torch.linalg.svdvals(targets)
+    if len(targets) > targets.shape[1] or singular[-1] < _LEAST * singular[0]:
+        names = ", ".join(repr(c.name) for c in concepts)
+        raise ValueError(f"the words of {names} cannot be told apart by this text encoder: nothing can serve them all")
+    gram = _gram(backbone, captions)
+    out = {}
+    for key, weight in base.items():
+        own = [c @ (weight + change[key].double()).T for c, change in zip(words, changes, strict=True)]
+        out[key] = solve(weight, targets, torch.cat(own), gram)
+    return out
+
+
+@torch.no_grad()
+def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
+    """C_reg^T C_reg [d, d] over every position that the network attends to, float64, with a trace of the identity."""
+    if not captions:
+        raise ValueError("merging needs captions whose meaning is kept: give some sentences")
+    total: Tensor | None = None
+    with backbone.active({}):
+        for caption in captions:
+            features = _context(backbone, caption)[0].cpu().double()
+            total = features.T @ features + (0 if total is None else total)
+    assert total is not None
+    return total + _RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
+
+
+@torch.no_grad()
+def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
+    """Features [n, d] of the tokens that name the concept, class noun included, float64."""
+    attach(concept, backbone)
+    try:
+        placeholder = backbone.placeholders.get(concept.name)
+        if placeholder is None or not placeholder.words:
+            raise ValueError(
+                f"{concept.name!r} has no words to be called by: only concepts that are named can be merged"
+            )
+        prompt = f"{_BEFORE} {placeholder.words}"
+        backbone.check_prompt(prompt)
+        start, end = (_length(backbone, text) - 1 for text in (_BEFORE, prompt))  # the end token counts not
+        return _context(backbone, prompt)[0, start:end].cpu().double()
+    finally:
+        backbone.remove(concept.name)
+
+
+def _context(backbone: Backbone, prompt: str) -> Tensor:
+    context = backbone.encode([prompt]).context
+    if not isinstance(context, Tensor):
+        raise ValueError("words with a text context for each layer cannot be merged in closed form; use method sum")
+    return context
+
+
+def _length(backbone: Backbone, text: str) -> int:
+    """Tokens of a text, those at its start and end included."""
+    tokens, component = backbone.tokens, backbone.context_component  # type: ignore[attr-defined]
+    return int(tokens.tokenize(component, [text], "cpu").mask.sum())
+
+
+def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
+    """Per concept: "{component}.{path}" -> its change of that weight."""
+    names = [c.name for c in concepts]
+    if len(names) < 2:
+        raise ValueError("give two or more concepts to merge")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"two of the concepts are called {twice!r}: each name is one folder and one word of prompts")
+    first = concepts[0]
+    for concept in concepts[1:]:
+        family = concept.meta.backbone.family
+        if family != first.meta.backbone.family:
+            there = first.meta.backbone.family
+            raise ValueError(f"{first.name!r} was learned on {there}, {concept.name!r} on {family}: they do not mix")
+    changes = [_change(concept, backbone) for concept in concepts]
+    for concept, change in zip(concepts[1:], changes[1:], strict=True):
+        other = sorted(change.keys() ^ changes[0].keys())
+        if other:
+            raise ValueError(
+                f"{first.name!r} and {concept.name!r} change other layers ({len(other)} of them in one alone, for example "
+                f"{other[0]}): learn them with the same roles"
+            )
+    return changes
+
+
+def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
+    keys = {f"{site}.{leaf}.weight" for site in backbone.text_sites() for leaf in ("to_k", "to_v")}  # type: ignore[attr-defined]
+    own: dict[str, Tensor] = {}
+    for slot, components in concept.meta.weights.items():
+        for key in (f"{component}.{path}" for component, paths in components.items() for path in paths):
+            delta = concept.of("weights")[f"{slot}.{key}"].double()
+            own[key] = own[key] + delta if key in own else delta
+    other = [k for k in own if k.partition(".")[2] not in keys]
+    if concept.meta.adapters or other or not own:
+        what = f"changes {other[0]}" if other else "has adapters" if concept.meta.adapters else "has none"
+        raise ValueError(
+            f"{concept.name!r} {what}: what can be merged are changed keys and values of cross-attention, as the recipe "
+            "custom_diffusion learns them"
+        )
+    return own
+
+
+def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base weights of the changes, float64, on the CPU."""
+    out = {}
+    with backbone.active({}):
+        for key, delta in like.items():
+            weight = find_parameter(backbone, key)
+            if weight is None or weight.shape != delta.shape:
+                here = "not here" if weight is None else f"{list(weight.shape)} here"
+                raise ValueError(
+                    f"{key} is {list(delta.shape)} in the concepts, and {here}: merge on the model they have"
+                )
+            out[key] = weight.detach().cpu().double()
+    return out
+
+
+def _with(concept: Concept, deltas: Mapping[str, Tensor], names: Sequence[str], method: str) -> Concept:
+    paths: dict[str, list[str]] = {}
+    for component, _, path in (key.partition(".") for key in sorted(deltas)):
+        paths.setdefault(component, []).append(path)
+    tensors = {**concept.tensors, "weights": {f"{SLOT}.{key}": delta for key, delta in deltas.items()}}
+    scores = {"merged": ", ".join(names), "merge_method": method}  # what was measured was another change
+    meta = with_fields(concept.meta, weights={SLOT: paths}, metrics=scores, adapter_id=adapter_id(tensors), files={})
+    return replace(concept, meta=meta, tensors=tensors, preview=None, path=None)

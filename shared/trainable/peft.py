@@ -1,0 +1,103 @@
+"""Any method of peft's by its name (https://github.com/huggingface/peft): OFT, LoKr, LoHa, IA3, BOFT and others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from shared.backbones.protocol import Backbone
+from shared.config import unknown
+from shared.trainable.adapter import PeftAdapter, config_from_dict
+from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
+from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED, unsuited, why_not
+
+Plain = bool | int | float | str | dict[str, int | float]
+
+
+class Peft(TrainablePart):
+    """The adapter that peft calls `type`, with peft's own `settings`, on the modules of `roles`.
+
+    The start is the identity: exactly, but for DEFT and HRA, which rotate by products of reflections and leave rounding
+    errors (1e-6). Methods that cannot be trained, saved and taken out again are refused with the reason.
+    """
+
+    kind: Literal["peft"] = "peft"
+    type: str  # as peft writes it: "OFT"
+    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention", "self_attention")
+    settings: dict[str, Plain] = {}
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+
+    @model_validator(mode="after")
+    def _known(self) -> Peft:
+        if self.type not in ADAPTER_TYPES:
+            known = self.type in UNSUPPORTED
+            raise ValueError(why_not(self.type) if known else unknown(self.type, ADAPTER_TYPES, "adapter type"))
+        config = type(config_from_dict({"peft_type": self.type, **ADAPTER_TYPES[self.type].fixed}))
+        defaults = {f.name: f.default for f in dataclasses.fields(config)}
+        for key, value in self.settings.items():
+            if key not in ADAPTER_TYPES[self.type].settings:
+                raise ValueError(f"settings of {self.type}: {unknown(key, ADAPTER_TYPES[self.type].settings)}")
+            _check_value(f"settings.{key}", value, defaults[key])
+        if self.type == "HRA" and self.settings.get("r", 8) % 2:  # type: ignore[operator]
+            raise ValueError(f"settings.r = {self.settings['r']}: HRA starts as the identity only with an even number")
+        return self
+
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
+        """Inject into every component that the roles reach and unfreeze the new weights.
+
+        Raises ValueError for roles with layers that this method does not adapt, and for settings that do not fit them.
+        """
+        targets, ports = modules_of(backbone, self.roles)
+        for component, modules in targets.items():
+            network = backbone.components[component]
+            bad = unsuited(self.type, {m: _kernel(network.get_submodule(m)) for m in modules})
+            if bad:
+                raise ValueError(
+                    f"trainable.{slot}: {self.type} adapts {ADAPTER_TYPES[self.type].layers} layers, and "
+                    f"{len(bad)} of the {len(modules)} that roles={list(self.roles)} name in {component} are other "
+                    f"convolutions, for example {bad[0]}: name other roles, or another type"
+                )
+        adapters = []
+        try:
+            for component, modules in targets.items():
+                config = config_from_dict({**self._plain_config(), "target_modules": modules})
+                adapters.append(PeftAdapter.inject(backbone, name, slot, component, config, seed))
+        except ValueError as error:
+            for adapter in adapters:
+                backbone.adapters[name].remove(adapter)
+                adapter.eject()
+            raise ValueError(f"trainable.{slot}: {error}") from None
+        for adapter in adapters:
+            adapter.requires_grad_(True)
+            adapter.train(True)
+        return TrainableGroup(
+            slot=slot,
+            parameters=[p for a in adapters for p in a.parameters()],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            touches_text=any(c.startswith("text_encoder") for c in targets),
+            ports=ports,
+        )
+
+    def _plain_config(self) -> dict[str, Any]:
+        return {"peft_type": self.type, **ADAPTER_TYPES[self.type].fixed, **self.settings}
+
+
+def _kernel(module: nn.Module) -> tuple[int, ...]:
+    """The sides of a convolution's kernel; none of a linear layer. An adapter's wrapper has those of its layer."""
+    base: Any = getattr(module, "base_layer", module)
+    while hasattr(base, "base_layer"):
+        base = base.base_layer
+    return tuple(getattr(base, "kernel_size", ()))
+
+
+def _check_value(key: str, value: Plain, default: Any) -> None:
+    """ValueError when a value is of another type than peft's own default, as far as that says which it is."""
+    for kind in (bool, int, float, str):
+        if type(default) is kind:
+            fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+            if not fits or (kind is not bool and isinstance(value, bool)):
+                raise ValueError(f"{key} = {value!r}: must be like {default!r}, which is peft's default")

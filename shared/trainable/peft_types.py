@@ -1,0 +1,106 @@
+"""The methods of peft's that `kind: peft` offers, with the settings that a recipe may give; and why others are not.
+
+Each kind was tried on linear layers and convolutions with peft 0.21.2 (`tests/core/test_trainable_peft.py` does it again):
+the identity at the start, a gradient, the same outputs after saving and loading, the network as it was after ejection, and
+half-precision networks. Settings that would change base weights, the start, or run names as code are not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AdapterType:
+    """One of peft's methods."""
+
+    settings: frozenset[str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what is always set, so that the start is the identity
+    exact_start: bool = True  # False: the identity but for rounding
+    layers: str = "any"  # "linear"; "linear or 1x1": convolutions of one pixel, too
+
+
+def _type(*settings: str, **more: Any) -> AdapterType:
+    return AdapterType(frozenset(settings), **more)
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LYCORIS = ("r", "alpha", *_PATTERNS, "rank_dropout", "module_dropout", "use_effective_conv2d")
+_CAYLEY = ("use_cayley_neumann", "num_cayley_neumann_terms")
+_ZERO = {"init_weights": True}
+
+#: peft's name of the method -> what is known of it.
+ADAPTER_TYPES: Mapping[str, AdapterType] = {
+    "BEFT": _type(layers="linear"),
+    "BOFT": _type("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"),
+    "C3A": _type("block_size", "block_size_pattern", fixed=_ZERO, layers="linear"),
+    "DEFT": _type("r", "alpha", "para", "decomposition_method", layers="linear", exact_start=False),
+    "FOURIERFT": _type(
+        *("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed"), fixed=_ZERO, layers="linear"
+    ),
+    "GLORA": _type("r", "config_A_B", "config_C", "config_D_E", layers="linear"),
+    "GRALORA": _type("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout", layers="linear"),
+    "HIRA": _type("r", "rank_pattern", "hira_dropout"),
+    "HRA": _type("r", "apply_GS", exact_start=False),
+    "IA3": _type(fixed={"feedforward_modules": []}),
+    "LILY": _type("r", "stride_A", "num_B", "scaling", layers="linear"),
+    "LOHA": _type(*_LYCORIS),
+    "LOKR": _type(*_LYCORIS, "rank_dropout_scale", "decompose_both", "decompose_factor"),
+    "LORA": _type("r", "lora_alpha", *_PATTERNS, "lora_dropout", "use_dora", "use_rslora"),
+    "MISS": _type("r", "mini_r", "miss_dropout", layers="linear"),
+    "OFT": _type("r", "oft_block_size", "coft", "eps", "block_share", *_CAYLEY, layers="linear or 1x1"),
+    "PEANUT": _type("r", "depth", "scaling", layers="linear"),
+    "PSOFT": _type(
+        *("r", "psoft_alpha", "psoft_dropout", "psoft_svd", "psoft_svd_lowrank_niter", "psoft_orth", "psoft_mag_a"),
+        *("psoft_mag_b", "random_seed", *_CAYLEY, "cayley_neumann_eps"),
+        layers="linear",
+    ),
+    "RANDLORA": _type(
+        *("r", "projection_prng_key", "sparse", "very_sparse", "randlora_alpha", "randlora_dropout"), layers="linear"
+    ),
+    "ROAD": _type("variant", "group_size", layers="linear"),
+    "SHIRA": _type("r", "random_seed", layers="linear"),
+    "WAVEFT": _type(
+        *("n_frequency", "n_frequency_pattern", "proportional_parameters", "scaling", "wavelet_family", "use_idwt"),
+        "random_loc_seed",
+        layers="linear",
+    ),
+}
+
+_PROMPTS = "it learns prompts of a language model, and adapts no layers"
+_SHARED = "its layers share tensors that peft keeps on a wrapper around the whole model"
+_HALF = "peft cannot run it beside weights in half precision"
+#: peft's other methods, and why they are not offered.
+UNSUPPORTED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), _PROMPTS
+    ),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _PROMPTS),
+    **dict.fromkeys(("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"), _SHARED),
+    **dict.fromkeys(("DELORA", "LN_TUNING"), _HALF),
+    "ADALORA": "its ranks are given out by calls between the steps",
+    "ADAMSS": "its subspaces are chosen by calls between the steps",
+    "OSF": f"{_HALF}, and on convolutions it trains nothing",
+    "POLY": "it needs the number of a task with every prediction",
+    "SUPERTUNING": "the positions that it trains are numbers too large for a concept's tensors",
+    "TRAINABLE_TOKENS": "new words are learned with modifier.kind=learnable_token",
+    "XLORA": "it mixes adapters of a language model",
+}
+
+
+def why_not(peft_type: str) -> str:
+    """Why a method is not offered, with those that are; empty when it is."""
+    if peft_type in ADAPTER_TYPES:
+        return ""
+    reason = UNSUPPORTED.get(peft_type, "it is not a method that this suite has tried")
+    return f"{peft_type!r} cannot be used: {reason}. There are: {', '.join(sorted(ADAPTER_TYPES))}."
+
+
+def unsuited(peft_type: str, kernels: Mapping[str, Iterable[int]]) -> list[str]:
+    """The layers that such an adapter cannot be put on. `kernels`: layer -> sides of its kernel, none of a linear layer."""
+    allowed = ADAPTER_TYPES[peft_type].layers
+    sides = {name: list(kernel) for name, kernel in kernels.items()}
+    bad = {"any": lambda k: False, "linear": bool, "linear or 1x1": lambda k: any(side != 1 for side in k)}[allowed]
+    return [name for name, kernel in sides.items() if bad(kernel)]

@@ -1,0 +1,166 @@
+"""Existing weights trained for real: full fine-tuning (DreamBooth, https://arxiv.org/abs/2208.12242) and keys and values
+of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
+from torch import Tensor, nn
+
+from shared.backbones.protocol import Backbone
+from shared.trainable.base import Rate, TrainableGroup, TrainablePart, modules_of
+from shared.trainable.delta import DeltaAdapter, find_parameter
+from shared.trainable.stack import Training, stack_of
+
+
+class Weights(TrainablePart):
+    """The weights (and biases) of `roles` themselves are trained, in fp32, and kept as differences from what they were.
+
+    Memory: beside gradients and the optimizer's state one further copy, the original, in the precision and on the device
+    that the network was loaded with. While other strengths are on (the base's prediction of a penalty), nothing is
+    copied; at a strength between, one sum per weight is.
+    """
+
+    taxonomy: ClassVar[str] = "weights"
+    kind: Literal["weights"] = "weights"
+    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
+    lr: Rate = 5e-6
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
+        """Unfreeze the parameters of the roles' modules; the start is what they are.
+
+        Raises ValueError when a role is unknown or holds no parameters, and when another slot trains them already.
+        """
+        keys, ports = weights_of(backbone, self.roles)
+        adapter = TrainedWeights.inject_training(backbone, name, slot, keys)
+        adapter.requires_grad_(True)
+        return TrainableGroup(
+            slot=slot,
+            parameters=list(adapter.parameters()),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            touches_text=any(key.startswith("text_encoder") for key in keys),
+            ports=ports,
+        )
+
+
+def weights_of(backbone: Backbone, roles: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
+    """`{component}.{path}` of the parameters that the roles' modules hold themselves, and a note for each port."""
+    targets, ports = modules_of(backbone, roles)
+    keys = []
+    for component, paths in targets.items():
+        for path in paths:
+            module: Any = backbone.components[component].get_submodule(path)
+            while isinstance(module, BaseTunerLayer):
+                module = module.get_base_layer()
+            keys += [
+                ".".join(p for p in (component, path, leaf) if p) for leaf, _ in module.named_parameters(recurse=False)
+            ]
+    if not keys:
+        raise ValueError(f"roles={list(roles)}: their modules hold no parameters to train")
+    return keys, ports
+
+
+class TrainedWeights(DeltaAdapter):
+    """Weights in training as an adapter: its `parameters` are the network's own, its state is their change.
+
+    W = W_0 + strength * delta, with a gradient at strength 1; at 0 the original bytes are back.
+    """
+
+    def __init__(self, backbone: Backbone, name: str, slot: str, targets: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(backbone, slot, targets, {})
+        self.name = name
+        self.training: dict[str, Training] = {}
+        for key, parameter in self.targets.items():
+            stack = stack_of(parameter)
+            self.training[key] = stack.training = Training(stack, self)
+        roots = {key.partition(".")[0] for key in targets}
+        self._hooks = [backbone.components[c].register_forward_pre_hook(self._settle) for c in sorted(roots)]
+
+    @classmethod
+    def inject_training(cls, backbone: Backbone, name: str, slot: str, keys: list[str]) -> TrainedWeights:
+        """Register the weights that these keys name. ValueError when another slot of this concept trains one of them."""
+        targets = {key: parameter for key in keys if (parameter := find_parameter(backbone, key)) is not None}
+        assert len(targets) == len(keys)
+        others = {id(o): o for p in targets.values() if (o := _trainer(p)) is not None}.values()
+        for other in others:
+            if other.name == name:
+                raise ValueError(
+                    f"trainable.{slot} and trainable.{other.slot} train the same weights: leave them to one"
+                )
+        for other in others:
+            other.finish()
+        adapter = cls(backbone, name, slot, targets)
+        backbone.add_adapter(name, adapter)
+        return adapter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(self.targets.values())
+
+    def requires_grad_(self, on: bool) -> None:
+        for parameter in self.targets.values():
+            parameter.requires_grad_(on)
+
+    def train(self, mode: bool) -> None:
+        """In training the weights are fp32, whatever the network was loaded in; otherwise as they will be when loaded."""
+        for training in self.training.values():
+            training.train(mode)
+
+    def set_strength(self, strength: float) -> None:
+        """0 restores the original bytes."""
+        if not self.training:
+            return super().set_strength(strength)
+        self.strength = strength
+        for training in self.training.values():
+            training.strength = strength
+            training.stack.show()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The changes, fp32, on the CPU; one weight at a time, so that no copy of them all is on the device."""
+        if not self.training:
+            return super().state_dict()
+        return {key: t.delta().cpu().contiguous() for key, t in self.training.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if not self.training:
+            return super().load_state_dict(state)
+        self.check(state, {key: p.shape for key, p in self.targets.items()})
+        for key, training in self.training.items():
+            training.load(state[key])
+
+    def finish(self) -> None:
+        """Training is over: from here on it is an ordinary change, on which another may be trained."""
+        strength, self.strength = self.strength, 0.0
+        self.deltas = {k: nn.Parameter(t.delta(), requires_grad=False) for k, t in self.training.items()}
+        self._leave()
+        self.set_strength(strength)
+
+    def eject(self) -> None:
+        if self.training:
+            self._leave()
+            self.strength = 0.0
+        super().eject()
+
+    def _leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for training in self.training.values():
+            training.leave()
+            training.stack.training = training.stack.parameter.grad = None
+            training.stack.show()
+        self.training, self._hooks = {}, []
+
+    def _settle(self, _module: nn.Module, _args: Any) -> None:
+        for training in self.training.values():  # some optimizers write without a trace: when training, look each time
+            training.settle(again=torch.is_grad_enabled())
+
+
+def _trainer(parameter: nn.Parameter) -> TrainedWeights | None:
+    stack = getattr(parameter, "_delta_stack", None)
+    return stack.training.owner if stack is not None and stack.training is not None else None
