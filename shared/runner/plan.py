@@ -96,7 +96,8 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
     """ValueError when a finished concept was learned with another recipe, or from other pictures."""
     same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
-    if sorted(r.sha256 for r in concept.meta.references) != sorted(map(sha256, subject.images)):
+    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one that was moved meanwhile has none
+    if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.images)):
         raise ValueError(
             f"{concept.path} is finished, and was learned from other pictures: choose another output, or start anew with "
             "--overwrite"
