@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from shared.backbones.attention import Attending, PredictionRows
 from shared.backbones.attention_edits import Rows, Site
 from shared.backbones.forward_process import ForwardProcess, times
+from shared.backbones.checkpoint_identity import checkpoint_identity
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.protocol import Adapter, Group, Placeholder
@@ -66,7 +66,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             module.requires_grad_(False)
             module.eval()
         networks = {**self._components, "vae": vae}
-        self.checkpoint = _checkpoint(networks)
+        self.checkpoint = checkpoint_identity(networks)
 
     # --- what there is -------------------------------------------------------------------------------------
 
@@ -248,15 +248,3 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def pipeline(self) -> Any:
         """A diffusers pipeline of the family around the same networks."""
         raise NotImplementedError
-
-
-@torch.no_grad()
-def _checkpoint(networks: Mapping[str, nn.Module], samples: int = 64) -> str:
-    """sha256 over some values of every tensor, as bfloat16, so that the precision it was loaded in hardly matters."""
-    digest = hashlib.sha256()
-    for _, module in sorted(networks.items()):
-        for _, p in sorted(module.named_parameters()):
-            flat = p.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // samples)][:samples].to("cpu", torch.bfloat16)
-            digest.update(picked.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
