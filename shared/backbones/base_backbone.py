@@ -16,6 +16,7 @@ from shared.backbones.checkpoint_identity import checkpoint_identity
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.protocol import Adapter, Group, Placeholder
+from shared.backbones.placement import Placement
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
 from shared.backbones.world import World
@@ -56,6 +57,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.tokens = TokenOverlay(tokenizers, max_length)
         self.vae: Any = vae
         self.scheduler = scheduler
+        self.placement: Placement | None = None  # where networks take turns on the device
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
         self._strengths: dict[str, float] = {}  # of adapters
@@ -81,7 +83,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """That computes: networks that take turns there may be in main memory now."""
+        return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +95,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self._components
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
-        """Moves every network, in place."""
+        """Moves every network, in place; with a `device`, all of them stay there from now on."""
+        if self.placement and device is not None:
+            self.placement.close()
+            self.placement = None
         for module in (*self._components.values(), self.vae):
             module.to(device=device, dtype=dtype)
         return self
