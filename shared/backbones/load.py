@@ -225,7 +225,7 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():
+        with quiet(network=download):
             pipe = StableDiffusionPipeline.from_single_file(
                 str(path), safety_checker=None, torch_dtype=dtype, local_files_only=not download
             )

@@ -146,14 +146,18 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No bars and no reports of diffusers and transformers while they load; what was before is again afterwards."""
+def quiet(network: bool = False) -> Iterator[None]:
+    """No bars and no reports of diffusers and transformers while they load, and unless `network` is on, no request:
+    `local_files_only` is not kept everywhere. What was before is again afterwards."""
     from diffusers.utils import logging as diffusers_log
+    from huggingface_hub import constants
     from transformers.utils import logging as transformers_log
 
-    before = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    bars = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
     levels = [(log, log.get_verbosity()) for log in (diffusers_log, transformers_log)]
-    for log in before:
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not network
+    for log in bars:
         log.disable_progress_bar()
     for log, _ in levels:
         log.set_verbosity(logging.ERROR)
@@ -162,7 +166,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)  # names of arguments differ between versions
             yield
     finally:
-        for log in before:
+        constants.HF_HUB_OFFLINE = offline
+        for log in bars:
             log.enable_progress_bar()
         for log, level in levels:
             log.set_verbosity(level)
