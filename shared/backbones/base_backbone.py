@@ -99,8 +99,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         if self.placement and device is not None:
             self.placement.close()
             self.placement = None
+        given: dict[str, Any] = {"device": device} if device is not None else {}
+        if dtype is not None:  # diffusers warns of every `dtype` argument, None too
+            given["dtype"] = dtype
         for module in (*self._components.values(), self.vae):
-            module.to(device=device, dtype=dtype)
+            module.to(**given)
         return self
 
     def roles(self) -> tuple[str, ...]:

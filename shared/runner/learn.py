@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.concept import Concept, save
 from shared.io.contact_sheets import contact_sheet
+from shared.io.counting import Steps, named
 from shared.io.outputs import atomic_write
 from shared.runner.base import Progress, Runner
 from shared.runner.judging import references
@@ -51,15 +52,18 @@ def personalize(
     for stale in planned.workdir.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(stale)
     for name, concept in saved.items():
-        _add_preview(runner, name, planned.subjects[name], concept)
+        _add_preview(runner, name, planned.subjects[name], concept, progress)
     return dict(planned.outputs)
 
 
-def _add_preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> None:
+def _add_preview(
+    runner: Runner, name: str, subject: Subject, concept: Concept, progress: Progress | None = None
+) -> None:
     """Put `preview.png` into a concept's folder; the concept is complete without it, should painting it fail."""
     assert concept.path is not None
     try:
-        picture = preview(runner, name, subject, concept)
+        told = named(progress.pictures if progress else None, f"the preview of {name!r}")
+        picture = preview(runner, name, subject, concept, told)
     except RuntimeError as error:  # out of memory, above all
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"{concept.path} is saved; its preview could not be painted ({why})", stacklevel=2)
@@ -68,7 +72,7 @@ def _add_preview(runner: Runner, name: str, subject: Subject, concept: Concept) 
         picture.save(file, "PNG")
 
 
-def preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> Any:
+def preview(runner: Runner, name: str, subject: Subject, concept: Concept, progress: Steps | None = None) -> Any:
     """references | new pictures, as the concept's `preview.png`."""
     side = runner.backbone.resolution
     sampling = concept.meta.learned_with.sampling
@@ -78,5 +82,6 @@ def preview(runner: Runner, name: str, subject: Subject, concept: Concept) -> An
         range(4),
         SamplingSettings("", sampling.guidance, sampling.steps, sampling.scheduler),
         must_name=False,
+        progress=progress,
     )
     return contact_sheet({"references": references(subject, side)[:4], "new": pixels})

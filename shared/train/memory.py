@@ -68,7 +68,9 @@ class Offloaded:
 
 def bring_trained(backbone: Any) -> None:
     """Networks that hold parameters in training are on the device, before an optimizer sees them."""
-    placement = getattr(backbone, "placement", None)
-    for name, network in placement.networks.items() if placement else ():
+    placement: Placement | None = getattr(backbone, "placement", None)
+    if placement is None:
+        return
+    for name, network in placement.networks.items():
         if any(p.requires_grad for p in network.parameters()):
             placement.use(name)

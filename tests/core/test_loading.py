@@ -97,7 +97,9 @@ def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_network_is_not_asked_for_a_model_unless_the_user_says_so(hub: str, tiny_sd: Any) -> None:
     loaded = load_backbone(hub)
     assert loaded.name == hub and loaded.checkpoint == StableDiffusionBackbone(tiny_sd).checkpoint
-    with pytest.raises(ValueError, match=r"someone/other: no such folder, and it is not in the hub's cache.*--download"):
+    with pytest.raises(
+        ValueError, match=r"someone/other: no such folder, and it is not in the hub's cache.*--download"
+    ):
         load_backbone("someone/other")
     with pytest.raises(pytest.fail.Exception, match="the network was asked"):
         load_backbone("someone/other", download=True)
@@ -106,6 +108,8 @@ def test_the_network_is_not_asked_for_a_model_unless_the_user_says_so(hub: str, 
 def test_one_file_does_not_ask_the_network_either(hub: str, tmp_path: Path) -> None:
     import safetensors.torch
 
-    safetensors.torch.save_file({"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(4)}, tmp_path / "one.safetensors")
+    safetensors.torch.save_file(
+        {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(4)}, tmp_path / "one.safetensors"
+    )
     with pytest.raises(ValueError, match=r"one\.safetensors.*With --download"):
         load_backbone(tmp_path / "one.safetensors")

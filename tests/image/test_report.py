@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2),
 def _generate(subject: int, spoiled: Sequence[int] = ()):
     """Pictures of a subject where the prompt says; for seeds in `spoiled` a copy of the first reference."""
 
-    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
         for text, seed in zip(prompts, seeds, strict=True):
             thing = subject if "boat" not in text else 7
@@ -117,6 +118,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> Report:
     return Report.load(folder)
+
+
+def test_an_evaluation_tells_of_every_denoising_step() -> None:
+    def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
+        for step in (1, 2):
+            progress(len(seeds) * step, len(seeds) * 2)
+        return _generate(0)(prompts, seeds)
+
+    told: list[tuple[str, int, int]] = []
+    evaluate(
+        generate, generate, _case(), PROMPTS, seeds=[1, 2], instruments=TOOLS, chunk=3,
+        progress=lambda *what: told.append(what),
+    )  # fmt: skip
+    assert told[:4] == [("with the concept, denoising steps", done, 8) for done in (3, 6, 7, 8)]
+    assert {what for what, done, of in told if done == of} == {what for what, _, _ in told} and len(told) == 12
 
 
 def test_evaluation_measures_what_was_drawn(report: Report) -> None:
