@@ -67,7 +67,6 @@ class Placement:
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: int | None = None) -> None:
         self.networks, self.device, self.budget = dict(networks), device, budget
         self.present: list[str] = [] if budget is not None else list(networks)  # the least recently used first
-        self._sizes: dict[str, int] = {}
         self._handles: list[Any] = []
 
     def watch(self) -> None:
@@ -89,7 +88,7 @@ class Placement:
                 self.present.append(name)
             return
         if self.budget is not None:
-            sizes = {n: self._size(n) for n in {*self.present, name}}
+            sizes = {n: size_of(self.networks[n]) for n in {*self.present, name}}
             self.send_away(*to_evict(self.present, sizes, name, self.budget, self._pinned()))
         self._move(name, self.device)
         self.present.append(name)
@@ -110,11 +109,6 @@ class Placement:
 
     def _pinned(self) -> set[str]:
         return {n for n in self.present if any(p.requires_grad for p in self.networks[n].parameters())}
-
-    def _size(self, name: str) -> int:
-        if name not in self._sizes:
-            self._sizes[name] = size_of(self.networks[name])
-        return self._sizes[name]
 
     def _move(self, name: str, device: torch.device) -> None:
         self.networks[name].to(device)
