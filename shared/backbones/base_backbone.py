@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from shared.backbones.attention import Attending, PredictionRows
 from shared.backbones.attention_edits import Rows, Site
-from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.checkpoint_identity import checkpoint_identity
+from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
-from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.placement import Placement
+from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
 from shared.backbones.world import World

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.world import World
 from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
+from shared.backbones.world import World
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]

@@ -127,10 +127,8 @@ def test_an_evaluation_tells_of_every_denoising_step() -> None:
         return _generate(0)(prompts, seeds)
 
     told: list[tuple[str, int, int]] = []
-    evaluate(
-        generate, generate, _case(), PROMPTS, seeds=[1, 2], instruments=TOOLS, chunk=3,
-        progress=lambda *what: told.append(what),
-    )  # fmt: skip
+    settings = Shots([1, 2], chunk=3)
+    evaluate(generate, generate, _case(), PROMPTS, TOOLS, settings, lambda *what: told.append(what))
     assert told[:4] == [("with the concept, denoising steps", done, 8) for done in (3, 6, 7, 8)]
     assert {what for what, done, of in told if done == of} == {what for what, _, _ in told} and len(told) == 12
 
@@ -252,7 +250,7 @@ def test_html_needs_nothing_else_and_escapes_what_it_shows(report: Report, folde
 
 def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> None:
     case = _case(references=F.interpolate(REFERENCES, scale_factor=16), gallery=None)
-    generate = lambda p, s: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
+    generate = lambda p, s, _: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
     evaluate(generate, generate, case, PROMPTS.first(1), TOOLS, Shots([20], tmp_path / "r"))
     assert "data:image/jpeg" in (tmp_path / "r" / "index.html").read_text()
     from PIL import Image
@@ -287,7 +285,7 @@ def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
     (tmp_path / "there" / "mine.txt").write_text("keep")
     calls: list[int] = []
 
-    def counted(prompts: list[str], seeds: list[int]) -> Tensor:
+    def counted(prompts: list[str], seeds: list[int], progress: Any) -> Tensor:
         calls.append(len(prompts))
         return torch.full((len(prompts), 3, 32, 32), float("nan"))
 
