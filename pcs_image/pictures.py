@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pcs_image.runner import ImageRunner
 from shared.io.contact_sheets import grid, write_picture
+from shared.io.counting import Steps
 from shared.io.outputs import atomic_folder, check_output
 from shared.runner.metadata import metadata
 from shared.sampling.settings import SamplingSettings
@@ -19,15 +20,15 @@ def generate(
     out: Path,
     settings: SamplingSettings = SamplingSettings(),
     *,
-    num: int = 1,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     overwrite: bool = False,
     as_grid: bool = False,
+    progress: Steps | None = None,
 ) -> list[Path]:
-    """`num` pictures per prompt with seeds seed, seed + 1, …: one PNG each, with all that made it inside."""
+    """A picture of each prompt with each seed: one PNG each, with all that made it inside."""
     check_output(out, overwrite)
-    shots = [(p, seed + i) for p in prompts for i in range(num)]
-    pixels = runner.generate([p for p, _ in shots], [s for _, s in shots], settings)
+    shots = [(p, s) for p in prompts for s in seeds]
+    pixels = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     paths = []
     with atomic_folder(out, overwrite=overwrite) as folder:
         for index, ((prompt, number), picture) in enumerate(zip(shots, pixels, strict=True)):
@@ -35,6 +36,8 @@ def generate(
             write_picture(picture, folder / name, metadata(prompt, number, runner, settings))
             paths.append(out / name)
         if as_grid:
-            write_picture(grid(pixels, columns=num), folder / "grid.png", {"pcs": json.dumps({"columns": num})})
+            write_picture(
+                grid(pixels, columns=len(seeds)), folder / "grid.png", {"pcs": json.dumps({"columns": len(seeds)})}
+            )
             paths.append(out / "grid.png")
     return paths

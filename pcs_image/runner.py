@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shared.io.counting import Steps, part_of
 from shared.runner.base import Runner, attached
 from shared.sampling.sampler import SAMPLE_PIXELS, images_per_batch, sample
 from shared.sampling.settings import SamplingSettings
@@ -18,10 +19,18 @@ __all__ = ["ImageRunner", "attached"]
 class ImageRunner(Runner):
     """One backbone and the concepts attached to it; what it makes are pictures [N, 3, H, W] in [-1, 1]."""
 
-    def make(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
+    def make(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
+    ) -> Tensor:
         """Pictures on the CPU of expanded prompts, as many at once as memory surely holds."""
         height, width = settings.height or self.backbone.resolution, settings.width or self.backbone.resolution
         settings = replace(settings, height=height, width=width)
         at_once = images_per_batch(height * width, SAMPLE_PIXELS)
-        parts = [slice(i, i + at_once) for i in range(0, max(1, len(prompts)), at_once)]
-        return torch.cat([sample(self.backbone, prompts[p], seeds=seeds[p], settings=settings).cpu() for p in parts])
+        parts = []
+        for start in range(0, max(1, len(prompts)), at_once):
+            some = slice(start, start + at_once)
+            told = part_of(progress, start, len(prompts[some]), len(prompts))
+            parts.append(
+                sample(self.backbone, prompts[some], seeds=seeds[some], settings=settings, progress=told).cpu()
+            )
+        return torch.cat(parts)

@@ -14,7 +14,8 @@ app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; may be given several times")
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; the GPU where there is one")
-_PRECISION = typer.Option("no", help="no (float32), bf16 or fp16")
+_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
+_DOWNLOAD = typer.Option(False, "--download", help="fetch from the hub what is not in its cache")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
@@ -31,6 +32,7 @@ def personalize(
     device: str = _DEVICE,
     clip: Path = _CLIP,
     dino: Path = _DINO,
+    download: bool = _DOWNLOAD,
 ) -> None:
     """Learn a concept from pictures. The concept is a folder; training state and logs go beside it."""
     from pcs_image.runner import ImageRunner
@@ -48,7 +50,7 @@ def personalize(
         print("\n".join(f"finished already: <{name}> is in {path}" for name, path in planned.outputs.items()))
         return
     check_folders(clip, dino)
-    runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision)
+    runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision, download)
     scorers = training_scorers(planned, runner.backbone, clip, dino)
     with Bar() as bar:
         try:
@@ -81,11 +83,14 @@ def generate(
     backbone: str = typer.Option(None, help="folder, file or hub id; default: what the first concept was learned on"),
     device: str = _DEVICE,
     precision: str = _PRECISION,
+    download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Make pictures, with any number of concepts. Each PNG holds all that is needed to make it again."""
     from pcs_image.pictures import generate as paint
     from pcs_image.runner import ImageRunner
+    from shared.commands.progress import Lines
+    from shared.io.counting import named
     from shared.io.outputs import check_output
     from shared.runner.opening import check_precision, check_strengths, open_runner, read_by
     from shared.sampling.sampler import check_guidance
@@ -94,9 +99,12 @@ def generate(
     check_output(out, overwrite, read_by(concept, backbone))
     check_guidance(guidance, "--guidance")
     by_step = tuple(check_strengths(strength))
-    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision))
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download)
     settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, by_step)
-    paths = paint(runner, prompts, out, settings, num=num, seed=seed, overwrite=overwrite, as_grid=grid)
+    seeds = range(seed, seed + num)
+    with Lines() as counter:
+        told = named(counter, "pictures")
+        paths = paint(runner, prompts, out, settings, seeds=seeds, overwrite=overwrite, as_grid=grid, progress=told)
     print("\n".join(map(str, paths)))
 
 
@@ -124,6 +132,7 @@ def evaluate(
     backbone: str = typer.Option(None, help="default: what the concept was learned on"),
     device: str = _DEVICE,
     precision: str = _PRECISION,
+    download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
     """Measure a concept: subject fidelity, prompt following, drift, copying, diversity, time and memory."""
@@ -141,7 +150,7 @@ def evaluate(
     check_folders(clip, dino)
     if len(concept) != 1:
         raise ValueError(f"evaluate takes exactly one --concept, got {len(concept)}")
-    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision))
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download)
     settings = EvaluationSettings(
         prompts, tuple(range(seed, seed + num)), limit, SamplingSettings("", guidance, steps, scheduler),
         references, gallery, clip, dino, parse_concept(concept[0])[0], out, overwrite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from shared.backbones.attention import Attending, PredictionRows
 from shared.backbones.attention_edits import Rows, Site
+from shared.backbones.checkpoint_identity import checkpoint_identity
 from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
+from shared.backbones.placement import Placement
 from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
@@ -56,6 +57,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.tokens = TokenOverlay(tokenizers, max_length)
         self.vae: Any = vae
         self.scheduler = scheduler
+        self.placement: Placement | None = None  # where networks take turns on the device
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
         self._strengths: dict[str, float] = {}  # of adapters
@@ -66,7 +68,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             module.requires_grad_(False)
             module.eval()
         networks = {**self._components, "vae": vae}
-        self.checkpoint = _checkpoint(networks)
+        self.checkpoint = checkpoint_identity(networks)
 
     # --- what there is -------------------------------------------------------------------------------------
 
@@ -81,7 +83,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """That computes: networks that take turns there may be in main memory now."""
+        return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,9 +95,15 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self._components
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
-        """Moves every network, in place."""
+        """Moves every network, in place; with a `device`, all of them stay there from now on."""
+        if self.placement and device is not None:
+            self.placement.close()
+            self.placement = None
+        given: dict[str, Any] = {"device": device} if device is not None else {}
+        if dtype is not None:  # diffusers warns of every `dtype` argument, None too
+            given["dtype"] = dtype
         for module in (*self._components.values(), self.vae):
-            module.to(device=device, dtype=dtype)
+            module.to(**given)
         return self
 
     def roles(self) -> tuple[str, ...]:
@@ -248,15 +257,3 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def pipeline(self) -> Any:
         """A diffusers pipeline of the family around the same networks."""
         raise NotImplementedError
-
-
-@torch.no_grad()
-def _checkpoint(networks: Mapping[str, nn.Module], samples: int = 64) -> str:
-    """sha256 over some values of every tensor, as bfloat16, so that the precision it was loaded in hardly matters."""
-    digest = hashlib.sha256()
-    for _, module in sorted(networks.items()):
-        for _, p in sorted(module.named_parameters()):
-            flat = p.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // samples)][:samples].to("cpu", torch.bfloat16)
-            digest.update(picked.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.backbones.placement import Placement
+
 
 class LatentCodec:
     """The autoencoder half of a backbone. Latent units: (z - shift) * scale, as diffusers' pipelines use them."""
 
     family: str
     vae: Any
+    placement: Placement | None = None
     latent_multiple: int = 1  # the latent grid must be a multiple of this
 
     @property
@@ -43,12 +46,19 @@ class LatentCodec:
 
     def _posterior(self, pixels: Tensor) -> Any:
         self.latent_shape(pixels.shape[-2], pixels.shape[-1])
+        self._use_vae()
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
+        self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
+
+    def _use_vae(self) -> None:
+        """Before its `encode` and `decode`, which are no forward pass that a hook would see."""
+        if self.placement:
+            self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""

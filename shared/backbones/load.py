@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.backbones.world import World
 from shared.config import expanded
+from shared.io.model_folders import check_tokenizer, first_line, load_network, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -51,40 +53,53 @@ WORLDS: Mapping[str, World] = {
     )
 }
 _UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # of no use here, and slow to load
+_MAY_DOWNLOAD = "With --download (download=True) it is fetched."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_backbone(
-    source: str | Path | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    source: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    download: bool = False,
+    memory: int | None = None,
 ) -> Backbone:
-    """The backbone that `source` names, frozen, on `device` (default: the CPU) in `dtype` (default: float32).
+    """The backbone that `source` names, frozen, for `device` (default: the CPU) in `dtype` (default: float32).
 
     Args:
         source: nothing or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
-            checkpoint of Stable Diffusion 1.x/2.x; or a hub id `owner/name` (downloaded unless cached)
+            checkpoint of Stable Diffusion 1.x/2.x; or a hub id `owner/name`
+        download: whether the hub may be asked for what is not in its cache; without it, no network is used
+        memory: bytes of `device` for the networks; those that do not fit together take turns there
+            (`shared.backbones.placement`). Default: a share of what is free on a GPU, all that is needed elsewhere
 
     Raises:
-        ValueError: says what was found there, and which families exist
+        ValueError: says what was found there, and which families exist; or which file lacks which key
     """
     import torch
+
+    from shared.backbones.placement import place
 
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
     path = _toybox_path() if name == TOYBOX else expanded(name)
     if name != TOYBOX and path.exists():
         name = str(path.resolve())  # a concept notes it, and is used from other folders
-    options = {"torch_dtype": dtype or torch.float32}
+    dtype = dtype or torch.float32
     if path.is_dir():
-        backbone = _from_folder(path, name, options)
+        backbone = _from_folder(path, name, dtype)
     elif path.is_file():
-        backbone = _from_file(path, name, options)
+        backbone = _from_file(path, name, dtype, download)
     elif _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
-        backbone = _from_hub(name, options)
+        backbone = _from_folder(_from_hub(name, download), name, dtype)
     else:
         raise ValueError(f"no model at {name}: there is no such file or folder. {_families()}")
     backbone.world = WORLDS.get(name)
     if name == TOYBOX:
         _toybox_defaults(backbone)
-    return backbone.to(device=device) if device is not None else backbone  # type: ignore[attr-defined]
+    if device is not None:
+        place(backbone, torch.device(device), memory)
+    return backbone
 
 
 def _toybox_defaults(backbone: Backbone) -> None:
@@ -137,24 +152,14 @@ def _toybox_path() -> Path:
     return Path(backbone_path())
 
 
-def _from_folder(path: Path, name: str, options: Mapping[str, Any]) -> Backbone:
+def _from_folder(path: Path, name: str, dtype: torch.dtype) -> Backbone:
     index = path / "model_index.json"
     if not index.is_file():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{path} is not a diffusers folder: it has no model_index.json, and holds {inside}. {_families()}"
         )
-    half = {"variant": "fp16"} if _half_only(path) else {}
-    return _wrap(_load(_class_of(index), path, {**options, **half}, name), name)
-
-
-def _half_only(path: Path) -> bool:
-    """Whether some network of a diffusers folder is there only as `….fp16.safetensors`."""
-    folders: dict[Path, list[bool]] = {}
-    for file in path.glob("*/*.safetensors"):
-        if file.parent.name not in _UNUSED:
-            folders.setdefault(file.parent, []).append(re.search(r"\.fp16[.-]", file.name) is not None)
-    return any(all(half) for half in folders.values())
+    return _wrap(_load(_class_of(index), path, dtype, name), name)
 
 
 def _class_of(index: Path) -> str:
@@ -168,36 +173,52 @@ def _class_of(index: Path) -> str:
     return kind
 
 
-def _load(kind: str, source: str | Path, options: Mapping[str, Any], name: str) -> Any:
+def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
+    """The folder's pipeline; its networks one by one, each of them whole."""
     import diffusers
 
+    pipeline = getattr(diffusers, kind)
+    networks = {
+        part: load_network(network, path / part, dtype=dtype)
+        for part, network in _networks(pipeline, path, name).items()
+    }
     extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if kind == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        with _quiet():
-            return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, **options, **extra)
+        with quiet():
+            pipe = pipeline.from_pretrained(path, local_files_only=True, **networks, **extra)
     except Exception as error:  # whatever a broken folder raises is about the user's files
-        raise ValueError(f"cannot load {name} as {kind}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load {name} as {kind}: {first_line(error)}") from error
+    for part, network in networks.items():
+        if part.startswith("text_encoder"):
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            check_tokenizer(getattr(pipe, tokenizer), network.config.vocab_size, path / tokenizer)
+    return pipe
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars for loading a few files; what was on before is on again afterwards."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
+def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
+    """The classes of the networks of a diffusers folder. ValueError when a part that the pipeline needs is not there."""
+    from torch import nn
 
-    before = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
-    for log in before:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in before:
-            log.enable_progress_bar()
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    parameters = inspect.signature(pipeline.__init__).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty} - {"self", *_UNUSED}
+    out: dict[str, Any] = {}
+    for part in sorted(needed):
+        said = index.get(part)
+        if not isinstance(said, list) or None in said or not (path / part).is_dir():
+            raise ValueError(f"cannot load {name} as {pipeline.__name__}: there is no {part} in {path}")
+        library, kind = map(str, said)
+        found = getattr(import_module(library), kind, None) if library in ("diffusers", "transformers") else None
+        if found is None:
+            raise ValueError(f"cannot load {name}: its {part} is a {kind} of {library}, which is not installed here")
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            out[part] = found
+    return out
 
 
-def _from_file(path: Path, name: str, options: Mapping[str, Any]) -> Backbone:
+def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code and are not read. {_families()}"
@@ -205,29 +226,40 @@ def _from_file(path: Path, name: str, options: Mapping[str, Any]) -> Backbone:
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        pipe = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, **options)
+        with quiet(network=download):
+            pipe = StableDiffusionPipeline.from_single_file(
+                str(path), safety_checker=None, torch_dtype=dtype, local_files_only=not download
+            )
     except Exception as error:
+        more = "" if download else f". {_MAY_DOWNLOAD}"
         raise ValueError(
-            f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {_first_line(error)}. "
-            "One file needs the model's configuration from the hub (or its cache); a diffusers folder needs nothing"
+            f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
+            f"One file needs the model's configuration from the hub's cache; a diffusers folder needs nothing{more}"
         ) from error
+    for part, network in pipe.components.items():
+        lost = [n for n, p in network.named_parameters() if p.is_meta] if hasattr(network, "named_parameters") else []
+        if lost:
+            raise ValueError(f"{path} lacks {len(lost)} keys of the {part}, for example {lost[0]}: it is not whole")
     return _wrap(pipe, name)
 
 
-def _from_hub(name: str, options: Mapping[str, Any]) -> Backbone:
-    from huggingface_hub import hf_hub_download
+def _from_hub(name: str, download: bool) -> Path:
+    """The folder of a hub id in the cache; with `download`, what is missing there is fetched first."""
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if not download:
+            return Path(snapshot_download(name, local_files_only=True))
+        import diffusers
+
         index = Path(hf_hub_download(name, "model_index.json"))
+        return Path(getattr(diffusers, _class_of(index)).download(name, use_safetensors=True))
+    except ValueError:
+        raise
     except Exception as error:
-        raise ValueError(
-            f"no model at {name}: no such folder, and the hub did not give it ({_first_line(error)}). {_families()}"
-        ) from error
-    return _wrap(_load(_class_of(index), name, options, name), name)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        why = f"the hub did not give it ({first_line(error)})" if download else "it is not in the hub's cache"
+        more = "" if download else f" {_MAY_DOWNLOAD}"
+        raise ValueError(f"no model at {name}: no such folder, and {why}.{more} {_families()}") from error
 
 
 def _wrap(pipe: Any, name: str) -> Backbone:

@@ -59,8 +59,9 @@ class TextEncoding:
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
         """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
-        ids = torch.tensor(self.tokens.word_ids(component, words), device=self.device)
-        return self._embedding(component).weight[ids].detach().clone()
+        table = self._embedding(component).weight  # may wait in main memory
+        ids = torch.tensor(self.tokens.word_ids(component, words), device=table.device)
+        return table[ids].detach().to(self.device, copy=True)
 
     def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
         """The sub-tokens that this text encoder's tokenizer makes of `words`, without its marks for word borders."""

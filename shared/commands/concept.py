@@ -39,6 +39,7 @@ def export(
     format: str = typer.Option("diffusers", help="diffusers"),
     strength: float = typer.Option(1.0, help="folded into weights and learned words"),
     backbone: str = typer.Option(None, help="default: what the concept was learned on"),
+    download: bool = typer.Option(False, "--download", help="fetch from the hub what is not in its cache"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Write the concept as files of another program, load them back with that program, and compare numerically."""
@@ -48,7 +49,7 @@ def export(
 
     check_output(out, overwrite, [path])
     concept = read(path)
-    model = load_backbone_of(concept, backbone)
+    model = load_backbone_of(concept, backbone, download=download)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         print(f"{name}: largest difference {check['max_abs_difference']:.2g} (rounding: {check['limit']:.2g})")

@@ -57,11 +57,15 @@ def _torchvision(line) -> None:
 def _devices(line) -> None:
     import torch
 
+    from shared.train.precision import resolve_precision
+
     line(None, f"CPU threads used by torch: {torch.get_num_threads()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(i)
-            line(True, f"GPU {i}: {about.name}, {about.total_memory / 2**30:.0f} GiB; use --device cuda")
+            auto, free = resolve_precision("auto", f"cuda:{i}"), torch.cuda.mem_get_info(i)[0]
+            memory = f"{free / 2**30:.0f} of {about.total_memory / 2**30:.0f} GiB free"
+            line(True, f"GPU {i}: {about.name}, {memory}; --device cuda:{i} computes in {auto} unless told otherwise")
     else:
         line(None, "no GPU: the toybox runs here; Stable Diffusion would take minutes per picture")
 

@@ -6,72 +6,7 @@ import sys
 import time
 from typing import Any
 
-
-class StepBar:
-    """A bar over training steps, with loss, speed and the time that is left."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
-        self.progress = Progress(*columns, disable=not sys.stderr.isatty(), console=_console())
-        self.task: Any = None
-        self.done, self.loss, self.start, self.said = 0, 0.0, time.monotonic(), time.monotonic()
-
-    def __enter__(self) -> StepBar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def step(self, phase: str, record: Any, total: int) -> None:
-        self.done += 1
-        self.loss = record.loss if self.done == 1 else 0.95 * self.loss + 0.05 * record.loss
-        if self.task is None:
-            self.task = self.progress.add_task(phase, total=total, loss="")
-        self.progress.update(self.task, advance=1, description=phase, loss=f"loss {self.loss:.4f}")
-        if self.progress.disable and time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            speed = self.done / (self.said - self.start)
-            print(
-                f"{phase}: step {record.step}, {self.done} of {total} done, loss {self.loss:.4f}, {speed:.1f} steps/s",
-                file=sys.stderr,
-            )
-
-
-class Counter:
-    """Called as (what, done, of): how far an evaluation is."""
-
-    def __init__(self) -> None:
-        from rich.progress import Progress
-
-        self.progress = Progress(disable=not sys.stderr.isatty(), console=_console())
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Counter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what, total=of)
-        self.progress.update(self.tasks[what], completed=done)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
+_EVERY = 10.0  # seconds between two lines of a training
 
 
 class Tenths:
@@ -81,45 +16,81 @@ class Tenths:
         self.said: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        tenth = 10 * done // max(1, of)
-        if tenth > self.said.get(what, 0):
-            self.said[what] = tenth
+        tenth, before = 10 * done // max(1, of), self.said.get(what, 0)
+        if tenth > before or 0 < tenth < before:  # fewer than before: the same job again
             print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
+        self.said[what] = tenth
 
 
-class Lines(Counter):
-    """A counter that also says something without a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tenths = Tenths()
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        super().__call__(what, done, of)
-        if self.progress.disable:
-            self.tenths(what, done, of)
-
-
-class Bar(StepBar):
-    """A bar of training steps, and one of the class pictures that are made before them."""
+class Lines:
+    """Called as (what, done, of): how far each job is; a bar on a terminal, else a line every ten percent."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.tenths = Tenths()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[more]}"),
+        )
+        self.progress = Progress(*columns, disable=not sys.stderr.isatty(), console=_console())
         self.jobs: dict[str, Any] = {}
+        self.tenths = Tenths()
 
-    def __enter__(self) -> Bar:
-        super().__enter__()
+    def __enter__(self) -> Any:
+        self.progress.start()
         return self
 
-    def step(self, phase: str, record: Any, total: int) -> None:
-        if not self.done:  # speed is that of the steps, without the class pictures before them
-            self.start = time.monotonic()
-        super().step(phase, record, total)
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
 
-    def pictures(self, what: str, done: int, of: int) -> None:
-        if what not in self.jobs:
-            self.jobs[what] = self.progress.add_task(what, total=of, loss="")
-        self.progress.update(self.jobs[what], completed=done)
+    def __call__(self, what: str, done: int, of: int) -> None:
+        self._show(what, what, done, of)
         if self.progress.disable:
             self.tenths(what, done, of)
+
+    def _show(self, job: str, description: str, done: int, of: int, more: str = "") -> None:
+        if job not in self.jobs:
+            self.jobs[job] = self.progress.add_task(description, total=of, more="")
+        self.progress.update(self.jobs[job], description=description, completed=done, total=of, more=more)
+
+
+class Bar(Lines):
+    """A bar over training steps, with loss and the time that is left, and one for each job of making pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done, self.loss = 0, 0.0
+        self.first = self.said = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        return super().__enter__()
+
+    def step(self, phase: str, record: Any, total: int) -> None:
+        """After each step of training; `total` is that of all phases."""
+        now = time.monotonic()
+        if not self.done:  # how long the first one took is not known: class pictures may have come before it
+            self.first = now
+        self.done += 1
+        self.loss = record.loss if self.done == 1 else 0.95 * self.loss + 0.05 * record.loss
+        self._show("", phase, self.done, total, f"loss {self.loss:.4f}")
+        if self.progress.disable and now - self.said > _EVERY:
+            self.said = now
+            speed = f", {(self.done - 1) / (now - self.first):.1f} steps/s" if self.done > 1 else ""
+            print(
+                f"{phase}: step {record.step}, {self.done} of {total} done, loss {self.loss:.4f}{speed}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def pictures(self, what: str, done: int, of: int) -> None:
+        """After each denoising step."""
+        self(what, done, of)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared.evaluation.prompt_sets import PromptSet
 from shared.evaluation.summary import prompt_rows, summary_scores
+from shared.io.counting import Steps, named, part_of
 from shared.io.outputs import check_output
 from shared.metrics.encoders import Instruments, to_pil
 from shared.metrics.report import PICTURES, Costs, Instrument, Kind, PictureRow, Report
@@ -28,7 +29,7 @@ from shared.metrics.scores import drift
 from shared.metrics.writing import save_report
 from shared.train.costs import peak_memory
 
-Generate = Callable[[list[str], list[int]], Tensor]
+Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, seeds, who is told of denoising steps
 SMALL_GALLERY = 8
 
 
@@ -74,7 +75,7 @@ def evaluate(
     Args:
         generate: the model with the concept; must also take prompts that do not name it (for drift)
         base_generate: the same without the concept, which is told the class noun instead
-        progress: called with (what, done, of all)
+        progress: called with (what, done, of all) after each denoising step
 
     Raises:
         ValueError: no seeds, an output folder that exists, pictures that are not finite
@@ -153,13 +154,12 @@ class _Run:
         for start in range(0, len(shots), self.chunk):
             some = shots[start : start + self.chunk]
             clock = time.perf_counter()
-            pixels = generate([texts[i] for i, _ in some], [seed for _, seed in some])
+            told = part_of(named(self.progress, what), start, len(some), len(shots))
+            pixels = generate([texts[i] for i, _ in some], [seed for _, seed in some], told)
             parts.append(pixels.detach().float().cpu())
             seconds += time.perf_counter() - clock
             if len(pixels) != len(some):
                 raise ValueError(f"asked for {len(some)} pictures, got {len(pixels)}")
-            if self.progress:
-                self.progress(what, start + len(some), len(shots))
         return torch.cat(parts), seconds / len(shots)
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.config import expanded
+from shared.io.model_folders import load_network, load_tokenizer
 from shared.metrics.scores import CLIP_SCORE_WEIGHT
 
 BATCH = 64  # pictures encoded at once
@@ -173,8 +174,8 @@ def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
-    model = cast(Any, CLIPModel).from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
-    tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    model = load_network(CLIPModel, path)
+    tokenizer = load_tokenizer(CLIPTokenizer, path, model.config.text_config.vocab_size)
     info = InstrumentInfo(f"CLIP ({path.name})", TEXT_AND_LIKENESS)
     return ClipEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), tokenizer, info)
 
@@ -187,7 +188,7 @@ def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")
-    model = cast(Any, AutoModel).from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
+    model = load_network(AutoModel, path, unused=(r"^pooler\.",))  # DINO's own files have no pooler
     info = InstrumentInfo(f"DINO ({path.name})", "likeness (DINO-I)")
     return DinoEncoder(model.eval().requires_grad_(False).to(device), _image_processor(path), info)
 

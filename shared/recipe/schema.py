@@ -59,7 +59,7 @@ class Train(Part):
     batch_size: Positive = 1
     gradient_accumulation: Positive = 1
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"  # auto: bf16 where the device computes it fast
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the device computes it fast
     resolution: Positive | None = None  # pixels; the backbone's own where none is given
     cache: bool = True  # latents and text that do not vary
     variants: Annotated[int, Field(ge=0)] = (

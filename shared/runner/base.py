@@ -17,6 +17,7 @@ from shared.backbones import Backbone
 from shared.concept import Concept, Provenance, attach, capture
 from shared.config import NAME
 from shared.io.cache import cache_folder
+from shared.io.counting import Steps, named, part_of
 from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.resolve import expand_phases
@@ -37,7 +38,7 @@ class Progress(Protocol):
         ...
 
     def pictures(self, what: str, done: int, of: int) -> None:
-        """While class pictures and previews are made."""
+        """After each denoising step while class pictures and previews are made."""
         ...
 
 
@@ -48,11 +49,14 @@ class Runner:
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
 
-    def make(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
+    def make(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
+    ) -> Tensor:
         """What the package makes, on the CPU, in [-1, 1]: of pictures [N, 3, H, W], one per (prompt, seed) pair.
 
         Args:
             prompts: already expanded
+            progress: told (done, of) after each denoising step, counted for each thing that is made
         """
         raise NotImplementedError
 
@@ -93,7 +97,7 @@ class Runner:
             workdir: training state, logs and sample pictures
             resume: go on from the newest checkpoint in `workdir`
             scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
-            progress: told of every step, and of the class pictures that are made before them
+            progress: told of every step of training, and of every denoising step of class pictures and previews
             tensorboard: whether the log is also written as TensorBoard's events
 
         Raises:
@@ -112,8 +116,8 @@ class Runner:
             workdir,
             cache_folder(),
             class_pictures=self._class_pictures,
-            make=self._made_now,
-            preview=self._preview(subjects, recipe, scorers or {}),
+            make=self._made_now(progress),
+            preview=self._preview(subjects, recipe, scorers or {}, progress),
             scorers=scorers or {},
             loaded_strengths=self.strengths,
             tensorboard=tensorboard,
@@ -141,6 +145,7 @@ class Runner:
         *,
         base: bool = False,
         must_name: bool = True,
+        progress: Steps | None = None,
     ) -> Tensor:
         """What `make` gives for each (prompt, seed) pair, with the loaded concepts.
 
@@ -162,7 +167,7 @@ class Runner:
         avoided = tuple(without(n, self.class_nouns) if base else expand(n, placeholders) for n in negatives)
         settings = replace(settings, negative=avoided[0] if len(avoided) == 1 else avoided)
         with self.backbone.active({} if base else self.strengths):
-            return self.make(texts, seeds, settings)
+            return self.make(texts, seeds, settings, progress)
 
     def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:
         """Measure a loaded concept: what `pcs image evaluate` does.
@@ -173,28 +178,47 @@ class Runner:
         return evaluate_loaded(self, name, settings)
 
     def _class_pictures(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance: float,
+        steps: int,
+        resolution: int,
+        progress: Steps | None = None,
     ) -> Tensor:
-        return self.make(prompts, seeds, SamplingSettings("", guidance, steps, height=resolution, width=resolution))
+        settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution)
+        return self.make(prompts, seeds, settings, progress)
 
-    def _made_now(self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe) -> Tensor:
-        return self.make(prompts, seeds, self._as_trained(recipe))
+    def _made_now(self, progress: Progress | None) -> Callable[[Sequence[str], Sequence[int], Recipe], Tensor]:
+        told = named(progress.pictures if progress else None, "a batch of pictures")
+        return lambda prompts, seeds, recipe: self.make(prompts, seeds, self._as_trained(recipe), told)
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         """How a recipe says that pictures are made while training: in the size that it learns."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         return SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side)
 
-    def _preview(self, subjects: Mapping[str, Subject], recipe: Recipe, scorers: Mapping[str, Any]) -> Any:
+    def _preview(
+        self,
+        subjects: Mapping[str, Subject],
+        recipe: Recipe,
+        scorers: Mapping[str, Any],
+        progress: Progress | None = None,
+    ) -> Any:
         phases = dict(expand_phases(recipe))
 
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
             check, settings = phases[phase].train.validation, self._as_trained(phases[phase])
             pictures, scores = [], {}
-            for name in subjects:
+            told = named(progress.pictures if progress else None, f"pictures of step {step}")
+            for number, name in enumerate(subjects):
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
                 seeds = [10_000 + i for i in range(len(prompts))]
-                pixels = self.make([expand(p, self.backbone.placeholders) for p in prompts], seeds, settings)
+                texts = [expand(p, self.backbone.placeholders) for p in prompts]
+                count = len(prompts)
+                here = part_of(told, number * count, count, len(subjects) * count)
+                pixels = self.make(texts, seeds, settings, here)
                 pictures.append(pixels)
                 if name in scorers:
                     plain = [without(p, {name: subjects[name].class_noun}) for p in prompts]

@@ -132,8 +132,8 @@ def evaluate_loaded(
     sampling = replace(asked, **own)
     chosen = load_prompts(settings.prompts or (world.prompts if world else REAL), loaded.concept.meta.class_noun)
     return evaluate(
-        lambda texts, numbers: runner.generate(texts, numbers, sampling, must_name=False),
-        lambda texts, numbers: runner.generate(texts, numbers, sampling, base=True),
+        lambda texts, seeds, told: runner.generate(texts, seeds, sampling, must_name=False, progress=told),
+        lambda texts, seeds, told: runner.generate(texts, seeds, sampling, base=True, progress=told),
         _case(runner, loaded, settings),
         chosen.first(settings.limit),
         load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),

@@ -10,12 +10,12 @@ from typing import Any
 
 from shared.concept import save
 from shared.io.contact_sheets import contact_sheet
+from shared.io.counting import named
 from shared.recipe.resolve import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
 from shared.runner.judging import references
 from shared.runner.plan import Plan, warn_unseen
-from shared.sampling.hooks import ProgressHook
 from shared.sampling.settings import SamplingSettings
 from shared.train import checkpoint
 from shared.types import Subject
@@ -81,10 +81,9 @@ def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progres
     """references | new pictures, as the concept's `preview.png`."""
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
-    steps, what = recipe.preview.steps or how.steps, f"preview of {name!r}"
-    hook = ProgressHook(lambda done, of: progress.pictures(what, done, of) if progress else None, num)
-    settings = SamplingSettings("", how.guidance, steps, how.scheduler, side, side, (hook,))
-    pixels = runner.generate([f"a photo of a <{name}>"] * num, range(num), settings, must_name=False)
-    hook.told(hook.done, hook.done)
+    settings = SamplingSettings("", how.guidance, recipe.preview.steps or how.steps, how.scheduler, side, side)
+    told = named(progress.pictures if progress else None, f"the preview of {name!r}")
+    prompts = [f"a photo of a <{name}>"] * num
+    pixels = runner.generate(prompts, range(num), settings, must_name=False, progress=told)
     shown = replace(subject, images=subject.images[:num])
     return contact_sheet({"references": references(shown, side), "new": pixels})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.backbones import Backbone
 from shared.concept import Concept
+from shared.io.counting import Steps
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 
@@ -38,6 +39,7 @@ class Painter(Protocol):
         *,
         base: bool = ...,
         must_name: bool = ...,
+        progress: Steps | None = ...,
     ) -> Tensor:
         """[N, 3, H, W] in [-1, 1] on the CPU; see `Runner.generate`."""
         ...

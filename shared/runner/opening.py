@@ -31,16 +31,21 @@ R = TypeVar("R", bound=Runner)
 
 
 def open_runner(
-    kind: type[R], backbone: str | None, concepts: Sequence[str], device: str | None = None, precision: str = "no"
+    kind: type[R],
+    backbone: str | None,
+    concepts: Sequence[str],
+    device: str | None = None,
+    precision: str = "auto",
+    download: bool = False,
 ) -> R:
     """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
-    was learned on."""
+    was learned on; `download`: whether the hub may be asked for it."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = check_device(device or best_device())
     if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
         precision = resolve_precision(precision, where) if torch.device(where).type == "cuda" else "no"
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {"device": where, "dtype": dtype}
+    options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
     home = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
     runner = kind(home)
     for concept, strength in opened:
@@ -84,7 +89,7 @@ def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
 
 
 def check_precision(precision: str) -> str:
-    """ "no", "bf16" or "fp16"; ValueError otherwise."""
-    if precision not in ("no", "bf16", "fp16"):
-        raise ValueError(f"--precision {precision!r}: choose no, bf16 or fp16")
+    """ "auto", "no", "bf16" or "fp16"; ValueError otherwise."""
+    if precision not in ("auto", *DTYPES):
+        raise ValueError(f"--precision {precision!r}: choose auto, no, bf16 or fp16")
     return precision

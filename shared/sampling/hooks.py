@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -54,31 +54,6 @@ class SamplingHookBase(Part):
         return prompts
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        return latents
-
-    def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        return nullcontext()
-
-
-@dataclass
-class ProgressHook:
-    """Tells how far sampling is before each step; changes nothing.
-
-    Args:
-        told: called with (steps done, steps of all pictures); a step of a batch counts once per picture
-        num: how many pictures are sampled, in one batch or several
-    """
-
-    told: Callable[[int, int], None]
-    num: int
-    done: int = 0
-
-    def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
-        return prompts
-
-    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        self.told(self.done, self.num * step.steps)
-        self.done += len(latents)
         return latents
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
+from shared.io.counting import Steps
 from shared.sampling.hooks import DenoisingStep
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
@@ -42,12 +43,14 @@ def sample(
     *,
     seeds: Sequence[int],
     settings: SamplingSettings = SamplingSettings(),
+    progress: Steps | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], float32, one per seed.
 
     Args:
         prompts: B texts, already expanded, or one for all seeds
         seeds: B seeds; generators are on the CPU, so that a seed means the same noise on every device
+        progress: told (done, of) after each step, counted for each picture
 
     Raises:
         ValueError: on prompts past the token limit, sizes that do not fit, unknown schedulers, a negative prompt that
@@ -56,6 +59,8 @@ def sample(
     latents = None
     for state in denoise(backbone, prompts, seeds=seeds, settings=settings):
         latents = state.latents
+        if progress:
+            progress(len(seeds) * (state.index + 1), len(seeds) * state.steps)
     assert latents is not None
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     return decoded(backbone, latents, height * width)

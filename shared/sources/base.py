@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from shared.io.counting import Steps
 from shared.types import Subject
 
 
@@ -16,9 +17,16 @@ class Generate(Protocol):
     """Pictures of the model itself, without any concept; one seed per prompt."""
 
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance: float,
+        steps: int,
+        resolution: int,
+        progress: Steps | None = None,
     ) -> Tensor:
-        """[N, 3, resolution, resolution] in [-1, 1]."""
+        """[N, 3, resolution, resolution] in [-1, 1]; `progress` is told of every denoising step."""
         ...
 
 
@@ -33,7 +41,7 @@ class SourceContext:
     generate: Generate | None = None  # None: this run cannot make pictures
     backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phases that made pictures -> where
-    progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) while pictures are made
+    progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) after each denoising step
 
     def owner(self, name: str, what: str) -> str:
         """The subject called `name`, or the only one there is. ValueError lists them."""

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from shared.config import Part
 from shared.io.contact_sheets import read_metadata, write_picture
+from shared.io.counting import named, part_of
 from shared.io.decode import read_picture
 from shared.io.outputs import write_text
 from shared.sources.base import SourceContext
@@ -88,15 +89,19 @@ class Generated(Part):
             some = list(todo)[start : start + self.batch_size]
             seeds = [_seed(key, i) for i in some]
             side = context.resolution
+            told = named(context.progress, f"class pictures of {prompt!r}")
             pixels = context.generate(
-                [prompt] * len(some), seeds, guidance=self.guidance, steps=self.steps, resolution=side
+                [prompt] * len(some),
+                seeds,
+                guidance=self.guidance,
+                steps=self.steps,
+                resolution=side,
+                progress=part_of(told, start, len(some), len(todo)),
             )
             if pixels.shape != (len(some), 3, side, side):
                 raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, side, side]}")
             for i, seed, picture in zip(some, seeds, pixels, strict=True):
                 write_picture(picture, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
-            if context.progress:
-                context.progress(f"class pictures of {prompt!r}", start + len(some), len(todo))
 
 
 def _seed(key: str, index: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.backbones.placement import Placement
+
 
 @contextmanager
 def recomputed(network: Any, on: bool) -> Iterator[None]:
@@ -23,27 +25,39 @@ def recomputed(network: Any, on: bool) -> Iterator[None]:
 
 
 class Offloaded:
-    """Networks of a GPU that wait in main memory while nobody needs them; elsewhere (`on` is False) nothing moves."""
+    """Networks of a GPU that wait in main memory while nobody needs them; elsewhere (`on` is False) nothing moves.
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, on: bool | None = None) -> None:
+    placement: of a backbone whose networks take turns on the device; then each comes back when it is used.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        device: torch.device,
+        on: bool | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         self.networks, self.device = dict(networks), device
         self.on = device.type == "cuda" if on is None else on
+        self._return_when_used = placement is not None
+        self._placement = placement or Placement(networks, device)
         self._away: set[str] = set()
 
     def offload(self, *names: str) -> None:
         """Park these networks, by name."""
         if self.on and names:
-            self._move(names, torch.device("cpu"))
+            self._placement.send_away(*names)
             self._away |= set(names)
 
     def restore(self) -> None:
-        """All of them are on the device again."""
-        self._move(sorted(self._away), self.device)
+        """All of them are on the device again, or will be when they are used."""
+        for name in () if self._return_when_used else sorted(self._away):
+            self._placement.use(name)
         self._away = set()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, all of them are on the device."""
+        """Inside, all of them are on the device when they are used."""
         offloaded = sorted(self._away)
         self.restore()
         try:
@@ -51,8 +65,12 @@ class Offloaded:
         finally:
             self.offload(*offloaded)
 
-    def _move(self, names: Any, device: torch.device) -> None:
-        for name in names:
-            self.networks[name].to(device)
-        if names and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+def bring_trained(backbone: Any) -> None:
+    """Networks that hold parameters in training are on the device, before an optimizer sees them."""
+    placement: Placement | None = getattr(backbone, "placement", None)
+    if placement is None:
+        return
+    for name, network in placement.networks.items():
+        if any(p.requires_grad for p in network.parameters()):
+            placement.use(name)

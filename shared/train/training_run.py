@@ -29,7 +29,7 @@ from shared.train.last_good_state import LastGood
 from shared.train.learned_state import gather, restore
 from shared.train.log import Log, flat
 from shared.train.loop import Loop, Record
-from shared.train.memory import Offloaded, recomputed
+from shared.train.memory import Offloaded, bring_trained, recomputed
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
 from shared.train.preflight import check_phases, check_validation
@@ -95,7 +95,11 @@ class TrainingRun:
         self._depends: dict[str, str] = {}
         self._anew = True
         text = {n: m for n, m in self.backbone.components.items() if n.startswith("text_encoder")}
-        self.offloaded = Offloaded({"vae": self.backbone.vae, **text}, self.backbone.device)
+        self.offloaded = Offloaded(
+            {"vae": self.backbone.vae, **text},
+            self.backbone.device,
+            placement=getattr(self.backbone, "placement", None),
+        )
         self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
     @property
@@ -296,7 +300,9 @@ class _Phase:
         self.task = owner.tasks[type(self.recipe.task)](owner.context(self.index, trained, self.start))
         if restored is not None:
             self.task.load_state_dict(restored.learned)
-        self.optimizers = Optimizers(self.task.groups(), self.recipe.train.optimizers, owner.accelerator)
+        groups = self.task.groups()
+        bring_trained(owner.backbone)
+        self.optimizers = Optimizers(groups, self.recipe.train.optimizers, owner.accelerator)
         if restored is not None:
             self.optimizers.load_state_dict(restored.optimizer)
             self.optimizers.load_scaler_state(restored.info.get("scaler", {}))

@@ -51,7 +51,7 @@ def small(name: str, *settings: str) -> Recipe:
 
 
 def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **changes: Any) -> TrainingRun:
-    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int, progress=None) -> Tensor:
         return sample(
             backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
         )

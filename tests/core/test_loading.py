@@ -66,7 +66,7 @@ def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> Non
             load_backbone(source)
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cannot load .* as StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"cannot load .*/unet as UNet2DConditionModel"):
         load_backbone(folder)
 
 
@@ -76,3 +76,40 @@ def test_importing_the_package_loads_no_model_library() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cache of the hub that holds one model; and every attempt to reach the hub fails the test."""
+    import socket
+
+    import huggingface_hub.constants
+
+    root = tmp_path / "hub" / "models--someone--tiny-sd"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    tiny_sd.save_pretrained(root / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    return "someone/tiny-sd"
+
+
+def test_the_network_is_not_asked_for_a_model_unless_the_user_says_so(hub: str, tiny_sd: Any) -> None:
+    loaded = load_backbone(hub)
+    assert loaded.name == hub and loaded.checkpoint == StableDiffusionBackbone(tiny_sd).checkpoint
+    with pytest.raises(
+        ValueError, match=r"someone/other: no such folder, and it is not in the hub's cache.*--download"
+    ):
+        load_backbone("someone/other")
+    with pytest.raises(pytest.fail.Exception, match="the network was asked"):
+        load_backbone("someone/other", download=True)
+
+
+def test_one_file_does_not_ask_the_network_either(hub: str, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    safetensors.torch.save_file(
+        {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(4)}, tmp_path / "one.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"one\.safetensors.*With --download"):
+        load_backbone(tmp_path / "one.safetensors")

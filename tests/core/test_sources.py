@@ -43,7 +43,14 @@ class Painter:
         self.side = side
 
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int, resolution: int
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance: float,
+        steps: int,
+        resolution: int,
+        progress=None,
     ) -> torch.Tensor:
         self.calls.append((list(prompts), list(seeds), guidance, steps))
         draw = [torch.rand(3, self.side, self.side, generator=torch.Generator().manual_seed(s)) for s in seeds]

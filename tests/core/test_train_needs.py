@@ -148,7 +148,7 @@ def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_cal
     recipe = small("dreambooth_lora", "train.validation.every=1", "train.steps=1")
 
     def costs(name: str) -> dict[str, Any]:
-        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int, progress=None) -> Tensor:
             slept[0] += 1e3
             return torch.zeros(len(seeds), 3, resolution, resolution)
 

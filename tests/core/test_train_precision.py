@@ -79,7 +79,7 @@ def test_a_run_says_what_auto_became_and_all_its_pictures_are_made_in_it(make_ti
     backbone, seen, encoded = StableDiffusionBackbone(make_tiny_sd(), "tiny"), [], set()
     backbone.vae.encoder.conv_in.register_forward_hook(lambda _, __, out: encoded.add(out.dtype))
 
-    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int):
+    def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int, progress=None):
         seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
         return sample(
             backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution

@@ -85,7 +85,7 @@ def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, 
     made = []
 
     def run(name: str, backbone: Any, **changes: Any) -> None:
-        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int) -> Tensor:
+        def generate(prompts, seeds, *, guidance: float, steps: int, resolution: int, progress=None) -> Tensor:
             made.append((name, backbone.strengths))
             return sample(
                 backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution

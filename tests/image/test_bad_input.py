@@ -175,7 +175,7 @@ def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tm
     generate = ("image", "generate", "a <mug>", "--concept", mug, "--out", tmp_path / "o")
     said = refused(*generate, "--scheduler", "eular")
     assert "unknown scheduler 'eular'. Did you mean 'euler'?" in said and "ddim" in said
-    assert "choose no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
+    assert "choose auto, no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
     assert "--device 'tpu7' cannot be used here" in refused(*generate, "--device", "tpu7")
     assert "multiples of" in refused(*generate, "--height", 33)
     assert "'x' is no strength" in refused(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2),
 def _generate(subject: int, spoiled: Sequence[int] = ()):
     """Pictures of a subject where the prompt says; for seeds in `spoiled` a copy of the first reference."""
 
-    def generate(prompts: list[str], seeds: list[int]) -> Tensor:
+    def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
         for text, seed in zip(prompts, seeds, strict=True):
             thing = subject if "boat" not in text else 7
@@ -117,6 +118,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> Report:
     return Report.load(folder)
+
+
+def test_an_evaluation_tells_of_every_denoising_step() -> None:
+    def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
+        for step in (1, 2):
+            progress(len(seeds) * step, len(seeds) * 2)
+        return _generate(0)(prompts, seeds)
+
+    told: list[tuple[str, int, int]] = []
+    settings = Shots([1, 2], chunk=3)
+    evaluate(generate, generate, _case(), PROMPTS, TOOLS, settings, lambda *what: told.append(what))
+    assert told[:4] == [("with the concept, denoising steps", done, 8) for done in (3, 6, 7, 8)]
+    assert {what for what, done, of in told if done == of} == {what for what, _, _ in told} and len(told) == 12
 
 
 def test_evaluation_measures_what_was_drawn(report: Report) -> None:
@@ -236,7 +250,7 @@ def test_html_needs_nothing_else_and_escapes_what_it_shows(report: Report, folde
 
 def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> None:
     case = _case(references=F.interpolate(REFERENCES, scale_factor=16), gallery=None)
-    generate = lambda p, s: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
+    generate = lambda p, s, _: F.interpolate(_generate(0)(p, s), scale_factor=16)  # noqa: E731
     evaluate(generate, generate, case, PROMPTS.first(1), TOOLS, Shots([20], tmp_path / "r"))
     assert "data:image/jpeg" in (tmp_path / "r" / "index.html").read_text()
     from PIL import Image
@@ -271,7 +285,7 @@ def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
     (tmp_path / "there" / "mine.txt").write_text("keep")
     calls: list[int] = []
 
-    def counted(prompts: list[str], seeds: list[int]) -> Tensor:
+    def counted(prompts: list[str], seeds: list[int], progress: Any) -> Tensor:
         calls.append(len(prompts))
         return torch.full((len(prompts), 3, 32, 32), float("nan"))
 

@@ -21,6 +21,7 @@ from shared.recipe.resolve import load
 from shared.runner.judging import training_scorers
 from shared.runner.plan import Plan, plan
 from shared.train import checkpoint
+from shared.train.loop import Record
 
 TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
 
@@ -166,12 +167,58 @@ def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder,
 def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
     more = ("sources.class_pictures.num_images=4", "sources.class_pictures.batch_size=2")
+    more += ("sources.class_pictures.steps=2", "train.validation.every=1")
     ran = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert ran.code == 0, ran.err
-    assert re.findall(r"class pictures of 'a photo of a mug': (\d of \d)", ran.err) == ["2 of 4", "4 of 4"]
+    steps = re.findall(r"class pictures of 'a photo of a mug', denoising steps: (\d of \d)", ran.err)
+    assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "each step of two pictures of two steps, twice"
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
     assert again.code == 0 and "class pictures" not in again.err, "they are there already"
+    for what in ("pictures of step 1", "pictures of step 2", "the preview of 'x'"):
+        assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
+
+
+def test_generate_tells_of_every_denoising_step(pcs, concepts, tmp_path):
+    steps = ("--steps", 4, "--concept", concepts["mug"])
+    ran = pcs(
+        "image",
+        "generate",
+        "a photo of a <mug>",
+        *steps,
+        "--num",
+        5,
+        "--height",
+        32,
+        "--width",
+        32,
+        "--out",
+        tmp_path / "o",
+    )
+    assert ran.code == 0, ran.err
+    assert re.findall(r"pictures, denoising steps: (\d+) of 20", ran.err)[-1] == "20" and len(ran.err.splitlines()) >= 4
+
+
+def test_the_speed_of_training_is_that_of_the_steps_whose_time_is_known(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
+    with Bar() as bar:
+        now[0] = 100.0  # class pictures
+        for step in range(1, 4):
+            bar.step("tune", Record(step, 0.5, {}, {}, 1.0), 3)
+            now[0] += 20.0
+    assert capsys.readouterr().err.splitlines() == [
+        "tune: step 1, 1 of 3 done, loss 0.5000",
+        *(f"tune: step {n}, {n} of 3 done, loss 0.5000, 0.1 steps/s" for n in (2, 3)),
+    ]
+
+
+def test_a_job_that_is_done_again_is_told_of_again(capsys):
+    tenths = Tenths()
+    for _ in range(2):
+        for done in (1, 2):
+            tenths("pictures", done, 2)
+    assert capsys.readouterr().err.splitlines() == ["pictures: 1 of 2", "pictures: 2 of 2"] * 2
 
 
 def test_without_a_terminal_a_line_is_written_every_ten_percent(capsys):

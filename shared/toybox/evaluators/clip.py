@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.io.model_folders import load_network, load_tokenizer
 from shared.io.temporary_names import beside, replaced
 from shared.toybox.evaluators.convnet import WEIGHTS
 
@@ -116,9 +117,9 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"clip: no config.json in {folder}; make it with `pcs toybox train clip`")
-    model = cast(Any, CLIPModel).from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    model = load_network(CLIPModel, Path(folder))
     pictures = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = load_tokenizer(CLIPTokenizer, Path(folder), model.config.text_config.vocab_size)
     return model.eval().requires_grad_(False), CLIPProcessor(pictures, tokenizer)
 
 

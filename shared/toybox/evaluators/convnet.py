@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from shared.io.model_folders import check_state, first_line
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 WEIGHTS_FILE = "model.safetensors"
@@ -116,14 +119,21 @@ def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
 
 
 def load_state(model: Model, folder: Path) -> Model:
-    """Loads `model.safetensors` of `folder` strictly, as float32, frozen and in eval mode."""
-    model.load_state_dict(read_state(folder / WEIGHTS_FILE))
+    """Loads `model.safetensors` of `folder` as float32, frozen and in eval mode. ValueError unless its keys and shapes are
+    exactly the model's."""
+    state = read_state(folder / WEIGHTS_FILE)
+    check_state(state, model.state_dict(), folder / WEIGHTS_FILE)
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, halves as float32."""
-    return {name: t.float() if t.is_floating_point() else t for name, t in load_file(str(path)).items()}
+    """The tensors of a file, halves as float32. ValueError when it cannot be read."""
+    try:
+        tensors = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:

@@ -1,0 +1,173 @@
+"""Networks and tokenizers from folders that must be whole: what a file lacks is an error, never a random number."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+#: Keys of older files, and of the other half of a model whose text encoder alone is used.
+_UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
+_PADDED = 0.9  # of a table's rows are tokens at least: tables are padded by a few rows, not by half
+_WORDS = ("dog", "mug", "teapot")
+
+
+def load_network(
+    kind: Any, folder: Path, unused: Sequence[str] = (), variant: str | None = None, dtype: Any = None
+) -> Any:
+    """`kind.from_pretrained(folder)`, on the CPU, without a network connection.
+
+    Args:
+        kind: a model class of diffusers or transformers
+        folder: with `config.json` and safetensors, in one file or in shards
+        unused: patterns of keys that the model has and nobody here uses; they may be missing
+        variant: as in `model.fp16.safetensors`; default: that of the files, where every one has it
+        dtype: of the weights (default: float32)
+
+    Raises:
+        ValueError: the files cannot be read, or lack a key, or have one in another shape; it says where
+
+    Warns:
+        UserWarning: the files have keys that the model does not
+    """
+    import torch
+
+    variant = variant or ("fp16" if _half_only(folder) else None)
+    own = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+    options = {own: dtype or torch.float32, **({"variant": variant} if variant else {})}
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(
+                str(folder),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, with the place
+                use_safetensors=True,
+                local_files_only=True,
+                **options,
+            )
+    except Exception as error:  # whatever a broken folder raises is about the user's files
+        raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
+    empty = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta}  # promised by an index
+    wrong = {key for key, *_ in info["mismatched_keys"]}
+    _check_keys({**info, "missing_keys": {*info["missing_keys"], *empty} - wrong}, folder, kind.__name__, unused)
+    return model
+
+
+def _check_keys(info: Any, folder: Path, kind: str, unused: Sequence[str]) -> None:
+    file = folder / _weights_file(folder)
+    missing = _others(info["missing_keys"], unused)
+    if missing:
+        raise ValueError(f"{file} lacks {_listed(missing)} of a {kind}: the file is not whole, or of another model")
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        key, found, wanted = wrong[0]
+        more = f", and {len(wrong) - 1} more are of other shapes" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{file}: {key} is {list(found)}, and the {kind} of {folder / 'config.json'} has {list(wanted)}{more}"
+        )
+    stray = _others(info["unexpected_keys"], _UNREAD)
+    if stray:
+        warnings.warn(f"{file} holds {_listed(stray)}, which a {kind} does not have: not used", stacklevel=4)
+
+
+def check_state(found: Any, wanted: Any, file: Path) -> None:
+    """ValueError unless two state dicts have the same keys and shapes, `found` being what `file` holds."""
+    missing, stray = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing:
+        raise ValueError(f"{file} lacks {_listed(missing)}: the file is not whole, or of another model")
+    if stray:
+        raise ValueError(f"{file} holds {_listed(stray)}, which the model does not have")
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            raise ValueError(f"{file}: {key} is {list(found[key].shape)}, and the model has {list(tensor.shape)}")
+
+
+def _others(keys: Collection[str], patterns: Sequence[str]) -> list[str]:
+    return sorted(k for k in keys if not any(re.search(p, k) for p in patterns))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more keys"
+
+
+def _weights_file(folder: Path) -> str:
+    """The name of the file that says which keys there are: the index of shards, or the only file."""
+    names = sorted(p.name for p in (*folder.glob("*.index*.json"), *folder.glob("*.safetensors")))
+    return next((n for n in names if "index" in n), names[0] if names else "")
+
+
+def _half_only(folder: Path) -> bool:
+    """Whether the weights are there only as `….fp16.safetensors`."""
+    names = [p.name for p in folder.glob("*.safetensors")]
+    return bool(names) and all(re.search(r"\.fp16[.-]", name) for name in names)
+
+
+# --- tokenizers --------------------------------------------------------------------------------
+
+
+def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:
+    """A tokenizer of transformers from a folder. ValueError when it is not there as a whole (`check_tokenizer`)."""
+    try:
+        with quiet():
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot load a {kind.__name__} from {folder}: {first_line(error)}") from error
+    check_tokenizer(tokenizer, rows, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, rows: int, folder: Path) -> None:
+    """ValueError when a tokenizer is not that of a text encoder with `rows` token embeddings: its files are missing in
+    part, or belong to another model. Without them, transformers makes one for which all prompts are the same."""
+    vocabulary = tokenizer.get_vocab()
+    size = max(vocabulary.values(), default=-1) + 1
+    what = f"{folder}: the tokenizer there knows {size} tokens, and the text encoder has embeddings for {rows}"
+    if size > rows or size < _PADDED * rows:
+        raise ValueError(f"{what}. Files of it are missing, or belong to another model")
+    ids = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in _WORDS]
+    for (one, a), (other, b) in itertools.combinations(zip(_WORDS, ids, strict=True), 2):
+        if not a or a == b:
+            raise ValueError(
+                f"{folder}: {one!r} and {other!r} are the same to the tokenizer there. Files of it are missing"
+            )
+
+
+# --- what libraries say ------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def quiet(network: bool = False) -> Iterator[None]:
+    """No bars and no reports of diffusers and transformers while they load, and unless `network` is on, no request:
+    `local_files_only` is not kept everywhere. What was before is again afterwards."""
+    from diffusers.utils import logging as diffusers_log
+    from huggingface_hub import constants
+    from transformers.utils import logging as transformers_log
+
+    bars = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    levels = [(log, log.get_verbosity()) for log in (diffusers_log, transformers_log)]
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not network
+    for log in bars:
+        log.disable_progress_bar()
+    for log, _ in levels:
+        log.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # names of arguments differ between versions
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        for log in bars:
+            log.enable_progress_bar()
+        for log, level in levels:
+            log.set_verbosity(level)

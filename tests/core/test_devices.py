@@ -1,0 +1,128 @@
+"""Everything of a step is on one device. `meta` refuses most mixtures without a GPU; what needs one is marked `cuda`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.backbones import load_backbone
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.placement import size_of
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.concept import attach, capture, read, save
+from shared.concept.verify import bare_copy
+from shared.sampling.sampler import sample
+from shared.sampling.settings import SamplingSettings
+from shared.trainable import Lora
+from shared.types import Conditioning
+from tests.core.runs import finish, learned, session, small
+
+FAMILIES = {
+    "sd": ("make_tiny_sd", StableDiffusionBackbone),
+    "sd_v": ("make_tiny_sd_v", StableDiffusionBackbone),
+    "flux": ("make_tiny_flux", FluxBackbone),
+}
+SETTINGS = SamplingSettings(steps=2, height=32, width=32)
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture(params=FAMILIES)
+def new(request: pytest.FixtureRequest) -> Any:
+    """Makes the tiny backbone of one family."""
+    make, kind = FAMILIES[request.param]
+    return lambda: kind(request.getfixturevalue(make)(), request.param)
+
+
+# --- without a GPU -----------------------------------------------------------------------------
+
+
+def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
+    """Encode pictures and text, add noise, predict, take the loss, go back: the conditioning and the loss."""
+    device = backbone.device
+    latents = backbone.latent_moments(torch.zeros(2, 3, 32, 32, device=device))[0]
+    noise, t = torch.randn(latents.shape, device=device), torch.tensor([300, 700], device=device)
+    text = backbone.encode(["a photo of a mug", "a dog"], t)
+    prediction = backbone.predict(backbone.add_noise(latents, noise, t), t, text)
+    loss = ((prediction - backbone.target(latents, noise, t)) ** 2).mean()
+    loss.backward()
+    return text, loss
+
+
+def test_a_training_step_mixes_no_devices(new):
+    """What depends on the values of tokens (where a learned word stands) has none here, so what is trained is a LoRA, in
+    the text encoder and in the denoiser."""
+    backbone = new()
+    Lora(rank=2, roles=("attention", "text_encoder")).inject(backbone, "thing", "lora", 0)
+    backbone.to("meta")
+    parameters = [p for m in backbone.components.values() for p in m.parameters() if p.requires_grad]
+    text, loss = one_step(backbone)
+    assert isinstance(text.context, Tensor) and {loss.device.type, text.context.device.type} == {"meta"}
+    assert parameters and all(p.grad is not None and p.grad.device.type == "meta" for p in parameters)
+    guided = backbone.predict_guided(torch.zeros(2, 4, 8, 8, device="meta"), torch.tensor(5.0), text, text, 3.0)
+    assert backbone.decode(guided).device.type == "meta"
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(new):
+    return lambda: new().to("cuda")
+
+
+def marked(function: Any) -> Any:
+    for mark in cuda:
+        function = mark(function)
+    return function
+
+
+@marked
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_step_of_training_on_a_gpu(on_gpu, photos, tmp_path, precision):
+    found = finish(session(on_gpu(), small("pivotal_tuning", f"train.mixed_precision={precision}"), photos, tmp_path))
+    assert found and all(t.isfinite().all() for t in found.values())
+
+
+@marked
+def test_a_picture_of_a_gpu_is_that_of_the_cpu(new, on_gpu):
+    seen = sample(on_gpu(), ["a mug"], seeds=[0], settings=SETTINGS).cpu()
+    assert torch.allclose(seen, sample(new(), ["a mug"], seeds=[0], settings=SETTINGS), atol=2e-2)
+
+
+@marked
+def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu, photos, tmp_path):
+    backbone = on_gpu()
+    recipe = small("pivotal_tuning")
+    run = session(backbone, recipe, photos, tmp_path / "run")
+    finish(run)
+    prompt = [f"a photo of a {backbone.placeholders['mug'].words}"]
+    before = sample(backbone, prompt, seeds=[0], settings=SETTINGS)
+    path = save(capture(backbone, "mug", class_noun="mug", recipe=recipe), tmp_path / "mug.concept").path
+    again = on_gpu()
+    attach(read(Path(str(path))), again)
+    assert torch.equal(sample(again, prompt, seeds=[0], settings=SETTINGS), before)
+
+
+@marked
+def test_networks_that_take_turns_on_a_gpu_paint_and_learn_the_same(new, on_gpu, photos, tmp_path):
+    """Within the memory of the largest of them, beside what torch itself keeps."""
+    make, whole = tmp_path / "model", on_gpu()  # the files are of the same weights
+    whole.pipeline().save_pretrained(make)
+    limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))
+    parts = load_backbone(make, device="cuda", memory=limit)
+    expected = sample(whole, ["a mug"], seeds=[0], settings=SETTINGS)
+    assert torch.allclose(sample(parts, ["a mug"], seeds=[0], settings=SETTINGS), expected, atol=1e-4)
+    assert parts.placement is not None and len(parts.placement.present) < len(parts.placement.networks)
+    copied = bare_copy(parts.components["text_encoder"], own_embeddings=True)
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cuda")
+    assert torch.equal(copied(ids)[0], parts.components["text_encoder"](ids)[0])
+    recipe = small("pivotal_tuning")
+    runs = [session(b, recipe, photos, tmp_path / n) for b, n in ((whole, "a"), (parts, "b"))]
+    for run in runs:
+        finish(run)
+    one, other = (learned(run) for run in runs)
+    assert one.keys() == other.keys() and all(torch.allclose(t, other[k], atol=1e-4) for k, t in one.items())
