@@ -22,6 +22,10 @@ class TuneTask(Part):
         """Whether something must score pictures for it."""
         return False
 
+    def count(self, steps: int, subjects: int) -> int:
+        """How many steps it takes, where the recipe says `train.steps` and there are so many subjects."""
+        return steps
+
 
 class GenerateTask(Part):
     """Make pictures with the concept as it is by now, into a folder that a later phase reads
@@ -37,6 +41,10 @@ class GenerateTask(Part):
     def needs_scores(self) -> bool:
         """Whether something must score pictures for it."""
         return self.keep is not None
+
+    def count(self, steps: int, subjects: int) -> int:
+        """How many steps it takes: one for each batch of pictures."""
+        return -(-self.num * len(self.prompts) * subjects // self.batch_size)
 
     @field_validator("prompts")
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ class Generate(ConceptTask):
         if context.make is None:
             raise ValueError(f"phase {context.name}: this run cannot make pictures")
         self.shots = list(self._shots())
-        self.steps = math.ceil(len(self.shots) / self.settings.batch_size)
+        self.steps = self.settings.count(context.recipe.train.steps, len(context.subjects))
         self._key = ""
 
     def _shots(self) -> Iterator[_Shot]:

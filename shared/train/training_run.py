@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from shared.backbones.attention import pays
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
 from shared.recipe.resolve import dump, expand_phases
@@ -21,21 +19,17 @@ from shared.recipe.tasks import GenerateTask, TuneTask
 from shared.sources.base import Generate as ClassPictures
 from shared.sources.base import SourceContext
 from shared.train import checkpoint
-from shared.train.budget import Budget
 from shared.train.context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.costs import Clock, summary, watch_memory
 from shared.train.generate import Generate
-from shared.train.last_good_state import LastGood
-from shared.train.learned_state import gather, restore
-from shared.train.log import Log, flat
-from shared.train.loop import Loop, Record
-from shared.train.memory import Offloaded, bring_trained, recomputed
-from shared.train.optim import NotFinite, Optimizers
+from shared.train.learned_state import restore
+from shared.train.log import Log
+from shared.train.loop import Record
+from shared.train.memory import Offloaded
+from shared.train.phase import Phase
 from shared.train.precision import resolve_precision
 from shared.train.preflight import check_phases, check_validation
 from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_precision, same_recipe
-from shared.train.signals import interruptible
-from shared.train.task import Task
 from shared.train.tune import Tune
 from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
@@ -48,10 +42,6 @@ class Preview(Protocol):
     """Pictures of the state in training, and their scores ("score": the higher the better)."""
 
     def __call__(self, phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]: ...
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP, after the state was saved."""
 
 
 @dataclass
@@ -104,7 +94,11 @@ class TrainingRun:
 
     @property
     def total_steps(self) -> int:
-        return sum(p.train.steps for _, p in self.phases)
+        return self.steps_before(len(self.phases))
+
+    def steps_before(self, phase: int) -> int:
+        """Steps of all phases before the one of this number."""
+        return sum(p.task.count(p.train.steps, len(self.subjects)) for _, p in self.phases[:phase])
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -128,7 +122,7 @@ class TrainingRun:
             self._resume_from(state)
         watch_memory(self.backbone.device)
         first = state.phase if state else 0
-        done_before = sum(p.train.steps for _, p in self.phases[:first])
+        done_before = self.steps_before(first)
         log = Log(self.workdir, done_before + (state.step if state else 0), self.tensorboard)
         try:
             with self.clock.on("optimisation"):
@@ -137,7 +131,7 @@ class TrainingRun:
                     if index < first:
                         continue
                     restored = state if state and state.phase == index else None
-                    for record in _Phase(self, index, name, phase, log).run(trained, restored):
+                    for record in Phase(self, index, name, phase, log).run(trained, restored):
                         with self.clock.on(None):
                             yield name, record
                 if first >= len(self.phases) and state is not None:
@@ -281,147 +275,3 @@ class TrainingRun:
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False
-
-
-class _Phase:
-    """One phase of a run, from its task's first step to its result."""
-
-    def __init__(self, run: TrainingRun, index: int, name: str, recipe: Recipe, log: Log) -> None:
-        self.owner, self.index, self.name, self.recipe, self.log = run, index, name, recipe, log
-        self.offset = sum(p.train.steps for _, p in run.phases[:index])
-        self.start = self.step = 0
-        self.task: Task
-        self.optimizers: Optimizers
-        self.good: LastGood
-
-    def run(self, trained: list[TrainableGroup], restored: checkpoint.State | None) -> Iterator[Record]:
-        owner = self.owner
-        self.start = self.step = restored.step if restored else 0
-        self.task = owner.tasks[type(self.recipe.task)](owner.context(self.index, trained, self.start))
-        if restored is not None:
-            self.task.load_state_dict(restored.learned)
-        groups = self.task.groups()
-        bring_trained(owner.backbone)
-        self.optimizers = Optimizers(groups, self.recipe.train.optimizers, owner.accelerator)
-        if restored is not None:
-            self.optimizers.load_state_dict(restored.optimizer)
-            self.optimizers.load_scaler_state(restored.info.get("scaler", {}))
-            self.optimizers.load_progress(restored.info.get("progress", {}))
-        self.good = LastGood(self.optimizers)
-        if not self.start:
-            owner.final_scores = {}
-        with ExitStack() as stack:
-            stop = stack.enter_context(interruptible())
-            self._enter(stack)
-            try:
-                owner.begin()
-                for record in self._loop().run(self.start):
-                    self.step = record.step
-                    self.log.scalars(self.offset + self.step, flat(record))
-                    self._after()
-                    yield record
-                    if stop.is_set():
-                        self._save()
-                        raise Interrupted
-                self.optimizers.check_finite(self.step)
-            except NotFinite as error:
-                raise NotFinite(f"{error} (phase {self.name}); {self._keep_good()}") from None
-            self._finish()
-            if stop.is_set():  # it came when the last step was done
-                raise Interrupted
-
-    def _enter(self, stack: ExitStack) -> None:
-        """What holds while the phase runs."""
-        owner, backbone = self.owner, self.owner.backbone
-        side = self.recipe.train.resolution or backbone.resolution
-        stack.enter_context(recomputed(backbone.denoiser, self.recipe.train.gradient_checkpointing))
-        stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
-        stack.callback(self._dropout, False)
-        stack.callback(owner.offloaded.restore)
-        self._dropout(True)
-        if owner.offloaded.on:  # on a GPU, what the steps do not need makes room for what they do
-            needed = frozenset(getattr(self.task, "networks_in_steps", owner.offloaded.networks))
-            owner.offloaded.offload(*(n for n in owner.offloaded.networks if n not in needed))
-
-    def _loop(self) -> Loop:
-        recipe, owner = self.recipe, self.owner
-        return Loop(
-            self.task,
-            self.optimizers,
-            Budget(steps=self.task.steps),
-            recipe.seed,
-            owner.accelerator,
-            recipe.train.gradient_accumulation,
-            self.good,
-        )
-
-    def _after(self) -> None:
-        """After a step: pictures and their scores, the best state, a checkpoint."""
-        owner, check, step, last = self.owner, self.recipe.train.validation, self.step, self.task.steps
-        if owner.preview and check.every and (step % check.every == 0 or step == last) and self.optimizers.names:
-            self.optimizers.check_finite(step)
-            self._validate()
-        every = self.recipe.train.checkpoint_every
-        if every and step % every == 0 and step < last:
-            self.optimizers.check_finite(step)
-            self._save()
-
-    def _validate(self) -> None:
-        owner, check, step = self.owner, self.recipe.train.validation, self.step
-        assert owner.preview is not None
-        self._dropout(False)
-        self.optimizers.average(True)
-        with owner.clock.on("validation"), owner.offloaded.on_device(), owner.accelerator.autocast():
-            pixels, scores = owner.preview(self.name, step)
-        self.log.scalars(self.offset + step, {f"validation/{k}": v for k, v in scores.items()})
-        self.log.samples(self.offset + step, pixels)
-        score = scores.get("score")
-        if not check.keep_best or score is None:
-            owner.final_scores = dict(scores)
-        if check.keep_best and score is not None and (owner.best_score is None or score > owner.best_score):
-            owner.best, owner.best_score = self.task.state_dict(), score
-            owner.final_scores = {**scores, "step": step}
-        self.optimizers.average(False)
-        self._dropout(True)
-
-    def _keep_good(self) -> str:
-        """Save the state before the update that led to a loss that is no number, and say what can be done."""
-        owner = self.owner
-        before = self.good.put_back()
-        if before is not None or (self.step == self.start and checkpoint.load(owner.workdir) is None):
-            self.step = before if before is not None else self.start
-            self._save(not_finite=True)
-        elif (newest := checkpoint.load(owner.workdir)) is not None:
-            self.step = newest.step
-            checkpoint.amend(owner.workdir, not_finite=True)
-        else:
-            return "no good state is left. Lower the learning rate (trainable.*.lr), and start anew."
-        return (
-            f"the state of step {self.step}, before it went wrong, is kept in {owner.workdir}. Lower the learning rate "
-            "(trainable.*.lr), or set train.mixed_precision=no, and go on with --resume."
-        )
-
-    def _finish(self) -> None:
-        """End of a phase: back to its best state when one was kept; the next phase starts from there."""
-        owner = self.owner
-        self.optimizers.average(True)
-        if owner.best:
-            self.task.load_state_dict(owner.best)
-        owner.best, owner.best_score = {}, None
-        self.task.result()
-        owner.save(checkpoint.State(self.index + 1, 0, self._learned()), {})
-
-    def _learned(self) -> dict[str, Tensor]:
-        owner = self.owner
-        return gather(owner.backbone, owner.names, owner.run_name)
-
-    def _save(self, not_finite: bool = False) -> None:
-        info = {"progress": self.optimizers.progress()}
-        state = checkpoint.State(self.index, self.step, self.task.state_dict(), self.optimizers.state_dict(), info=info)
-        self.owner.save(state, self.optimizers.scaler_state(), not_finite)
-
-    def _dropout(self, on: bool) -> None:
-        owner = self.owner
-        for adapter in owner.backbone.adapters.get(owner.run_name, []):
-            if hasattr(adapter, "train"):
-                adapter.train(on)  # type: ignore[attr-defined]
