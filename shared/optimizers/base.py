@@ -26,13 +26,17 @@ class OptimizerPart(Part):
     weight_decay: NotNegative = 1e-2
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
-    decay: Fraction = 1.0  # of the run, at its end: where rates fall; less than 1: warm-up, stable, decay (arXiv 2404.06395)
+    decay: Fraction = (
+        1.0  # of the run, at its end: where rates fall; less than 1: warm-up, stable, decay (arXiv 2404.06395)
+    )
     max_grad_norm: Positive | None = 1.0
 
     @model_validator(mode="after")
     def _something_falls(self) -> OptimizerPart:
         if self.schedule == "constant" and self.decay != 1:
-            raise ValueError(f"decay = {self.decay} with schedule: constant, which does not fall: choose linear or cosine")
+            raise ValueError(
+                f"decay = {self.decay} with schedule: constant, which does not fall: choose linear or cosine"
+            )
         return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
