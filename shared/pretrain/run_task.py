@@ -129,6 +129,7 @@ class _Session:
                         raise KeyboardInterrupt
                     if self._paused():
                         break
+            self._write_window()
             if self.step > self.start:
                 self._save()
             measured = self.task.result()
@@ -163,8 +164,7 @@ class _Session:
         self.step, self.pictures = record.step, self.pictures + self.task.batch_size
         self.window.add(record)
         if record.step % self.settings.log_every == 0:
-            self._write({**self.window.mean(), **self.window.speed(self.task.batch_size), "pictures": self.pictures})
-            self.window = _Window()
+            self._write_window()
         self.task.after_step(self.step, self.pictures)
         if time.monotonic() - self.saved > 60 * self.settings.save_minutes:
             self._save()
@@ -173,6 +173,11 @@ class _Session:
         settings = self.settings
         over = settings.minutes is not None and time.monotonic() - self.begun > 60 * settings.minutes
         return over or (settings.pause_at is not None and self.step >= settings.pause_at)
+
+    def _write_window(self) -> None:
+        if self.window.records:
+            self._write({**self.window.mean(), **self.window.speed(self.task.batch_size), "pictures": self.pictures})
+        self.window = _Window()
 
     def _write(self, values: Mapping[str, float]) -> None:
         short = {name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in values.items()}

@@ -74,7 +74,7 @@ class DecoderTask(PretrainTask):
         for network in (self.vae, self.discriminator):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.modules = {"model": self.decoder, "discriminator": self.discriminator}
-        self.averages = Averages(dict(self.decoder.named_parameters()), settings.ema)
+        self.ema = self.averages = Averages(dict(self.decoder.named_parameters()), settings.ema)
         self.optimizers = {"discriminator": settings.discriminator_optimizer, "decoder": settings.optimizer}
         self.facts = {"seed": settings.seed, "batch": settings.batch}
 
@@ -135,7 +135,7 @@ class DecoderTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Writes `out/vae` with the averaged decoder, and measures it on held-out pictures."""
         vae: Any = frozen_vae(self.out).to(self.compute.device)  # pyright: ignore[reportArgumentType]
-        self.averages.copy_to(dict(nn.ModuleList([vae.post_quant_conv, vae.decoder]).named_parameters()))
+        self.ema.copy_to(dict(nn.ModuleList([vae.post_quant_conv, vae.decoder]).named_parameters()))
         decibels = pixels.psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
         return {"psnr": decibels}

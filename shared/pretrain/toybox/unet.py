@@ -62,7 +62,7 @@ class UnetTask(PretrainTask):
         if compute.device.type == "cpu":
             self.denoiser.text_encoder.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
             self.denoiser.unet.set_attn_processor(models.PlainAttention())  # pyright: ignore[reportCallIssue]
-        self.averages = Averages(dict(self.denoiser.named_parameters()), settings.ema)
+        self.ema = self.averages = Averages(dict(self.denoiser.named_parameters()), settings.ema)
         self.probe = reader.Probe(self.denoiser.unet).to(compute.device) if reads is not None else None
         self.modules = {"model": self.denoiser, **({} if self.probe is None else {"probe": self.probe})}
         unclipped = settings.optimizer.model_copy(update={"max_grad_norm": None})
@@ -102,7 +102,7 @@ class UnetTask(PretrainTask):
         """Keeps the average every `snapshot_steps`, for the curve over training."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
-            save_snapshot(training_folder(self.out, "unet"), self.averages.state_dict(), facts)
+            save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)
 
 
 def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:

@@ -146,7 +146,7 @@ class VaeTask(PretrainTask):
         torch.manual_seed(settings.seed)
         self.vae = models.build_vae(settings.size).to(compute.device)  # pyright: ignore[reportArgumentType]
         self.modules = {"model": self.vae}
-        self.averages = Averages(dict(self.vae.named_parameters()), settings.ema)
+        self.ema = self.averages = Averages(dict(self.vae.named_parameters()), settings.ema)
         self.optimizers = {"main": settings.optimizer}
         self.facts = {"seed": settings.seed, "batch": settings.batch, "size": asdict(settings.size)}
 
@@ -167,7 +167,7 @@ class VaeTask(PretrainTask):
         """A copy with the averaged parameters, not yet normalised."""
         vae = models.build_vae(self.settings.size).to(self.compute.device).eval()  # pyright: ignore[reportArgumentType]
         vae.load_state_dict(self.vae.state_dict())
-        self.averages.copy_to(dict(vae.named_parameters()))
+        self.ema.copy_to(dict(vae.named_parameters()))
         return vae
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class VaeTask(PretrainTask):
         """Whether `out/vae` is this very autoencoder, up to its decoder."""
         if not has_vae(self.out):
             return False
-        written, averages = frozen_vae(self.out).encoder.state_dict(), self.averages.state_dict()
+        written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
         return all(torch.equal(written[name], averages[f"encoder.{name}"]) for name in written)
 
 
