@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from shared.pretrain.task import Compute, PretrainTask
 from shared.train import checkpoint
 from shared.train.budget import Budget
-from shared.train.log import Log, flat
+from shared.train.log import Log, check_log, flat
 from shared.train.loop import Loop, Record
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.signals import interruptible
@@ -82,8 +82,8 @@ def run_task(
 
     Raises:
         ValueError: the checkpoint is of other settings
-        NotFinite: no gradient is finite any more; the state before is saved
-        KeyboardInterrupt: Ctrl-C, after the state was saved
+        NotFinite: no gradient is finite any more, or parameters are not; the last good state is saved
+        KeyboardInterrupt: it was asked to stop, and the state is saved
     """
     return _Session(task, settings, folder, first).run(budget or settings.budget())
 
@@ -93,6 +93,7 @@ class _Session:
 
     def __init__(self, task: PretrainTask, settings: RunSettings, folder: Path, first: int) -> None:
         self.task, self.settings, self.folder = task, settings, folder
+        check_log(folder)
         state = checkpoint.load(folder) if settings.resume else None
         self.start = self.step = state.step if state else first
         self.pictures = int(state.info["pictures"]) if state else first * task.batch_size
@@ -124,14 +125,13 @@ class _Session:
             with interruptible() as stop:
                 for record in self._records(budget):
                     self._after(record)
-                    if stop.is_set():
-                        self._save()
-                        raise KeyboardInterrupt
-                    if self._paused():
+                    if stop.is_set() or self._paused():
                         break
-            self._write_window()
-            if self.step > self.start:
-                self._save()
+                self._write_window()
+                if self.step > self.start:
+                    self._save()
+                if stop.is_set():
+                    raise KeyboardInterrupt
             measured = self.task.result()
             if measured:
                 self._write(measured)
@@ -185,6 +185,8 @@ class _Session:
         print(f"{self.folder.name}: step {self.step}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
 
     def _save(self) -> None:
+        """Raises NotFinite, and leaves the last checkpoint, where the last update spoiled the parameters."""
+        self.optimizers.check_finite(self.step)
         info = checkpoint_info(self.task.facts, self.pictures)
         info |= {"trained": self.trained, "progress": self.optimizers.progress()}
         checkpoint.save(

@@ -99,6 +99,26 @@ def test_a_step_without_a_finite_loss_is_left_out_and_many_end_the_run(tmp_path:
     assert state is not None and state.step == 2
 
 
+def test_an_update_that_spoils_the_parameters_is_not_saved(tmp_path: Path) -> None:
+    class Spoiled(LayerTask):
+        def after_step(self, step: int, pictures: int) -> None:
+            if step == 4:
+                with torch.no_grad():
+                    self.network[1].weight.fill_(math.inf)  # type: ignore[operator]
+
+    train(LayerTask(), tmp_path, 8, pause_at=2)
+    with pytest.raises(NotFinite, match="the update of step 4 left values that are not finite"):
+        train(Spoiled(), tmp_path, 8, pause_at=4)
+    state = checkpoint.load(tmp_path)
+    assert state is not None and state.step == 2
+
+
+def test_a_log_that_pcs_did_not_write_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="holds what pcs did not write"):
+        train(LayerTask(bad=range(9)), tmp_path, 2)
+
+
 def test_other_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> None:
     train(LayerTask(), tmp_path, 2)
     with pytest.raises(ValueError, match="was made with seed=0, not 1"):

@@ -211,7 +211,7 @@ def test_what_a_share_does_not_use_has_no_gradient() -> None:
     shares = BatchShares(2)
     loss = shares.mean_loss(lambda x: (used * x).sum(), [torch.ones(2), 3 * torch.ones(2)], [used, unused])
     loss.backward()
-    assert float(loss) == 4 and used.grad is not None and used.grad.tolist() == [2, 2] and unused.grad is None
+    assert loss.item() == 8 / 2 and used.grad is not None and used.grad.tolist() == [2, 2] and unused.grad is None
 
 
 def test_times_fill_the_range_and_favour_the_middle() -> None:

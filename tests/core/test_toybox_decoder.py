@@ -12,6 +12,7 @@ from shared.pretrain.task import Compute
 from shared.pretrain.toybox import decoder, run_folder, vae
 from shared.pretrain.toybox import latent_cache as cache
 from shared.pretrain.toybox.discriminator import Discriminator, hinge_loss
+from shared.train import checkpoint
 from tests.core.squares import TINY_VAE, Squares, same, tiny_run, train
 
 TINY = decoder.DecoderTraining(batch=4, alone=2, pixel=TINY_VAE)
@@ -94,10 +95,10 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
     retrain(3)  # what it was trained to: nothing to do, and the decoder stays
-    assert _folder(out).is_dir()
+    assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)
-    assert not _folder(out).exists() and not torch.equal(
+    assert not list(_folder(out).iterdir()) and not torch.equal(
         run_folder.frozen_vae(out).state_dict()["encoder.conv_in.weight"], written["encoder.conv_in.weight"]
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.io.foreign_files import claim
 from shared.pretrain.run_task import checkpoint_info
 from shared.pretrain.task import state_of
 from shared.pretrain.toybox import models
@@ -59,7 +60,7 @@ def adopt_backbone(out: Path) -> bool:
         pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
     for name, line in facts.get("last", {}).items():  # what the card says of trainings that are not repeated here
         if line and not (log := log_of(out, name)).exists():
-            log.parent.mkdir(parents=True, exist_ok=True)
+            claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
     info = checkpoint_info({"sizes": facts["sizes"]}, facts["pictures"])
     _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": pipe.unet}, info, facts["step"])

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.io.foreign_files import claim
 from shared.io.outputs import atomic_write
 from shared.pretrain.run_task import refuse_older
 from shared.pretrain.task import average_of
@@ -83,6 +84,7 @@ def snapshots(out: Path) -> list[Path]:
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
     """Keeps an average of the denoiser in fp16, whole or not at all; `facts` as `denoiser_facts`."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
+    claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         save_file(

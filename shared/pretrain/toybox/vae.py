@@ -9,7 +9,6 @@ and a common spread, whose inverse is the ``scaling_factor``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute, PretrainTask, decay_groups
 from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import VAE_FOLDER, frozen_vae, has_vae, training_folder
+from shared.train import checkpoint
 from shared.train.averages import Averages
 from shared.train.loop import generator
 from shared.train.task import Update
@@ -183,7 +183,7 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        shutil.rmtree(training_folder(self.out, "decoder"), ignore_errors=True)  # of other latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # of other latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:
