@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
     from shared.config import unknown
-    from shared.pretrain.toybox.common import pick_device
+    from shared.pretrain.run_task import pick_device
 
     for name in stage or ():
         if name not in pipeline.STAGES:
@@ -50,9 +50,10 @@ def evaluate(
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
     """Measure the evaluators on fresh renders, and the shipped model on random captions."""
+    from shared.pretrain.toybox.evaluate_backbone import JudgeSettings
     from shared.pretrain.toybox.evaluate_backbone import evaluate as measure
 
-    for line in measure(out, pictures, guidance, steps, seed, backbone, card, overwrite):
+    for line in measure(JudgeSettings(pictures, guidance, steps, seed, backbone), out, card, overwrite):
         print(line)
 
 
@@ -83,9 +84,9 @@ def sheet(
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
     """A sheet of captioned pictures, to look at."""
-    from shared.pretrain.toybox.evaluate_backbone import draw_sheet
+    from shared.pretrain.toybox.draw_sheet import SheetSettings, draw_sheet
 
-    print(draw_sheet(out, source, rows, columns, seed, guidance, prompt, overwrite))
+    print(draw_sheet(out, SheetSettings(source, rows, columns, seed, guidance, tuple(prompt)), overwrite))
 
 
 @app.command()
@@ -98,7 +99,6 @@ def subjects(
 ) -> None:
     """The held-out things and styles that no caption can describe: list them, or write one as pictures to learn from."""
     from shared.config import unknown
-    from shared.pretrain.toybox.evaluate_backbone import write_style
     from shared.toybox import reference_sets as album
     from shared.toybox.subjects import style_names
 
@@ -111,7 +111,7 @@ def subjects(
         return
     if name not in things and name not in styles:
         raise ValueError(unknown(name, [*things, *styles], "toybox subject or style"))
-    write = write_style if name in styles else album.write_album
+    write = album.write_style if name in styles else album.write_album
     for path in write(name, out or Path(name), num, seed, overwrite):
         print(path)
 

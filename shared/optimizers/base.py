@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config import Part
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class OptimizerPart(Part):
@@ -25,7 +26,18 @@ class OptimizerPart(Part):
     weight_decay: NotNegative = 1e-2
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    decay: Fraction = (
+        1.0  # of the run, at its end: where rates fall; less than 1: warm-up, stable, decay (arXiv 2404.06395)
+    )
     max_grad_norm: Positive | None = 1.0
+
+    @model_validator(mode="after")
+    def _something_falls(self) -> OptimizerPart:
+        if self.schedule == "constant" and self.decay != 1:
+            raise ValueError(
+                f"decay = {self.decay} with schedule: constant, which does not fall: choose linear or cosine"
+            )
+        return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups with "params", "lr" and "weight_decay". ValueError where it is missing."""
@@ -44,8 +56,9 @@ class OptimizerPart(Part):
         """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
+        fallen = min(1.0, max(0.0, (done - (1 - self.decay)) / self.decay))
         if self.schedule == "linear":
-            return 1 - done
+            return 1 - fallen
         if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
+            return 0.5 * (1 + math.cos(math.pi * fallen))
         return 1.0

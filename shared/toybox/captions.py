@@ -174,11 +174,11 @@ def _colors(rng: np.random.Generator, both: bool) -> str:
     return "main" if rng.random() < 0.5 else "none"
 
 
-SAID = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
+CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
-def said(text: str) -> tuple[int, int, int]:
-    """What a caption says of its thing: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
+def caption_attributes(text: str) -> tuple[int, int, int]:
+    """What a caption names of its thing: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
 
     Accessories are always named, so that a caption without one says "none"; of two things beside each other it says
     neither class nor accessory.

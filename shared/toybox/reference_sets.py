@@ -11,9 +11,9 @@ from torch import Tensor
 from shared.config import unknown
 from shared.io.contact_sheets import read_metadata, write_picture
 from shared.io.outputs import atomic_folder
-from shared.toybox.captions import plain_caption
+from shared.toybox.captions import SEEN, background_phrase, describe, plain_caption
 from shared.toybox.render import render
-from shared.toybox.subjects import HeldOut, faces, reference_scenes, subjects
+from shared.toybox.subjects import HeldOut, faces, reference_scenes, style_scenes, subjects
 from shared.toybox.world import Thing
 
 SPLITS = ("development", "reporting")
@@ -47,6 +47,23 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
             write_picture(shown.pixels[i] * 2 - 1, out / f"{i:02d}.png", {_KEY: name})
             write_picture(shown.mask[i].expand(3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}.png")
             (out / f"{i:02d}.txt").write_text(plain_caption(scene) + "\n", "utf-8")
+    return [folder / f"{i:02d}.png" for i in range(n)]
+
+
+def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
+    """Write n pictures in a held-out style (`development-mosaic` …), of n different things, to learn the style from.
+
+    Each says in its PNG text which style it shows; beside it lies a caption of what is drawn (`NAME.txt`), which does
+    not say how it is drawn.
+    """
+    scenes = style_scenes(name, n, seed)
+    drawn = render(scenes).pixels * 2 - 1
+    with atomic_folder(folder, overwrite) as out:
+        for i, scene in enumerate(scenes):
+            write_picture(drawn[i], out / f"{i:02d}.png", {"toybox-style": name})
+            seen = f", {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else ""
+            drawn_is = f"{describe(scene.things[0], 'none')} {background_phrase(scene.background)}{seen}"
+            (out / f"{i:02d}.txt").write_text(drawn_is + "\n", "utf-8")
     return [folder / f"{i:02d}.png" for i in range(n)]
 
 

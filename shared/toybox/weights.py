@@ -1,18 +1,10 @@
-"""Where the toybox's weights lie, and how a training becomes the pipeline folder that is shipped.
-
-A training run's folder holds: ``tokenizer/``, ``vae/`` (frozen, normalised, fp32), ``vae.safetensors``,
-``decoder.safetensors`` and ``unet.safetensors`` (checkpoints with averages and optimizer), ``latents/`` (cache),
-``*_log.jsonl``.
-"""
+"""Where the toybox's weights lie, and how its card says to sample."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -18,7 +18,7 @@ from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
-from shared.train.task import Task, Update
+from shared.train.task import Update, UpdateSource
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Loop:
         averages: moving averages of what is trained, updated after each step
     """
 
-    task: Task
+    task: UpdateSource
     optimizers: Optimizers
     budget: Budget
     seed: int

@@ -20,7 +20,21 @@ class Update:
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
 
 
-class Task(Protocol):
+class UpdateSource(Protocol):
+    """What the loop takes steps of."""
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`, so that a step can
+        be computed again.
+
+        An update is yielded *inside* the contexts that its loss was computed under (`backbone.active`, `attending`, …)
+        and stays there until the loop has run its backward pass: with recomputed activations the layers run again in
+        the backward pass, and outside of those contexts they would compute something else, without a word.
+        """
+        ...
+
+
+class Task(UpdateSource, Protocol):
     """Something that spends compute in numbered steps. It knows its data and its losses; the loop knows time, gradients
     and optimizers. Called in this order: `load_state_dict` (of a run that goes on) -> `groups` -> `updates`, step after
     step -> `result`; `state_dict` at any time between two steps."""
@@ -33,16 +47,6 @@ class Task(Protocol):
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
         """Optimizer group -> what it trains; empty for a task that trains nothing."""
-        ...
-
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
-        """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`, so that a step can
-        be computed again.
-
-        An update is yielded *inside* the contexts that its loss was computed under (`backbone.active`, `attending`, …)
-        and stays there until the loop has run its backward pass: with recomputed activations the layers run again in
-        the backward pass, and outside of those contexts they would compute something else, without a word.
-        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.pretrain.toybox import assemble, common, models, vae
+from shared.pretrain.run_task import Outcome, RunSettings, run_task
+from shared.pretrain.task import Compute, PretrainTask
 from shared.pretrain.toybox import latent_cache as cache
+from shared.pretrain.toybox import models, run_folder, vae
 from shared.toybox import tokenizer as words
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
-TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4, bf16=False, log_every=2)
+TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4)
 
 
 class Squares:
@@ -39,13 +41,16 @@ class Squares:
         return (self._pixels[index] != 230).any(-1)
 
 
+def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pause_at: int | None = None) -> Outcome:
+    """Trains on the CPU in fp32 until `steps`, or until it pauses."""
+    return run_task(task, RunSettings(steps, pause_at=pause_at, resume=resume, device="cpu", log_every=2), folder)
+
+
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
     """A run with a tokenizer of few words and an autoencoder after three steps; the latents of `data`."""
-    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / assemble.TOKENIZER_FOLDER)
-    trained = vae.VaeRun(TINY_VAE, out, torch.device("cpu"), resume=False)
-    vae.fit(trained, data, common.Budget(steps=3), common.Log(out / "vae_log.jsonl", say=False))
-    vae.finish(trained, data, out)
-    return cache.build(out / "latents", data, assemble.frozen_vae(out), assemble.tokenizer_of(out))
+    words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / run_folder.TOKENIZER_FOLDER)
+    train(vae.VaeTask(TINY_VAE, data, out, Compute()), run_folder.training_folder(out, "vae"), 3)
+    return cache.build(out / "latents", data, run_folder.frozen_vae(out), run_folder.tokenizer_of(out))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -13,19 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from shared.pretrain.toybox import assemble, common, models, unet, vae
+from shared.optimizers import AdamW
+from shared.pretrain.batch_shares import BatchShares
+from shared.pretrain.task import Compute, average_of
+from shared.pretrain.toybox import assemble, models, run_folder, unet, vae
+from shared.pretrain.toybox import denoising_loss as denoising
 from shared.pretrain.toybox import latent_cache as cache
 from shared.toybox import tokenizer as words
 from shared.toybox import weights
-from tests.core.squares import TINY_VAE, Squares, same, tiny_run
+from shared.train import checkpoint
+from shared.train.averages import Averages
+from shared.train.budget import Budget
+from shared.train.loop import generator
+from tests.core.squares import TINY_VAE, Squares, same, tiny_run, train
 
-TINY_UNET = unet.UnetTraining(
+TINY_UNET = denoising.UnetTraining(
     models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=4),
     models.TextSize(hidden=16, layers=1, heads=2),
     batch=4,
-    warmup=2,
-    bf16=False,
-    log_every=2,
+    optimizer=AdamW(betas=(0.9, 0.99), warmup=2),
+    snapshot_steps=2,
 )
 
 
@@ -38,7 +45,7 @@ def one_thread() -> Any:
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a tokenizer of few words, an autoencoder after three steps and a U-Net after two."""
     out = tmp_path_factory.mktemp("run")
     cached = tiny_run(out, Squares(40))
@@ -46,16 +53,31 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _train(out: Path, cached: cache.Cache, steps: int, resume: bool, workers: int = 1) -> unet.UnetRun:
-    run = unet.UnetRun(TINY_UNET, assemble.tokenizer_of(out), out, torch.device("cpu"), resume, workers)
-    unet.fit(run, cached, common.Budget(steps=steps, warmup=2), common.Log(out / "unet_log.jsonl", say=False))
-    return run
+def _task(out: Path, cached: cache.Cache, steps: int = 100, workers: int = 1, **changed: Any) -> unet.UnetTask:
+    settings = replace(TINY_UNET, **changed)
+    return unet.UnetTask(settings, cached, out, Budget(steps=steps), Compute(), workers)
+
+
+def _train(out: Path, cached: cache.Cache, steps: int, resume: bool, workers: int = 1) -> unet.UnetTask:
+    task = _task(out, cached, steps, workers)
+    train(task, _folder(out), steps, resume)
+    return task
+
+
+def _folder(out: Path) -> Path:
+    return run_folder.training_folder(out, "unet")
+
+
+def _state(out: Path) -> checkpoint.State:
+    state = checkpoint.load(_folder(out))
+    assert state is not None
+    return state
 
 
 # --- autoencoder and cache ---
 
 
-def test_normalising_keeps_the_pictures_and_gives_unit_latents(run_folder: Path) -> None:
+def test_normalising_keeps_the_pictures_and_gives_unit_latents(made: Path) -> None:
     torch.manual_seed(0)
     data, raw = Squares(40), models.build_vae(TINY_VAE.size).eval()
     x = vae.to_signed(data.pixels(slice(None)))
@@ -69,8 +91,8 @@ def test_normalising_keeps_the_pictures_and_gives_unit_latents(run_folder: Path)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, run_folder: Path) -> None:
-    model, tokenizer = assemble.frozen_vae(run_folder), assemble.tokenizer_of(run_folder)
+def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, made: Path) -> None:
+    model, tokenizer = run_folder.frozen_vae(made), run_folder.tokenizer_of(made)
     few, all_ = Squares(10), Squares(25)
     all_._pixels[:10] = few._pixels
     cache.build(tmp_path, few, model, tokenizer)
@@ -88,112 +110,123 @@ def test_latents_cache_agrees_with_the_autoencoder_and_grows(tmp_path: Path, run
 
 
 def test_vae_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    cpu, data = torch.device("cpu"), Squares(40)
-    _steps(vae.VaeRun(TINY_VAE, tmp_path / "a", cpu, resume=False), data, 2)
-    stopped = vae.VaeRun(TINY_VAE, tmp_path / "a", cpu, resume=True)
-    _steps(stopped, data, 4)
-    straight = vae.VaeRun(TINY_VAE, tmp_path / "b", cpu, resume=False)
-    _steps(straight, data, 4)
-    same(stopped.vae.state_dict(), straight.vae.state_dict())
-    same(stopped.ema.shadow, straight.ema.shadow)
+    def task(name: str) -> vae.VaeTask:
+        return vae.VaeTask(TINY_VAE, Squares(40), tmp_path / name, Compute())
 
-
-def _steps(run: vae.VaeRun, data: Squares, until: int) -> None:
-    while run.step < until:
-        run.update(data, len(data), 1.0)
-    run.save()
+    train(task("a"), tmp_path / "a", 4, pause_at=2)
+    resumed, straight = task("a"), task("b")
+    train(resumed, tmp_path / "a", 4)
+    train(straight, tmp_path / "b", 4)
+    same(resumed.state_dict(), straight.state_dict())
+    start = task("c").state_dict()
+    assert not any(torch.equal(x, start[n]) for n, x in straight.state_dict().items() if n.startswith("average/"))
 
 
 # --- denoiser ---
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_unet_resumes_to_the_same_bits(tmp_path: Path, run_folder: Path, workers: int) -> None:
-    cached = cache.load(run_folder / "latents")
+def test_unet_resumes_to_the_same_bits(tmp_path: Path, made: Path, workers: int) -> None:
+    cached = cache.load(made / "latents")
     for name in ("a", "b"):
-        words.save(assemble.tokenizer_of(run_folder), tmp_path / name / assemble.TOKENIZER_FOLDER)
+        words.save(run_folder.tokenizer_of(made), tmp_path / name / run_folder.TOKENIZER_FOLDER)
     _train(tmp_path / "a", cached, 3, resume=False, workers=workers)
     stopped = _train(tmp_path / "a", cached, 5, resume=True, workers=workers)
     straight = _train(tmp_path / "b", cached, 5, resume=False, workers=workers)
-    same(stopped.denoiser.state_dict(), straight.denoiser.state_dict())
-    same(stopped.ema.shadow, straight.ema.shadow)
-    a, b = (common.load_checkpoint(tmp_path / n / assemble.UNET_CHECKPOINT) for n in "ab")
-    assert a[1] == b[1] and (a[1]["step"], a[1]["pictures"]) == (5, 20)
-    assert torch.equal(a[0]["optimizer"][0]["exp_avg_sq"], b[0]["optimizer"][0]["exp_avg_sq"])
+    same(stopped.state_dict(), straight.state_dict())
+    a, b = (_state(tmp_path / n) for n in "ab")
+    assert a.info == b.info and (a.step, a.info["pictures"]) == (5, 20)
+    same(dict(a.optimizer), dict(b.optimizer))
+    kept = run_folder.snapshots(tmp_path / "a")
+    assert [run_folder.snapshot_facts(path)["pictures"] for path in kept] == [8, 16]
 
 
-def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, run_folder: Path) -> None:
-    tree, facts = common.load_checkpoint(run_folder / assemble.UNET_CHECKPOINT)
-    words.save(assemble.tokenizer_of(run_folder), tmp_path / assemble.TOKENIZER_FOLDER)
-    common.save_checkpoint(tmp_path / assemble.UNET_CHECKPOINT, {k: tree[k] for k in ("model", "ema")}, facts)
-    run = _train(tmp_path, cache.load(run_folder / "latents"), 3, resume=True)
-    assert (run.step, run.pictures) == (3, 12)
+def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, made: Path) -> None:
+    state = _state(made)
+    words.save(run_folder.tokenizer_of(made), tmp_path / run_folder.TOKENIZER_FOLDER)
+    checkpoint.save(_folder(tmp_path), replace(state, optimizer={}))
+    _train(tmp_path, cache.load(made / "latents"), 3, resume=True)
+    found = _state(tmp_path)
+    assert (found.step, found.info["pictures"]) == (3, 12)
+    assert float(found.optimizer["main.0.step"]) == 1, "of an optimizer that began with the third step"
 
 
 def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
     from shared.pretrain.toybox.initial_weights import adopt_vae
 
     assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
-    run = vae.VaeRun(vae.VaeTraining(), tmp_path, torch.device("cpu"), resume=True)
-    assert run.step == 0
-    shipped = assemble.frozen_vae(weights.WEIGHTS / "backbone").float()
-    same(run.vae.state_dict(), shipped.state_dict())
-    same(run.ema.shadow, dict(shipped.named_parameters()))
+    task = vae.VaeTask(vae.VaeTraining(), Squares(40), tmp_path, Compute())
+    state = checkpoint.load(run_folder.training_folder(tmp_path, "vae"))
+    assert state is not None and state.step == 0
+    task.load_state_dict(state.learned)
+    shipped = run_folder.frozen_vae(weights.WEIGHTS / "backbone").float()
+    same(task.vae.state_dict(), shipped.state_dict())
+    same(task.averages.state_dict(), dict(shipped.named_parameters()))
 
 
 def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:
-    from shared.pretrain.toybox.initial_weights import adopt
+    from shared.pretrain.toybox.initial_weights import adopt_backbone
 
     shipped = json.loads((weights.WEIGHTS / "backbone" / "training.json").read_text())
-    assert adopt(tmp_path) and not adopt(tmp_path)
+    assert adopt_backbone(tmp_path) and not adopt_backbone(tmp_path)
     assert assemble.training_facts(tmp_path) == shipped and set(shipped["last"]) == {"vae", "decoder", "unet"}
 
 
-def test_training_lowers_the_loss_and_changes_text_model_and_unet(run_folder: Path, tmp_path: Path) -> None:
-    cached, settings = cache.load(run_folder / "latents"), replace(TINY_UNET, lr=3e-3, batch=16)
-    words.save(assemble.tokenizer_of(run_folder), tmp_path / assemble.TOKENIZER_FOLDER)
-    run = unet.UnetRun(settings, assemble.tokenizer_of(run_folder), tmp_path, torch.device("cpu"), resume=False)
-    start = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
-    before = _held_loss(run, cached)
-    for _ in range(80):
-        run.update(cached, 1.0)
-    assert _held_loss(run, cached) < 0.85 * before
-    still = {n for n, p in run.denoiser.named_parameters() if torch.equal(p, start[n])}
+def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tmp_path: Path) -> None:
+    cached = cache.load(made / "latents")
+    words.save(run_folder.tokenizer_of(made), tmp_path / run_folder.TOKENIZER_FOLDER)
+    task = _task(tmp_path, cached, lr=3e-3, batch=16)
+    start = {name: p.detach().clone() for name, p in task.denoiser.named_parameters()}
+    before = _held_loss(task)
+    train(task, tmp_path / "training", 80)
+    assert _held_loss(task) < 0.85 * before
+    still = {n for n, p in task.denoiser.named_parameters() if torch.equal(p, start[n])}
     assert not still, sorted(still)
 
 
 @torch.no_grad()
-def _held_loss(run: unet.UnetRun, cached: cache.Cache) -> float:
-    """The loss on the draws of steps that the run never reaches."""
-    draws = [unet.draw(cached, run.empty, run.settings, 10_000 + i) for i in range(8)]
-    return sum(float(unet.v_loss(run.denoiser, inputs, run.bars, run.settings)) for inputs in draws)
+def _held_loss(task: unet.UnetTask) -> float:
+    """The loss on the batches of steps that the run never reaches."""
+    batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
+    return sum(float(task.loss(batch)) for batch in batches)
 
 
-def test_shares_of_a_batch_add_up_to_its_gradient(run_folder: Path, tmp_path: Path) -> None:
-    cached, tokenizer = cache.load(run_folder / "latents"), assemble.tokenizer_of(run_folder)
-    runs = [unet.UnetRun(TINY_UNET, tokenizer, tmp_path, torch.device("cpu"), False, n) for n in (1, 2)]
-    inputs = unet.draw(cached, runs[0].empty, TINY_UNET, 0)
-    losses = [run.backward(inputs) for run in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for one, two in zip(runs[0].denoiser.parameters(), runs[1].denoiser.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4)
+def test_shares_of_a_batch_add_up_to_its_gradient(made: Path) -> None:
+    cached = cache.load(made / "latents")
+    one, two = (_task(made, cached, workers=n) for n in (1, 2))
+    batch = denoising.draw_batch(cached, one.empty, TINY_UNET, 0)
+    losses = [task.loss(batch) for task in (one, two)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        (3 * loss).backward()
+    for a, b in zip(one.denoiser.parameters(), two.denoiser.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="3 workers"):
-        unet.UnetRun(TINY_UNET, tokenizer, tmp_path, torch.device("cpu"), False, 3)
+        _task(made, cached, workers=3)
+
+
+def test_what_a_share_does_not_use_has_no_gradient() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    shares = BatchShares(2)
+    loss = shares.mean_loss(lambda x: (used * x).sum(), [torch.ones(2), 3 * torch.ones(2)], [used, unused])
+    loss.backward()
+    assert loss.item() == 8 / 2 and used.grad is not None and used.grad.tolist() == [2, 2] and unused.grad is None
 
 
 def test_times_fill_the_range_and_favour_the_middle() -> None:
     g = torch.Generator().manual_seed(0)
-    t = torch.cat([unet.draw_times(32, 0.1, 0.0, g) for _ in range(300)])
+    t = torch.cat([denoising.draw_times(32, 0.1, 0.0, g) for _ in range(300)])
     assert 0 <= int(t.min()) < 10 and 990 < int(t.max()) < 1000
     assert abs(float(t.float().mean()) - 500) < 10
     assert ((t > 250) & (t < 750)).float().mean() > 0.6
-    late = torch.cat([unet.draw_times(32, 0.1, 0.5, g) for _ in range(300)])
+    late = torch.cat([denoising.draw_times(32, 0.1, 0.5, g) for _ in range(300)])
     assert 560 < float(late.float().mean()) < 640
-    assert not torch.equal(unet.draw_times(8, 0.1, 0.0, g), unet.draw_times(8, 0.1, 0.0, g))
+    assert not torch.equal(denoising.draw_times(8, 0.1, 0.0, g), denoising.draw_times(8, 0.1, 0.0, g))
 
 
 def test_v_target_is_that_of_diffusers() -> None:
-    scheduler, bars = models.build_scheduler(), unet.alphas_bar()
+    scheduler, bars = models.build_scheduler(), models.alphas_bar()
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(8, 4, 4, 4, generator=g), torch.randn(8, 4, 4, 4, generator=g)
     t = torch.randint(1000, (8,), generator=g)
@@ -204,18 +237,20 @@ def test_v_target_is_that_of_diffusers() -> None:
         return scheduler.get_velocity(x, noise, at)
 
     settings = replace(TINY_UNET, batch=8)
-    loss = unet.v_loss(oracle, unet.Draw(x, t, noise, t, torch.ones(8, 4, 4), t, noise, t), bars, settings)  # pyright: ignore[reportArgumentType]
+    loss = denoising.v_loss(
+        oracle, denoising.DenoisingBatch(x, t, noise, t, torch.ones(8, 4, 4), t, noise, t), bars, settings
+    )  # pyright: ignore[reportArgumentType]
     assert float(loss) < 1e-10
     torch.testing.assert_close(seen["noisy"], scheduler.add_noise(x, noise, t))
     assert float(bars[-1]) < 1e-3, "sampling starts from pure noise, so training must end there"
 
 
-def test_the_loss_counts_more_where_things_are(run_folder: Path) -> None:
-    cached, empty = cache.load(run_folder / "latents"), torch.zeros(32, dtype=torch.long)
-    inputs = unet.draw(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
+def test_the_loss_counts_more_where_things_are(made: Path) -> None:
+    cached, empty = cache.load(made / "latents"), torch.zeros(32, dtype=torch.long)
+    inputs = denoising.draw_batch(cached, empty, replace(TINY_UNET, thing_weight=3.0, batch=16), 0)
     assert float(inputs.weight.mean()) == pytest.approx(1, rel=1e-5)
     assert float(inputs.weight.max() / inputs.weight.min()) == pytest.approx(3, rel=0.01)
-    index = torch.randint(len(cached), (16,), generator=common.step_generator(TINY_UNET.seed, 0)).numpy()
+    index = torch.randint(len(cached), (16,), generator=generator(TINY_UNET.seed, 0)).numpy()
     inside = torch.from_numpy(np.asarray(cached.covered[index]) == 255)
     torch.testing.assert_close(inputs.weight[inside], inputs.weight.max().expand(int(inside.sum())))
     assert np.array_equal(cache.cover(np.eye(4, dtype=bool)[None], 2), [[[128, 0], [0, 128]]])
@@ -226,43 +261,25 @@ def test_plain_attention_equals_the_fused_one() -> None:
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.randn(2, 7, 16)
     with torch.no_grad():
         fused = net(x, t, encoder_hidden_states=c).sample
-        net.set_attn_processor(unet.PlainAttention())
+        net.set_attn_processor(models.PlainAttention())
         torch.testing.assert_close(net(x, t, encoder_hidden_states=c).sample, fused, atol=1e-5, rtol=1e-5)
 
 
-# --- shared pieces ---
+# --- averages ---
 
 
 def test_average_follows_its_closed_form() -> None:
     module = torch.nn.Linear(2, 1, bias=False)
-    ema, expected = common.Ema(module, cap=0.5), module.weight.detach().clone()
+    averages, expected = Averages(dict(module.named_parameters()), cap=0.5), module.weight.detach().clone()
     for step in range(12):
         with torch.no_grad():
             module.weight.add_(1.0)
-        ema.update(module, step)
+        averages.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.weight.detach()
-    torch.testing.assert_close(ema.shadow["weight"], expected)
-    ema.copy_to(module)
-    assert torch.equal(module.weight.detach(), ema.shadow["weight"])
-
-
-def test_budget_warms_up_stays_and_decays() -> None:
-    budget = common.Budget(steps=100, warmup=10, decay=0.2)
-    assert [round(budget.rate(s, 0), 3) for s in (0, 9, 50, 80, 90)] == [0.1, 1.0, 1.0, 1.0, 0.5]
-    assert common.Budget(minutes=2).progress(0, 60) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="steps or minutes"):
-        common.Budget()
-    with pytest.raises(ValueError, match="decay"):
-        common.Budget(steps=1, decay=2)
-
-
-def test_checkpoint_round_trip_leaves_no_partial_file(tmp_path: Path) -> None:
-    tree = {"model": {"w.a": torch.arange(3.0)}, "optimizer": {0: {"step": torch.tensor(4.0)}}}
-    common.save_checkpoint(tmp_path / "x.safetensors", tree, {"step": 4})
-    loaded, facts = common.load_checkpoint(tmp_path / "x.safetensors")
-    assert facts == {"step": 4} and torch.equal(loaded["optimizer"][0]["step"], torch.tensor(4.0))
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    torch.testing.assert_close(averages.state_dict()["weight"], expected)
+    averages.copy_to(dict(module.named_parameters()))
+    assert torch.equal(module.weight.detach(), averages.state_dict()["weight"])
 
 
 # --- the folder ---
@@ -287,27 +304,27 @@ def _load_elsewhere(folder: Path, cwd: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_assembled_folder_loads_without_this_project(run_folder: Path, tmp_path: Path) -> None:
-    target = assemble.assemble(run_folder, tmp_path / "backbone")
+def test_assembled_folder_loads_without_this_project(made: Path, tmp_path: Path) -> None:
+    target = assemble.assemble(made, tmp_path / "backbone")
     found = _load_elsewhere(target, tmp_path)
     assert found["class"] == "StableDiffusionPipeline" and found["size"] == [16, 16] and found["ours"] == []
     assert found["parts"] == dict.fromkeys(("vae", "text_encoder", "unet"), "torch.float32")
     facts = json.loads((target / "training.json").read_text())
     assert (facts["step"], facts["pictures"]) == (2, 8) and facts["last"]["vae"]["psnr"] > 0
-    assert str(run_folder) not in "".join(p.read_text() for p in target.glob("**/*.json"))
+    assert str(made) not in "".join(p.read_text() for p in target.glob("**/*.json"))
     assert [p.name for p in tmp_path.iterdir()] == ["backbone"]
-    again = assemble.assemble(run_folder, target)  # replaces
+    again = assemble.assemble(made, target)  # replaces
     assert again == target and [p.name for p in tmp_path.iterdir()] == ["backbone"]
 
 
-def test_assembled_weights_are_the_average_in_fp16(run_folder: Path, tmp_path: Path) -> None:
+def test_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    target = assemble.assemble(run_folder, tmp_path / "backbone")
+    target = assemble.assemble(made, tmp_path / "backbone")
     shipped = load_file(str(target / "unet" / "diffusion_pytorch_model.safetensors"))
-    tree, _ = common.load_checkpoint(run_folder / assemble.UNET_CHECKPOINT)
+    average = average_of(_state(made).learned)
     for name, tensor in shipped.items():
-        assert tensor.dtype == torch.float16 and torch.equal(tensor, tree["ema"][f"unet.{name}"].half()), name
+        assert tensor.dtype == torch.float16 and torch.equal(tensor, average[f"unet.{name}"].half()), name
 
 
 def test_shipped_backbone_is_small_and_loads_at_64_pixels(tmp_path: Path) -> None:

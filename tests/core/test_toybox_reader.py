@@ -10,19 +10,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shared.pretrain.toybox import assemble, models, unet
+from shared.optimizers import AdamW
+from shared.pretrain.run_task import RunSettings
+from shared.pretrain.task import Compute
+from shared.pretrain.toybox import denoising_loss as denoising
 from shared.pretrain.toybox import latent_cache as cache
 from shared.pretrain.toybox import latent_reader as reader
+from shared.pretrain.toybox import models, run_folder, unet
 from shared.toybox import captions
 from shared.toybox import tokenizer as words
+from shared.train.budget import Budget
+from tests.core.squares import same, train
 
-CPU = torch.device("cpu")
-TINY = unet.UnetTraining(
+TINY = denoising.UnetTraining(
     models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=8),
     models.TextSize(hidden=16, layers=1, heads=2),
     batch=8,
-    bf16=False,
 )
+CPU = RunSettings(steps=1, device="cpu")
 
 
 @pytest.fixture
@@ -37,38 +42,43 @@ def cached() -> cache.Cache:
         text = f"a red {captions.CLASSES[kind]}"
         texts.append([f"{text}, {captions.SEEN[captions.VIEWS[view]][0]}", text])
     ids = cache.tokenize(words.build(), texts)
-    said = np.array([[captions.said(text) for text in both] for both in texts], np.int8)
-    return cache.Cache(latents, ids, np.full((64, 8, 8), 255, np.uint8), said)
+    attributes = np.array([[captions.caption_attributes(text) for text in both] for both in texts], np.int8)
+    return cache.Cache(latents, ids, np.full((64, 8, 8), 255, np.uint8), attributes)
 
 
-def test_the_loss_is_cross_entropy_of_what_is_said() -> None:
+def test_the_loss_is_cross_entropy_of_what_is_named() -> None:
     torch.manual_seed(0)
-    reads, bars = reader.Reader(), unet.alphas_bar()
+    reads, bars = reader.Reader(), models.alphas_bar()
     clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 300, 599])
-    said = torch.tensor([[2, -1, 0], [5, 3, -1], [-1, -1, -1]])
+    attributes = torch.tensor([[2, -1, 0], [5, 3, -1], [-1, -1, -1]])
     noisy = models.build_scheduler().add_noise(clean, noise, t)  # pyright: ignore[reportArgumentType]
     logits = reads(noisy)
     expected = sum(
-        -(k + 1) * logits[k][i].double().log_softmax(0)[said[i, k]]
+        -(k + 1) * logits[k][i].double().log_softmax(0)[attributes[i, k]]
         for i in range(3)
         for k in range(3)
-        if said[i, k] >= 0
+        if attributes[i, k] >= 0
     )
-    found = reads.loss(clean, said, noise, t, bars, (1, 2, 3))
+    found = reads.loss(clean, attributes, noise, t, bars, (1, 2, 3))
     torch.testing.assert_close(found.double(), torch.as_tensor(expected) / 3, atol=1e-5, rtol=1e-5)
-    assert float(reads.loss(clean, torch.full_like(said, -1), noise, t, bars).detach()) == 0
+    assert float(reads.loss(clean, torch.full_like(attributes, -1), noise, t, bars).detach()) == 0
+
+
+def _read(cached: cache.Cache, out: Path, steps: int) -> reader.Reader:
+    return reader.train_reader(cached, out, CPU, reader.ReaderTraining(steps=steps))
 
 
 def test_it_learns_to_read_and_is_kept(cached: cache.Cache, tmp_path: Path) -> None:
-    bars = unet.alphas_bar()
-    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=60)
+    reads = _read(cached, tmp_path, 60)
     clean = torch.from_numpy(cached.latents.astype(np.float32))
-    said = torch.from_numpy(cached.said[:, 0].astype(np.int64))
+    attributes = torch.from_numpy(cached.caption_attributes[:, 0].astype(np.int64))
     with torch.no_grad():
         kind, view, _ = reads(clean)
-    assert (kind.argmax(1) == said[:, 0]).all() and (view.argmax(1) == said[:, 1]).float().mean() > 0.9
-    again = reader.train_reader(cached, tmp_path, bars, CPU, steps=10**9)
-    assert all(torch.equal(a, b) for a, b in zip(reads.parameters(), again.parameters(), strict=True))
+    assert (kind.argmax(1) == attributes[:, 0]).all() and (view.argmax(1) == attributes[:, 1]).float().mean() > 0.9
+    log = run_folder.log_of(tmp_path, "reader").read_text()
+    again = _read(cached, tmp_path, 60)
+    same(again.state_dict(), reads.state_dict())
+    assert run_folder.log_of(tmp_path, "reader").read_text() == log, "it was finished: nothing is trained"
     assert not any(p.requires_grad for p in again.parameters())
 
 
@@ -90,71 +100,73 @@ def test_softening_blurs_half_and_keeps_the_mean() -> None:
 
 def test_dropped_captions_say_nothing(cached: cache.Cache) -> None:
     empty = torch.full((32,), 7)
-    inputs = unet.draw(cached, empty, replace(TINY, batch=64, caption_dropout=0.5), 0)
+    inputs = denoising.draw_batch(cached, empty, replace(TINY, batch=64, caption_dropout=0.5), 0)
     dropped = (inputs.ids == 7).all(1)
     assert 16 < int(dropped.sum()) < 48
-    assert (inputs.said[dropped] == -1).all() and (inputs.said[~dropped][:, 0] >= 0).all()
+    assert (inputs.caption_attributes[dropped] == -1).all() and (inputs.caption_attributes[~dropped][:, 0] >= 0).all()
     assert int(inputs.level.max()) < 600
 
 
 def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Cache, tmp_path: Path) -> None:
-    words.save(words.build(), tmp_path / assemble.TOKENIZER_FOLDER)
-    tokenizer, bars = assemble.tokenizer_of(tmp_path), unet.alphas_bar()
-    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=30)
+    words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
+    reads = _read(cached, tmp_path, 30)
+    falling = AdamW(schedule="linear", decay=0.5)
+    settings = replace(TINY, reading=(1.0, 1.0, 1.0), optimizer=falling)
 
-    def moved(factor: float, reads: reader.Reader | None) -> torch.Tensor:
-        run = unet.UnetRun(replace(TINY, reading=(1.0, 1.0, 1.0)), tokenizer, tmp_path, CPU, False, reads=reads)
-        run.update(cached, factor)
-        return torch.cat([p.detach().flatten() for p in run.denoiser.parameters()])
+    def gradient(step: int, reads: reader.Reader | None) -> torch.Tensor:
+        task = unet.UnetTask(settings, cached, tmp_path, Budget(steps=100), Compute(), reads=reads)
+        (update,) = task.updates(step, 0)
+        update.loss.backward()
+        return torch.cat([p.grad.flatten() for p in task.denoiser.parameters() if p.grad is not None])
 
-    assert not torch.equal(moved(1.0, reads), moved(1.0, None))
-    assert torch.equal(moved(TINY.read_until, reads), moved(TINY.read_until, None))
+    until = 100 - int(50 * TINY.read_until)
+    assert not torch.equal(gradient(0, reads), gradient(0, None))
+    assert not torch.equal(gradient(until - 2, reads), gradient(until - 2, None))
+    assert torch.equal(gradient(until, reads), gradient(until, None))
+    task = unet.UnetTask(settings, cached, tmp_path, Budget(steps=100), Compute(), reads=reads)
+    assert [round(task.reading(s), 3) for s in (0, 50, 75)] == [1, 1, round(0.2 / 0.7, 3)]
 
 
 def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.Cache, tmp_path: Path) -> None:
-    words.save(words.build(), tmp_path / assemble.TOKENIZER_FOLDER)
-    tokenizer, settings = assemble.tokenizer_of(tmp_path), replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0))
+    words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
+    settings = replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0), lr=3e-3, optimizer=AdamW(betas=(0.9, 0.99)))
     reads = reader.Reader().eval().requires_grad_(False)
 
-    def run(name: str, steps: int, resume: bool, lr: float = 3e-3) -> unet.UnetRun:
-        run = unet.UnetRun(replace(settings, lr=lr), tokenizer, tmp_path / name, CPU, resume, 2, reads)
-        while run.step < steps:
-            run.update(cached, 1.0)
-        run.save()
-        return run
+    def run(name: str, steps: int) -> unet.UnetTask:
+        task = unet.UnetTask(settings, cached, tmp_path, Budget(steps=steps), Compute(), 2, reads)
+        train(task, tmp_path / name, steps)
+        return task
 
-    run("a", 2, resume=False)
-    stopped, straight = run("a", 4, resume=True), run("b", 4, resume=False)
-    for one, two in ((stopped.denoiser, straight.denoiser), (stopped.probe, straight.probe)):
-        assert one is not None and two is not None
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    inputs = unet.draw(cached, stopped.empty, replace(settings, caption_dropout=0.0, batch=64), 10**6)
+    run("a", 2)
+    stopped, straight = run("a", 4), run("b", 4)
+    same(stopped.state_dict(), straight.state_dict())
+    inputs = denoising.draw_batch(cached, stopped.empty, replace(settings, caption_dropout=0.0, batch=64), 10**6)
 
-    def unread(run: unet.UnetRun) -> float:
+    def unread(run: unet.UnetTask) -> float:
         assert run.probe is not None
         with torch.no_grad():
             run.denoiser(inputs.latents, torch.full((64,), 1), inputs.ids)
-            return float(run.probe.loss(inputs.said, (1.0, 0.0, 0.0)))
+            return float(run.probe.loss(inputs.caption_attributes, (1.0, 0.0, 0.0)))
 
     before = unread(stopped)
-    assert unread(run("b", 60, resume=True)) < 0.5 * before
+    assert unread(run("b", 60)) < 0.5 * before
 
 
 def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> None:
-    bars = unet.alphas_bar()
-    reads = reader.train_reader(cached, tmp_path, bars, CPU, steps=60)
+    bars = models.alphas_bar()
+    reads = _read(cached, tmp_path, 60)
     settings = replace(TINY, reading=(1.0, 1.0, 1.0), caption_dropout=0.0, batch=32)
-    inputs = unet.draw(cached, torch.zeros(32, dtype=torch.long), settings, 0)
+    inputs = denoising.draw_batch(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
-    def knows(x: torch.Tensor) -> unet.nn.Module:  # v of a denoiser that guesses x
+    def knows(x: torch.Tensor) -> torch.nn.Module:  # v of a denoiser that guesses x
         def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
 
         return v  # pyright: ignore[reportReturnType]
 
     def extra(x: torch.Tensor) -> float:
-        costs = [unet.v_loss(knows(x), inputs, bars, settings, reads, None, weight) for weight in (0.0, 1.0)]
+        costs = [denoising.v_loss(knows(x), inputs, bars, settings, reads, None, weight) for weight in (0.0, 1.0)]
         return float(costs[1] - costs[0])
 
     right, swapped = inputs.latents, inputs.latents * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1)

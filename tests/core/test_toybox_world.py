@@ -166,7 +166,7 @@ def test_what_a_caption_says_is_what_the_scene_shows():
     for i in range(600):
         scene, rng = dataset.scene_of(5, i)
         labels = dict(zip(dataset.LABELS, dataset.labels_of(scene), strict=True))
-        kind, view, worn = captions.said(captions.caption(scene, rng))
+        kind, view, worn = captions.caption_attributes(captions.caption(scene, rng))
         if labels["two_objects"]:
             assert (kind, worn) == (-1, -1)
         else:
@@ -174,7 +174,7 @@ def test_what_a_caption_says_is_what_the_scene_shows():
         named, heard = named + 1, heard + (view >= 0)
         assert view in (-1, labels["view"])
     assert 0.6 < heard / named < 0.85
-    assert captions.said("a red house on top of green grass")[1] == -1, "'top' alone is no view"
+    assert captions.caption_attributes("a red house on top of green grass")[1] == -1, "'top' alone is no view"
 
 
 @pytest.mark.parametrize("split", SPLITS)

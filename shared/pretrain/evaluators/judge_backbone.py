@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.pretrain.evaluators.data import round_trip
+from shared.pretrain.evaluators.reconstructions import round_trip
 from shared.toybox import world
 from shared.toybox.captions import caption
 from shared.toybox.evaluators.clip import image_features, load_clip
@@ -136,12 +136,12 @@ def attribute_scores(
     """Fractions recognized right: the first five over the first `n` scenes; accessory and style where a scene has
     one.
     """
-    found, told = recognizer.predict(pictures), [truth(scene) for scene in scenes]
-    right = {name: np.array([a == b[name] for a, b in zip(found[name], told, strict=True)]) for name in found}
+    found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
+    right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}
     scores = {name: float(right[name][:n].mean()) for name in ("class", "background", "main", "second", "view")}
     scores["both_colors"] = float((right["main"] & right["second"])[:n].mean())
     for name, plain in (("accessory", "none"), ("style", "photo")):
-        named = np.array([t[name] != plain for t in told])
+        named = np.array([t[name] != plain for t in truths])
         scores[name] = float(right[name][named].mean())
         scores[f"{name}_captions"] = float(named.sum())
     return {name: round(value, 4) for name, value in scores.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.pretrain.evaluators.judge_backbone import render_all as render_anew
 from shared.pretrain.evaluators.judge_backbone import truth
-from shared.pretrain.evaluators.losses import retrieve
+from shared.pretrain.evaluators.tasks import retrieve
 from shared.toybox import subjects, world
 from shared.toybox.captions import caption
 from shared.toybox.evaluators.clip import image_features, load_clip, text_features
@@ -59,31 +59,31 @@ def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = N
     scenes = fresh_scenes(n, seed)
     pictures = render_all(scenes)
     found = load_recognizer().predict(degrade(pictures) if degrade else pictures)
-    told = [truth(scene) for scene in scenes]
+    truths = [truth(scene) for scene in scenes]
     result: dict[str, Any] = {}
     for name in ATTRIBUTES:
-        right = np.array([a == b[name] for a, b in zip(found[name], told, strict=True)])
+        right = np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)])
         result[name] = round(float(right.mean()), 4)
         plain = {"accessory": "none", "style": "photo"}.get(name)
         if plain:
-            shown = np.array([t[name] != plain for t in told])
+            shown = np.array([t[name] != plain for t in truths])
             result[f"{name}_shown"] = round(float(right[shown].mean()), 4)
-    photo = np.array([t["style"] == "photo" for t in told])
+    photo = np.array([t["style"] == "photo" for t in truths])
     for name in ("main", "second", "view"):
-        right = np.array([a == b[name] for a, b in zip(found[name], told, strict=True)])
+        right = np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)])
         result[f"{name}_in_photos"] = round(float(right[photo].mean()), 4)
-    result["confusions"] = {name: confusions(found[name], [t[name] for t in told]) for name in ATTRIBUTES}
+    result["confusions"] = {name: confusions(found[name], [t[name] for t in truths]) for name in ATTRIBUTES}
     return result
 
 
-def confusions(found: list[str], told: list[str], most: int = 6) -> list[str]:
-    """The commonest errors, as "what it is -> what was said: how often"."""
+def confusions(found: list[str], truths: list[str], most: int = 6) -> list[str]:
+    """The commonest errors, as "truth -> answer: how often"."""
     counts: dict[tuple[str, str], int] = {}
-    for said, true in zip(found, told, strict=True):
-        if said != true:
-            counts[true, said] = counts.get((true, said), 0) + 1
+    for answer, true in zip(found, truths, strict=True):
+        if answer != true:
+            counts[true, answer] = counts.get((true, answer), 0) + 1
     worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return [f"{true} -> {said}: {count}" for (true, said), count in worst]
+    return [f"{true} -> {answer}: {count}" for (true, answer), count in worst]
 
 
 def measure_identity(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shared.pretrain.evaluators import measure
 from shared.pretrain.evaluators import training_curve as curve
-from shared.pretrain.evaluators.data import load_vae, round_trip
 from shared.pretrain.evaluators.model_card_page import page
+from shared.pretrain.evaluators.reconstructions import load_vae, round_trip
 from shared.toybox.evaluators.convnet import WEIGHTS, write_json
 
 SPLITS = ("development", "reporting")

@@ -22,8 +22,8 @@ a number measured with them is a toybox number. Licence: that of this repository
 """
 HOW = """
 DATA is a folder of `shared.pretrain.toybox.dataset`; for `identity` one of
-`python -m shared.pretrain.evaluators.data identity FOLDER`. Pictures after the VAE, for `--reconstructions FILE`,
-come from `python -m shared.pretrain.evaluators.data reconstruct DATA VAE FILE ROWS`.
+`python -m shared.pretrain.evaluators.data FOLDER`. Pictures after the VAE, for `--reconstructions FILE`,
+come from `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
 SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
 `binding`: with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
@@ -96,17 +96,18 @@ def _backbone_made(training: dict[str, Any] | None) -> str:
         return ""
     last = training.get("last", {})
     steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
-    said = [
+    sentences = [
         f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
-        "besides their loss by a reader of noisy\nlatents that no judge below uses (`shared/toybox/train/reader.py`).",
-        f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`train/decoder.py`)."
+        "besides their loss by a reader of noisy\n"
+        "latents that no judge below uses (`shared/pretrain/toybox/latent_reader.py`).",
+        f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`shared/pretrain/toybox/decoder.py`)."
         if steps
         else "",
         "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each going on from what was shipped before"
         + (f"; the U-Net's last loss: {loss}." if loss else "."),
         *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
     ]
-    return "\n".join(line for line in said if line) + "\n"
+    return "\n".join(line for line in sentences if line) + "\n"
 
 
 def _curve(curve: dict[str, Any] | None) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from shared.pretrain.evaluators.judge_backbone import BARS, judge_backbone
 from shared.pretrain.toybox import assemble
+from shared.pretrain.toybox.run_folder import denoiser_facts, snapshot_facts, snapshots, training_folder
 from shared.toybox.evaluators.convnet import WEIGHTS, write_json
+from shared.train import checkpoint
 
 SCORES = (*(name for name in BARS if name != "vae_psnr_db"), "kid")
 CURVE = "curve.json"
@@ -26,23 +28,21 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     Raises:
         ValueError: there is no checkpoint, or the curve was measured with other settings
     """
-    from shared.pretrain.toybox import common
-
     run = work / "run"
-    files = [*sorted((run / "snapshots").glob("unet-*.safetensors")), run / assemble.UNET_CHECKPOINT]
-    files = [file for file in files if file.is_file()]
-    if not files:
+    state = checkpoint.load(training_folder(run, "unet"))
+    points: list[tuple[Path | None, dict[str, Any]]] = [(file, snapshot_facts(file)) for file in snapshots(run)]
+    points += [] if state is None else [(None, denoiser_facts(state))]
+    if not points:
         raise ValueError(f"{run} holds no snapshot and no checkpoint: train first (`pcs toybox train unet`)")
     settings = {"n": n, "guidance": guidance, "seed": seed}
     curve = read(weights) or {**settings, "points": []}
     if {k: curve[k] for k in settings} != settings:
         raise ValueError(f"{weights / CURVE} was measured with other settings: remove it, or use its own ({curve})")
     known = {point["step"] for point in curve["points"]}
-    for file in files:
-        facts = common.read_facts(file)
+    for snapshot, facts in points:
         if facts["step"] in known:
             continue
-        pipeline = assemble.pipeline(run, checkpoint=file)
+        pipeline = assemble.pipeline(run, snapshot)
         scores = judge_backbone(pipeline, n=n, guidance=guidance, seed=seed)["scores"]
         point = {"step": facts["step"], "pictures": facts["pictures"], **{k: round(scores[k], 4) for k in SCORES}}
         known.add(facts["step"])

@@ -1,9 +1,4 @@
-"""How a training becomes the pipeline folder that is shipped.
-
-A training run's folder holds: ``tokenizer/``, ``vae/`` (frozen, normalised, fp32), ``vae.safetensors``,
-``decoder.safetensors`` and ``unet.safetensors`` (checkpoints with averages and optimizer), ``latents/`` (cache),
-``*_log.jsonl``.
-"""
+"""How a training becomes the pipeline folder that is shipped."""
 
 from __future__ import annotations
 
@@ -16,76 +11,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 from shared.io.temporary_names import replaced
+from shared.pretrain.toybox import models
+from shared.pretrain.toybox.run_folder import (
+    TOKENIZER_FOLDER,
+    denoiser_average,
+    denoiser_facts,
+    frozen_vae,
+    has_vae,
+    log_of,
+    tokenizer_of,
+    training_folder,
+)
 from shared.toybox.weights import WEIGHTS
+from shared.train import checkpoint
 
-UNET_CHECKPOINT = "unet.safetensors"
-
-
-VAE_CHECKPOINT = "vae.safetensors"
-
-
-DECODER_CHECKPOINT = "decoder.safetensors"
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
-VAE_FOLDER = "vae"
-
-
-TOKENIZER_FOLDER = "tokenizer"
-
-
-def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """The run's tokenizer: the saved one, or else today's, saved so that the run keeps it."""
-    from transformers import CLIPTokenizer
-
-    from shared.toybox import tokenizer
-
-    folder = out / TOKENIZER_FOLDER
-    if not (folder / "tokenizer.json").is_file():
-        tokenizer.save(tokenizer.build(), folder)
-    return CLIPTokenizer.from_pretrained(str(folder))
-
-
-def frozen_vae(out: Path) -> AutoencoderKL:
-    """The run's finished autoencoder, in fp32 and without gradients.
-
-    Raises:
-        ValueError: where the run has none yet
-    """
-    from diffusers import AutoencoderKL
-
-    folder = out / VAE_FOLDER
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no finished autoencoder in {folder}: train it first (`pcs toybox train vae`)")
-    return AutoencoderKL.from_pretrained(str(folder)).eval().requires_grad_(False)
-
-
-def pipeline(out: Path, averaged: bool = True, checkpoint: Path | None = None) -> StableDiffusionPipeline:
-    """The run's present state as a pipeline in fp32; what is not trained yet is freshly initialised (seed 0).
+def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline:
+    """The average of the run's denoiser as a pipeline in fp32; what is not trained yet is freshly initialised (seed 0).
 
     Args:
         out: the run's folder
-        averaged: the exponential moving average instead of the last weights
-        checkpoint: one of ``out``'s snapshots instead of its checkpoint
+        snapshot: one of ``out``'s snapshots instead of its checkpoint
     """
     from diffusers import StableDiffusionPipeline
-
-    from shared.pretrain.toybox import common, models
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = tokenizer_of(out)
-        vae = frozen_vae(out) if (out / VAE_FOLDER / "config.json").is_file() else models.build_vae()
-        checkpoint = checkpoint or out / UNET_CHECKPOINT
-        tree, facts = common.load_checkpoint(checkpoint) if checkpoint.is_file() else ({}, {})
+        vae = frozen_vae(out) if has_vae(out) else models.build_vae()
+        average, facts = denoiser_average(out, snapshot) or ({}, {})
         denoiser = models.build_denoiser(tokenizer, facts.get("sizes"))
-        if averaged and tree:
-            _write_average(denoiser, tree["ema"])
-        elif tree:
-            denoiser.load_state_dict(tree["model"])
+        if average:
+            _write_average(denoiser, average)
     return StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=denoiser.text_encoder.eval(),  # pyright: ignore[reportArgumentType]
@@ -136,12 +97,9 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 def training_facts(out: Path) -> dict[str, Any]:
     """How far the run is: step, pictures and sizes of the denoiser, and the last logged lines of all trainings."""
-    from shared.pretrain.toybox import common
-
-    checkpoint = out / UNET_CHECKPOINT
-    facts = common.read_facts(checkpoint) if checkpoint.is_file() else {"step": 0, "pictures": 0, "sizes": None}
-    last = {name: _last_line(out / f"{name}_log.jsonl") for name in ("vae", "decoder", "unet")}
-    return {**facts, "last": last}
+    state = checkpoint.load(training_folder(out, "unet"))
+    facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
+    return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}
 
 
 def _last_line(log: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Going on from the shipped weights where a run's own folder is gone."""
+"""Going on from the shipped weights where a run's own folder is gone: they become its first checkpoint."""
 
 from __future__ import annotations
 
@@ -7,65 +7,68 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from shared.pretrain.toybox import assemble, common, models
+from shared.io.foreign_files import claim
+from shared.pretrain.run_task import checkpoint_info
+from shared.pretrain.task import state_of
+from shared.pretrain.toybox import models
+from shared.pretrain.toybox.run_folder import TOKENIZER_FOLDER, VAE_FOLDER, has_vae, log_of, training_folder
 from shared.toybox import weights
-
-if TYPE_CHECKING:
-    from torch import nn
+from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Begin the autoencoder's checkpoint from the shipped one.
+    """Begins the autoencoder's checkpoint from the shipped one.
 
     The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
     installation without weights, is left alone.
     """
     from diffusers import AutoencoderKL
 
-    source = weights.WEIGHTS / "backbone" / "vae"
-    if (out / assemble.VAE_CHECKPOINT).exists() or not (source / "config.json").is_file():
+    source, folder = weights.WEIGHTS / "backbone" / "vae", training_folder(out, "vae")
+    if checkpoint.load(folder) is not None or not (source / "config.json").is_file():
         return False
     vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
     known = vae.config
     size = models.VaeSize(
         tuple(known.block_out_channels), known.layers_per_block, known.norm_num_groups, known.sample_size
     )
-    common.save_checkpoint(out / assemble.VAE_CHECKPOINT, _tree({"": vae}), {"step": 0, "size": asdict(size)})
+    _write(folder, {"": vae}, checkpoint_info({"size": asdict(size)}, pictures=0), step=0)
     return True
 
 
-def adopt(out: Path) -> bool:
-    """Fill a run's folder from the shipped backbone: tokenizer, autoencoder, and the averaged networks as a checkpoint.
+def adopt_backbone(out: Path) -> bool:
+    """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and the averaged networks as a checkpoint.
 
     The optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
     its own, or an installation without weights, is left alone.
     """
     from diffusers import StableDiffusionPipeline
 
-    source = weights.WEIGHTS / "backbone"
-    if (out / assemble.UNET_CHECKPOINT).exists() or not (source / "training.json").is_file():
+    source, folder = weights.WEIGHTS / "backbone", training_folder(out, "unet")
+    if checkpoint.load(folder) is not None or not (source / "training.json").is_file():
         return False
     out.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(str(source))
     facts = json.loads((source / "training.json").read_text(encoding="utf-8"))
-    shutil.copytree(source / "tokenizer", out / assemble.TOKENIZER_FOLDER, dirs_exist_ok=True)
-    if not (out / assemble.VAE_FOLDER / "config.json").exists():
-        pipe.vae.float().save_pretrained(str(out / assemble.VAE_FOLDER))
+    shutil.copytree(source / "tokenizer", out / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    if not has_vae(out):
+        pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
     for name, line in facts.get("last", {}).items():  # what the card says of trainings that are not repeated here
-        if line and not (log := out / f"{name}_log.jsonl").exists():
+        if line and not (log := log_of(out, name)).exists():
+            claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    tree = _tree({"text_encoder.": pipe.text_encoder, "unet.": pipe.unet})
-    common.save_checkpoint(out / assemble.UNET_CHECKPOINT, tree, {k: facts[k] for k in ("step", "sizes", "pictures")})
+    info = checkpoint_info({"sizes": facts["sizes"]}, facts["pictures"])
+    _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": pipe.unet}, info, facts["step"])
     return True
 
 
-def _tree(networks: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """What a checkpoint without its optimizer holds of modules, by the prefix of their names."""
-    return {
-        "model": {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()},
-        "ema": {f"{prefix}{k}": p.detach().float() for prefix, m in networks.items() for k, p in m.named_parameters()},
-    }
+def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:
+    """A checkpoint without an optimizer, of modules by the prefix of their names: they are both weights and average."""
+    model = {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()}
+    average = {f"{p}{k}": v.detach().float().cpu() for p, m in networks.items() for k, v in m.named_parameters()}
+    checkpoint.save(folder, checkpoint.State(0, step, state_of({"model": model}, average), info=info))

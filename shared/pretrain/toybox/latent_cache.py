@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from shared.pretrain.toybox.vae import Pictures, to_signed
-from shared.toybox.captions import said
+from shared.toybox.captions import caption_attributes
 from shared.toybox.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
+_VERSION = 2  # of the files
 _CHUNK = 2048
 _BATCH = 64
 
@@ -31,7 +32,7 @@ class Cache:
     latents: np.ndarray  # float16 [N, 4, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
     covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
-    said: np.ndarray  # int8 [N, V, 3], what each caption says: `shared.toybox.captions.said`
+    caption_attributes: np.ndarray  # int8 [N, V, 3], as `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -39,7 +40,8 @@ class Cache:
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
     """A hash over everything that the cached numbers depend on except the pictures; the decoder is not among it."""
-    digest = hashlib.sha256(json.dumps([vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]).encode())
+    known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
+    digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
     named = {f"{part}.{name}": x for part, net in parts.items() if net for name, x in net.state_dict().items()}
     for name, tensor in sorted(named.items()):
@@ -79,9 +81,10 @@ def build(
         _append(folder / "latents.f16", latents, start)
         _append(folder / "tokens.i16", ids, start)
         _append(folder / "covered.u8", cover(pictures.masks(slice(start, stop)), latents.shape[-1]), start)
-        told = np.array([[said(text) for text in pictures.captions[i]] for i in range(start, stop)], np.int8)
-        _append(folder / "said.i8", told, start)
-        shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:], "said": told.shape[1:]}
+        named = [[caption_attributes(text) for text in pictures.captions[i]] for i in range(start, stop)]
+        attributes = np.array(named, np.int8)
+        _append(folder / "attributes.i8", attributes, start)
+        shapes = {"latents": latents.shape[1:], "tokens": ids.shape[1:], "attributes": attributes.shape[1:]}
         _write_state(folder, {"count": stop, "fingerprint": mark, "shapes": shapes})
     return load(folder)
 
@@ -99,8 +102,8 @@ def load(folder: Path) -> Cache:
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(count, *shapes["latents"]))
     tokens = np.memmap(folder / "tokens.i16", np.int16, "r", shape=(count, *shapes["tokens"]))
     covered = np.memmap(folder / "covered.u8", np.uint8, "r", shape=(count, *shapes["latents"][1:]))
-    told = np.memmap(folder / "said.i8", np.int8, "r", shape=(count, *shapes["said"]))
-    return Cache(latents, tokens, covered, told)
+    attributes = np.memmap(folder / "attributes.i8", np.int8, "r", shape=(count, *shapes["attributes"]))
+    return Cache(latents, tokens, covered, attributes)
 
 
 @torch.no_grad()

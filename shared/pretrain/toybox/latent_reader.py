@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.pretrain.toybox import common, models
+from shared.optimizers import AdamW
+from shared.pretrain.run_task import RunSettings, run_task
+from shared.pretrain.task import Compute, PretrainTask
 from shared.pretrain.toybox import latent_cache as cache
-from shared.toybox.captions import SAID
+from shared.pretrain.toybox import models
+from shared.pretrain.toybox.run_folder import training_folder
+from shared.toybox.captions import CAPTION_ATTRIBUTES
+from shared.train.loop import generator
+from shared.train.task import Update
+from shared.trainable import TrainableGroup
 
-CHECKPOINT = "reader.safetensors"
 _NOISIEST = 600  # timestep up to which pictures are noised before they are read
-_BATCH = 128
 
 
 class Reader(nn.Module):
-    """Noisy latents [B, 4, H, W] to logits of what is in them, one [B, values] per entry of `captions.SAID`."""
+    """Noisy latents [B, 4, H, W] to logits of what is in them, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
 
     def __init__(self, widths: tuple[int, ...] = (48, 96, 160)) -> None:
         super().__init__()
@@ -39,7 +45,7 @@ class Reader(nn.Module):
             for inputs, step in ((before, stride), (width, 1)):
                 layers += [nn.Conv2d(inputs, width, 3, step, 1), nn.GroupNorm(8, width), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.heads = nn.ModuleList([nn.Linear(2 * widths[-1], len(values)) for values in SAID.values()])
+        self.heads = nn.ModuleList([nn.Linear(2 * widths[-1], len(values)) for values in CAPTION_ATTRIBUTES.values()])
 
     def forward(self, noisy: Tensor) -> list[Tensor]:
         x = self.body(noisy)
@@ -47,24 +53,30 @@ class Reader(nn.Module):
         return [head(pooled) for head in self.heads]
 
     def loss(
-        self, clean: Tensor, said: Tensor, noise: Tensor, t: Tensor, bars: Tensor, weights: Sequence[float] = (1, 1, 1)
+        self,
+        clean: Tensor,
+        attributes: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        bars: Tensor,
+        weights: Sequence[float] = (1, 1, 1),
     ) -> Tensor:
-        """Mean cross-entropy of what is said, read off latents that are noised first.
+        """Mean cross-entropy of what a caption names, read off latents that are noised first.
 
         Args:
             clean: latents [B, 4, H, W], or a guess of them
-            said: [B, 3] as `captions.said`, -1 where nothing is
+            attributes: [B, 3] as `captions.caption_attributes`, -1 for what is not named
             noise: [B, 4, H, W]
             t: how much of it, timesteps [B] in [0, 1000)
             bars: the schedule's cumulative products
-            weights: of what can be said
+            weights: of each attribute
 
         Returns:
-            a scalar, the weighted sum over what can be said; per picture, so that unsaid things count as 0
+            a scalar, the weighted sum over attributes; per picture, so that what is not named counts as 0
         """
         bar = bars[t].view(-1, 1, 1, 1)
         read = self(bar.sqrt() * clean + (1 - bar).sqrt() * noise)
-        return _unread(read, said, weights)
+        return _cross_entropy(read, attributes, weights)
 
 
 class Probe(nn.Module):
@@ -78,26 +90,26 @@ class Probe(nn.Module):
         super().__init__()
         channels = unet.config.block_out_channels[-1]
         self.norm = nn.LayerNorm(2 * channels)
-        self.heads = nn.ModuleList([nn.Linear(2 * channels, len(values)) for values in SAID.values()])
+        self.heads = nn.ModuleList([nn.Linear(2 * channels, len(values)) for values in CAPTION_ATTRIBUTES.values()])
         self.seen = threading.local()
         unet.mid_block.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.seen.middle = output
 
-    def loss(self, said: Tensor, weights: Sequence[float]) -> Tensor:
+    def loss(self, attributes: Tensor, weights: Sequence[float]) -> Tensor:
         """Weighted cross-entropy as `Reader.loss`, of the U-Net's latest forward pass in this thread."""
         middle = self.seen.middle.float()
         pooled = self.norm(torch.cat([middle.mean((2, 3)), middle.amax((2, 3))], 1))
-        return _unread([head(pooled) for head in self.heads], said, weights)
+        return _cross_entropy([head(pooled) for head in self.heads], attributes, weights)
 
 
-def _unread(read: Sequence[Tensor], said: Tensor, weights: Sequence[float]) -> Tensor:
+def _cross_entropy(read: Sequence[Tensor], attributes: Tensor, weights: Sequence[float]) -> Tensor:
     terms = [
-        weight * F.cross_entropy(logits.float(), said[:, k], ignore_index=-1, reduction="sum")
+        weight * F.cross_entropy(logits.float(), attributes[:, k], ignore_index=-1, reduction="sum")
         for k, (logits, weight) in enumerate(zip(read, weights, strict=True))
     ]
-    return torch.stack(terms).sum() / len(said)
+    return torch.stack(terms).sum() / len(attributes)
 
 
 def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -117,43 +129,57 @@ def soften(clean: Tensor, g: torch.Generator) -> Tensor:
     return F.conv2d(padded, kernel, groups=len(kernel))[0].unflatten(0, (-1, channels))[..., :height, :width]
 
 
-def train_reader(
-    data: cache.Cache, out: Path, bars: Tensor, device: torch.device, steps: int = 1600, lr: float = 2e-3, seed: int = 0
-) -> Reader:
-    """The reader of ``out``, trained there first where there is none; frozen.
+_ADAMW = AdamW(weight_decay=1e-2, warmup=100, schedule="linear", decay=0.8, max_grad_norm=None)
+
+
+@dataclass(frozen=True)
+class ReaderTraining:
+    """Settings; about five minutes of one core. ``lr`` is the peak rate."""
+
+    steps: int = 1600
+    batch: int = 128
+    lr: float = 2e-3
+    optimizer: AdamW = _ADAMW
+    seed: int = 0
+
+
+class ReaderTask(PretrainTask):
+    """The reader's training on clean latents, noised and half of them blurred."""
+
+    def __init__(self, settings: ReaderTraining, data: cache.Cache, compute: Compute) -> None:
+        self.settings, self.data, self.compute = settings, data, compute
+        self.seed, self.batch_size = settings.seed, settings.batch
+        torch.manual_seed(settings.seed)
+        self.reader = Reader().to(compute.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.bars = models.alphas_bar().to(compute.device)
+        self.modules = {"model": self.reader}
+        self.optimizers = {"main": settings.optimizer}
+        self.facts = {"seed": settings.seed, "batch": settings.batch}
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        return {"main": [TrainableGroup("reader", list(self.reader.parameters()), self.settings.lr)]}
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """One loss, on pictures and captions drawn anew."""
+        data, g = self.data, generator(self.seed, step, micro)
+        index = torch.randint(len(data), (self.batch_size,), generator=g).numpy()
+        variant = torch.randint(data.caption_attributes.shape[1], (self.batch_size,), generator=g).numpy()
+        named = torch.from_numpy(data.caption_attributes[index, variant].astype(np.int64))
+        clean = soften(torch.from_numpy(np.asarray(data.latents[index], dtype=np.float32)), g)
+        inputs = (x.to(self.compute.device) for x in (clean, named, *draw_noise(clean, g)))
+        with self.compute.autocast():
+            loss = self.reader.loss(*inputs, self.bars)
+        yield Update(loss)
+
+
+def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: ReaderTraining = ReaderTraining()) -> Reader:
+    """The reader of the run's folder `out`, frozen; trained there first where it is not finished.
 
     Args:
-        data: latents and what their captions say
-        out: the run's folder
-        bars: the schedule's cumulative products, on ``device``
-        device: where it is trained and left
-        steps: of 128 pictures; about five minutes of one core
-        lr: AdamW's peak rate, falling to 0
-        seed: of everything drawn
+        data: latents and what their captions name
+        run: where, and whether to resume; the steps are the settings'
     """
-    torch.manual_seed(seed)
-    reader = Reader().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    path = out / CHECKPOINT
-    if path.is_file():
-        reader.load_state_dict(common.load_checkpoint(path)[0]["model"])
-        return reader.eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=1e-2)
-    budget, log = common.Budget(steps=steps, warmup=100, decay=0.8), common.Log(out / "reader_log.jsonl")
-    for step in range(steps):
-        g = common.step_generator(seed + 1, step)
-        index = torch.randint(len(data), (_BATCH,), generator=g).numpy()
-        variant = torch.randint(data.said.shape[1], (_BATCH,), generator=g).numpy()
-        said = torch.from_numpy(data.said[index, variant].astype(np.int64)).to(device)
-        clean = soften(torch.from_numpy(np.asarray(data.latents[index], dtype=np.float32)), g)
-        noise, t = draw_noise(clean, g)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * budget.rate(step, 0.0)
-        with common.amp(device, True):
-            loss = reader.loss(clean.to(device), said, noise.to(device), t.to(device), bars)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            log.write(step=step + 1, loss=round(float(loss.detach()), 4))
-    common.save_checkpoint(path, {"model": reader.state_dict()}, {"steps": steps, "loss": float(loss.detach())})
-    return reader.eval().requires_grad_(False)
+    run = replace(run, steps=settings.steps, minutes=None, pause_at=None)
+    task = ReaderTask(settings, data, run.compute())
+    run_task(task, run, training_folder(out, "reader"))
+    return task.reader.eval().requires_grad_(False)

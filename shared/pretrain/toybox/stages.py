@@ -6,12 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.pretrain.run_task import RunSettings
 
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS = 12_000, 10_000, 16_000
 #: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
 #: them, 75 % of others.
 IDENTITY_GROUPS = 4_500
+#: So that a small data set has few groups, too.
+PICTURES_PER_GROUP = 24
 #: Pictures that go through the autoencoder for the evaluators, as many as there are at most.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
@@ -36,6 +42,13 @@ class Work:
     def run(self) -> Path:
         return self.folder / "run"
 
+    def settings(self, steps: int) -> RunSettings:
+        """Of a training that takes so many steps where no minutes are given."""
+        from shared.pretrain.run_task import RunSettings
+
+        own = steps if self.minutes is None else None
+        return RunSettings(steps=own, minutes=self.minutes, threads=self.threads, device=self.device)
+
 
 def run(stages: Sequence[str], work: Work) -> None:
     """Do the stages, in order. Each prints what it made and goes on from where an earlier call stopped."""
@@ -49,65 +62,66 @@ def _data(work: Work) -> str:
     from shared.pretrain.toybox import dataset
 
     dataset.build(work.data, work.pictures, work.seed, work.threads)
-    build_identity(work.folder / "identity", groups=IDENTITY_GROUPS, seed=work.seed)
+    groups = min(IDENTITY_GROUPS, max(1, work.pictures // PICTURES_PER_GROUP))
+    build_identity(work.folder / "identity", groups=groups, seed=work.seed)
     return f"{work.pictures} pictures in {work.data}"
 
 
 def _vae(work: Work) -> str:
     from shared.pretrain.toybox.initial_weights import adopt_vae
-    from shared.pretrain.toybox.vae import train_vae
+    from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
     if not work.fresh and adopt_vae(work.run):
-        print("vae: goes on from the shipped weights", flush=True)
-    steps = VAE_STEPS if work.minutes is None else None
-    return str(
-        train_vae(work.data, work.run, steps=steps, minutes=work.minutes, threads=work.threads, device=work.device)
-    )
+        print("vae: starts from the shipped weights", flush=True)
+    return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
 def _decoder(work: Work) -> str:
-    from shared.pretrain.toybox.decoder import train_decoder
-    from shared.pretrain.toybox.initial_weights import adopt
+    from shared.pretrain.toybox.decoder import DecoderTraining, train_decoder
 
-    if not work.fresh and adopt(work.run):
-        print("decoder: goes on from the shipped weights", flush=True)
-    steps = DECODER_STEPS if work.minutes is None else None
-    return str(
-        train_decoder(work.data, work.run, steps=steps, minutes=work.minutes, threads=work.threads, device=work.device)
-    )
+    _adopt_backbone("decoder", work)
+    return str(train_decoder(work.data, work.run, work.settings(DECODER_STEPS), DecoderTraining(seed=work.seed)))
 
 
 def _unet(work: Work) -> str:
-    from shared.pretrain.toybox.initial_weights import adopt
+    from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.unet import train_unet
 
-    if not work.fresh and adopt(work.run):
-        print("unet: goes on from the shipped weights", flush=True)
+    _adopt_backbone("unet", work)
+    settings = UnetTraining(seed=work.seed)
+    if work.minutes is None:  # with minutes the rate stays: the run shall go on later
+        falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": 0.2})
+        settings = replace(settings, optimizer=falling)
+    return str(train_unet(work.data, work.run, work.settings(UNET_STEPS), settings))
 
-    steps = UNET_STEPS if work.minutes is None else None
-    decay = 0.2 if work.minutes is None else 0.0
-    made = train_unet(
-        work.data, work.run, steps=steps, minutes=work.minutes, decay=decay, threads=work.threads, device=work.device
-    )
-    return str(made)
+
+def _adopt_backbone(stage: str, work: Work) -> None:
+    from shared.pretrain.toybox.initial_weights import adopt_backbone
+
+    if not work.fresh and adopt_backbone(work.run):
+        print(f"{stage}: starts from the shipped weights", flush=True)
 
 
 def _evaluator(name: str) -> Callable[[Work], str]:
     def train(work: Work) -> str:
-        from shared.pretrain.evaluators.data import reconstruct
-        from shared.pretrain.evaluators.train import TRAININGS
+        from shared.pretrain.evaluators.reconstructions import reconstruct
+        from shared.pretrain.evaluators.train import TRAININGS, Folders, train_evaluator
         from shared.toybox.evaluators.convnet import WEIGHTS
 
         source = work.folder / "identity" if name == "identity" else work.data
         through = source / "reconstructions.npy"
         if not through.is_file() and (work.run / "vae" / "config.json").is_file():
             reconstruct(source, work.run / "vae", through, RECONSTRUCTED.get(name, RECONSTRUCTED["recognizer"]))
-        fit, settings = TRAININGS[name]
-        settings = replace(settings, seed=work.seed, threads=work.threads, device=work.device, minutes=work.minutes)
-        target = WEIGHTS / name
-        place = work.folder / "evaluators" / name
-        fit(source, target, place, settings, not work.fresh, through if through.is_file() else None)
-        return str(target)
+        folders = Folders(
+            data=source,
+            out=WEIGHTS / name,
+            work=work.folder / "evaluators" / name,
+            reconstructions=through if through.is_file() else None,
+        )
+        steps, settings = TRAININGS[name].steps, replace(TRAININGS[name].settings, seed=work.seed)
+        spend = replace(work.settings(steps), steps=steps, resume=not work.fresh)  # minutes pause it
+        train_evaluator(name, folders, spend, settings)
+        return str(folders.out)
 
     return train
 

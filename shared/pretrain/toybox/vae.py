@@ -9,7 +9,7 @@ and a common spread, whose inverse is the ``scaling_factor``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.pretrain.toybox import assemble, common, models
+from shared.optimizers import AdamW
+from shared.pretrain.run_task import RunSettings, run_task
+from shared.pretrain.task import Compute, PretrainTask, decay_groups
+from shared.pretrain.toybox import models
+from shared.pretrain.toybox.run_folder import VAE_FOLDER, frozen_vae, has_vae, training_folder
+from shared.train import checkpoint
+from shared.train.averages import Averages
+from shared.train.loop import generator
+from shared.train.task import Update
+from shared.trainable import TrainableGroup
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -46,24 +55,23 @@ class Pictures(Protocol):
         ...
 
 
+_ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, schedule="linear", decay=0.3)
+
+
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings of the autoencoder's training; ``lr`` is AdamW's peak rate."""
+    """Settings of the autoencoder's training; ``lr`` is the peak rate."""
 
     size: models.VaeSize = field(default_factory=models.VaeSize)
     batch: int = 8
     lr: float = 2e-3
-    weight_decay: float = 1e-4
+    optimizer: AdamW = _ADAMW
     square_weight: float = 2.0
     gradient_weight: float = 0.5
     kl_weight: float = 1e-5
     thing_weight: float = 3.0
-    clip: float = 1.0
     ema: float = 0.998
     seed: int = 0
-    bf16: bool = True
-    save_minutes: float = 3.0
-    log_every: int = 50
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
@@ -129,126 +137,80 @@ def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
     return float(10 * np.log10(4.0 * pixels.size / max(squares, 1e-12)))
 
 
-class VaeRun:
-    """A training under way: the network, its average, the optimizer and the step they are at."""
+class VaeTask(PretrainTask):
+    """The autoencoder's training."""
 
-    def __init__(self, settings: VaeTraining, out: Path, device: torch.device, resume: bool) -> None:
-        self.settings, self.path, self.device, self.step = settings, out / assemble.VAE_CHECKPOINT, device, 0
+    def __init__(self, settings: VaeTraining, pictures: Pictures, out: Path, compute: Compute) -> None:
+        self.settings, self.pictures, self.out, self.compute = settings, pictures, out, compute
+        self.seed, self.batch_size, self.among = settings.seed, settings.batch, train_count(pictures)
         torch.manual_seed(settings.seed)
-        size = settings.size
-        tree, facts = common.load_checkpoint(self.path) if resume and self.path.is_file() else ({}, {})
-        if tree:
-            size, self.step = models.size_from(models.VaeSize, facts["size"]), int(facts["step"])
-        self.size = size
-        self.vae = models.build_vae(size).to(device)  # pyright: ignore[reportArgumentType]
-        self.ema = common.Ema(self.vae, settings.ema)
-        groups = common.parameter_groups(self.vae, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), fused=True)
-        if tree:
-            self.vae.load_state_dict(tree["model"])
-            self.ema.load(tree["ema"])
-        if "optimizer" in tree:  # adopted weights come without
-            common.restore_optimizer(self.optimizer, tree["optimizer"])
+        self.vae = models.build_vae(settings.size).to(compute.device)  # pyright: ignore[reportArgumentType]
+        self.modules = {"model": self.vae}
+        self.ema = self.averages = Averages(dict(self.vae.named_parameters()), settings.ema)
+        self.optimizers = {"main": settings.optimizer}
+        self.facts = {"seed": settings.seed, "batch": settings.batch, "size": asdict(settings.size)}
 
-    def save(self) -> None:
-        state = {"model": self.vae.state_dict(), "ema": self.ema.shadow}
-        tensors = {**state, "optimizer": common.optimizer_tensors(self.optimizer)}
-        common.save_checkpoint(self.path, tensors, {"step": self.step, "size": asdict(self.size)})
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        return {"main": decay_groups(self.vae, self.settings.lr, self.settings.optimizer.weight_decay)}
 
-    def update(self, pictures: Pictures, among: int, factor: float) -> dict[str, float]:
-        """One step on some of the first ``among`` pictures with the learning rate's ``factor``."""
-        settings, generator = self.settings, common.step_generator(self.settings.seed, self.step)
-        x, thing = (part.to(self.device) for part in draw(pictures, among, settings.batch, generator))
-        grid = x.shape[-1] // 2 ** (len(self.size.channels) - 1)
-        noise = torch.randn(len(x), models.LATENT_CHANNELS, grid, grid, generator=generator).to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * factor
-        with common.amp(self.device, settings.bf16):
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """One loss, on pictures drawn anew."""
+        settings, draws = self.settings, generator(self.seed, step, micro)
+        x, thing = (part.to(self.compute.device) for part in draw(self.pictures, self.among, settings.batch, draws))
+        grid = x.shape[-1] // 2 ** (len(settings.size.channels) - 1)
+        noise = torch.randn(len(x), models.LATENT_CHANNELS, grid, grid, generator=draws).to(self.compute.device)
+        with self.compute.autocast():
             total, parts = loss(self.vae, x, thing, noise, settings)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.clip)
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.vae, self.step)
-        self.step += 1
-        return {**parts, "norm": float(norm)}
+        yield Update(total, parts=parts)
+
+    def averaged(self) -> AutoencoderKL:
+        """A copy with the averaged parameters, not yet normalised."""
+        vae = models.build_vae(self.settings.size).to(self.compute.device).eval()  # pyright: ignore[reportArgumentType]
+        vae.load_state_dict(self.vae.state_dict())
+        self.ema.copy_to(dict(vae.named_parameters()))
+        return vae
+
+    @torch.no_grad()
+    def result(self) -> dict[str, float]:
+        """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
+
+        Where that is this very autoencoder already, it is left alone: its decoder may have been trained on since.
+        """
+        if self.is_written():
+            return {}
+        vae, rng = self.averaged(), np.random.default_rng(0)
+        chosen = np.sort(rng.choice(self.among, min(2048, self.among), replace=False))
+        normalise(vae, self.pictures.pixels(chosen))
+        decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
+        vae.save_pretrained(str(self.out / VAE_FOLDER))
+        checkpoint.clear(training_folder(self.out, "decoder"))  # of other latents
+        return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
+
+    def is_written(self) -> bool:
+        """Whether `out/vae` is this very autoencoder, up to its decoder."""
+        if not has_vae(self.out):
+            return False
+        written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
+        return all(torch.equal(written[name], averages[f"encoder.{name}"]) for name in written)
 
 
-def train_vae(
-    data: Path,
-    out: Path,
-    *,
-    steps: int | None = None,
-    minutes: float | None = None,
-    decay: float = 0.3,
-    resume: bool = True,
-    threads: int | None = None,
-    device: str | None = None,
-    settings: VaeTraining = VaeTraining(),
-) -> Path:
-    """Trains the autoencoder and writes its normalised average to ``out/vae``.
-
-    Args:
-        data: a data set's folder
-        out: the run's folder (checkpoint, log and result)
-        steps: ends the training at this step of the run, or
-        minutes: ends it after this time of this session
-        decay: the last fraction of the budget, over which the learning rate falls to 0
-        resume: go on from ``out``'s checkpoint where there is one
-        threads: of torch on a CPU
-        device: as torch names it; the GPU if there is one where None
+def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = VaeTraining()) -> Path:
+    """Trains the autoencoder on the data set in `data` and writes its normalised average to the run's folder `out`.
 
     Returns:
         the folder of the finished autoencoder
     """
     from shared.pretrain.toybox import dataset
 
-    common.set_threads(threads)
-    budget = common.Budget(steps=steps, minutes=minutes, decay=decay, warmup=100)
-    run = VaeRun(settings, out, common.pick_device(device), resume)
-    pictures = dataset.load(data)
-    fit(run, pictures, budget, common.Log(out / "vae_log.jsonl"))
-    return out / assemble.VAE_FOLDER if finished(run, out) else finish(run, pictures, out)
-
-
-def finished(run: VaeRun, out: Path) -> bool:
-    """Whether ``out/vae`` is this very autoencoder, whose decoder may have been taught on since: then it is left alone."""
-    if not (out / assemble.VAE_FOLDER / "config.json").is_file():
-        return False
-    there = assemble.frozen_vae(out).encoder.state_dict()
-    return all(torch.equal(there[name], run.ema.shadow[f"encoder.{name}"].cpu()) for name in there)
-
-
-def fit(run: VaeRun, pictures: Pictures, budget: common.Budget, log: common.Log) -> None:
-    """The loop; checkpoints by the clock."""
-    settings, among = run.settings, train_count(pictures)
-    common.fit(
-        run, lambda factor: run.update(pictures, among, factor), budget, log, settings.log_every, settings.save_minutes
-    )
+    folder, compute = training_folder(out, "vae"), run.compute()
+    run_task(VaeTask(settings, dataset.load(data), out, compute), run, folder)
+    return out / VAE_FOLDER
 
 
 def train_count(pictures: Pictures) -> int:
     """How many of the pictures, from the first, may be trained on."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
-
-
-@torch.no_grad()
-def finish(run: VaeRun, pictures: Pictures, out: Path) -> Path:
-    """Normalises the averaged autoencoder, measures it on held-out pictures and writes ``out/vae``."""
-    vae = models.build_vae(run.size).to(run.device).eval()  # pyright: ignore[reportArgumentType]
-    vae.load_state_dict(run.vae.state_dict())
-    run.ema.copy_to(vae)
-    rng = np.random.default_rng(0)
-    chosen = np.sort(rng.choice(train_count(pictures), min(2048, train_count(pictures)), replace=False))
-    normalise(vae, pictures.pixels(chosen))
-    decibels = psnr(vae, pictures.pixels(slice(train_count(pictures), None)))
-    common.Log(out / "vae_log.jsonl").write(step=run.step, psnr=decibels, scaling_factor=vae.config["scaling_factor"])
-    folder = out / assemble.VAE_FOLDER
-    vae.save_pretrained(str(folder))
-    (out / assemble.DECODER_CHECKPOINT).unlink(missing_ok=True)  # of other latents
-    return folder
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""What is learned: the losses of the recognizer, the identity encoder and the CLIP, each over one batch."""
+"""The trainings of recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,87 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from shared.metrics.scores import similarities
+from shared.optimizers import AdamW
 from shared.pretrain.evaluators.augment import augment
 from shared.pretrain.evaluators.data import IdentityPictures, Pictures, accents_as_shown
-from shared.pretrain.toybox import common
+from shared.pretrain.task import Compute, PretrainTask, decay_groups
 from shared.toybox.evaluators import clip as clips
 from shared.toybox.evaluators.convnet import adopt_state, save_model
 from shared.toybox.evaluators.identity import HIDDEN, IdentityConfig, IdentityEncoder
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
+from shared.train.loop import generator
+from shared.train.task import Update
+from shared.trainable import TrainableGroup
+
+_ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linear", decay=0.7, max_grad_norm=5.0)
+
+
+@dataclass(frozen=True)
+class EvaluatorTraining:
+    """Settings; `lr` is the peak rate. `thaw`: the identity encoder learns the recognizer's trunk too, for a second
+    round."""
+
+    batch_size: int = 128
+    lr: float = 2e-3
+    optimizer: AdamW = _ADAMW
+    seed: int = 0
+    thaw: bool = False
+
+
+class EvaluatorTask(PretrainTask):
+    """An evaluator's training."""
+
+    flags: tuple[str, ...]  # what its command was given beside the settings, for the card
+
+    def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
+        self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute
+        self.seed, self.batch_size = settings.seed, settings.batch_size
+        self.modules, self.optimizers = {"model": self.module}, {"main": settings.optimizer}
+        self.facts = {"seed": settings.seed, "batch_size": settings.batch_size}
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        return {"main": decay_groups(self.module, self.settings.lr, self.settings.optimizer.weight_decay)}
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """One loss, the sum of its terms."""
+        terms = self.terms(generator(self.seed, step, micro))
+        yield Update(torch.stack(list(terms.values())).sum(), parts={k: v.detach() for k, v in terms.items()})
+
+    def terms(self, draws: Generator) -> dict[str, Tensor]:
+        """Named scalars; their sum is minimised."""
+        raise NotImplementedError
+
+    def export(self, out: Path) -> None:
+        """Writes the present weights, fp16."""
+        raise NotImplementedError
+
+    def adopt(self, out: Path) -> bool:
+        """Takes over what `export` wrote; False where that is another architecture."""
+        raise NotImplementedError
 
 
 def _through(data: Pictures | IdentityPictures) -> tuple[str, ...]:
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
-class RecognizerTask:
+class RecognizerTask(EvaluatorTask):
     """Cross-entropy of every attribute; what a picture's label leaves open (-1) is not counted."""
 
-    def __init__(self, data: Pictures, batch_size: int, seed: int, config: RecognizerConfig | None = None) -> None:
-        torch.manual_seed(seed)
-        self.data, self.batch_size = data, batch_size
+    def __init__(
+        self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
+    ) -> None:
+        torch.manual_seed(settings.seed)
+        self.data, self.flags = data, _through(data)
         self.config = config or RecognizerConfig(values=data.values)
         self.recognizer = Recognizer(self.config)
-        self.flags = _through(data)
-        self.module: nn.Module = self.recognizer
+        self._set_up(self.recognizer, settings, compute)
 
-    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+    def terms(self, draws: Generator) -> dict[str, Tensor]:
         """One cross-entropy per attribute, and one for where things are."""
-        rows, pixels = self.data.draw(generator, self.batch_size)
-        pixels = augment(pixels, generator).to(device)
-        with common.amp(device, autocast):
+        device = self.compute.device
+        rows, pixels = self.data.draw(draws, self.batch_size)
+        pixels = augment(pixels, draws).to(device)
+        with self.compute.autocast():
             logits, where = self.recognizer.read(pixels)
         labels = {name: torch.from_numpy(self.data.labels[name][rows]).to(device) for name in ATTRIBUTES}
         terms = {
@@ -59,43 +112,43 @@ class RecognizerTask:
         return adopt_state(self.module, out)
 
 
-class IdentityTask:
+class IdentityTask(EvaluatorTask):
     """Supervised contrastive loss; a batch holds groups of one class and palette, in each several things in several views.
 
     While training, what the renderer drew the individual from is read off the layer before the embedding (not kept).
     `start`: a recognizer, whose trunk the encoder takes over as it is: only what follows it is learned (three times
-    faster). `thaw`: the trunk is learned too, for a second round.
+    faster), unless the settings say `thaw`.
     """
 
     def __init__(
         self,
         data: IdentityPictures,
-        batch_size: int,
-        seed: int,
+        settings: EvaluatorTraining,
+        compute: Compute,
         config: IdentityConfig | None = None,
         start: Recognizer | None = None,
-        thaw: bool = False,
     ) -> None:
-        torch.manual_seed(seed)
-        self.data, self.batch_size = data, batch_size
+        torch.manual_seed(settings.seed)
+        self.data = data
         self.config = config or IdentityConfig()
         self.encoder = IdentityEncoder(self.config)
         if start is not None:
             self.encoder.locator.take_over(start.trunk)
             self.encoder.trunk.load_state_dict(start.trunk.state_dict())
-            self.encoder.trunk.requires_grad_(thaw)
-        self.frozen = start is not None and not thaw
-        self.flags = (*_through(data), *(["--thaw"] if thaw else []))
+            self.encoder.trunk.requires_grad_(settings.thaw)
+        self.frozen = start is not None and not settings.thaw
+        self.flags = (*_through(data), *(["--thaw"] if settings.thaw else []))
         self.kinds = nn.Linear(HIDDEN, int(data.kinds.max()) + 1)
         self.numbers = nn.Linear(HIDDEN, data.numbers.shape[1])
-        self.module: nn.Module = nn.ModuleList([self.encoder, self.kinds, self.numbers])
+        self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
-    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+    def terms(self, draws: Generator) -> dict[str, Tensor]:
         """Contrastive over the whole batch, the same within the groups of hard negatives, and the readings."""
         self.encoder.trunk.train(not self.frozen)
-        drawn = self.data.draw(generator, self.batch_size)
-        pixels = augment(drawn.pixels, generator).to(device)
-        with common.amp(device, autocast):
+        device = self.compute.device
+        drawn = self.data.draw(draws, self.batch_size)
+        pixels = augment(drawn.pixels, draws).to(device)
+        with self.compute.autocast():
             hidden = self.encoder.hidden(pixels)
         hidden, labels = hidden.float(), drawn.labels.to(device)
         embeddings, size = F.normalize(self.encoder.last(hidden), dim=1), len(labels) // drawn.groups
@@ -119,28 +172,34 @@ class IdentityTask:
         return adopt_state(self.encoder, out)
 
 
-class ClipTask:
+class ClipTask(EvaluatorTask):
     """CLIP's loss, and while training a linear reading of every attribute from the picture's embedding (not kept)."""
 
     def __init__(
-        self, data: Pictures, batch_size: int, seed: int, tokenizer: Any, config: clips.ClipConfig | None = None
+        self,
+        data: Pictures,
+        settings: EvaluatorTraining,
+        compute: Compute,
+        tokenizer: Any,
+        config: clips.ClipConfig | None = None,
     ) -> None:
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         config = config or clips.ClipConfig()
-        self.data, self.batch_size, self.tokenizer = data, batch_size, tokenizer
+        self.data, self.tokenizer = data, tokenizer
         self.processor = clips.new_processor(config, tokenizer)
         model = clips.new_clip(config, tokenizer)
         self.flags = _through(data)
         heads = {f"head_{name}": nn.Linear(config.dimensions, len(v)) for name, v in data.values.items()}
         self.model, self.heads = model, nn.ModuleDict(heads)
-        self.module: nn.Module = nn.ModuleDict({"clip": model, "heads": self.heads})
+        self._set_up(nn.ModuleDict({"clip": model, "heads": self.heads}), settings, compute)
 
-    def loss(self, generator: Generator, device: torch.device, autocast: bool) -> dict[str, Tensor]:
+    def terms(self, draws: Generator) -> dict[str, Tensor]:
         """The contrastive term and the mean of the readings."""
-        rows, pixels = self.data.draw(generator, self.batch_size)
-        pixels = augment(pixels, generator).to(device)
-        texts = self.data.draw_captions(rows, generator)
-        with common.amp(device, autocast):
+        device = self.compute.device
+        rows, pixels = self.data.draw(draws, self.batch_size)
+        pixels = augment(pixels, draws).to(device)
+        texts = self.data.draw_captions(rows, draws)
+        with self.compute.autocast():
             images = clips.image_features(self.model, pixels, len(pixels))
             words = clips.text_features(self.model, self.tokenizer, texts, len(texts))
         terms = {"clip": clips.contrastive_loss(images, words, self.model.logit_scale)}

@@ -1,0 +1,71 @@
+"""Pictures as the autoencoder gives them back: the evaluators learn from them too, for they judge what it decodes.
+
+`python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.pretrain.evaluators.augment import from_bytes, to_bytes
+from shared.pretrain.evaluators.data import IdentityPictures, Pictures
+
+
+def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_size: int = 64) -> None:
+    """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: .npy, uint8 `[rows,
+    64, 64, 3]`.
+    """
+    vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
+    source = whole.load(folder).pixels
+    source = source.reshape(-1, *source.shape[-3:])[:rows]
+    temporary = target.with_name(target.name + ".part")
+    result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
+    for start in range(0, len(source), batch_size):
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast, and a third of a grey level off
+            through = round_trip(vae, from_bytes(source[start : start + batch_size]))
+        result[start : start + batch_size] = to_bytes(through.float())
+    result.flush()
+    os.replace(temporary, target)
+
+
+def load_vae(folder: Path) -> torch.nn.Module:
+    """The frozen `AutoencoderKL` in a folder, float32."""
+    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+
+    return (
+        AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@torch.no_grad()
+def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
+    """Pictures `[B, 3, H, W]` in [0, 1] encoded (mean of the latent) and decoded again, clamped to [0, 1]."""
+    parts = []
+    for chunk in pixels.split(batch_size):
+        latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]
+        parts.append((vae.decode(latent).sample / 2 + 0.5).clamp(0, 1))  # pyright: ignore[reportCallIssue]
+    return torch.cat(parts)
+
+
+def main() -> None:
+    """Sends the first ROWS pictures of a dataset or identity folder through a VAE, into an .npy file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for name in ("folder", "vae", "target"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("rows", type=int)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    reconstruct(given.folder, given.vae, given.target, given.rows)
+
+
+if __name__ == "__main__":
+    main()

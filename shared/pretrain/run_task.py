@@ -1,0 +1,254 @@
+"""Runs a training from data on the core's loop: budget, resuming, checkpoints by the clock, log, interruption."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from shared.pretrain.task import Compute, PretrainTask
+from shared.train import checkpoint
+from shared.train.budget import Budget
+from shared.train.log import Log, check_log, flat
+from shared.train.loop import Loop, Record
+from shared.train.optim import NotFinite, Optimizers
+from shared.train.signals import interruptible
+
+_SKIPPED = 20  # steps in a row without a finite gradient: the next will have none either
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a training may spend, and where.
+
+    Either `steps` (counted from the run's very beginning) or `minutes` (of this session) ends it, and rates follow what
+    is spent of them. With both, rates follow the steps, and the minutes only pause the run.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    pause_at: int | None = None  # a step after which the run pauses; rates do not know of it
+    resume: bool = True  # from the newest checkpoint, where there is one
+    threads: int | None = None  # of torch on a CPU
+    device: str | None = None  # as torch names it; None: the GPU if there is one
+    bf16: bool = True
+    log_every: int = 50  # steps
+    save_minutes: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("a training needs an end: give steps, minutes or both")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+
+    def budget(self) -> Budget:
+        """From now on."""
+        return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
+
+    def compute(self) -> Compute:
+        """The device. Bounds torch's CPU threads: more threads than cores are ten times slower, not a little."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return Compute(pick_device(self.device), self.bf16)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a session did."""
+
+    step: int  # steps done in all
+    pictures: int  # seen in all
+    taken: int  # steps of this session
+    losses: Mapping[str, float]  # parts of the last step's loss
+
+
+def run_task(
+    task: PretrainTask, settings: RunSettings, folder: Path, first: int = 0, budget: Budget | None = None
+) -> Outcome:
+    """Trains until the budget is spent, then calls the task's `result`.
+
+    Args:
+        folder: of the checkpoints and of `log.jsonl`
+        first: the step at which a run without a checkpoint begins: that of the weights that it took over
+        budget: where the task knows it too; else one that begins now
+
+    Raises:
+        ValueError: the checkpoint is of other settings
+        NotFinite: no gradient is finite any more, or parameters are not; the last good state is saved
+        KeyboardInterrupt: it was asked to stop, and the state is saved
+    """
+    return _Session(task, settings, folder, first).run(budget or settings.budget())
+
+
+class _Session:
+    """One sitting of a run."""
+
+    def __init__(self, task: PretrainTask, settings: RunSettings, folder: Path, first: int) -> None:
+        self.task, self.settings, self.folder = task, settings, folder
+        check_log(folder)
+        state = checkpoint.load(folder) if settings.resume else None
+        self.start = self.step = state.step if state else first
+        self.pictures = int(state.info["pictures"]) if state else first * task.batch_size
+        if state is not None:
+            _check_same(folder, state.info["facts"], task.facts)
+            task.load_state_dict(state.learned)
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's device would be kept otherwise
+        self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
+        self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
+        self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
+        if state is not None and state.optimizer:  # weights that were taken over come without
+            self._restore_optimizer(state)
+        self.log = Log(folder, self.start, tensorboard=False)
+        self.window = _Window()
+        self.begun = self.saved = time.monotonic()
+
+    def _restore_optimizer(self, state: checkpoint.State) -> None:
+        if state.info.get("trained") != self.trained:
+            warnings.warn(
+                f"{self.folder}: other parameters are trained now, so the optimizer begins anew", stacklevel=2
+            )
+            return
+        self.optimizers.load_state_dict(state.optimizer)
+        self.optimizers.load_progress(state.info.get("progress", {}))
+
+    def run(self, budget: Budget) -> Outcome:
+        record: Record | None = None
+        try:
+            with interruptible() as stop:
+                for record in self._records(budget):
+                    self._after(record)
+                    if stop.is_set() or self._paused():
+                        break
+                self._write_window()
+                if self.step > self.start:
+                    self._save()
+                if stop.is_set():
+                    raise KeyboardInterrupt
+            measured = self.task.result()
+            if measured:
+                self._write(measured)
+        finally:
+            self.log.close()
+        return Outcome(self.step, self.pictures, self.step - self.start, dict(record.parts) if record else {})
+
+    def _records(self, budget: Budget) -> Iterator[Record]:
+        """The loop's steps. One whose loss or gradient is not finite changes nothing and is left out, aloud."""
+        task = self.task
+        loop = Loop(task, self.optimizers, budget, task.seed, self.accelerator, averages=task.averages)
+        step, skipped = self.start, 0
+        while True:
+            try:
+                for record in loop.run(step):
+                    step, skipped = record.step, 0
+                    yield record
+                return
+            except NotFinite as error:
+                step, skipped = step + 1, skipped + 1
+                if skipped == _SKIPPED:
+                    self._save()
+                    raise NotFinite(
+                        f"{error}, like those of the {skipped - 1} steps before. The state of step {self.step} is kept in "
+                        f"{self.folder}: go on with a lower rate, or without bf16"
+                    ) from None
+                warnings.warn(f"{error}: the step is left out", stacklevel=2)
+
+    def _after(self, record: Record) -> None:
+        self.step, self.pictures = record.step, self.pictures + self.task.batch_size
+        self.window.add(record)
+        if record.step % self.settings.log_every == 0:
+            self._write_window()
+        self.task.after_step(self.step, self.pictures)
+        if time.monotonic() - self.saved > 60 * self.settings.save_minutes:
+            self._save()
+
+    def _paused(self) -> bool:
+        settings = self.settings
+        over = settings.minutes is not None and time.monotonic() - self.begun > 60 * settings.minutes
+        return over or (settings.pause_at is not None and self.step >= settings.pause_at)
+
+    def _write_window(self) -> None:
+        if self.window.records:
+            self._write({**self.window.mean(), **self.window.speed(self.task.batch_size), "pictures": self.pictures})
+        self.window = _Window()
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        short = {name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in values.items()}
+        self.log.scalars(self.step, short)
+        print(f"{self.folder.name}: step {self.step}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
+
+    def _save(self) -> None:
+        """Raises NotFinite, and leaves the last checkpoint, where the last update spoiled the parameters."""
+        self.optimizers.check_finite(self.step)
+        info = checkpoint_info(self.task.facts, self.pictures)
+        info |= {"trained": self.trained, "progress": self.optimizers.progress()}
+        checkpoint.save(
+            self.folder,
+            checkpoint.State(0, self.step, self.task.state_dict(), self.optimizers.state_dict(), info=info),
+        )
+        self.saved = time.monotonic()
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of the log."""
+
+    records: list[Record] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+
+    def mean(self) -> dict[str, float]:
+        """Of everything that is logged of a step; of the rates, the last."""
+        rows = [flat(record) for record in self.records]
+        return {
+            key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
+            for key in rows[-1]
+        }
+
+    def speed(self, batch_size: int) -> dict[str, float]:
+        return {"pictures_per_s": len(self.records) * batch_size / (time.monotonic() - self.since)}
+
+
+def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors and its step."""
+    return {"facts": json.loads(json.dumps(dict(facts))), "pictures": pictures}
+
+
+def refuse_older(file: Path) -> None:
+    """ValueError where a training of an earlier version left its checkpoint, which this one cannot read."""
+    if file.is_file():
+        raise ValueError(
+            f"{file} is a checkpoint of an earlier version and cannot be resumed: remove it, or use another folder"
+        )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`name` as a device; where it is None, the GPU if there is one, else the CPU.
+
+    ValueError, with the devices that there are, when this machine has none of that name.
+    """
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} cannot be used here. There are: {', '.join(available)}.") from None
+    return device
+
+
+def _check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    given = json.loads(json.dumps(dict(now)))
+    for name in sorted(saved.keys() & given.keys()):
+        if saved[name] != given[name]:
+            raise ValueError(
+                f"{folder} was made with {name}={saved[name]}, not {given[name]}: keep that, or use another folder"
+            )

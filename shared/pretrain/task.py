@@ -1,0 +1,117 @@
+"""What every training from data has in common: networks, their moving averages, optimizers, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from shared.optimizers import OptimizerPart
+from shared.train.averages import Averages
+from shared.train.task import Update
+from shared.trainable import TrainableGroup
+
+_AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a training computes, and whether in bf16."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bf16: bool = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast, or nothing. Autocast belongs to a thread: each enters its own."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+class PretrainTask:
+    """A task of the loop that learns networks from data (`shared.train.task.Task`, without a number of steps of its own).
+
+    A subclass builds its networks in its constructor and yields losses from `updates`; everything random in a step comes
+    from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs it.
+    """
+
+    batch_size: int  # pictures per step
+    seed: int
+    compute: Compute
+    modules: Mapping[str, nn.Module]  # name -> what a checkpoint holds
+    optimizers: Mapping[str, OptimizerPart]  # optimizer group -> its settings
+    averages: Averages | None = None  # of parameters, updated after each step
+    facts: Mapping[
+        str, Any
+    ] = {}  # JSON, kept with every checkpoint: what an interrupted run must have in common with this
+    #: Modules that only help to train: weights that were taken over from elsewhere have nothing of them.
+    helpers: ClassVar[frozenset[str]] = frozenset()
+
+    def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
+        """Optimizer group -> what it trains."""
+        raise NotImplementedError
+
+    def updates(self, step: int, micro: int) -> Iterator[Update]:
+        """The losses of one step, in order; see `shared.train.task.UpdateSource`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<module>/<tensor>` and `average/<parameter>`, on the CPU."""
+        networks = {name: module.state_dict() for name, module in self.modules.items()}
+        return state_of(networks, self.averages.state_dict() if self.averages else {})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """ValueError when tensors are missing, left over or of another shape."""
+        left = dict(state)
+        for name, module in self.modules.items():
+            own = _take(left, name)
+            if not own and name in self.helpers:
+                continue
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"saved tensors do not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+        if self.averages is not None:
+            self.averages.load_state_dict(_take(left, _AVERAGE))
+        if left:
+            raise ValueError(f"{len(left)} saved tensors fit nothing in this training, for example {sorted(left)[0]!r}")
+
+    def after_step(self, step: int, pictures: int) -> None:
+        """Called after each step, with the numbers of steps done and of pictures seen."""
+
+    def result(self) -> Mapping[str, float]:
+        """Writes what was trained, at the end of each session; what was measured of it, for the log."""
+        return {}
+
+
+def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: of networks by name, and an average by parameter. Each owns its memory, as safetensors
+    asks."""
+    return {
+        f"{name}/{key}": tensor.detach().cpu().clone().contiguous()
+        for name, state in {**networks, _AVERAGE: average}.items()
+        for key, tensor in state.items()
+    }
+
+
+def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """parameter -> average, of a checkpoint's tensors."""
+    return _take(dict(state), _AVERAGE)
+
+
+def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
+    """What is trained of `module`: matrices and kernels with weight decay; biases, norms and embeddings without."""
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+    return [
+        TrainableGroup("weights", decayed, lr, weight_decay),
+        TrainableGroup("biases_norms_embeddings", others, lr, 0.0),
+    ]
+
+
+def _take(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k[len(name) + 1 :]: state.pop(k) for k in sorted(state) if k.startswith(f"{name}/")}

@@ -1,0 +1,132 @@
+"""What the denoiser learns from in a step, and its loss: v-prediction on cached latents, and what can be read off it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared.optimizers import AdamW
+from shared.pretrain.toybox import latent_cache as cache
+from shared.pretrain.toybox import latent_reader as reader
+from shared.pretrain.toybox import models
+from shared.train.loop import generator
+
+_ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=200)
+
+
+@dataclass(frozen=True)
+class UnetTraining:
+    """Settings of the denoiser's training; ``lr`` is the peak rate; ``t_uniform`` and ``t_mean`` see
+    ``draw_times``;
+    ``thing_weight``: how much more the loss counts where things are (a fifth of a picture, and all of what is hard).
+    ``reading``, ``probing``: the weights of class, view and accessory that must be seen in the guess and in the middle
+    of the U-Net (`reader`), at the full learning rate; both fall to 0 with the rate, where it is ``read_until`` of its
+    peak.
+    """
+
+    unet: models.UnetSize = field(default_factory=models.UnetSize)
+    text: models.TextSize = field(default_factory=models.TextSize)
+    batch: int = 32
+    lr: float = 8e-4
+    optimizer: AdamW = _ADAMW
+    caption_dropout: float = 0.1
+    t_uniform: float = 0.1
+    t_mean: float = 0.4
+    thing_weight: float = 3.0
+    reading: tuple[float, float, float] = (0.01, 0.04, 0.05)
+    probing: tuple[float, float, float] = (0.05, 0.1, 0.08)
+    read_until: float = 0.3
+    ema: float = 0.999
+    seed: int = 0
+    snapshot_steps: int = 1500
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As `models.build_denoiser` takes them."""
+        return {"text": asdict(self.text), "unet": asdict(self.unet)}
+
+
+@dataclass(frozen=True)
+class DenoisingBatch:
+    """One step's random inputs, on the training device."""
+
+    latents: Tensor  # [B, 4, H, W], scaled
+    ids: Tensor  # [B, L] token ids, those of "" where the caption is dropped
+    noise: Tensor  # [B, 4, H, W]
+    t: Tensor  # [B] in [0, 1000), stratified over the batch
+    weight: Tensor  # [B, H, W] of the loss, 1 on average
+    caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for what is not named
+    again: Tensor  # [B, 4, H, W] noise that the guess gets before it is read
+    level: Tensor  # [B] how much of it, as t
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def to(self, device: torch.device) -> DenoisingBatch:
+        """The same on ``device``."""
+        return DenoisingBatch(*(x.to(device) for x in self.fields))
+
+    def split(self, count: int) -> list[DenoisingBatch]:
+        """``count`` equal shares, each with every ``count``-th row (so that each has all sorts of t)."""
+        return [DenoisingBatch(*(x[i::count] for x in self.fields)) for i in range(count)]
+
+
+def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
+    """The batch of a step; depends on seed and step alone (and on the cache's content)."""
+    g, b = generator(settings.seed, step), settings.batch
+    index = torch.randint(len(data), (b,), generator=g).numpy()
+    variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
+    latents = torch.from_numpy(np.asarray(data.latents[index], dtype=np.float32))
+    ids = torch.from_numpy(data.tokens[index, variant].astype(np.int64))
+    dropped = torch.rand(b, generator=g) < settings.caption_dropout
+    ids = torch.where(dropped[:, None], empty[None], ids)
+    noise = torch.randn(latents.shape, generator=g)
+    weight = 1 + (settings.thing_weight - 1) * torch.from_numpy(data.covered[index].astype(np.float32)) / 255
+    times = draw_times(b, settings.t_uniform, settings.t_mean, g)
+    named = torch.from_numpy(data.caption_attributes[index, variant].astype(np.int64)).masked_fill(dropped[:, None], -1)
+    return DenoisingBatch(latents, ids, noise, times, weight / weight.mean(), named, *reader.draw_noise(latents, g))
+
+
+def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
+    """Timesteps [count] in [0, 1000): logit-normal (arXiv 2403.03206, section 3.1), a fraction of them ``uniform``.
+
+    Most of what a caption decides is decided in the middle and, for ``mean`` > 0, in more noise than that, where more
+    is drawn. Stratified over the batch.
+    """
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    plain = torch.rand(count, generator=generator) < uniform
+    share = torch.where(plain, u, (torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)) + mean).sigmoid().float())
+    return (share * models.TRAIN_TIMESTEPS).long().clamp(max=models.TRAIN_TIMESTEPS - 1)
+
+
+def v_loss(
+    denoiser: nn.Module,
+    inputs: DenoisingBatch,
+    bars: Tensor,
+    settings: UnetTraining,
+    reads: reader.Reader | None = None,
+    probe: reader.Probe | None = None,
+    reading: float = 0.0,
+) -> Tensor:
+    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), higher where things are; and ``reading``
+    times what ``reads`` cannot read off the guess of x, as the settings weigh it.
+    """
+    bar = bars[inputs.t].view(-1, 1, 1, 1)
+    alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+    noisy = alpha * inputs.latents + sigma * inputs.noise
+    target = alpha * inputs.noise - sigma * inputs.latents
+    predicted = denoiser(noisy, inputs.t, inputs.ids).float()
+    loss = (inputs.weight[:, None] * (predicted - target).square()).mean()
+    if reads is None or not reading:
+        return loss
+    guess = alpha * noisy - sigma * predicted
+    unread = reads.loss(guess, inputs.caption_attributes, inputs.again, inputs.level, bars, settings.reading)
+    if probe is not None:
+        unread = unread + probe.loss(inputs.caption_attributes, settings.probing)
+    return loss + reading * unread

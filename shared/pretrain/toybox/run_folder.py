@@ -1,0 +1,120 @@
+"""What lies where in a training run's folder, and reading it.
+
+tokenizer/                              as the run uses it
+vae/                                    the finished autoencoder: frozen, normalised, fp32
+latents/                                what the U-Net learns from (`latent_cache`)
+training/{vae,decoder,reader,unet}/     checkpoint and log.jsonl of each training
+training/unet/snapshots/                the average alone, on the way
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.io.foreign_files import claim
+from shared.io.outputs import atomic_write
+from shared.pretrain.run_task import refuse_older
+from shared.pretrain.task import average_of
+from shared.train import checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
+
+VAE_FOLDER = "vae"
+TOKENIZER_FOLDER = "tokenizer"
+TRAININGS = ("vae", "decoder", "reader", "unet")
+
+
+def training_folder(out: Path, name: str) -> Path:
+    """Where one of `TRAININGS` keeps checkpoint and log. ValueError where `out` holds a checkpoint of an earlier version."""
+    assert name in TRAININGS, name
+    refuse_older(out / f"{name}.safetensors")
+    return out / "training" / name
+
+
+def log_of(out: Path, name: str) -> Path:
+    """The log of one of `TRAININGS`."""
+    return training_folder(out, name) / "log.jsonl"
+
+
+def tokenizer_of(out: Path) -> CLIPTokenizer:
+    """The run's tokenizer: the saved one, or else today's, saved so that the run keeps it."""
+    from transformers import CLIPTokenizer
+
+    from shared.toybox import tokenizer
+
+    folder = out / TOKENIZER_FOLDER
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer.save(tokenizer.build(), folder)
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def has_vae(out: Path) -> bool:
+    """Whether the run's autoencoder is finished."""
+    return (out / VAE_FOLDER / "config.json").is_file()
+
+
+def frozen_vae(out: Path) -> AutoencoderKL:
+    """The run's finished autoencoder, in fp32 and without gradients. ValueError where the run has none yet."""
+    from diffusers import AutoencoderKL
+
+    if not has_vae(out):
+        raise ValueError(f"no finished autoencoder in {out / VAE_FOLDER}: train it first (`pcs toybox train vae`)")
+    return AutoencoderKL.from_pretrained(str(out / VAE_FOLDER)).eval().requires_grad_(False)
+
+
+def denoiser_facts(state: checkpoint.State) -> dict[str, Any]:
+    """Step, pictures and sizes of a checkpoint of the denoiser's training."""
+    return {"step": state.step, "sizes": state.info["facts"]["sizes"], "pictures": state.info["pictures"]}
+
+
+def snapshots(out: Path) -> list[Path]:
+    """The denoiser's averages on the way, earliest first."""
+    return sorted((training_folder(out, "unet") / "snapshots").glob("*.safetensors"))
+
+
+def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Keeps an average of the denoiser in fp16, whole or not at all; `facts` as `denoiser_facts`."""
+    path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
+    claim(folder, f"snapshots/{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        save_file(
+            {name: tensor.half() for name, tensor in average.items()},
+            str(temporary),
+            metadata={"facts": json.dumps(dict(facts))},
+        )
+    return path
+
+
+def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_snapshot` wrote: parameter -> average, and the facts."""
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not iterable
+
+
+def snapshot_facts(path: Path) -> dict[str, Any]:
+    """The facts of a snapshot, without its tensors."""
+    with safe_open(str(path), framework="pt") as file:
+        return _facts(file)
+
+
+def denoiser_average(out: Path, snapshot: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The denoiser's averaged parameters and facts: of a snapshot, else of the newest checkpoint; None where nothing is
+    trained."""
+    if snapshot is not None:
+        return load_snapshot(snapshot)
+    state = checkpoint.load(training_folder(out, "unet"))
+    return None if state is None else (average_of(state.learned), denoiser_facts(state))
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})["facts"])
