@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shared.config import expanded
 from shared.io.find_pictures import sniff
+from shared.io.terminal import encodable
 
 MAX_PIXELS = 128_000_000  # width * height; 512 MB while it is decoded
 MIN_SIDE = 16  # pixels
@@ -162,7 +163,7 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
             raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
-            warnings.warn(f"{path} has {frames} frames: only the first is used", UserWarning, stacklevel=1)
+            warnings.warn(encodable(f"{path} has {frames} frames: only the first is used"), UserWarning, stacklevel=1)
         image.seek(0)
         image.load()
         turn = _TURNS.get(_orientation(image))
@@ -215,5 +216,7 @@ def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
                 assert out is not None
                 return out
         except (ImageCms.PyCMSError, OSError) as error:
-            warnings.warn(f"{path}: its colour profile is not readable, colours are as stored ({error})", stacklevel=4)
+            warnings.warn(
+                encodable(f"{path}: its colour profile is not readable, colours are as stored ({error})"), stacklevel=4
+            )
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.config import expanded
 from shared.io.foreign_files import MARK
+from shared.io.terminal import encodable
 
 PathLike = str | os.PathLike[str]
 
@@ -99,7 +100,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
         captions.update(part.captions)
         masks.update(part.masks)
     for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=3)
+        warnings.warn(encodable(note), UserWarning, stacklevel=3)
     return Listing(tuple(pictures), captions, masks, tuple(notes))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from shared.io.contact_sheets import contact_sheet, grid, read_metadata, to_image, write_picture
 from shared.io.decode import GROUND, MAX_PIXELS, MIN_SIDE, Picture, picture_size, read_mask, read_picture, to_pixels
 from shared.io.find_pictures import Listing, list_pictures, scan, sniff
+from shared.io.terminal import encodable
 
 __all__ = [
     "GROUND",
@@ -82,8 +83,8 @@ def _mask_inside(picture: Picture, box: tuple[float, float, float, float]) -> bo
 def _warn_of_loss(picture: Picture, kept: float) -> None:
     size = f"{picture.size[0]}x{picture.size[1]}"
     warnings.warn(
-        f"{picture.path or 'a picture'} is {size}, and the crop to a square loses {1 - kept:.0%} of it: crop it yourself, "
-        "give it a mask that the crop follows, or set sources.references.fit=contain to keep all of it",
+        encodable(f"{picture.path or 'a picture'} is {size}, and the crop to a square loses {1 - kept:.0%} of it")
+        + ": crop it yourself, give it a mask that the crop follows, or set sources.references.fit=contain to keep all of it",
         UserWarning,
         stacklevel=1,  # one place in the code, so that the same words are said once
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.decode import picture_size, read_picture
 from shared.io.find_pictures import PathLike, names, scan, sniff
+from shared.io.terminal import encodable
 from shared.types import Subject
 
 
@@ -58,7 +59,7 @@ def _warn_of_gaps(pictures: Sequence[Path], given: Collection[Path], what: str, 
     without = [p.name for p in pictures if p not in given]
     if given and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
-        warnings.warn(f"{count}: {names(without)}; {then}", UserWarning, stacklevel=3)
+        warnings.warn(encodable(f"{count}: {names(without)}; {then}"), UserWarning, stacklevel=3)
 
 
 def _transparent(path: Path) -> bool:

@@ -18,6 +18,7 @@ from shared.io.decode import picture_size
 from shared.io.files import sha256
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
+from shared.io.terminal import encodable
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
@@ -66,7 +67,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
         for name, path in outputs.items():
             _check_learned_so(recipe, read(path), subjects[name])
     elif resume and not begun:
-        warnings.warn(f"{workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
+        warnings.warn(encodable(f"{workdir} holds no interrupted run: this one starts at the beginning"), stacklevel=2)
     return Plan(recipe, subjects, outputs, workdir, finished)
 
 

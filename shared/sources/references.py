@@ -11,6 +11,7 @@ from pydantic import Field
 from shared.config import Part
 from shared.io.find_pictures import names
 from shared.io.pictures import ResizeMode
+from shared.io.terminal import encodable
 from shared.sources.base import SourceContext
 from shared.sources.to_example import example, load
 from shared.types import Example
@@ -42,5 +43,7 @@ class References(Part):
                     yield example(picture, name, "instance", context.resolution, self.fit, caption)
             if number == 0 and small:
                 warnings.warn(
-                    f"enlarged to {context.resolution} pixels, and soft: {names(small)}", UserWarning, stacklevel=2
+                    encodable(f"enlarged to {context.resolution} pixels, and soft: {names(small)}"),
+                    UserWarning,
+                    stacklevel=2,
                 )
