@@ -17,7 +17,7 @@ from shared.io.decode import read_picture
 from shared.io.outputs import check_output
 from shared.io.pictures import resize
 from shared.recipe.resolve import load
-from shared.runner.judging import EvaluationSettings, evaluate_loaded, shown, training_scorers
+from shared.runner.judging import EvaluationSettings, evaluate_loaded, score_line, training_scorers
 from shared.runner.learn import personalize
 from shared.runner.opening import open_runner
 from shared.runner.plan import plan
@@ -58,7 +58,7 @@ def run(
     sheet = _sheet(report, out, held.thing.class_name)
     yield f"scenes       {sheet}"
     for score in report.scores:
-        yield f"  {score.title:26} {shown(score)}"
+        yield f"  {score.title:26} {score_line(score)}"
     (out / "index.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>pcs demo</title>'
         '<meta http-equiv="refresh" content="0; url=report/index.html">'

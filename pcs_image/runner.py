@@ -29,8 +29,8 @@ class ImageRunner(Runner):
         parts = []
         for start in range(0, max(1, len(prompts)), at_once):
             some = slice(start, start + at_once)
-            told = part_of(progress, start, len(prompts[some]), len(prompts))
+            on_progress = part_of(progress, start, len(prompts[some]), len(prompts))
             parts.append(
-                sample(self.backbone, prompts[some], seeds=seeds[some], settings=settings, progress=told).cpu()
+                sample(self.backbone, prompts[some], seeds=seeds[some], settings=settings, progress=on_progress).cpu()
             )
         return torch.cat(parts)

@@ -127,9 +127,9 @@ def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
         kinds = [kind for mark in marks if isinstance(kind := getattr(mark, "kind", None), str)]
         each = [kind for mark in marks if isinstance(kind := getattr(mark, "each", None), str)]
         if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
-            own = field.annotation.model_fields.get("kind")
-            nested = default_kinds(field.annotation) if own is None else {}
-            kinds += [own.default] if own and isinstance(own.default, str) else []
+            kind = field.annotation.model_fields.get("kind")
+            nested = default_kinds(field.annotation) if kind is None else {}
+            kinds += [kind.default] if kind and isinstance(kind.default, str) else []
             out.update({name: nested} if nested else {})
         out.update({name: {"*": each[0]}} if each else {name: kinds[-1]} if kinds else {})
     return out
@@ -178,8 +178,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":bool", ":timestamp"))]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
@@ -236,7 +236,7 @@ def _line(problem: Mapping[str, Any], data: Any) -> str:
         path.append(str(part))
     key = ".".join(path)
     value = problem.get("input")
-    shown = "" if isinstance(value, (Mapping, list)) or problem["type"] == "missing" else f" = {value!r}"
+    assigned = "" if isinstance(value, (Mapping, list)) or problem["type"] == "missing" else f" = {value!r}"
     if problem["type"] == "missing":
         return f"{key} is required"
     if problem["type"] == "union_tag_not_found":
@@ -249,4 +249,4 @@ def _line(problem: Mapping[str, Any], data: Any) -> str:
         what = "kind" if "tag" in context else "value"
         return f"{key}: {unknown(str(tag), names, what)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'recipe'}{shown}: {message}"
+    return f"{key or 'recipe'}{assigned}: {message}"

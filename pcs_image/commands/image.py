@@ -103,8 +103,10 @@ def generate(
     settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, by_step)
     seeds = range(seed, seed + num)
     with Lines() as counter:
-        told = named(counter, "pictures")
-        paths = paint(runner, prompts, out, settings, seeds=seeds, overwrite=overwrite, as_grid=grid, progress=told)
+        on_progress = named(counter, "pictures")
+        paths = paint(
+            runner, prompts, out, settings, seeds=seeds, overwrite=overwrite, as_grid=grid, progress=on_progress
+        )
     print("\n".join(map(str, paths)))
 
 
@@ -139,7 +141,7 @@ def evaluate(
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
     from shared.io.outputs import check_output
-    from shared.runner.judging import EvaluationSettings, check_folders, evaluate_loaded, shown
+    from shared.runner.judging import EvaluationSettings, check_folders, evaluate_loaded, score_line
     from shared.runner.opening import check_precision, open_runner, parse_concept, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
@@ -158,7 +160,7 @@ def evaluate(
     with Lines() as counter:
         report = evaluate_loaded(runner, next(iter(runner.loaded)), settings, counter)
     for score in report.scores:
-        print(f"{score.title:28} {shown(score)}")
+        print(f"{score.title:28} {score_line(score)}")
     print(f"{out / 'index.html'}")
 
 
@@ -172,17 +174,19 @@ def benchmark(
     limit: int = typer.Option(10, min=1, help="prompts"),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there", **PATH),
-    given: list[str] = typer.Option([], "--set", help="key=value laid on every recipe, train.steps=100 for example"),
+    overrides: list[str] = typer.Option(
+        [], "--set", help="key=value laid on every recipe, train.steps=100 for example"
+    ),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.toybox import BenchmarkSettings, run
 
-    settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(given))
-    found = run(ImageRunner, recipes or [], settings)
-    print(found.markdown())
-    if found.failures:
-        lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in found.failures.items()]
-        share = f"{len(lines)} of {len(lines) + len(found.reports)} cells failed"
+    settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(overrides))
+    comparison = run(ImageRunner, recipes or [], settings)
+    print(comparison.markdown())
+    if comparison.failures:
+        lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in comparison.failures.items()]
+        share = f"{len(lines)} of {len(lines) + len(comparison.reports)} cells failed"
         raise ValueError("\n".join([f"{share} (the same command tries them again):", *lines]))

@@ -131,21 +131,21 @@ class Attending:
         for edit in edits:
             where = edit.where if isinstance(edit, At) else edit
             if isinstance(where, Where) and not any(s in where for s in self.sites()):
-                there = ", ".join(sorted({f"{s.kind} at scale {s.scale}" for s in self.sites()}))
-                raise ValueError(f"{self.family}: no attention layer is of {where}. There are: {there}.")
+                choices = ", ".join(sorted({f"{s.kind} at scale {s.scale}" for s in self.sites()}))
+                raise ValueError(f"{self.family}: no attention layer is of {where}. There are: {choices}.")
         out = []
         for site in self.sites():
             layer: Any = self.denoiser.get_submodule(site.name)
-            own = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
+            chosen = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
             records = [(e, record) for e in edits if isinstance(e, Watch) and site in e]
-            if not (own or records or unfused):
+            if not (chosen or records or unfused):
                 continue
             kind = _processor_for(layer)
             if kind is not None:
                 plan = _plan(layer) or Plan(site, self._predictions)
-                joined = ((*plan.edits, *own), (*plan.records, *records), plan.unfused or unfused)
+                joined = ((*plan.edits, *chosen), (*plan.records, *records), plan.unfused or unfused)
                 out.append((layer, kind(Plan(site, self._predictions, *joined))))
-            elif own or records:
+            elif chosen or records:
                 raise ValueError(
                     f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not diffusers' "
                     f"default: it cannot be edited or watched"

@@ -85,8 +85,8 @@ class Where:
 
     def __str__(self) -> str:
         chosen = (("name", self.sites), ("kind", self.kinds), ("scale", self.scales))
-        said = (f"{what} {' or '.join(map(str, sorted(among)))}" for what, among in chosen if among is not None)
-        return " and ".join(said) or "any"
+        clauses = (f"{what} {' or '.join(map(str, sorted(among)))}" for what, among in chosen if among is not None)
+        return " and ".join(clauses) or "any"
 
 
 @dataclass(frozen=True)

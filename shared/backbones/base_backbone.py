@@ -61,7 +61,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
         self._strengths: dict[str, float] = {}  # of adapters
-        self._spoken: dict[str, float] = {}  # of placeholders
+        self._placeholder_strengths: dict[str, float] = {}  # of placeholders
         self._warned: set[str] = set()
         self._predictions = PredictionRows()
         for module in (*self._components.values(), vae):
@@ -99,11 +99,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         if self.placement and device is not None:
             self.placement.close()
             self.placement = None
-        given: dict[str, Any] = {"device": device} if device is not None else {}
+        target: dict[str, Any] = {"device": device} if device is not None else {}
         if dtype is not None:  # diffusers warns of every `dtype` argument, None too
-            given["dtype"] = dtype
+            target["dtype"] = dtype
         for module in (*self._components.values(), self.vae):
-            module.to(**given)
+            module.to(**target)
         return self
 
     def roles(self) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             raise ValueError(f"a concept named {placeholder.name!r} is already named here; remove it first")
         self.tokens.check_new(placeholder.tokens)
         self.placeholders[placeholder.name] = placeholder
-        self._spoken[placeholder.name] = 1.0
+        self._placeholder_strengths[placeholder.name] = 1.0
         self._refresh_tokens()
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
@@ -145,7 +145,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         for adapter in reversed(self.adapters.pop(name, [])):
             adapter.eject()
         self._strengths.pop(name, None)
-        self._spoken.pop(name, None)
+        self._placeholder_strengths.pop(name, None)
         if self.placeholders.pop(name, None) is not None:
             self._refresh_tokens()
 
@@ -158,7 +158,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     @property
     def strengths(self) -> dict[str, float]:
         """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
-        learned = {name: s for name, s in self._spoken.items() if self.placeholders[name].components}
+        learned = {name: s for name, s in self._placeholder_strengths.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager
@@ -172,7 +172,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
             raise ValueError(self._unknown(missing))
-        adapters, words = dict(self._strengths), dict(self._spoken)
+        adapters, words = dict(self._strengths), dict(self._placeholder_strengths)
         try:
             self._switch({name: float(strengths.get(name, 0.0)) for name in self.adapters})
             self._say({name: float(s) for name, s in strengths.items()})
@@ -200,13 +200,13 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _say(self, strengths: Mapping[str, float]) -> None:
         for name, strength in strengths.items():
-            if name in self.placeholders and self._spoken[name] != strength:
+            if name in self.placeholders and self._placeholder_strengths[name] != strength:
                 self.placeholders[name].set_strength(strength)
-                self._spoken[name] = strength
+                self._placeholder_strengths[name] = strength
 
     def _unknown(self, names: Sequence[str]) -> str:
-        there = ", ".join(sorted({*self.adapters, *self.placeholders})) or "none"
-        return f"nothing named {', '.join(map(repr, names))} is loaded. There are: {there}."
+        loaded = ", ".join(sorted({*self.adapters, *self.placeholders})) or "none"
+        return f"nothing named {', '.join(map(repr, names))} is loaded. There are: {loaded}."
 
     # --- prediction ----------------------------------------------------------------------------------------
 

@@ -91,8 +91,8 @@ class FluxBackbone(BaseBackbone):
             self.default_guidance, self.default_steps = self.undistilled_defaults
         channels = self.transformer.config.in_channels
         if channels != 4 * self.vae.config.latent_channels:
-            given = 4 * self.vae.config.latent_channels
-            raise ValueError(f"flux: the transformer reads {channels} channels, and gets {given} (control or fill?)")
+            packed = 4 * self.vae.config.latent_channels
+            raise ValueError(f"flux: the transformer reads {channels} channels, and gets {packed} (control or fill?)")
         self.resolution = 128 * self.vae_factor
         self.num_train_timesteps = 1000
         doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
@@ -164,12 +164,14 @@ class FluxBackbone(BaseBackbone):
         batch, _, h, w = x_t.shape
         dtype, device = self.transformer.dtype, x_t.device
         t = times(t, batch, device).to(dtype)
-        told = self.training_guidance if guidance is None else guidance
+        embedded_guidance = self.training_guidance if guidance is None else guidance
         with self._predictions.under_way(batch):
             out = self.transformer(
                 hidden_states=pack(x_t).to(dtype),
                 timestep=t / 1000,
-                guidance=torch.full([batch], told, device=device, dtype=torch.float32) if self.distilled else None,
+                guidance=torch.full([batch], embedded_guidance, device=device, dtype=torch.float32)
+                if self.distilled
+                else None,
                 pooled_projections=conditioning.pooled.to(dtype) if conditioning.pooled is not None else None,
                 encoder_hidden_states=conditioning.context.to(dtype),
                 txt_ids=torch.zeros(conditioning.context.shape[1], 3, device=device, dtype=dtype),

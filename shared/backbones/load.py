@@ -206,15 +206,15 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
     needed = {p.name for p in parameters if p.default is p.empty} - {"self", *_UNUSED}
     out: dict[str, Any] = {}
     for part in sorted(needed):
-        said = index.get(part)
-        if not isinstance(said, list) or None in said or not (path / part).is_dir():
+        entry = index.get(part)
+        if not isinstance(entry, list) or None in entry or not (path / part).is_dir():
             raise ValueError(f"cannot load {name} as {pipeline.__name__}: there is no {part} in {path}")
-        library, kind = map(str, said)
-        found = getattr(import_module(library), kind, None) if library in ("diffusers", "transformers") else None
-        if found is None:
+        library, kind = map(str, entry)
+        part_class = getattr(import_module(library), kind, None) if library in ("diffusers", "transformers") else None
+        if part_class is None:
             raise ValueError(f"cannot load {name}: its {part} is a {kind} of {library}, which is not installed here")
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            out[part] = found
+        if isinstance(part_class, type) and issubclass(part_class, nn.Module):
+            out[part] = part_class
     return out
 
 

@@ -91,8 +91,8 @@ def resolve(
     if role not in table:
         raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")
     names = _Names(components)
-    found = [(spec, names.of(spec)) for spec in table[role]]
-    groups = [Group(role, spec.component, names, spec.resolution, spec.note) for spec, names in found if names]
+    matches = [(spec, names.of(spec)) for spec in table[role]]
+    groups = [Group(role, spec.component, names, spec.resolution, spec.note) for spec, names in matches if names]
     if not groups:
         where = ", ".join(spec.component for spec in table[role])
         listed = ", ".join(there_are(table, components))

@@ -13,9 +13,9 @@ SHARE = 0.7
 
 
 def to_evict(
-    present: Sequence[str], sizes: Mapping[str, int], wanted: str, budget: int, pinned: Collection[str] = ()
+    present: Sequence[str], sizes: Mapping[str, int], needed: str, budget: int, pinned: Collection[str] = ()
 ) -> list[str]:
-    """Which networks must leave the device so that `wanted` fits beside the others.
+    """Which networks must leave the device so that `needed` fits beside the others.
 
     Args:
         present: those on the device, the least recently used first
@@ -26,12 +26,12 @@ def to_evict(
     Returns:
         as few as possible, in that order; all that may go where even that is not enough
     """
-    total = sum(sizes[n] for n in {*present, wanted})
+    total = sum(sizes[n] for n in {*present, needed})
     out = []
     for name in present:
         if total <= budget:
             break
-        if name != wanted and name not in pinned:
+        if name != needed and name not in pinned:
             out.append(name)
             total -= sizes[name]
     return out

@@ -233,12 +233,12 @@ def _sites(unet: Any) -> tuple[Site, ...]:
     for i, block in enumerate(unet.up_blocks):
         scales[f"up_blocks.{i}."] = scale
         scale //= 2 if getattr(block, "upsamplers", None) else 1
-    found = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
+    attention = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
     sites = []
     for prefix, size in scales.items():
         # a block calls its layers in turn, and after each the motion module of the same number
-        inside = sorted((n for n in found if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
-        sites += [Site(name, _kind(name, found[name]), size) for name in inside]
+        inside = sorted((n for n in attention if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
+        sites += [Site(name, _kind(name, attention[name]), size) for name in inside]
     return tuple(sites)
 
 

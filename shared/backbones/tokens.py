@@ -97,15 +97,15 @@ class TokenOverlay:
         """Bool [B, L]: where a concept stands: its added tokens where it has some, else all places of its `words`."""
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
-        found = torch.zeros_like(ids, dtype=torch.bool)
+        positions = torch.zeros_like(ids, dtype=torch.bool)
         pattern = self.current[component](words, add_special_tokens=False)["input_ids"] if words.strip() else []
         n = len(pattern)
         if not 0 < n <= ids.shape[1]:
-            return found
+            return positions
         hits = (ids.unfold(1, n, 1) == torch.tensor(pattern, device=ids.device)).all(-1)  # [B, L-n+1]
         for i in range(n):
-            found[:, i : i + hits.shape[1]] |= hits
-        return found
+            positions[:, i : i + hits.shape[1]] |= hits
+        return positions
 
     def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
         """Bool [B, L] on the CPU: where whole `words` stand in prompts as this encoder reads them; all places, none of them
@@ -121,10 +121,10 @@ class TokenOverlay:
         out = self.current[component](
             list(prompts), padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
         )
-        found = torch.zeros(len(prompts), length, dtype=torch.bool)
+        positions = torch.zeros(len(prompts), length, dtype=torch.bool)
         if words == END:
-            found[torch.arange(len(prompts)), torch.tensor(out["attention_mask"]).sum(1) - 1] = True
-            return found
+            positions[torch.arange(len(prompts)), torch.tensor(out["attention_mask"]).sum(1) - 1] = True
+            return positions
         pattern = _whole(words, any(token in words for token in self.tokens))
         for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
             spans = [
@@ -133,8 +133,8 @@ class TokenOverlay:
             starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
             for start, end in (match.span() for match in pattern.finditer(prompt)):
                 if start in starts and end in ends:  # else it is inside of another token
-                    found[row] |= torch.tensor([start <= a < b <= end for a, b in spans])
-        return found
+                    positions[row] |= torch.tensor([start <= a < b <= end for a, b in spans])
+        return positions
 
     def filler(self, component: str) -> int:
         """A base id to stand where an added token is: the first that is no special token."""
@@ -150,8 +150,8 @@ class TokenOverlay:
 
     def pieces(self, component: str, words: str) -> tuple[str, ...]:
         """What the base tokenizer makes of `words`, without its marks for word borders."""
-        found = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
-        return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in found) if p)
+        pieces = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
+        return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in pieces) if p)
 
 
 def _whole(words: str, exact: bool) -> re.Pattern[str]:

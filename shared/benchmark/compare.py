@@ -35,9 +35,9 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.recipes or not self.subjects or not self.seeds:
             raise ValueError("a comparison needs at least one recipe, one subject and one seed")
-        for what, given in (("recipes", self.recipes), ("subjects", self.subjects)):
-            if len({_slug(n) for n in given}) != len(given):
-                raise ValueError(f"{what}: two of {', '.join(given)} would share a folder")
+        for what, names in (("recipes", self.recipes), ("subjects", self.subjects)):
+            if len({_slug(n) for n in names}) != len(names):
+                raise ValueError(f"{what}: two of {', '.join(names)} would share a folder")
 
 
 def benchmark(
@@ -63,11 +63,13 @@ def benchmark(
     for recipe, content in experiment.recipes.items():
         key = {**shared, "recipe": content}
         for subject in experiment.subjects:
-            found = _cell_report(run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell)
-            if isinstance(found, Report):
-                reports[recipe, subject] = found
+            outcome = _cell_report(
+                run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell
+            )
+            if isinstance(outcome, Report):
+                reports[recipe, subject] = outcome
             else:
-                failures[recipe, subject] = found
+                failures[recipe, subject] = outcome
     comparison = compare(reports, failures, experiment.goal)
     write_text(out / "comparison.md", comparison.markdown())
     write_text(out / "comparison.csv", comparison.csv())
@@ -131,12 +133,12 @@ def compare(
     failures = failures or {}
     tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
     if len(tools) > 1:
-        found = "; ".join(", ".join(t) for t in sorted(tools))
-        raise ValueError(f"reports measured with different instruments cannot share a table: {found}")
+        listed = "; ".join(", ".join(t) for t in sorted(tools))
+        raise ValueError(f"reports measured with different instruments cannot share a table: {listed}")
     rows = []
     for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
-        own = {s: rep for (r, s), rep in reports.items() if r == recipe}
-        rows.append(aggregate(recipe, own, {s: e for (r, s), e in failures.items() if r == recipe}))
+        of_recipe = {s: rep for (r, s), rep in reports.items() if r == recipe}
+        rows.append(aggregate(recipe, of_recipe, {s: e for (r, s), e in failures.items() if r == recipe}))
     rows.sort(key=lambda r: -1.0 if (v := r.value("trade_off")) is None else v, reverse=True)
     return Comparison(tuple(rows), reports, failures, goal, any(r.toybox for r in reports.values()))
 

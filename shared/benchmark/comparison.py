@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shared.benchmark.aggregate import Goal, Row, aggregate
 from shared.evaluation.summary import ABOUT
-from shared.metrics.html import plot_of, render, seconds, shown, size
+from shared.metrics.html import formatted, plot_of, render, seconds, size
 from shared.metrics.report import Report, Score
 
 COLUMNS = ("trade_off", "identity", "text", "background", "copied", "drift", "diversity")
@@ -41,7 +41,7 @@ class Comparison:
             cells = [r.recipe, _count(r), *(_cell(r.scores.get(k)) for k in self._columns())]
             floor = r.scores.get("identity")
             cells += [
-                shown(floor.base, floor.unit) if floor else "–",
+                formatted(floor.base, floor.unit) if floor else "–",
                 seconds(r.training_seconds),
                 size(r.concept_bytes),
             ]
@@ -109,8 +109,8 @@ def _cell(score: Score | None) -> str:
     """Value and interval."""
     if score is None or score.value is None:
         return "–"
-    span = "" if score.low is None else f" ({shown(score.low, score.unit)} to {shown(score.high, score.unit)})"
-    return shown(score.value, score.unit) + span
+    span = "" if score.low is None else f" ({formatted(score.low, score.unit)} to {formatted(score.high, score.unit)})"
+    return formatted(score.value, score.unit) + span
 
 
 def _count(row: Row) -> str:

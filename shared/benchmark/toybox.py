@@ -42,7 +42,7 @@ class BenchmarkSettings:
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU where there is one
-    given: tuple[str, ...] = ()  # key=value laid on every recipe
+    overrides: tuple[str, ...] = ()  # key=value laid on every recipe
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
@@ -53,7 +53,7 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
     """
     chosen = _named(recipes or list(recipe_files("image")))
     contents = {  # a wrong setting is an error now, not a failed cell
-        name: dump(load(recipe, settings.given)) for name, recipe in chosen.items()
+        name: dump(load(recipe, settings.overrides)) for name, recipe in chosen.items()
     }
     if settings.split not in album.SPLITS:
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
@@ -90,12 +90,12 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
     held = album.held_out(subject)
     album.write_album(subject, workdir / "references", overwrite=True)
     concept = workdir / "subject.concept"
-    own = [
+    subject_overrides = [
         f"subject.images={workdir / 'references'}",
         f"subject.class_noun={held.thing.class_name}",
         f"output={concept}",
     ]
-    planned = plan(load(recipe, [*settings.given, *own]), overwrite=True)
+    planned = plan(load(recipe, [*settings.overrides, *subject_overrides]), overwrite=True)
     if not _learned(concept, planned, runner):
         scorers = training_scorers(planned, runner.backbone, None, None)
         personalize(planned, runner, overwrite=True, scorers=scorers)
@@ -119,12 +119,12 @@ def _learned(concept: Path, planned: Plan, runner: Runner) -> bool:
     """Whether an earlier call left this very concept, to be scored anew; it is loaded then."""
     if not concept.is_dir():
         return False
-    found = read(concept)
-    then, now = found.meta.recipe, dump(planned.recipe)
+    kept = read(concept)
+    then, now = kept.meta.recipe, dump(planned.recipe)
     same = all(then.get(key) == value for key, value in now.items() if key not in _PLACES)
-    if not same or found.meta.backbone.checkpoint != runner.backbone.checkpoint:
+    if not same or kept.meta.backbone.checkpoint != runner.backbone.checkpoint:
         return False
-    runner.load(found)
+    runner.load(kept)
     return True
 
 

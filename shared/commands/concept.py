@@ -74,9 +74,9 @@ def merge(
 
     check_output(out, overwrite, [*paths, *([captions] if captions else [])])
     concepts = [read(path) for path in paths]
-    own = _lines(captions) if captions else None
+    listed = _lines(captions) if captions else None
     model = load_backbone_of(concepts[0], backbone)
-    sentences = own if own is not None else _plain(model, [c.meta.class_noun for c in concepts])
+    sentences = listed if listed is not None else _plain(model, [c.meta.class_noun for c in concepts])
     merged = join(concepts, model, sentences, method)  # type: ignore[arg-type]
     with atomic_folder(out, overwrite) as folder:
         for concept in merged:
@@ -88,12 +88,14 @@ def merge(
 def _lines(path: Path) -> list[str]:
     """The sentences in a text file, one per line. ValueError where it holds none."""
     try:
-        found = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        sentences = [
+            line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--captions {path} cannot be read as text: {error}") from None
-    if not found:
+    if not sentences:
         raise ValueError(f"--captions {path} holds no sentence")
-    return found
+    return sentences
 
 
 def _plain(model: Any, nouns: list[str]) -> list[str]:

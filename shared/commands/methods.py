@@ -36,12 +36,12 @@ def methods(context: typer.Context) -> None:
             place = taxonomy_of(written(name, modality))
             rows.setdefault(f"{modality}: {place.scheme}", []).append((name, *(getattr(place, k) for k in _COLUMNS)))
     columns = ("recipe", *_COLUMNS.values())
-    for heading, found in rows.items():
-        used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in found)]
+    for heading, entries in rows.items():
+        used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in entries)]
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=heading, title_justify="left")
         for i in used:
             table.add_column(columns[i], no_wrap=i == 0)
-        for row in found:
+        for row in entries:
             table.add_row(*(row[i] for i in used))
         Console().print(table)
     print("\npcs methods show NAME prints the whole recipe, with its papers.")

@@ -186,11 +186,11 @@ def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
         return None
     for other, adapters in backbone.adapters.items():
         if adapters and all(_ids.get(unshared(a)) == meta.adapter_id for a in adapters):
-            there = backbone.strengths[other]
-            if there != strength:
+            current = backbone.strengths[other]
+            if current != strength:
                 raise ValueError(
                     f"{meta.name!r} and {other!r} were learned together and share one adapter: "
-                    f"give both the same strength ({other!r} has {there:g}, {meta.name!r} was to have {strength:g})"
+                    f"give both the same strength ({other!r} has {current:g}, {meta.name!r} was to have {strength:g})"
                 )
             return other
     return None

@@ -47,7 +47,7 @@ def capture(
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
         raise ValueError(f"{name!r} has a naming: say which modifier made it, or it cannot be loaded again")
-    found, tensors = _adapters_of(attached, source)
+    adapters_info, tensors = _adapters_of(attached, source)
     if placeholder is not None:
         starts = {START + key: rows for key, rows in placeholder.initial_state_dict().items()}
         tensors["embeddings"] = {**placeholder.state_dict(), **starts}
@@ -57,8 +57,8 @@ def capture(
         "name": name,
         "kind": provenance.kind,
         "modifier": modifier,
-        **found,
-        **_built_on(backbone, found, placeholder.components if placeholder is not None else ()),
+        **adapters_info,
+        **_built_on(backbone, adapters_info, placeholder.components if placeholder is not None else ()),
         "adapter_id": adapter_id(tensors),
         "seed": recipe.get("seed", 0) if provenance.seed is None else provenance.seed,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -66,9 +66,9 @@ def capture(
     return Concept(_described(needed, provenance), tensors, provenance.preview)
 
 
-def _built_on(backbone: Backbone, found: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
+def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
     """The model, and the layers and embeddings of it that the concept needs."""
-    layers = shapes(backbone, _touched(found))
+    layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
         "name": public_name(backbone.name),
@@ -84,11 +84,11 @@ def _modifier(provenance: Provenance, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
     where = f"the concept {needed['name']!r}"
-    told = provenance.described()
+    described = provenance.described()
     try:
-        return validate(ConceptMeta, {**needed, **told}, where)
+        return validate(ConceptMeta, {**needed, **described}, where)
     except ValueError as error:  # whatever stands in a description: what was learned does not depend on it
-        kept = {"class_noun": told["class_noun"]}
+        kept = {"class_noun": described["class_noun"]}
         meta = validate(ConceptMeta, {**needed, **kept}, where)
         warnings.warn(f"{error}\nThe concept is kept without recipe, metrics and references", stacklevel=3)
         return meta
@@ -123,9 +123,9 @@ def _free(slot: str, taken: Sequence[str]) -> str:
     return name
 
 
-def _touched(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _touched(adapters_info: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """(component, path) of every layer or parameter that the concept is on."""
-    for components in found["adapters"].values():
+    for components in adapters_info["adapters"].values():
         yield from ((c, path) for c, settings in components.items() for path in settings["target_modules"])
-    for components in found["weights"].values():
+    for components in adapters_info["weights"].values():
         yield from ((c, path) for c, paths in components.items() for path in paths)

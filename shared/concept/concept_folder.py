@@ -82,13 +82,13 @@ def with_fields(part: Part, **changes: Any) -> Any:
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
     """sha256 over names, shapes and values of adapter and weight tensors: equal for concepts learned together."""
     digest = hashlib.sha256()
-    found = False
+    any_tensor = False
     for kind in ("adapter", "weights"):
         for key, tensor in sorted(tensors.get(kind, {}).items()):
-            found = True
+            any_tensor = True
             digest.update(f"{kind}/{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if found else ""
+    return digest.hexdigest() if any_tensor else ""
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
             prefix = f"{slot}.{component}."
             state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}
             _add(layers[component], state, settings, strength)
-    for component, found in layers.items():
-        _check_dora(component, found)
+    for component, by_path in layers.items():
+        _check_dora(component, by_path)
     return dict(layers)
 
 
@@ -113,9 +113,9 @@ def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: flo
         return None
     _check_loadable(backbone, layers)
     state: dict[str, Tensor] = {}
-    for component, found in layers.items():
-        rank = max(layer.rank for layer in found.values())
-        for path, layer in found.items():
+    for component, by_path in layers.items():
+        rank = max(layer.rank for layer in by_path.values())
+        for path, layer in by_path.items():
             key = f"{component}.{_public(backbone, component, path)}"
             state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
             state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
@@ -183,18 +183,18 @@ def write_tokens(
 
 def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
     """component -> the rows at this strength, [n, d]."""
-    found, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
-    if not found or placeholder is None:
+    learned, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
+    if not learned or placeholder is None:
         return {}
-    if placeholder.varies_with or set(found) != set(placeholder.components):
+    if placeholder.varies_with or set(learned) != set(placeholder.components):
         raise ValueError(
-            f"{concept.name!r} learned {', '.join(sorted(found)[:4])} …: diffusers' embedding files hold one table of "
+            f"{concept.name!r} learned {', '.join(sorted(learned)[:4])} …: diffusers' embedding files hold one table of "
             "rows per text encoder and no other"
         )
     starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
         raise ValueError(f"{concept.name!r} keeps no start of its words: they can be exported at strength 1 only")
-    return {c: at_strength(starts.get(c, rows).float(), rows.float(), strength) for c, rows in found.items()}
+    return {c: at_strength(starts.get(c, rows).float(), rows.float(), strength) for c, rows in learned.items()}
 
 
 def public_words(words: str, tokens: Sequence[str]) -> str:
@@ -211,8 +211,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     lines = [f"from diffusers import {pipeline}"]
     source = json.dumps(backbone.name)
     if backbone.world is not None:
-        found, source = backbone.world.find
-        lines.append(found)
+        import_line, source = backbone.world.find
+        lines.append(import_line)
     lines.append(f"pipe = {pipeline}.from_pretrained({source})")
     if written.get("lora"):
         lines.append(f'pipe.load_lora_weights("{{folder}}", weight_name="{LORA_FILE}")')

@@ -82,14 +82,14 @@ def _attached(concept: Concept, backbone: Backbone, strength: float) -> Iterator
 
 
 def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
-    bad = "; ".join(f"{what} {_said(check)}" for what, check in report["checks"].items() if not check["ok"])
+    bad = "; ".join(f"{what} {_difference(check)}" for what, check in report["checks"].items() if not check["ok"])
     if bad:
         raise ValueError(
             f"the export of {concept.name!r} as {report['format']} is not what was learned, and was not kept: {bad}"
         )
 
 
-def _said(check: Mapping[str, Any]) -> str:
+def _difference(check: Mapping[str, Any]) -> str:
     if check["max_abs_difference"] is None:
         return "has another shape"
     share = "" if check["share"] is None else f", {check['share']:.1%} of what the concept changes"

@@ -38,17 +38,17 @@ def fits(concept: Concept, backbone: Backbone) -> str | None:
         if reason:
             return reason
     for component, width in meta.embeddings.items():
-        here = embedding_width(backbone, component)
-        if here != width:
-            return f"its words have {width} values in {component}, and words here have {here}"
+        model_width = embedding_width(backbone, component)
+        if model_width != width:
+            return f"its words have {width} values in {component}, and words here have {model_width}"
     return None
 
 
-def _compare(component: str, layers: Mapping[str, tuple[int, ...]], here: Mapping[str, Tensor | None]) -> str | None:
-    gone = [path for path, weight in here.items() if weight is None and layers[path]]
+def _compare(component: str, layers: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor | None]) -> str | None:
+    gone = [path for path, weight in weights.items() if weight is None and layers[path]]
     if gone:
         return f"{len(gone)} of the {len(layers)} layers of {component} that it changes are not here, such as {gone[0]}"
-    for path, weight in here.items():
+    for path, weight in weights.items():
         if weight is not None and tuple(weight.shape) != layers[path]:
             return f"its {component}.{path} is {list(layers[path])}, here it is {list(weight.shape)}"
     return None
@@ -56,8 +56,8 @@ def _compare(component: str, layers: Mapping[str, tuple[int, ...]], here: Mappin
 
 def base_weight(backbone: Backbone, component: str, path: str) -> Tensor | None:
     """The weight of the layer, or the parameter, that a path names, whatever wraps it now; None where there is none."""
-    found = find_parameter(backbone, f"{component}.{path}.weight")
-    return found if found is not None else find_parameter(backbone, f"{component}.{path}")
+    parameter = find_parameter(backbone, f"{component}.{path}.weight")
+    return parameter if parameter is not None else find_parameter(backbone, f"{component}.{path}")
 
 
 def embedding_width(backbone: Backbone, component: str) -> int:

@@ -37,8 +37,8 @@ def remember(backbone: Backbone) -> None:
 
 def known_path(checkpoint: str) -> Path | None:
     """Where a model with these weights was last seen, if it is still there."""
-    found = _read().get(checkpoint)
-    return Path(found) if found and Path(found).exists() else None
+    folder = _read().get(checkpoint)
+    return Path(folder) if folder and Path(folder).exists() else None
 
 
 def _read() -> dict[str, str]:

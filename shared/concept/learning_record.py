@@ -15,8 +15,8 @@ def _nothing(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    given = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(isinstance(name, str) for name in given):
+    names = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(name, str) for name in names):
         raise ValueError("must be a folder's name, or a list of files' names")
     return value
 

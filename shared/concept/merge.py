@@ -84,8 +84,8 @@ def _closed_form(
     gram = _gram(backbone, captions)
     out = {}
     for key, weight in base.items():
-        own = [c @ (weight + change[key].double()).T for c, change in zip(words, changes, strict=True)]
-        out[key] = solve(weight, targets, torch.cat(own), gram)
+        outputs = [c @ (weight + change[key].double()).T for c, change in zip(words, changes, strict=True)]
+        out[key] = solve(weight, targets, torch.cat(outputs), gram)
     return out
 
 
@@ -146,8 +146,8 @@ def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, 
     for concept in concepts[1:]:
         family = concept.meta.backbone.family
         if family != first.meta.backbone.family:
-            there = first.meta.backbone.family
-            raise ValueError(f"{first.name!r} was learned on {there}, {concept.name!r} on {family}: they do not mix")
+            expected = first.meta.backbone.family
+            raise ValueError(f"{first.name!r} was learned on {expected}, {concept.name!r} on {family}: they do not mix")
     changes = [_change(concept, backbone) for concept in concepts]
     for concept, change in zip(concepts[1:], changes[1:], strict=True):
         other = sorted(change.keys() ^ changes[0].keys())
@@ -161,19 +161,19 @@ def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, 
 
 def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
     keys = {f"{site}.{leaf}.weight" for site in backbone.text_sites() for leaf in ("to_k", "to_v")}  # type: ignore[attr-defined]
-    own: dict[str, Tensor] = {}
+    change: dict[str, Tensor] = {}
     for slot, components in concept.meta.weights.items():
         for key in (f"{component}.{path}" for component, paths in components.items() for path in paths):
             delta = concept.of("weights")[f"{slot}.{key}"].double()
-            own[key] = own[key] + delta if key in own else delta
-    other = [k for k in own if k.partition(".")[2] not in keys]
-    if concept.meta.adapters or other or not own:
+            change[key] = change[key] + delta if key in change else delta
+    other = [k for k in change if k.partition(".")[2] not in keys]
+    if concept.meta.adapters or other or not change:
         what = f"changes {other[0]}" if other else "has adapters" if concept.meta.adapters else "has none"
         raise ValueError(
             f"{concept.name!r} {what}: what can be merged are changed keys and values of cross-attention, as the recipe "
             "custom_diffusion learns them"
         )
-    return own
+    return change
 
 
 def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,9 +183,9 @@ def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key, delta in like.items():
             weight = find_parameter(backbone, key)
             if weight is None or weight.shape != delta.shape:
-                here = "not here" if weight is None else f"{list(weight.shape)} here"
+                shape = "not here" if weight is None else f"{list(weight.shape)} here"
                 raise ValueError(
-                    f"{key} is {list(delta.shape)} in the concepts, and {here}: merge on the model they have"
+                    f"{key} is {list(delta.shape)} in the concepts, and {shape}: merge on the model they have"
                 )
             out[key] = weight.detach().cpu().double()
     return out

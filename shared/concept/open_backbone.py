@@ -26,8 +26,8 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     info = concept.meta.backbone
     what = f"the concept {concept.name!r} was learned on {info.name} ({info.family})"
     where = info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
-    here = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
-    if not here:
+    available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
+    if not available:
         raise ValueError(
             f"{what}, and that model is not known here. Say where it is with --backbone PATH (or a hub id)"
         )

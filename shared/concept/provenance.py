@@ -95,8 +95,8 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             out.update(flat(value, f"{name}."))
         else:
-            found = _plain(value)
-            out[name] = found if isinstance(value, str) or isinstance(found, int | float) else None
+            plain = _plain(value)
+            out[name] = plain if isinstance(value, str) or isinstance(plain, int | float) else None
     return out
 
 
@@ -125,10 +125,10 @@ def _reference(picture: Path | Mapping[str, str]) -> dict[str, Any]:
     if isinstance(picture, Mapping):
         return dict(picture)
     try:
-        found = sha256(picture)
+        digest = sha256(picture)
     except OSError:  # moved or removed while the concept was learned
-        found = None
-    return {"file": escaped_name(picture.name), "sha256": found}
+        digest = None
+    return {"file": escaped_name(picture.name), "sha256": digest}
 
 
 def _versions() -> dict[str, str]:

@@ -12,10 +12,10 @@ from shared.concept.learning_record import LearnedWith
 from shared.io.terminal import printable
 
 
-def rows(concept: Concept) -> list[tuple[str, str]]:
+def described(concept: Concept) -> list[tuple[str, str]]:
     """(label, text) of everything worth saying, in order; labels without a text are left out."""
     meta = concept.meta
-    said = [
+    texts = [
         ("name", meta.name),
         ("kind", f"{meta.kind} ({meta.class_noun})" if meta.class_noun else meta.kind),
         ("named by", _modifier(meta.modifier)),
@@ -35,14 +35,14 @@ def rows(concept: Concept) -> list[tuple[str, str]]:
         ("made", ", ".join(t for t in (meta.created, f"seed {meta.seed}", _versions(meta.versions)) if t)),
         ("use", _use(concept)),
     ]
-    return [(label, printable(text, line=True)) for label, text in said if text]
+    return [(label, printable(text, line=True)) for label, text in texts if text]
 
 
 def lines(concept: Concept) -> list[str]:
     """The same as plain text."""
-    said = rows(concept)
-    width = max(len(label) for label, _ in said)
-    return [f"{label:<{width}}  {text}" for label, text in said]
+    labelled = described(concept)
+    width = max(len(label) for label, _ in labelled)
+    return [f"{label:<{width}}  {text}" for label, text in labelled]
 
 
 def describe(concept: Concept) -> Any:
@@ -53,7 +53,7 @@ def describe(concept: Concept) -> Any:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in rows(concept):
+    for label, text in described(concept):
         table.add_row(label, Text(text))  # Text: nothing in a file is read as markup
     return table
 
@@ -108,8 +108,8 @@ def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
     if learned.phases:  # each has its own, or the recipe's
-        own = {name: phase.train.steps for name, phase in learned.phases.items()}
-        counts = {name: train.steps if n is None else n for name, n in own.items()}
+        steps_of = {name: phase.train.steps for name, phase in learned.phases.items()}
+        counts = {name: train.steps if n is None else n for name, n in steps_of.items()}
         steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())
     batch = f"batch {train.batch_size}" if train.batch_size is not None else ""
     return ", ".join(f for f in (learned.method, steps, batch) if f)

@@ -36,8 +36,8 @@ def compare(
         {"prompt", "checks": what `check` says of each output}
     """
     placeholder = backbone.placeholders.get(name)
-    said = placeholder.words if placeholder is not None else ""
-    prompt, public = f"a photo of a {said}".strip(), f"a photo of a {words}".strip()
+    phrase = placeholder.words if placeholder is not None else ""
+    prompt, public = f"a photo of a {phrase}".strip(), f"a photo of a {words}".strip()
     adapted = set((written.get("lora") or {}).get("components", ()))
     with backbone.active({name: strength}):
         text = backbone.encode([prompt])
@@ -45,7 +45,7 @@ def compare(
     with backbone.active({}):
         without = [backbone.encode([prompt])] if adapted - {next(iter(backbone.components))} else []
         without += (
-            [backbone.encode([f"a photo of a {_unnamed(said, placeholder)}".strip()])] if written["tokens"] else []
+            [backbone.encode([f"a photo of a {_unnamed(phrase, placeholder)}".strip()])] if written["tokens"] else []
         )
         bare = (
             [_first(backbone.denoiser(*call["args"], **call["kwargs"]))]
@@ -66,11 +66,11 @@ def compare(
     return {"prompt": public, "checks": checks}
 
 
-def _unnamed(said: str, placeholder: Any) -> str:
+def _unnamed(phrase: str, placeholder: Any) -> str:
     """The words without the concept's own tokens."""
     for token in sorted(placeholder.tokens if placeholder is not None else (), key=len, reverse=True):
-        said = said.replace(token, "")
-    return " ".join(said.split())
+        phrase = phrase.replace(token, "")
+    return " ".join(phrase.split())
 
 
 def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def evaluate(
     with_concept, seconds = run.pictures(True, named, shots, "with the concept")
     without, base_seconds = run.pictures(False, plain, shots, "without it")
     texts = [plain[i] for i, _ in shots]
-    found, floor = scorer.measure(with_concept, texts, expects), scorer.measure(without, texts, expects)
-    rows, thumbs = _rows("concept", shots, named, with_concept, found, expects)
+    measured, floor = scorer.measure(with_concept, texts, expects), scorer.measure(without, texts, expects)
+    rows, thumbs = _rows("concept", shots, named, with_concept, measured, expects)
     base_rows, base_thumbs = _rows("base", shots, plain, without, floor, expects)
     drift_rows, drift_thumbs, drifts = _drift(run, case, prompts, seeds, scorer)
     references = {f"{PICTURES}/reference_{i}.png": png for i, png in enumerate(_pngs(case.references))}
@@ -105,8 +105,8 @@ def evaluate(
         **_about(case, instruments, scorer),
         prompt_set=prompts.name,
         seeds=list(seeds),
-        scores=summary_scores(found, floor, [i for i, _ in shots], drifts, scorer),
-        prompts=prompt_rows(found, floor, [i for i, _ in shots], named, plain, rows),
+        scores=summary_scores(measured, floor, [i for i, _ in shots], drifts, scorer),
+        prompts=prompt_rows(measured, floor, [i for i, _ in shots], named, plain, rows),
         pictures=[*rows, *base_rows, *drift_rows],
         references=list(references),
         costs=_costs(case, seconds, base_seconds),
@@ -154,8 +154,8 @@ class _Run:
         for start in range(0, len(shots), self.chunk):
             some = shots[start : start + self.chunk]
             clock = time.perf_counter()
-            told = part_of(named(self.progress, what), start, len(some), len(shots))
-            pixels = generate([texts[i] for i, _ in some], [seed for _, seed in some], told)
+            on_progress = part_of(named(self.progress, what), start, len(some), len(shots))
+            pixels = generate([texts[i] for i, _ in some], [seed for _, seed in some], on_progress)
             parts.append(pixels.detach().float().cpu())
             seconds += time.perf_counter() - clock
             if len(pixels) != len(some):
@@ -168,7 +168,7 @@ def _rows(
     shots: Sequence[tuple[int, int]],
     texts: Sequence[str],
     pixels: Tensor,
-    found: Measured,
+    measured: Measured,
     expects: Sequence[Mapping[str, str]],
 ) -> tuple[list[PictureRow], dict[str, bytes]]:
     """One row and one PNG per picture."""
@@ -176,8 +176,8 @@ def _rows(
     for n, ((prompt, seed), png) in enumerate(zip(shots, _pngs(pixels), strict=True)):
         name = f"{PICTURES}/{kind}_{prompt:02d}_{seed}.png"
         thumbs[name] = png
-        scores: dict[str, float | None] = {k: v[n] for k, v in found.scores.items()}
-        flags = _flags(found, n, expects[n]) if kind == "concept" else []
+        scores: dict[str, float | None] = {k: v[n] for k, v in measured.scores.items()}
+        flags = _flags(measured, n, expects[n]) if kind == "concept" else []
         rows.append(
             PictureRow(
                 kind=kind,
@@ -187,8 +187,8 @@ def _rows(
                 file=name,
                 scores=scores,
                 expects=dict(expects[n]),
-                seen=found.seen[n],
-                nearest=found.nearest[n],
+                seen=measured.seen[n],
+                nearest=measured.nearest[n],
                 flags=flags,
                 failed=bool(flags),
             )
@@ -196,16 +196,16 @@ def _rows(
     return rows, thumbs
 
 
-def _flags(found: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
+def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
     """What is wrong with picture n, in words; empty when nothing is."""
     flags = []
-    if found.copying is not None and bool(found.copying.copied[n]):
-        flags.append(f"copies reference {int(found.copying.nearest[n]) + 1}")
-    if found.nearest[n] and found.nearest[n] != SUBJECT:
-        flags.append(f"taken for {found.nearest[n]}")
-    for name, hit in found.hits[n].items():
+    if measured.copying is not None and bool(measured.copying.copied[n]):
+        flags.append(f"copies reference {int(measured.copying.nearest[n]) + 1}")
+    if measured.nearest[n] and measured.nearest[n] != SUBJECT:
+        flags.append(f"taken for {measured.nearest[n]}")
+    for name, hit in measured.hits[n].items():
         if not hit:
-            flags.append(f"{name}: {found.seen[n][name]}, asked for {expects[name]}")
+            flags.append(f"{name}: {measured.seen[n][name]}, asked for {expects[name]}")
     return flags
 
 
@@ -223,9 +223,9 @@ def _drift(
     loaded, _ = run.pictures(True, texts, shots, "other things, with the concept")
     base, _ = run.pictures(False, texts, shots, "other things, without it")
     nothing: list[Mapping[str, str]] = [{} for _ in shots]
-    found, floor = scorer.measure(loaded, asked, nothing), scorer.measure(base, asked, nothing)
-    values = drift(floor.embeddings, found.embeddings).tolist()
-    rows, thumbs = _rows("drift", shots, texts, loaded, found, nothing)
+    measured, floor = scorer.measure(loaded, asked, nothing), scorer.measure(base, asked, nothing)
+    values = drift(floor.embeddings, measured.embeddings).tolist()
+    rows, thumbs = _rows("drift", shots, texts, loaded, measured, nothing)
     base_rows, base_thumbs = _rows("drift_base", shots, texts, base, floor, nothing)
     for row, value in zip(rows, values, strict=True):
         row.scores = {"drift": value}

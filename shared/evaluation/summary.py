@@ -76,19 +76,19 @@ TEXT_BY_CLIP = "Cosine of picture and prompt in CLIP, stretched to 0–1 as CLIP
 
 
 def summary_scores(
-    found: Measured, floor: Measured, prompts: Sequence[int], drifts: Sequence[tuple[int, float]], scorer: Scorer
+    measured: Measured, floor: Measured, prompts: Sequence[int], drifts: Sequence[tuple[int, float]], scorer: Scorer
 ) -> list[Score]:
     """The scores in reading order; those that were not measured are left out. Intervals draw whole prompts."""
     out = []
-    if "text" in found.scores:
-        low, high = bootstrap_trade_off(found.scores["identity"], found.scores["text"], prompts)
-        value, base = (trade_off(m.mean("identity"), m.mean("text")) for m in (found, floor))
+    if "text" in measured.scores:
+        low, high = bootstrap_trade_off(measured.scores["identity"], measured.scores["text"], prompts)
+        value, base = (trade_off(m.mean("identity"), m.mean("text")) for m in (measured, floor))
         out.append(make_score("trade_off", value, (low, high), base))
     for key in ("identity", "text", "background", "view", "accessory", "style", "copied"):
-        if key in found.scores:
+        if key in measured.scores:
             chance = scorer.chance if key == "identity" else None
             base = None if key == "copied" else floor.mean(key)
-            out.append(make_score(key, found.mean(key), bootstrap(found.scores[key], prompts), base, chance))
+            out.append(make_score(key, measured.mean(key), bootstrap(measured.scores[key], prompts), base, chance))
     if drifts:
         out.append(
             make_score(
@@ -97,15 +97,15 @@ def summary_scores(
                 bootstrap([v for _, v in drifts], [i for i, _ in drifts]),
             )
         )
-    varied, base_varied = (list(diversity(m.embeddings, prompts).values()) for m in (found, floor))
+    varied, base_varied = (list(diversity(m.embeddings, prompts).values()) for m in (measured, floor))
     if varied:
         out.append(
             make_score("diversity", sum(varied) / len(varied), bootstrap(varied), sum(base_varied) / len(base_varied))
         )
     for key in ("identity_i", "dino_i", "clip_i", "clip_t"):
-        if key in found.scores:
-            out.append(make_score(key, found.mean(key), bootstrap(found.scores[key], prompts), floor.mean(key)))
-    return [_worded(s, scorer, found) for s in out]
+        if key in measured.scores:
+            out.append(make_score(key, measured.mean(key), bootstrap(measured.scores[key], prompts), floor.mean(key)))
+    return [_worded(s, scorer, measured) for s in out]
 
 
 def make_score(
@@ -126,17 +126,17 @@ def make_score(
     )
 
 
-def _worded(score: Score, scorer: Scorer, found: Measured) -> Score:
+def _worded(score: Score, scorer: Scorer, measured: Measured) -> Score:
     """The wording for what the number is in this run."""
     if score.key == "identity" and scorer.chance is None:
         return score.model_copy(update={"explanation": WITHOUT_GALLERY, "unit": "score"})
-    if score.key == "text" and not any(found.hits):
+    if score.key == "text" and not any(measured.hits):
         return score.model_copy(update={"explanation": TEXT_BY_CLIP, "unit": "score"})
     return score
 
 
 def prompt_rows(
-    found: Measured,
+    measured: Measured,
     floor: Measured,
     prompts: Sequence[int],
     named: Sequence[str],
@@ -144,18 +144,22 @@ def prompt_rows(
     rows: Sequence[PictureRow],
 ) -> list[PromptRow]:
     """Means per prompt; the base model's as `base_…`, and `diversity` where there are several seeds."""
-    varied, base_varied = (diversity(m.embeddings, prompts) for m in (found, floor))
+    varied, base_varied = (diversity(m.embeddings, prompts) for m in (measured, floor))
     out = []
     for i in range(len(named)):
-        own = [n for n, p in enumerate(prompts) if p == i]
-        scores: dict[str, float | None] = {k: _mean([v[n] for n in own]) for k, v in found.scores.items()}
-        scores |= {f"base_{k}": _mean([v[n] for n in own]) for k, v in floor.scores.items() if not k.startswith("cop")}
+        of_prompt = [n for n, p in enumerate(prompts) if p == i]
+        scores: dict[str, float | None] = {k: _mean([v[n] for n in of_prompt]) for k, v in measured.scores.items()}
+        scores |= {
+            f"base_{k}": _mean([v[n] for n in of_prompt]) for k, v in floor.scores.items() if not k.startswith("cop")
+        }
         scores = {k: v for k, v in scores.items() if v is not None}
         if i in varied:
             scores |= {"diversity": varied[i], "base_diversity": base_varied[i]}
-        failures = sum(rows[n].failed for n in own)
+        failures = sum(rows[n].failed for n in of_prompt)
         out.append(
-            PromptRow(prompt=i, text=named[i], plain=plain[i], pictures=len(own), failures=failures, scores=scores)
+            PromptRow(
+                prompt=i, text=named[i], plain=plain[i], pictures=len(of_prompt), failures=failures, scores=scores
+            )
         )
     return out
 

@@ -19,8 +19,8 @@ def part_of(progress: Steps | None, start: int, count: int, total: int) -> Steps
     if progress is None:
         return None
 
-    def told(done: int, of: int) -> None:
+    def part(done: int, of: int) -> None:
         each = of // count
         progress(start * each + done, total * each)
 
-    return told
+    return part

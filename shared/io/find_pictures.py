@@ -75,21 +75,21 @@ def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ..
     neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a named
     file is no picture, or nothing is left, and says what was found.
     """
-    found = scan(images)
-    return found.pictures, list(found.warnings)
+    listing = scan(images)
+    return listing.pictures, list(listing.warnings)
 
 
 def scan(images: PathLike | Sequence[PathLike]) -> Listing:
     """As `list_pictures`, with captions and masks."""
-    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    if not given:
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    if not paths:
         raise ValueError("no pictures: the list of files is empty")
     pictures: dict[Path, None] = {}
     captions: dict[Path, Path] = {}
     masks: dict[Path, Path] = {}
     notes: list[str] = []
     seen: dict[Path, list[Path]] = {}
-    for item in given:
+    for item in paths:
         path = expanded(item)
         part = _folder(path) if path.is_dir() else _file(path, seen)
         notes += part.warnings
@@ -136,7 +136,7 @@ def _folder(folder: Path) -> Listing:
     stems = {p.stem for p in pictures}
     pictures = [p for p in pictures if _owner_stem(p.stem, stems) == p.stem]
     if not pictures:
-        what = f"only {names(map(_told, stray, stray.values()))}" if stray else "nothing"
+        what = f"only {names(map(_skipped, stray, stray.values()))}" if stray else "nothing"
         raise ValueError(f"no pictures in {folder}: found {what}")
     candidates = _mask_files(folder)
     captions, masks = _captions(pictures), _masks(pictures, candidates)
@@ -146,11 +146,11 @@ def _folder(folder: Path) -> Listing:
         stray.update({p: why for p in sorted((folder / "masks").iterdir()) if (why := _not_a_picture(p))})
     for path in [p for p in stray if p in used or (p == folder / "masks" and p.is_dir())]:
         del stray[path]
-    note = f"{folder}: skipped what is not a picture: {names(map(_told, stray, stray.values()))}"
+    note = f"{folder}: skipped what is not a picture: {names(map(_skipped, stray, stray.values()))}"
     return Listing(tuple(pictures), captions, masks, (note,) if stray else ())
 
 
-def _told(path: Path, reason: str) -> str:
+def _skipped(path: Path, reason: str) -> str:
     inside = f"{path.parent.name}/" if path.parent.name == "masks" else ""
     return f"{inside}{path.name} ({reason})"
 

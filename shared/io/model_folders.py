@@ -38,8 +38,8 @@ def load_network(
     import torch
 
     variant = variant or ("fp16" if _half_only(folder) else None)
-    own = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
-    options = {own: dtype or torch.float32, **({"variant": variant} if variant else {})}
+    dtype_key = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+    options = {dtype_key: dtype or torch.float32, **({"variant": variant} if variant else {})}
     try:
         with quiet():
             model, info = kind.from_pretrained(
@@ -65,26 +65,26 @@ def _check_keys(info: Any, folder: Path, kind: str, unused: Sequence[str]) -> No
         raise ValueError(f"{file} lacks {_listed(missing)} of a {kind}: the file is not whole, or of another model")
     wrong = sorted(info["mismatched_keys"])
     if wrong:
-        key, found, wanted = wrong[0]
+        key, stored, expected = wrong[0]
         more = f", and {len(wrong) - 1} more are of other shapes" if len(wrong) > 1 else ""
         raise ValueError(
-            f"{file}: {key} is {list(found)}, and the {kind} of {folder / 'config.json'} has {list(wanted)}{more}"
+            f"{file}: {key} is {list(stored)}, and the {kind} of {folder / 'config.json'} has {list(expected)}{more}"
         )
     stray = _others(info["unexpected_keys"], _UNREAD)
     if stray:
         warnings.warn(f"{file} holds {_listed(stray)}, which a {kind} does not have: not used", stacklevel=4)
 
 
-def check_state(found: Any, wanted: Any, file: Path) -> None:
-    """ValueError unless two state dicts have the same keys and shapes, `found` being what `file` holds."""
-    missing, stray = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+def check_state(stored: Any, expected: Any, file: Path) -> None:
+    """ValueError unless two state dicts have the same keys and shapes, `stored` being what `file` holds."""
+    missing, stray = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise ValueError(f"{file} lacks {_listed(missing)}: the file is not whole, or of another model")
     if stray:
         raise ValueError(f"{file} holds {_listed(stray)}, which the model does not have")
-    for key, tensor in wanted.items():
-        if found[key].shape != tensor.shape:
-            raise ValueError(f"{file}: {key} is {list(found[key].shape)}, and the model has {list(tensor.shape)}")
+    for key, tensor in expected.items():
+        if stored[key].shape != tensor.shape:
+            raise ValueError(f"{file}: {key} is {list(stored[key].shape)}, and the model has {list(tensor.shape)}")
 
 
 def _others(keys: Collection[str], patterns: Sequence[str]) -> list[str]:

@@ -44,8 +44,8 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
 
 def _named(path: PathLike) -> Path:
     path = expanded(path)
-    home, here = Path.home().resolve(), Path.cwd().resolve()
-    if not path.name or path.resolve() in (home, *home.parents, here, *here.parents):
+    home, working = Path.home().resolve(), Path.cwd().resolve()
+    if not path.name or path.resolve() in (home, *home.parents, working, *working.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
     try:
         str(path).encode()

@@ -27,17 +27,17 @@ def read_subject(
     named matches no picture. Stray files are skipped with a warning; where only some pictures have a caption or a mask,
     a UserWarning names the others.
     """
-    found = scan(images)
-    by_picture = {p: _caption(t) for p, t in found.captions.items()}
-    mask_of = dict(found.masks)
+    listing = scan(images)
+    by_picture = {p: _caption(t) for p, t in listing.captions.items()}
+    mask_of = dict(listing.masks)
     if isinstance(captions, Mapping):
-        by_picture = {_match(found.pictures, k, "captions"): " ".join(v.split()) for k, v in captions.items()}
+        by_picture = {_match(listing.pictures, k, "captions"): " ".join(v.split()) for k, v in captions.items()}
     elif captions is not None:
-        by_picture = {p: _caption(t) for p, t in _by_stem(found.pictures, captions, "captions", {".txt"}).items()}
+        by_picture = {p: _caption(t) for p, t in _by_stem(listing.pictures, captions, "captions", {".txt"}).items()}
     if isinstance(masks, Mapping):
-        mask_of = {_match(found.pictures, k, "masks"): expanded(v) for k, v in masks.items()}
+        mask_of = {_match(listing.pictures, k, "masks"): expanded(v) for k, v in masks.items()}
     elif masks is not None:
-        mask_of = _by_stem(found.pictures, masks, "masks", None)
+        mask_of = _by_stem(listing.pictures, masks, "masks", None)
     for picture, mask in mask_of.items():
         size, other = picture_size(picture), picture_size(mask)
         if size != other:
@@ -46,18 +46,18 @@ def read_subject(
                 "they must be of one size"
             )
     kept = {p: text for p, text in by_picture.items() if text}
-    _warn_of_gaps(found.pictures, kept, "caption", "their captions are made from the recipe's template")
-    cut_out = {p for p in found.pictures if p not in mask_of and _transparent(p)}
-    _warn_of_gaps(found.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
+    _warn_of_gaps(listing.pictures, kept, "caption", "their captions are made from the recipe's template")
+    cut_out = {p for p in listing.pictures if p not in mask_of and _transparent(p)}
+    _warn_of_gaps(listing.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
     if set("<>{}") & set(class_noun):
         raise ValueError(f"class_noun = {class_noun!r}: say a plain word for what the thing is, for example duck")
-    return Subject(images=found.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
+    return Subject(images=listing.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
 
 
-def _warn_of_gaps(pictures: Sequence[Path], given: Collection[Path], what: str, then: str) -> None:
+def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
     """Say which pictures lack what others have; a folder where none has it is no mistake."""
-    without = [p.name for p in pictures if p not in given]
-    if given and without:
+    without = [p.name for p in pictures if p not in having]
+    if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
         warnings.warn(encodable(f"{count}: {names(without)}; {then}"), UserWarning, stacklevel=3)
 
@@ -98,6 +98,8 @@ def _by_stem(pictures: Sequence[Path], folder: PathLike, what: str, endings: set
     files = [p for p in files if endings is None or p.suffix.lower() in endings]
     out = {picture: f for picture in pictures for f in files if f.stem == picture.stem}
     if not out:
-        seen, there = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
-        raise ValueError(f"{what}: nothing in {root} has a picture's name; it holds {seen}, the pictures are {there}")
+        seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
+        raise ValueError(
+            f"{what}: nothing in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
+        )
     return out

@@ -39,12 +39,12 @@ def sweep(folder: Path) -> None:
     One that was killed between moving the old output aside and putting the new one there gets its old output back.
     """
     for entry in folder.iterdir():
-        found = _NAME.fullmatch(entry.name)
-        if found is None or found["host"] != _host() or _alive(int(found["pid"])):
+        match = _NAME.fullmatch(entry.name)
+        if match is None or match["host"] != _host() or _alive(int(match["pid"])):
             continue
-        target = folder / found["name"]
+        target = folder / match["name"]
         with suppress(OSError):  # another process may be doing the same
-            if found["kind"] == "replaced" and not target.exists():
+            if match["kind"] == "replaced" and not target.exists():
                 entry.rename(target)
             elif entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)

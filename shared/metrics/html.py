@@ -35,7 +35,7 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"shown": shown, "seconds": seconds, "bytes": size, "percent": percent, "pretty": pretty}
+    env.filters |= {"shown": formatted, "seconds": seconds, "bytes": size, "percent": percent, "pretty": pretty}
     return env
 
 
@@ -73,9 +73,11 @@ def plot_of(reports: Sequence[Report]) -> str | None:
         points.append(Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text)))
     if not points:
         return None
-    said = "; ".join(f"{p.label}: identity {p.identity:.2f}, prompt followed {p.text:.2f}" for p in points)
+    summary = "; ".join(f"{p.label}: identity {p.identity:.2f}, prompt followed {p.text:.2f}" for p in points)
     first = reports[0].score("identity")
-    return trade_off_svg(points, f"Identity against prompt following. {said}", chance=first.chance if first else None)
+    return trade_off_svg(
+        points, f"Identity against prompt following. {summary}", chance=first.chance if first else None
+    )
 
 
 def _span(score: Score) -> tuple[float, float] | None:
@@ -131,7 +133,7 @@ def inline(png: bytes | None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def shown(value: float | None, unit: str = "score") -> str:
+def formatted(value: float | None, unit: str = "score") -> str:
     """A score for people: rates as whole percent, the rest with two digits."""
     if value is None:
         return "–"

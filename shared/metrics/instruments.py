@@ -24,14 +24,14 @@ def look_alikes(files: Sequence[Path]) -> tuple[dict[str, Tensor] | None, Tensor
 
 
 def load_instruments(
-    clip: Path | str | None = None, dino: Path | str | None = None, own: str | None = None, device: str = "cpu"
+    clip: Path | str | None = None, dino: Path | str | None = None, evaluators: str | None = None, device: str = "cpu"
 ) -> Instruments:
     """The instruments for a run. A folder takes the place of a world's own; without a DINO, CLIP judges likeness too.
 
-    own: the evaluators of the world that the pictures are of (`World.instruments`); of others they mean nothing.
+    evaluators: those of the world that the pictures are of (`World.instruments`); of others they mean nothing.
     ValueError when nothing is left to measure with.
     """
-    owned = OWN[own]() if own else Instruments()
+    owned = OWN[evaluators]() if evaluators else Instruments()
     text = load_clip(clip, device) if clip else owned.text_image
     who: ImageEncoder | None = load_dino(dino, device) if dino else owned.identity or text
     if who is None:

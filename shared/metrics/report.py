@@ -119,8 +119,8 @@ class Report(BaseModel):
 
     def value(self, key: str) -> float | None:
         """The value of a headline score; None when it was not measured."""
-        found = self.score(key)
-        return None if found is None else found.value
+        score = self.score(key)
+        return None if score is None else score.value
 
     def of_kind(self, kind: Kind) -> list[PictureRow]:
         return [p for p in self.pictures if p.kind == kind]

@@ -78,8 +78,8 @@ class Scorer:
         self.limits = calibrate(self.references, self._references, self.fresh, fresh)
         self._gallery: dict[str, Tensor] | None = None
         if self.gallery:
-            shown = {SUBJECT: self.references, **self.gallery}
-            self._gallery = {n: self._who.images(self.through(p) if self.through else p) for n, p in shown.items()}
+            gallery = {SUBJECT: self.references, **self.gallery}
+            self._gallery = {n: self._who.images(self.through(p) if self.through else p) for n, p in gallery.items()}
         self.likeness_key = "dino_i" if isinstance(self._who, DinoEncoder) else "clip_i" if same else "identity_i"
 
     @property
@@ -97,7 +97,7 @@ class Scorer:
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
-        wanted = [self.expects.get(p, {}) for p in plain] if expects is None else list(expects)
+        expected = [self.expects.get(p, {}) for p in plain] if expects is None else list(expects)
         assert self._who is not None and self._whole is not None
         whole = self._whole.images(pixels)
         who = whole if self._who is self._whole else self._who.images(pixels)
@@ -112,7 +112,7 @@ class Scorer:
             "copy_embed": copying.embed.tolist(),
         }
         nearest = self._identity(who, copying, scores)
-        hits, seen = self._attributes(pixels, wanted, scores)
+        hits, seen = self._attributes(pixels, expected, scores)
         self._follows(hits, scores)
         return Measured(scores, hits, seen, nearest, copying, whole)
 
@@ -123,19 +123,19 @@ class Scorer:
             likeness = torch.tensor(scores[self.likeness_key], dtype=torch.float64).clamp(0, 1)
             scores["identity"] = (likeness * fresh).tolist()
             return [""] * len(who)
-        found = retrieve(who, self._gallery, SUBJECT)
-        scores |= {"recognised": found.hits.double().tolist(), "margin": found.margin.tolist()}
-        scores["identity"] = (found.hits.double() * fresh).tolist()
-        return list(found.nearest)
+        retrieved = retrieve(who, self._gallery, SUBJECT)
+        scores |= {"recognised": retrieved.hits.double().tolist(), "margin": retrieved.margin.tolist()}
+        scores["identity"] = (retrieved.hits.double() * fresh).tolist()
+        return list(retrieved.nearest)
 
     def _attributes(
-        self, pixels: Tensor, wanted: Sequence[Expects], scores: dict[str, list[float]]
+        self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
     ) -> tuple[list[dict[str, bool]], list[dict[str, str]]]:
         """Adds one column per expected attribute, and `attributes`, their mean per picture."""
         if self.instruments.attributes is None:
-            return [{} for _ in wanted], [{} for _ in wanted]
+            return [{} for _ in expected], [{} for _ in expected]
         read = self.instruments.attributes.read(pixels)
-        hits = attribute_hits(wanted, read)
+        hits = attribute_hits(expected, read)
         for name in dict.fromkeys(k for h in hits for k in h):
             scores[name] = [float(h[name]) if name in h else math.nan for h in hits]
         scores["attributes"] = [sum(h.values()) / len(h) if h else math.nan for h in hits]

@@ -78,12 +78,12 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
         )
     names = list(gallery)
     similarity = similarities(outputs, [gallery[n] for n in names])
-    own = names.index(subject)
+    column = names.index(subject)
     others = similarity.clone()
-    others[:, own] = -torch.inf
-    margin = similarity[:, own] - others.max(1).values
+    others[:, column] = -torch.inf
+    margin = similarity[:, column] - others.max(1).values
     # A tie is not a hit: it is what two equal gallery entries give.
-    nearest = torch.where(margin > 0, torch.full_like(margin, own, dtype=torch.long), others.argmax(1))
+    nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
 
@@ -117,11 +117,11 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
     ValueError when a prompt expects an attribute that the reader does not read.
     """
     out = []
-    for i, wanted in enumerate(expected):
-        for name in wanted:
+    for i, attributes in enumerate(expected):
+        for name in attributes:
             if name not in seen:
                 raise ValueError(f"unknown attribute {name!r}; there are: {', '.join(sorted(seen))}")
-        out.append({name: seen[name][i] == value for name, value in wanted.items()})
+        out.append({name: seen[name][i] == value for name, value in attributes.items()})
     return out
 
 

@@ -69,10 +69,10 @@ def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     measured = json.loads(path.read_text("utf-8")).get("accuracies", {})
-    found: dict[str, dict[str, float]] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     for name, keys in CARD_KEYS.items():
         ways = measured.get(name, {})
         values = ways.get("vae") or ways.get("clean") or {}
-        said = {label.removesuffix("_shown"): float(values[k]) for k, label in keys.items() if k in values}
-        found[name.removesuffix("_reporting")] = said
-    return found
+        by_label = {label.removesuffix("_shown"): float(values[k]) for k, label in keys.items() if k in values}
+        accuracies[name.removesuffix("_reporting")] = by_label
+    return accuracies

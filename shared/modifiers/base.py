@@ -50,6 +50,6 @@ class PlaceholderBase:
             raise ValueError(f"{self.name!r} keeps no start of its words, but {len(state)} tensors were given for it")
 
 
-def spoken(words: str, class_noun: str, with_class_noun: bool) -> str:
+def phrase(words: str, class_noun: str, with_class_noun: bool) -> str:
     """Modifier and class noun, without an article."""
     return f"{words} {class_noun}".strip() if with_class_noun else words

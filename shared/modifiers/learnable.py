@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part
-from shared.modifiers.base import PlaceholderBase, spoken
+from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class LearnableToken(Part):
@@ -56,7 +56,7 @@ class LearnableToken(Part):
             for component in backbone.components
             if component.startswith("text_encoder")
         }
-        words = spoken(" ".join(tokens), class_noun, self.with_class_noun)
+        words = phrase(" ".join(tokens), class_noun, self.with_class_noun)
         start = {component: rows.to(backbone.device) for component, rows in start.items()}
         placeholder = (
             LayeredPlaceholder(name, words, tokens, start, sites)
@@ -110,8 +110,8 @@ class LearnedPlaceholder(PlaceholderBase):
             raise ValueError(f"{what} are for {_some(state)}, this model's are {_some(into)}")
         for component, rows in state.items():
             if rows.shape != into[component].shape:
-                here = list(into[component].shape)
-                raise ValueError(f"{what} of {component} are {list(rows.shape)}, this model needs {here}")
+                needed = list(into[component].shape)
+                raise ValueError(f"{what} of {component} are {list(rows.shape)}, this model needs {needed}")
             into[component].copy_(rows)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part
-from shared.modifiers.base import PlaceholderBase, spoken
+from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class PlainText(Part):
@@ -18,7 +18,7 @@ class PlainText(Part):
     with_class_noun: bool = True
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
-        return _attach(backbone, PlaceholderBase(name, spoken(self.words, class_noun, self.with_class_noun)))
+        return _attach(backbone, PlaceholderBase(name, phrase(self.words, class_noun, self.with_class_noun)))
 
 
 class RareToken(Part):
@@ -31,9 +31,9 @@ class RareToken(Part):
     with_class_noun: bool = True
 
     def attach(self, backbone: Backbone, name: str, class_noun: str, seed: int = 0) -> PlaceholderBase:
-        placeholder = _attach(backbone, PlaceholderBase(name, spoken(self.token, class_noun, self.with_class_noun)))
+        placeholder = _attach(backbone, PlaceholderBase(name, phrase(self.token, class_noun, self.with_class_noun)))
         encoders = [c for c in backbone.components if c.startswith("text_encoder")] if self.token.strip() else []
-        split = {c: found for c in encoders if len(found := backbone.word_pieces(c, self.token)) > 1}
+        split = {c: pieces for c in encoders if len(pieces := backbone.word_pieces(c, self.token)) > 1}
         if split:
             read = "; ".join(f"{c}: {' + '.join(map(repr, pieces))}" for c, pieces in split.items())
             warnings.warn(

@@ -24,9 +24,9 @@ class Prodigy(OptimizerPart):
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         from prodigyopt import Prodigy as Optimizer
 
-        own = [{**group, "lr": self.lr} for group in groups]
+        rated = [{**group, "lr": self.lr} for group in groups]
         return Optimizer(
-            own, betas=self.betas, eps=self.eps, d_coef=self.d_coef, safeguard_warmup=self.safeguard_warmup
+            rated, betas=self.betas, eps=self.eps, d_coef=self.d_coef, safeguard_warmup=self.safeguard_warmup
         )
 
     def rate(self, lr: float, factor: float) -> float:

@@ -19,10 +19,10 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
     """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are."""
     for name in names_in(prompt):
         if name not in placeholders:
-            there = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
-            raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {there}")
-    spoken = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
-    return re.sub(r"\s+", " ", spoken).strip()
+            loaded = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
+            raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {loaded}")
+    expanded = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
+    return re.sub(r"\s+", " ", expanded).strip()
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:

@@ -79,8 +79,8 @@ class Templates(Part):
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]
         dropped = float(torch.rand((), generator=generator)) < self.drop
         if example.role == "prior":
-            own = example.caption if example.user_caption else pick.replace("{concept}", "{class_noun}")
-            return example.with_(caption=own.replace("{class_noun}", class_noun))
+            template = example.caption if example.user_caption else pick.replace("{concept}", "{class_noun}")
+            return example.with_(caption=template.replace("{class_noun}", class_noun))
         if dropped:
             return example.with_(caption="")
         if example.user_caption:

@@ -65,35 +65,35 @@ class Rules:
             return {}
         parts = mapping(data.get("trainable"))
         kinds = {part.get("kind", key) for key, part in parts.items() if isinstance(part, Mapping)}
-        found = (rules for kind, rules in self.file.get("by_trained", {}).items() if kind in kinds)
-        return mapping(next(found, {}).get(place))
+        matching = (rules for kind, rules in self.file.get("by_trained", {}).items() if kind in kinds)
+        return mapping(next(matching, {}).get(place))
 
 
-def unsaid(
-    rules: Mapping[str, Any], said: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
+def unstated(
+    rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The rules without what the user said: a rule gives way to a value that still holds in `full`, the whole recipe.
 
     What was said outside the phases counts in them too.
     """
-    top = [{k: v for k, v in layer.items() if k != "phases"} for layer in said]
+    top = [{k: v for k, v in layer.items() if k != "phases"} for layer in stated]
     base = {k: v for k, v in full.items() if k != "phases"}
-    out = _unsaid({k: v for k, v in rules.items() if k != "phases"}, top, base)
+    out = _unstated({k: v for k, v in rules.items() if k != "phases"}, top, base)
     phases = mapping(full.get("phases"))
     for name, rule in mapping(rules.get("phases")).items():
         if name in phases and isinstance(phases[name], Mapping | None):
-            own = [mapping(mapping(layer.get("phases")).get(name)) for layer in said]
+            in_phase = [mapping(mapping(layer.get("phases")).get(name)) for layer in stated]
             whole = merge(base, mapping(phases.get(name)), kinds)
-            out = merge(out, {"phases": {name: _unsaid(rule, [*top, *own], whole)}})
+            out = merge(out, {"phases": {name: _unstated(rule, [*top, *in_phase], whole)}})
     return out
 
 
-def _unsaid(rules: Mapping[str, Any], said: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) -> dict[str, Any]:
+def _unstated(rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, rule in rules.items():
-        values = [layer[key] for layer in said if key in layer]
+        values = [layer[key] for layer in stated if key in layer]
         if isinstance(rule, Mapping) and isinstance(full.get(key, {}), Mapping):
-            out[key] = _unsaid(rule, [v for v in values if isinstance(v, Mapping)], mapping(full.get(key)))
+            out[key] = _unstated(rule, [v for v in values if isinstance(v, Mapping)], mapping(full.get(key)))
         elif not (values and key in full):
             out[key] = rule
     return out

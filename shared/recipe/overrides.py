@@ -75,10 +75,10 @@ class _Texts(yaml.SafeLoader):
 
 def _strings(text: str) -> list[str] | None:
     try:
-        found = yaml.load(text, Loader=_Texts)
+        items = yaml.load(text, Loader=_Texts)
     except (yaml.YAMLError, RecursionError):
         return None
-    return found if isinstance(found, list) and found and all(isinstance(f, str) for f in found) else None
+    return items if isinstance(items, list) and items and all(isinstance(f, str) for f in items) else None
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from shared.recipe.overlay import mapping
 _OWN = ("trainable", "task")
 
 
-def check_phases(said: Mapping[str, Any], below: Mapping[str, Any], file: str = "") -> None:
-    """Checks the phases that `said` names against those of `below`, what it is laid on.
+def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str = "") -> None:
+    """Checks the phases that `layer` names against those of `below`, what it is laid on.
 
     A variant's file may add a phase, one that says its `trainable` or its `task`; the command line (no `file`) may not.
 
@@ -21,7 +21,7 @@ def check_phases(said: Mapping[str, Any], below: Mapping[str, Any], file: str = 
         ValueError: names the phase and those there are
     """
     known = mapping(below.get("phases"))
-    for name, phase in mapping(said.get("phases")).items():
+    for name, phase in mapping(layer.get("phases")).items():
         if name in known or (file and any(key in mapping(phase) for key in _OWN)):
             continue
         head = f"{file}: " if file else ""

@@ -9,7 +9,7 @@ from shared.backbones.load import WORLDS
 from shared.config import default_kinds, merge, slots, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
-from shared.recipe.overlay import Rules, mapping, unsaid
+from shared.recipe.overlay import Rules, mapping, unstated
 from shared.recipe.overrides import parse_overrides
 from shared.recipe.phase_names import check_phases
 from shared.recipe.schema import Recipe
@@ -32,16 +32,16 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     Raises ValueError for an unknown recipe, a broken file, or a key or value that no part has.
     """
     layers = read_layers(find(recipe, modality), modality)
-    own = parse_overrides(overrides, model)
+    changes = parse_overrides(overrides, model)
     files = _inherited(layers, model)
-    check_phases(own, files)
-    full = _lay(files, own, model)
+    check_phases(changes, files)
+    full = _lay(files, changes, model)
     world = WORLDS.get(str(full.get("backbone", model.model_fields["backbone"].default)))
     shipped = [layer.name for layer in layers if layer.shipped]
     rules = Rules.read(world and world.overlay, modality, default_kinds(model)).of(full, shipped)
-    said = [*(layer.data for layer in layers if not layer.shipped), own]
+    stated = [*(layer.data for layer in layers if not layer.shipped), changes]
     try:
-        resolved = validate(model, merge(full, unsaid(rules, said, full, _kinds(model)), _kinds(model)))
+        resolved = validate(model, merge(full, unstated(rules, stated, full, _kinds(model)), _kinds(model)))
         for _ in expand_phases(resolved):  # a wrong key inside a phase is said now, not after an hour
             pass
     except ValueError as error:
@@ -80,16 +80,16 @@ def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
 
 
 def _kinds(model: type[Recipe]) -> dict[str, Any]:
-    own = default_kinds(model)
-    return {**own, "phases": {"*": own}}
+    kinds = default_kinds(model)
+    return {**kinds, "phases": {"*": kinds}}
 
 
-def _lay(data: Mapping[str, Any], own: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
+def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
     """What the user says laid on a file, and on its phases; a part that the user adds joins those there are."""
-    there = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
-    there, left = _outrank(there, own, slots(model), default_kinds(model))
-    gone = [name for name, phase in mapping(own.get("phases")).items() if phase is None]
-    out = merge(there, left, _kinds(model))
+    filled = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
+    filled, left = _outrank(filled, changes, slots(model), default_kinds(model))
+    gone = [name for name, phase in mapping(changes.get("phases")).items() if phase is None]
+    out = merge(filled, left, _kinds(model))
     if gone:
         out["phases"] = {name: phase for name, phase in out["phases"].items() if name not in gone}
     return out
@@ -118,26 +118,28 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
 
 
 def _outrank(
-    data: Mapping[str, Any], own: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
+    data: Mapping[str, Any], changes: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the user says outranks what a phase says: (data with it laid on the phases, what is left for the base).
 
     A part that only phases have is changed only there; a part that a phase does not want stays away.
     """
-    kept = data.get("phases") if own.get("phases", {}) is not None else None
+    kept = data.get("phases") if changes.get("phases", {}) is not None else None
     phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}
-    left = dict(own)
-    for key in own.keys() - {"phases"}:
-        if key not in parts or not isinstance(own[key], Mapping):
+    left = dict(changes)
+    for key in changes.keys() - {"phases"}:
+        if key not in parts or not isinstance(changes[key], Mapping):
             for phase in [p for p in phases.values() if key in p]:
                 one = (
                     isinstance(kinds.get(key), str)
                     and isinstance(phase[key], Mapping)
-                    and isinstance(own[key], Mapping)
+                    and isinstance(changes[key], Mapping)
                 )
-                phase[key] = merge(phase, {key: own[key]}, kinds)[key] if one else _replaced(phase[key], own[key])
+                phase[key] = (
+                    merge(phase, {key: changes[key]}, kinds)[key] if one else _replaced(phase[key], changes[key])
+                )
             continue
-        for name, part in own[key].items():
+        for name, part in changes[key].items():
             having = [p for p in phases.values() if mapping(p.get(key)).get(name) is not None]
             for phase in having:
                 phase[key] = merge(phase[key], {name: part})
@@ -146,8 +148,8 @@ def _outrank(
     return ({**data, "phases": {**data["phases"], **phases}} if phases else dict(data)), left
 
 
-def _replaced(phase: Any, own: Any) -> Any:
-    """`own`, in the keys that `phase` has."""
-    if not isinstance(phase, Mapping) or not isinstance(own, Mapping):
-        return own
-    return {k: _replaced(v, own[k]) if k in own else v for k, v in phase.items()}
+def _replaced(phase: Any, change: Any) -> Any:
+    """`change`, in the keys that `phase` has."""
+    if not isinstance(phase, Mapping) or not isinstance(change, Mapping):
+        return change
+    return {k: _replaced(v, change[k]) if k in change else v for k, v in phase.items()}

@@ -27,8 +27,8 @@ def taxonomy_of(recipe: Recipe) -> Taxonomy:
         "augmentation": _joined(label(part) for phase in phases for part in phase.augment.values()),
         "regularization": _joined(label(part) for phase in phases for part in phase.regularize.values()),
     }
-    said = {key: value for key, value in recipe.taxonomy.model_dump().items() if value or key not in derived}
-    return Taxonomy(**{**derived, **said})
+    stated = {key: value for key, value in recipe.taxonomy.model_dump().items() if value or key not in derived}
+    return Taxonomy(**{**derived, **stated})
 
 
 def label(part: Any) -> str:

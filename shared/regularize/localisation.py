@@ -81,10 +81,10 @@ def localisation_loss(
     total = maps.new_zeros(len(maps))
     for owner in sorted(positions.keys() & masks.keys()):
         at, mask = positions[owner].to(maps), masks[owner].to(maps)
-        there = at.any(1) & mask.flatten(1).any(1)
+        visible = at.any(1) & mask.flatten(1).any(1)
         map_ = torch.einsum("bpl,bl->bp", maps, at) / at.sum(1).clamp_min(1)[:, None]
         if normalize == "max":
             map_ = map_ / map_.amax(1, keepdim=True).clamp_min(torch.finfo(map_.dtype).tiny)
-        wanted = F.adaptive_avg_pool2d(mask, grid).flatten(1)
-        total = total + ((map_ - wanted) ** 2).mean(1) * there
+        target = F.adaptive_avg_pool2d(mask, grid).flatten(1)
+        total = total + ((map_ - target) ** 2).mean(1) * visible
     return total[rows.to(total.device)].mean() if rows.any() else total.sum() * 0

@@ -191,8 +191,8 @@ class Runner:
         return self.make(prompts, seeds, settings, progress)
 
     def _made_now(self, progress: Progress | None) -> Callable[[Sequence[str], Sequence[int], Recipe], Tensor]:
-        told = named(progress.pictures if progress else None, "a batch of pictures")
-        return lambda prompts, seeds, recipe: self.make(prompts, seeds, self._as_trained(recipe), told)
+        on_progress = named(progress.pictures if progress else None, "a batch of pictures")
+        return lambda prompts, seeds, recipe: self.make(prompts, seeds, self._as_trained(recipe), on_progress)
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         """How a recipe says that pictures are made while training: in the size that it learns."""
@@ -211,14 +211,14 @@ class Runner:
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
             check, settings = phases[phase].train.validation, self._as_trained(phases[phase])
             pictures, scores = [], {}
-            told = named(progress.pictures if progress else None, f"pictures of step {step}")
+            on_progress = named(progress.pictures if progress else None, f"pictures of step {step}")
             for number, name in enumerate(subjects):
                 prompts = [p.replace("{concept}", f"<{name}>") for p in check.prompts for _ in range(check.num)]
                 seeds = [10_000 + i for i in range(len(prompts))]
                 texts = [expand(p, self.backbone.placeholders) for p in prompts]
                 count = len(prompts)
-                here = part_of(told, number * count, count, len(subjects) * count)
-                pixels = self.make(texts, seeds, settings, here)
+                on_part = part_of(on_progress, number * count, count, len(subjects) * count)
+                pixels = self.make(texts, seeds, settings, on_part)
                 pictures.append(pixels)
                 if name in scorers:
                     plain = [without(p, {name: subjects[name].class_noun}) for p in prompts]

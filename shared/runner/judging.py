@@ -48,7 +48,7 @@ def training_scorers(
     checkpoint must not be what it is judged by.
     """
     check_folders(clip, dino)
-    own = backbone.world and backbone.world.instruments
+    world_instruments = backbone.world and backbone.world.instruments
     phases = [p for _, p in expand_phases(planned.recipe)]
     if not any(p.train.validation.every or p.task.needs_scores for p in phases):
         if clip or dino:
@@ -58,14 +58,14 @@ def training_scorers(
                 stacklevel=2,
             )
         return None
-    if not (own or clip or dino):
+    if not (world_instruments or clip or dino):
         warnings.warn(
             "pictures are made while training (train.validation.every), but nothing can score them, so the last state "
             "is kept, not the best: give --clip FOLDER or --dino FOLDER",
             stacklevel=2,
         )
         return None
-    instruments = load_instruments(clip, dino, own, str(backbone.device))
+    instruments = load_instruments(clip, dino, world_instruments, str(backbone.device))
     out = {}
     for name, subject in planned.subjects.items():
         out[name] = Scorer(
@@ -86,8 +86,8 @@ def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[st
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
     prompts = [p for _, phase in expand_phases(planned.recipe) for p in phase.train.validation.prompts]
-    said = [p.replace("{concept}", class_noun) for p in prompts]
-    return {p: known[p] for p in said if p in known}
+    expanded = [p.replace("{concept}", class_noun) for p in prompts]
+    return {p: known[p] for p in expanded if p in known}
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ def evaluate_loaded(
     loaded, backbone = runner.loaded[name], runner.backbone
     world = backbone.world
     learned, asked = loaded.concept.meta.learned_with.sampling, settings.sampling
-    own = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
-    sampling = replace(asked, **own)
+    as_learned = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
+    sampling = replace(asked, **as_learned)
     chosen = load_prompts(settings.prompts or (world.prompts if world else REAL), loaded.concept.meta.class_noun)
     return evaluate(
-        lambda texts, seeds, told: runner.generate(texts, seeds, sampling, must_name=False, progress=told),
-        lambda texts, seeds, told: runner.generate(texts, seeds, sampling, base=True, progress=told),
+        lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, must_name=False, progress=progress),
+        lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, base=True, progress=progress),
         _case(runner, loaded, settings),
         chosen.first(settings.limit),
         load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
@@ -180,8 +180,8 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
     Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
     """
-    said = concept.meta.learned_with.folder_of(concept.meta.name)
-    beside = _called(path.resolve().parent, Path(said).name) if path and said else None
+    recorded = concept.meta.learned_with.folder_of(concept.meta.name)
+    beside = _called(path.resolve().parent, Path(recorded).name) if path and recorded else None
     source = folder or beside
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
@@ -195,8 +195,8 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 def _called(folder: Path, name: str) -> Path:
     """The entry of a folder that a concept records under a name, plain or escaped."""
-    found = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
-    return folder / name if (folder / name).exists() else next(found, folder / name)
+    matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
+    return folder / name if (folder / name).exists() else next(matching, folder / name)
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
     return {p.name: references(read_subject(p), side) for p in names}
 
 
-def shown(score: Score) -> str:
+def score_line(score: Score) -> str:
     """A headline score as one line: value, interval, and the base model beside it."""
     if score.value is None:
         return "not measured"

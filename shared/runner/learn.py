@@ -82,8 +82,8 @@ def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progres
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
     settings = SamplingSettings("", how.guidance, recipe.preview.steps or how.steps, how.scheduler, side, side)
-    told = named(progress.pictures if progress else None, f"the preview of {name!r}")
+    on_progress = named(progress.pictures if progress else None, f"the preview of {name!r}")
     prompts = [f"a photo of a <{name}>"] * num
-    pixels = runner.generate(prompts, range(num), settings, must_name=False, progress=told)
-    shown = replace(subject, images=subject.images[:num])
-    return contact_sheet({"references": references(shown, side), "new": pixels})
+    pixels = runner.generate(prompts, range(num), settings, must_name=False, progress=on_progress)
+    first = replace(subject, images=subject.images[:num])
+    return contact_sheet({"references": references(first, side), "new": pixels})

@@ -65,8 +65,8 @@ def check_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ValueError(f"--device {device!r} cannot be used here ({why}). There are: {there}.") from None
+        devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"--device {device!r} cannot be used here ({why}). There are: {devices}.") from None
     return device
 
 

@@ -40,23 +40,23 @@ class Plan:
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
     """Read the subjects and settle the names. Raises ValueError before anything heavy is loaded or written."""
-    given = dict(recipe.subjects)
+    subjects = dict(recipe.subjects)
     if recipe.subject is not None:
         stem = recipe.output.name.removesuffix(".concept") if recipe.output else "concept"
-        given = {recipe.name or stem: recipe.subject}
-    if not given:
+        subjects = {recipe.name or stem: recipe.subject}
+    if not subjects:
         raise ValueError("no pictures: give subject.images=FOLDER (and subject.class_noun=WORD)")
     one = recipe.subject is not None
-    output = recipe.output or Path(f"{next(iter(given))}.concept" if one else "concepts")
-    outputs = {n: output if one else output / f"{n}.concept" for n in given}
-    wrong = next((n for n in given if not re.match(NAME, n)), None)
+    output = recipe.output or Path(f"{next(iter(subjects))}.concept" if one else "concepts")
+    outputs = {n: output if one else output / f"{n}.concept" for n in subjects}
+    wrong = next((n for n in subjects if not re.match(NAME, n)), None)
     if wrong is not None:
         raise ValueError(
             f"a concept cannot be called {wrong!r} (letters, digits, - and _): say name=… or another output"
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
     begun = _check_outputs(outputs, workdir, overwrite, resume)
-    subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in given.items()}
+    subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
             check_apart(path, [*subject.images, *subject.masks.values()])

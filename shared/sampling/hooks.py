@@ -90,13 +90,13 @@ class StrengthSchedule(SamplingHookBase):
         name, _, points = text.partition("=")
         try:
             pairs = [point.split("@") for point in points.split(",")]
-            given = {float(fraction): float(strength) for strength, fraction in pairs}
-            if len(given) < len(pairs):
+            schedule = {float(fraction): float(strength) for strength, fraction in pairs}
+            if len(schedule) < len(pairs):
                 raise ValueError("one fraction twice")
         except ValueError:
-            wanted = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
-            raise ValueError(f"{text!r} is no strength by step; {wanted}") from None
-        return validate(cls, {"strengths": {name: given}})
+            usage = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
+            raise ValueError(f"{text!r} is no strength by step; {usage}") from None
+        return validate(cls, {"strengths": {name: schedule}})
 
     def at(self, name: str, fraction: float) -> float:
         """The strength of one concept when `fraction` of the steps is done; before the first point, the first's."""

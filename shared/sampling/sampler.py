@@ -106,27 +106,27 @@ def denoise(
     solver = make_scheduler(backbone, settings.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     backbone.set_timesteps(solver, steps, shape)
-    told = _Told(backbone, negatives if guided else None)
+    conditionings = _ConditioningCache(backbone, negatives if guided else None)
     latents = _noise(backbone, shape, generators) * getattr(solver, "init_noise_sigma", 1.0)
     options = _step_options(solver, generators)
     for i, t in enumerate(solver.timesteps):
         step = DenoisingStep(i, len(solver.timesteps), t, backbone)
         for hook in hooks:
             latents = hook.latents(step, latents)
-        said: Sequence[str] = texts
+        current: Sequence[str] = texts
         for hook in hooks:
-            said = hook.prompts(step, said)
+            current = hook.prompts(step, current)
         scaled = solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
         with ExitStack() as stack:
             for hook in hooks:
                 stack.enter_context(hook.during(step))
-            positive, unwanted = told(said, t)
+            positive, unwanted = conditionings(current, t)
             prediction = backbone.predict_guided(scaled, t, positive, unwanted, guidance)
         latents = solver.step(prediction, t, latents, **options, return_dict=False)[0]
         yield Denoised(i, len(solver.timesteps), t, latents)
 
 
-class _Told:
+class _ConditioningCache:
     """Conditionings, encoded again only when something they depend on has changed: words, time, strengths."""
 
     def __init__(self, backbone: Backbone, negatives: Sequence[str] | None) -> None:

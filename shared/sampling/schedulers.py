@@ -41,11 +41,11 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     """
     import diffusers
 
-    own = backbone.scheduler
+    default = backbone.scheduler
     if name is None:
-        return type(own).from_config(own.config)
+        return type(default).from_config(default.config)
     choices = FLOW if backbone.prediction_type == "flow" else DIFFUSION
     if name not in choices:
         raise ValueError(f"{backbone.family}: {unknown(name, choices, 'scheduler')}")
     kind, settings = choices[name]
-    return getattr(diffusers, kind).from_config(own.config, **settings)
+    return getattr(diffusers, kind).from_config(default.config, **settings)

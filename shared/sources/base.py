@@ -45,9 +45,9 @@ class SourceContext:
 
     def owner(self, name: str, what: str) -> str:
         """The subject called `name`, or the only one there is. ValueError lists them."""
-        there = ", ".join(sorted(self.subjects)) or "none"
+        names = ", ".join(sorted(self.subjects)) or "none"
         if name and name not in self.subjects:
-            raise ValueError(f"{what}: there is no subject {name!r}. There are: {there}.")
+            raise ValueError(f"{what}: there is no subject {name!r}. There are: {names}.")
         if not name and len(self.subjects) != 1:
-            raise ValueError(f"{what}: say which subject it belongs to. There are: {there}.")
+            raise ValueError(f"{what}: say which subject it belongs to. There are: {names}.")
         return name or next(iter(self.subjects))

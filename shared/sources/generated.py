@@ -89,14 +89,14 @@ class Generated(Part):
             some = list(todo)[start : start + self.batch_size]
             seeds = [_seed(key, i) for i in some]
             side = context.resolution
-            told = named(context.progress, f"class pictures of {prompt!r}")
+            on_progress = named(context.progress, f"class pictures of {prompt!r}")
             pixels = context.generate(
                 [prompt] * len(some),
                 seeds,
                 guidance=self.guidance,
                 steps=self.steps,
                 resolution=side,
-                progress=part_of(told, start, len(some), len(todo)),
+                progress=part_of(on_progress, start, len(some), len(todo)),
             )
             if pixels.shape != (len(some), 3, side, side):
                 raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, side, side]}")

@@ -37,8 +37,8 @@ class Folder(Part):
         default = self.prompt if self.role == "prior" else ""
         if "{class_noun}" in default and not noun:
             raise ValueError(f"source folder: {default!r} needs subject.class_noun, and {owner!r} has none")
-        found = read_subject(self.images, noun)
+        subject = read_subject(self.images, noun)
         default = default.replace("{class_noun}", noun)
-        for path in found.images[: self.limit or None]:
-            picture, caption = load(path, found.masks.get(path)), found.captions.get(path, default)
+        for path in subject.images[: self.limit or None]:
+            picture, caption = load(path, subject.masks.get(path)), subject.captions.get(path, default)
             yield example(picture, owner, self.role, context.resolution, self.fit, caption)

@@ -22,7 +22,7 @@ def sheet(pixels: Tensor, columns: int, captions: Sequence[str] | None = None, s
     high, wide, gap = height * scale, width * scale, 2
     letters = max(8, wide // 6)
     lines = [textwrap.wrap(text, letters) for text in captions] if captions is not None else []
-    strip = 12 * max((len(found) for found in lines), default=0) + (4 if lines else 0)
+    strip = 12 * max((len(texts) for texts in lines), default=0) + (4 if lines else 0)
     rows = -(-n // columns)
     page = Image.new("RGB", (columns * (wide + gap) + gap, rows * (high + strip + gap) + gap), "white")
     pen = ImageDraw.Draw(page)

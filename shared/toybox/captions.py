@@ -149,8 +149,8 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> str:
     seen = SEEN[scene.view][0] if full else _pick(rng, SEEN[scene.view])
     clear = all(c.view_is_clear and c.view == scene.view for c in scene.cameras)
     with_place, with_view = say(), say() and (clear or full)
-    for extra, said in ((f" {place}", with_place), (f", {seen}", with_view)):
-        if said and _count(text + extra) <= MAX_WORDS:
+    for extra, included in ((f" {place}", with_place), (f", {seen}", with_view)):
+        if included and _count(text + extra) <= MAX_WORDS:
             text += extra
     return text
 

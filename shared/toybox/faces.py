@@ -149,5 +149,5 @@ def _colors(v: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         _mix((0.15, 0.5, 0.25), (0.2, 0.5, 0.95), eye * 2 - 1),
     )
     lips = skin * 0.45 + np.array([0.75, 0.12, 0.16]) * 0.55
-    found = {"skin": skin, "iris": iris, "lips": lips}
-    return {name: torch.tensor(c, dtype=torch.float32, device=device).clamp(0, 1) for name, c in found.items()}
+    colors = {"skin": skin, "iris": iris, "lips": lips}
+    return {name: torch.tensor(c, dtype=torch.float32, device=device).clamp(0, 1) for name, c in colors.items()}

@@ -173,22 +173,22 @@ class PatternTable:
 def table(things: list[Thing], device: torch.device) -> PatternTable:
     """The patterns of things, ready to be evaluated by `paint`."""
     plain = Pattern("", ((1, 0, 0), (0, 1, 0), (0, 0, 1)), 1, (0, 0, 0), 0, 2, False, (1, 1, 1, 0))
-    found = [plain if t.pattern_seed is None else pattern(t.pattern_seed) for t in things]
+    patterns = [plain if t.pattern_seed is None else pattern(t.pattern_seed) for t in things]
     colors = [((0.0,) * 3,) * 2 if t.pattern_seed is None else accents(t) for t in things]
-    colors = [c if p.two else (c[0], c[0]) for c, p in zip(colors, found, strict=True)]
+    colors = [c if p.two else (c[0], c[0]) for c, p in zip(colors, patterns, strict=True)]
 
     def stack(values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).to(device)
 
     return PatternTable(
-        torch.tensor([KINDS.index(p.kind) if p.kind else -1 for p in found]).to(device),
-        stack([p.turn for p in found]),
-        stack([p.wave for p in found]),
-        stack([p.offset for p in found]),
-        stack([p.coverage for p in found]),
-        stack([p.arms for p in found]),
+        torch.tensor([KINDS.index(p.kind) if p.kind else -1 for p in patterns]).to(device),
+        stack([p.turn for p in patterns]),
+        stack([p.wave for p in patterns]),
+        stack([p.offset for p in patterns]),
+        stack([p.coverage for p in patterns]),
+        stack([p.arms for p in patterns]),
         stack(colors),
-        stack([p.proportions for p in found]),
+        stack([p.proportions for p in patterns]),
     )
 
 

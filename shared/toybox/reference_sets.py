@@ -22,10 +22,10 @@ _KEY = "toybox-subject"
 
 def held_out(name: str) -> HeldOut:
     """A held-out subject or face by name. ValueError lists what there is."""
-    there = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
-    if name not in there:
-        raise ValueError(unknown(name, there, "toybox subject"))
-    return there[name]
+    held_out = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
+    if name not in held_out:
+        raise ValueError(unknown(name, held_out, "toybox subject"))
+    return held_out[name]
 
 
 def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development") -> Tensor:
@@ -41,11 +41,11 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
     """
     subject = held_out(name)
     scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
-    shown = render(scenes)
+    rendered = render(scenes)
     with atomic_folder(folder, overwrite) as out:
         for i, scene in enumerate(scenes):
-            write_picture(shown.pixels[i] * 2 - 1, out / f"{i:02d}.png", {_KEY: name})
-            write_picture(shown.mask[i].expand(3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}.png")
+            write_picture(rendered.pixels[i] * 2 - 1, out / f"{i:02d}.png", {_KEY: name})
+            write_picture(rendered.mask[i].expand(3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}.png")
             (out / f"{i:02d}.txt").write_text(plain_caption(scene) + "\n", "utf-8")
     return [folder / f"{i:02d}.png" for i in range(n)]
 

@@ -60,11 +60,11 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
     grids = torch.tensor(np.stack([d.uniform(-1, 1, (4, 8, 8)) for d in draws]), dtype=torch.float32).to(device)
-    found = instances(scenes, device)
-    hits = visible(found, groups(found, 0.02 * 64 / size, device), len(scenes), fine)
-    picture = _backgrounds(scenes, found, numbers, grids, fine)
+    things = instances(scenes, device)
+    hits = visible(things, groups(things, 0.02 * 64 / size, device), len(scenes), fine)
+    picture = _backgrounds(scenes, things, numbers, grids, fine)
     picture = picture.permute(0, 2, 3, 1).reshape(-1, 3)
-    picture[hits.at] = _shade(hits, found, numbers)
+    picture[hits.at] = _shade(hits, things, numbers)
     picture = picture.view(len(scenes), fine, fine, 3).permute(0, 3, 1, 2)
 
     def scatter(values: Tensor, fill: float = 0.0) -> Tensor:
@@ -74,9 +74,9 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
         return flat.view(len(scenes), fine, fine, -1).permute(0, 3, 1, 2)
 
     mask = scatter(torch.ones_like(hits.depth[:, None]))
-    which = scatter(found.which[hits.who][:, None] + 1.0)
+    which = scatter(things.which[hits.who][:, None] + 1.0)
     depth, position = scatter(hits.depth[:, None], FAR), scatter(hits.position)
-    styled = _styled(scenes, picture, mask, depth, hits, found, scatter, numbers)
+    styled = _styled(scenes, picture, mask, depth, hits, things, scatter, numbers)
     cover = _halved(mask)
     first = _halved((which == 1).float())
     thing = torch.where(cover >= 0.5, torch.where(first * 2 >= cover, 1, 2), 0)[:, 0]
@@ -104,7 +104,7 @@ def _stretch(points: int, size: int, device: torch.device) -> Tensor:
     return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
 
 
-def _backgrounds(scenes: list[Scene], found: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
+def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
     """Backgrounds [B, 3, S, S] with the shadows of the things on them."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
@@ -122,20 +122,20 @@ def _backgrounds(scenes: list[Scene], found: Instances, numbers: Tensor, grids: 
     everywhere = torch.tensor([name in _ALL_FLOOR for name in names], device=device)[:, None, None]
     floor = torch.where(everywhere, 1.0, ((y - horizon - 0.02) / 0.05).clamp(0, 1))
     dark = torch.zeros((len(scenes), fine, fine), device=device)
-    shadow = _shadow(found, x, y)
+    shadow = _shadow(things, x, y)
     for which in (0, 1):
-        rows = (found.which == which).nonzero()[:, 0]
-        dark[found.scene[rows]] = torch.maximum(dark[found.scene[rows]], shadow[rows])
+        rows = (things.which == which).nonzero()[:, 0]
+        dark[things.scene[rows]] = torch.maximum(dark[things.scene[rows]], shadow[rows])
     return picture * (1 - (floor * dark)[:, None])
 
 
-def _shadow(found: Instances, x: Tensor, y: Tensor) -> Tensor:
+def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
     """The contact shadows [I, S, S]: how much darker the ground under a thing is."""
-    cx, cy, scale, cos, sin = (v[:, None, None] for v in found.place.unbind(1))
-    right, up, toward = found.axes.unbind(1)
+    cx, cy, scale, cos, sin = (v[:, None, None] for v in things.place.unbind(1))
+    right, up, toward = things.axes.unbind(1)
     u, v = (x - cx) / (FILL * scale), (y - cy) / (FILL * scale)
     u, v = u * cos + v * sin, v * cos - u * sin
-    low, length, width = (g[:, None, None] for g in found.ground.unbind(1))
+    low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
     # The point of the ground plane seen at (u, v): `right` is the same, the rest follows from the elevation.
     ahead = (v + up[:, 2, None, None] * low) / steep
@@ -146,16 +146,16 @@ def _shadow(found: Instances, x: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (1.25 - far).clamp(0, 0.6) / 0.6
 
 
-def _shade(hits: Hits, found: Instances, numbers: Tensor) -> Tensor:
+def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
     """The colors [M, 3] of the hits: albedo with its pattern, a light beside the camera, one above, a sheen."""
-    slots = found.colors.shape[1]
-    albedo = found.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
+    slots = things.colors.shape[1]
+    albedo = things.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
     body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]
-    albedo[body] = patterns.paint(albedo[body], hits.canonical[body], hits.who[body], found.patterns)
-    u = numbers[found.scene, 40:43].index_select(0, hits.who)
+    albedo[body] = patterns.paint(albedo[body], hits.canonical[body], hits.who[body], things.patterns)
+    u = numbers[things.scene, 40:43].index_select(0, hits.who)
     side, height = -0.45 + 0.5 * (u[:, 0] - 0.5), 0.55 + 0.3 * (u[:, 1] - 0.5)
     light = F.normalize(torch.stack([side, height, torch.full_like(side, 0.75)], 1), dim=1)
-    normal = turned(found.axes, hits.who, hits.normal)
+    normal = turned(things.axes, hits.who, hits.normal)
     lambert = (normal * light).sum(1).clamp_min(0)
     above = 0.5 + 0.5 * hits.normal[:, 2]
     strength = 0.95 + 0.14 * (u[:, 2] - 0.5)
@@ -173,7 +173,7 @@ def _styled(
     mask: Tensor,
     depth: Tensor,
     hits: Hits,
-    found: Instances,
+    things: Instances,
     scatter,
     numbers: Tensor,
 ) -> Tensor:
@@ -181,7 +181,7 @@ def _styled(
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture
-    normal = scatter(turned(found.axes, hits.who, hits.normal))
+    normal = scatter(turned(things.axes, hits.who, hits.normal))
     picture = picture.clone()
     for name in dict.fromkeys(names):
         if name != "photo":

@@ -109,21 +109,21 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
     )
 
 
-def groups(found: Instances, spacing: float, device: torch.device) -> list[Group]:
-    """The clouds that the instances need; the colors that a face's identity decides are written into `found`."""
+def groups(things: Instances, spacing: float, device: torch.device) -> list[Group]:
+    """The clouds that the instances need; the colors that a face's identity decides are written into `things`."""
     result = []
     by_class: dict[str, list[int]] = {}
     worn: dict[str, list[int]] = {}
-    for i, thing in enumerate(found.things):
+    for i, thing in enumerate(things.things):
         by_class.setdefault(thing.class_name, []).append(i)
         if thing.accessory != "none":
             worn.setdefault(thing.accessory, []).append(i)
     for name, members in by_class.items():
         who = torch.tensor(members, device=device)
         if name == "face":
-            made = faces.faces(np.array([found.things[i].identity for i in members]), spacing, device)
+            made = faces.faces(np.array([things.things[i].identity for i in members]), spacing, device)
             for slot, color in made.colors.items():
-                found.colors[who, SLOTS[slot]] = color
+                things.colors[who, SLOTS[slot]] = color
             result.append(Group(who, made.points, made.normals, made.slots))
         else:
             shape = cloud(name, spacing)
@@ -132,7 +132,7 @@ def groups(found: Instances, spacing: float, device: torch.device) -> list[Group
             result.append(Group(who, points[None], normals[None], slots))
     for name, members in worn.items():
         points, normals, slots = (torch.from_numpy(a).to(device) for a in accessories.accessory(name, spacing))
-        fits = np.array([accessories.fit(name, _anchors(found.things[i])) for i in members])
+        fits = np.array([accessories.fit(name, _anchors(things.things[i])) for i in members])
         scale, shift = torch.tensor(fits, dtype=torch.float32).to(device).unbind(1)
         placed = points * scale[:, None] + shift[:, None]
         bent = torch.nn.functional.normalize(normals / scale[:, None], dim=-1)
@@ -158,15 +158,15 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack([rows[:, k] * a + rows[:, k + 1] * b + rows[:, k + 2] * c for k in (0, 3, 6)], 1)
 
 
-def _project(group: Group, found: Instances, size: int) -> tuple[Tensor, Tensor]:
+def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
     """The subpixel [k, N] (-1: outside) that each point falls into, lower left of its 2×2 footprint, and its depth."""
     who = group.who
-    shape = found.patterns.proportions[who]
+    shape = things.patterns.proportions[who]
     points = group.points.expand(len(who), -1, -1)
     if (shape != shape.new_tensor([1.0, 1, 1, 0])).any():
         points = proportion(points, shape[:, None])
-    view = torch.bmm(points, found.axes[who].transpose(1, 2))
-    x, y, scale, cos, sin = (v[:, None] for v in found.place[who].unbind(1))
+    view = torch.bmm(points, things.axes[who].transpose(1, 2))
+    x, y, scale, cos, sin = (v[:, None] for v in things.place[who].unbind(1))
     depth = DISTANCE - view[..., 2]
     zoom = (FILL * DISTANCE * size) * scale / depth
     right, down = view[..., 0] * zoom, view[..., 1] * -zoom
@@ -176,22 +176,22 @@ def _project(group: Group, found: Instances, size: int) -> tuple[Tensor, Tensor]
     return torch.where(outside, -1.0, v * size + u).long(), depth
 
 
-def visible(found: Instances, parts: list[Group], count: int, size: int) -> Hits:
+def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hits:
     """What is nearest at each of the count × size × size subpixels."""
     area = size * size
     empty = torch.iinfo(torch.int64).max
-    device = found.axes.device
+    device = things.axes.device
     # One extra cell takes what falls outside the picture.
     nearest = torch.full((count * area + 1,), empty, dtype=torch.int64, device=device)
     start, starts = 0, []
     for group in parts:
-        pixel, depth = _project(group, found, size)
+        pixel, depth = _project(group, things, size)
         k, n = pixel.shape
         # Key: the thing in front first, then depth, then the number of the point, so that the minimum is unique.
-        rank = found.rank[group.who][:, None]
+        rank = things.rank[group.who][:, None]
         near = (depth.clamp(2, 9) * (2**20 / 10)).long() + (rank << 21)
         key = (near << 32) | torch.arange(start, start + k * n, device=device).view(k, n)
-        cell = torch.where(pixel < 0, count * area, found.scene[group.who][:, None] * area + pixel)
+        cell = torch.where(pixel < 0, count * area, things.scene[group.who][:, None] * area + pixel)
         nearest.scatter_reduce_(0, cell.flatten(), key.flatten(), "amin")
         starts.append(start)
         start += k * n
@@ -201,7 +201,7 @@ def visible(found: Instances, parts: list[Group], count: int, size: int) -> Hits
     nearest[:, :, 1:] = torch.minimum(nearest[:, :, 1:], nearest[:, :, :-1].clone())
     nearest = _closed(nearest).flatten()
     at = (nearest != empty).nonzero()[:, 0]
-    return _look_up(found, parts, starts, at, nearest[at])
+    return _look_up(things, parts, starts, at, nearest[at])
 
 
 def _closed(nearest: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _closed(nearest: Tensor) -> Tensor:
     return nearest
 
 
-def _look_up(found: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
+def _look_up(things: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
     """The points behind the winning keys."""
     number = key & 0xFFFFFFFF
     m = len(at)
@@ -233,8 +233,8 @@ def _look_up(found: Instances, parts: list[Group], starts: list[int], at: Tensor
         canonical[mine] = group.points.flatten(0, 1).index_select(0, row)
         normal[mine] = group.normals.flatten(0, 1).index_select(0, row)
         who[mine], slot[mine] = group.who.index_select(0, member), group.slots.index_select(0, point)
-    shape = found.patterns.proportions.index_select(0, who)
+    shape = things.patterns.proportions.index_select(0, who)
     bent = torch.nn.functional.normalize(normal / shape[:, :3], dim=1)
     position = proportion(canonical, shape)
-    depth = DISTANCE - (position * found.axes[:, 2].index_select(0, who)).sum(1)
+    depth = DISTANCE - (position * things.axes[:, 2].index_select(0, who)).sum(1)
     return Hits(at, who, canonical, position, bent, slot, depth)

@@ -72,26 +72,26 @@ def subjects(split: str) -> tuple[HeldOut, ...]:
     """The 12 subjects of a split, one of each class but the face."""
     _check(split)
     rng = np.random.default_rng([SEEDS[split].start, 1])
-    found = []
+    held_out = []
     for index, name in enumerate(c for c in CLASSES if c != "face"):
         main = COLORS[(index * 3 + int(rng.integers(2))) % len(COLORS)]
         second = [c for c in COLORS if c != main][int(rng.integers(len(COLORS) - 1))]
         first = SEEDS[split].start + 500 * index
         things = [Thing(name, main, second, seed) for seed in range(first, first + 500)]
-        found.append(HeldOut(f"{split}-{name}", things[0], _gather(things[0], things[1:], _differ)))
-    return tuple(found)
+        held_out.append(HeldOut(f"{split}-{name}", things[0], _gather(things[0], things[1:], _differ)))
+    return tuple(held_out)
 
 
 @lru_cache(maxsize=2)
 def faces(split: str) -> tuple[HeldOut, ...]:
     """The held-out identities of a split; the distractors have the same hair and shirt colors."""
     _check(split)
-    found = []
+    held_out = []
     for index, (hair, shirt) in enumerate(_PALETTES):
         first = SEEDS[split].start + 8000 + 500 * index
         things = [Thing("face", hair, shirt, identity=identity_of(seed)) for seed in range(first, first + 500)]
-        found.append(HeldOut(f"{split}-face-{index}", things[0], _gather(things[0], things[1:], _faces_differ)))
-    return tuple(found)
+        held_out.append(HeldOut(f"{split}-face-{index}", things[0], _gather(things[0], things[1:], _faces_differ)))
+    return tuple(held_out)
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
@@ -123,9 +123,9 @@ def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
 
     The classes go round, the backgrounds do not repeat before all were used. ValueError lists the names that there are.
     """
-    there = style_names()
-    if name not in there:
-        raise ValueError(unknown(name, there, "toybox style"))
+    names = style_names()
+    if name not in names:
+        raise ValueError(unknown(name, names, "toybox style"))
     rng = np.random.default_rng([seed, SEEDS[name.split("-")[0]].start, 10])
     kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
     return [
@@ -135,7 +135,7 @@ def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
             background=BACKGROUNDS[places[i % len(places)]],
             accessory="none",
             pattern=False,
-            style=there[name],
+            style=names[name],
             two=False,
         )
         for i in range(n)

@@ -48,7 +48,7 @@ def save(folder: Path, state: State) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _found(folder):
+    for old in _checkpoints(folder):
         if old != target:
             _drop(old)
     return target
@@ -67,17 +67,17 @@ def _write(folder: Path, state: State) -> None:
             os.fsync(handle.fileno())
 
 
-def _found(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     """Whatever is called a checkpoint, in order."""
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def load(folder: Path) -> State | None:
     """The newest whole checkpoint, or None. ValueError when one is there and cannot be read."""
-    found = _found(folder)
-    if not found:
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return None
-    path = found[-1]
+    path = checkpoints[-1]
     try:
         info = json.loads((path / "state.json").read_text())
         info.pop("written by", None)
@@ -90,9 +90,9 @@ def load(folder: Path) -> State | None:
 
 def amend(folder: Path, **info: Any) -> None:
     """Say more in the newest checkpoint's `info`; its tensors stay. AssertionError where there is none."""
-    found = _found(folder)
-    assert found, f"no checkpoint in {folder}"
-    file = found[-1] / "state.json"
+    checkpoints = _checkpoints(folder)
+    assert checkpoints, f"no checkpoint in {folder}"
+    file = checkpoints[-1] / "state.json"
     write_text(file, json.dumps({**json.loads(file.read_text()), **info}, indent=1))
 
 
@@ -104,7 +104,7 @@ def clear(folder: Path) -> None:
 
 def drop(folder: Path) -> None:
     """Remove the checkpoints of a run that is done: each vanishes in one moment, whenever a kill comes."""
-    for path in reversed(_found(folder)):
+    for path in reversed(_checkpoints(folder)):
         _drop(path)
     if folder.is_dir():
         sweep(folder)

@@ -197,12 +197,12 @@ class Data:
             return row  # an augmentation may have put words into its caption
         # the caption is drawn anew each time: it costs nothing and is half of the variety there is
         captioned = self._caption(example, draw)
-        shown = captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned
+        updated = captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned
         if captioned.owners == example.owners:
-            return replace(row, example=shown)
+            return replace(row, example=updated)
         masks = {name: mask for name, mask in row.masks.items() if name in captioned.owners}
         union = torch.stack(list(masks.values())).amax(0) if masks else torch.ones_like(row.mask)
-        return replace(row, example=shown, masks=masks, mask=union)
+        return replace(row, example=updated, masks=masks, mask=union)
 
     def _caption(self, example: Example, draw: torch.Generator) -> Example:
         return self.recipe.prompts(example, draw, self.words, self.class_nouns)

@@ -104,10 +104,10 @@ class Generate(ConceptTask):
             self._paint(self.shots[first : first + self.settings.batch_size])
         kept: list[dict[str, Any]] = []
         for name in self.context.subjects:
-            own = [self._scored(shot) for shot in self.shots if shot.owner == name]
+            scored = [self._scored(shot) for shot in self.shots if shot.owner == name]
             if self.settings.keep is not None:
-                own = sorted(own, key=lambda entry: -entry["score"])[: self.settings.keep]
-            kept += own
+                scored = sorted(scored, key=lambda entry: -entry["score"])[: self.settings.keep]
+            kept += scored
         text = json.dumps({"phase": self.context.name, "key": self.key, "kept": kept}, indent=1)
         self.context.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.context.folder / KEPT, text)

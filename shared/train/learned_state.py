@@ -30,8 +30,8 @@ def restore(
     """
     left = dict(state)
     for name in names:
-        own = _take(left, f"placeholder/{name}/")
-        backbone.placeholders[name].load_state_dict(own)
+        learned = _take(left, f"placeholder/{name}/")
+        backbone.placeholders[name].load_state_dict(learned)
     for adapter in backbone.adapters.get(run_name, []):
         prefix = f"adapter/{_slot(adapter)}/"
         mine = adapter.state_dict()

@@ -19,8 +19,8 @@ from shared.train.loop import Record
 
 def check_log(folder: Path) -> None:
     """ValueError when files that pcs did not write are where a log or sample pictures would replace them."""
-    there = foreign_files(folder, sys.maxsize) if folder.is_dir() else []
-    in_the_way = [f for f in there if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
+    foreign = foreign_files(folder, sys.maxsize) if folder.is_dir() else []
+    in_the_way = [f for f in foreign if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
     if in_the_way:
         raise ValueError(
             f"{folder} holds what pcs did not write, where a training writes ({names(in_the_way)}): move it away first"

@@ -46,12 +46,12 @@ def declared(part: object) -> frozenset[str]:
     return frozenset(getattr(part, "needs", frozenset()))
 
 
-def table(own: Iterable[Need], parts: Mapping[str, object]) -> dict[str, Need]:
+def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, object]) -> dict[str, Need]:
     """Every need that can be served, by name: a task's own, and those that the parts bring (`provides`).
 
     Raises ValueError when two of one name are not the same.
     """
-    out = {need.name: need for need in own}
+    out = {need.name: need for need in task_needs}
     for place, part in parts.items():
         for need in getattr(part, "provides", ()):
             if out.setdefault(need.name, need) != need:
@@ -64,6 +64,6 @@ def check_needs(parts: Mapping[str, object], served: Mapping[str, Need]) -> froz
     for place, part in parts.items():
         missing = sorted(declared(part) - served.keys())
         if missing:
-            there = ", ".join(sorted(served))
-            raise ValueError(f"{place} needs {missing[0]!r}, and nothing here can give it. There are: {there}.")
+            choices = ", ".join(sorted(served))
+            raise ValueError(f"{place} needs {missing[0]!r}, and nothing here can give it. There are: {choices}.")
     return frozenset().union(*(declared(p) for p in parts.values()))

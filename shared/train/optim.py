@@ -82,8 +82,8 @@ class Optimizers:
 
     def backward(self, loss: Tensor, names: Sequence[str] | None, accelerator: Accelerator) -> None:
         """Adds the loss's gradient to the parameters of its own groups: another group's are not this loss's business."""
-        own = {"inputs": self.parameters(names)} if names is not None and len(self.groups) > len(names) else {}
-        accelerator.backward(loss, **own)
+        options = {"inputs": self.parameters(names)} if names is not None and len(self.groups) > len(names) else {}
+        accelerator.backward(loss, **options)
 
     def set_step(self, step: int, budget: Budget) -> None:
         """Sets the rates of this step; nothing is left of gradients that led to none."""

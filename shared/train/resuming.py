@@ -43,8 +43,8 @@ def same_recipe(
 def same_precision(old: str, new: str) -> None:
     """A warning where "auto" became another precision than when the run began: on another machine, say."""
     if old != new:
-        told = f"train.mixed_precision=auto was {old!r} where the run began, and is {new!r} here"
-        warnings.warn(f"{told}: what is learned will differ a little from a run in one go", stacklevel=2)
+        change = f"train.mixed_precision=auto was {old!r} where the run began, and is {new!r} here"
+        warnings.warn(f"{change}: what is learned will differ a little from a run in one go", stacklevel=2)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -83,12 +83,12 @@ def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: C
         before, now = old.get(what), new.get(what)
         if before != now and what not in ignored:
             raise ValueError(
-                f"{what} {_said(before, now)} since the run was interrupted: resume with what it was begun with, "
+                f"{what} {_change_in_words(before, now)} since the run was interrupted: resume with what it was begun with, "
                 "or start anew with --overwrite"
             )
 
 
-def _said(before: str | None, now: str | None) -> str:
+def _change_in_words(before: str | None, now: str | None) -> str:
     if before is None:
         return "has been added"
     if now is None:

@@ -159,11 +159,11 @@ class TrainingRun:
         for name, subject in self.subjects.items():
             placeholder = self.recipe.modifier.attach(self.backbone, name, subject.class_noun, self.recipe.seed)
             self.initial_parameters[name] = [p.detach().clone() for p in placeholder.parameters()]
-            for other, there in list(self.backbone.placeholders.items()):
-                if other != name and confusable(self.backbone, placeholder, there):
+            for other, loaded in list(self.backbone.placeholders.items()):
+                if other != name and confusable(self.backbone, placeholder, loaded):
                     self.backbone.remove(name)
                     raise ValueError(
-                        f"{name!r} and {other!r} would be {placeholder.words!r} and {there.words!r}, which the model "
+                        f"{name!r} and {other!r} would be {placeholder.words!r} and {loaded.words!r}, which the model "
                         "cannot tell apart: learn them in two runs with other modifier.token, or use "
                         "modifier.kind=learnable_token"
                     )
@@ -232,10 +232,10 @@ class TrainingRun:
             progress=self.on_pictures,
         )
         for source in phase.sources.values():
-            given = source.examples(context)
+            examples = source.examples(context)
             while True:
                 with self.clock.on("class_pictures"):
-                    example = next(given, None)
+                    example = next(examples, None)
                 if example is None:
                     break
                 yield example

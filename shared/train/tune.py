@@ -15,7 +15,7 @@ from shared.prompts import without
 from shared.train.context import ConceptTask, PhaseContext
 from shared.train.data import Data
 from shared.train.loop import generator
-from shared.train.needs import Computed, Need, check_needs, declared, table
+from shared.train.needs import Computed, Need, check_needs, declared, needs_by_name
 from shared.train.task import Update
 from shared.types import Batch, Conditioning, Step
 
@@ -37,7 +37,7 @@ class Tune(ConceptTask):
         words = {name: self.backbone.placeholders[name].words for name in self.class_nouns}
         self._name_of = {text: name for name, text in words.items()}
         parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
-        self.served = table(self._own_needs(), parts)
+        self.served = needs_by_name(self._own_needs(), parts)
         self.needs = check_needs(parts, self.served)
         anchored = [place for place, part in parts.items() if "token_drift" in declared(part)]
         if anchored and not any(context.initial_parameters.values()):
@@ -86,10 +86,10 @@ class Tune(ConceptTask):
         """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it."""
         batch = self.data.batch(step, micro)
         with ExitStack() as stack:
-            wanted = [self.served[name] for name in sorted(self.needs | {"example_loss"})]
-            entered = {n.name: stack.enter_context(n.around(self.backbone, batch)) for n in wanted}
+            active_needs = [self.served[name] for name in sorted(self.needs | {"example_loss"})]
+            entered = {n.name: stack.enter_context(n.around(self.backbone, batch)) for n in active_needs}
             state = self._predict(batch, step, micro)
-            yield replace(state, lazy={n.name: cache(partial(n.value, state, entered[n.name])) for n in wanted})
+            yield replace(state, lazy={n.name: cache(partial(n.value, state, entered[n.name])) for n in active_needs})
 
     def _predict(self, batch: Batch, step: int, micro: int) -> Step:
         backbone, recipe = self.backbone, self.recipe
@@ -163,6 +163,6 @@ class Tune(ConceptTask):
 
 def _for(part: object, state: Step) -> Step:
     """The step as one part sees it: with the needs that it declared, and no others."""
-    own = declared(part)
-    lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in own}
+    names = declared(part)
+    lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in names}
     return replace(state, lazy=lazy)

@@ -53,7 +53,7 @@ class PeftAdapter:
             model, "peft_config", {}
         ):  # an adapter that concepts share outlives the first of them
             peft_name += "_"
-        wanted = {id(p): p.requires_grad for p in model.parameters()}
+        trainable = {id(p): p.requires_grad for p in model.parameters()}
         active: dict[Any, list[str]] = {
             m: list(m._active_adapter) if isinstance(m._active_adapter, list) else [m._active_adapter]
             for m in model.modules()
@@ -68,13 +68,13 @@ class PeftAdapter:
                 inject_adapter_in_model(config, model, adapter_name=peft_name)
             except (ValueError, TypeError, NotImplementedError) as error:
                 cls(model, component, slot, peft_name, config).eject()  # what was wrapped before it failed
-                _restore(model, wanted, active)
+                _restore(model, trainable, active)
                 raise ValueError(f"cannot put {config.peft_type} on {component}: {error}") from None
         adapter = cls(model, component, slot, peft_name, config)
         adapter.seed = seed
         for layer in adapter.layers:
             active[layer] = [*active.get(layer, []), peft_name]
-        _restore(model, wanted, active)
+        _restore(model, trainable, active)
         for parameter in adapter.parameters():
             parameter.data = parameter.data.float()  # rounded away in half precision otherwise
         backbone.add_adapter(name, adapter)
@@ -82,8 +82,8 @@ class PeftAdapter:
 
     def modules(self) -> list[str]:
         """Dotted names of the layers that this adapter is on."""
-        own = {id(layer) for layer in self.layers}
-        return sorted(name for name, module in self.model.named_modules() if id(module) in own)
+        ids = {id(layer) for layer in self.layers}
+        return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for layer in self.layers:
@@ -118,17 +118,17 @@ class PeftAdapter:
         return {f"{self.component}.{k}": v.detach().float().cpu().contiguous().clone() for k, v in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        current = self.state_dict()
+        missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
         if missing or extra:
             raise ValueError(
                 f"adapter does not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
                 f"for example {(missing + extra)[0]!r}"
             )
         for key, tensor in state.items():
-            if tensor.shape != own[key].shape:
+            if tensor.shape != current[key].shape:
                 raise ValueError(
-                    f"adapter tensor {key!r} is {list(tensor.shape)}, this model needs {list(own[key].shape)}"
+                    f"adapter tensor {key!r} is {list(tensor.shape)}, this model needs {list(current[key].shape)}"
                 )
         cut = len(self.component) + 1
         set_peft_model_state_dict(self.model, {k[cut:]: v for k, v in state.items()}, adapter_name=self.peft_name)
@@ -173,12 +173,12 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
         raise ValueError(f"adapter settings do not fit {kind}: {error}") from None
 
 
-def _restore(model: nn.Module, wanted: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:
+def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:
     """What peft changes on its way: who is active, and who is trainable (new parameters start frozen)."""
     for layer, names in active.items():
         layer._active_adapter = names
     for parameter in model.parameters():
-        parameter.requires_grad_(wanted.get(id(parameter), False))
+        parameter.requires_grad_(trainable.get(id(parameter), False))
 
 
 def _names(layer: BaseTunerLayer) -> list[str]:

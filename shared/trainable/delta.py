@@ -73,8 +73,8 @@ class DeltaAdapter:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.check(state, {k: d.shape for k, d in self.deltas.items()})
         for key, tensor in state.items():
-            here = self.deltas[key]
-            here.data = tensor.detach().to(here.device, torch.float32, copy=True)
+            delta = self.deltas[key]
+            delta.data = tensor.detach().to(delta.device, torch.float32, copy=True)
         strength, self.strength = self.strength, 0.0
         self.set_strength(strength)
 
@@ -106,5 +106,5 @@ def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:
         module = module._modules.get(part)
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    found = None if module is None else module._parameters.get(leaf)
-    return found if isinstance(found, nn.Parameter) else None
+    parameter = None if module is None else module._parameters.get(leaf)
+    return parameter if isinstance(parameter, nn.Parameter) else None

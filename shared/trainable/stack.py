@@ -46,18 +46,18 @@ class Stack:
     @torch.no_grad()
     def show(self) -> None:
         """The parameter becomes what the changes and strengths now make of it."""
-        own = self.training
-        if own is not None:
-            own.leave()
-            if own.strength == 1 and _same(own.reference, self.parts):
-                own.enter()
+        training = self.training
+        if training is not None:
+            training.leave()
+            if training.strength == 1 and _same(training.reference, self.parts):
+                training.enter()
                 return
         parts = dict(self.parts)
-        if own is not None and own.strength:
-            parts[own.owner] = (own.delta(), own.strength)
+        if training is not None and training.strength:
+            parts[training.owner] = (training.delta(), training.strength)
         original = self.original.to(self.parameter.device)
         self.parameter.data = self.below(parts).to(original.dtype) if parts else original
-        if not self.parts and own is None:
+        if not self.parts and training is None:
             delattr(self.parameter, _ATTRIBUTE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared.recipe.overlay import Rules, unsaid
+from shared.recipe.overlay import Rules, unstated
 from shared.recipe.resolve import expand_phases, load
 from shared.recipe.schema import Recipe
 
@@ -64,11 +64,11 @@ def test_each_medium_and_each_type_has_its_own() -> None:
 def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
     said = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
-    assert unsaid(rule, said, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
-    assert unsaid(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays, to be refused"
+    assert unstated(rule, said, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
+    assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays, to be refused"
     phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}
-    assert unsaid(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
-    assert unsaid(phased, said, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
+    assert unstated(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
+    assert unstated(phased, said, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
 
 
 def test_a_file_of_one_s_own_gets_the_small_world_s_lengths_and_rates(own: Callable[..., Recipe]) -> None:

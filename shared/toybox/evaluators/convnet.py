@@ -138,8 +138,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:
     """Loads `model.safetensors` of `folder` to go on training from; False where names or shapes are others."""
-    state, own = read_state(folder / WEIGHTS_FILE), model.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+    state, expected = read_state(folder / WEIGHTS_FILE), model.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         return False
     model.load_state_dict(state)
     return True

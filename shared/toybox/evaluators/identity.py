@@ -50,10 +50,10 @@ class Palette(nn.Module):
     def forward(self, pixels: Tensor, where: Tensor) -> Tensor:
         """`[B, 3, H, W]` in [0, 1] and weights `[B, 1, h, w]` in [0, 1] -> `[B, 2 * counts]`."""
         small = F.avg_pool2d(pixels, 2) * 4 - 2
-        found = self.points(small.contiguous(memory_format=torch.channels_last))
-        weights = F.interpolate(where.to(found.dtype), size=found.shape[2:], mode="bilinear", align_corners=False)
-        mean = (found * weights).sum((2, 3)) / (weights.sum((2, 3)) + 1)
-        return torch.cat([mean, (found * weights).amax((2, 3))], 1).float()
+        features = self.points(small.contiguous(memory_format=torch.channels_last))
+        weights = F.interpolate(where.to(features.dtype), size=features.shape[2:], mode="bilinear", align_corners=False)
+        mean = (features * weights).sum((2, 3)) / (weights.sum((2, 3)) + 1)
+        return torch.cat([mean, (features * weights).amax((2, 3))], 1).float()
 
 
 class Locator(Trunk):
@@ -75,12 +75,12 @@ class Locator(Trunk):
     @torch.no_grad()
     def square(self, pixels: Tensor) -> Tensor:
         """`[B, 3, H, W]` -> affine maps `[B, 2, 3]` from the whole picture to the square around the thing."""
-        found = self.read(pixels)[1].float().sigmoid()[:, 0]
-        found = found * (found > _SURE)
-        side = found.shape[-1]
-        place = (torch.arange(side, device=found.device) + 0.5) / side * 2 - 1  # [-1, 1], as grid_sample counts
-        total = found.sum((1, 2)) + 1e-3
-        across, down = found.sum(1), found.sum(2)
+        heat = self.read(pixels)[1].float().sigmoid()[:, 0]
+        heat = heat * (heat > _SURE)
+        side = heat.shape[-1]
+        place = (torch.arange(side, device=heat.device) + 0.5) / side * 2 - 1  # [-1, 1], as grid_sample counts
+        total = heat.sum((1, 2)) + 1e-3
+        across, down = heat.sum(1), heat.sum(2)
         x, y = ((weight * place).sum(1) / total for weight in (across, down))
         spreads = [(weight * (place - at[:, None]).square()).sum(1) / total for weight, at in ((across, x), (down, y))]
         half = (_WIDE * torch.maximum(*spreads).sqrt()).clamp(_LEAST, 1.0)

@@ -71,8 +71,8 @@ class Recognizer(nn.Module):
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
         """`[B, 3, 64, 64]` in [0, 1] -> for each attribute the most probable value of each picture."""
-        found = self.probabilities(pixels, batch_size)
-        return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in found.items()}
+        probabilities = self.probabilities(pixels, batch_size)
+        return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in probabilities.items()}
 
 
 @lru_cache(maxsize=4)
