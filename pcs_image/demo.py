@@ -73,8 +73,8 @@ def _sheet(report: Any, out: Path, class_noun: str) -> Path:
     prompts = load_prompts("toybox").prompts[:_SCENES]
 
     def first(kind: str) -> torch.Tensor:
-        rows = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(len(prompts))]
-        return torch.stack([resize(read_picture(out / "report" / r.file), 64).pixels for r in rows])
+        pictures = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(len(prompts))]
+        return torch.stack([resize(read_picture(out / "report" / r.file), 64).pixels for r in pictures])
 
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted((out / "references").glob("*.png"))])
     path = out / "contact-sheet.png"

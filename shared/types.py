@@ -87,25 +87,27 @@ class Batch:
     owners: tuple[tuple[str, ...], ...]  # B; as of an example
     role: tuple[Role, ...]  # B
     latents: Tensor  # [B, C, h, w]
-    owner_masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [B, 1, h, w]; 0 where it is not in a row
-    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]: the masks of a row together; 1 where nothing is masked
+    owner_masks: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # owner -> [B, 1, h, w]; 0 where it is not in an example
+    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]: the masks of an example together; 1 where nothing is masked
     valid: Tensor | None = None  # [B, 1, h, w]
     pixels: Tensor | None = None  # [B, 3, H, W], where a part asks for them (the need "pixels")
-    sources: tuple[str, ...] = ()  # B: where each row came from
+    sources: tuple[str, ...] = ()  # B: where each example came from
 
     def __post_init__(self) -> None:
         counts = {"captions": len(self.captions), "owners": len(self.owners), "role": len(self.role)}
         counts |= {"latents": len(self.latents), **{f"owner_masks.{n}": len(m) for n, m in self.owner_masks.items()}}
         counts |= {k: len(v) for k in ("mask", "valid", "pixels") if (v := getattr(self, k)) is not None}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"a batch's rows are not of one number: {counts}")
+            raise ValueError(f"a batch holds different numbers of examples: {counts}")
 
     @property
     def size(self) -> int:
         return len(self.captions)
 
     def with_role(self, role: Role) -> Tensor:
-        """Boolean [B] on the CPU: which rows have this role."""
+        """Boolean [B] on the CPU: which examples have this role."""
         return torch.tensor([r == role for r in self.role])
 
 
@@ -203,11 +205,11 @@ def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
     out = {}
     for name in sorted(names):
         like = next(p.token_positions[name] for p in parts if name in p.token_positions)
-        rows = [
+        parts_positions = [
             p.token_positions.get(name, torch.zeros(p.batch_size, like.shape[1], dtype=torch.bool, device=like.device))
             for p in parts
         ]
-        out[name] = torch.cat(rows)
+        out[name] = torch.cat(parts_positions)
     return out
 
 

@@ -112,15 +112,15 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PCS_CACHE"] = str(Path(folder, "cache"))
-        found = dict(runs(Path(folder)))
+        hashes = dict(runs(Path(folder)))
     if "--keep" in sys.argv or not KEPT.is_file():
-        KEPT.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"kept {len(found)} hashes in {KEPT.name}")
+        KEPT.write_text(json.dumps(hashes, indent=1) + "\n")
+        print(f"kept {len(hashes)} hashes in {KEPT.name}")
         return 0
     kept = json.loads(KEPT.read_text())
-    for name, value in found.items():
+    for name, value in hashes.items():
         print(f"{name:20} {'as before' if kept.get(name) == value else 'CHANGED'}")
-    return int(kept != found)
+    return int(kept != hashes)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,21 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Training times, one for each row: [B], whole ones staying whole; without `batch` as they are, a scalar or [B].
+    """Training times, one for each example: [B], whole ones staying whole; without `batch` as they are, a scalar or [B].
 
     Args:
         t: a scalar or [B]
         batch: B, where it is known
 
     Raises:
-        ValueError: for any other shape: it would broadcast against the rows in silence
+        ValueError: for any other shape: it would broadcast against the examples in silence
     """
     t = torch.as_tensor(t, device=device)
     if t.ndim > 1 or (t.ndim == 1 and batch not in (None, len(t))):
-        rows = "B" if batch is None else batch
-        raise ValueError(f"t is {list(t.shape)}, and must be a scalar or [{rows}]: one time for each row of the batch")
+        size = "B" if batch is None else batch
+        raise ValueError(
+            f"t is {list(t.shape)}, and must be a scalar or [{size}]: one time for each example of the batch"
+        )
     return t if batch is None else t.expand(batch)
 
 

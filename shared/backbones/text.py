@@ -1,4 +1,4 @@
-"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned rows in their places."""
+"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned vectors in their places."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class TextEncoding:
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Prompts, already expanded, as the network is told them.
 
-        One run of the text encoder; where a placeholder varies with "site", one run per site whose rows differ.
-        Differentiable with respect to the rows and to text-encoder adapters.
+        One run of the text encoder; where a placeholder varies with "site", one run per site whose vectors differ.
+        Differentiable with respect to the vectors and to text-encoder adapters.
 
         Args:
             prompts: B texts
@@ -115,8 +115,8 @@ class TextEncoding:
             contexts[site] = context
         pooled = None
         if self.pooled_component:
-            rows = self._rows(self.pooled_component, texts, used, time, None)
-            pooled = self._run(self.pooled_component, texts, used, rows)[1]
+            vectors = self._vectors(self.pooled_component, texts, used, time, None)
+            pooled = self._run(self.pooled_component, texts, used, vectors)[1]
         return Conditioning(context=self._gather(contexts, used), pooled=pooled, token_positions=places)
 
     def _hidden(
@@ -127,12 +127,12 @@ class TextEncoding:
         site: str | None,
         runs: list[tuple[list[Tensor], Tensor]],
     ) -> Tensor:
-        rows = self._rows(self.context_component, texts, used, time, site)
+        vectors = self._vectors(self.context_component, texts, used, time, site)
         for known, hidden in runs:
-            if same_embeddings(known, rows):
+            if same_embeddings(known, vectors):
                 return hidden
-        hidden = self._run(self.context_component, texts, used, rows)[0]
-        runs.append((rows, hidden))
+        hidden = self._run(self.context_component, texts, used, vectors)[0]
+        runs.append((vectors, hidden))
         return hidden
 
     def _gather(
@@ -177,7 +177,7 @@ class TextEncoding:
     def _used(self, texts: Mapping[str, Tokenized]) -> list[Placeholder]:
         return [n for n in self.placeholders.values() if any(bool(self._find(c, texts, n).any()) for c in texts)]
 
-    def _rows(
+    def _vectors(
         self,
         component: str,
         texts: Mapping[str, Tokenized],
@@ -185,30 +185,30 @@ class TextEncoding:
         time: Tensor | None,
         site: str | None,
     ) -> list[Tensor]:
-        """Rows of the used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
+        """Vectors of the used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
         out = []
         batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
         for placeholder in (n for n in used if n.tokens):
-            rows = placeholder.embeddings(component, _if(placeholder, "time", time), _if(placeholder, "site", site))
+            vectors = placeholder.embeddings(component, _if(placeholder, "time", time), _if(placeholder, "site", site))
             n = len(placeholder.tokens)
-            if rows is None or tuple(rows.shape) not in ((n, width), (batch, n, width)):
-                got = None if rows is None else list(rows.shape)
+            if vectors is None or tuple(vectors.shape) not in ((n, width), (batch, n, width)):
+                got = None if vectors is None else list(vectors.shape)
                 raise ValueError(
-                    f"{placeholder.name!r}: rows for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
+                    f"{placeholder.name!r}: vectors for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
                 )
-            out.append(rows)
+            out.append(vectors)
         return out
 
     def _run(
-        self, component: str, texts: Mapping[str, Tokenized], used: Sequence[Placeholder], rows: Sequence[Tensor]
+        self, component: str, texts: Mapping[str, Tokenized], used: Sequence[Placeholder], vectors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         text = texts[component]
-        if not rows:
+        if not vectors:
             return self._run_text(component, text.ids, text.mask)
         added = [t for n in used for t in n.tokens]
         places = slots(text.ids, self.tokens.ids_of(component, added))
         ids = text.ids.masked_fill(places >= 0, self.tokens.filler(component))
-        table = join_embeddings([r.to(ids.device) for r in rows], ids.shape[0])
+        table = join_embeddings([r.to(ids.device) for r in vectors], ids.shape[0])
         with overlaid(self._embedding(component), places, table):
             return self._run_text(component, ids, text.mask)
 

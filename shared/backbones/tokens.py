@@ -1,8 +1,8 @@
 """The token overlay: words that a base model does not have, without touching its embedding table or its tokenizer.
 
 Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
-is given a harmless base id in their place, and while it runs a hook puts the learned rows where those ids were. So
-tables keep their size, gradients reach the rows, the end-of-text pooling of old CLIP configurations (`argmax` of the
+is given a harmless base id in their place, and while it runs a hook puts the learned vectors where those ids were. So
+tables keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations (`argmax` of the
 ids) stays right, and when the last token leaves, everything is what it was.
 """
 
@@ -172,18 +172,20 @@ def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def overlaid(embedding: nn.Module, places: Tensor, rows: Tensor) -> Iterator[None]:
-    """Inside, the embedding's output is `rows` wherever `places` is not -1.
+def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[None]:
+    """Inside, the embedding's output is `vectors` wherever `places` is not -1.
 
     Args:
         embedding: the token embedding; its output is [B, L, d]
-        places: [B, L], index into the rows, or -1
-        rows: [n, d], or [B, n, d] where every sample has its own; differentiable
+        places: [B, L], index into the vectors, or -1
+        vectors: [n, d], or [B, n, d] where every sample has its own; differentiable
     """
 
     def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         at = places.clamp_min(0)
-        picked = rows[at] if rows.ndim == 2 else rows[torch.arange(rows.shape[0], device=at.device)[:, None], at]
+        picked = (
+            vectors[at] if vectors.ndim == 2 else vectors[torch.arange(vectors.shape[0], device=at.device)[:, None], at]
+        )
         return torch.where((places >= 0)[..., None], picked.to(output), output)
 
     handle = embedding.register_forward_hook(replace)
@@ -194,14 +196,14 @@ def overlaid(embedding: nn.Module, places: Tensor, rows: Tensor) -> Iterator[Non
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Rows of several placeholders as one table: [N, d], or [B, N, d] as soon as one of them has rows per sample."""
+    """Vectors of several placeholders as one table: [N, d], or [B, N, d] as soon as one of them has vectors per sample."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
 
 
 def same_embeddings(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two sets of rows give the same encoding *and* the same gradients, so that one run serves both.
+    """Whether two sets of vectors give the same encoding *and* the same gradients, so that one run serves both.
 
     Rows that are learned are the same only when they are the same memory: sites that start equal must learn apart.
     """

@@ -30,13 +30,13 @@ def methods(context: typer.Context) -> None:
     from shared.recipe.resolve import written
     from shared.recipe.taxonomy import taxonomy_of
 
-    rows: dict[str, list[tuple[str, ...]]] = {}
+    tables: dict[str, list[tuple[str, ...]]] = {}
     for modality in ("image", "video", "3d"):
         for name in recipe_files(modality):
             place = taxonomy_of(written(name, modality))
-            rows.setdefault(f"{modality}: {place.scheme}", []).append((name, *(getattr(place, k) for k in _COLUMNS)))
+            tables.setdefault(f"{modality}: {place.scheme}", []).append((name, *(getattr(place, k) for k in _COLUMNS)))
     columns = ("recipe", *_COLUMNS.values())
-    for heading, entries in rows.items():
+    for heading, entries in tables.items():
         used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in entries)]
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=heading, title_justify="left")
         for i in used:

@@ -13,13 +13,13 @@ class Tenths:
     """A line on standard error for the first step of each ten percent of a job, and for its end."""
 
     def __init__(self) -> None:
-        self.said: dict[str, int] = {}
+        self.printed: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        tenth, before = 10 * done // max(1, of), self.said.get(what, 0)
+        tenth, before = 10 * done // max(1, of), self.printed.get(what, 0)
         if tenth > before or 0 < tenth < before:  # fewer than before: the same job again
             print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
-        self.said[what] = tenth
+        self.printed[what] = tenth
 
 
 class Lines:
@@ -63,7 +63,7 @@ class Bar(Lines):
     def __init__(self) -> None:
         super().__init__()
         self.done, self.loss = 0, 0.0
-        self.first = self.said = time.monotonic()
+        self.first = self.printed_at = time.monotonic()
 
     def __enter__(self) -> Bar:
         return super().__enter__()
@@ -76,8 +76,8 @@ class Bar(Lines):
         self.done += 1
         self.loss = record.loss if self.done == 1 else 0.95 * self.loss + 0.05 * record.loss
         self._show("", phase, self.done, total, f"loss {self.loss:.4f}")
-        if self.progress.disable and now - self.said > _EVERY:
-            self.said = now
+        if self.progress.disable and now - self.printed_at > _EVERY:
+            self.printed_at = now
             speed = f", {(self.done - 1) / (now - self.first):.1f} steps/s" if self.done > 1 else ""
             print(
                 f"{phase}: step {record.step}, {self.done} of {total} done, loss {self.loss:.4f}{speed}",

@@ -46,10 +46,10 @@ def capture(
     if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
-        raise ValueError(f"{name!r} has a naming: say which modifier made it, or it cannot be loaded again")
+        raise ValueError(f"{name!r} has a placeholder: say which modifier made it, or it cannot be loaded again")
     adapters_info, tensors = _adapters_of(attached, source)
     if placeholder is not None:
-        starts = {START + key: rows for key, rows in placeholder.initial_state_dict().items()}
+        starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
         tensors["embeddings"] = {**placeholder.state_dict(), **starts}
     tensors = {kind: state for kind, state in tensors.items() if state}
     remember(backbone)

@@ -47,7 +47,7 @@ class Concept:
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
     changes of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`:
-    rows `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
+    vectors `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
     """
 
     meta: ConceptMeta
@@ -62,12 +62,12 @@ class Concept:
     @property
     def learned_words(self) -> dict[str, Tensor]:
         """What the modifier learned, by its own keys."""
-        return {key: rows for key, rows in self.of("embeddings").items() if not key.startswith(START)}
+        return {key: vectors for key, vectors in self.of("embeddings").items() if not key.startswith(START)}
 
     @property
     def initial_embeddings(self) -> dict[str, Tensor]:
         """What that was at the start, by the same keys; empty in concepts that were saved without it."""
-        return {key[len(START) :]: rows for key, rows in self.of("embeddings").items() if key.startswith(START)}
+        return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
         """The tensors of one kind; empty when the concept has none."""

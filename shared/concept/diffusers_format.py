@@ -151,16 +151,16 @@ def _public(backbone: Backbone, component: str, path: str) -> str:
 def write_tokens(
     concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Write one `{token: [n, d]}` file per text encoder; the first of `tokens` names all n rows, as diffusers has it.
+    """Write one `{token: [n, d]}` file per text encoder; the first of `tokens` names all n vectors, as diffusers has it.
 
     "end_of_text" says where the user has to correct a CLIP of the old kind, whose pooled output is that of the highest
     token id: an added token's, instead of the end's.
 
     Args:
-        strength: folded into the rows, from what they started from (0) to what was learned (1)
+        strength: folded into the vectors, from what they started from (0) to what was learned (1)
 
     Raises ValueError when the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), and when what
-    was learned is not one table of rows per text encoder.
+    was learned is not one table of vectors per text encoder.
     """
     embeddings = _rows(concept, backbone, strength)
     if embeddings and tokens != (tokens[0], *(f"{tokens[0]}_{i}" for i in range(1, len(tokens)))):
@@ -168,12 +168,12 @@ def write_tokens(
             f"tokens {', '.join(tokens)} cannot be written: diffusers names them {tokens[0]}, {tokens[0]}_1, …"
         )
     out = []
-    for component, rows in sorted(embeddings.items()):
-        if rows.ndim != 2 or rows.shape[0] != len(tokens):
-            raise ValueError(f"embeddings of {component} are {list(rows.shape)}, and there are {len(tokens)} tokens")
+    for component, vectors in sorted(embeddings.items()):
+        if vectors.ndim != 2 or vectors.shape[0] != len(tokens):
+            raise ValueError(f"embeddings of {component} are {list(vectors.shape)}, and there are {len(tokens)} tokens")
         file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
         token = tokens[0].lower()
-        save_file({token: rows.float().contiguous()}, folder / file, metadata={"format": "pt"})
+        save_file({token: vectors.float().contiguous()}, folder / file, metadata={"format": "pt"})
         old = getattr(backbone.components[component], "eos_token_id", None) == 2
         pooled = backbone.pooled_component == component
         entry = {"file": file, "component": component, "token": token, "vectors": len(tokens)}
@@ -182,19 +182,19 @@ def write_tokens(
 
 
 def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
-    """component -> the rows at this strength, [n, d]."""
+    """component -> the vectors at this strength, [n, d]."""
     learned, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
     if not learned or placeholder is None:
         return {}
     if placeholder.varies_with or set(learned) != set(placeholder.components):
         raise ValueError(
             f"{concept.name!r} learned {', '.join(sorted(learned)[:4])} …: diffusers' embedding files hold one table of "
-            "rows per text encoder and no other"
+            "vectors per text encoder and no other"
         )
     starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
         raise ValueError(f"{concept.name!r} keeps no start of its words: they can be exported at strength 1 only")
-    return {c: at_strength(starts.get(c, rows).float(), rows.float(), strength) for c, rows in learned.items()}
+    return {c: at_strength(starts.get(c, vectors).float(), vectors.float(), strength) for c, vectors in learned.items()}
 
 
 def public_words(words: str, tokens: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """sha256 over the signs of the weights that a concept builds on: its layers, and the rows of some letters.
+    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of some letters.
 
     Rounding to another precision keeps signs, so that one model in any precision gives the same.
     """

@@ -28,7 +28,7 @@ _DEMO_PAGE = b"<title>pcs demo</title>"
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
     """At most `most` files below a folder that nothing there says pcs has written; none of an empty folder.
 
-    Paths are relative to the folder. Links are not followed, and count as strangers.
+    Paths are relative to the folder. Links are not followed, and count as foreign.
     """
     return list(islice(_foreign_files(folder, frozenset(), ""), most))
 

@@ -110,24 +110,24 @@ def _half_only(folder: Path) -> bool:
 # --- tokenizers --------------------------------------------------------------------------------
 
 
-def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:
+def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
     """A tokenizer of transformers from a folder. ValueError when it is not there as a whole (`check_tokenizer`)."""
     try:
         with quiet():
             tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise ValueError(f"cannot load a {kind.__name__} from {folder}: {first_line(error)}") from error
-    check_tokenizer(tokenizer, rows, folder)
+    check_tokenizer(tokenizer, embeddings, folder)
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, rows: int, folder: Path) -> None:
-    """ValueError when a tokenizer is not that of a text encoder with `rows` token embeddings: its files are missing in
+def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
+    """ValueError when a tokenizer is not that of a text encoder with this many token `embeddings`: its files are missing in
     part, or belong to another model. Without them, transformers makes one for which all prompts are the same."""
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
-    what = f"{folder}: the tokenizer there knows {size} tokens, and the text encoder has embeddings for {rows}"
-    if size > rows or size < _PADDED * rows:
+    what = f"{folder}: the tokenizer there knows {size} tokens, and the text encoder has embeddings for {embeddings}"
+    if size > embeddings or size < _PADDED * embeddings:
         raise ValueError(f"{what}. Files of it are missing, or belong to another model")
     ids = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in _WORDS]
     for (one, a), (other, b) in itertools.combinations(zip(_WORDS, ids, strict=True), 2):

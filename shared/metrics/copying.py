@@ -114,6 +114,6 @@ def find_copies(
     """
     pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
     nearest = pixel.argmax(1)
-    rows = torch.arange(len(pixels))
+    index = torch.arange(len(pixels))
     both = (pixel >= limits.pixel) & (embed >= limits.embed)
-    return Copying(nearest, pixel[rows, nearest], embed[rows, nearest], both.any(1))
+    return Copying(nearest, pixel[index, nearest], embed[index, nearest], both.any(1))

@@ -95,9 +95,9 @@ def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, 
         raise ValueError(f"{len(embeddings)} embeddings and {len(groups)} groups")
     out: dict[Hashable, float] = {}
     for group in dict.fromkeys(groups):
-        rows = embeddings[torch.tensor([g == group for g in groups])]
-        if (n := len(rows)) > 1:
-            similarity = cosine(rows, rows)
+        members = embeddings[torch.tensor([g == group for g in groups])]
+        if (n := len(members)) > 1:
+            similarity = cosine(members, members)
             out[group] = 1 - float((similarity.sum() - similarity.diagonal().sum()) / (n * (n - 1)))
     return out
 

@@ -19,13 +19,13 @@ class LearnableToken(Part):
     """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given).
 
     Words of more sub-tokens than there are vectors start as their means. With `per: layer` each cross-attention layer
-    reads the whole prompt with rows of its own (P+, section 3.2): one run of the text encoder per layer."""
+    reads the whole prompt with vectors of its own (P+, section 3.2): one run of the text encoder per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
     init: str = ""  # words; "" is the class noun; "<rand>" is noise with the table's own spread
     with_class_noun: bool = False
-    per: Literal["layer"] | None = None  # None: the same rows for all layers
+    per: Literal["layer"] | None = None  # None: the same vectors for all layers
 
     @property
     def taxonomy(self) -> str:
@@ -37,7 +37,7 @@ class LearnableToken(Part):
         """Adds `<name>`, `<name>_1`, … to the tokenizers.
 
         Raises:
-            ValueError: there is no word to start from, or rows per layer are asked of a model without cross-attention
+            ValueError: there is no word to start from, or vectors per layer are asked of a model without cross-attention
         """
         init = self.init or class_noun
         if not init:
@@ -57,7 +57,7 @@ class LearnableToken(Part):
             if component.startswith("text_encoder")
         }
         words = phrase(" ".join(tokens), class_noun, self.with_class_noun)
-        start = {component: rows.to(backbone.device) for component, rows in start.items()}
+        start = {component: vectors.to(backbone.device) for component, vectors in start.items()}
         placeholder = (
             LayeredPlaceholder(name, words, tokens, start, sites)
             if self.per
@@ -68,9 +68,9 @@ class LearnableToken(Part):
 
 
 class LearnedPlaceholder(PlaceholderBase):
-    """The rows themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
+    """The vectors themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
 
-    What they started from is kept: at strength s the rows are start + s * (learned - start).
+    What they started from is kept: at strength s the vectors are start + s * (learned - start).
     """
 
     def __init__(self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor]) -> None:
@@ -92,7 +92,7 @@ class LearnedPlaceholder(PlaceholderBase):
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """component (for rows per layer, component and layer) -> what was learned, [n, d]."""
+        """component (for vectors per layer, component and layer) -> what was learned, [n, d]."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -108,15 +108,15 @@ class LearnedPlaceholder(PlaceholderBase):
     def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
         if set(state) != set(into):
             raise ValueError(f"{what} are for {_some(state)}, this model's are {_some(into)}")
-        for component, rows in state.items():
-            if rows.shape != into[component].shape:
+        for component, vectors in state.items():
+            if vectors.shape != into[component].shape:
                 needed = list(into[component].shape)
-                raise ValueError(f"{what} of {component} are {list(rows.shape)}, this model needs {needed}")
-            into[component].copy_(rows)
+                raise ValueError(f"{what} of {component} are {list(vectors.shape)}, this model needs {needed}")
+            into[component].copy_(vectors)
 
 
 class LayeredPlaceholder(LearnedPlaceholder):
-    """Rows for each attention layer, all started alike, so that the start is that of rows for all layers.
+    """Vectors for each attention layer, all started alike, so that the start is that of vectors for all layers.
 
     Args:
         start: text encoder -> [n, d]
@@ -128,15 +128,17 @@ class LayeredPlaceholder(LearnedPlaceholder):
     def __init__(
         self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor], sites: tuple[str, ...]
     ) -> None:
-        super().__init__(name, words, tokens, {f"{c}.{site}": rows for c, rows in start.items() for site in sites})
+        super().__init__(
+            name, words, tokens, {f"{c}.{site}": vectors for c, vectors in start.items() for site in sites}
+        )
         self.components, self.sites = tuple(start), sites
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
         """[n, d] of one layer; their mean for what is no layer's (a pooled text embedding)."""
         if site is not None:
             return super().embeddings(f"{component}.{site}", t, site)
-        rows = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
-        return torch.stack([r for r in rows if r is not None]).mean(0)
+        per_site = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
+        return torch.stack([r for r in per_site if r is not None]).mean(0)
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -152,7 +154,7 @@ def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """[vectors, d]: the rows of the words' sub-tokens in order.
+    """[vectors, d]: the embeddings of the words' sub-tokens in order.
 
     Fewer vectors than sub-tokens: each starts as the mean of its share of them, one as the mean of all ("coffee mug").
     More: the words are repeated, with a little noise so that they can part ways. "<rand>" is noise with the spread of
@@ -164,6 +166,6 @@ def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: in
         return torch.randn(vectors, words.shape[1], generator=generator) * backbone.table_spread(component)
     if vectors < len(words):
         return torch.stack([share.mean(0) for share in words.tensor_split(vectors)])
-    rows = words[torch.arange(vectors) % len(words)]
+    initial = words[torch.arange(vectors) % len(words)]
     repeated = (torch.arange(vectors) >= len(words)).float()[:, None]
-    return rows + repeated * 0.1 * words.std() * torch.randn(rows.shape, generator=generator)
+    return initial + repeated * 0.1 * words.std() * torch.randn(initial.shape, generator=generator)

@@ -25,12 +25,12 @@ class _Times(Part):
             raise ValueError(f"low = {self.low} must be below high = {self.high}")
         return self
 
-    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
+    def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
         raise AssertionError("a distribution of times says how it draws")
 
-    def draw_times(self, rows: int, generator: torch.Generator, discrete: bool) -> Tensor:
-        """[rows] in [0, 1000); whole numbers where the model was trained on timesteps."""
-        t = 1000 * (self.low + (self.high - self.low) * self._fractions(rows, generator))
+    def draw_times(self, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
+        """[count] in [0, 1000); whole numbers where the model was trained on timesteps."""
+        t = 1000 * (self.low + (self.high - self.low) * self._fractions(count, generator))
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
 
     def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,8 +46,8 @@ class Uniform(_Times):
 
     kind: Literal["uniform"] = "uniform"
 
-    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(rows, generator=generator)
+    def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(count, generator=generator)
 
 
 class LogitNormal(_Times):
@@ -58,7 +58,7 @@ class LogitNormal(_Times):
     std: Annotated[float, Field(gt=0)] = 1.0
     shift: Annotated[float, Field(gt=0)] = 1.0
 
-    def _fractions(self, rows: int, generator: torch.Generator) -> Tensor:
-        u = torch.sigmoid(self.mean + self.std * torch.randn(rows, generator=generator))
+    def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
+        u = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator))
         assert math.isfinite(self.shift)
         return self.shift * u / (1 + (self.shift - 1) * u)

@@ -1,4 +1,4 @@
-"""The denoising loss, per row, on the backbone's own target."""
+"""The denoising loss, per example, on the backbone's own target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Denoising(Part):
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
 
     def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Mean squared error per row: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
+        """Mean squared error per example: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
         error = (prediction.float() - target.float()) ** 2
         if weight is None:
             return error.flatten(1).mean(1)

@@ -12,7 +12,7 @@ from shared.types import Step
 
 
 class EmbeddingAnchor(Part):
-    """weight * mean squared distance of the token rows from their start (Cross Initialization,
+    """weight * mean squared distance of the token vectors from their start (Cross Initialization,
     https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})

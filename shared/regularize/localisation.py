@@ -17,7 +17,7 @@ from shared.types import Step
 
 
 class Localisation(Part):
-    """weight * mean over instance rows of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
+    """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, eq. 3).
 
     A is how the picture's places look at the concept's own tokens: the mean over heads, over the watched layers and over
@@ -63,19 +63,19 @@ def localisation_loss(
     grid: tuple[int, int],
     positions: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    rows: Tensor,
+    counted: Tensor,
     normalize: Literal["max", "none"] = "max",
 ) -> Tensor:
-    """Mean over rows of the sum over concepts of the mean squared distance between map and mask: a scalar.
+    """Mean over examples of the sum over concepts of the mean squared distance between map and mask: a scalar.
 
-    A concept counts in the rows whose text names it and where its mask is not empty.
+    A concept counts in the examples whose text names it and where its mask is not empty.
 
     Args:
         maps: [B, rows * columns of the grid, L], probabilities
         grid: rows and columns
         positions: concept -> bool [B, L]
         masks: concept -> [B, 1, h, w] in [0, 1]
-        rows: bool [B], those that count
+        counted: bool [B], which examples count
         normalize: "max": each map is divided by its greatest value
     """
     total = maps.new_zeros(len(maps))
@@ -87,4 +87,4 @@ def localisation_loss(
             map_ = map_ / map_.amax(1, keepdim=True).clamp_min(torch.finfo(map_.dtype).tiny)
         target = F.adaptive_avg_pool2d(mask, grid).flatten(1)
         total = total + ((map_ - target) ** 2).mean(1) * visible
-    return total[rows.to(total.device)].mean() if rows.any() else total.sum() * 0
+    return total[counted.to(total.device)].mean() if counted.any() else total.sum() * 0

@@ -23,9 +23,9 @@ class PriorPreservation(Part):
     weight: Annotated[float, Field(ge=0)] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
-        rows = step.batch.with_role("prior").to(step.prediction.device)
-        assert rows.any(), "the loop adds prior rows for parts that ask for them"
-        return self.weight * step.need("example_loss")[rows].mean()
+        is_prior = step.batch.with_role("prior").to(step.prediction.device)
+        assert is_prior.any(), "the loop adds class pictures for parts that ask for them"
+        return self.weight * step.need("example_loss")[is_prior].mean()
 
 
 class PriorPrediction(Part):

@@ -46,8 +46,8 @@ def open_runner(
         precision = resolve_precision(precision, where) if torch.device(where).type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
-    home = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
-    runner = kind(home)
+    model = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
+    runner = kind(model)
     for concept, strength in opened:
         runner.load(concept, strength)
     return runner

@@ -182,8 +182,8 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """[B, C, h, w], drawn per picture on the CPU in the backbone's precision, as diffusers' `randn_tensor` does."""
-    rows = [torch.randn((1, *shape), generator=g, dtype=backbone.dtype) for g in generators]
-    return torch.cat(rows).to(backbone.device)
+    noise = [torch.randn((1, *shape), generator=g, dtype=backbone.dtype) for g in generators]
+    return torch.cat(noise).to(backbone.device)
 
 
 def _step_options(solver: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from shared.types import Example
 
 
 class References(Part):
-    """Every picture of every subject, `repeats` times: the rows of role "instance" that all methods learn from.
+    """Every picture of every subject, `repeats` times: the examples of role "instance" that all methods learn from.
 
     The mask is the user's where one lies beside the picture, else the picture's transparency, else None. The caption is
     the user's own, or "" for the prompt part to fill.

@@ -116,16 +116,16 @@ def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids:
     stretch = _stretch(grids.shape[-1], fine, device)
     picture = torch.empty((len(scenes), 3, fine, fine), device=device)
     for name in dict.fromkeys(names):
-        rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
-        noise = stretch @ grids[rows] @ stretch.T
-        picture[rows] = PAINTERS[name](Canvas(x, y, horizon[rows], numbers[rows], noise)).clamp(0, 1)
+        members = torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
+        noise = stretch @ grids[members] @ stretch.T
+        picture[members] = PAINTERS[name](Canvas(x, y, horizon[members], numbers[members], noise)).clamp(0, 1)
     everywhere = torch.tensor([name in _ALL_FLOOR for name in names], device=device)[:, None, None]
     floor = torch.where(everywhere, 1.0, ((y - horizon - 0.02) / 0.05).clamp(0, 1))
     dark = torch.zeros((len(scenes), fine, fine), device=device)
     shadow = _shadow(things, x, y)
     for which in (0, 1):
-        rows = (things.which == which).nonzero()[:, 0]
-        dark[things.scene[rows]] = torch.maximum(dark[things.scene[rows]], shadow[rows])
+        members = (things.which == which).nonzero()[:, 0]
+        dark[things.scene[members]] = torch.maximum(dark[things.scene[members]], shadow[members])
     return picture * (1 - (floor * dark)[:, None])
 
 
@@ -185,7 +185,7 @@ def _styled(
     picture = picture.clone()
     for name in dict.fromkeys(names):
         if name != "photo":
-            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=picture.device)
-            sheet = styles.Sheet(picture[rows], mask[rows], depth[rows], normal[rows], numbers[rows])
-            picture[rows] = styles.draw(name, sheet)
+            members = torch.tensor([i for i, other in enumerate(names) if other == name], device=picture.device)
+            sheet = styles.Sheet(picture[members], mask[members], depth[members], normal[members], numbers[members])
+            picture[members] = styles.draw(name, sheet)
     return picture

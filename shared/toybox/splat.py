@@ -66,7 +66,7 @@ class Hits:
 
 def instances(scenes: list[Scene], device: torch.device) -> Instances:
     """The things of scenes with their cameras as tensors."""
-    things, rows, colors = [], [], []
+    things, values, colors = [], [], []
     base = np.array(list(DETAILS.values()))
     for b, scene in enumerate(scenes):
         lower = [camera.y + 0.3 * camera.scale for camera in scene.cameras]
@@ -89,13 +89,13 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
             else:
                 shape = cloud(thing.class_name, 0.02)
                 ground = [shape.bottom, *shape.foot]
-            rows.append([b, j, sum(other > lower[j] for other in lower), *axes, *spot, *ground])
+            values.append([b, j, sum(other > lower[j] for other in lower), *axes, *spot, *ground])
             palette = base.copy()
             palette[SLOTS["main"]], palette[SLOTS["second"]] = RGB[thing.main], RGB[thing.second]
             palette[SLOTS["brow"]] = np.array(RGB[thing.main]) * 0.6 + 0.02
             colors.append(palette)
             things.append(thing)
-    data = torch.tensor(np.array(rows), dtype=torch.float32).to(device)
+    data = torch.tensor(np.array(values), dtype=torch.float32).to(device)
     return Instances(
         things,
         data[:, 0].long(),
@@ -153,9 +153,9 @@ def proportion(points: Tensor, shape: Tensor) -> Tensor:
 
 def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
     """Vectors [M, 3], each multiplied by the matrix [I, 3, 3] of its instance [M]."""
-    rows = matrices.flatten(1).index_select(0, who)
+    entries = matrices.flatten(1).index_select(0, who)
     a, b, c = vectors.unbind(1)
-    return torch.stack([rows[:, k] * a + rows[:, k + 1] * b + rows[:, k + 2] * c for k in (0, 3, 6)], 1)
+    return torch.stack([entries[:, k] * a + entries[:, k + 1] * b + entries[:, k + 2] * c for k in (0, 3, 6)], 1)
 
 
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:

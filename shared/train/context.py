@@ -57,7 +57,7 @@ class ConceptTask:
         self.context = context
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Token rows and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
+        """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
         return gather(self.context.backbone, list(self.context.subjects), self.context.run_name)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

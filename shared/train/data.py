@@ -37,7 +37,8 @@ class Data:
     """Draws batches. Latents are cached when nothing random is upstream, or as `train.variants` versions of each picture;
     pixels are dropped as soon as they are encoded.
 
-    Pictures of role "instance" fill `batch_size` rows; where a penalty asks for class pictures, as many rows follow.
+    Pictures of role "instance" fill the first `batch_size` places of a batch; where a penalty asks for class pictures,
+    as many follow.
 
     Args:
         examples: consumed once, in order
@@ -59,7 +60,7 @@ class Data:
         self.random = any(a.random for a in recipe.augment.values())
         self.with_priors = any(r.needs_class_examples for r in recipe.regularize.values())
         self._cache: dict[tuple[str, int, int], CachedExample] = {}
-        self._pools: dict[str, list[Example]] = {"instance": [], "prior": []}
+        self._by_role: dict[str, list[Example]] = {"instance": [], "prior": []}
         self._read(examples)
         if not self.instances:
             raise ValueError("there are no pictures of the subject: the recipe has no source of role instance")
@@ -73,11 +74,11 @@ class Data:
 
     @property
     def instances(self) -> list[Example]:
-        return self._pools["instance"]
+        return self._by_role["instance"]
 
     @property
     def priors(self) -> list[Example]:
-        return self._pools["prior"]
+        return self._by_role["prior"]
 
     @property
     def cached(self) -> bool:
@@ -96,9 +97,9 @@ class Data:
         for number, example in enumerate(examples):
             if example.role == "prior" and not self.with_priors:
                 continue
-            pool, indices = self._pools[example.role], waiting[example.role]
-            pool.append(self._prepared(example, number))
-            indices.append(len(pool) - 1)
+            of_role, indices = self._by_role[example.role], waiting[example.role]
+            of_role.append(self._prepared(example, number))
+            indices.append(len(of_role) - 1)
             if self.cached and len(indices) == images_per_batch(example.pixels[0].numel(), _ENCODE_PIXELS):
                 self._fill(example.role, indices)
                 indices.clear()
@@ -121,16 +122,16 @@ class Data:
 
     def _fill(self, role: str, indices: Sequence[int]) -> None:
         """Cache these examples in every variant, and drop their pixels."""
-        pool = self._pools[role]
+        of_role = self._by_role[role]
         for variant in range(self._variants):
             ready = []
             for index in indices:
                 draw = generator(self.recipe.seed, _VARIANT + variant, index * 2 + int(role == "prior"))
-                ready.append(self._augmented(pool[index], draw) if self.random else pool[index])
-            for index, row in zip(indices, self._encode(ready), strict=True):
-                self._cache[(role, index, variant)] = row
+                ready.append(self._augmented(of_role[index], draw) if self.random else of_role[index])
+            for index, cached in zip(indices, self._encode(ready), strict=True):
+                self._cache[(role, index, variant)] = cached
         for index in indices:
-            pool[index] = _without_pixels(pool[index])
+            of_role[index] = _without_pixels(of_role[index])
 
     @torch.no_grad()
     def _encode(self, examples: Sequence[Example]) -> list[CachedExample]:
@@ -153,56 +154,56 @@ class Data:
     # --- drawing -------------------------------------------------------------------------------------------
 
     def batch(self, step: int, micro: int) -> Batch:
-        """The rows of one micro-batch; the same for the same (seed, step, micro)."""
+        """The examples of one micro-batch; the same for the same (seed, step, micro)."""
         draw = generator(self.recipe.seed, step, micro)
-        rows = self._draw("instance", step, micro, draw)
+        drawn = self._draw("instance", step, micro, draw)
         if self.with_priors:
-            rows += self._draw("prior", step, micro, draw)
+            drawn += self._draw("prior", step, micro, draw)
         device = self.backbone.device
-        mean, std = (torch.stack([getattr(r, k) for r in rows]) for k in ("mean", "std"))
+        mean, std = (torch.stack([getattr(r, k) for r in drawn]) for k in ("mean", "std"))
         latents = mean + std * torch.randn(mean.shape, generator=draw)
-        owners = dict.fromkeys(owner for r in rows for owner in r.masks)
-        partly = any(bool((r.valid < 1).any()) for r in rows)
+        owners = dict.fromkeys(owner for r in drawn for owner in r.masks)
+        partly = any(bool((r.valid < 1).any()) for r in drawn)
         return Batch(
-            captions=tuple(r.example.caption for r in rows),
-            owners=tuple(r.example.owners for r in rows),
-            role=tuple(r.example.role for r in rows),
+            captions=tuple(r.example.caption for r in drawn),
+            owners=tuple(r.example.owners for r in drawn),
+            role=tuple(r.example.role for r in drawn),
             latents=latents.to(device),
-            owner_masks={n: torch.stack([_mask_of(r, n) for r in rows]).to(device) for n in owners},
-            mask=torch.stack([r.mask for r in rows]).to(device) if self.has_masks else None,
-            valid=torch.stack([r.valid for r in rows]).to(device) if partly else None,
-            pixels=torch.stack([r.example.pixels for r in rows]).to(device) if self.keep_pixels else None,
-            sources=tuple(r.example.source for r in rows),
+            owner_masks={n: torch.stack([_mask_of(r, n) for r in drawn]).to(device) for n in owners},
+            mask=torch.stack([r.mask for r in drawn]).to(device) if self.has_masks else None,
+            valid=torch.stack([r.valid for r in drawn]).to(device) if partly else None,
+            pixels=torch.stack([r.example.pixels for r in drawn]).to(device) if self.keep_pixels else None,
+            sources=tuple(r.example.source for r in drawn),
         )
 
     def _draw(self, role: str, step: int, micro: int, draw: torch.Generator) -> list[CachedExample]:
-        train, pool = self.recipe.train, self._pools[role]
+        train, of_role = self.recipe.train, self._by_role[role]
         first = (step * train.gradient_accumulation + micro) * train.batch_size
-        rows = []
+        drawn = []
         for position in range(first, first + train.batch_size):
-            epoch, place = divmod(position, len(pool))
+            epoch, place = divmod(position, len(of_role))
             order = torch.randperm(
-                len(pool), generator=generator(self.recipe.seed, _ORDER + epoch, int(role == "prior"))
+                len(of_role), generator=generator(self.recipe.seed, _ORDER + epoch, int(role == "prior"))
             )
-            rows.append(self._row(role, int(order[place]), draw))
-        return rows
+            drawn.append(self._cached_example(role, int(order[place]), draw))
+        return drawn
 
-    def _row(self, role: str, index: int, draw: torch.Generator) -> CachedExample:
+    def _cached_example(self, role: str, index: int, draw: torch.Generator) -> CachedExample:
         variant = int(torch.randint(self._variants, (), generator=draw))
-        example = self._pools[role][index]
+        example = self._by_role[role][index]
         if not self.cached:
             return self._encode([self._augmented(example, draw)])[0]
-        row = self._cache[(role, index, variant)]
+        cached = self._cache[(role, index, variant)]
         if self.random:
-            return row  # an augmentation may have put words into its caption
+            return cached  # an augmentation may have put words into its caption
         # the caption is drawn anew each time: it costs nothing and is half of the variety there is
         captioned = self._caption(example, draw)
-        updated = captioned.with_(pixels=row.example.pixels) if self.keep_pixels else captioned
+        updated = captioned.with_(pixels=cached.example.pixels) if self.keep_pixels else captioned
         if captioned.owners == example.owners:
-            return replace(row, example=updated)
-        masks = {name: mask for name, mask in row.masks.items() if name in captioned.owners}
-        union = torch.stack(list(masks.values())).amax(0) if masks else torch.ones_like(row.mask)
-        return replace(row, example=updated, masks=masks, mask=union)
+            return replace(cached, example=updated)
+        masks = {name: mask for name, mask in cached.masks.items() if name in captioned.owners}
+        union = torch.stack(list(masks.values())).amax(0) if masks else torch.ones_like(cached.mask)
+        return replace(cached, example=updated, masks=masks, mask=union)
 
     def _caption(self, example: Example, draw: torch.Generator) -> Example:
         return self.recipe.prompts(example, draw, self.words, self.class_nouns)
@@ -224,11 +225,11 @@ def _without_pixels(example: Example) -> Example:
     return example.with_(pixels=example.pixels[:, :0, :0].clone())
 
 
-def _mask_of(row: CachedExample, owner: str) -> Tensor:
-    """[1, h, w]: where an owner is; nowhere in a row that is not its own, everywhere in its own without a mask."""
-    if owner in row.masks:
-        return row.masks[owner]
-    return torch.ones_like(row.mask) if owner in row.example.owners else torch.zeros_like(row.mask)
+def _mask_of(cached: CachedExample, owner: str) -> Tensor:
+    """[1, h, w]: where an owner is; nowhere in an example that is not its own, everywhere in its own without a mask."""
+    if owner in cached.masks:
+        return cached.masks[owner]
+    return torch.ones_like(cached.mask) if owner in cached.example.owners else torch.zeros_like(cached.mask)
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run learns, as one flat mapping: token rows and adapters, and back again."""
+"""What a run learns, as one flat mapping: token vectors and adapters, and back again."""
 
 from __future__ import annotations
 

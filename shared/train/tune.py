@@ -19,7 +19,7 @@ from shared.train.needs import Computed, Need, check_needs, declared, needs_by_n
 from shared.train.task import Update
 from shared.types import Batch, Conditioning, Step
 
-_NOISE = 2**42  # a stream of its own, apart from the one that draws rows
+_NOISE = 2**42  # a stream of its own, apart from the one that draws examples
 
 
 class Tune(ConceptTask):
@@ -61,16 +61,18 @@ class Tune(ConceptTask):
         """What a penalty may declare here, and what computes it."""
         return [
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
-            Computed("example_loss", self._example_loss),  # [B], the objective of each row
-            Computed("class_prediction", self._class_prediction),  # [I, C, h, w], of instance rows told the class noun
+            Computed("example_loss", self._example_loss),  # [B], the objective of each example
+            Computed(
+                "class_prediction", self._class_prediction
+            ),  # [I, C, h, w], of instance examples, prompted by class noun
             Computed(
                 "base_class_prediction", self._base_class_prediction
             ),  # the same, without the concepts in training
-            Computed("token_drift", self._token_drift),  # [n], squared distances of token rows from their start
+            Computed("token_drift", self._token_drift),  # [n], squared distances of token vectors from their start
         ]
 
     def updates(self, step: int, micro: int) -> Iterator[Update]:
-        """One loss per micro-batch: the objective on instance rows, plus every penalty. It is yielded inside all that
+        """One loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all that
         the needs hold around the prediction."""
         with self.state(step, micro) as state:
             losses = state.need("example_loss")
@@ -123,7 +125,7 @@ class Tune(ConceptTask):
         return losses * objective.time_weight(self.backbone, state.t)
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
-        """Noisy latents, times and class prompts of the instance rows."""
+        """Noisy latents, times and class prompts of the instance examples."""
         batch = state.batch
         instance = batch.with_role("instance").to(state.x_t.device)
         captions = [c for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"]

@@ -1,4 +1,4 @@
-"""Where parameters appear or wake. A new part is one file and one line in the union."""
+"""Which parameters are added, or unfrozen, and trained. A new part is one file and one line in the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Training the rows of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
+"""Training the vectors of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
-    """Train what the concept's modifier learns: its token rows. Every other row stays what it was, bit for bit,
-    because the new rows never enter the table."""
+    """Train what the concept's modifier learns: its token vectors. Every row of the table stays what it was, bit for bit,
+    because the new vectors never enter the table."""
 
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"

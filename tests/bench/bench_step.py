@@ -96,19 +96,19 @@ def main() -> None:
     parser.add_argument("--recipe", default="dreambooth_lora")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--backbone")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
         write_album("development-duck", folder)
-        cached = prepare(given.recipe, given.backbone, folder, cache=True)
-        plain = prepare(given.recipe, given.backbone, folder, cache=False)
+        cached = prepare(options.recipe, options.backbone, folder, cache=True)
+        plain = prepare(options.recipe, options.backbone, folder, cache=False)
         backbone, recipe = cached[0].backbone, cached[1].recipe
         unfused = pays(backbone, recipe.train.resolution or backbone.resolution)
         rates: dict[str, list[float]] = {"suite": [], "fused": [], "plain": []}
         for index in range(3):  # caches fill, kernels warm up
             step(*cached, index)
             step(*plain, index)
-        rounds = max(2, given.steps // 10)
+        rounds = max(2, options.steps // 10)
         for turn in range(rounds):
             for name, run in (("suite", cached), ("fused", cached), ("plain", plain)):
                 with backbone.attending(unfused=unfused and name == "suite"):
@@ -123,16 +123,18 @@ def main() -> None:
         clock.wrap(task, "encode", "text encoder")
         clock.wrap(task.backbone, "predict", "denoiser")
         with backbone.attending(unfused=unfused):
-            for index in range(given.steps):
+            for index in range(options.steps):
                 step(session, task, optimizers, 100 + index, clock)
     total = sum(clock.seconds.values())
-    print(f"{given.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:")
+    print(
+        f"{options.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:"
+    )
     for name in SHOWN:
-        print(f"  {name:13} {clock.seconds[name] / given.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
+        print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
     print(f"steps per second: {statistics.median(rates['suite']):.2f}")
-    for name, said in (("plain", "a plain loop without caches"), ("fused", "the suite with fused attention")):
+    for name, label in (("plain", "a plain loop without caches"), ("fused", "the suite with fused attention")):
         ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates[name], strict=True))
-        print(f"  {said}: {statistics.median(rates[name]):.2f}; the suite is {ratio:.2f} times as fast")
+        print(f"  {label}: {statistics.median(rates[name]):.2f}; the suite is {ratio:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,6 @@ def motion_unet(unet: Any) -> Any:
 def ask_motion(backbone: Any, frames: int, batch: int = 2) -> Tensor:
     """The output [B, C, F, h, w] of a backbone's U-Net with motion modules, for clips of this many frames."""
     x = torch.randn(batch, 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
-    told = backbone.encode(["a mug"] * batch).context.repeat_interleave(frames, dim=0)
+    context = backbone.encode(["a mug"] * batch).context.repeat_interleave(frames, dim=0)
     with torch.no_grad():
-        return backbone.unet(x, torch.tensor(300), encoder_hidden_states=told).sample
+        return backbone.unet(x, torch.tensor(300), encoder_hidden_states=context).sample

@@ -62,8 +62,8 @@ def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **change
 
     subjects = {"mug": read_subject(photos, "mug")}
     cache = workdir.parent / "cache"
-    given = {"class_pictures": generate, "make": make, "tensorboard": False, **changes}
-    return TrainingRun(backbone, recipe, given.pop("subjects", subjects), workdir, cache, **given)
+    settings = {"class_pictures": generate, "make": make, "tensorboard": False, **changes}
+    return TrainingRun(backbone, recipe, settings.pop("subjects", subjects), workdir, cache, **settings)
 
 
 def learned(run: TrainingRun) -> dict[str, Tensor]:

@@ -63,11 +63,11 @@ def test_our_processors_compute_what_diffusers_do(backbone: Any, adapted: bool, 
     edits, unfused = modes[mode]
     with backbone.attending(*edits, unfused=unfused) as record:
         assert not any(type(p) is AttnProcessor2_0 for p in processors(backbone))
-        got, found = with_gradients(backbone)
+        got, fused = with_gradients(backbone)
         assert len(record) == (len(backbone.sites()) if mode == "watch" else 0)
     assert (got - expected).abs().max() <= (0 if mode == "edit" else 1e-12)
-    assert len(found) == len(gradients) > 0
-    for a, b in zip(found, gradients, strict=True):
+    assert len(fused) == len(gradients) > 0
+    for a, b in zip(fused, gradients, strict=True):
         assert (a - b).abs().max() <= (0 if mode == "edit" else 1e-12)
 
 
@@ -108,15 +108,15 @@ def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> No
     from shared.backbones.attention_processors import Plan, UNetProcessor
 
     attention, x = layer(**options)
-    told = torch.randn(2, 5, 6) if "cross_attention_dim" in options else None
-    mask = torch.randn(2, 1, 9 if told is None else 5) if masked else None
+    context = torch.randn(2, 5, 6) if "cross_attention_dim" in options else None
+    mask = torch.randn(2, 1, 9 if context is None else 5) if masked else None
     grid = x.mT.unflatten(2, (3, 3))
-    before = [attention(y, encoder_hidden_states=told, attention_mask=mask) for y in (x, grid)]
+    before = [attention(y, encoder_hidden_states=context, attention_mask=mask) for y in (x, grid)]
     for unfused in (False, True):
         site = Site("layer", "self", 1)
         attention.processor = UNetProcessor(Plan(site, PredictionRows(), unfused=unfused))  # type: ignore[assignment]
         for y, expected in zip((x, grid), before, strict=True):
-            got = attention(y, encoder_hidden_states=told, attention_mask=mask)
+            got = attention(y, encoder_hidden_states=context, attention_mask=mask)
             assert got.shape == expected.shape and (got - expected).abs().max() <= (1e-6 if unfused else 0)
 
 
@@ -322,8 +322,8 @@ def test_somebody_elses_processor_is_refused_or_left_alone(sd: StableDiffusionBa
 def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -> None:
     for where in (Where(scales=frozenset({16})), Watch(kinds=frozenset({"joint"}))):
         edit: Any = where if isinstance(where, Watch) else At(nothing, where)
-        said = "scale 16" if edit is not where else "kind joint"
-        refused = f"no attention layer is of {said}. There are: cross at scale 1, cross at scale 2"
+        condition = "scale 16" if edit is not where else "kind joint"
+        refused = f"no attention layer is of {condition}. There are: cross at scale 1, cross at scale 2"
         with pytest.raises(ValueError, match=refused), sd.attending(edit):
             pass
 

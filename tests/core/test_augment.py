@@ -29,11 +29,11 @@ def example(side: int = 48, **changes: object) -> Example:
     y, x = torch.meshgrid(torch.linspace(-0.8, 0.8, side), torch.linspace(-0.8, 0.8, side), indexing="ij")
     mask = torch.zeros(1, side, side)
     mask[:, side // 4 : side // 2, side // 4 : side * 5 // 8] = 1
-    mask, own = changes.pop("mask", mask), torch.stack([mask[0] * 2 - 1, x, y])
+    mask, pixels = changes.pop("mask", mask), torch.stack([mask[0] * 2 - 1, x, y])
     masks = {"m": mask} if isinstance(mask, torch.Tensor) else {}
     if masks and "pixels" not in changes:
-        own = own[:, : mask.shape[-2], : mask.shape[-1]]
-    settings = {"pixels": own, "masks": masks, "caption": "a photo of a mug", **changes}
+        pixels = pixels[:, : mask.shape[-2], : mask.shape[-1]]
+    settings = {"pixels": pixels, "masks": masks, "caption": "a photo of a mug", **changes}
     return Example(**{"owners": ("m",), "source": "a.png", **settings})  # type: ignore[arg-type]
 
 
@@ -92,21 +92,21 @@ def test_flip_mirrors_everything_and_respects_captions() -> None:
         assert torch.equal(getattr(out, name), getattr(start, name).flip(-1))
     assert out.pixels[1, 0, 0] == start.pixels[1, 0, -1] != start.pixels[1, 0, 0]
     for caption in ("a mug on the left", "Right of it"):
-        told = example(caption=caption)
-        assert Flip(p=1)(told, seeded()) is told
+        sided = example(caption=caption)
+        assert Flip(p=1)(sided, seeded()) is sided
     assert torch.equal(Flip(p=1)(example(caption="a bright leftover"), seeded()).pixels, out.pixels)
     share = sum(Flip()(start, g) is not start for g in [seeded()] for _ in range(400)) / 400
     assert 0.43 < share < 0.57
 
 
 def test_random_resize_places_says_and_marks() -> None:
-    start, said = example(64), set()
+    start, captions = example(64), set()
     generator = seeded()
     for _ in range(200):
         out = RandomResize(margin=0)(start, generator)
         assert out.valid is not None and out.mask is not None
         words = out.caption.removeprefix("a photo of a mug").removeprefix(", ")
-        said.add(words)
+        captions.add(words)
         rows = int(out.valid[0].amax(1).sum())
         assert 26 <= rows <= 64 and out.valid.sum() == rows * rows  # .4 * 64 = 25.6
         factor = rows / 64
@@ -117,7 +117,7 @@ def test_random_resize_places_says_and_marks() -> None:
         assert out.pixels[:, padding].eq(0).all() and out.mask[0, padding].eq(0).all()
         inside = (out.mask > 0.9) & (out.valid == 1)
         assert out.pixels[0][inside[0]].min() > 0.3  # the picture and its mask moved together
-    assert said == {"", "very small", "far away", "zoomed in", "close up"}
+    assert captions == {"", "very small", "far away", "zoomed in", "close up"}
 
 
 def test_random_resize_at_one_factor_is_a_plain_resize() -> None:

@@ -98,15 +98,15 @@ _TAKE_TIMES = {
 @pytest.mark.parametrize("name", _TAKE_TIMES)
 @torch.no_grad()
 def test_times_of_another_shape_are_refused(backbone: Any, name: str) -> None:
-    take, x, told = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
+    take, x, conditioning = _TAKE_TIMES[name], torch.randn(3, 4, 8, 8), backbone.encode(["a mug"] * 3)
     for fine in (torch.tensor(300), torch.tensor([1, 300, 999]), torch.tensor([1.5, 300.0, 999.0])):
-        take(backbone, x, told, fine)
-    take(backbone, x, told, 300)
+        take(backbone, x, conditioning, fine)
+    take(backbone, x, conditioning, 300)
     for shape in ([1, 3], [3, 1], [2], [1], [3, 4, 8, 8]):
         if name == "alpha_sigma" and len(shape) == 1:
             continue  # it knows no batch
         with pytest.raises(ValueError, match=re.escape(f"t is {shape}, and must be a scalar or [")):
-            take(backbone, x, told, torch.full(shape, 300))
+            take(backbone, x, conditioning, torch.full(shape, 300))
 
 
 def test_a_conditioning_for_another_batch_is_refused(backbone: Any) -> None:
@@ -197,13 +197,13 @@ def test_sizes_that_fit(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None
 
 def test_what_a_family_cannot_do_yet_is_said(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
     for backbone in (sd, flux):
-        told = backbone.encode(["a mug"])
-        extra = type(told)(told.context, told.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
+        conditioning = backbone.encode(["a mug"])
+        extra = type(conditioning)(conditioning.context, conditioning.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
         with pytest.raises(ValueError, match="image tokens"):
             backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), extra)
         for unread in ({"regions": {"mug": torch.ones(1, 1, 8, 8)}}, {"size_ids": torch.zeros(1, 6)}):
             with pytest.raises(ValueError, match=f"{backbone.family}: {next(iter(unread))}"):
-                backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), dataclasses.replace(told, **unread))
+                backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), dataclasses.replace(conditioning, **unread))
     with pytest.raises(ValueError, match="must be one tensor"):
         flux.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), flux.encode(["a mug"]).per_site(["x"]))
     partial = sd.encode(["a mug"]).per_site(sd.text_sites()[:1])

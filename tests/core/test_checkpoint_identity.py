@@ -45,8 +45,8 @@ def test_files_and_precisions_of_one_model_are_one_checkpoint(tiny_sd: Any, tiny
         whole, half = tmp_path / f"{kind.family}-32", tmp_path / f"{kind.family}-16"
         pipe.save_pretrained(whole)
         copy.deepcopy(pipe).to(F16).save_pretrained(half, variant="fp16")
-        found = {load_backbone(folder, dtype=d).checkpoint for folder in (whole, half) for d in (F32, F16, B16)}
-        assert len(found) == 1
+        identities = {load_backbone(folder, dtype=d).checkpoint for folder in (whole, half) for d in (F32, F16, B16)}
+        assert len(identities) == 1
 
 
 def low_rank(weight: torch.Tensor, share: float, seed: int) -> torch.Tensor:

@@ -68,9 +68,9 @@ def test_help_takes_at_most_twice_the_cli_library_s_own_modules():
 @pytest.mark.parametrize("path", TREE, ids=lambda p: " ".join(p) or "pcs")
 def test_every_command_has_help(capsys, path):
     assert run(build(), [*path, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("Usage: ") and len(said.splitlines()) > 4
-    assert (*path,) == () or path[-1] in said.splitlines()[0]
+    output = capsys.readouterr().out
+    assert output.startswith("Usage: ") and len(output.splitlines()) > 4
+    assert (*path,) == () or path[-1] in output.splitlines()[0]
 
 
 def test_the_commands_of_the_design_are_there():
@@ -97,28 +97,28 @@ def test_the_commands_of_the_design_are_there():
 def test_methods_lists_every_recipe_in_the_survey_s_words(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert run(build(), ["methods"]) == 0
-    said = capsys.readouterr().out
-    assert "test-time fine-tuning" in said and "modifier" in said and "trains" in said
+    output = capsys.readouterr().out
+    assert "test-time fine-tuning" in output and "modifier" in output and "trains" in output
     for name in recipe_files("image"):
-        assert any(line.split()[:1] == [name] for line in said.splitlines()), name
+        assert any(line.split()[:1] == [name] for line in output.splitlines()), name
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files("image")))
 def test_methods_show_prints_the_resolved_recipe(capsys, name):
     assert run(build(), ["methods", "show", name, "backbone=x", "train.steps=7"]) == 0
-    said = yaml.safe_load(capsys.readouterr().out)
-    assert said == dump(load(name, ["backbone=x", "train.steps=7"]))
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == dump(load(name, ["backbone=x", "train.steps=7"]))
 
 
 @pytest.mark.parametrize("arguments", [["methods", "show", "nothing"], ["methods", "show", "dreambooth_lora", "a=1"]])
 def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
     assert run(build(), arguments) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("pcs: ") and said.out == "" and len(said.err.splitlines()) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("pcs: ") and captured.out == "" and len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (ValueError("wrong: a=1"), 2, "pcs: wrong: a=1"),
         (FileNotFoundError(2, "No such file", "x"), 1, "pcs: [Errno 2] No such file: 'x'"),
@@ -127,7 +127,7 @@ def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
         (typer.Exit(3), 3, ""),
     ],
 )
-def test_exit_codes(capsys, error, code, said):
+def test_exit_codes(capsys, error, code, message):
     app = typer.Typer()
 
     @app.command()
@@ -135,7 +135,7 @@ def test_exit_codes(capsys, error, code, said):
         raise error
 
     assert run(app, []) == code
-    assert capsys.readouterr().err.strip() == said
+    assert capsys.readouterr().err.strip() == message
 
 
 def test_a_bug_is_not_dressed_up():
@@ -150,13 +150,13 @@ def test_a_bug_is_not_dressed_up():
 
 
 def test_a_package_that_cannot_be_loaded_does_not_take_the_others_with_it(capsys, monkeypatch):
-    from importlib.metadata import EntryPoint
+    from importlib import metadata
 
-    import shared.cli as cli
+    from shared.cli import GROUP
 
-    broken = EntryPoint("broken", "shared.no_such_module:app", cli.GROUP)
-    there = cli.entry_points(group=cli.GROUP)
-    monkeypatch.setattr(cli, "entry_points", lambda group: [*there, broken])
+    broken = metadata.EntryPoint("broken", "shared.no_such_module:app", GROUP)
+    installed = metadata.entry_points(group=GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [*installed, broken])
     assert run(build(), ["methods", "show", "dreambooth_lora"]) == 0
     assert "the command 'broken' cannot be loaded" in capsys.readouterr().err
 

@@ -32,11 +32,11 @@ def output(backbone: Any, prompt: str = "a photo of a mug") -> torch.Tensor:
 
 def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", seed: int = 0, **settings: Any) -> None:
     """An adapter that does something, as if it had been trained."""
-    woken = Lora(**{"roles": ROLES, "rank": 4, "alpha": 2.0, "dropout": 0.3, **settings}).inject(
+    group = Lora(**{"roles": ROLES, "rank": 4, "alpha": 2.0, "dropout": 0.3, **settings}).inject(
         backbone, name, slot, 0
     )
     generator = torch.Generator().manual_seed(seed)
-    for parameter in woken.parameters:
+    for parameter in group.parameters:
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     for adapter in backbone.adapters[name]:
         if isinstance(adapter, PeftAdapter):
@@ -54,7 +54,7 @@ def learned(backbone: Any, name: str = "my-mug", **settings: Any) -> Concept:
     )
 
 
-def said(backbone: Any, name: str = "my-mug") -> str:
+def expanded(backbone: Any, name: str = "my-mug") -> str:
     return PROMPT.replace(f"<{name}>", backbone.placeholders[name].words)
 
 
@@ -79,13 +79,13 @@ def test_save_and_load_give_the_same_outputs_bit_for_bit(family: str, request: A
     backbone = make()
     roles = ROLES if family == "sd" else ("attention", "text_encoder")
     concept = learned(backbone, roles=roles)
-    expected = output(backbone, said(backbone))
+    expected = output(backbone, expanded(backbone))
     save(concept, tmp_path / "my-mug.concept")
     fresh = make()
     before = traces(fresh)
     attach(read(tmp_path / "my-mug.concept"), fresh)
-    assert torch.equal(output(fresh, said(fresh)), expected)
-    assert not torch.equal(output(fresh, said(fresh)), output(make(), "a photo of a mug on the beach"))
+    assert torch.equal(output(fresh, expanded(fresh)), expected)
+    assert not torch.equal(output(fresh, expanded(fresh)), output(make(), "a photo of a mug on the beach"))
     assert fresh.placeholders["my-mug"].frozen
     assert not any(p.requires_grad for m in fresh.components.values() for p in m.parameters())
     detach(fresh, "my-mug")
@@ -150,7 +150,7 @@ def test_plain_words_are_a_concept_too(new_sd: Callable[..., Any], tmp_path: Pat
     fresh = new_sd()
     attach(read(tmp_path / "c"), fresh)
     assert fresh.placeholders["my-mug"].words == "sks mug"
-    assert torch.equal(output(fresh, said(fresh)), output(backbone, said(backbone)))
+    assert torch.equal(output(fresh, expanded(fresh)), output(backbone, expanded(backbone)))
 
 
 def test_dora_conv_and_several_slots_come_back(new_sd: Callable[..., Any], tmp_path: Path) -> None:
@@ -209,8 +209,8 @@ def test_two_adapters_of_one_kind_stay_two(new_sd: Callable[..., Any], tmp_path:
     assert set(again.of("weights")) == {f"one.{shared}", f"two.{shared}", f"two.{other}"}
     fresh = new_sd()
     attach(again, fresh)
-    there = [(a.slot, a.state_dict()) for a in fresh.adapters["my-mug"]]
-    for adapter, (slot, state) in zip(backbone.adapters["my-mug"], there, strict=True):
+    states = [(a.slot, a.state_dict()) for a in fresh.adapters["my-mug"]]
+    for adapter, (slot, state) in zip(backbone.adapters["my-mug"], states, strict=True):
         assert adapter.slot == slot and all(torch.equal(v, state[k]) for k, v in adapter.state_dict().items())
     assert torch.equal(output(fresh), output(backbone))
 

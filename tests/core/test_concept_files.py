@@ -272,9 +272,9 @@ def test_a_concept_is_described(saved: Path) -> None:
     ):
         assert part in text
     console = Console(width=100, record=True, quiet=False)
-    with console.capture() as shown:
+    with console.capture() as captured:
         console.print(describe(concept))
-    assert "stable_diffusion" in shown.get()
+    assert "stable_diffusion" in captured.get()
     data = json.loads(json.dumps(as_json(concept)))
     learned = [t for v in concept.tensors.values() for k, t in v.items() if not k.startswith("start.")]
     assert data["parameters"] == sum(t.numel() for t in learned)

@@ -59,8 +59,8 @@ def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     recipe = small("pivotal_tuning", "phases.pivot.train.steps=2", "phases.tune.train.steps=2", *rates)
     run = session(backbone, recipe, paint(root / "photos"), root / "work")
     finish(run)
-    found = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe), adapters_of=run.run_name)
-    return read(save(found, root / "mug.concept").path or root)
+    concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe), adapters_of=run.run_name)
+    return read(save(concept, root / "mug.concept").path or root)
 
 
 def test_a_motion_unet_takes_what_its_plain_unet_learned(
@@ -116,12 +116,12 @@ def test_one_missing_layer_is_the_reason(concept: Concept, make_tiny_sd: Callabl
 
 
 def test_a_family_reads_its_own_unless_it_says_more(concept: Concept, make_tiny_sd: Callable[..., Any]) -> None:
-    class Strangers(ClipBackbone):
+    class UnknownFamily(ClipBackbone):
         reads = frozenset({"tiny_clips"})
 
     assert StableDiffusionBackbone(make_tiny_sd()).reads == {"stable_diffusion"}
     backbone = clips(make_tiny_sd())
-    backbone.__class__ = Strangers
+    backbone.__class__ = UnknownFamily
     assert "learned on stable_diffusion (tiny), and this backbone is tiny_clips" in (fits(concept, backbone) or "")
 
 
@@ -140,8 +140,8 @@ def test_fitting_does_not_depend_on_what_is_attached(new_sd: Callable[..., Any],
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(concept, backbone)
-    found = layers_identity(backbone, concept.meta.layers, ["text_encoder"])
-    assert found == layers_identity(new_sd(), concept.meta.layers, ["text_encoder"]) == concept.meta.backbone.layers
+    identity = layers_identity(backbone, concept.meta.layers, ["text_encoder"])
+    assert identity == layers_identity(new_sd(), concept.meta.layers, ["text_encoder"]) == concept.meta.backbone.layers
 
 
 # --- families of other packages

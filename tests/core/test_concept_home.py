@@ -23,10 +23,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def learned(backbone: Any, **given: Any) -> Any:
+def learned(backbone: Any, **fields: Any) -> Any:
     modifier = LearnableToken()
     modifier.attach(backbone, "x", "mug")
-    return capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier, **given))
+    return capture(backbone, "x", Provenance(class_noun="mug", modifier=modifier, **fields))
 
 
 def test_a_model_given_by_a_relative_path_is_found_from_another_folder(
@@ -106,7 +106,7 @@ def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "steps"),
     [
         (
             load("pivotal_tuning", ["train.batch_size=3", "phases.pivot.train.steps=20", "phases.tune.train.steps=25"]),
@@ -121,7 +121,7 @@ def test_a_folder_in_half_precision_only_loads(tiny_sd: Any, tmp_path: Path) -> 
     ],
     ids=["phases", "plain", "a phase without its own", "nothing said"],
 )
-def test_steps_are_told_by_phase(new_sd: Callable[..., Any], recipe: Any, said: str) -> None:
+def test_steps_are_told_by_phase(new_sd: Callable[..., Any], recipe: Any, steps: str) -> None:
     plain = recipe if isinstance(recipe, dict) else dump(recipe)
-    told = lines(learned(new_sd(), recipe=plain))
-    assert next(line for line in told if line.startswith("recipe")).removeprefix("recipe").strip() == said
+    shown_lines = lines(learned(new_sd(), recipe=plain))
+    assert next(line for line in shown_lines if line.startswith("recipe")).removeprefix("recipe").strip() == steps

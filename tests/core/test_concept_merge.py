@@ -49,15 +49,15 @@ def features(backbone: Any, prompt: str) -> Tensor:
 def words(backbone: Any, concept: Concept) -> Tensor:
     """What stands for the concept in "a photo of a <name> noun": after start token and four words."""
     attach(concept, backbone)
-    found = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
+    vectors = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
     backbone.remove(concept.name)
-    return found
+    return vectors
 
 
 def weight_of(backbone: Any, key: str) -> Tensor:
-    found = find_parameter(backbone, key)
-    assert found is not None
-    return found
+    parameter = find_parameter(backbone, key)
+    assert parameter is not None
+    return parameter
 
 
 def changes(concept: Concept) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
 def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_other_text(sd, both):
     merged = merge(both, sd, CAPTIONS)
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
-    own = [words(sd, c) for c in both]
-    targets, regular = torch.cat(own), torch.cat([features(sd, c) for c in CAPTIONS])
+    word_features = [words(sd, c) for c in both]
+    targets, regular = torch.cat(word_features), torch.cat([features(sd, c) for c in CAPTIONS])
     # features lie in a plane (a layer norm's); across it only rounding would decide, were it free
     spread = regular.square().sum(0).mean().sqrt()
     regular = torch.cat([regular, 1e-9**0.5 * spread * torch.eye(regular.shape[1])])
@@ -91,7 +91,7 @@ def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_ot
     assert len(new) == 2 * len(sd.text_sites()) and all(torch.equal(v, changes(merged[1])[k]) for k, v in new.items())
     for key, delta in new.items():
         weight = weight_of(sd, key).detach().double()
-        for mine, concept in zip(own, both, strict=True):
+        for mine, concept in zip(word_features, both, strict=True):
             value = mine @ (weight + changes(concept)[key]).T
             assert torch.allclose(mine @ (weight + delta).T, value, atol=1e-6)
         # least squares over all changes that meet the constraints, by brute force
@@ -139,7 +139,7 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(sd, flux, both):
     half = Concept(with_fields(cup.meta, weights={"weights": {"unet": paths}}), {**cup.tensors, "weights": keys})
     other = Concept(with_fields(cup.meta, backbone={**cup.meta.backbone.model_dump(), "family": "flux"}), cup.tensors)
     twin = Concept(with_fields(rex.meta, name="twin"), rex.tensors)
-    for given, message in (
+    for concepts, message in (
         ([rex], "two or more"),
         ([rex, cup, rex], "two of the concepts are called 'rex'"),
         ([rex, other], "'rex' was learned on stable_diffusion, 'cup' on flux"),
@@ -150,7 +150,7 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(sd, flux, both):
         ([rex, twin], "the words of 'rex', 'twin' cannot be told apart"),
     ):
         with pytest.raises(ValueError, match=message):
-            merge(given, sd, CAPTIONS)
+            merge(concepts, sd, CAPTIONS)
         assert not sd.adapters and not sd.placeholders
     with pytest.raises(ValueError, match="unknown method 'mean'.*closed_form, sum"):
         merge(both, sd, CAPTIONS, "mean")  # type: ignore[arg-type]
@@ -174,8 +174,8 @@ def test_the_command_writes_a_folder_for_each_name_or_nothing(sd, both, tmp_path
     assert run(build(), [*call, "--captions", str(tmp_path / "captions.txt")]) == 0
     assert [p.name for p in sorted((tmp_path / "both").iterdir())] == ["cup.concept", "rex.concept"]
     expected = changes(merge(both, sd, CAPTIONS)[0])
-    found = changes(read(tmp_path / "both" / "rex.concept"))
-    assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in found.items())
+    merged = changes(read(tmp_path / "both" / "rex.concept"))
+    assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in merged.items())
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "both" / f"{n}.concept") for n in ("rex", "cup")]
     assert run(build(), call) == 2 and "exists already" in capsys.readouterr().err
     assert run(build(), [*call, "--overwrite"]) == 0, "the evaluation's own prompts"

@@ -27,9 +27,9 @@ MODIFIER = LearnableToken()
 
 @pytest.fixture
 def backbone(new_sd: Callable[..., Any]) -> Any:
-    found = new_sd()
-    MODIFIER.attach(found, "cup", "mug")
-    return found
+    backbone = new_sd()
+    MODIFIER.attach(backbone, "cup", "mug")
+    return backbone
 
 
 def kept(backbone: Any, folder: Path, **about: Any) -> Concept:
@@ -83,9 +83,9 @@ def test_what_a_run_measured_and_was_told_is_written_whatever_it_is(backbone: An
     concept = kept(
         backbone, tmp_path / "c", metrics=metrics, recipe=recipe, class_noun="\udce9" * 300, ports=["a\udce9"]
     )
-    found = concept.meta.metrics
-    assert found["inner.a"] == 1 and (found["tensor"], found["numpy"], found["text"]) == (0.5, 0.25, "bf16")
-    assert [k for k, v in found.items() if v is None] == ["nan", "inf", "none", "inner.b", "list", "many"]
+    metrics = concept.meta.metrics
+    assert metrics["inner.a"] == 1 and (metrics["tensor"], metrics["numpy"], metrics["text"]) == (0.5, 0.25, "bf16")
+    assert [k for k, v in metrics.items() if v is None] == ["nan", "inf", "none", "inner.b", "list", "many"]
     assert concept.meta.recipe["tuple"] == [1, "masks"] and concept.meta.recipe["set"] == ["a", "b"]
     assert concept.meta.recipe["lr"] is None and concept.meta.recipe["subject"]["images"] == "a\\udce9"
     assert concept.meta.recipe["backbone"] == tmp_path.name and str(tmp_path) not in json.dumps(concept.meta.recipe)
@@ -149,8 +149,8 @@ def test_adapters_of_other_types_come_back(
     concept = read(save(capture(backbone, "cup"), tmp_path / "c").path or tmp_path)
     fresh = new_sd()
     attach(concept, fresh)
-    (there,) = fresh.adapters["cup"]
-    assert all(torch.equal(v, there.state_dict()[k]) for k, v in adapter.state_dict().items())
+    (restored,) = fresh.adapters["cup"]
+    assert all(torch.equal(v, restored.state_dict()[k]) for k, v in adapter.state_dict().items())
     noise = torch.randn(1, 4, 8, 8, generator=generator)
     with torch.no_grad():
         outs = [
@@ -162,13 +162,13 @@ def test_adapters_of_other_types_come_back(
 def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_sd: Callable[..., Any]) -> None:
     backbone = new_sd()
     targets = [m for g in backbone.group("cross_attention") for m in g.modules]
-    for config, said in (
+    for config, message in (
         (LoraConfig(target_modules=targets, init_lora_weights="pissa"), "rewrites the base model's weights"),
         (LoraConfig(target_modules=targets, bias="all"), "own biases"),
         (LoraConfig(target_modules=targets, modules_to_save=["conv_in"]), "'modules_to_save', which is not accepted"),
         (OFTConfig(r=10**6, oft_block_size=0, target_modules=targets), "ranks must be whole numbers up to 4096"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             PeftAdapter.inject(backbone, "cup", "slot", "unet", config, seed=0)
     assert not backbone.adapters and not hasattr(backbone.denoiser, "peft_config")
     assert config_to_dict(LoraConfig(target_modules=["a"]))["peft_type"] == "LORA"
@@ -178,7 +178,7 @@ def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_s
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"recipe": {"sampling": True}}, r"recipe\.sampling"),
         ({"recipe": {"sampling": {"steps": "x"}}}, r"recipe\.sampling\.steps = 'x'"),
@@ -204,12 +204,12 @@ def test_settings_that_no_concept_can_keep_are_refused_before_the_training(new_s
     ],
 )
 def test_what_is_used_again_is_checked_when_it_is_read(
-    backbone: Any, tmp_path: Path, change: dict[str, Any], said: str
+    backbone: Any, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     folder = kept(backbone, tmp_path / "c").path or tmp_path
     file = folder / "concept.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ValueError, match=rf"concept\.json: {said}"):
+    with pytest.raises(ValueError, match=rf"concept\.json: {message}"):
         read(folder)
 
 
@@ -222,12 +222,12 @@ def test_what_is_not_used_may_be_anything(backbone: Any, tmp_path: Path) -> None
 # --- words
 
 
-def _attached(backbone: Any, own: Any, name: str, modifier: Any, noun: str, kind: Any = "subject") -> None:
+def _attached(backbone: Any, learner: Any, name: str, modifier: Any, noun: str, kind: Any = "subject") -> None:
     """Learned on `own`, loaded on `backbone`."""
-    modifier.attach(own, name, noun)
-    Lora(rank=1).inject(own, name, "lora", len(own.word_pieces("text_encoder", name)))
-    concept = capture(own, name, Provenance(kind=kind, class_noun=noun, modifier=modifier))
-    own.remove(name)
+    modifier.attach(learner, name, noun)
+    Lora(rank=1).inject(learner, name, "lora", len(learner.word_pieces("text_encoder", name)))
+    concept = capture(learner, name, Provenance(kind=kind, class_noun=noun, modifier=modifier))
+    learner.remove(name)
     attach(concept, backbone)
 
 
@@ -248,25 +248,25 @@ def test_two_concepts_that_are_one_word_are_refused(
     new_sd: Callable[..., Any], one: Any, noun: str, other: Any, other_noun: str
 ) -> None:
     for first, second in (((one, noun), (other, other_noun)), ((other, other_noun), (one, noun))):
-        backbone, own = new_sd(), new_sd()
-        _attached(backbone, own, "cup", *first)
+        backbone, learner = new_sd(), new_sd()
+        _attached(backbone, learner, "cup", *first)
         with pytest.raises(ValueError, match=r"'pot' and 'cup' cannot be loaded together: .*modifier\.token"):
-            _attached(backbone, own, "pot", *second)
+            _attached(backbone, learner, "pot", *second)
         assert list(backbone.placeholders) == ["cup"] and list(backbone.adapters) == ["cup"]
 
 
 def test_concepts_that_can_be_told_apart_are_loaded_together(new_sd: Callable[..., Any]) -> None:
-    backbone, own = new_sd(), new_sd()
-    _attached(backbone, own, "a", RareToken(), "mug")
-    _attached(backbone, own, "b", RareToken(token="ohwx"), "mug")
-    _attached(backbone, own, "c", RareToken(), "dog")
-    _attached(backbone, own, "d", LearnableToken(vectors=2), "mug")
-    _attached(backbone, own, "d_1", LearnableToken(), "mug")
+    backbone, learner = new_sd(), new_sd()
+    _attached(backbone, learner, "a", RareToken(), "mug")
+    _attached(backbone, learner, "b", RareToken(token="ohwx"), "mug")
+    _attached(backbone, learner, "c", RareToken(), "dog")
+    _attached(backbone, learner, "d", LearnableToken(vectors=2), "mug")
+    _attached(backbone, learner, "d_1", LearnableToken(), "mug")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("e", "f"):
-            _attached(backbone, own, name, PlainText(words="painting"), "style", "style")
+            _attached(backbone, learner, name, PlainText(words="painting"), "style", "style")
         for name in ("g", "h"):  # said by no words at all
-            _attached(backbone, own, name, PlainText(words="", with_class_noun=False), "style", "style")
+            _attached(backbone, learner, name, PlainText(words="", with_class_noun=False), "style", "style")
     with pytest.raises(ValueError, match="'i' and 'e' cannot be loaded together"):
-        _attached(backbone, own, "i", PlainText(words="painting"), "style")
+        _attached(backbone, learner, "i", PlainText(words="painting"), "style")

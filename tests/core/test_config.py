@@ -130,8 +130,8 @@ def test_null_takes_a_part_out():
     ],
 )
 def test_values_are_read_as_everybody_means_them(text, value):
-    found = parse_overrides([f"a.b={text}"])["a"]["b"]
-    assert found == value and type(found) is type(value)
+    parsed = parse_overrides([f"a.b={text}"])["a"]["b"]
+    assert parsed == value and type(parsed) is type(value)
 
 
 def test_overrides_gather_under_their_keys_and_the_last_one_wins():
@@ -140,9 +140,9 @@ def test_overrides_gather_under_their_keys_and_the_last_one_wins():
 
 
 def test_overrides_are_one_layer_their_order_does_not_matter():
-    said = ["parts.x.rank=3", "parts.x.kind=wide", "one.rank=2", "one.kind=wide"]
+    overrides = ["parts.x.rank=3", "parts.x.kind=wide", "one.rank=2", "one.kind=wide"]
     both = {"parts": {"x": {"kind": "wide", "rank": 3}}, "one": {"kind": "wide", "rank": 2}}
-    assert parse_overrides(said) == both == parse_overrides(said[::-1])
+    assert parse_overrides(overrides) == both == parse_overrides(overrides[::-1])
     assert parse_overrides(["a=1", "a.b=2"]) == {"a": {"b": 2}} and parse_overrides(["a.b=2", "a=1"]) == {"a": 1}
     assert parse_overrides(["a={b: 1}", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
 
@@ -191,7 +191,7 @@ def test_a_file_holds_one_mapping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [1\nb: 2", "line 2"),
         ("a: 1\n\tb: 2", "line 2"),
@@ -207,10 +207,10 @@ def test_a_file_holds_one_mapping(tmp_path):
         ("[" * 3000 + "]" * 3000, "not readable YAML"),
     ],
 )
-def test_a_broken_file_says_where(tmp_path, text, said):
+def test_a_broken_file_says_where(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"a\.yaml") as error:
         read_yaml(write(tmp_path, text))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_bomb_of_aliases_costs_nothing(tmp_path):
@@ -223,7 +223,7 @@ def test_a_bomb_of_aliases_costs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"grup": {}}, ["unknown key 'grup'", "Did you mean 'group'?", "group, one, parts"]),
         ({"group": {"step": 3}}, ["group: unknown key 'step'", "'steps'"]),
@@ -243,12 +243,12 @@ def test_a_bomb_of_aliases_costs_nothing(tmp_path):
         ({1: 2}, ["unknown key '1'"]),
     ],
 )
-def test_messages_name_key_place_value_and_the_nearest_choice(data, said):
+def test_messages_name_key_place_value_and_the_nearest_choice(data, message):
     with pytest.raises(ValueError) as error:
         validate(Settings, data, where="my.yaml")
     text = str(error.value)
     assert text.startswith("my.yaml: ")
-    for part in said:
+    for part in message:
         assert part in text, text
     assert "pydantic" not in text and "https://errors" not in text
 

@@ -83,8 +83,8 @@ def marked(function: Any) -> Any:
 @marked
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_step_of_training_on_a_gpu(on_gpu, photos, tmp_path, precision):
-    found = finish(session(on_gpu(), small("pivotal_tuning", f"train.mixed_precision={precision}"), photos, tmp_path))
-    assert found and all(t.isfinite().all() for t in found.values())
+    learned = finish(session(on_gpu(), small("pivotal_tuning", f"train.mixed_precision={precision}"), photos, tmp_path))
+    assert learned and all(t.isfinite().all() for t in learned.values())
 
 
 @marked

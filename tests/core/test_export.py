@@ -23,9 +23,9 @@ LORA, TOKENS = files.LORA_FILE, files.TOKEN_FILE
 
 
 def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", **settings: Any) -> None:
-    woken = Lora(**{"roles": ("cross_attention",), "rank": 4, **settings}).inject(backbone, name, slot, 0)
+    group = Lora(**{"roles": ("cross_attention",), "rank": 4, **settings}).inject(backbone, name, slot, 0)
     generator = torch.Generator().manual_seed(len(slot))
-    for parameter in woken.parameters:
+    for parameter in group.parameters:
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 

@@ -32,10 +32,10 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_escaped_name_is_printable_and_says_the_whole_name(name: str) -> None:
-    said = escaped_name(name)
-    assert said.isprintable() and "/" not in said
-    said.encode("utf-8")
-    assert codecs.decode(said.encode("ascii", "backslashreplace").decode(), "unicode_escape") == name
+    escaped = escaped_name(name)
+    assert escaped.isprintable() and "/" not in escaped
+    escaped.encode("utf-8")
+    assert codecs.decode(escaped.encode("ascii", "backslashreplace").decode(), "unicode_escape") == name
 
 
 def test_plain_names_stay_as_they_are_and_others_stay_different() -> None:
@@ -46,27 +46,27 @@ def test_plain_names_stay_as_they_are_and_others_stay_different() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_captions_and_masks_are_found_beside_any_name(tmp_path: Path, name: str) -> None:
-    own = tmp_path / name
-    (own / "masks").mkdir(parents=True)
+    images = tmp_path / name
+    (images / "masks").mkdir(parents=True)
     for folder in ("captions", "other masks"):
         (tmp_path / folder).mkdir()
-    save(own / f"{name}.png", scene(32, 32))
-    for folder in (own / "masks", tmp_path / "other masks"):
+    save(images / f"{name}.png", scene(32, 32))
+    for folder in (images / "masks", tmp_path / "other masks"):
         Image.new("L", (32, 32), 255).save(folder / f"{name}.png")
-    for folder in (own, tmp_path / "captions"):
+    for folder in (images, tmp_path / "captions"):
         (folder / f"{name}.txt").write_text("on a table")
-    for given in ({}, {"captions": tmp_path / "captions", "masks": tmp_path / "other masks"}):
-        found = read_subject(own, **given)
-        (picture,) = found.images
-        assert picture.name == f"{name}.png" and found.captions[picture] == "on a table"
-        assert found.masks[picture].name == f"{name}.png" and load(picture, found.masks[picture]).size == (32, 32)
+    for beside in ({}, {"captions": tmp_path / "captions", "masks": tmp_path / "other masks"}):
+        subject = read_subject(images, **beside)
+        (picture,) = subject.images
+        assert picture.name == f"{name}.png" and subject.captions[picture] == "on a table"
+        assert subject.masks[picture].name == f"{name}.png" and load(picture, subject.masks[picture]).size == (32, 32)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_that_utf_8_cannot_hold_goes_into_a_png(tmp_path: Path, name: str) -> None:
     write_picture(torch.zeros(3, 16, 16), tmp_path / f"{name}.png", {"Description": f"a {name}"})
-    said = read_metadata(tmp_path / f"{name}.png")["Description"]
-    assert said == f"a {name}".encode(errors="backslashreplace").decode()
+    description = read_metadata(tmp_path / f"{name}.png")["Description"]
+    assert description == f"a {name}".encode(errors="backslashreplace").decode()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything(tmp_path: Path) -> None:

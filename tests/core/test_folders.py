@@ -79,8 +79,8 @@ def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
         pictures, notes = list_pictures(tmp_path)
     assert [p.name for p in pictures] == ["a.png", "b.jpg"]
     assert len(caught) == len(notes) == 1 and str(caught[0].message) == notes[0]
-    for said in (str(tmp_path), ".DS_Store (hidden)", "zero.jpg (empty, 0 bytes)", ".ipynb_checkpoints (hidden)"):
-        assert said in notes[0]
+    for part in (str(tmp_path), ".DS_Store (hidden)", "zero.jpg (empty, 0 bytes)", ".ipynb_checkpoints (hidden)"):
+        assert part in notes[0]
     assert "more (a folder)" in notes[0] and not notes[0].endswith("more")
     for name in ("x1.txt", "x2.txt"):
         (tmp_path / name).write_text("x")

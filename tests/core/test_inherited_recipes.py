@@ -14,11 +14,11 @@ from shared.recipe.resolve import dump, expand_phases, load
 from shared.recipe.schema import Recipe
 
 ELSEWHERE = "backbone=some/folder"
-Own = Callable[..., Recipe]
+UserRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Own:
+def user_recipe(tmp_path: Path) -> UserRecipe:
     """Writes recipe files by name and loads the first one."""
 
     def make(files: dict[str, str], *overrides: str) -> Recipe:
@@ -33,12 +33,12 @@ def own(tmp_path: Path) -> Own:
 # --- what the toybox's figures were made with -------------------------------------------------
 
 
-def _differences(expected: Any, found: Any, where: str = "") -> list[str]:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        missing = [f"{where}.{key} is gone" for key in expected if key not in found]
-        inside = [d for k, v in expected.items() if k in found for d in _differences(v, found[k], f"{where}.{k}")]
+def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        missing = [f"{where}.{key} is gone" for key in expected if key not in actual]
+        inside = [d for k, v in expected.items() if k in actual for d in _differences(v, actual[k], f"{where}.{k}")]
         return missing + inside
-    return [] if expected == found else [f"{where}: {expected!r} became {found!r}"]
+    return [] if expected == actual else [f"{where}: {expected!r} became {actual!r}"]
 
 
 @pytest.mark.parametrize("name", ["textual_inversion", "dreambooth_lora", "pivotal_tuning"])
@@ -50,31 +50,31 @@ def test_on_the_toybox_the_first_three_are_what_the_readme_s_figures_were_made_w
 # --- inheriting -------------------------------------------------------------------------------
 
 
-def test_a_variant_says_only_what_differs(own: Own) -> None:
+def test_a_variant_says_only_what_differs(user_recipe: UserRecipe) -> None:
     base = load("dreambooth_lora", [ELSEWHERE])
-    variant = own({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {dora: true}}\nseed: 3"}, ELSEWHERE)
+    variant = user_recipe({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {dora: true}}\nseed: 3"}, ELSEWHERE)
     lora = base.trainable["lora"].model_copy(update={"dora": True})
     assert variant == base.model_copy(update={"method": "mine", "seed": 3, "trainable": {"lora": lora}})
     assert "base" not in dump(variant) and validate(Recipe, yaml.safe_load(yaml.safe_dump(dump(variant)))) == variant
 
 
 def test_a_base_is_found_by_name_beside_the_file_and_in_the_home(
-    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user_recipe: UserRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
         "sub/leaf.yaml": "base: ../middle.yaml\ntrain: {steps: 3}",
         "middle.yaml": "base: sub/root.yaml\ntrain: {steps: 2, batch_size: 2}\nname: between",
         "sub/root.yaml": "base: textual_inversion\ntrain: {steps: 1, batch_size: 1, optimizers: {main: {warmup: 5}}}",
     }
-    leaf = own(files, ELSEWHERE)
+    leaf = user_recipe(files, ELSEWHERE)
     assert (leaf.method, leaf.name, leaf.title) == ("leaf", "between", "Textual Inversion")
     assert (leaf.train.steps, leaf.train.batch_size, leaf.train.optimizers["main"].warmup) == (3, 2, 5)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert own({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
+    assert user_recipe({"third.yaml": "base: ~/sub/leaf.yaml\nseed: 9"}, ELSEWHERE).train.steps == 3
 
 
-def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(own: Own) -> None:
-    variant = own(
+def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(user_recipe: UserRecipe) -> None:
+    variant = user_recipe(
         {
             "mine.yaml": "base: dreambooth_lora\nsources: {class_pictures: null}\n"
             "regularize: {prior: {kind: prior_prediction}}\nmodifier: {kind: learnable_token, vectors: 2}"
@@ -83,31 +83,35 @@ def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(own: Own) ->
     )
     assert set(variant.sources) == {"references"} and variant.regularize["prior"].kind == "prior_prediction"
     assert variant.modifier.kind == "learnable_token" and variant.modifier.vectors == 2
-    joined = own({"mine.yaml": "base: textual_inversion\nsources: {more: {kind: folder, images: x}}"}, ELSEWHERE)
+    joined = user_recipe(
+        {"mine.yaml": "base: textual_inversion\nsources: {more: {kind: folder, images: x}}"}, ELSEWHERE
+    )
     assert set(joined.sources) == {"references", "more"}, "a part that a variant adds joins those there are"
 
 
-def test_a_variant_outranks_the_phases_of_its_base(own: Own) -> None:
+def test_a_variant_outranks_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
     """As the command line does: a setting that the phases have is not lost without a word."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
-    pivot, tune = dict(expand_phases(own({"mine.yaml": text}, ELSEWHERE))).values()
+    pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)
     assert set(pivot.trainable) == {"tokens"} and tune.trainable["lora"].rank == 2
 
 
-def test_the_overlay_lies_between_shipped_files_and_one_s_own(own: Own) -> None:
+def test_the_overlay_lies_between_shipped_files_and_one_s_own(user_recipe: UserRecipe) -> None:
     shipped = load("dreambooth_lora")
-    variant = own({"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"})
+    variant = user_recipe(
+        {"mine.yaml": "base: dreambooth_lora\ntrain: {batch_size: 2}\ntrainable: {more: {kind: lora}}"}
+    )
     assert variant.trainable["lora"] == shipped.trainable["lora"], "the small world's rates"
     assert variant.trainable["more"].lr == shipped.trainable["lora"].lr, "also of parts that a variant adds"
     assert (variant.train.batch_size, variant.train.steps) == (2, shipped.train.steps)
-    assert own({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {lr: 0.5}}"}).trainable["lora"].lr == 0.5
-    faster = own({"mine.yaml": "base: pivotal_tuning\ntrainable: {lora: {lr: 0.5}}"})
+    assert user_recipe({"mine.yaml": "base: dreambooth_lora\ntrainable: {lora: {lr: 0.5}}"}).trainable["lora"].lr == 0.5
+    faster = user_recipe({"mine.yaml": "base: pivotal_tuning\ntrainable: {lora: {lr: 0.5}}"})
     assert dict(expand_phases(faster))["tune"].trainable["lora"].lr == 0.5
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"a.yaml": "base: dreambooth_lra"}, "a.yaml: base = 'dreambooth_lra': unknown recipe.*'dreambooth_lora'"),
         ({"a.yaml": "base: gone.yaml"}, "a.yaml: base = 'gone.yaml': recipe file .*gone.yaml does not exist"),
@@ -123,39 +127,41 @@ def test_the_overlay_lies_between_shipped_files_and_one_s_own(own: Own) -> None:
         ({"a.yaml": "base: b.yaml", "b.yaml": "phases: {one: {train: {stps: 3}}}"}, "^b.yaml: phases.one: train: unk"),
     ],
 )
-def test_a_wrong_base_is_said_with_file_and_key(own: Own, files: dict[str, str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        own(files)
+def test_a_wrong_base_is_said_with_file_and_key(user_recipe: UserRecipe, files: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        user_recipe(files)
 
 
-def test_a_base_belongs_in_a_file(own: Own) -> None:
+def test_a_base_belongs_in_a_file(user_recipe: UserRecipe) -> None:
     with pytest.raises(ValueError, match="unknown key 'base'"):
-        own({"a.yaml": "seed: 1"}, "base=dreambooth_lora")
+        user_recipe({"a.yaml": "seed: 1"}, "base=dreambooth_lora")
 
 
 # --- which phases may be named ----------------------------------------------------------------
 
 
-def test_the_command_line_names_phases_that_there_are(own: Own) -> None:
+def test_the_command_line_names_phases_that_there_are(user_recipe: UserRecipe) -> None:
     with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase 'tokens'.*There are: pivot, tune\."):
         load("pivotal_tuning", ["phases.tokens.train.steps=5"])
     with pytest.raises(ValueError, match=r"phases\.tune: unknown phase 'tune'.*There are: none\."):
         load("textual_inversion", ["phases.tune.train.steps=5"])
     with pytest.raises(ValueError, match=r"phases\.tun: .*Did you mean 'tune'"):
-        own({"mine.yaml": "base: pivotal_tuning"}, "phases.tun.train.steps=5")
+        user_recipe({"mine.yaml": "base: pivotal_tuning"}, "phases.tun.train.steps=5")
     assert dict(expand_phases(load("pivotal_tuning", ["phases.tune.train.steps=5"])))["tune"].train.steps == 5
 
 
-def test_a_variant_adds_phases_that_say_what_they_do(own: Own) -> None:
+def test_a_variant_adds_phases_that_say_what_they_do(user_recipe: UserRecipe) -> None:
     more = "base: pivotal_tuning\nphases: {last: {trainable: {lora: {rank: 2}}, train: {steps: 1}}}"
-    assert list(dict(expand_phases(own({"mine.yaml": more})))) == ["pivot", "tune", "last"]
+    assert list(dict(expand_phases(user_recipe({"mine.yaml": more})))) == ["pivot", "tune", "last"]
     with pytest.raises(ValueError, match=r"mine\.yaml: phases\.tun: unknown phase 'tun'\. Did you mean 'tune'"):
-        own({"mine.yaml": "base: pivotal_tuning\nphases: {tun: {train: {steps: 5}}}"})
-    assert own({"mine.yaml": "phases: {any: {train: {steps: 5}}}"}).phases, "a file without a base defines its own"
+        user_recipe({"mine.yaml": "base: pivotal_tuning\nphases: {tun: {train: {steps: 5}}}"})
+    assert user_recipe({"mine.yaml": "phases: {any: {train: {steps: 5}}}"}).phases, (
+        "a file without a base defines its own"
+    )
 
 
-def test_null_takes_a_phase_away(own: Own) -> None:
-    assert set(own({"mine.yaml": "base: pivotal_tuning\nphases: {pivot: null}"}).phases) == {"tune"}
+def test_null_takes_a_phase_away(user_recipe: UserRecipe) -> None:
+    assert set(user_recipe({"mine.yaml": "base: pivotal_tuning\nphases: {pivot: null}"}).phases) == {"tune"}
     assert set(load("pivotal_tuning", ["phases.tune=null"]).phases) == {"pivot"}
     with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase"):
         load("pivotal_tuning", ["phases.tokens=null"])

@@ -36,10 +36,10 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
     for pipe, kind in ((tiny_sd, StableDiffusionBackbone), (tiny_flux, FluxBackbone)):
         folder = tmp_path / kind.family
         pipe.save_pretrained(folder)
-        loaded, own = load_backbone(folder), kind(copy.deepcopy(pipe))
+        loaded, direct = load_backbone(folder), kind(copy.deepcopy(pipe))
         assert isinstance(loaded, kind) and loaded.name == str(folder)
-        assert loaded.checkpoint == own.checkpoint
-        assert torch.allclose(predict(loaded), predict(own), atol=1e-5)
+        assert loaded.checkpoint == direct.checkpoint
+        assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 

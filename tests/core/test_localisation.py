@@ -17,12 +17,12 @@ from shared.regularize import Localisation
 from shared.regularize.localisation import localisation_loss
 from shared.types import Batch, Step
 from tests.core.runs import finish, session, small
-from tests.core.test_tokens import TestNaming, fixed
+from tests.core.test_tokens import FixedPlaceholder, fixed
 
 LENGTH = 7
 
 
-def given(batch: int = 3) -> Any:
+def example_inputs(batch: int = 3) -> Any:
     draw = torch.Generator().manual_seed(0)
     maps = torch.rand(batch, 16, LENGTH, generator=draw).softmax(-1)
     positions = {n: torch.zeros(batch, LENGTH, dtype=torch.bool) for n in ("cat", "mug")}
@@ -33,7 +33,7 @@ def given(batch: int = 3) -> Any:
 
 def test_it_is_the_papers_loss() -> None:
     """As the published training script: one token for each concept, divided by its maximum, summed over concepts."""
-    maps, positions, masks, rows = given()
+    maps, positions, masks, rows = example_inputs()
     expected = torch.zeros(())
     for row in range(3):
         for name, token in (("mug", 2), ("cat", 4)):
@@ -43,26 +43,26 @@ def test_it_is_the_papers_loss() -> None:
     got = localisation_loss(maps, (4, 4), positions, masks, rows)
     assert torch.allclose(got, expected, atol=1e-6)
     plain = localisation_loss(maps, (4, 4), positions, masks, rows, "none")
-    wanted = F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
+    target = F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
     only = {"mug": positions["mug"]}
     assert torch.allclose(
-        localisation_loss(maps, (4, 4), only, masks, rows, "none"), ((maps[..., 2] - wanted) ** 2).mean(), atol=1e-6
+        localisation_loss(maps, (4, 4), only, masks, rows, "none"), ((maps[..., 2] - target) ** 2).mean(), atol=1e-6
     )
     assert plain != got
 
 
 def test_several_tokens_of_a_concept_count_together() -> None:
-    maps, positions, masks, rows = given()
+    maps, positions, masks, rows = example_inputs()
     positions["mug"][:, 3] = True
     together = maps.clone()
     together[..., 2] = maps[..., 2:4].mean(-1)
-    _, single, _, _ = given()
+    _, single, _, _ = example_inputs()
     a, b = (localisation_loss(m, (4, 4), p, masks, rows) for m, p in ((maps, positions), (together, single)))
     assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_only_rows_that_show_and_name_a_concept_count() -> None:
-    maps, positions, masks, rows = given()
+    maps, positions, masks, rows = example_inputs()
     one = localisation_loss(maps[:1], (4, 4), {k: v[:1] for k, v in positions.items()}, masks_of(masks, [0]), rows[:1])
     rows[1:] = False  # class pictures
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one, atol=1e-6)
@@ -83,7 +83,7 @@ def named(request: pytest.FixtureRequest) -> Any:
     """A backbone with two concepts of learned tokens."""
     backbone = request.getfixturevalue(request.param)
     for i, name in enumerate(("cat", "mug")):
-        backbone.add_placeholder(TestNaming(name, (f"<{name}>",), lambda c, t, s, i=i: fixed(1, i)[c]))
+        backbone.add_placeholder(FixedPlaceholder(name, (f"<{name}>",), lambda c, t, s, i=i: fixed(1, i)[c]))
     return backbone
 
 
@@ -96,10 +96,10 @@ def batch_of(**masks: Tensor) -> Batch:
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
     """As the tuning task makes it: the need is held around the prediction and what follows."""
-    t, x_t, told = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
+    t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
-        prediction = backbone.predict(x_t, t, told)
-        state = Step(0, batch, backbone, told, x_t, t, x_t, prediction, x_t)
+        prediction = backbone.predict(x_t, t, conditioning)
+        state = Step(0, batch, backbone, conditioning, x_t, t, x_t, prediction, x_t)
         yield replace(state, lazy={need.name: lambda: need.value(state, entered)})
 
 

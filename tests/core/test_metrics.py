@@ -62,11 +62,11 @@ def test_retrieval_with_synthetic_embeddings() -> None:
     axes = torch.eye(5, dtype=torch.float64)
     gallery = {"me": torch.stack([axes[0], axes[0] + 0.1 * axes[4]]), **{f"d{i}": axes[i : i + 1] for i in (1, 2, 3)}}
     outputs = torch.stack([axes[0], axes[0] + 0.5 * axes[1], axes[1] + 0.5 * axes[0], axes[3]])
-    found = scores.retrieve(outputs, gallery, "me")
-    assert found.nearest == ("me", "me", "d1", "d3")
-    assert found.hits.tolist() == [True, True, False, False]
-    assert found.accuracy == 0.5 and found.chance == 0.25
-    assert found.margin[0] > found.margin[1] > 0 > found.margin[3]
+    retrieved = scores.retrieve(outputs, gallery, "me")
+    assert retrieved.nearest == ("me", "me", "d1", "d3")
+    assert retrieved.hits.tolist() == [True, True, False, False]
+    assert retrieved.accuracy == 0.5 and retrieved.chance == 0.25
+    assert retrieved.margin[0] > retrieved.margin[1] > 0 > retrieved.margin[3]
 
 
 def test_a_tie_is_no_hit_and_guessing_gives_chance() -> None:
@@ -87,8 +87,8 @@ def test_retrieval_needs_the_subject_and_a_distractor() -> None:
 def test_diversity_per_group() -> None:
     axes = torch.eye(3, dtype=torch.float64)
     rows = torch.stack([axes[0], axes[0], axes[0], axes[1], axes[2], axes[2]])
-    found = scores.diversity(rows, ["same", "same", "mixed", "mixed", "mixed", "alone"])
-    assert found == pytest.approx({"same": 0.0, "mixed": 1.0})
+    diversity = scores.diversity(rows, ["same", "same", "mixed", "mixed", "mixed", "alone"])
+    assert diversity == pytest.approx({"same": 0.0, "mixed": 1.0})
 
 
 def test_drift_is_zero_without_change() -> None:
@@ -99,8 +99,8 @@ def test_drift_is_zero_without_change() -> None:
 
 def test_attribute_hits() -> None:
     seen = {"background": ["beach", "snow"], "view": ["front", "side"]}
-    wanted = [{"background": "beach", "view": "back"}, {}]
-    assert scores.attribute_hits(wanted, seen) == [{"background": True, "view": False}, {}]
+    expected = [{"background": "beach", "view": "back"}, {}]
+    assert scores.attribute_hits(expected, seen) == [{"background": True, "view": False}, {}]
     with pytest.raises(ValueError, match="unknown attribute 'weather'; there are: background, view"):
         scores.attribute_hits([{"weather": "rain"}, {}], seen)
 
@@ -198,9 +198,9 @@ def test_new_pictures_are_no_copies_and_the_nearest_is_named() -> None:
     fresh = _pictures(30, seed=7)
     assert not any(_copied(fresh, references))
     limits = copying.calibrate(references, _embed(references))
-    found = copying.find_copies(references, _embed(references), references, _embed(references), limits)
-    assert found.nearest.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(found.pixel, torch.ones(4, dtype=torch.float64))
+    copies = copying.find_copies(references, _embed(references), references, _embed(references), limits)
+    assert copies.nearest.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(copies.pixel, torch.ones(4, dtype=torch.float64))
 
 
 def test_alike_references_raise_the_limit() -> None:
@@ -362,9 +362,9 @@ def test_accuracies_come_from_the_card_after_the_round_trip(tmp_path: Path) -> N
     ways = {"clean": {"class": 0.99, "style_shown": 0.9}, "vae": {"class": 0.97, "style_shown": 0.8, "main": 0.5}}
     card = {"accuracies": {"recognizer": ways, "identity_reporting": {"clean": {"retrieval": 0.96}}}}
     (tmp_path / "card.json").write_text(json.dumps(card))
-    found = toybox.toybox_accuracy(tmp_path / "card.json")
-    assert found["recognizer"] == {"class": 0.97, "style": 0.8}
-    assert list(found["identity"].values()) == [0.96] and found["clip"] == {}
+    accuracies = toybox.toybox_accuracy(tmp_path / "card.json")
+    assert accuracies["recognizer"] == {"class": 0.97, "style": 0.8}
+    assert list(accuracies["identity"].values()) == [0.96] and accuracies["clip"] == {}
 
 
 # the scorer
@@ -398,13 +398,17 @@ def test_scorer_counts_copies_as_failures_and_names_the_class() -> None:
     scorer = Scorer(references, Instruments(text, _Pool()), "mug", "my-mug", gallery)
     near = (0.75 * references[:1] + 0.25 * references[1:2]).clamp(-1, 1)
     outputs = torch.cat([references[:1], near, gallery["other 3"][:1]])
-    found = scorer.measure(outputs, ["a <my-mug>", "a {concept}", "a mug"])
+    measured = scorer.measure(outputs, ["a <my-mug>", "a {concept}", "a mug"])
     assert text.asked == ["a mug"] * 3
     assert scorer.chance == pytest.approx(1 / 9)
-    assert found.scores["recognised"][0] == 1 and found.scores["copied"][0] == 1 and found.scores["identity"][0] == 0
-    assert found.nearest[1] == SUBJECT and found.nearest[2] == "other 3"
-    assert found.scores["identity"] == [
-        r * (1 - c) for r, c in zip(found.scores["recognised"], found.scores["copied"], strict=True)
+    assert (
+        measured.scores["recognised"][0] == 1
+        and measured.scores["copied"][0] == 1
+        and measured.scores["identity"][0] == 0
+    )
+    assert measured.nearest[1] == SUBJECT and measured.nearest[2] == "other 3"
+    assert measured.scores["identity"] == [
+        r * (1 - c) for r, c in zip(measured.scores["recognised"], measured.scores["copied"], strict=True)
     ]
 
 
@@ -430,5 +434,5 @@ def test_scorer_needs_references_and_an_encoder() -> None:
     with pytest.raises(ValueError, match="at least one image encoder"):
         Scorer(_pictures(1), Instruments())
     only = Scorer(_pictures(3), Instruments(identity=_Pool()))
-    found = only(_pictures(2, seed=4), ["x", "y"])
-    assert "text" not in found and found["score"] == found["identity"]
+    measured = only(_pictures(2, seed=4), ["x", "y"])
+    assert "text" not in measured and measured["score"] == measured["identity"]

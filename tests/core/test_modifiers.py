@@ -24,7 +24,7 @@ def table(backbone, component="text_encoder"):
     return backbone.components[component].get_input_embeddings().weight
 
 
-def said(backbone, prompt="a photo of a <mug>"):
+def expanded(backbone, prompt="a photo of a <mug>"):
     return expand(prompt, backbone.placeholders)
 
 
@@ -45,7 +45,7 @@ def said(backbone, prompt="a photo of a <mug>"):
 )
 def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
     placeholder = part.attach(sd, "mug", "mug")
-    assert placeholder.words == words and said(sd) == f"a photo of a {words}".strip()
+    assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
     placeholder.load_state_dict({})
     with pytest.raises(ValueError, match="learns nothing, but 1 tensors"):
@@ -60,7 +60,7 @@ def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(
         "modifier.token='qzw' is not one token here (text_encoder"
     ]
     assert "'q' + 'z' + 'w'" in str(said_aloud[0].message)
-    assert placeholder.words == "qzw mug" and int(sd.encode([said(sd)]).token_positions["mug"].sum()) == 4
+    assert placeholder.words == "qzw mug" and int(sd.encode([expanded(sd)]).token_positions["mug"].sum()) == 4
     flux = FluxBackbone(make_tiny_flux(), "tiny")
     with pytest.warns(UserWarning) as said_aloud:
         RareToken(token="qzw").attach(flux, "mug", "mug")
@@ -98,12 +98,12 @@ def test_without_a_class_noun_nothing_is_left_over(sd):
 )
 def test_one_name_becomes_so_many_tokens(sd, vectors, noun, words):
     placeholder = LearnableToken(vectors=vectors, with_class_noun=noun).attach(sd, "mug", "mug")
-    assert said(sd) == f"a photo of a {words}"
+    assert expanded(sd) == f"a photo of a {words}"
     assert len(placeholder.tokens) == vectors
     ids = sd.tokens.current["text_encoder"](placeholder.words, add_special_tokens=False)["input_ids"]
     assert len(ids) == vectors + noun, "each is one token"
     assert [p.shape for p in placeholder.parameters()] == [(vectors, 16)]
-    conditioning = sd.encode([said(sd)])
+    conditioning = sd.encode([expanded(sd)])
     assert int(conditioning.token_positions["mug"].sum()) == vectors
 
 
@@ -130,7 +130,7 @@ def test_a_class_noun_of_several_sub_tokens_starts_as_their_mean(sd):
 
 def test_a_start_from_one_word_acts_as_that_word(sd):
     LearnableToken().attach(sd, "a", "mug")
-    same = sd.encode([said(sd, "a photo of a <a>")]).context
+    same = sd.encode([expanded(sd, "a photo of a <a>")]).context
     assert torch.equal(same, sd.encode(["a photo of a mug"]).context)
 
 
@@ -177,11 +177,11 @@ def test_every_other_row_is_bit_equal_after_training(sd):
     before, size = table(sd).detach().clone(), len(table(sd))
     tokenizer = sd.tokens.base["text_encoder"]
     placeholder = LearnableToken(vectors=2).attach(sd, "mug", "mug")
-    woken = Tokens(lr=0.1).inject(sd, "mug", "tokens", seed=0)
+    group = Tokens(lr=0.1).inject(sd, "mug", "tokens", seed=0)
     start = placeholder.state_dict()["text_encoder"]
-    optimizer = torch.optim.AdamW(woken.parameters, lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(group.parameters, lr=0.1, weight_decay=0.1)
     for _ in range(3):
-        sd.encode([said(sd)]).context.square().mean().backward()
+        sd.encode([expanded(sd)]).context.square().mean().backward()
         optimizer.step()
     assert torch.equal(table(sd), before) and len(table(sd)) == size and table(sd).grad is None
     moved = placeholder.state_dict()["text_encoder"]
@@ -211,5 +211,5 @@ def test_two_text_encoders_have_rows_of_their_own(make_tiny_flux):
     with torch.no_grad():
         for p in placeholder.parameters():
             p.add_(1.0)
-    named = flux.encode([said(flux)])
+    named = flux.encode([expanded(flux)])
     assert not torch.equal(named.pooled, plain.pooled) and not torch.equal(named.context, plain.context)

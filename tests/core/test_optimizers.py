@@ -80,15 +80,15 @@ def test_each_group_has_the_optimizer_that_it_was_given():
     optimizers = run(task, {"main": Prodigy(max_grad_norm=None, weight_decay=0.0), "words": AdamW(max_grad_norm=None)})
     assert {n: type(o).__name__ for n, o in optimizers.raw.items()} == {"main": "Prodigy", "words": "AdamW"}
     theirs = Theirs([{"params": [plain.a], "weight_decay": 0.0}], lr=1.0, safeguard_warmup=True)
-    own = torch.optim.AdamW([plain.b], lr=0.2, weight_decay=1e-2)
+    reference = torch.optim.AdamW([plain.b], lr=0.2, weight_decay=1e-2)
     from shared.train.loop import generator
 
     for step in range(6):
         torch.manual_seed(generator(7, step, 0).initial_seed() % 2**31)
         (update,) = plain.updates(step, 0)
-        theirs.zero_grad(), own.zero_grad()
+        theirs.zero_grad(), reference.zero_grad()
         update.loss.backward()
-        theirs.step(), own.step()
+        theirs.step(), reference.step()
     assert torch.allclose(task.a, plain.a, rtol=1e-6) and torch.allclose(task.b, plain.b, rtol=1e-6)
 
 

@@ -56,12 +56,12 @@ def test_check_output(tmp_path: Path) -> None:
 
 
 def test_what_holds_the_home_or_the_working_folder_is_never_overwritten(tmp_path: Path, monkeypatch: Any) -> None:
-    home, here = tmp_path / "people" / "home", tmp_path / "work" / "here"
+    home, working = tmp_path / "people" / "home", tmp_path / "work" / "here"
     home.mkdir(parents=True)
-    here.mkdir(parents=True)
+    working.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(here)
-    for path in (home, "~", home.parent, here, ".", "..", "out/.."):
+    monkeypatch.chdir(working)
+    for path in (home, "~", home.parent, working, ".", "..", "out/.."):
         with pytest.raises(ValueError, match="cannot be the output"):
             check_output(path, overwrite=True)
     assert check_output("out", overwrite=True) == Path("out") and check_output("~/out") == home / "out"
@@ -138,19 +138,23 @@ def photos(folder: Path) -> Path:
 
 
 def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
-    own = photos(tmp_path / "mine" / "photos")
+    user_photos = photos(tmp_path / "mine" / "photos")
     (tmp_path / "work").mkdir()
     for name in ("report.json", "concept.json", "export.json", "cell.json", "comparison.md", "index.html"):
         (tmp_path / "work" / name).write_text('{"files": ["me.txt"], "mine": true}')
-    for folder, named in ((own, r"a\.png, b\.jpg"), (own.parent, r"photos/a\.png"), (tmp_path / "work", "comparison")):
+    for folder, named in (
+        (user_photos, r"a\.png, b\.jpg"),
+        (user_photos.parent, r"photos/a\.png"),
+        (tmp_path / "work", "comparison"),
+    ):
         with pytest.raises(ValueError, match=f"cannot be overwritten: it holds what pcs did not write.*{named}"):
             check_output(folder, overwrite=True)
         with pytest.raises(ValueError, match="did not write"), atomic_folder(folder, overwrite=True):
             raise AssertionError("must not start")
     (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "there").symlink_to(own)
+    (tmp_path / "linked" / "there").symlink_to(user_photos)
     assert foreign_files(tmp_path / "linked") == ["there"]
-    assert sorted(p.name for p in own.iterdir()) == ["a.png", "b.jpg"]
+    assert sorted(p.name for p in user_photos.iterdir()) == ["a.png", "b.jpg"]
 
 
 def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path) -> None:
@@ -205,20 +209,25 @@ def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
 
 
 def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> None:
-    own = photos(tmp_path / "mine" / "photos")
-    (tmp_path / "link").symlink_to(own)
-    for path, how in ((own, "is"), (own.parent, "holds"), (own / "out", "lies inside"), (tmp_path / "link", "is")):
+    user_photos = photos(tmp_path / "mine" / "photos")
+    (tmp_path / "link").symlink_to(user_photos)
+    for path, how in (
+        (user_photos, "is"),
+        (user_photos.parent, "holds"),
+        (user_photos / "out", "lies inside"),
+        (tmp_path / "link", "is"),
+    ):
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match=rf"the output {path} {how} {own}, which is read"):
-                check_output(path, overwrite, inputs=[own])
+            with pytest.raises(ValueError, match=rf"the output {path} {how} {user_photos}, which is read"):
+                check_output(path, overwrite, inputs=[user_photos])
     with pytest.raises(ValueError, match="holds"):
-        check_output(own, inputs=[tmp_path / "else", own / "a.png"])
-    with pytest.raises(ValueError, match="is"), atomic_folder(own, True, [own]):
+        check_output(user_photos, inputs=[tmp_path / "else", user_photos / "a.png"])
+    with pytest.raises(ValueError, match="is"), atomic_folder(user_photos, True, [user_photos]):
         raise AssertionError("must not start")
     concept = earlier(tmp_path / "d.concept")
     with pytest.raises(ValueError, match="which is read"):
         check_output(concept, overwrite=True, inputs=[concept])
-    assert check_output(tmp_path / "mine" / "out", inputs=[own]) == tmp_path / "mine" / "out"
+    assert check_output(tmp_path / "mine" / "out", inputs=[user_photos]) == tmp_path / "mine" / "out"
 
 
 def test_what_comes_while_the_folder_is_written_is_not_replaced(tmp_path: Path) -> None:
@@ -327,6 +336,6 @@ def test_a_terminated_command_leaves_nothing(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and said == "stopped\n"
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and stderr == "stopped\n"
     assert [p.name for p in tmp_path.iterdir()] == ["code"]

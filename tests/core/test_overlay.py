@@ -25,7 +25,7 @@ FILE = {
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Callable[..., Recipe]:
+def user_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     def make(text: str, *overrides: str) -> Recipe:
         (tmp_path / "mine.yaml").write_text(text)
         return load(str(tmp_path / "mine.yaml"), overrides)
@@ -42,14 +42,14 @@ def test_how_long_follows_from_what_is_trained() -> None:
     assert rules(both)["train"]["steps"] == 10, "the first kind of the file counts"
     assert rules({"trainable": {"t": {"kind": "tokens"}}})["train"]["steps"] == 20
     assert "steps" not in rules({"trainable": {"x": {"kind": "svd"}}})["train"]
-    found = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
-    assert "steps" not in found["train"]
-    assert [found["phases"][name]["train"]["steps"] for name in "ab"] == [2, 5]
+    laid = rules({"trainable": {"tokens": {}}, "phases": {"a": None, "b": {"trainable": {"lora": {}}}}})
+    assert "steps" not in laid["train"]
+    assert [laid["phases"][name]["train"]["steps"] for name in "ab"] == [2, 5]
 
 
 def test_a_phase_that_does_not_tune_has_no_length() -> None:
-    found = rules({"trainable": {"lora": {}}, "phases": {"a": {"task": "generate"}, "b": {"task": {"kind": "tune"}}}})
-    assert "train" not in found["phases"]["a"] and found["phases"]["b"]["train"] == {"steps": 5}
+    laid = rules({"trainable": {"lora": {}}, "phases": {"a": {"task": "generate"}, "b": {"task": {"kind": "tune"}}}})
+    assert "train" not in laid["phases"]["a"] and laid["phases"]["b"]["train"] == {"steps": 5}
 
 
 def test_each_medium_and_each_type_has_its_own() -> None:
@@ -62,24 +62,24 @@ def test_each_medium_and_each_type_has_its_own() -> None:
 
 
 def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
-    said = [{"x": {"a": 1, "b": 2}}]
+    stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
-    assert unstated(rule, said, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
+    assert unstated(rule, stated, {"x": {"a": 1}}, {}) == {"x": {"b": 10, "c": 10}}, "b was dropped with another kind"
     assert unstated(rule, [{"x": 3}], {"x": 3}, {}) == {}, "a wrong value stays, to be refused"
     phased = {"phases": {"p": {"x": {"a": 10}}, "gone": {"x": {"a": 10}}}}
     assert unstated(phased, [], {"x": {}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {"a": 10}}}}
-    assert unstated(phased, said, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
+    assert unstated(phased, stated, {"x": {"a": 1}, "phases": {"p": {}}}, {}) == {"phases": {"p": {"x": {}}}}
 
 
-def test_a_file_of_one_s_own_gets_the_small_world_s_lengths_and_rates(own: Callable[..., Recipe]) -> None:
+def test_a_file_of_one_s_own_gets_the_small_world_s_lengths_and_rates(user_recipe: Callable[..., Recipe]) -> None:
     shipped = {name: load(name) for name in ("dreambooth_lora", "textual_inversion", "pivotal_tuning")}
     lora, tokens = (
-        own("trainable: {lora: {rank: 2}}"),
-        own("trainable: {tokens: {}}\nmodifier: {kind: learnable_token}"),
+        user_recipe("trainable: {lora: {rank: 2}}"),
+        user_recipe("trainable: {tokens: {}}\nmodifier: {kind: learnable_token}"),
     )
     assert lora.train == shipped["dreambooth_lora"].train and tokens.train == shipped["textual_inversion"].train
     two = "modifier: {kind: learnable_token}\nphases: {a: {trainable: {tokens: {}}}, b: {trainable: {lora: {}}}}"
-    found, expected = (dict(expand_phases(r)) for r in (own(two), shipped["pivotal_tuning"]))
-    assert [p.train for p in found.values()] == [p.train for p in expected.values()]
-    assert own("trainable: {lora: {}}\ntrain: {steps: 7}").train.steps == 7
-    assert own("trainable: {lora: {}}\ntrain: {steps: 7}", "train.steps=9").train.steps == 9
+    phases, expected = (dict(expand_phases(r)) for r in (user_recipe(two), shipped["pivotal_tuning"]))
+    assert [p.train for p in phases.values()] == [p.train for p in expected.values()]
+    assert user_recipe("trainable: {lora: {}}\ntrain: {steps: 7}").train.steps == 7
+    assert user_recipe("trainable: {lora: {}}\ntrain: {steps: 7}", "train.steps=9").train.steps == 9

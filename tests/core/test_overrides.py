@@ -68,11 +68,11 @@ def test_a_recipe_learns_from_the_folder_that_was_named(tmp_path, monkeypatch, n
     (tmp_path / name).mkdir()
     save(tmp_path / name / "a.png", scene(32, 32))
     settings = [f"subject.images={name}", f"output={name}/mug.concept", "sources.mine.kind=folder"]
-    found = load("textual_inversion", [*settings, f"sources.mine.images={name}"])
-    assert found.subject is not None and found.output is not None
-    for images in (found.subject.images, found.sources["mine"].images):  # type: ignore[union-attr]
+    recipe = load("textual_inversion", [*settings, f"sources.mine.images={name}"])
+    assert recipe.subject is not None and recipe.output is not None
+    for images in (recipe.subject.images, recipe.sources["mine"].images):  # type: ignore[union-attr]
         assert read_subject(images).images[0].samefile(tmp_path / name / "a.png")  # type: ignore[arg-type]
-    assert check_output(found.output).parent.samefile(tmp_path / name)
+    assert check_output(recipe.output).parent.samefile(tmp_path / name)
 
 
 def test_several_files_are_a_list_unless_a_file_is_called_so(tmp_path, monkeypatch) -> None:
@@ -120,11 +120,11 @@ class Settings(Part):
 
 
 def test_what_is_not_only_text_is_yaml() -> None:
-    found = parse_overrides(
+    parsed = parse_overrides(
         ["parts.x.amount=1e-4", "parts.x.words=[a, 1]", "parts={y: {kind: two}}", "no.such=1"], Settings
     )
-    assert found["parts"]["y"] == {"kind": "two"} and found["no"] == {"such": 1}
-    assert found["parts"]["x"] == {"amount": 1e-4, "words": ["a", 1]}
+    assert parsed["parts"]["y"] == {"kind": "two"} and parsed["no"] == {"such": 1}
+    assert parsed["parts"]["x"] == {"amount": 1e-4, "words": ["a", 1]}
     assert parse_overrides(["parts.x.place=1: 2"], Settings) == {"parts": {"x": {"place": "1: 2"}}}
 
 
@@ -150,12 +150,12 @@ def test_a_path_is_expanded_once(home) -> None:
 def test_every_path_of_a_recipe_is_expanded(home) -> None:
     (home / "own.yaml").write_text("trainable: {tokens: {lr: 0.1}}\nsubject: {masks: ~/masks}\n")
     keys = ("subject.images", "subject.captions", "output", "backbone", "sources.mine.images")
-    found = load(
+    recipe = load(
         "~/own.yaml", ["sources.mine.kind=folder", "modifier.kind=learnable_token", *(f"{k}=~/x" for k in keys)]
     )
-    assert found.subject is not None and found.subject.masks == home / "masks"
-    assert found.subject.images == found.subject.captions == found.output == home / "x"
-    assert found.backbone == str(home / "x") and found.sources["mine"].images == home / "x"  # type: ignore[union-attr]
+    assert recipe.subject is not None and recipe.subject.masks == home / "masks"
+    assert recipe.subject.images == recipe.subject.captions == recipe.output == home / "x"
+    assert recipe.backbone == str(home / "x") and recipe.sources["mine"].images == home / "x"  # type: ignore[union-attr]
     listed = load("textual_inversion", ["subject.images=[~/a.png, b.png]"]).subject
     assert listed is not None and listed.images == (home / "a.png", Path("b.png"))
 

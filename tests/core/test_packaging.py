@@ -17,8 +17,8 @@ PINS = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitline
 
 def test_every_package_is_listed_by_name():
     tops = [p for p in ROOT.iterdir() if p.name in ("shared", "configs") or p.name.startswith("pcs_")]
-    found = [p.parent.relative_to(ROOT) for top in tops for p in top.rglob("__init__.py")]
-    assert sorted(".".join(p.parts) for p in found) == sorted(PROJECT["tool"]["setuptools"]["packages"])
+    packages = [p.parent.relative_to(ROOT) for top in tops for p in top.rglob("__init__.py")]
+    assert sorted(".".join(p.parts) for p in packages) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_the_data_that_code_reads_is_shipped():

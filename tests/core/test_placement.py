@@ -18,7 +18,7 @@ SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
 
 
 @pytest.mark.parametrize(
-    ("present", "wanted", "budget", "pinned", "leave"),
+    ("present", "needed", "budget", "pinned", "leave"),
     [
         ([], "transformer", 30, [], []),
         (["text_encoder", "text_encoder_2"], "transformer", 36, [], []),
@@ -32,8 +32,8 @@ SIZES = {"transformer": 24, "text_encoder_2": 10, "text_encoder": 1, "vae": 1}
         (["vae", "text_encoder"], "transformer", 5, [], ["vae", "text_encoder"]),
     ],
 )
-def test_the_least_recently_used_leave_and_no_more_than_must(present, wanted, budget, pinned, leave):
-    assert to_evict(present, SIZES, wanted, budget, pinned) == leave
+def test_the_least_recently_used_leave_and_no_more_than_must(present, needed, budget, pinned, leave):
+    assert to_evict(present, SIZES, needed, budget, pinned) == leave
 
 
 def test_a_network_larger_than_the_device_is_refused_with_both_sizes():

@@ -12,16 +12,16 @@ from shared.prompts import Templates, check_named, expand, names_in, without
 from shared.prompts.templates import SETS
 from shared.types import Example
 
-NAMINGS = {"my-mug": PlaceholderBase("my-mug", "<my-mug> <my-mug>_1 mug"), "spin": PlaceholderBase("spin", "")}
+PLACEHOLDERS = {"my-mug": PlaceholderBase("my-mug", "<my-mug> <my-mug>_1 mug"), "spin": PlaceholderBase("spin", "")}
 
 
 def example(caption: str = "", role="instance", owner: str = "my-mug") -> Example:
     return Example(torch.zeros(3, 2, 2), caption, (owner,), role, user_caption=bool(caption))
 
 
-def captioned(part: Templates, given: Example, seed: int = 0, words: str = "sks mug", noun: str = "mug") -> str:
-    names = {given.owner: words}, {given.owner: noun}
-    return part(given, torch.Generator().manual_seed(seed), *names).caption
+def captioned(part: Templates, before: Example, seed: int = 0, words: str = "sks mug", noun: str = "mug") -> str:
+    names = {before.owner: words}, {before.owner: noun}
+    return part(before, torch.Generator().manual_seed(seed), *names).caption
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -32,14 +32,14 @@ def test_names_in_order_each_once():
 
 
 def test_a_name_becomes_its_words_and_one_without_words_nothing():
-    assert expand("a <my-mug> <spin> on  the beach", NAMINGS) == "a <my-mug> <my-mug>_1 mug on the beach"
-    assert expand("two <my-mug>s", NAMINGS) == "two <my-mug> <my-mug>_1 mugs"
+    assert expand("a <my-mug> <spin> on  the beach", PLACEHOLDERS) == "a <my-mug> <my-mug>_1 mug on the beach"
+    assert expand("two <my-mug>s", PLACEHOLDERS) == "two <my-mug> <my-mug>_1 mugs"
     assert expand("no name", {}) == "no name"
 
 
 def test_an_unknown_name_lists_what_is_loaded():
     with pytest.raises(ValueError, match="names <mug>, which is not loaded; loaded concepts: <my-mug>, <spin>"):
-        expand("a <mug>", NAMINGS)
+        expand("a <mug>", PLACEHOLDERS)
     with pytest.raises(ValueError, match="loaded concepts: none"):
         expand("a <mug>", {})
 
@@ -62,7 +62,7 @@ def test_a_loaded_subject_must_be_named_and_a_style_need_not():
 
 
 @pytest.mark.parametrize(
-    ("caption", "said"),
+    ("caption", "expected"),
     [
         ("a <my-mug> by the sea", "a sks mug by the sea"),
         ("{concept} by the sea", "sks mug by the sea"),
@@ -73,8 +73,8 @@ def test_a_loaded_subject_must_be_named_and_a_style_need_not():
         ("the {class_noun} <my-mug>", "the mug sks mug"),
     ],
 )
-def test_a_user_s_caption_is_kept_with_the_concept_in_it(caption, said):
-    assert captioned(Templates(set="subject"), example(caption)) == said
+def test_a_user_s_caption_is_kept_with_the_concept_in_it(caption, expected):
+    assert captioned(Templates(set="subject"), example(caption)) == expected
 
 
 def test_a_caption_without_a_class_noun_has_the_concept_in_front():
@@ -124,6 +124,6 @@ def test_class_pictures_keep_their_caption_or_are_called_by_their_class():
 
 
 def test_the_picture_and_its_mask_pass_untouched():
-    given = example("a mug")
-    made = Templates()(given, torch.Generator().manual_seed(0), {given.owner: "sks mug"}, {given.owner: "mug"})
-    assert made.pixels is given.pixels and made.owner == given.owner and given.caption == "a mug"
+    before = example("a mug")
+    made = Templates()(before, torch.Generator().manual_seed(0), {before.owner: "sks mug"}, {before.owner: "mug"})
+    assert made.pixels is before.pixels and made.owner == before.owner and before.caption == "a mug"

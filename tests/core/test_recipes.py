@@ -25,7 +25,7 @@ def phases(recipe: Recipe) -> dict[str, Recipe]:
 
 
 @pytest.fixture
-def own(tmp_path):
+def user_recipe(tmp_path):
     """Writes a recipe file of one's own and loads it."""
 
     def make(text: str, *overrides: str) -> Recipe:
@@ -79,7 +79,7 @@ def test_every_shipped_recipe_links_its_papers_at_the_top_and_says_where_it_stan
     assert place.modifier and place.trains
 
 
-def test_where_a_recipe_stands_follows_from_its_parts(own):
+def test_where_a_recipe_stands_follows_from_its_parts(user_recipe):
     text = """
 taxonomy: {concept: [face], augmentation: in my own words}
 modifier: {kind: learnable_token, vectors: 3}
@@ -94,7 +94,7 @@ phases:
     prompts: {set: subject, templates: [], drop: 0.0}
     regularize: {near: {kind: prior_prediction}}
 """
-    place = taxonomy_of(own(text))
+    place = taxonomy_of(user_recipe(text))
     assert (place.scheme, place.concept, place.modifier) == ("test-time fine-tuning", ("face",), "learnable tokens")
     assert place.trains == "token embeddings, then DoRA on cross-attention K/V"
     assert place.prompt_engineering == "one template, some empty, template captions"
@@ -133,7 +133,7 @@ def test_a_path_is_the_same_recipe_as_its_name():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("trane: {steps: 3}", "mine.yaml: recipe: unknown key 'trane'. Did you mean 'train'?"),
         ("train: {step: 3}", "train: unknown key 'step'. Did you mean 'steps'?"),
@@ -152,10 +152,10 @@ def test_a_path_is_the_same_recipe_as_its_name():
         ("prompts: {templates: [a photo]}", "has no {concept}"),
     ],
 )
-def test_a_wrong_file_names_the_place(own, text, said):
+def test_a_wrong_file_names_the_place(user_recipe, text, message):
     with pytest.raises(ValueError) as error:
-        own(text)
-    assert said in str(error.value)
+        user_recipe(text)
+    assert message in str(error.value)
 
 
 def test_values_of_the_wrong_kind_on_the_command_line():
@@ -171,16 +171,16 @@ def test_values_of_the_wrong_kind_on_the_command_line():
 
 
 def test_the_toybox_overlay_is_laid_on_the_toybox_only():
-    there = load("dreambooth_lora")
+    on_toybox = load("dreambooth_lora")
     elsewhere = load("dreambooth_lora", [ELSEWHERE])
     plain = validate(Recipe, {**read_yaml(recipe_files("image")["dreambooth_lora"]), "method": "dreambooth_lora"})
     assert elsewhere == plain.model_copy(update={"backbone": "some/folder"})
-    assert there.train.resolution == 64 and elsewhere.train.resolution is None
-    assert there.trainable["lora"] != elsewhere.trainable["lora"]
-    assert there.trainable["lora"].rank == elsewhere.trainable["lora"].rank
+    assert on_toybox.train.resolution == 64 and elsewhere.train.resolution is None
+    assert on_toybox.trainable["lora"] != elsewhere.trainable["lora"]
+    assert on_toybox.trainable["lora"].rank == elsewhere.trainable["lora"].rank
 
 
-def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypatch):
+def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, monkeypatch):
     rules = {
         "common": {"train": {"steps": 7, "batch_size": 3}},
         "by_kind": {"trainable": {"lora": {"lr": 0.5}, "tokens": {"lr": 0.25}}},
@@ -189,9 +189,9 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     (tmp_path / "overlays").mkdir()
     (tmp_path / "overlays" / "toybox.yaml").write_text(yaml.safe_dump(rules))
     monkeypatch.setattr(shared.recipe.overlay, "config_folder", lambda: tmp_path)
-    said = "{a: {trainable: {t: {kind: tokens}}}, b: {train: {steps: 2}}}"
-    text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + said
-    recipe = own(text, "backbone=toybox")
+    phases_text = "{a: {trainable: {t: {kind: tokens}}}, b: {train: {steps: 2}}}"
+    text = "trainable: {first: {kind: lora}, lora: {rank: 2}}\nphases: " + phases_text
+    recipe = user_recipe(text, "backbone=toybox")
     assert [recipe.trainable[k].lr for k in ("first", "lora")] == [0.5, 0.5] and recipe.trainable["lora"].rank == 2
     assert (recipe.train.steps, recipe.train.batch_size, recipe.seed) == (7, 3, 0), "recipes: the shipped ones'"
     assert Rules.read("toybox", "image", {}).of(read_yaml(tmp_path / "mine.yaml"), ["mine"])["train"] == {
@@ -201,11 +201,11 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(own, tmp_path, monkeypat
     a, b = phases(recipe).values()
     assert a.trainable["t"].lr == 0.25 and set(b.trainable) == {"first", "lora"}
     assert (a.train.steps, b.train.steps) == (7, 2), "a phase outranks what is common"
-    assert own(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
-    assert own(text).train.batch_size == 1
+    assert user_recipe(text, "backbone=toybox", "trainable.lora.lr=0.125").trainable["lora"].lr == 0.125
+    assert user_recipe(text).train.batch_size == 1
 
 
-def test_the_overlay_lies_under_a_file_of_one_s_own(own):
+def test_the_overlay_lies_under_a_file_of_one_s_own(user_recipe):
     """Its rates, roles, batch size and prompts are what was written; what it leaves open is the small world's."""
     text = """
 trainable: {lora: {lr: 3.0e-4, roles: [cross_attention]}, second: {kind: lora, rank: 2}, tokens: {}}
@@ -214,7 +214,7 @@ phases:
   one: {trainable: {lora: {rank: 2}}}
   two: {trainable: {more: {kind: tokens, lr: 0.5}, last: {kind: lora}}}
 """
-    recipe = own(text, "backbone=toybox")
+    recipe = user_recipe(text, "backbone=toybox")
     assert recipe.trainable["lora"].lr == 3e-4 and recipe.trainable["lora"].roles == ("cross_attention",)
     assert (recipe.train.batch_size, recipe.train.validation.every) == (2, 7) and recipe.train.resolution == 64
     assert recipe.train.validation.prompts == ("a {concept}",) and list(recipe.trainable) == [
@@ -227,42 +227,45 @@ phases:
     one, two = phases(recipe).values()
     assert one.trainable["lora"].lr == 3e-4 and one.trainable["lora"].rank == 2, "the file's base outranks the overlay"
     assert two.trainable["more"].lr == 0.5 and two.trainable["last"].lr == shipped.lr
-    assert own(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
+    assert user_recipe(text, "backbone=toybox", "trainable.second.lr=0.25").trainable["second"].lr == 0.25
 
 
-def test_the_overlay_reaches_parts_that_come_from_the_command_line(own):
-    there = load("dreambooth_lora").trainable["lora"]
+def test_the_overlay_reaches_parts_that_come_from_the_command_line(user_recipe):
+    shipped = load("dreambooth_lora").trainable["lora"]
     added = load("textual_inversion", ["trainable.lora.rank=4"]).trainable["lora"]
-    assert (added.rank, added.lr, added.roles) == (4, there.lr, there.roles)
+    assert (added.rank, added.lr, added.roles) == (4, shipped.lr, shipped.roles)
     assert load("textual_inversion", ["trainable.lora.lr=0.5"]).trainable["lora"].lr == 0.5
     swapped = load("textual_inversion", ["trainable.tokens.kind=lora"]).trainable["tokens"]
-    assert swapped.kind == "lora" and swapped.lr == there.lr
+    assert swapped.kind == "lora" and swapped.lr == shipped.lr
     assert (
-        own("trainable: {x: {kind: tokens}}", "backbone=toybox", "trainable.x.kind=lora").trainable["x"].lr == there.lr
+        user_recipe("trainable: {x: {kind: tokens}}", "backbone=toybox", "trainable.x.kind=lora").trainable["x"].lr
+        == shipped.lr
     )
 
 
-@pytest.mark.parametrize("turn", [1, -1], ids=["as said", "the other way round"])
-def test_overrides_count_in_any_order_also_beside_a_kind(own, turn):
-    def said(*overrides: str) -> Recipe:
-        return own("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
+@pytest.mark.parametrize("turn", [1, -1], ids=["as given", "the other way round"])
+def test_overrides_count_in_any_order_also_beside_a_kind(user_recipe, turn):
+    def loaded(*overrides: str) -> Recipe:
+        return user_recipe("regularize: {prior: {kind: embedding_anchor}}", *overrides[::turn])
 
-    assert said("trainable.x.lr=0.5", "trainable.x.kind=tokens").trainable["x"].lr == 0.5
-    assert said("regularize.prior.weight=5", "regularize.prior.kind=prior_prediction").regularize["prior"].weight == 5
-    assert said("noise.offset=0.1", "noise.kind=uniform").noise.offset == 0.1
-    noise = said("noise.offset=0.1", "noise.kind=logit_normal", "noise.std=2").noise
+    assert loaded("trainable.x.lr=0.5", "trainable.x.kind=tokens").trainable["x"].lr == 0.5
+    assert loaded("regularize.prior.weight=5", "regularize.prior.kind=prior_prediction").regularize["prior"].weight == 5
+    assert loaded("noise.offset=0.1", "noise.kind=uniform").noise.offset == 0.1
+    noise = loaded("noise.offset=0.1", "noise.kind=logit_normal", "noise.std=2").noise
     assert (noise.kind, noise.offset, noise.std) == ("logit_normal", 0.1, 2)
-    assert own("noise: {offset: 0.2}", "noise.kind=uniform").noise.offset == 0.2, "the same kind: nothing is stale"
-    assert own("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
+    assert user_recipe("noise: {offset: 0.2}", "noise.kind=uniform").noise.offset == 0.2, (
+        "the same kind: nothing is stale"
+    )
+    assert user_recipe("prompts: {set: style}", "prompts.kind=templates").prompts.set == "style"
 
 
-def test_a_part_s_kind_in_a_phase_and_on_the_command_line(own):
+def test_a_part_s_kind_in_a_phase_and_on_the_command_line(user_recipe):
     text = "noise: {offset: 0.2}\nphases: {a: {noise: {kind: uniform}}, b: {noise: {kind: logit_normal, std: 2}}}"
-    a, b = phases(own(text)).values()
+    a, b = phases(user_recipe(text)).values()
     assert a.noise.offset == 0.2 and b.noise.std == 2
-    a, b = phases(own(text, "noise.offset=0.3")).values()
+    a, b = phases(user_recipe(text, "noise.offset=0.3")).values()
     assert (a.noise.offset, b.noise.offset, b.noise.std) == (0.3, 0.3, 2)
-    a, b = phases(own(text, "noise.kind=uniform")).values()
+    a, b = phases(user_recipe(text, "noise.kind=uniform")).values()
     assert b.noise.kind == "uniform" == a.noise.kind and a.noise.offset == 0.2
 
 
@@ -273,28 +276,28 @@ def test_the_user_outranks_the_file():
     assert other.regularize["prior"].kind == "prior_prediction" and set(other.sources) == {"references"}
 
 
-def test_a_slot_of_one_part_needs_no_kind(own):
-    assert own("seed: 1", "noise.offset=0.1").noise.model_dump() == {
+def test_a_slot_of_one_part_needs_no_kind(user_recipe):
+    assert user_recipe("seed: 1", "noise.offset=0.1").noise.model_dump() == {
         "kind": "uniform",
         "low": 0.0,
         "high": 1.0,
         "offset": 0.1,
     }
-    assert own("seed: 1", "modifier.token=ohwx").modifier.token == "ohwx"
-    assert own("seed: 1", "noise.kind=logit_normal", "noise.shift=3").noise.shift == 3
+    assert user_recipe("seed: 1", "modifier.token=ohwx").modifier.token == "ohwx"
+    assert user_recipe("seed: 1", "noise.kind=logit_normal", "noise.shift=3").noise.shift == 3
 
 
-def test_a_source_that_is_added_joins_the_references(own):
-    recipe = own("seed: 1", "regularize.prior.kind=prior_preservation", "sources.class_pictures.kind=generated")
+def test_a_source_that_is_added_joins_the_references(user_recipe):
+    recipe = user_recipe("seed: 1", "regularize.prior.kind=prior_preservation", "sources.class_pictures.kind=generated")
     assert set(recipe.sources) == {"references", "class_pictures"}
 
 
-def test_prior_preservation_without_class_pictures_is_an_error(own):
+def test_prior_preservation_without_class_pictures_is_an_error(user_recipe):
     with pytest.raises(ValueError, match=r"regularize\.prior needs class pictures: add sources"):
-        own("regularize: {prior: {kind: prior_preservation}}")
+        user_recipe("regularize: {prior: {kind: prior_preservation}}")
     with pytest.raises(ValueError, match=r"phases\.b: .*regularize\.prior needs class pictures"):
-        own("phases: {a: {}, b: {regularize: {prior: {kind: prior_preservation}}}}")
-    assert own(
+        user_recipe("phases: {a: {}, b: {regularize: {prior: {kind: prior_preservation}}}}")
+    assert user_recipe(
         "regularize: {prior: {kind: prior_preservation}}\nsources: {references: {}, mine: {kind: folder, images: x}}"
     )
 
@@ -302,30 +305,30 @@ def test_prior_preservation_without_class_pictures_is_an_error(own):
 # --- phases ----------------------------------------------------------------------------------
 
 
-def test_a_recipe_without_phases_is_one_phase(own):
-    recipe = own("trainable: {lora: {}}")
+def test_a_recipe_without_phases_is_one_phase(user_recipe):
+    recipe = user_recipe("trainable: {lora: {}}")
     assert phases(recipe) == {"tune": recipe}
-    assert own(TWO, "phases=null").phases == {} and own(TWO, "regularize=null").regularize == {}
-    assert set(phases(own("train: {steps: 3}\nphases:\n  one:\n  two: {train: {steps: 4}}"))) == {"one", "two"}
+    assert user_recipe(TWO, "phases=null").phases == {} and user_recipe(TWO, "regularize=null").regularize == {}
+    assert set(phases(user_recipe("train: {steps: 3}\nphases:\n  one:\n  two: {train: {steps: 4}}"))) == {"one", "two"}
 
 
-def test_a_phase_is_laid_on_the_recipe(own):
-    first, second = phases(own(TWO)).values()
+def test_a_phase_is_laid_on_the_recipe(user_recipe):
+    first, second = phases(user_recipe(TWO)).values()
     assert set(first.trainable) == {"tokens"} and set(second.trainable) == {"tokens", "lora"}
     assert set(first.regularize) == {"anchor"} and set(second.regularize) == {"prior"}, "null takes a part away"
     assert (first.train.steps, second.train.steps, second.train.batch_size) == (4, 6, 2)
     assert first.modifier == second.modifier
 
 
-def test_the_user_outranks_a_phase(own):
-    first, second = phases(own(TWO, "train.steps=1", "train.batch_size=5")).values()
+def test_the_user_outranks_a_phase(user_recipe):
+    first, second = phases(user_recipe(TWO, "train.steps=1", "train.batch_size=5")).values()
     assert (first.train.steps, second.train.steps, first.train.batch_size) == (1, 1, 5)
-    first, second = phases(own(TWO, "phases.second.train.steps=1")).values()
+    first, second = phases(user_recipe(TWO, "phases.second.train.steps=1")).values()
     assert (first.train.steps, second.train.steps) == (4, 1)
 
 
-def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(own):
-    first, second = phases(own(TWO, "trainable.lora.rank=2", "regularize.prior.weight=0.5")).values()
+def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(user_recipe):
+    first, second = phases(user_recipe(TWO, "trainable.lora.rank=2", "regularize.prior.weight=0.5")).values()
     assert set(first.trainable) == {"tokens"} and second.trainable["lora"].rank == 2
     assert second.trainable["lora"].lr == 1e-4 and second.regularize["prior"].weight == 0.5
     assert set(first.regularize) == {"anchor"}
@@ -334,34 +337,34 @@ def test_a_setting_of_a_part_that_one_phase_has_stays_in_that_phase(own):
     assert set(shipped["pivot"].trainable) == {"tokens"}
 
 
-def test_a_part_that_a_phase_took_away_is_not_brought_back(own):
-    first, second = phases(own(TWO, "regularize.anchor.weight=0.7")).values()
+def test_a_part_that_a_phase_took_away_is_not_brought_back(user_recipe):
+    first, second = phases(user_recipe(TWO, "regularize.anchor.weight=0.7")).values()
     assert first.regularize["anchor"].weight == 0.7 and "anchor" not in second.regularize
 
 
-def test_the_user_changes_the_kind_of_a_phase_s_part(own):
+def test_the_user_changes_the_kind_of_a_phase_s_part(user_recipe):
     text = TWO.replace("prior: {kind: prior_prediction, weight: 1.0}", "prior: {kind: prior_prediction, weight: 3.0}")
-    second = phases(own(text, "regularize.prior.kind=embedding_anchor"))["second"]
+    second = phases(user_recipe(text, "regularize.prior.kind=embedding_anchor"))["second"]
     assert second.regularize["prior"].kind == "embedding_anchor" and second.regularize["prior"].weight == 1e-5
-    assert "prior" not in phases(own(text, "regularize.prior=null"))["second"].regularize
+    assert "prior" not in phases(user_recipe(text, "regularize.prior=null"))["second"].regularize
 
 
-def test_a_part_that_is_new_goes_to_every_phase(own):
-    first, second = phases(own(TWO, "trainable.more.kind=lora", "trainable.more.rank=2")).values()
+def test_a_part_that_is_new_goes_to_every_phase(user_recipe):
+    first, second = phases(user_recipe(TWO, "trainable.more.kind=lora", "trainable.more.rank=2")).values()
     assert first.trainable["more"].rank == second.trainable["more"].rank == 2
 
 
-def test_a_wrong_key_inside_a_phase_is_found_at_load(own):
+def test_a_wrong_key_inside_a_phase_is_found_at_load(user_recipe):
     with pytest.raises(ValueError, match=r"phases\.second: trainable\.lora: unknown key 'rnk'. Did you mean 'rank'"):
-        own(TWO.replace("rank: 16", "rnk: 16"))
+        user_recipe(TWO.replace("rank: 16", "rnk: 16"))
     with pytest.raises(ValueError, match=r"phases\.first: train\.steps = -1"):
-        own(TWO, "phases.first.train.steps=-1")
+        user_recipe(TWO, "phases.first.train.steps=-1")
 
 
 @pytest.mark.parametrize("key", ["modifier: {kind: plain_text}", "backbone: x", "phases: {}", "name: x"])
-def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(own, key):
+def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(user_recipe, key):
     with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": this is the same in all phases"):
-        own(f"phases: {{a: {{{key}}}}}")
+        user_recipe(f"phases: {{a: {{{key}}}}}")
 
 
 def test_slots_are_found_by_their_type():

@@ -161,8 +161,8 @@ def test_a_model_without_motion_modules_lists_the_roles_that_it_has(sd: StableDi
 def test_the_whole_denoiser_is_every_parameter_whatever_wraps_it(backbone: Any) -> None:
     (group,) = backbone.group("denoiser.all")
     network, before = backbone.denoiser, backbone.group("denoiser.all")
-    own = {f"{m}.{n}" for m in group.modules for n, _ in network.get_submodule(m).named_parameters(recurse=False)}
-    assert own == {n for n, _ in network.named_parameters()}
+    grouped = {f"{m}.{n}" for m in group.modules for n, _ in network.get_submodule(m).named_parameters(recurse=False)}
+    assert grouped == {n for n, _ in network.named_parameters()}
     targets = list(backbone.group("attention")[0].modules)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets), network)
     assert backbone.group("denoiser.all") == before

@@ -25,31 +25,31 @@ def photos(folder: Path, *sizes: tuple[int, int]) -> Path:
     return folder
 
 
-def said(folder: Path, **given) -> list[str]:
+def warned(folder: Path, **settings) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        read_subject(folder, **given)
+        read_subject(folder, **settings)
     return [str(w.message) for w in caught]
 
 
 def test_pictures_without_what_others_have_are_named(tmp_path: Path) -> None:
-    own = photos(tmp_path / "photos", (32, 32), (32, 32), (32, 32))
-    assert said(own) == []
+    images = photos(tmp_path / "photos", (32, 32), (32, 32), (32, 32))
+    assert warned(images) == []
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "1.txt").write_text("on a table")
-    (own / "masks").mkdir()
+    (images / "masks").mkdir()
     for name in ("0.png", "1.png"):
-        Image.new("L", (32, 32), 255).save(own / "masks" / name)
-    captions, masks = said(own, captions=tmp_path / "words")
+        Image.new("L", (32, 32), 255).save(images / "masks" / name)
+    captions, masks = warned(images, captions=tmp_path / "words")
     assert captions.startswith("2 of 3 pictures have no caption: 0.png, 2.png; ")
     assert masks.startswith("1 of 3 pictures have no mask: 2.png; ")
     cut = Image.fromarray(scene(32, 32))
     cut.putalpha(Image.fromarray(np.eye(32, dtype=np.uint8) * 255))
-    cut.save(own / "2.png")
-    assert said(own) == [], "its transparency is its mask"
-    (own / "2.txt").write_text("  ")
-    (own / "0.txt").write_text("in the snow")
-    assert said(own)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), "an empty one is none"
+    cut.save(images / "2.png")
+    assert warned(images) == [], "its transparency is its mask"
+    (images / "2.txt").write_text("  ")
+    (images / "0.txt").write_text("in the snow")
+    assert warned(images)[0].startswith("2 of 3 pictures have no caption: 1.png, 2.png; "), "an empty one is none"
 
 
 @pytest.mark.parametrize(("size", "lost"), [((800, 40), 95), ((90, 160), 44), ((40, 62), 35)])

@@ -276,9 +276,9 @@ def test_strengths_as_they_are_written() -> None:
         with pytest.raises(ValueError, match=r"is no strength by step; write NAME=STRENGTH@FRACTION"):
             StrengthSchedule.parse(text)
     for text in ("my-mug=1@2", "my-mug=nan@0"):
-        with pytest.raises(ValueError, match="fractions of the steps") as told:
+        with pytest.raises(ValueError, match="fractions of the steps") as refused:
             StrengthSchedule.parse(text)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(refused.value)
 
 
 class Later(SamplingHookBase):

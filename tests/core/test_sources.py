@@ -143,8 +143,8 @@ def test_folder_of_class_pictures(tmp_path: Path) -> None:
         ("a mug on a shelf", True, "prior", "my-mug"),
         ("a photo of a mug", True, "prior", "my-mug"),
     ]
-    own = list(Folder(images=str(real), role="instance").examples(context(tmp_path)))
-    assert [(e.caption, e.user_caption, e.role) for e in own][1:] == [("", False, "instance")] * 2
+    examples = list(Folder(images=str(real), role="instance").examples(context(tmp_path)))
+    assert [(e.caption, e.user_caption, e.role) for e in examples][1:] == [("", False, "instance")] * 2
     filled = list(Folder(images=str(real), prompt="photo of a {class_noun}").examples(context(tmp_path)))
     assert [e.caption for e in filled] == ["a mug on a shelf", "photo of a mug", "photo of a mug"]
     two = context(tmp_path, subjects={"a": Subject((), "mug"), "b": Subject(())})

@@ -19,16 +19,16 @@ def measured():
     tools = load_toybox()
     scenes = fresh_scenes(64, 5)
     pixels = torch.as_tensor(render_all(scenes)).float()
-    said = [caption(scene, np.random.default_rng(i), full=True) for i, scene in enumerate(scenes)]
+    captions = [caption(scene, np.random.default_rng(i), full=True) for i, scene in enumerate(scenes)]
     scorer = Scorer(pixels[:2], Instruments(tools.text_image, tools.identity))
-    return scorer.measure(pixels, said).scores, scorer.measure(pixels, said[1:] + said[:1]).scores
+    return scorer.measure(pixels, captions).scores, scorer.measure(pixels, captions[1:] + captions[:1]).scores
 
 
 def test_the_toybox_clip_s_scores_stay_below_one_and_tell_the_caption(measured):
-    own, other = (torch.tensor(scores["text"]) for scores in measured)
-    assert float(own.max()) < 0.95, "no picture is at the end of the scale"
-    assert float(own.mean()) > float(other.mean()) + 0.15
-    assert len(own.unique()) > 40
+    matching, other = (torch.tensor(scores["text"]) for scores in measured)
+    assert float(matching.max()) < 0.95, "no picture is at the end of the scale"
+    assert float(matching.mean()) > float(other.mean()) + 0.15
+    assert len(matching.unique()) > 40
 
 
 def test_it_is_the_cosine_where_that_is_positive(measured):

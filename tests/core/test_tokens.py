@@ -16,7 +16,7 @@ from shared.backbones.tokens import END, same_embeddings
 from shared.types import SiteContext
 
 
-class TestNaming:
+class FixedPlaceholder:
     """Tokens whose rows come from a function of (component, t, site)."""
 
     __test__ = False
@@ -88,7 +88,7 @@ def test_overlay_equals_a_really_resized_clip(tiny_sd: Any) -> None:
     text = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
     expected = model(text.input_ids)[0]
     backbone = StableDiffusionBackbone(tiny_sd)
-    backbone.add_placeholder(TestNaming("my-mug", TOKENS, lambda c, t, s: rows[c]))
+    backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
     got = backbone.encode(PROMPTS)
     assert torch.allclose(got.context, expected, atol=1e-5)
     assert got.token_positions["my-mug"].sum(1).tolist() == [3, 0]
@@ -107,7 +107,7 @@ def test_overlay_equals_really_resized_encoders_of_flux(tiny_flux: Any, legacy_e
     if legacy_eos:  # OpenAI's configuration pools where the id is largest: an added token would take that place
         tiny_flux.text_encoder.eos_token_id = 2
     backbone = FluxBackbone(tiny_flux)
-    backbone.add_placeholder(TestNaming("my-mug", TOKENS, lambda c, t, s: rows[c]))
+    backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
     got = backbone.encode(PROMPTS)
     assert torch.allclose(got.context, context, atol=1e-5)
     assert torch.allclose(got.pooled, pooled, atol=1e-5)
@@ -116,7 +116,7 @@ def test_overlay_equals_really_resized_encoders_of_flux(tiny_flux: Any, legacy_e
 
 def test_gradients_reach_the_rows_and_nothing_else(sd: StableDiffusionBackbone) -> None:
     row = nn.Parameter(torch.randn(1, 16))
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: row))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: row))
     before = copy.deepcopy(sd.components["text_encoder"].state_dict())
     prediction = sd.predict(torch.randn(1, 4, 8, 8), torch.tensor(10), sd.encode(["a photo of <x>"]))
     prediction.square().mean().backward()
@@ -127,11 +127,11 @@ def test_gradients_reach_the_rows_and_nothing_else(sd: StableDiffusionBackbone) 
 
 def test_rows_per_sample(sd: StableDiffusionBackbone) -> None:
     rows = torch.randn(2, 1, 16)
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows))
     both = sd.encode(["a <x>", "a <x>"]).context
     sd.remove("x")
     for i in range(2):
-        sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s, i=i: rows[i]))
+        sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s, i=i: rows[i]))
         assert torch.allclose(sd.encode(["a <x>"]).context[0], both[i], atol=1e-6)
         sd.remove("x")
 
@@ -141,8 +141,8 @@ def test_removing_restores_tokenizer_repr_and_outputs(sd: StableDiffusionBackbon
     tokenizer, text = sd.tokens.current["text_encoder"], repr(sd.components["text_encoder"])
     vocabulary, before = len(tokenizer), sd.encode(prompts).context
     rows = fixed(3)
-    sd.add_placeholder(TestNaming("my-mug", TOKENS, lambda c, t, s: rows[c]))
-    sd.add_placeholder(TestNaming("b", ("<b>",), lambda c, t, s: rows[c][:1]))
+    sd.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))
+    sd.add_placeholder(FixedPlaceholder("b", ("<b>",), lambda c, t, s: rows[c][:1]))
     changed = sd.encode(prompts).context
     assert not torch.equal(changed, before)
     sd.remove("b")
@@ -155,10 +155,10 @@ def test_removing_restores_tokenizer_repr_and_outputs(sd: StableDiffusionBackbon
 
 def test_tokens_are_matched_exactly(sd: StableDiffusionBackbone) -> None:
     rows = fixed(3)
-    sd.add_placeholder(TestNaming("a", ("<My-Mug>", "<my-mug>", "<my-mug>_1"), lambda c, t, s: rows[c]))
+    sd.add_placeholder(FixedPlaceholder("a", ("<My-Mug>", "<my-mug>", "<my-mug>_1"), lambda c, t, s: rows[c]))
     ids = sd.tokens.tokenize("text_encoder", ["<My-Mug> <my-mug>_1, <my-mug>"], torch.device("cpu")).ids[0].tolist()
-    wanted = sd.tokens.ids_of("text_encoder", ["<My-Mug>", "<my-mug>_1", "<my-mug>"])
-    assert [i for i in ids if i in wanted] == wanted
+    expected = sd.tokens.ids_of("text_encoder", ["<My-Mug>", "<my-mug>_1", "<my-mug>"])
+    assert [i for i in ids if i in expected] == expected
 
 
 REFUSED = [
@@ -171,16 +171,16 @@ REFUSED = [
 
 @pytest.mark.parametrize(("tokens", "message"), REFUSED)
 def test_tokens_that_cannot_be_added(sd: StableDiffusionBackbone, tokens: tuple[str, ...], message: str) -> None:
-    sd.add_placeholder(TestNaming("taken", ("<taken>",), lambda c, t, s: torch.zeros(1, 16)))
+    sd.add_placeholder(FixedPlaceholder("taken", ("<taken>",), lambda c, t, s: torch.zeros(1, 16)))
     with pytest.raises(ValueError, match=message):
-        sd.add_placeholder(TestNaming("new", tokens))
+        sd.add_placeholder(FixedPlaceholder("new", tokens))
     assert "new" not in sd.placeholders
     with pytest.raises(ValueError, match="already named"):
-        sd.add_placeholder(TestNaming("taken", ()))
+        sd.add_placeholder(FixedPlaceholder("taken", ()))
 
 
 def test_positions_of_plain_words(sd: StableDiffusionBackbone) -> None:
-    sd.add_placeholder(TestNaming("m", (), words="sks mug"))
+    sd.add_placeholder(FixedPlaceholder("m", (), words="sks mug"))
     got = sd.encode(["a sks mug and a sks mug", "a sks dog and a mug", "sks mug"])
     assert got.token_positions["m"].sum(1).tolist() == [4, 0, 2]
     assert got.token_positions["m"][0].nonzero().flatten().tolist() == [2, 3, 6, 7]
@@ -188,8 +188,8 @@ def test_positions_of_plain_words(sd: StableDiffusionBackbone) -> None:
 
 
 def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: torch.zeros(2, 16)))
-    with pytest.raises(ValueError, match=r"rows for text_encoder must be \[1, 16\]"):
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(2, 16)))
+    with pytest.raises(ValueError, match=r"vectors for text_encoder must be \[1, 16\]"):
         sd.encode(["<x>"])
 
 
@@ -214,7 +214,7 @@ def timed(c: str, t: Tensor | None, s: str | None) -> Tensor:
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_name_that_varies_with_time(family: str, request: pytest.FixtureRequest) -> None:
     backbone = request.getfixturevalue(family)
-    backbone.add_placeholder(TestNaming("x", ("<x>",), timed, ("time",)))
+    backbone.add_placeholder(FixedPlaceholder("x", ("<x>",), timed, ("time",)))
     assert backbone.varies_with(["a <x>"]) == {"time"} and backbone.varies_with(["a dog"]) == frozenset()
     with pytest.raises(ValueError, match="vary with time"):
         backbone.encode(["a <x>"])
@@ -244,10 +244,10 @@ def count_runs(backbone: StableDiffusionBackbone) -> tuple[list[int], Any]:
 def test_equal_rows_at_all_sites_are_the_plain_path(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=True)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: next(iter(rows.values()))))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: next(iter(rows.values()))))
     plain = sd.predict(x, t, sd.encode(["a <x>", "a dog"]))
     sd.remove("x")
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     runs, handle = count_runs(sd)
     conditioning = sd.encode(["a <x>", "a dog"])
     handle.remove()
@@ -259,7 +259,7 @@ def test_equal_rows_at_all_sites_are_the_plain_path(sd: StableDiffusionBackbone)
 def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     rows = by_site(sd, equal=False)
     seen: dict[str, Tensor] = {}
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     conditioning = sd.encode(["a <x>"])
     x, t = torch.randn(1, 4, 8, 8), torch.tensor(10)
     first = sd.predict(x, t, conditioning)
@@ -275,19 +275,19 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
         handle.remove()
     for site in sd.text_sites():
         sd.remove("x")  # oracle: the plain path with this site's rows alone
-        sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s, site=site: rows[site]))
+        sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s, site=site: rows[site]))
         context = sd.encode(["a <x>"]).context
         for leaf in ("to_k", "to_v"):
             assert torch.allclose(seen[f"{site}.{leaf}"], sd.unet.get_submodule(f"{site}.{leaf}")(context), atol=1e-6)
     swapped = dict(zip(sd.text_sites(), reversed(list(rows.values())), strict=True))
     sd.remove("x")
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: swapped[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: swapped[s or ""], ("site",)))
     assert not torch.allclose(sd.predict(x, t, sd.encode(["a <x>"])), first, atol=1e-5)
 
 
 def test_sites_that_start_equal_learn_apart(sd: StableDiffusionBackbone) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=True).items()}
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     sd.predict(torch.randn(1, 4, 8, 8), torch.tensor(10), sd.encode(["a <x>"])).square().mean().backward()
     gradients = [p.grad for p in rows.values()]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
@@ -296,7 +296,7 @@ def test_sites_that_start_equal_learn_apart(sd: StableDiffusionBackbone) -> None
 
 def test_gradient_checkpointing_sees_the_same_sites(sd: StableDiffusionBackbone) -> None:
     rows = {s: nn.Parameter(v) for s, v in by_site(sd, equal=False).items()}
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor(10)
 
     def gradients() -> list[Tensor]:
@@ -311,12 +311,12 @@ def test_gradient_checkpointing_sees_the_same_sites(sd: StableDiffusionBackbone)
         assert torch.allclose(a, b, atol=1e-7)
 
 
-def test_site_hooks_leave_with_the_last_naming(sd: StableDiffusionBackbone) -> None:
+def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: StableDiffusionBackbone) -> None:
     text = repr(sd.unet)
     rows = by_site(sd, equal=False)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor(10)
     before = sd.predict(x, t, sd.encode(["a dog"]))
-    sd.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: rows[s or ""], ("site",)))
     sd.predict(x, t, sd.encode(["a <x>"]))
     assert torch.equal(sd.predict(x, t, sd.encode(["a dog"])), before)
     sd.remove("x")
@@ -330,7 +330,7 @@ def test_keys_and_values_apart(sd: StableDiffusionBackbone, flux: FluxBackbone) 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))
 
-    sd.add_placeholder(TestNaming("m", (), words="sks mug", edit=edit))
+    sd.add_placeholder(FixedPlaceholder("m", (), words="sks mug", edit=edit))
     conditioning = sd.encode(["a sks mug"])
     assert not isinstance(conditioning.context, Tensor)
     one = conditioning.context[sd.text_sites()[0]]
@@ -340,7 +340,7 @@ def test_keys_and_values_apart(sd: StableDiffusionBackbone, flux: FluxBackbone) 
     edited = sd.predict(x, t, conditioning)
     sd.remove("m")
     assert not torch.equal(edited, sd.predict(x, t, sd.encode(["a sks mug"])))
-    flux.add_placeholder(TestNaming("m", (), words="sks mug", edit=edit))
+    flux.add_placeholder(FixedPlaceholder("m", (), words="sks mug", edit=edit))
     with pytest.raises(ValueError, match="flux has none"):
         flux.encode(["a sks mug"])
 
@@ -352,14 +352,14 @@ def test_site_and_time_together(sd: StableDiffusionBackbone) -> None:
         assert t is not None and s is not None
         return rows[s][None] * t[:, None, None] / 1000
 
-    sd.add_placeholder(TestNaming("x", ("<x>",), both, ("site", "time")))
+    sd.add_placeholder(FixedPlaceholder("x", ("<x>",), both, ("site", "time")))
     a, b = (sd.encode(["a <x>"], torch.tensor([t])).context for t in (100.0, 800.0))
     sites = sd.text_sites()
     assert not torch.allclose(a[sites[0]].key, b[sites[0]].key) and not torch.allclose(a[sites[0]].key, a[sites[1]].key)
 
 
 def test_flux_refuses_a_name_that_varies_with_site(flux: FluxBackbone) -> None:
-    flux.add_placeholder(TestNaming("x", ("<x>",), lambda c, t, s: torch.zeros(1, WIDTH[c]), ("site",)))
+    flux.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(1, WIDTH[c]), ("site",)))
     with pytest.raises(ValueError, match=r"'x'.*flux has none"):
         flux.encode(["a <x>"])
 
@@ -375,13 +375,13 @@ def test_same_rows_compares_memory_where_something_is_learned() -> None:
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_words_are_found_whole_and_everywhere(family: str, request: pytest.FixtureRequest) -> None:
     backbone, two = request.getfixturevalue(family), lambda c, t, s: fixed(2)[c]
-    backbone.add_placeholder(TestNaming("x", ("<x>", "<x>_1"), two, words="<x> <x>_1 mug"))
-    backbone.add_placeholder(TestNaming("a-mug", ("<a-mug>",), lambda c, t, s: fixed(1)[c]))
+    backbone.add_placeholder(FixedPlaceholder("x", ("<x>", "<x>_1"), two, words="<x> <x>_1 mug"))
+    backbone.add_placeholder(FixedPlaceholder("a-mug", ("<a-mug>",), lambda c, t, s: fixed(1)[c]))
     tokenizer = backbone.tokens.current[backbone.context_component]
     prompts = ("a photo of <x> <x>_1 mug, a Mug and a <a-mug> teapot", "xzq zqx  zq  mug", "a dog")
     ids = backbone.tokens.tokenize(backbone.context_component, prompts, torch.device("cpu")).ids
 
-    def found(words: str) -> list[list[str]]:
+    def words_at(words: str) -> list[list[str]]:
         positions = backbone.word_positions(prompts, words)
         assert (
             positions.shape == ids.shape == backbone.encode(prompts).context.shape[:2] and positions.dtype == torch.bool
@@ -389,16 +389,16 @@ def test_words_are_found_whole_and_everywhere(family: str, request: pytest.Fixtu
         read = [tokenizer.convert_ids_to_tokens(row[at].tolist()) for row, at in zip(ids, positions, strict=True)]
         return [[t.replace("</w>", "").replace("▁", "") for t in tokens] for tokens in read]
 
-    assert [[t.lower() for t in row if t] for row in found("mug")] == [
+    assert [[t.lower() for t in row if t] for row in words_at("mug")] == [
         ["mug", "mug"] if family == "sd" else ["mug", "m", "u", "g"],  # T5's vocabulary has no capitals here
         ["mug"],
         [],
     ]
-    assert found("<x>") == [["<x>"], [], []] and found("<x>_1  mug") == [["<x>_1", "mug"], [], []]
-    assert found("<x> <x>_1 mug")[0] == ["<x>", "<x>_1", "mug"]
+    assert words_at("<x>") == [["<x>"], [], []] and words_at("<x>_1  mug") == [["<x>_1", "mug"], [], []]
+    assert words_at("<x> <x>_1 mug")[0] == ["<x>", "<x>_1", "mug"]
     assert torch.equal(backbone.word_positions(prompts, "<a-mug>"), backbone.encode(prompts).token_positions["a-mug"])
-    assert [[t for t in row if t] for row in found("zq")] == [[], ["z", "q"], []] and found("cat") == [[], [], []]
-    ends = found(END)
+    assert [[t for t in row if t] for row in words_at("zq")] == [[], ["z", "q"], []] and words_at("cat") == [[], [], []]
+    ends = words_at(END)
     assert ends == [[tokenizer.eos_token.replace("</w>", "")]] * 3
     at = backbone.word_positions(prompts, END).int().argmax(1)
     assert at.tolist() == [int((row != tokenizer.pad_token_id).sum()) - (family == "flux") for row in ids]
@@ -409,5 +409,5 @@ def test_words_are_found_whole_and_everywhere(family: str, request: pytest.Fixtu
 
 def test_words_that_are_cut_are_not_there(sd: StableDiffusionBackbone) -> None:
     prompts = ["dog " * 29 + "mug", "dog " * 30 + "mug"]  # 30 tokens fit between the special ones
-    found = sd.word_positions(prompts, "mug").nonzero().tolist()
-    assert found == [[0, 30]]
+    positions = sd.word_positions(prompts, "mug").nonzero().tolist()
+    assert positions == [[0, 30]]

@@ -40,9 +40,9 @@ def test_the_second_look_is_at_the_thing():
     thing = album.held_out("development-duck").thing
     corners = ((-0.25, 0.2), (0.25, -0.2))
     scenes = [Scene((thing,), "gray studio", (Camera(90.0, 15.0, 0.0, x, y, 0.5),)) for x, y in corners]
-    shown = render(scenes)
-    found = cut(shown.mask, load_identity().locator.square(shown.pixels))[:, 0]
-    assert (found.mean((1, 2)) > 2 * shown.mask.mean((1, 2, 3))).all()
+    rendered = render(scenes)
+    squares = cut(rendered.mask, load_identity().locator.square(rendered.pixels))[:, 0]
+    assert (squares.mean((1, 2)) > 2 * rendered.mask.mean((1, 2, 3))).all()
     side = (torch.arange(64) + 0.5) / 32 - 1
-    for weights in (found.sum(1), found.sum(2)):
+    for weights in (squares.sum(1), squares.sum(2)):
         assert ((weights * side).sum(1) / weights.sum(1)).abs().max() < 0.25

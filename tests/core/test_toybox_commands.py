@@ -56,8 +56,8 @@ def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path
 
 def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
-        said = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
-        assert f"--prompt and --guidance with --source {source}: only the model heeds it" in said
+        message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
+        assert f"--prompt and --guidance with --source {source}: only the model heeds it" in message
 
 
 def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
 
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
     for device in ("gpu", "tpu7", "cuda:99"):
-        said = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
-        assert f"device '{device}' cannot be used here. There are: cpu" in said
+        message = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
+        assert f"device '{device}' cannot be used here. There are: cpu" in message
 
 
 def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
@@ -94,8 +94,8 @@ def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
         held |= {f"{split}-{style.replace(' ', '-')}" for style in subjects.styles(split)}
         assert len(held) == 20 and held <= set(listed)
     assert len(listed) == 40
-    said = refused("subjects", "development-stained-glas")
-    assert "Did you mean 'development-stained-glass'?" in said and "reporting-duck" in said
+    message = refused("subjects", "development-stained-glas")
+    assert "Did you mean 'development-stained-glass'?" in message and "reporting-duck" in message
 
 
 @pytest.mark.parametrize("name", list(subjects.style_names()))
@@ -110,15 +110,15 @@ def test_a_style_is_shown_on_other_things_each_time(name: str) -> None:
 
 def test_a_style_becomes_a_folder_to_learn_from(toybox, refused, tmp_path: Path) -> None:
     out, name = tmp_path / "glass", "development-stained-glass"
-    code, said, _ = toybox("subjects", name, "--out", out, "--num", 4)
-    assert code == 0 and said.split() == [f"{out}/{i:02d}.png" for i in range(4)]
+    code, output, _ = toybox("subjects", name, "--out", out, "--num", 4)
+    assert code == 0 and output.split() == [f"{out}/{i:02d}.png" for i in range(4)]
     scenes = subjects.style_scenes(name, 4, 0)
-    found = read_subject(out)
-    assert len(found.images) == len(found.captions) == 4
-    for scene, path, drawn in zip(scenes, found.images, render(scenes).pixels, strict=True):
+    subject = read_subject(out)
+    assert len(subject.images) == len(subject.captions) == 4
+    for scene, path, drawn in zip(scenes, subject.images, render(scenes).pixels, strict=True):
         assert read_metadata(path) == {"toybox-style": name}
         assert (read_picture(path).pixels - (drawn * 2 - 1)).abs().max() < 0.01
-        text = found.captions[path]
+        text = subject.captions[path]
         assert text.startswith(f"a {scene.things[0].class_name} ") and scene.style not in text
         assert captions.background_phrase(scene.background) in text
     assert "exists already" in refused("subjects", name, "--out", out)

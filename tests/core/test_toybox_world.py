@@ -28,24 +28,24 @@ def test_the_same_seed_gives_the_same_scenes():
 
 
 def test_the_distribution_is_what_the_design_says():
-    found = scenes(3000)
+    drawn = scenes(3000)
     share = {
-        "pattern": np.mean([s.things[0].pattern_seed is not None for s in found]),
-        "accessory": np.mean([s.things[0].accessory != "none" for s in found]),
-        "style": np.mean([s.style != "photo" for s in found]),
-        "two": np.mean([len(s.things) == 2 for s in found]),
+        "pattern": np.mean([s.things[0].pattern_seed is not None for s in drawn]),
+        "accessory": np.mean([s.things[0].accessory != "none" for s in drawn]),
+        "style": np.mean([s.style != "photo" for s in drawn]),
+        "two": np.mean([len(s.things) == 2 for s in drawn]),
     }
-    for name, wanted in {"pattern": 0.45, "accessory": 0.15, "style": 0.15, "two": 0.08}.items():
-        assert share[name] == pytest.approx(wanted, abs=0.03), name
-    cameras = [s.cameras[0] for s in found if len(s.things) == 1]
+    for name, expected in {"pattern": 0.45, "accessory": 0.15, "style": 0.15, "two": 0.08}.items():
+        assert share[name] == pytest.approx(expected, abs=0.03), name
+    cameras = [s.cameras[0] for s in drawn if len(s.things) == 1]
     assert len(cameras) > 2500
     for values, got in (
-        (world.CLASSES, [s.things[0].class_name for s in found]),
-        (world.BACKGROUNDS, [s.background for s in found]),
-        (world.VIEWS, [s.view for s in found]),
-        (world.ACCESSORIES, [s.things[0].accessory for s in found]),
-        (world.STYLES, [s.style for s in found]),
-        (world.COLORS, [s.things[0].main for s in found]),
+        (world.CLASSES, [s.things[0].class_name for s in drawn]),
+        (world.BACKGROUNDS, [s.background for s in drawn]),
+        (world.VIEWS, [s.view for s in drawn]),
+        (world.ACCESSORIES, [s.things[0].accessory for s in drawn]),
+        (world.STYLES, [s.style for s in drawn]),
+        (world.COLORS, [s.things[0].main for s in drawn]),
     ):
         assert set(got) == set(values)
 
@@ -179,9 +179,9 @@ def test_what_a_caption_says_is_what_the_scene_shows():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_subjects_have_distractors_of_their_class_and_palette(split):
-    found = subjects.subjects(split)
-    assert sorted(h.thing.class_name for h in found) == sorted(c for c in world.CLASSES if c != "face")
-    for h in found:
+    held_out = subjects.subjects(split)
+    assert sorted(h.thing.class_name for h in held_out) == sorted(c for c in world.CLASSES if c != "face")
+    for h in held_out:
         assert len(h.distractors) >= 8
         looks = {(t.class_name, t.main, t.second) for t in (h.thing, *h.distractors)}
         assert len(looks) == 1
@@ -247,9 +247,9 @@ def test_training_scenes_never_show_a_held_out_face_pattern_or_style():
 
 def test_reference_scenes_are_varied_plain_photos():
     thing = subjects.subjects("development")[0].thing
-    found = subjects.reference_scenes(replace(thing, accessory="red hat"), 6, 4)
-    assert found == subjects.reference_scenes(thing, 6, 4)
-    assert {s.style for s in found} == {"photo"} and {s.things[0].accessory for s in found} == {"none"}
-    assert len({s.background for s in found}) == 6 and {s.view for s in found} == set(world.VIEWS)
+    poses = subjects.reference_scenes(replace(thing, accessory="red hat"), 6, 4)
+    assert poses == subjects.reference_scenes(thing, 6, 4)
+    assert {s.style for s in poses} == {"photo"} and {s.things[0].accessory for s in poses} == {"none"}
+    assert len({s.background for s in poses}) == 6 and {s.view for s in poses} == set(world.VIEWS)
     with pytest.raises(ValueError, match="no held-out split 'train'"):
         subjects.subjects("train")

@@ -182,9 +182,9 @@ def test_another_size_shows_the_same_picture():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same():
     scenes = some(32)
-    here, there = render(scenes), render(scenes, device="cuda")
-    assert (here.pixels - there.pixels.cpu()).abs().mean() < 2e-3
-    assert (here.mask - there.mask.cpu()).abs().mean() < 2e-3
+    on_cpu, on_gpu = render(scenes), render(scenes, device="cuda")
+    assert (on_cpu.pixels - on_gpu.pixels.cpu()).abs().mean() < 2e-3
+    assert (on_cpu.mask - on_gpu.mask.cpu()).abs().mean() < 2e-3
 
 
 def test_data_set_resumes_and_does_not_depend_on_chunks(tmp_path, monkeypatch):

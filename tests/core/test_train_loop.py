@@ -124,11 +124,11 @@ def test_a_checkpoint_goes_round_and_replaces_the_older_one(tmp_path):
         checkpoint.save(tmp_path, a_state(step))
     checkpoint.save(tmp_path, a_state(0, phase=2))
     assert len(list(tmp_path.iterdir())) == 1
-    found = checkpoint.load(tmp_path)
-    assert found is not None and (found.phase, found.step, found.info["recipe"]) == (2, 0, {"seed": 1})
+    state = checkpoint.load(tmp_path)
+    assert state is not None and (state.phase, state.step, state.info["recipe"]) == (2, 0, {"seed": 1})
     for name in ("learned", "best"):
-        assert torch.equal(getattr(found, name)["a"], a_state(0).learned["a"])
-    assert found.optimizer["main.0.step"].shape == ()
+        assert torch.equal(getattr(state, name)["a"], a_state(0).learned["a"])
+    assert state.optimizer["main.0.step"].shape == ()
 
 
 def test_the_same_step_again_never_leaves_a_moment_without_a_checkpoint(tmp_path, monkeypatch):
@@ -146,8 +146,8 @@ def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
     half = half.with_name(half.name.replace(f"-{os.getpid()}-", "-999999999-"))
     half.mkdir()
     (half / "learned.safetensors").write_bytes(b"half")
-    found = checkpoint.load(tmp_path)
-    assert found is not None and found.step == 3
+    state = checkpoint.load(tmp_path)
+    assert state is not None and state.step == 3
     checkpoint.save(tmp_path, a_state(5))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-01-0000005"]
 

@@ -93,17 +93,17 @@ def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         ("a photo of a mug", r"'a photo of a mug' does not say \{concept\}"),
         ("a {concept} and a <dog>", r"names <dog>, which is not loaded"),
         ("a {concept}" + " and a mug" * 20, "too long"),
     ],
 )
-def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_path, prompt, said):
+def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_path, prompt, message):
     phase = ("phases.tune.train.validation.every=1", f'phases.tune.train.validation.prompts=["{prompt}"]')
     run = session(tiny(), small("pivotal_tuning", *phase), photos, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"train\.validation\.prompts \(phase tune\): .*" + said):
+    with pytest.raises(ValueError, match=r"train\.validation\.prompts \(phase tune\): .*" + message):
         next(run.steps())
     assert not (tmp_path / "run").exists()
     off = (phase[0].replace("=1", "=0"), phase[1])
@@ -163,9 +163,9 @@ def test_seconds_of_optimisation_are_without_class_pictures_pictures_and_the_cal
 
     first, second = costs("first"), costs("second")
     assert first["class_pictures_seconds"] >= 1e3 > second["class_pictures_seconds"]
-    for found in (first, second):
-        assert 1e4 <= found["validation_seconds"] < 2e4 and 0 < found["training_seconds"] < 1e3
-        assert found["training_peak_memory"] > 2**20 and found["training_peak_memory_of"] == "process"
+    for batch in (first, second):
+        assert 1e4 <= batch["validation_seconds"] < 2e4 and 0 < batch["training_seconds"] < 1e3
+        assert batch["training_peak_memory"] > 2**20 and batch["training_peak_memory_of"] == "process"
 
 
 def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
@@ -173,8 +173,8 @@ def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
     steps = session(tiny(), recipe, photos, tmp_path / "run").steps()
     next(steps)
     steps.close()
-    found = checkpoint.load(tmp_path / "run")
-    assert found is not None and found.info["peak"] > 2**20 and found.info["seconds"]["optimisation"] > 0
+    state = checkpoint.load(tmp_path / "run")
+    assert state is not None and state.info["peak"] > 2**20 and state.info["seconds"]["optimisation"] > 0
     checkpoint.amend(tmp_path / "run", seconds={"optimisation": 1e6, "validation": 5.0}, peak=2**60)
     run = session(tiny(), recipe, photos, tmp_path / "run")
     finish(run, resume=True)
@@ -188,16 +188,16 @@ def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
 def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
     """Encoding and decoding alike; and what is made does not depend on it."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
-    shown = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
+    pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     for limit in ("shared.train.data._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
         monkeypatch.setattr(limit, 32 * 32)
     backbone, rows = tiny(), []
     for network in (backbone.vae.encoder, backbone.vae.decoder):
-        network.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     alone = finish(session(backbone, small("textual_inversion"), photos, tmp_path / "b"))
     again = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     assert rows == [1, 1, 1] and all(torch.allclose(v, whole[k], atol=1e-5) for k, v in alone.items())
-    assert torch.allclose(again, shown, atol=1e-5)
+    assert torch.allclose(again, pictures, atol=1e-5)
     backbone.remove("mug")
     sample(backbone, ["a mug"], seeds=[0, 1], steps=1)
     assert rows == [1] * 5
@@ -211,31 +211,31 @@ def test_rows_at_once(pixels, limit, rows):
 class Traveller(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.where = ["home"]
+        self.where = ["device"]
 
     def to(self, device: Any) -> Any:  # type: ignore[override]
         self.where.append(str(device))
         return self
 
 
-def test_parked_networks_come_back():
+def test_offloaded_networks_are_loaded_again():
     device = torch.device("meta")
     one, two = Traveller(), Traveller()
     offloaded = Offloaded({"vae": one, "text": two}, device, on=True)
     offloaded.offload("vae")
     with offloaded.on_device():
-        assert one.where == ["home", "cpu", "meta"]
+        assert one.where == ["device", "cpu", "meta"]
     assert one.where[-1] == "cpu"
     offloaded.offload("text")
     offloaded.restore()
-    assert one.where == ["home", "cpu", "meta", "cpu", "meta"] and two.where == ["home", "cpu", "meta"]
+    assert one.where == ["device", "cpu", "meta", "cpu", "meta"] and two.where == ["device", "cpu", "meta"]
     idle = Offloaded({"vae": one}, torch.device("cpu"))
     idle.offload("vae")
     idle.restore()
     assert len(one.where) == 5 and not idle.on
 
 
-def test_a_run_with_parked_networks_learns_the_same_and_has_them_when_it_needs_them(tiny, photos, tmp_path):
+def test_a_run_that_offloads_networks_learns_the_same(tiny, photos, tmp_path):
     recipe = small("dreambooth_lora", "train.steps=3", "train.validation.every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "a"))
     backbone = tiny()

@@ -52,10 +52,10 @@ def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos,
         ):
             for _ in run.steps():
                 states.append(learned(run))
-    found = checkpoint.load(tmp_path / "run")
-    assert found is not None and len(states) == 3 and found.step == 2
-    assert same(dict(found.learned), states[1]) and same(learned(run), states[1])
-    assert found.optimizer["main.0.step"] == 2
+    state = checkpoint.load(tmp_path / "run")
+    assert state is not None and len(states) == 3 and state.step == 2
+    assert same(dict(state.learned), states[1]) and same(learned(run), states[1])
+    assert state.optimizer["main.0.step"] == 2
     assert same(finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True), whole), "moments and all"
 
 
@@ -83,9 +83,9 @@ def test_a_checkpoint_from_before_stays_when_the_first_step_after_it_fails(tiny,
         broken_at(patch, 2)
         with pytest.raises(NotFinite, match="the state of step 2"):
             finish(session(tiny(), recipe, photos, tmp_path / "run"), resume=True)
-    found = checkpoint.load(tmp_path / "run")
-    assert before is not None and found is not None and found.step == 2 and found.info["not_finite"]
-    assert same(dict(found.learned), dict(before.learned))
+    state = checkpoint.load(tmp_path / "run")
+    assert before is not None and state is not None and state.step == 2 and state.info["not_finite"]
+    assert same(dict(state.learned), dict(before.learned))
     lower = small("textual_inversion", "train.steps=4", "train.checkpoint_every=2", "train.optimizers.main.eps=1e-6")
     finish(session(tiny(), lower, photos, tmp_path / "run"), resume=True)
 
@@ -168,12 +168,12 @@ def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
 def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.train.last_good_state._MOST", 0)
     broken_at(monkeypatch, 3)
-    for every, said in ((2, "the state of step 2"), (0, "no good state is left")):
+    for every, message in ((2, "the state of step 2"), (0, "no good state is left")):
         recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")
-        with pytest.raises(NotFinite, match=said):
+        with pytest.raises(NotFinite, match=message):
             finish(session(tiny(), recipe, photos, tmp_path / f"{every}"))
-        found = checkpoint.load(tmp_path / f"{every}")
-        assert (found and (found.step, found.info["not_finite"])) == ((2, True) if every else None)
+        state = checkpoint.load(tmp_path / f"{every}")
+        assert (state and (state.step, state.info["not_finite"])) == ((2, True) if every else None)
 
 
 # --- what a run depends on -----------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_going_on_with_other_pictures_is_refused(tiny, photos, tmp_path):
         finish(session(tiny(), recipe, folder, workdir), resume=True)
 
     cut(session(tiny(), recipe, folder, workdir))
-    for change, undo, said in (
+    for change, undo, message in (
         (
             lambda: shutil.copyfile(photos / "0.png", folder / "1.png"),
             lambda: shutil.copyfile(photos / "1.png", folder / "1.png"),
@@ -221,7 +221,7 @@ def test_going_on_with_other_pictures_is_refused(tiny, photos, tmp_path):
         ),
     ):
         change()
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             go_on()
         undo()
     go_on()
@@ -276,12 +276,12 @@ def test_going_on_with_other_concepts_is_refused(tiny, photos, tmp_path):
     def go_on(backbone: Any, **changes: Any) -> None:
         finish(session(backbone, recipe, photos, workdir, **changes), resume=True)
 
-    for backbone, others, said in (
+    for backbone, others, message in (
         (tiny(), {}, "the loaded concept 'old' is missing"),
         (with_old(tiny()), {"old": 0.5}, "at strength 1 is now .* at strength 0.5"),
         (with_old(tiny(), seed=1), {"old": 1.0}, "the loaded concept 'old' has changed"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             go_on(backbone, loaded_strengths=others)
     named = with_old(tiny())
     LearnableToken().attach(named, "dog", "dog")

@@ -1,4 +1,4 @@
-"""Where parameters appear and wake: LoRA, DoRA and token rows, injected, trained, switched and taken out again."""
+"""Which parameters are added and trained: LoRA, DoRA and token rows, injected, trained, switched and taken out again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def everything(backbone: Any) -> dict[str, nn.Parameter]:
     return {f"{c}.{n}": p for c, m in backbone.components.items() for n, p in m.named_parameters()}
 
 
-def awake(backbone: Any) -> set[int]:
+def trained(backbone: Any) -> set[int]:
     return {id(p) for p in everything(backbone).values() if p.requires_grad}
 
 
@@ -62,10 +62,10 @@ def test_the_start_is_the_identity_exactly_and_ejecting_restores_everything(requ
     before, look = output(backbone), {c: repr(m) for c, m in backbone.components.items()}
     bytes_before = {n: p.detach().clone() for n, p in everything(backbone).items()}
     roles = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
-    woken = Lora(roles=roles, rank=2, dora=dora).inject(backbone, "mug", "lora", seed=0)
+    group = Lora(roles=roles, rank=2, dora=dora).inject(backbone, "mug", "lora", seed=0)
     assert torch.equal(output(backbone), before)
     assert any(repr(m) != look[c] for c, m in backbone.components.items())
-    stir(woken.parameters)
+    stir(group.parameters)
     assert not torch.allclose(output(backbone), before, atol=1e-3)
     backbone.remove("mug")
     assert torch.equal(output(backbone), before)
@@ -78,9 +78,9 @@ def test_the_start_is_the_identity_exactly_and_ejecting_restores_everything(requ
 
 def test_convolutions_can_be_adapted_too(sd):
     before = output(sd)
-    woken = Lora(roles=("conv", "proj"), rank=2).inject(sd, "mug", "lora", seed=0)
+    group = Lora(roles=("conv", "proj"), rank=2).inject(sd, "mug", "lora", seed=0)
     assert torch.equal(output(sd), before)
-    stir(woken.parameters)
+    stir(group.parameters)
     assert not torch.allclose(output(sd), before, atol=1e-3)
     sd.remove("mug")
     assert torch.equal(output(sd), before)
@@ -100,13 +100,13 @@ def test_the_same_seed_gives_the_same_start_and_leaves_the_global_generator_alon
     assert any(not torch.equal(v, states[2][k]) for k, v in states[0].items())
 
 
-# --- who is awake ----------------------------------------------------------------------------
+# --- what is trained ----------------------------------------------------------------------------
 
 
 @KINDS
 def test_only_what_was_declared_is_trainable(sd, dora):
-    woken = Lora(roles=("cross_attention.kv",), rank=2, dora=dora).inject(sd, "mug", "lora", seed=0)
-    assert awake(sd) == {id(p) for p in woken.parameters}
+    group = Lora(roles=("cross_attention.kv",), rank=2, dora=dora).inject(sd, "mug", "lora", seed=0)
+    assert trained(sd) == {id(p) for p in group.parameters}
     names = {n for n, p in everything(sd).items() if p.requires_grad}
     assert names and all(".attn2.to_k." in n or ".attn2.to_v." in n for n in names)
     assert all(("lora_" in n and "base_layer" not in n) for n in names)
@@ -122,7 +122,7 @@ def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, 
         p.requires_grad_(False)
     kept = sd.adapters["old"][0].state_dict()
     new = Lora(rank=4, dora=dora).inject(sd, "new", "lora", seed=1)
-    assert awake(sd) == {id(p) for p in new.parameters}
+    assert trained(sd) == {id(p) for p in new.parameters}
     optimizer = torch.optim.SGD(new.parameters, lr=1.0)
     x_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
@@ -131,16 +131,16 @@ def test_a_loaded_concept_stays_frozen_when_another_is_injected_and_trained(sd, 
     assert all(p.grad is None for p in old.parameters)
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
     sd.remove("new")
-    assert awake(sd) == set(), "taking one out wakes nothing"
+    assert trained(sd) == set(), "taking one out unfreezes nothing"
     assert all(torch.equal(v, kept[k]) for k, v in sd.adapters["old"][0].state_dict().items())
 
 
 def test_a_bare_injection_starts_frozen_and_changes_nobody_else(sd):
-    woken = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", seed=0)
+    group = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "lora", seed=0)
     config = LoraConfig(r=2, target_modules=list(sd.group("attention")[0].modules))
     loaded = PeftAdapter.inject(sd, "old", "lora", "unet", config, seed=0)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert awake(sd) == {id(p) for p in woken.parameters}
+    assert trained(sd) == {id(p) for p in group.parameters}
 
 
 def test_dropout_is_on_for_this_adapter_alone(sd):
@@ -168,8 +168,8 @@ def layer_of(backbone: Any, role: str = "cross_attention.kv") -> nn.Module:
 def test_strength_scales_the_change_of_each_layer(sd):
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
     plain = layer_of(sd)(x)
-    woken = Lora(roles=("cross_attention.kv",), rank=4, alpha=2.0).inject(sd, "mug", "lora", seed=0)
-    stir(woken.parameters)
+    group = Lora(roles=("cross_attention.kv",), rank=4, alpha=2.0).inject(sd, "mug", "lora", seed=0)
+    stir(group.parameters)
     layer: Any = layer_of(sd)
     a, b = (next(m.weight for m in layer_.values()) for layer_ in (layer.lora_A, layer.lora_B))
     full = (x @ a.T @ b.T) * (2.0 / 4)
@@ -203,7 +203,7 @@ def test_two_slots_with_other_roles_and_ranks_stand_side_by_side(sd):
     before = output(sd)
     one = Lora(roles=("cross_attention",), rank=2).inject(sd, "mug", "narrow", seed=0)
     two = Lora(roles=("self_attention", "cross_attention.q"), rank=5).inject(sd, "mug", "wide", seed=0)
-    assert awake(sd) == {id(p) for p in (*one.parameters, *two.parameters)}
+    assert trained(sd) == {id(p) for p in (*one.parameters, *two.parameters)}
     first, second = sd.adapters["mug"]
     assert {v.shape[0] for k, v in first.state_dict().items() if "lora_A" in k} == {2}
     assert {v.shape[0] for k, v in second.state_dict().items() if "lora_A" in k} == {5}
@@ -226,11 +226,11 @@ def test_the_state_makes_the_same_adapter_elsewhere(make_tiny_sd, dora):
     stir(part.inject(one, "mug", "lora", seed=0).parameters)
     part.inject(two, "mug", "lora", seed=5)
     assert len(one.adapters["mug"]) == 2, "one per component"
-    for here, there in zip(one.adapters["mug"], two.adapters["mug"], strict=True):
-        state = here.state_dict()
+    for first, second in zip(one.adapters["mug"], two.adapters["mug"], strict=True):
+        state = first.state_dict()
         assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in state.values())
-        there.load_state_dict(state)
-        assert all(torch.equal(v, state[k]) for k, v in there.state_dict().items())
+        second.load_state_dict(state)
+        assert all(torch.equal(v, state[k]) for k, v in second.state_dict().items())
     assert torch.equal(output(one), output(two))
 
 
@@ -260,17 +260,17 @@ def test_a_role_that_does_not_exist_lists_those_that_do(sd, flux):
 
 def test_exact_roles_have_no_note_and_ports_are_noted(sd, flux):
     assert Lora(roles=("cross_attention",)).inject(sd, "mug", "lora", seed=0).ports == ()
-    woken = Lora(roles=("cross_attention", "feed_forward")).inject(flux, "mug", "lora", seed=0)
-    assert len(woken.ports) == 1
-    assert woken.ports[0].startswith("cross_attention: ") and "text stream" in woken.ports[0]
+    group = Lora(roles=("cross_attention", "feed_forward")).inject(flux, "mug", "lora", seed=0)
+    assert len(group.ports) == 1
+    assert group.ports[0].startswith("cross_attention: ") and "text stream" in group.ports[0]
 
 
 def test_a_text_encoder_role_says_that_the_text_changes(sd):
     before = output(sd)
-    woken = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "lora", seed=0)
-    assert woken.touches_text and not Lora(roles=("cross_attention",)).inject(sd, "mug", "net", seed=0).touches_text
+    group = Lora(roles=("text_encoder",), rank=2).inject(sd, "mug", "lora", seed=0)
+    assert group.touches_text and not Lora(roles=("cross_attention",)).inject(sd, "mug", "net", seed=0).touches_text
     assert {k.split(".")[0] for k in sd.adapters["mug"][0].state_dict()} == {"text_encoder"}
-    stir(woken.parameters)
+    stir(group.parameters)
     assert not torch.allclose(output(sd), before, atol=1e-4)
     context = sd.encode([PROMPT]).context
     with sd.active({}):
@@ -279,9 +279,9 @@ def test_a_text_encoder_role_says_that_the_text_changes(sd):
 
 def test_flux_s_second_text_encoder_can_be_adapted(flux):
     before = output(flux)
-    woken = Lora(roles=("text_encoder_2",), rank=2).inject(flux, "mug", "lora", seed=0)
-    assert woken.touches_text
-    stir(woken.parameters)
+    group = Lora(roles=("text_encoder_2",), rank=2).inject(flux, "mug", "lora", seed=0)
+    assert group.touches_text
+    stir(group.parameters)
     assert not torch.allclose(output(flux), before, atol=1e-4)
 
 
@@ -292,10 +292,10 @@ def test_tokens_wakes_the_rows_in_training_and_no_loaded_ones(sd):
     old = LearnableToken(vectors=2).attach(sd, "old", "dog")
     old.frozen = True
     new = LearnableToken(vectors=3).attach(sd, "new", "mug")
-    woken = Tokens(lr=0.5).inject(sd, "new", "tokens", seed=0)
-    assert [p.shape[0] for p in woken.parameters] == [3] and woken.lr == 0.5 and woken.touches_text
+    group = Tokens(lr=0.5).inject(sd, "new", "tokens", seed=0)
+    assert [p.shape[0] for p in group.parameters] == [3] and group.lr == 0.5 and group.touches_text
     assert all(p.requires_grad for p in new.parameters()) and not any(p.requires_grad for p in old.parameters())
-    assert awake(sd) == set(), "no row of the table is trained"
+    assert trained(sd) == set(), "no row of the table is trained"
 
 
 def test_tokens_without_a_token_is_an_error(sd):

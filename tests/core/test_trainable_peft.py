@@ -76,8 +76,8 @@ def test_every_method_of_this_peft_is_offered_or_refused_with_a_reason():
     assert ADAPTER_TYPES.keys() | UNSUPPORTED.keys() >= known and not ADAPTER_TYPES.keys() & UNSUPPORTED.keys()
     configs = {getattr(kind, "value", kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     for name, offered in ADAPTER_TYPES.items():
-        there = {f.name for f in dataclasses.fields(configs[name])}
-        assert offered.settings | offered.fixed.keys() <= there, name
+        fields = {f.name for f in dataclasses.fields(configs[name])}
+        assert offered.settings | offered.fixed.keys() <= fields, name
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_start_gradient_switch_saved_loaded_and_ejected(new_sd, name, roles):
         assert torch.equal(output(backbone), before)
     else:
         assert torch.allclose(output(backbone), before, atol=5e-6) and not torch.equal(output(backbone), before)
-    own = {id(p) for p in group.parameters}
+    ids = {id(p) for p in group.parameters}
     everything = [p for m in backbone.components.values() for p in m.parameters()]
-    assert group.parameters and {id(p) for p in everything if p.requires_grad} == own
+    assert group.parameters and {id(p) for p in everything if p.requires_grad} == ids
     predict(backbone).square().mean().backward()
     assert any(bool(p.grad.abs().sum() > 0) for p in group.parameters if p.grad is not None)
     stir(group.parameters)
@@ -152,7 +152,7 @@ class Holder(Part):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("parts", "message"),
     [
         ({"type": "OTF"}, r"unknown adapter type 'OTF'\. Did you mean 'OFT'\? There are: BEFT, BOFT"),
         (
@@ -170,9 +170,9 @@ class Holder(Part):
         ),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_injected(given, message):
+def test_what_is_wrong_is_said_before_anything_is_injected(parts, message):
     with pytest.raises(ValueError, match=message):
-        validate(Holder, {"trainable": given})
+        validate(Holder, {"trainable": parts})
 
 
 def test_settings_that_do_not_fit_the_layers_leave_nothing_behind(sd):

@@ -78,8 +78,8 @@ def test_the_start_is_the_base_only_what_was_declared_changes_and_ejecting_resto
     moved = {n for n, p in everything(sd).items() if not torch.equal(p, values[n])}
     if "denoiser.all" in roles:
         assert all(id(p) in declared for n, p in everything(sd).items() if n.startswith("unet."))
-        own = {n for n, p in everything(sd).items() if id(p) in declared and "k_proj.bias" not in n}
-        assert moved >= own, "but for biases of keys, on which no attention depends"
+        names = {n for n, p in everything(sd).items() if id(p) in declared and "k_proj.bias" not in n}
+        assert moved >= names, "but for biases of keys, on which no attention depends"
     else:
         assert moved == {n for n in values if ".attn2.to_k." in n or ".attn2.to_v." in n}
     assert all(id(everything(sd)[n]) in declared for n in moved)
@@ -107,10 +107,10 @@ def test_the_gradient_is_that_of_the_weights_themselves_also_past_a_look_at_the_
     with torch.no_grad(), backbone.active({}):
         predict(backbone)
     prediction.square().mean().backward()
-    there = dict(plain.unet.named_parameters())
-    assert len(group.parameters) == len(there)
+    originals = dict(plain.unet.named_parameters())
+    assert len(group.parameters) == len(originals)
     for name, parameter in backbone.unet.named_parameters():
-        assert torch.allclose(parameter.grad, there[name].grad, atol=1e-6), name
+        assert torch.allclose(parameter.grad, originals[name].grad, atol=1e-6), name
 
 
 def test_what_is_off_has_no_gradient(sd):
@@ -184,19 +184,19 @@ def test_beside_another_concept_s_changes_and_adapters_on_the_same_layers(sd):
     assert torch.equal(output(sd), with_others)
     learn(sd, group)
     trained, weight = output(sd), sd.unet.get_submodule(layer[5:]).get_base_layer().weight
-    own = sd.adapters["mug"][0].state_dict()[f"{layer}.weight"]
+    trained_delta = sd.adapters["mug"][0].state_dict()[f"{layer}.weight"]
     with sd.active({}):
         assert torch.equal(output(sd), before)
         bare = weight.detach().clone()
     with sd.active({"old": 1.0, "dora": 1.0}):
         assert torch.equal(output(sd), with_others)
     with sd.active({"mug": 1.0}):
-        assert torch.allclose(weight, bare + own, atol=1e-6)
+        assert torch.allclose(weight, bare + trained_delta, atol=1e-6)
     with sd.active({"mug": 1.0, "old": 0.5}):
-        assert torch.allclose(weight, bare + 0.5 * delta + own, atol=1e-6)
+        assert torch.allclose(weight, bare + 0.5 * delta + trained_delta, atol=1e-6)
     assert torch.equal(output(sd), trained)
     sd.remove("old")
-    assert torch.allclose(weight, bare + own, atol=1e-6)
+    assert torch.allclose(weight, bare + trained_delta, atol=1e-6)
     sd.remove("mug")
     sd.remove("dora")
     assert torch.equal(output(sd), before)
@@ -276,15 +276,15 @@ def recipe(*settings: str) -> Recipe:
 
 @pytest.mark.parametrize("prior", ["prior_preservation", "prior_prediction"])
 def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(tiny, photos, tmp_path, prior):
-    given = recipe(f"regularize.prior.kind={prior}", "train.mixed_precision=bf16")
-    whole = finish(session(tiny(), given, photos, tmp_path / "whole"))
+    planned = recipe(f"regularize.prior.kind={prior}", "train.mixed_precision=bf16")
+    whole = finish(session(tiny(), planned, photos, tmp_path / "whole"))
     assert any(k.startswith("adapter/w/unet.") for k in whole)
-    first = session(tiny(), given, photos, tmp_path / "cut")
+    first = session(tiny(), planned, photos, tmp_path / "cut")
     with pytest.raises(Interrupted):
         for _, record in first.steps():
             if record.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-    assert same(finish(session(tiny(), given, photos, tmp_path / "cut"), resume=True), whole)
+    assert same(finish(session(tiny(), planned, photos, tmp_path / "cut"), resume=True), whole)
 
 
 # --- what it costs ---------------------------------------------------------------------------
@@ -293,8 +293,8 @@ def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(tiny, photo
 def held(like: set[tuple[int, ...]]) -> int:
     """Bytes of all tensors of these shapes that are alive, each storage once."""
     gc.collect()
-    found = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
-    return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in found}.values())
+    copies = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
+    return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())
 
 
 def test_one_further_copy_is_held_and_no_other_while_the_base_is_on(sd):

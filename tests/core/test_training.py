@@ -24,12 +24,12 @@ SHIPPED = sorted(recipe_files("image"))
 
 def weights(backbone: Any) -> dict[str, Tensor]:
     networks = {**backbone.components, "vae": backbone.vae}
-    own = {id(p) for adapters in backbone.adapters.values() for a in adapters for p in a.parameters()}
+    adapter_ids = {id(p) for adapters in backbone.adapters.values() for a in adapters for p in a.parameters()}
     return {
         f"{c}.{n.replace('.base_layer', '')}": p.detach().clone()
         for c, m in networks.items()
         for n, p in m.named_parameters()
-        if id(p) not in own
+        if id(p) not in adapter_ids
     }
 
 
@@ -51,8 +51,8 @@ def test_two_steps_change_the_declared_parameters_and_nothing_else(request, phot
         weights(backbone),
         {slot for _, p in run.phases for slot, t in p.trainable.items() if t.kind == "weights"},
     )
-    own = {k.split("/", 2)[2] for k in after if k.startswith("adapter/") and k.split("/")[1] in trained}
-    assert same(left, {k: v for k, v in before.items() if k not in own}), "and nothing else, bit for bit"
+    learned = {k.split("/", 2)[2] for k in after if k.startswith("adapter/") and k.split("/")[1] in trained}
+    assert same(left, {k: v for k, v in before.items() if k not in learned}), "and nothing else, bit for bit"
     declared = {slot for _, phase in run.phases for slot in phase.trainable}
     assert {k.split("/")[1] for k in after if k.startswith("adapter/")} == declared - {"tokens"}
     assert any(k.startswith("placeholder/mug/") for k in after) == ("tokens" in declared)
@@ -128,8 +128,8 @@ def test_a_kill_goes_back_to_the_last_checkpoint_also_at_a_phase_s_border(tiny, 
         for _ in range(stop):
             next(steps)
         steps.close()
-        found = checkpoint.load(workdir)
-        assert (found and (found.phase, found.step)) == expected
+        state = checkpoint.load(workdir)
+        assert (state and (state.phase, state.step)) == expected
         assert same(finish(session(tiny(), recipe, photos, workdir), resume=True), whole)
         rows = [json.loads(x)["step"] for x in (workdir / "log.jsonl").read_text().splitlines()]
         assert rows == list(range(1, 7)), "no step is there twice"

@@ -24,10 +24,10 @@ from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 def with_old(backbone: Any, strength: float = 1.0) -> Any:
     """The backbone with a concept that was learned before: an adapter that does something."""
-    woken = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
+    group = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in woken.parameters:
+        for p in group.parameters:
             p.add_(0.3 * torch.randn(p.shape, generator=draw)).requires_grad_(False)
     backbone._switch({"old": strength})
     return backbone
@@ -189,11 +189,11 @@ def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_aga
 def test_attention_is_unfused_while_a_phase_runs_on_a_cpu(tiny, photos, tmp_path):
     backbone = tiny()
     attention = [m for m in backbone.denoiser.modules() if isinstance(m, Attention)]
-    own = [m.processor for m in attention]
+    processors = [m.processor for m in attention]
     run = session(backbone, small("dreambooth_lora"), photos, tmp_path)
     for _ in run.steps():
         assert all(type(m.processor) is UNetProcessor and m.processor.plan.unfused for m in attention)
-    assert all(m.processor is processor for m, processor in zip(attention, own, strict=True))
+    assert all(m.processor is processor for m, processor in zip(attention, processors, strict=True))
     scale = 32 // backbone.latent_shape(32, 32)[-1]
     assert pays(backbone, 16 * scale) and not pays(
         backbone, 64 * scale

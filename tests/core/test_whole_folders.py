@@ -142,11 +142,11 @@ def test_a_tokenizer_of_another_model_does_not_fit(folder):
 def test_a_part_that_is_not_there_is_named(folder, part):
     root = folder("sd")
     index = root / "model_index.json"
-    told = json.loads(index.read_text())
-    index.write_text(json.dumps({**told, part: [None, None]}))
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, part: [None, None]}))
     with pytest.raises(ValueError, match=f"there is no {part} in"):
         load_backbone(root)
-    index.write_text(json.dumps(told))
+    index.write_text(json.dumps(content))
     shutil.rmtree(root / part)
     with pytest.raises(ValueError, match=f"there is no {part} in"):
         load_backbone(root)
@@ -202,11 +202,11 @@ def test_a_dino_needs_all_but_its_pooler(tmp_path):
 def test_the_toybox_s_own_instruments_are_whole(tmp_path, name, load):
     folder = Path(shutil.copytree(WEIGHTS / name, tmp_path / name))
     load.__wrapped__(folder)
-    for change, said in ((reshape, r"is \[3\]"), (drop, "lacks")):
+    for change, message in ((reshape, r"is \[3\]"), (drop, "lacks")):
         key = edit(folder / "model.safetensors", change)
-        with pytest.raises(ValueError, match=rf"{name}/model\.safetensors.*{said}") as told:
+        with pytest.raises(ValueError, match=rf"{name}/model\.safetensors.*{message}") as refused:
             load.__wrapped__(folder)
-        assert key in str(told.value)
+        assert key in str(refused.value)
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}/model\.safetensors"):
         load.__wrapped__(folder)

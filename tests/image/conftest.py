@@ -97,9 +97,9 @@ def learn(tiny_folder, photos) -> Callable[..., list[str]]:
     """The arguments of `pcs image personalize` for a run of two steps: learn("dreambooth_lora", "output=…")."""
 
     def arguments(recipe: str, *settings: str, images: Path | None = photos, noun: str = "mug") -> list[str]:
-        given = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []
+        subject = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []
         extra = CLASS if recipe == "dreambooth_lora" else ()
-        return ["image", "personalize", recipe, f"backbone={tiny_folder}", *TINY, *extra, *given, *settings]
+        return ["image", "personalize", recipe, f"backbone={tiny_folder}", *TINY, *extra, *subject, *settings]
 
     return arguments
 

@@ -40,10 +40,13 @@ def test_a_concept_of_other_layers(refused, concepts, make_tiny_sd, make_tiny_fl
     pipe.save_pretrained(tmp_path / "other")
     make_tiny_flux().save_pretrained(tmp_path / "flux")
     generate = ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", tmp_path / "o", "--backbone")
-    said = refused(*generate, tmp_path / "other")
-    assert "'mug' does not fit" in said and "layers of unet that it changes are not here, such as down_blocks.0" in said
-    said = refused(*generate, tmp_path / "flux")
-    assert "learned on stable_diffusion" in said and "this backbone is flux" in said
+    message = refused(*generate, tmp_path / "other")
+    assert (
+        "'mug' does not fit" in message
+        and "layers of unet that it changes are not here, such as down_blocks.0" in message
+    )
+    message = refused(*generate, tmp_path / "flux")
+    assert "learned on stable_diffusion" in message and "this backbone is flux" in message
 
 
 def _described(concepts, tmp_path, change) -> Path:
@@ -56,7 +59,7 @@ def _described(concepts, tmp_path, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda m: m["recipe"].update(sampling=True), "recipe.sampling"),
         (lambda m: m["recipe"]["sampling"].update(steps="x"), "recipe.sampling.steps = 'x'"),
@@ -65,7 +68,7 @@ def _described(concepts, tmp_path, change) -> Path:
     ],
     ids=["sampling", "steps", "metrics", "older"],
 )
-def test_a_description_that_is_not_usable_is_said_first(refused, concepts, tiny_folder, tmp_path, change, said):
+def test_a_description_that_is_not_usable_is_said_first(refused, concepts, tiny_folder, tmp_path, change, message):
     folder = _described(concepts, tmp_path, change)
     for command in (
         ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o", "--backbone", tiny_folder),
@@ -73,7 +76,7 @@ def test_a_description_that_is_not_usable_is_said_first(refused, concepts, tiny_
         ("concept", "show", folder),
     ):
         error = refused(*command)
-        assert f"{folder / 'concept.json'}" in error and said in error
+        assert f"{folder / 'concept.json'}" in error and message in error
 
 
 def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, tmp_path, monkeypatch):
@@ -82,8 +85,8 @@ def test_the_model_of_a_strangers_concept_is_not_downloaded(refused, concepts, t
     for call in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, call, lambda *a, **k: pytest.fail("the hub was asked for a model"))
     folder = _described(concepts, tmp_path, lambda m: m["backbone"].update(name="owner/name", checkpoint="another"))
-    said = refused("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o")
-    assert "'mug' was learned on owner/name" in said and "--backbone PATH" in said
+    message = refused("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o")
+    assert "'mug' was learned on owner/name" in message and "--backbone PATH" in message
 
 
 def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
@@ -92,8 +95,8 @@ def test_two_concepts_of_one_word(refused, concepts, tiny_folder, tmp_path):
     meta = json.loads((twin / "concept.json").read_text())
     (twin / "concept.json").write_text(json.dumps({**meta, "name": "twin"}))
     both = ("--concept", concepts["rex"], "--concept", twin, "--backbone", tiny_folder)
-    said = refused("image", "generate", "a <rex> and a <twin>", *both, "--out", tmp_path / "o")
-    assert "'twin' and 'rex' cannot be loaded together" in said and "'sks dog' and 'sks dog'" in said
+    message = refused("image", "generate", "a <rex> and a <twin>", *both, "--out", tmp_path / "o")
+    assert "'twin' and 'rex' cannot be loaded together" in message and "'sks dog' and 'sks dog'" in message
 
 
 def test_a_name_that_no_concept_can_have_is_refused_before_anything_is_learned(tiny_sd, photos, tmp_path):
@@ -170,7 +173,7 @@ def _missing(folder: Path, mark: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (_cut, "adapter.safetensors is damaged"),
         (_changed, "adapter.safetensors is not the file that concept.json describes"),
@@ -184,7 +187,7 @@ def _missing(folder: Path, mark: Path) -> None:
         (_missing, "embeddings.safetensors is missing"),
     ],
 )
-def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, said):
+def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, message):
     folder, mark = tmp_path / "mug.concept", tmp_path / "mark"
     shutil.copytree(concepts["mug"], folder)
     harm(folder, mark)
@@ -192,5 +195,5 @@ def test_a_damaged_or_hostile_concept(refused, concepts, tmp_path, harm, said):
         ("image", "generate", "a <mug>", "--concept", folder, "--out", tmp_path / "o"),
         ("concept", "show", folder),
     ):
-        assert said in refused(*arguments)
+        assert message in refused(*arguments)
     assert not mark.exists()

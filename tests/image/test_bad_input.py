@@ -25,9 +25,9 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 def learning(refused, learn, tmp_path) -> Callable[..., str]:
     """A run of textual inversion into `tmp_path`, which must be refused."""
 
-    def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **given) -> str:
+    def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **options) -> str:
         images = {"images": images} if images else {}
-        return refused(*learn(recipe, f"output={tmp_path / 'x.concept'}", *settings, **images, **given))
+        return refused(*learn(recipe, f"output={tmp_path / 'x.concept'}", *settings, **images, **options))
 
     return call
 
@@ -47,8 +47,13 @@ def test_only_stray_files(learning, tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     for name in (".DS_Store", "Thumbs.db", "notes.txt", "fake.jpg"):
         (folder / name).write_bytes(b"not a picture")
-    said = learning(images=folder)
-    assert "no pictures in" in said and "notes.txt" in said and "fake.jpg" in said and "checkpoints (a folder)" in said
+    message = learning(images=folder)
+    assert (
+        "no pictures in" in message
+        and "notes.txt" in message
+        and "fake.jpg" in message
+        and "checkpoints (a folder)" in message
+    )
 
 
 def test_a_truncated_jpeg(learning, painted, tmp_path):
@@ -56,8 +61,8 @@ def test_a_truncated_jpeg(learning, painted, tmp_path):
     Image.open(folder / "0.png").resize((256, 256)).save(folder / "cut.jpg", quality=95)
     whole = (folder / "cut.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    said = learning(images=folder)
-    assert str(folder / "cut.jpg") in said and "damaged or cut off" in said
+    message = learning(images=folder)
+    assert str(folder / "cut.jpg") in message and "damaged or cut off" in message
 
 
 def test_a_picture_of_one_pixel(learning, painted, tmp_path):
@@ -76,24 +81,26 @@ def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    said = learning(images=folder)
-    assert "huge.png is 30000x30000 = 900,000,000 pixels, over the limit of" in said
+    message = learning(images=folder)
+    assert "huge.png is 30000x30000 = 900,000,000 pixels, over the limit of" in message
 
 
 def test_a_mask_of_another_size(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
-    said = learning(images=folder)
-    assert "masks/1.png is 30x32 pixels, and its picture" in said and "is 32x32: they must be of one size" in said
+    message = learning(images=folder)
+    assert "masks/1.png is 30x32 pixels, and its picture" in message and "is 32x32: they must be of one size" in message
 
 
 # --- names -----------------------------------------------------------------------------------
 
 
 def test_an_unknown_recipe(learning):
-    said = learning(recipe="dreambooth_loar")
-    assert "unknown recipe 'dreambooth_loar'. Did you mean 'dreambooth_lora'?" in said and "pivotal_tuning" in said
+    message = learning(recipe="dreambooth_loar")
+    assert (
+        "unknown recipe 'dreambooth_loar'. Did you mean 'dreambooth_lora'?" in message and "pivotal_tuning" in message
+    )
     assert "recipe file mine.yaml does not exist" in learning(recipe="mine.yaml")
 
 
@@ -105,7 +112,7 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("train.setps=3", "train: unknown key 'setps'. Did you mean 'steps'?"),
         ("trane.steps=3", "unknown key 'trane'. Did you mean 'train'?"),
@@ -117,19 +124,19 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
         ("name=my mug", "name = 'my mug'"),
     ],
 )
-def test_an_unknown_key_or_value(learning, setting, said):
-    assert said in learning(setting)
+def test_an_unknown_key_or_value(learning, setting, message):
+    assert message in learning(setting)
 
 
 def test_an_output_that_is_no_name(refused, learn, tmp_path):
-    said = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
-    assert "a concept cannot be called 'my mug'" in said and "name=" in said
+    message = refused(*learn("textual_inversion", f"output={tmp_path / 'my mug.concept'}"))
+    assert "a concept cannot be called 'my mug'" in message and "name=" in message
 
 
 def test_an_unknown_role_scheduler_or_precision(learning):
     roles = ("trainable.lora.kind=lora", "trainable.lora.roles=[cros_attention]")
-    said = learning(*roles)
-    assert "unknown role 'cros_attention'. Did you mean 'cross_attention'?" in said and "text_encoder" in said
+    message = learning(*roles)
+    assert "unknown role 'cros_attention'. Did you mean 'cross_attention'?" in message and "text_encoder" in message
     assert "unknown scheduler 'magic'" in learning("sampling.scheduler=magic")
     if not torch.cuda.is_available():
         assert "train.mixed_precision=fp16 needs a GPU" in learning("train.mixed_precision=fp16")
@@ -144,8 +151,8 @@ def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
     assert "no model at nowhere: there is no such file or folder" in learning("backbone=nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.txt").write_text("x")
-    said = learning(f"backbone={tmp_path / 'model'}")
-    assert "is not a diffusers folder" in said and "a.txt" in said and "StableDiffusionPipeline" in said
+    message = learning(f"backbone={tmp_path / 'model'}")
+    assert "is not a diffusers folder" in message and "a.txt" in message and "StableDiffusionPipeline" in message
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps({"a": 1}))
     assert "is not a .safetensors file" in learning(f"backbone={tmp_path / 'model.ckpt'}")
     shutil.copytree(tiny_folder, tmp_path / "broken")
@@ -157,7 +164,7 @@ def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
 def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tmp_path):
     mug = concepts["mug"]
     assert "unknown format 'kohyaa'" in refused("concept", "export", mug, "--out", tmp_path / "o", "--format", "kohyaa")
-    said = refused(
+    message = refused(
         *(
             "image",
             "evaluate",
@@ -171,10 +178,10 @@ def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tm
             tmp_path / "o",
         )
     )
-    assert "unknown prompt set 'dreambanch'. Did you mean 'dreambench'?" in said
+    assert "unknown prompt set 'dreambanch'. Did you mean 'dreambench'?" in message
     generate = ("image", "generate", "a <mug>", "--concept", mug, "--out", tmp_path / "o")
-    said = refused(*generate, "--scheduler", "eular")
-    assert "unknown scheduler 'eular'. Did you mean 'euler'?" in said and "ddim" in said
+    message = refused(*generate, "--scheduler", "eular")
+    assert "unknown scheduler 'eular'. Did you mean 'euler'?" in message and "ddim" in message
     assert "choose auto, no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
     assert "--device 'tpu7' cannot be used here" in refused(*generate, "--device", "tpu7")
     assert "multiples of" in refused(*generate, "--height", 33)
@@ -204,14 +211,14 @@ def test_what_the_command_line_itself_refuses(pcs, tmp_path):
 
 def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
     generate = ("image", "generate", "--concept", concepts["mug"], "--steps", 1, "--out", tmp_path / "o")
-    said = refused(*generate, "a photo of a <mug>" + " and a mug" * 20 + " in the snow")
-    assert "the prompt is too long" in said and "reads 32 tokens" in said and "in the snow" in said
+    message = refused(*generate, "a photo of a <mug>" + " and a mug" * 20 + " in the snow")
+    assert "the prompt is too long" in message and "reads 32 tokens" in message and "in the snow" in message
     assert "too long" in refused(*generate, "a <mug>", "--negative", "bad " * 60)
     assert "<nope>" in refused(*generate, "a <mug>", "--negative", "<nope>")
-    said = refused(*generate, "a photo of a mug on the beach")
-    assert "'mug' is loaded but the prompt" in said and "write <mug>" in said
-    said = refused(*generate, "a photo of a <mug> and a <dog>")
-    assert "names <dog>, which is not loaded; loaded concepts: <mug>" in said
+    message = refused(*generate, "a photo of a mug on the beach")
+    assert "'mug' is loaded but the prompt" in message and "write <mug>" in message
+    message = refused(*generate, "a photo of a <mug> and a <dog>")
+    assert "names <dog>, which is not loaded; loaded concepts: <mug>" in message
     assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt"
 
 
@@ -245,19 +252,19 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
 
 
 def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concepts, painted, tmp_path):
-    own = painted(tmp_path / "mine" / "photos")
-    for out in (own, own.parent):
+    user_photos = painted(tmp_path / "mine" / "photos")
+    for out in (user_photos, user_photos.parent):
         for arguments in (
-            learn("textual_inversion", f"output={out}", images=own),
+            learn("textual_inversion", f"output={out}", images=user_photos),
             ("image", "generate", "a <mug>", "--concept", concepts["mug"], "--out", out),
-            ("image", "evaluate", "--concept", concepts["mug"], "--references", own, "--out", out),
+            ("image", "evaluate", "--concept", concepts["mug"], "--references", user_photos, "--out", out),
             ("concept", "export", concepts["mug"], "--out", out),
             ("demo", "--out", out),
             ("toybox", "subjects", "development-duck", "--out", out),
         ):
-            said = refused(*arguments, "--overwrite")
-            assert "which would be deleted with it" in said or "which is read" in said
-    assert len(list(own.iterdir())) >= 3
+            message = refused(*arguments, "--overwrite")
+            assert "which would be deleted with it" in message or "which is read" in message
+    assert len(list(user_photos.iterdir())) >= 3
 
 
 def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):

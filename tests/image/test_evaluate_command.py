@@ -24,13 +24,13 @@ def arguments(concepts, photos, dino, painted, tmp_path) -> list:
     for i in range(3):
         painted(tmp_path / "gallery" / f"other-{i}", seed=10 + i)
     (tmp_path / "prompts.txt").write_text("a {concept} on the beach\n# not this\na {concept} in the snow\n")
-    given = ("--references", photos, "--dino", dino, "--gallery", tmp_path / "gallery")
+    options = ("--references", photos, "--dino", dino, "--gallery", tmp_path / "gallery")
     return [
         "image",
         "evaluate",
         "--concept",
         concepts["mug"],
-        *given,
+        *options,
         "--prompts",
         tmp_path / "prompts.txt",
         "--num",
@@ -86,8 +86,8 @@ def test_pictures_are_made_as_asked_else_as_the_concept_s_recipe_says(pcs, argum
 
 
 def test_the_help_says_where_references_are_looked_for(pcs):
-    said = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
-    assert "a folder beside the concept, called as when it was learned" in said
+    text = " ".join(pcs("image", "evaluate", "--help").out.replace("│", " ").split())
+    assert "a folder beside the concept, called as when it was learned" in text
 
 
 def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
@@ -105,9 +105,9 @@ def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folde
     tiny = ("train.steps=1", "train.batch_size=1", "train.resolution=32", "sampling.steps=1", "backbone=tiny")
     subject = {"pot": read_subject(photos, "teapot")}
     runner.personalize(subject, load("textual_inversion", tiny), tmp_path / "run", tensorboard=False)
-    own = runner.evaluate("pot", replace(settings, out=tmp_path / "own", seeds=(0,), limit=1))
-    assert own.name == "pot" and own.class_noun == "teapot" and (tmp_path / "own" / "index.html").is_file()
-    assert len(own.references) == 3 and own.costs.training_seconds is not None
+    report = runner.evaluate("pot", replace(settings, out=tmp_path / "own", seeds=(0,), limit=1))
+    assert report.name == "pot" and report.class_noun == "teapot" and (tmp_path / "own" / "index.html").is_file()
+    assert len(report.references) == 3 and report.costs.training_seconds is not None
 
 
 def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_hashes(
@@ -116,28 +116,37 @@ def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_has
     shutil.copytree(concepts["mug"], tmp_path / "mug.concept")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {concept} on the beach")
-    given = ("--concept", tmp_path / "mug.concept", "--dino", dino, "--prompts", prompts, "--out", tmp_path / "report")
-    missing = pcs("image", "evaluate", *given)
+    options = (
+        "--concept",
+        tmp_path / "mug.concept",
+        "--dino",
+        dino,
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "report",
+    )
+    missing = pcs("image", "evaluate", *options)
     assert missing.code == 2 and "give --references FOLDER" in missing.err
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "1.png").write_bytes((photos / "0.png").read_bytes() + b"x")
-    changed = pcs("image", "evaluate", *given)
+    changed = pcs("image", "evaluate", *options)
     assert changed.code == 2 and "holds other pictures than the concept was learned from" in changed.err
     assert not (tmp_path / "report").exists()
     shutil.copyfile(photos / "1.png", tmp_path / "photos" / "1.png")
-    assert pcs("image", "evaluate", *given).code == 0
+    assert pcs("image", "evaluate", *options).code == 0
 
 
 def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_path):
     evaluate = ("image", "evaluate", "--concept", concepts["mug"], "--out", tmp_path / "o", "--references")
-    for arguments, said in (
+    for arguments, message in (
         ((photos, "--prompts", "dreambench"), "nothing to measure with: give a local CLIP folder"),
         ((tmp_path / "none", "--dino", dino), f"{tmp_path / 'none'} does not exist"),
         ((photos, "--dino", photos), "is not a model folder"),
         ((photos, "--dino", dino, "--gallery", photos), "holds no folders"),
     ):
         ran = pcs(*evaluate, *arguments)
-        assert ran.code == 2 and said in ran.err and "Traceback" not in ran.err
+        assert ran.code == 2 and message in ran.err and "Traceback" not in ran.err
         assert list(tmp_path.iterdir()) == []
 
 

@@ -47,10 +47,10 @@ def test_a_run_that_is_stopped_while_its_preview_is_painted_gets_one_on_resuming
 ):
     """Also where one of two concepts is there already: the state is kept until both are whole."""
 
-    def stop(*given: Any) -> Any:
-        if given[1] == "b":
+    def stop(*arguments: Any) -> Any:
+        if arguments[1] == "b":
             raise error
-        return painted(*given)
+        return painted(*arguments)
 
     painted, other = learn_module.preview, ("subjects.a.images", "subjects.b.images")
     two = [f"{key}={photos}" for key in other] + ["subjects.a.class_noun=mug", "subjects.b.class_noun=mug"]

@@ -98,9 +98,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp
         code = process.wait(120)
     finally:
         process.kill()
-    said = (tmp_path / "stderr").read_text()
-    assert code == expected and f"the state is in {training}: go on with --resume\nstopped\n" in said
-    assert "Traceback" not in said and not concept.exists()
+    stderr = (tmp_path / "stderr").read_text()
+    assert code == expected and f"the state is in {training}: go on with --resume\nstopped\n" in stderr
+    assert "Traceback" not in stderr and not concept.exists()
     assert len(list(training.glob("checkpoint-*"))) == 1
     assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)
 

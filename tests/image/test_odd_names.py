@@ -69,8 +69,8 @@ def test_odd_text_can_be_printed_on_any_terminal(tmp_path: Path, encoding: str) 
     arguments = ("image", "personalize", "textual_inversion", f"subject.images={tmp_path / chr(0xDCFF)}")
     command = [sys.executable, "-m", "shared.cli", *arguments, f"output={tmp_path / 'x.concept'}"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
-    said = done.stderr.decode(encoding)
-    assert done.returncode == 2 and said.startswith("pcs: no pictures in") and "Traceback" not in said
+    stderr = done.stderr.decode(encoding)
+    assert done.returncode == 2 and stderr.startswith("pcs: no pictures in") and "Traceback" not in stderr
     done = subprocess.run(
         [sys.executable, "-c", PRINTS], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
     )

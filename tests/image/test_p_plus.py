@@ -87,9 +87,9 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_can_be_weakened(
     assert torch.equal(predicted(runner.backbone), start)
     runner.backbone.set_strength("mug", 0.5)
     half, site = runner.backbone.placeholders["mug"], runner.backbone.text_sites()[1]
-    rows, begun = (found[f"text_encoder.{site}"] for found in (concept.learned_words, concept.initial_embeddings))
-    found = half.embeddings("text_encoder", None, site)
-    assert found is not None and torch.allclose(found, (rows + begun) / 2, atol=1e-6)
+    rows, begun = (state[f"text_encoder.{site}"] for state in (concept.learned_words, concept.initial_embeddings))
+    state = half.embeddings("text_encoder", None, site)
+    assert state is not None and torch.allclose(state, (rows + begun) / 2, atol=1e-6)
     before = runner.backbone.tokens.current["text_encoder"]
     runner.unload("mug")
     assert runner.backbone.tokens.current["text_encoder"] is not before and not runner.backbone.placeholders
@@ -97,7 +97,7 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_can_be_weakened(
 
 def test_it_is_not_exported_and_says_why(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
-    with pytest.raises(ValueError, match="'mug' learned text_encoder.*hold one table of rows per text encoder"):
+    with pytest.raises(ValueError, match="'mug' learned text_encoder.*hold one table of vectors per text encoder"):
         export(concept, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()
 
@@ -117,7 +117,7 @@ def test_a_model_without_cross_attention_refuses_it(make_tiny_flux: Callable[...
 
 
 def test_on_the_toybox_it_trains_as_textual_inversion_does() -> None:
-    here, elsewhere = load("p_plus"), load("p_plus", ["backbone=x"])
+    on_toybox, elsewhere = load("p_plus"), load("p_plus", ["backbone=x"])
     inversion = load("textual_inversion")
-    assert here.train == inversion.train and here.trainable == inversion.trainable
+    assert on_toybox.train == inversion.train and on_toybox.trainable == inversion.trainable
     assert (elsewhere.train.steps, elsewhere.train.batch_size, elsewhere.trainable["tokens"].lr) == (500, 8, 5e-3)

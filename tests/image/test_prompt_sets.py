@@ -15,8 +15,8 @@ from shared.evaluation.prompt_sets import PromptSet, load_prompts, prompt_sets
 def test_shipped_sets_load_and_have_what_they_promise() -> None:
     assert set(prompt_sets()) >= {"toybox", "dreambench", "dreambench_objects", "dreambench_live"}
     for name in prompt_sets():
-        found = load_prompts(name, "mug")
-        assert found.drift and all("{concept}" in p.text for p in found.prompts)
+        prompts = load_prompts(name, "mug")
+        assert prompts.drift and all("{concept}" in p.text for p in prompts.prompts)
     toybox = load_prompts("toybox")
     assert sum("background" in p.expects for p in toybox.prompts[:10]) == 10
     assert {k for p in toybox.prompts for k in p.expects} == {"background", "view", "accessory", "style"}
@@ -29,7 +29,7 @@ def test_shipped_sets_load_and_have_what_they_promise() -> None:
 def test_the_toybox_expects_only_what_its_world_has_and_asks_for_it_as_its_captions_do() -> None:
     from shared.toybox import captions
 
-    said = {
+    texts = {
         "background": captions.PLACES,
         "view": captions.SEEN,
         "accessory": {k: (f"wearing {v}",) for k, v in captions.WORN.items()},
@@ -37,7 +37,7 @@ def test_the_toybox_expects_only_what_its_world_has_and_asks_for_it_as_its_capti
     }
     for p in load_prompts("toybox").prompts:
         for name, value in p.expects.items():
-            assert said[name][value][0] in p.text, f"{p.text}: {value}"
+            assert texts[name][value][0] in p.text, f"{p.text}: {value}"
         if "style" not in p.expects:
             assert p.text.startswith(captions.opening("photo"))
 

@@ -126,11 +126,11 @@ def test_an_evaluation_tells_of_every_denoising_step() -> None:
             progress(len(seeds) * step, len(seeds) * 2)
         return _generate(0)(prompts, seeds)
 
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     settings = Shots([1, 2], chunk=3)
-    evaluate(generate, generate, _case(), PROMPTS, TOOLS, settings, lambda *what: told.append(what))
-    assert told[:4] == [("with the concept, denoising steps", done, 8) for done in (3, 6, 7, 8)]
-    assert {what for what, done, of in told if done == of} == {what for what, _, _ in told} and len(told) == 12
+    evaluate(generate, generate, _case(), PROMPTS, TOOLS, settings, lambda *what: calls.append(what))
+    assert calls[:4] == [("with the concept, denoising steps", done, 8) for done in (3, 6, 7, 8)]
+    assert {what for what, done, of in calls if done == of} == {what for what, _, _ in calls} and len(calls) == 12
 
 
 def test_evaluation_measures_what_was_drawn(report: Report) -> None:
@@ -262,12 +262,12 @@ def test_large_pictures_are_scaled_down_for_the_page_only(tmp_path: Path) -> Non
 def test_without_gallery_reader_or_drift_the_report_says_so(tmp_path: Path) -> None:
     prompts = validate(PromptSet, {"name": "x", "prompts": list(PROMPTS.prompts)})
     tools = Instruments(_Clip(), _Who())
-    found = evaluate(_generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, tools, Shots([20]))
-    said = " ".join(found.notes)
+    report = evaluate(_generate(0), _generate(5), _case(gallery=None, backbone="sd"), prompts, tools, Shots([20]))
+    notes = " ".join(report.notes)
     for what in ("No gallery", "No recognizer", "no drift prompts", "one seed"):
-        assert what in said
-    assert found.value("drift") is None and found.value("background") is None and found.value("diversity") is None
-    identity = found.score("identity")
+        assert what in notes
+    assert report.value("drift") is None and report.value("background") is None and report.value("diversity") is None
+    identity = report.score("identity")
     assert identity is not None and identity.unit == "score" and identity.chance is None
     only = evaluate(_generate(0), _generate(5), _case(), prompts, Instruments(identity=_Who()), Shots([20]))
     assert only.value("trade_off") is None and "No CLIP" in " ".join(only.notes)
@@ -352,16 +352,16 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
     goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
     both = Experiment({"bad": None, "good": None}, ["s1", "s2"], "two", [1], goal=goal)
-    found = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b")
-    good, bad = found.rows
+    comparison = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b")
+    good, bad = comparison.rows
     assert (good.recipe, bad.recipe) == ("good", "bad")
     assert good.value("identity") == 1 and good.base("identity") == 0 and bad.value("identity") == 0
     assert good.pictures == 8 and bad.subjects == ("s1",)
     assert goal.met(good) is True and goal.met(bad) is False and Goal().met(good) is None
-    lines = found.markdown().splitlines()
+    lines = comparison.markdown().splitlines()
     assert lines[2].startswith("| good | 2 | ") and lines[3].startswith("| bad | 1, 1 failed | ")
-    assert len({line.count("|") for line in lines[:4]}) == 1 and "Toy numbers" in found.markdown()
-    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert len({line.count("|") for line in lines[:4]}) == 1 and "Toy numbers" in comparison.markdown()
+    rows = list(csv.DictReader(io.StringIO(comparison.csv())))
     assert [(r["recipe"], r["subject"]) for r in rows] == [
         ("good", ""),
         ("bad", ""),

@@ -69,13 +69,13 @@ def test_learned_saved_read_and_shown_elsewhere_is_the_same_bit_for_bit(request,
     settings = {"guidance": 1.0} if family == "flux" else {}
     plain = sample(runner.backbone, ["a photo of a mug on the beach"], seeds=[0, 1], **{**FAST, **settings})
     made = runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
-    shown = pictures(runner, **settings)
-    assert not torch.allclose(shown, plain, atol=1e-3), "something was learned"
+    pixels = pictures(runner, **settings)
+    assert not torch.allclose(pixels, plain, atol=1e-3), "something was learned"
     save(made["mug"], tmp_path / "mug.concept")
     concept = read(tmp_path / "mug.concept")
     other = ImageRunner(wrap(make(), "tiny"))
     other.load(concept)
-    assert torch.equal(pictures(other, **settings), shown)
+    assert torch.equal(pictures(other, **settings), pixels)
     other.unload("mug")
     assert {c: repr(m) for c, m in other.backbone.components.items()} == look
     assert torch.equal(
@@ -207,12 +207,12 @@ def test_two_subjects_of_one_run_become_two_concepts(tiny_folder, photos, painte
     subjects = {"mug": read_subject(photos, "mug"), "rex": read_subject(painted(tmp_path / "dogs", seed=1), "dog")}
     made = runner.personalize(subjects, load("pivotal_tuning", [*TINY, *STRONG]), tmp_path / "run", tensorboard=False)
     prompt = "a photo of a <mug> and a <rex>"
-    shown = pictures(runner, prompt)
+    pixels = pictures(runner, prompt)
     for name, concept in made.items():
         save(concept, tmp_path / f"{name}.concept")
         assert [r.file for r in concept.meta.references] == ["0.png", "1.png", "2.png"]
     again = on(tiny_folder, (tmp_path / "rex.concept", 1.0), (tmp_path / "mug.concept", 1.0))
-    assert torch.equal(pictures(again, prompt), shown)
+    assert torch.equal(pictures(again, prompt), pixels)
     again.unload("rex")
     one = pictures(again)
     assert torch.equal(one, pictures(on(tiny_folder, (tmp_path / "mug.concept", 1.0))))
@@ -222,13 +222,13 @@ def test_a_run_that_fails_leaves_the_backbone_as_it_was(tiny_folder, photos, tmp
     runner = on(tiny_folder)
     subject = {"mug": read_subject(photos, "mug")}
     look = {c: repr(m) for c, m in runner.backbone.components.items()}
-    for settings, said in (
+    for settings, message in (
         (["trainable.tokens.lr=1e30", "train.steps=9"], "is nan|not finite"),
         (["train.resolution=33"], "multiples of"),
         (["sampling.scheduler=magic"], "unknown scheduler 'magic'"),
         (["phases.tune.trainable.lora.roles=[nowhere]"], "unknown role 'nowhere'"),
     ):
-        with pytest.raises((ValueError, RuntimeError), match=said):
+        with pytest.raises((ValueError, RuntimeError), match=message):
             runner.personalize(subject, load("pivotal_tuning", [*TINY, *settings]), tmp_path / "run", tensorboard=False)
         assert not runner.loaded and not runner.backbone.placeholders and not runner.backbone.adapters
         assert {c: repr(m) for c, m in runner.backbone.components.items()} == look
@@ -307,25 +307,25 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tmp_p
 
 def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
     def made(name: str, *options: object) -> Path:
-        told = ("--concept", concepts["rex"], "--steps", 4, "--out", tmp_path / name, *options)
-        assert pcs("image", "generate", "a <rex>", *told).code == 0
+        arguments = ("--concept", concepts["rex"], "--steps", 4, "--out", tmp_path / name, *options)
+        assert pcs("image", "generate", "a <rex>", *arguments).code == 0
         return next((tmp_path / name).iterdir())
 
     on, late, zero = made("on"), made("late", "--strength", "rex=0@0,1@0.5"), made("zero", "--strength", "rex=0@0")
     off = tmp_path / "off"
-    told = ("--concept", f"{concepts['rex']}:0", "--steps", 4, "--out", off)
-    assert pcs("image", "generate", "a <rex>", *told).code == 0
+    arguments = ("--concept", f"{concepts['rex']}:0", "--steps", 4, "--out", off)
+    assert pcs("image", "generate", "a <rex>", *arguments).code == 0
     pixels = {p: read_picture(p).pixels for p in (on, late, zero, next(off.iterdir()))}
     on_, late_, zero_, off_ = pixels.values()
     assert torch.equal(zero_, off_) and not torch.equal(late_, on_) and not torch.equal(late_, off_)
     (change,) = json.loads(read_metadata(late)["pcs"])["hooks"]
     assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
-    said = {
+    messages = {
         ("rex",): "--strength: 'rex' is no strength by step",
         ("cup=1@0",): "'cup'",
         ("rex=0@0", "rex=1@0.5"): "--strength: 'rex' is given twice",
     }
-    for texts, why in said.items():
+    for texts, why in messages.items():
         options = [option for text in texts for option in ("--strength", text)]
         refused = pcs("image", "generate", "a <rex>", "--concept", concepts["rex"], *options, "--out", tmp_path / "no")
         assert refused.code == 2 and why in refused.err and not (tmp_path / "no").exists()
@@ -347,9 +347,9 @@ def test_what_was_left_to_the_backbone_is_said_too(tiny_folder):
 def test_photos_on_the_toybox_are_taken_with_one_plain_warning(make_tiny_sd, photos, painted, tmp_path):
     toybox = StableDiffusionBackbone(make_tiny_sd(), "toybox")
     toybox.world = WORLDS["toybox"]
-    with pytest.warns(UserWarning, match="has never seen the real world") as told:
+    with pytest.warns(UserWarning, match="has never seen the real world") as caught:
         warn_unseen(toybox, {"mug": read_subject(photos, "mug")})
-    assert len(told) == 1
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_unseen(toybox, {"toy": read_subject(painted(tmp_path / "toys", side=64), "mug")})

@@ -56,9 +56,9 @@ def test_the_command_line_gives_the_pixels_of_diffusers(
         assert ran.code == 0, ran.err
         return np.asarray(Image.open(out / f"000-seed{SEED}.png"))
 
-    shown = ours(ours_say, "--concept", concepts[name]).astype(int)
+    painted = ours(ours_say, "--concept", concepts[name]).astype(int)
     expected = theirs(tiny_folder, exported, they_say, **how).astype(int)
-    assert shown.shape == (32, 32, 3)
-    assert abs(shown - expected).max() <= 1 and (shown != expected).mean() < 0.01, "but for rounding at a border"
+    assert painted.shape == (32, 32, 3)
+    assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, "but for rounding at a border"
     plain = ours(they_say.replace("<mug> mug", "mug").replace("sks dog", "dog")).astype(int)
     assert (plain != expected).mean() > 0.3, "the concept shows"

@@ -18,8 +18,8 @@ def test_a_training_refuses_a_folder_that_holds_somebody_elses_files(pcs, learn,
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     arguments = (*learn("textual_inversion", f"output={tmp_path / 'toy.concept'}"), *flags)
-    said = refusing(pcs, tmp_path)(*arguments)
-    assert str(tmp_path / "toy.training") in said and ("checkpoint-00-1 is damaged" in said or mine in said)
+    message = refusing(pcs, tmp_path)(*arguments)
+    assert str(tmp_path / "toy.training") in message and ("checkpoint-00-1 is damaged" in message or mine in message)
 
 
 def test_a_second_run_clears_away_what_the_first_one_left_and_nothing_else(pcs, learn, tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_a_second_run_clears_away_what_the_first_one_left_and_nothing_else(pcs, 
     assert "step-000001.png" in second and "step-000002.png" not in second
     assert len([n for n in second if "tfevents" in n]) == 1
     (training / "samples" / "mine.png").write_text("mine")
-    said = refusing(pcs, tmp_path)(*arguments, "--overwrite")
-    assert "did not write (samples/mine.png)" in said
+    message = refusing(pcs, tmp_path)(*arguments, "--overwrite")
+    assert "did not write (samples/mine.png)" in message
 
 
 def test_pictures_inside_the_training_folder_are_not_learned_from(pcs, learn, painted, tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_an_interrupted_run_goes_on_beside_notes_but_not_over_them(pcs, interrup
     (training / "notes.txt").write_text("mine")
     (training / "samples").mkdir()
     (training / "samples" / "step-000001.png").write_text("mine")
-    said = refusing(pcs, tmp_path)(*arguments, "--resume")
-    assert "samples/step-000001.png" in said and "notes.txt" not in said
+    message = refusing(pcs, tmp_path)(*arguments, "--resume")
+    assert "samples/step-000001.png" in message and "notes.txt" not in message
     (training / "samples" / "step-000001.png").unlink()
     assert pcs(*arguments, "--resume").code == 0
     assert (training / "notes.txt").read_text() == "mine"

@@ -30,8 +30,8 @@ TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolutio
 
 
 def planned(photos: Path, out: Path, *settings: str) -> Plan:
-    given = (f"subject.images={photos}", "subject.class_noun=mug", f"output={out / 'x.concept'}")
-    return plan(load("textual_inversion", [*TINY, *given, *settings]))
+    subject = (f"subject.images={photos}", "subject.class_noun=mug", f"output={out / 'x.concept'}")
+    return plan(load("textual_inversion", [*TINY, *subject, *settings]))
 
 
 EVERY = "train.validation.every=1"
@@ -50,9 +50,9 @@ def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, di
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert training_scorers(planned(photos, tmp_path), backbone, None, None) is None
-        found = training_scorers(planned(photos, tmp_path, EVERY), backbone, None, dino)
-    assert found is not None and set(found) == {"x"}
-    scores = found["x"](torch.zeros(2, 3, 32, 32), ["a mug"] * 2)
+        scorers = training_scorers(planned(photos, tmp_path, EVERY), backbone, None, dino)
+    assert scorers is not None and set(scorers) == {"x"}
+    scores = scorers["x"](torch.zeros(2, 3, 32, 32), ["a mug"] * 2)
     assert 0 <= scores["score"] <= 1
     for gone in ({"clip": tmp_path / "gone", "dino": None}, {"clip": None, "dino": tmp_path / "gone"}):
         with pytest.raises(ValueError, match="gone: there is no such folder"):
@@ -126,7 +126,7 @@ def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("phases.tune.sampling.scheduler=magic", r"phases\.tune\.sampling\.scheduler: .*unknown scheduler 'magic'"),
         ("sampling.scheduler=magic", r"sampling\.scheduler: .*unknown scheduler 'magic'"),
@@ -134,9 +134,9 @@ def test_the_caller_s_random_numbers_are_left_alone(tiny_folder, photos, tmp_pat
         ("phases.tune.train.mixed_precision=fp16", r"phases\.tune\.train\.mixed_precision = 'fp16'"),
     ],
 )
-def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, tmp_path, setting, said):
+def test_what_a_phase_asks_for_is_checked_before_the_first(tiny_folder, photos, tmp_path, setting, message):
     runner = ImageRunner(load_backbone(tiny_folder))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         recipe = load("pivotal_tuning", [*TINY, setting])
         runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     assert not (tmp_path / "run").exists() and not runner.backbone.placeholders
@@ -153,9 +153,9 @@ def test_a_guidance_that_is_no_number_is_an_error(pcs, concepts, photos, tmp_pat
 
 def test_class_pictures_of_a_phase_have_its_size_through_the_runner(tiny_folder, photos, tmp_path):
     small = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
-    own = tmp_path / "own.yaml"
-    own.write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}}")
-    recipe = load(str(own), [*TINY, *small, "phases.a.train.resolution=16"])
+    file = tmp_path / "own.yaml"
+    file.write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}}")
+    recipe = load(str(file), [*TINY, *small, "phases.a.train.resolution=16"])
     runner = ImageRunner(load_backbone(tiny_folder))
     runner.personalize({"mug": read_subject(photos, "mug")}, recipe, tmp_path / "run", tensorboard=False)
     assert "mug" in runner.loaded
