@@ -15,11 +15,11 @@ from shared.evaluation.prompt_sets import load_prompts
 from shared.io.contact_sheets import contact_sheet
 from shared.io.decode import read_picture
 from shared.io.outputs import check_output
-from shared.io.pictures import resize
+from shared.io.resize import resize
 from shared.recipe.resolve import load
 from shared.runner.judging import EvaluationSettings, evaluate_loaded, score_line, training_scorers
 from shared.runner.learn import personalize
-from shared.runner.opening import open_runner
+from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
 from shared.toybox import reference_sets as album
 

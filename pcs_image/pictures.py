@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pcs_image.runner import ImageRunner
 from shared.io.contact_sheets import grid, write_picture
-from shared.io.counting import Steps
+from shared.io.denoising_progress import Steps
 from shared.io.outputs import atomic_folder, check_output
-from shared.runner.metadata import metadata
+from shared.runner.png_metadata import metadata
 from shared.sampling.settings import SamplingSettings
 
 

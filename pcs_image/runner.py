@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shared.io.counting import Steps, part_of
+from shared.io.denoising_progress import Steps, part_of
 from shared.runner.base import Runner, attached
 from shared.sampling.sampler import SAMPLE_PIXELS, images_per_batch, sample
 from shared.sampling.settings import SamplingSettings

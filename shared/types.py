@@ -25,7 +25,7 @@ Role = Literal["instance", "prior"]
 class Subject:
     """What the user gives: pictures of one thing, and what kind of thing it is."""
 
-    images: tuple[Path, ...]  # files; a folder is listed by `shared.io.pictures.list_pictures`
+    images: tuple[Path, ...]  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
     class_noun: str = ""  # "mug"; empty where the concept has none (a style)
     captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture
     masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture

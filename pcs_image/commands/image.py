@@ -40,7 +40,7 @@ def personalize(
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders, training_scorers
     from shared.runner.learn import personalize as learn
-    from shared.runner.opening import open_runner
+    from shared.runner.open_runner import open_runner
     from shared.runner.plan import plan
     from shared.train import checkpoint
 
@@ -90,9 +90,9 @@ def generate(
     from pcs_image.pictures import generate as paint
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
-    from shared.io.counting import named
+    from shared.io.denoising_progress import named
     from shared.io.outputs import check_output
-    from shared.runner.opening import check_precision, check_strengths, open_runner, read_by
+    from shared.runner.open_runner import check_precision, check_strengths, open_runner, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
@@ -142,7 +142,7 @@ def evaluate(
     from shared.commands.progress import Lines
     from shared.io.outputs import check_output
     from shared.runner.judging import EvaluationSettings, check_folders, evaluate_loaded, score_line
-    from shared.runner.opening import check_precision, open_runner, parse_concept, read_by
+    from shared.runner.open_runner import check_precision, open_runner, parse_concept, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 

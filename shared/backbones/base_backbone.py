@@ -19,7 +19,7 @@ from shared.backbones.placement import Placement
 from shared.backbones.protocol import Adapter, Group, Placeholder
 from shared.backbones.text import TextEncoding
 from shared.backbones.tokens import TokenOverlay
-from shared.backbones.world import World
+from shared.backbones.world_facts import World
 from shared.types import Conditioning
 
 

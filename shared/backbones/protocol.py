@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
-from shared.backbones.world import World
+from shared.backbones.world_facts import World
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from shared.backbones import load_backbone
 from shared.benchmark.aggregate import Goal
-from shared.benchmark.compare import Experiment, benchmark
-from shared.benchmark.comparison import Comparison
+from shared.benchmark.comparison_table import Comparison
+from shared.benchmark.experiment import Experiment, benchmark
 from shared.concept import read
 from shared.config import unknown
 from shared.metrics.report import Report
@@ -20,7 +20,7 @@ from shared.recipe.resolve import dump, load
 from shared.runner.base import Runner
 from shared.runner.judging import EvaluationSettings, training_scorers
 from shared.runner.learn import personalize
-from shared.runner.opening import best_device
+from shared.runner.open_runner import best_device
 from shared.runner.plan import Plan, plan
 from shared.toybox import reference_sets as album
 from shared.toybox.evaluators.convnet import WEIGHTS

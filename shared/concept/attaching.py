@@ -14,7 +14,8 @@ from torch import Tensor
 from shared.backbones.protocol import Adapter, Backbone, Placeholder
 from shared.concept.concept_folder import Concept
 from shared.concept.confusable import confusable
-from shared.concept.fitting import fits, layers_identity
+from shared.concept.fitting import fits
+from shared.concept.layers_identity import layers_identity
 from shared.concept.shared_adapter import SharedAdapter, unshared
 from shared.config import Part, validate
 from shared.io.adapter_settings import SEED

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
@@ -13,7 +11,6 @@ from shared.concept.concept_folder import Concept
 from shared.trainable.delta import find_parameter
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or parameter -> shape of the base weight
-_SAMPLES = 4096  # values of each weight that tell two checkpoints apart
 
 
 def fits(concept: Concept, backbone: Backbone) -> str | None:
@@ -72,25 +69,3 @@ def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
         weight = base_weight(backbone, component, path)
         out.setdefault(component, {})[path] = () if weight is None else tuple(weight.shape)
     return out
-
-
-@torch.no_grad()
-def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of some letters.
-
-    Rounding to another precision keeps signs, so that one model in any precision gives the same.
-    """
-    digest = hashlib.sha256()
-    with backbone.active({}):  # changed weights are what they were
-        weights = [(c, p, base_weight(backbone, c, p)) for c, paths in sorted(layers.items()) for p in sorted(paths)]
-        words = [(c, "", backbone.word_embeddings(c, "a b c d e")) for c in sorted(encoders)]
-        for component, path, weight in [*weights, *words]:
-            if weight is not None:
-                digest.update(f"{component}.{path}".encode() + _signs(weight))
-    return digest.hexdigest()
-
-
-def _signs(weight: Tensor) -> bytes:
-    flat = weight.detach().reshape(-1)
-    step = -(-flat.numel() // _SAMPLES) | 1  # odd: it walks through the columns of a matrix of even width
-    return torch.signbit(flat[::step]).cpu().numpy().tobytes()

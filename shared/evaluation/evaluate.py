@@ -20,13 +20,13 @@ from torch import Tensor
 
 from shared.evaluation.prompt_sets import PromptSet
 from shared.evaluation.summary import prompt_rows, summary_scores
-from shared.io.counting import Steps, named, part_of
+from shared.io.denoising_progress import Steps, named, part_of
 from shared.io.outputs import check_output
 from shared.metrics.encoders import Instruments, to_pil
 from shared.metrics.report import PICTURES, Costs, Instrument, Kind, PictureRow, Report
+from shared.metrics.save_report import save_report
 from shared.metrics.scorer import SUBJECT, Measured, Scorer
 from shared.metrics.scores import drift
-from shared.metrics.writing import save_report
 from shared.train.costs import peak_memory
 
 Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, seeds, who is told of denoising steps

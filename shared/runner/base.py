@@ -17,13 +17,13 @@ from shared.backbones import Backbone
 from shared.concept import Concept, Provenance, attach, capture
 from shared.config import NAME
 from shared.io.cache import cache_folder
-from shared.io.counting import Steps, named, part_of
+from shared.io.denoising_progress import Steps, named, part_of
 from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.resolve import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.judging import EvaluationSettings, evaluate_loaded
-from shared.runner.loaded import Loaded
+from shared.runner.loaded_concepts import Loaded
 from shared.sampling.settings import SamplingSettings
 from shared.train.loop import Record
 from shared.train.training_run import TrainingRun

@@ -17,15 +17,15 @@ from shared.config import unknown
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
 from shared.io.decode import read_picture
-from shared.io.files import sha256
-from shared.io.pictures import resize
+from shared.io.file_checks import sha256
 from shared.io.read_subject import read_subject
+from shared.io.resize import resize
 from shared.io.terminal import encodable
 from shared.metrics.instruments import load_instruments, look_alikes
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
 from shared.recipe.resolve import expand_phases
-from shared.runner.loaded import Loaded, Painter
+from shared.runner.loaded_concepts import Loaded, Painter
 from shared.runner.plan import Plan
 from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch
 from shared.sampling.settings import SamplingSettings

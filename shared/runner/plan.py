@@ -15,7 +15,7 @@ from shared.concept.concept_folder import META
 from shared.concept.provenance import plain, portable
 from shared.config import NAME
 from shared.io.decode import picture_size
-from shared.io.files import sha256
+from shared.io.file_checks import sha256
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
 from shared.io.terminal import encodable

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.io.counting import Steps
+from shared.io.denoising_progress import Steps
 from shared.sampling.hooks import DenoisingStep
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings

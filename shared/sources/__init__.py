@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.sources.base import Generate, SourceContext
 from shared.sources.generated import Generated
 from shared.sources.phase_pictures import PhasePictures
 from shared.sources.picture_folder import Folder
 from shared.sources.references import References
 from shared.sources.scene import Scene
+from shared.sources.source_context import Generate, SourceContext
 
 Source = Annotated[References | Generated | Folder | PhasePictures | Scene, Field(discriminator="kind")]
 

@@ -16,10 +16,10 @@ from pydantic import Field, field_validator
 
 from shared.config import Part
 from shared.io.contact_sheets import read_metadata, write_picture
-from shared.io.counting import named, part_of
 from shared.io.decode import read_picture
+from shared.io.denoising_progress import named, part_of
 from shared.io.outputs import write_text
-from shared.sources.base import SourceContext
+from shared.sources.source_context import SourceContext
 from shared.types import Example
 
 _SCHEME = 1  # raise it when the way that pictures are made changes

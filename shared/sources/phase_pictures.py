@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from shared.config import Part, unknown
 from shared.io.decode import read_picture
-from shared.sources.base import SourceContext
+from shared.sources.source_context import SourceContext
 from shared.types import Example, Role
 
 KEPT = "kept.json"  # in a phase's folder: which of its pictures the next phase is to learn from

@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from shared.config import Part, PathText
-from shared.io.pictures import ResizeMode
 from shared.io.read_subject import read_subject
-from shared.sources.base import SourceContext
+from shared.io.resize import ResizeMode
+from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load
 from shared.types import Example, Role
 

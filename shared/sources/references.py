@@ -10,9 +10,9 @@ from pydantic import Field
 
 from shared.config import Part
 from shared.io.find_pictures import names
-from shared.io.pictures import ResizeMode
+from shared.io.resize import ResizeMode
 from shared.io.terminal import encodable
-from shared.sources.base import SourceContext
+from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load
 from shared.types import Example
 

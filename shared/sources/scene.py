@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Part
-from shared.io.pictures import ResizeMode
-from shared.sources.base import SourceContext
+from shared.io.resize import ResizeMode
+from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load
 from shared.types import Example
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.io.decode import Picture, read_mask, read_picture
-from shared.io.pictures import ResizeMode, resize
+from shared.io.resize import ResizeMode, resize
 from shared.types import Example, Role
 
 

@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared.toybox.parts import SLOTS, Anchors, Parts, both
+from shared.toybox.part_colors import SLOTS
+from shared.toybox.parts import Anchors, Parts, both
 from shared.toybox.primitives import ball, box, curve, lathe, tube
 from shared.toybox.shapes import visible
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.toybox.parts import SLOTS, Anchors
+from shared.toybox.part_colors import SLOTS
+from shared.toybox.parts import Anchors
 from shared.toybox.primitives import ball
 
 # Part, slot, and the radius that decides how densely it is sampled.

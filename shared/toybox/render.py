@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.toybox import patterns, styles
 from shared.toybox.backgrounds import PAINTERS, Canvas
-from shared.toybox.parts import SLOTS
+from shared.toybox.part_colors import SLOTS
 from shared.toybox.splat import DISTANCE, FILL, Hits, Instances, groups, instances, turned, visible
 from shared.toybox.world import Scene
 

@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from shared.toybox import shapes_living, shapes_made
-from shared.toybox.parts import SLOTS, Anchors, Parts
+from shared.toybox.part_colors import SLOTS
+from shared.toybox.parts import Anchors, Parts
 
 SHAPES = {
     "duck": shapes_living.duck,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from shared.toybox import accessories, faces, patterns
-from shared.toybox.parts import DETAILS, SLOTS, Anchors
+from shared.toybox.part_colors import DETAILS, SLOTS
+from shared.toybox.parts import Anchors
 from shared.toybox.patterns import PatternTable
 from shared.toybox.shapes import cloud
 from shared.toybox.world import RGB, Scene, Thing

@@ -16,7 +16,7 @@ from shared.io.outputs import write_text
 from shared.prompts import expand, without
 from shared.recipe.tasks import GenerateTask
 from shared.sources.phase_pictures import KEPT
-from shared.train.context import ConceptTask, PhaseContext
+from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.resuming import model_key
 from shared.train.task import Update
 

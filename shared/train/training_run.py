@@ -16,10 +16,9 @@ from shared.concept.confusable import confusable
 from shared.recipe.resolve import dump, expand_phases
 from shared.recipe.schema import Recipe
 from shared.recipe.tasks import GenerateTask, TuneTask
-from shared.sources.base import Generate as ClassPictures
-from shared.sources.base import SourceContext
+from shared.sources.source_context import Generate as ClassPictures
+from shared.sources.source_context import SourceContext
 from shared.train import checkpoint
-from shared.train.context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.costs import Clock, summary, watch_memory
 from shared.train.generate import Generate
 from shared.train.learned_state import restore
@@ -27,6 +26,7 @@ from shared.train.log import Log
 from shared.train.loop import Record
 from shared.train.memory import Offloaded
 from shared.train.phase import Phase
+from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
 from shared.train.preflight import check_phases, check_validation
 from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_precision, same_recipe

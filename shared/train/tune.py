@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from shared.prompts import without
-from shared.train.context import ConceptTask, PhaseContext
-from shared.train.data import Data
+from shared.train.batches import Data
 from shared.train.loop import generator
 from shared.train.needs import Computed, Need, check_needs, declared, needs_by_name
+from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Update
 from shared.types import Batch, Conditioning, Step
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.backbones.load import families, load_backbone, register_family
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, Provenance, attach, capture, fits, read, save
-from shared.concept.fitting import layers_identity
+from shared.concept.layers_identity import layers_identity
 from shared.types import Conditioning
 from tests.core.runs import finish, paint, session, small
 

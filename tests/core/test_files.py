@@ -12,12 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.io.files import (
-    read_safetensors_header,
-    safe_load_safetensors,
-    safe_relative,
-    sha256,
-)
+from shared.io.file_checks import safe_relative, sha256
+from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from shared.io.contact_sheets import contact_sheet, grid, read_metadata, to_image, write_picture
 from shared.io.decode import read_picture
 from shared.io.find_pictures import list_pictures
-from shared.io.pictures import resize
 from shared.io.read_subject import read_subject
+from shared.io.resize import resize
 from tests.core.scenes import levels, save, scene
 
 # --- fitting --------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
 WAITS = """
 import sys, time
 from pathlib import Path
-from shared.io.files import atomic_folder
+from shared.io.outputs import atomic_folder
 with atomic_folder(sys.argv[1]) as folder:
     (folder / "half").touch()
     print("writing", flush=True)

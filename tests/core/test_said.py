@@ -12,8 +12,8 @@ from PIL import Image
 
 import shared.cli as cli
 from shared.io.decode import read_picture
-from shared.io.pictures import resize
 from shared.io.read_subject import read_subject
+from shared.io.resize import resize
 from shared.io.terminal import printable
 from tests.core.scenes import save, scene
 

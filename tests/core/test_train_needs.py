@@ -189,7 +189,7 @@ def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos,
     """Encoding and decoding alike; and what is made does not depend on it."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
     pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
-    for limit in ("shared.train.data._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
+    for limit in ("shared.train.batches._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):
         monkeypatch.setattr(limit, 32 * 32)
     backbone, rows = tiny(), []
     for network in (backbone.vae.encoder, backbone.vae.decoder):

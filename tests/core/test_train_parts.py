@@ -16,9 +16,9 @@ from shared.modifiers import LearnableToken, RareToken
 from shared.noise import LogitNormal, Uniform
 from shared.objective import Denoising
 from shared.recipe.schema import Recipe
-from shared.train.context import PhaseContext
-from shared.train.data import Data
+from shared.train.batches import Data
 from shared.train.loop import generator
+from shared.train.phase_context import PhaseContext
 from shared.train.tune import Tune
 from shared.trainable import Lora
 from shared.types import Example, Subject

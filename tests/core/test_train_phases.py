@@ -16,8 +16,8 @@ from shared.recipe.resolve import dump
 from shared.recipe.schema import Recipe
 from shared.sources.phase_pictures import read_kept
 from shared.train import checkpoint
-from shared.train.context import PhaseContext
 from shared.train.optim import NotFinite
+from shared.train.phase_context import PhaseContext
 from shared.train.task import Update
 from shared.train.training_run import TASKS, TrainingRun
 from shared.trainable import TrainableGroup
@@ -68,7 +68,7 @@ def test_what_was_made_and_chosen_is_what_the_next_phase_learns_from(tiny, photo
 
 
 def picture(path: Path) -> Tensor:
-    from shared.io.pictures import read_picture
+    from shared.io.decode import read_picture
 
     return read_picture(path, min_side=1).pixels
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.benchmark.aggregate import Goal
-from shared.benchmark.compare import Experiment, benchmark, compare
+from shared.benchmark.experiment import Experiment, benchmark, compare
 from shared.config import validate
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
-from shared.metrics.writing import save_report
+from shared.metrics.save_report import save_report
 
 # a stand-in world: a subject is a square of its hue, a background a colour around it
 

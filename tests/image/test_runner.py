@@ -23,9 +23,9 @@ from shared.io.decode import read_picture
 from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
 from shared.runner.base import Runner, attached
-from shared.runner.metadata import metadata
-from shared.runner.opening import open_runner, parse_concept
+from shared.runner.open_runner import open_runner, parse_concept
 from shared.runner.plan import warn_unseen
+from shared.runner.png_metadata import metadata
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import sample
 

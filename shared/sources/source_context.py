@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shared.io.counting import Steps
+from shared.io.denoising_progress import Steps
 from shared.types import Subject
 
 

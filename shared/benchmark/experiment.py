@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.benchmark.aggregate import Goal, aggregate
-from shared.benchmark.comparison import Comparison
+from shared.benchmark.comparison_table import Comparison
 from shared.io.outputs import write_text
 from shared.metrics.report import Report
 

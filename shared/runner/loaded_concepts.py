@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.backbones import Backbone
 from shared.concept import Concept
-from shared.io.counting import Steps
+from shared.io.denoising_progress import Steps
 from shared.sampling.settings import SamplingSettings
 from shared.types import Subject
 

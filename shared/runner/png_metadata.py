@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from shared.prompts import expand, names_in
-from shared.runner.loaded import Painter
+from shared.runner.loaded_concepts import Painter
 from shared.sampling.settings import SamplingSettings
 
 

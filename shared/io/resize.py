@@ -1,4 +1,4 @@
-"""Pictures in and out: list, read, fit to a size, write with metadata, lay out on a sheet. The one module to import."""
+"""Fitting a picture to a size: cropped to cover it, or padded to be contained in it, with its mask and caption kept true."""
 
 from __future__ import annotations
 
@@ -8,31 +8,8 @@ from typing import Literal
 
 from PIL import Image
 
-from shared.io.contact_sheets import contact_sheet, grid, read_metadata, to_image, write_picture
-from shared.io.decode import GROUND, MAX_PIXELS, MIN_SIDE, Picture, picture_size, read_mask, read_picture, to_pixels
-from shared.io.find_pictures import Listing, list_pictures, scan, sniff
+from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
-
-__all__ = [
-    "GROUND",
-    "MAX_PIXELS",
-    "MIN_SIDE",
-    "Listing",
-    "Picture",
-    "contact_sheet",
-    "grid",
-    "list_pictures",
-    "picture_size",
-    "read_mask",
-    "read_metadata",
-    "read_picture",
-    "resize",
-    "scan",
-    "sniff",
-    "to_image",
-    "to_pixels",
-    "write_picture",
-]
 
 ResizeMode = Literal["cover", "contain"]
 _KEPT = 2 / 3  # of a picture: with less, somebody should know

@@ -1,0 +1,36 @@
+"""Which weights a concept builds on, as one string that is the same in every precision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.concept.fitting import base_weight
+
+_SAMPLES = 4096  # values of each weight that tell two checkpoints apart
+
+
+@torch.no_grad()
+def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
+    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of some letters.
+
+    Rounding to another precision keeps signs, so that one model in any precision gives the same.
+    """
+    digest = hashlib.sha256()
+    with backbone.active({}):  # changed weights are what they were
+        weights = [(c, p, base_weight(backbone, c, p)) for c, paths in sorted(layers.items()) for p in sorted(paths)]
+        words = [(c, "", backbone.word_embeddings(c, "a b c d e")) for c in sorted(encoders)]
+        for component, path, weight in [*weights, *words]:
+            if weight is not None:
+                digest.update(f"{component}.{path}".encode() + _signs(weight))
+    return digest.hexdigest()
+
+
+def _signs(weight: Tensor) -> bytes:
+    flat = weight.detach().reshape(-1)
+    step = -(-flat.numel() // _SAMPLES) | 1  # odd: it walks through the columns of a matrix of even width
+    return torch.signbit(flat[::step]).cpu().numpy().tobytes()
