@@ -25,14 +25,14 @@ _STOPPED = 130  # what typer returns, and a shell expects, after Ctrl-C
 
 
 def build() -> typer.Typer:
-    """The whole command tree. A package whose commands cannot be loaded is said aloud; the others work."""
+    """The whole command tree. A package whose commands cannot be loaded is reported; the others work."""
     from importlib.metadata import entry_points
 
     import typer
 
     app = typer.Typer(
         name="pcs",
-        help="Learn a thing from a few pictures, keep it as one concept, show it in new scenes, measure how well.",
+        help="Learn a subject from a few pictures, save it as a concept, generate it in new scenes, measure how well.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -18,10 +18,10 @@ app = typer.Typer(
 def demo(
     out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes", **PATH),
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
-    recipe: str = typer.Option("pivotal_tuning", help="how to learn it"),
-    overwrite: bool = typer.Option(False, help="replace an earlier demo"),
+    recipe: str = typer.Option("pivotal_tuning", help="recipe to learn it with"),
+    overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:
-    """Writes references, the concept, a contact sheet (references | new scenes | without the concept), scores, index.html."""
+    """Write references, the concept, a contact sheet (references | new scenes | without the concept), scores, index.html."""
     from pcs_image.demo import run
     from shared.commands.progress import Bar, Lines
 

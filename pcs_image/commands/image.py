@@ -11,11 +11,11 @@ from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
 
-_CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; may be given several times")
+_CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated")
 _SEEDS = 2**62
-_DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; the GPU where there is one")
+_DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
-_DOWNLOAD = typer.Option(False, "--download", help="fetch from the hub what is not in its cache")
+_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
@@ -26,15 +26,15 @@ def personalize(
     settings: list[str] = typer.Argument(
         None, help="key=value: subject.images=photos/ subject.class_noun=mug output=my-mug.concept"
     ),
-    resume: bool = typer.Option(False, help="go on with an interrupted run"),
-    overwrite: bool = typer.Option(False, help="replace an existing concept, and what an interrupted run left"),
+    resume: bool = typer.Option(False, help="resume an interrupted run"),
+    overwrite: bool = typer.Option(False, help="replace an existing concept, and the state of an interrupted run"),
     concept: list[str] = _CONCEPT,
     device: str = _DEVICE,
     clip: Path = _CLIP,
     dino: Path = _DINO,
     download: bool = _DOWNLOAD,
 ) -> None:
-    """Learn a concept from pictures. The concept is a folder; training state and logs go beside it."""
+    """Learn a concept from pictures. The concept is a folder; training state and logs are written beside it."""
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
@@ -47,7 +47,7 @@ def personalize(
     resolved = load(recipe, settings or [])
     planned = plan(resolved, overwrite, resume)
     if planned.finished:
-        print("\n".join(f"finished already: <{name}> is in {path}" for name, path in planned.outputs.items()))
+        print("\n".join(f"already finished: <{name}> is in {path}" for name, path in planned.outputs.items()))
         return
     check_folders(clip, dino)
     runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision, download)
@@ -57,7 +57,7 @@ def personalize(
             made = learn(planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, progress=bar)
         except KeyboardInterrupt:
             if checkpoint.load(planned.workdir) is not None:
-                print(f"the state is in {planned.workdir}: go on with --resume", file=sys.stderr)
+                print(f"the state is in {planned.workdir}: continue with --resume", file=sys.stderr)
             raise
     for name, path in made.items():
         print(f"<{name}> is in {path}")
@@ -65,28 +65,30 @@ def personalize(
 
 @app.command()
 def generate(
-    prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> on the beach"; several give several rows'),
+    prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> on the beach"; can be repeated'),
     concept: list[str] = _CONCEPT,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, help="pictures per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="of the first picture; the next ones count up"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each further picture adds one"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
     ),
-    negative: str = typer.Option("", help="what should not be seen"),
-    guidance: float = typer.Option(None, help="classifier-free guidance; the model's own where none is given"),
+    negative: str = typer.Option("", help="negative prompt: what should not appear"),
+    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
     steps: int = typer.Option(None, min=1, help="denoising steps"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
     height: int = typer.Option(None, min=1, help="pixels"),
     width: int = typer.Option(None, min=1, help="pixels"),
-    grid: bool = typer.Option(False, help="also write all pictures as one"),
-    backbone: str = typer.Option(None, help="folder, file or hub id; default: what the first concept was learned on"),
+    grid: bool = typer.Option(False, help="also write all pictures as one grid"),
+    backbone: str = typer.Option(
+        None, help="folder, file or hub id; default: the model the first concept was learned on"
+    ),
     device: str = _DEVICE,
     precision: str = _PRECISION,
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Make pictures, with any number of concepts. Each PNG holds all that is needed to make it again."""
+    """Generate pictures with any number of concepts. Each PNG records everything needed to reproduce it."""
     from pcs_image.pictures import generate as paint
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
@@ -125,13 +127,13 @@ def evaluate(
     ),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
-    limit: int = typer.Option(None, min=1, help="only the first prompts of the set"),
+    limit: int = typer.Option(None, min=1, help="use only this many prompts of the set"),
     steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the concept's recipe"),
-    guidance: float = typer.Option(None, help="classifier-free guidance; default: that of the concept's recipe"),
+    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the concept's recipe"),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the concept's recipe"),
     clip: Path = _CLIP,
     dino: Path = _DINO,
-    backbone: str = typer.Option(None, help="default: what the concept was learned on"),
+    backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
     device: str = _DEVICE,
     precision: str = _PRECISION,
     download: bool = _DOWNLOAD,
@@ -169,17 +171,17 @@ def benchmark(
     recipes: list[str] = typer.Argument(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
-    split: str = typer.Option("development", help="development while working; reporting once, at the end"),
+    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
     subjects: int = typer.Option(4, min=1, help="how many of the split's subjects"),
-    limit: int = typer.Option(10, min=1, help="prompts"),
+    limit: int = typer.Option(10, min=1, help="number of prompts"),
     num: int = typer.Option(2, min=1, help="pictures per prompt"),
-    out: Path = typer.Option(Path("benchmark"), help="folder; a run that was interrupted goes on there", **PATH),
+    out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
-        [], "--set", help="key=value laid on every recipe, train.steps=100 for example"
+        [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
     device: str = _DEVICE,
 ) -> None:
-    """Compare recipes on the toybox's held-out subjects: recognised among look-alikes, prompt followed, copies, time."""
+    """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copies, time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.toybox import BenchmarkSettings, run
 
@@ -189,4 +191,4 @@ def benchmark(
     if comparison.failures:
         lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in comparison.failures.items()]
         share = f"{len(lines)} of {len(lines) + len(comparison.reports)} cells failed"
-        raise ValueError("\n".join([f"{share} (the same command tries them again):", *lines]))
+        raise ValueError("\n".join([f"{share} (run the same command again to retry them):", *lines]))

@@ -9,15 +9,15 @@ import typer
 
 from shared.commands.paths import PATH
 
-app = typer.Typer(help="Look into concepts, and take them to other programs.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, export and merge concepts.", no_args_is_help=True)
 
 
 @app.command()
 def show(
     path: Path = typer.Argument(help="a concept folder", **PATH),
-    as_json: bool = typer.Option(False, "--json", help="everything, for machines"),
+    as_json: bool = typer.Option(False, "--json", help="print everything as JSON"),
 ) -> None:
-    """What a concept is, how it was learned, how well it scored, and how to use it."""
+    """Show what a concept is, how it was learned, how well it scored, and how to use it."""
     from rich.console import Console
 
     from shared.concept import as_json as to_json
@@ -36,13 +36,13 @@ def show(
 def export(
     path: Path = typer.Argument(help="a concept folder", **PATH),
     out: Path = typer.Option(help="folder for the export", **PATH),
-    format: str = typer.Option("diffusers", help="diffusers"),
-    strength: float = typer.Option(1.0, help="folded into weights and learned words"),
-    backbone: str = typer.Option(None, help="default: what the concept was learned on"),
-    download: bool = typer.Option(False, "--download", help="fetch from the hub what is not in its cache"),
+    format: str = typer.Option("diffusers", help="file format: diffusers"),
+    strength: float = typer.Option(1.0, help="strength folded into the weights and the learned tokens"),
+    backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
+    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Write the concept as files of another program, load them back with that program, and compare numerically."""
+    """Export a concept in another program's format, load it back with that program, and compare the two numerically."""
     from shared.concept import export as write
     from shared.concept import load_backbone_of, read
     from shared.io.outputs import check_output
@@ -61,13 +61,17 @@ def merge(
     paths: list[Path] = typer.Argument(
         help="two or more concept folders with changed keys and values (custom_diffusion)"
     ),
-    out: Path = typer.Option(help="a folder for the merged concepts, one NAME.concept each"),
-    method: str = typer.Option("closed_form", help="closed_form | sum"),
-    captions: Path = typer.Option(None, help="sentences that keep their meaning, one per line; default: plain prompts"),
-    backbone: str = typer.Option(None, help="default: what the first was learned on"),
+    out: Path = typer.Option(help="output folder for the merged concepts, one NAME.concept each"),
+    method: str = typer.Option("closed_form", help="closed_form or sum"),
+    captions: Path = typer.Option(
+        None, help="text file of captions whose meaning is preserved, one per line; default: plain prompts"
+    ),
+    backbone: str = typer.Option(
+        None, help="folder, file or hub id; default: the model the first concept was learned on"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Join concepts that were learned apart, without training: Custom Diffusion's constrained least squares."""
+    """Merge separately learned concepts without training, by Custom Diffusion's constrained least squares."""
     from shared.concept import load_backbone_of, read, save
     from shared.concept.merge import merge as join
     from shared.io.outputs import atomic_folder, check_output
@@ -94,7 +98,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--captions {path} cannot be read as text: {error}") from None
     if not sentences:
-        raise ValueError(f"--captions {path} holds no sentence")
+        raise ValueError(f"--captions {path} contains no captions")
     return sentences
 
 

@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 
 @app.callback()
 def doctor() -> None:
-    """Print what works and what does not, each with what to do about it. Exits with 1 when something must be mended."""
+    """Print what works and what does not, and how to fix it. Exits with 1 when something needs fixing."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 app = typer.Typer(
-    help="The recipes there are, in the taxonomy of the survey arXiv 2405.05538.", invoke_without_command=True
+    help="List the available recipes, in the taxonomy of the survey arXiv 2405.05538.", invoke_without_command=True
 )
 _COLUMNS = {
     "modifier": "modifier",
@@ -20,7 +20,7 @@ _COLUMNS = {
 
 @app.callback()
 def methods(context: typer.Context) -> None:
-    """List every recipe: what it modifies, what it trains, how it keeps what the model knew."""
+    """List every recipe: what it modifies, what it trains, how it preserves prior knowledge."""
     if context.invoked_subcommand:
         return
     from rich.console import Console
@@ -53,7 +53,7 @@ def show(
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
     modality: str = typer.Option("image", help="image, video or 3d"),
 ) -> None:
-    """The resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
+    """Print the resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
     import yaml
 
     from shared.recipe.resolve import dump, load

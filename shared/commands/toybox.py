@@ -20,14 +20,14 @@ _WORK = typer.Option(
 def train(
     stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(pipeline.STAGES)}; default: all, in this order"),
     work: Path = _WORK,
-    pictures: int = typer.Option(112_000, min=64, help="how many pictures to render"),
-    minutes: float = typer.Option(None, help="time for each training stage (default: its own number of steps)"),
+    pictures: int = typer.Option(112_000, min=64, help="number of pictures to render"),
+    minutes: float = typer.Option(None, help="time limit for each training stage (default: its own number of steps)"),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, help="CPU threads"),
     seed: int = typer.Option(0, min=0),
-    fresh: bool = typer.Option(False, help="begin from random weights instead of the shipped ones"),
+    fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
 ) -> None:
-    """Make the toybox's weights better, or anew: hours on a CPU, minutes on a GPU. Stops and resumes at any time."""
+    """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
     from shared.config import unknown
     from shared.pretrain.run_task import pick_device
 
@@ -40,9 +40,9 @@ def train(
 
 @app.command()
 def evaluate(
-    out: Path = typer.Option(None, help="also write the figures to this JSON file", **PATH),
-    pictures: int = typer.Option(256, min=8, help="captions to paint"),
-    guidance: float = typer.Option(None, help="default: the guidance that the card states"),
+    out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
+    pictures: int = typer.Option(256, min=8, help="number of captions to generate pictures for"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
     steps: int = typer.Option(25, min=1),
     seed: int = typer.Option(0, min=0),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
@@ -60,10 +60,10 @@ def evaluate(
 @app.command()
 def curve(
     work: Path = _WORK,
-    pictures: int = typer.Option(64, min=8, help="captions to paint with each snapshot"),
-    guidance: float = typer.Option(None, help="default: the guidance that the card states"),
+    pictures: int = typer.Option(64, min=8, help="number of captions to generate pictures for, with each snapshot"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
 ) -> None:
-    """Judge the snapshots of a training: the curve that the card prints."""
+    """Evaluate the snapshots of a training run: the learning curve in the model card."""
     from shared.pretrain.toybox.evaluate_backbone import extend_curve
 
     for line in extend_curve(work, pictures, guidance):
@@ -72,18 +72,18 @@ def curve(
 
 @app.command()
 def sheet(
-    out: Path = typer.Argument(help="PNG to write", **PATH),
+    out: Path = typer.Argument(help="PNG file to write", **PATH),
     source: str = typer.Option(
         "world", help="world (renders), model (the shipped model's pictures) or vae (renders | decoded)"
     ),
     rows: int = typer.Option(4, min=1),
     columns: int = typer.Option(8, min=1),
     seed: int = typer.Option(0, min=0),
-    guidance: float = typer.Option(None, help="for model; default: the guidance that the card states"),
+    guidance: float = typer.Option(None, help="for model; default: the guidance stated in the model card"),
     prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
-    """A sheet of captioned pictures, to look at."""
+    """Draw a contact sheet of captioned pictures."""
     from shared.pretrain.toybox.draw_sheet import SheetSettings, draw_sheet
 
     print(draw_sheet(out, SheetSettings(source, rows, columns, seed, guidance, tuple(prompt)), overwrite))
@@ -91,13 +91,13 @@ def sheet(
 
 @app.command()
 def subjects(
-    name: str = typer.Argument(None, help="a subject, face or style to write as pictures; none: list them"),
-    out: Path = typer.Option(None, help="folder for the reference pictures; default: one of that name", **PATH),
-    num: int = typer.Option(5, min=1, help="reference pictures"),
+    name: str = typer.Argument(None, help="a subject, face or style to write as pictures; omit to list them"),
+    out: Path = typer.Option(None, help="folder for the reference pictures; default: a folder of that name", **PATH),
+    num: int = typer.Option(5, min=1, help="number of reference pictures"),
     seed: int = typer.Option(0, min=0),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """The held-out things and styles that no caption can describe: list them, or write one as pictures to learn from."""
+    """List the held-out things and styles that no caption can describe, or write one as pictures to learn from."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
     from shared.toybox.subjects import style_names

@@ -78,7 +78,9 @@ def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, 
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
         check_output(path, overwrite or (resume and begun))
     if begun and not resume:
-        raise ValueError(f"{workdir} holds an interrupted run: go on with --resume, or start anew with --overwrite")
+        raise ValueError(
+            f"{workdir} holds an interrupted run: continue it with --resume, or start over with --overwrite"
+        )
     if begun:
         check_log(workdir)
     else:
@@ -100,7 +102,7 @@ def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> Non
     hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one that was moved meanwhile has none
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.images)):
         raise ValueError(
-            f"{concept.path} is finished, and was learned from other pictures: choose another output, or start anew with "
+            f"{concept.path} is finished, and was learned from other pictures: choose another output, or start over with "
             "--overwrite"
         )
 

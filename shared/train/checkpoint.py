@@ -85,7 +85,7 @@ def load(folder: Path) -> State | None:
         return State(phase=int(info.pop("phase")), step=int(info.pop("step")), info=info, **tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         what = str(error) or type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged ({what}); delete it to start anew") from None
+        raise ValueError(f"checkpoint {path} is damaged ({what}); delete it to start over") from None
 
 
 def amend(folder: Path, **info: Any) -> None:

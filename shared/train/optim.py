@@ -198,7 +198,7 @@ class Optimizers:
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """ValueError when the tensors do not fit these parameters."""
         for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
-            raise ValueError(f"the optimizer state is of {unknown(name, self.raw, 'group')} Start anew.")
+            raise ValueError(f"the optimizer state is of {unknown(name, self.raw, 'group')} Start over.")
         for name, optimizer in self.raw.items():
             full = optimizer.state_dict()
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -213,7 +213,7 @@ class Optimizers:
                     for k, v in entry.items()
                     if isinstance(v, Tensor) and k in ("exp_avg", "exp_avg_sq", "z")
                 ):
-                    raise ValueError(f"the optimizer state of {name} does not fit this recipe; start anew")
+                    raise ValueError(f"the optimizer state of {name} does not fit this recipe; start over")
             optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 
 

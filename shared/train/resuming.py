@@ -36,7 +36,7 @@ def same_recipe(
         if _FREE.fullmatch(key) or (after_not_finite and _CURE.fullmatch(key)):
             continue
         raise ValueError(
-            f"the {what} run had {key} = {before!r}, this one has {now!r}: {cure}, or start anew with --overwrite"
+            f"the {what} run had {key} = {before!r}, this one has {now!r}: {cure}, or start over with --overwrite"
         )
 
 
@@ -83,8 +83,8 @@ def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: C
         before, now = old.get(what), new.get(what)
         if before != now and what not in ignored:
             raise ValueError(
-                f"{what} {_change_in_words(before, now)} since the run was interrupted: resume with what it was begun with, "
-                "or start anew with --overwrite"
+                f"{what} {_change_in_words(before, now)} since the run was interrupted: resume with what it was started with, "
+                "or start over with --overwrite"
             )
 
 

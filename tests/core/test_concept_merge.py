@@ -182,4 +182,4 @@ def test_the_command_writes_a_folder_for_each_name_or_nothing(sd, both, tmp_path
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert run(build(), [*call[:-1], str(tmp_path / "new"), "--captions", str(empty)]) == 2
-    assert "holds no sentence" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert "contains no captions" in capsys.readouterr().err and not (tmp_path / "new").exists()

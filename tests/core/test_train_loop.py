@@ -166,7 +166,7 @@ def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path):
 )
 def test_a_damaged_checkpoint_says_so(tmp_path, harm):
     harm(checkpoint.save(tmp_path, a_state()))
-    with pytest.raises(ValueError, match=r"checkpoint-01-0000003 is damaged \(.+\); delete it to start anew"):
+    with pytest.raises(ValueError, match=r"checkpoint-01-0000003 is damaged \(.+\); delete it to start over"):
         checkpoint.load(tmp_path)
 
 

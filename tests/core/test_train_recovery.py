@@ -114,7 +114,7 @@ def test_what_may_change_after_a_loss_that_was_no_number():
         ("phases", "a", "train", "optimizers", "main", "warmup", 9),
     ):
         same_recipe(old, changed(*path), after_not_finite=True)
-        with pytest.raises(ValueError, match=r"resume with the same recipe, or start anew with --overwrite"):
+        with pytest.raises(ValueError, match=r"resume with the same recipe, or start over with --overwrite"):
             same_recipe(old, changed(*path))
     for path in (("train", "steps", 6), ("trainable", "lora", "rank", 8), ("trainable", "lora", {"kind": "dora"})):
         with pytest.raises(ValueError, match=rf"had {path[0]}\.{path[1]}"):

@@ -116,7 +116,10 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
     [
         ("train.setps=3", "train: unknown key 'setps'. Did you mean 'steps'?"),
         ("trane.steps=3", "unknown key 'trane'. Did you mean 'train'?"),
-        ("trainable.tokens.rate=3", "trainable.tokens: unknown key 'rate'. There are: kind, lr, weight_decay"),
+        (
+            "trainable.tokens.rate=3",
+            "trainable.tokens: unknown key 'rate'. There are: adapter_set, group, kind, lr, weight_decay",
+        ),
         ("trainable.x.kind=lorra", "trainable.x: unknown kind 'lorra'. Did you mean 'lora'?"),
         ("train.steps=many", "train.steps = 'many'"),
         ("train.steps", "'train.steps' is not a setting"),

@@ -74,7 +74,7 @@ def test_resuming_a_finished_run_says_so_and_trains_nothing(pcs, learn, painted,
     assert pcs(*arguments).code == 0
     left = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     again = pcs(*arguments, "--resume", "preview.num=1")
-    assert (again.code, again.out) == (0, f"finished already: <x> is in {out}\n")
+    assert (again.code, again.out) == (0, f"already finished: <x> is in {out}\n")
     other = pcs(*arguments, "--resume", "train.steps=9")
     assert other.code == 2 and "the finished run had train.steps = 2, this one has 9" in other.err
     (photos / "9.png").write_bytes((photos / "0.png").read_bytes())

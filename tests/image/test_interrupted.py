@@ -72,7 +72,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     assert process.wait() == -signal.SIGKILL and not concept.exists()
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)
-    assert refused.code == 2 and "holds an interrupted run: go on with --resume" in refused.err
+    assert refused.code == 2 and "holds an interrupted run: continue with --resume" in refused.err
     other = pcs(*arguments, "train.optimizers.main.eps=1e-6", "--resume")
     assert (
         other.code == 2 and "the interrupted run had train.optimizers.main.eps = 1e-08, this one has 1e-06" in other.err
@@ -99,7 +99,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp
     finally:
         process.kill()
     stderr = (tmp_path / "stderr").read_text()
-    assert code == expected and f"the state is in {training}: go on with --resume\nstopped\n" in stderr
+    assert code == expected and f"the state is in {training}: continue with --resume\nstopped\n" in stderr
     assert "Traceback" not in stderr and not concept.exists()
     assert len(list(training.glob("checkpoint-*"))) == 1
     assert pcs(*arguments, "--resume").code == 0 and tensors(concept) == tensors(whole)
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_says_what_to_do(pcs, learn, tmp_path):
     training = tmp_path / "mug.training"
     (training / "checkpoint-00-0000001").mkdir(parents=True)
     ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'mug.concept'}"), "--resume")
-    assert ran.code == 2 and "checkpoint-00-0000001 is damaged" in ran.err and "delete it to start anew" in ran.err
+    assert ran.code == 2 and "checkpoint-00-0000001 is damaged" in ran.err and "delete it to start over" in ran.err
 
 
 def test_a_loss_that_is_no_number_ends_with_1_and_keeps_the_state(pcs, learn, tmp_path):

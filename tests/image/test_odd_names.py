@@ -47,7 +47,7 @@ def test_pictures_of_any_name_are_learned_from_shown_and_judged(pcs, learn, odd,
     judged = pcs("image", "evaluate", "--concept", concept, *options)
     assert judged.code == 0, judged.err
     again = pcs(*arguments, "--dino", dino, "--resume")
-    assert again.code == 0 and again.out.startswith("finished already"), again.err
+    assert again.code == 0 and again.out.startswith("already finished"), again.err
 
 
 def test_a_run_with_odd_names_is_interrupted_and_resumed(pcs, interrupted, learn, odd, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path)
     (training / "mine.txt").write_text("keep me")
     tame = learn("textual_inversion", f"output={out}", "train.steps=1")
     refused = pcs(*tame)
-    assert refused.code == 2 and "go on with --resume, or start anew with --overwrite" in refused.err
+    assert refused.code == 2 and "continue it with --resume, or start over with --overwrite" in refused.err
     (next(training.glob("checkpoint-*")) / "state.json").write_text("{")
     anew = pcs(*tame, "--overwrite")
     assert anew.code == 0, anew.err
