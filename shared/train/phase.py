@@ -142,10 +142,10 @@ class Phase:
             self.step = newest.step
             checkpoint.amend(owner.workdir, not_finite=True)
         else:
-            return "no good state is left. Lower the learning rate (trainable.*.lr), and start anew."
+            return "no good state is left. Lower the learning rate (trainable.*.lr), and start over."
         return (
             f"the state of step {self.step}, before it went wrong, is kept in {owner.workdir}. Lower the learning rate "
-            "(trainable.*.lr), or set train.mixed_precision=no, and go on with --resume."
+            "(trainable.*.lr), or set train.mixed_precision=no, and continue with --resume."
         )
 
     def _finish(self) -> None:

@@ -72,7 +72,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     assert process.wait() == -signal.SIGKILL and not concept.exists()
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)
-    assert refused.code == 2 and "holds an interrupted run: continue with --resume" in refused.err
+    assert refused.code == 2 and "holds an interrupted run: continue it with --resume" in refused.err
     other = pcs(*arguments, "train.optimizers.main.eps=1e-6", "--resume")
     assert (
         other.code == 2 and "the interrupted run had train.optimizers.main.eps = 1e-08, this one has 1e-06" in other.err
