@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
@@ -22,6 +23,8 @@ _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers l
 _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
 _ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
+_CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
+_CHECKPOINT_FILES = {"state.json", "learned.safetensors", "optimizer.safetensors", "best.safetensors"}
 _DEMO_PAGE = b"<title>pcs demo</title>"
 
 
@@ -103,6 +106,10 @@ def _explained(folder: Path) -> set[str]:
                 out |= {name, *map(str, files(content))}
             except (KeyError, TypeError, AttributeError):
                 continue  # somebody else's file of this name
+    if _CHECKPOINT.fullmatch(folder.name) and {p.name for p in folder.iterdir()} <= _CHECKPOINT_FILES:
+        out |= (
+            _CHECKPOINT_FILES  # also where its state.json is damaged: it can be neither resumed nor removed otherwise
+        )
     if _begins(folder / "index.html", _DEMO_PAGE):
         out |= {"index.html", "contact-sheet.png"}
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import attach, capture
 from shared.recipe.schema import Recipe
-from shared.train.training_run import Interrupted
+from shared.train.phase import Interrupted
 from shared.trainable import Lora, Weights
 from shared.trainable.delta import DeltaAdapter
 from tests.core.runs import finish, same, session, small

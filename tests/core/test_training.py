@@ -16,7 +16,7 @@ from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.recipe.catalog import recipe_files
 from shared.train import checkpoint
-from shared.train.training_run import Interrupted
+from shared.train.phase import Interrupted
 from tests.core.runs import finish, learned, same, session, small
 
 SHIPPED = sorted(recipe_files("image"))
