@@ -59,12 +59,12 @@ def export(
 @app.command()
 def merge(
     paths: list[Path] = typer.Argument(
-        help="two or more concept folders with changed keys and values (custom_diffusion)"
+        help="two or more concept folders with changed keys and values (custom_diffusion)", **PATH
     ),
-    out: Path = typer.Option(help="output folder for the merged concepts, one NAME.concept each"),
+    out: Path = typer.Option(help="output folder for the merged concepts, one NAME.concept each", **PATH),
     method: str = typer.Option("closed_form", help="closed_form or sum"),
     captions: Path = typer.Option(
-        None, help="text file of captions whose meaning is preserved, one per line; default: plain prompts"
+        None, help="text file of captions whose meaning is preserved, one per line; default: plain prompts", **PATH
     ),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"

@@ -143,7 +143,7 @@ class LayeredPlaceholder(LearnedPlaceholder):
 
 def _some(keys: Iterable[str]) -> str:
     names = sorted(keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (", ".join(names[:3]) or "none") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:

@@ -108,14 +108,9 @@ def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> Non
 
 
 def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
-    """The toybox takes any picture, and says that it has never seen the real world."""
-    if backbone.name != "toybox":
-        return
-    for name, subject in subjects.items():
-        sizes = {picture_size(p) for p in subject.images}
-        if sizes != {(64, 64)}:
-            warnings.warn(
-                f"the pictures of {name!r} are not from the toybox, and the toybox has never seen the real world: what it "
-                "paints will be toys. Give backbone=PATH to a Stable Diffusion folder for real photos.",
-                stacklevel=2,
-            )
+    """A model of a world of its own takes any picture, and says that it has never seen others."""
+    world = backbone.world
+    for name, subject in subjects.items() if world else ():
+        assert world is not None
+        if {picture_size(p) for p in subject.images} != {(world.side, world.side)}:
+            warnings.warn(f"the pictures of {name!r} {world.unseen}", stacklevel=2)

@@ -337,7 +337,10 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {"text_encoder": torch.zeros(2, 99)}}),
             r"embeddings of text_encoder are \[2, 99\], this model needs \[2, 16\]",
         ),
-        (lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}), r"embeddings are for \[\]"),
+        (
+            lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}),
+            "embeddings are for none, this model's are text_encoder",
+        ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "weights": {"w.unet.nowhere.weight": torch.ones(1)}}),
             r"1 changed weights of 'my-mug' belong to no slot, for example 'w\.unet\.nowhere\.weight'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from shared.concept import attach, read, save
 from shared.io.read_subject import read_subject
 from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import expand_phases
-from tests.core.runs import finish, session, small
+from tests.core.runs import finish, paint, session, small
 
 SHIPPED = sorted(recipe_files("image"))
 PLAIN = "a photo of a mug on the beach"
@@ -23,6 +24,12 @@ PLAIN = "a photo of a mug on the beach"
 @pytest.fixture(scope="module")
 def new(make_tiny_sd: Any) -> Any:
     return lambda: StableDiffusionBackbone(make_tiny_sd(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With masks: some recipes require them."""
+    return paint(tmp_path_factory.mktemp("shipped") / "photos")
 
 
 @torch.no_grad()

@@ -89,9 +89,13 @@ def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path)
     refused = pcs(*tame)
     assert refused.code == 2 and "continue it with --resume, or start over with --overwrite" in refused.err
     (next(training.glob("checkpoint-*")) / "state.json").write_text("{")
+    mine = pcs(*tame, "--overwrite")
+    assert mine.code == 2 and "mine.txt" in mine.err and "state.json" not in mine.err, "only what is not its own"
+    assert (training / "mine.txt").read_text() == "keep me" and list(training.glob("checkpoint-*"))
+    (training / "mine.txt").unlink()
     anew = pcs(*tame, "--overwrite")
     assert anew.code == 0, anew.err
-    assert (out / "concept.json").is_file() and (training / "mine.txt").is_file()
+    assert (out / "concept.json").is_file()
     assert checkpoint.load(training) is None
     assert [json.loads(x)["step"] for x in (training / "log.jsonl").read_text().splitlines()] == [1]
 
