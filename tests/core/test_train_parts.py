@@ -146,7 +146,10 @@ def test_random_augmentation_is_drawn_each_time_or_kept_as_variants(sd):
 
     def means(**train) -> set[float]:
         source = data(sd, pictures(1), augment=jitter, train={"batch_size": 1, **train})
-        return {round(float(source._cached_example("instance", 0, generator(0, s)).mean.double().sum()), 4) for s in range(12)}
+        return {
+            round(float(source._cached_example("instance", 0, generator(0, s)).mean.double().sum()), 4)
+            for s in range(12)
+        }
 
     assert len(means()) == 12
     assert 1 < len(means(variants=3)) <= 3
