@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pcs_image.runner import ImageRunner
@@ -14,30 +15,37 @@ from shared.runner.png_metadata import metadata
 from shared.sampling.settings import SamplingSettings
 
 
+@dataclass(frozen=True)
+class PictureFolder:
+    """Where pictures are written."""
+
+    path: Path
+    overwrite: bool = False
+    with_grid: bool = False  # all of them on one sheet, too
+
+
 def generate(
     runner: ImageRunner,
     prompts: Sequence[str],
-    out: Path,
+    out: PictureFolder,
     settings: SamplingSettings = SamplingSettings(),
     *,
     seeds: Sequence[int] = (0,),
-    overwrite: bool = False,
-    as_grid: bool = False,
     progress: Steps | None = None,
 ) -> list[Path]:
     """A picture of each prompt with each seed: one PNG each, with all that made it inside."""
-    check_output(out, overwrite)
+    check_output(out.path, out.overwrite)
     shots = [(p, s) for p in prompts for s in seeds]
     pixels = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     paths = []
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out.path, overwrite=out.overwrite) as folder:
         for index, ((prompt, number), picture) in enumerate(zip(shots, pixels, strict=True)):
             name = f"{index:03d}-seed{number}.png"
             write_picture(picture, folder / name, metadata(prompt, number, runner, settings))
-            paths.append(out / name)
-        if as_grid:
+            paths.append(out.path / name)
+        if out.with_grid:
             write_picture(
                 grid(pixels, columns=len(seeds)), folder / "grid.png", {"pcs": json.dumps({"columns": len(seeds)})}
             )
-            paths.append(out / "grid.png")
+            paths.append(out.path / "grid.png")
     return paths

@@ -89,6 +89,7 @@ def generate(
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """Generate pictures with any number of concepts. Each PNG records everything needed to reproduce it."""
+    from pcs_image.pictures import PictureFolder
     from pcs_image.pictures import generate as paint
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
@@ -106,9 +107,8 @@ def generate(
     seeds = range(seed, seed + num)
     with Lines() as counter:
         on_progress = named(counter, "pictures")
-        paths = paint(
-            runner, prompts, out, settings, seeds=seeds, overwrite=overwrite, as_grid=grid, progress=on_progress
-        )
+        folder = PictureFolder(out, overwrite, grid)
+        paths = paint(runner, prompts, folder, settings, seeds=seeds, progress=on_progress)
     print("\n".join(map(str, paths)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -76,7 +76,7 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
     mask = scatter(torch.ones_like(hits.depth[:, None]))
     which = scatter(things.which[hits.who][:, None] + 1.0)
     depth, position = scatter(hits.depth[:, None], FAR), scatter(hits.position)
-    styled = _styled(scenes, picture, mask, depth, hits, things, scatter, numbers)
+    styled = _styled(scenes, picture, mask, depth, lambda: scatter(turned(things.axes, hits.who, hits.normal)), numbers)
     cover = _halved(mask)
     first = _halved((which == 1).float())
     thing = torch.where(cover >= 0.5, torch.where(first * 2 >= cover, 1, 2), 0)[:, 0]
@@ -172,17 +172,14 @@ def _styled(
     picture: Tensor,
     mask: Tensor,
     depth: Tensor,
-    hits: Hits,
-    things: Instances,
-    scatter,
+    normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """The pictures with each scene's drawing style."""
+    """The pictures with each scene's drawing style; the normals are asked for only where one draws with them."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture
-    normal = scatter(turned(things.axes, hits.who, hits.normal))
-    picture = picture.clone()
+    normal, picture = normals(), picture.clone()
     for name in dict.fromkeys(names):
         if name != "photo":
             members = torch.tensor([i for i, other in enumerate(names) if other == name], device=picture.device)
