@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +220,10 @@ class TrainingRun:
         """Where a phase keeps what it makes."""
         return self.workdir / "phases" / phase
 
+    def _before(self, phase: Recipe) -> list[str]:
+        """The phases that run before this one: what a later one made in an earlier run is not to be learned from."""
+        return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
+
     def examples(self, phase: Recipe) -> Iterator[Example]:
         """Everything the phase's sources give, one after another."""
         context = SourceContext(
@@ -228,7 +233,7 @@ class TrainingRun:
             cache_dir=self.cache_dir,
             generate=self._plain_class_pictures if self.class_pictures else None,
             backbone_key=model_key(self.backbone, self.loaded_strengths),
-            phase_folders={n: self.folder(n) for n, p in self.phases if (self.folder(n)).is_dir()},
+            phase_folders={n: self.folder(n) for n in self._before(phase) if self.folder(n).is_dir()},
             progress=self.on_pictures,
         )
         for source in phase.sources.values():

@@ -112,6 +112,17 @@ def test_pictures_of_a_phase_that_is_not_there_are_an_error(tiny, photos, tmp_pa
         finish(session(tiny(), recipe, photos, tmp_path / "run"))
 
 
+def test_pictures_that_a_later_phase_left_are_not_learned_from(tiny, photos, tmp_path):
+    """They are of an earlier run."""
+    finish(run_of(tiny, photos, tmp_path / "run"))
+    run = run_of(tiny, photos, tmp_path / "run")
+    (_, first), _, (_, second) = run.phases
+    reads = first.model_copy(update={"sources": second.sources})
+    run.phases[0] = ("first", reads)
+    with pytest.raises(ValueError, match=r"unknown earlier phase that makes pictures 'look'"):
+        list(run.examples(reads))
+
+
 # --- what a package may add ------------------------------------------------------------------
 
 
