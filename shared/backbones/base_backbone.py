@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.added_tokens import TokenOverlay
 from shared.backbones.attention import Attending, PredictionRows
 from shared.backbones.attention_edits import Rows, Site
 from shared.backbones.checkpoint_identity import checkpoint_identity
@@ -17,9 +18,8 @@ from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.placement import Placement
 from shared.backbones.protocol import Adapter, Group, Placeholder
+from shared.backbones.synthetic_world import World
 from shared.backbones.text import TextEncoding
-from shared.backbones.tokens import TokenOverlay
-from shared.backbones.world_facts import World
 from shared.types import Conditioning
 
 

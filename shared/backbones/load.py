@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.backbones.world_facts import World
+from shared.backbones.synthetic_world import World
 from shared.config import expanded
 from shared.io.model_folders import check_tokenizer, first_line, load_network, quiet
 

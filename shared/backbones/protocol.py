@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
-from shared.backbones.world_facts import World
+from shared.backbones.synthetic_world import World
 from shared.types import Conditioning, SiteContext
 
 Resolution = Literal["exact", "port"]
@@ -146,7 +146,7 @@ class Backbone(Protocol):
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
         """Where whole `words` stand in these prompts: bool [B, L], over the tokens of the context. `words` may be any text
-        or `shared.backbones.tokens.END`, the token that ends the text. ValueError for no words."""
+        or `shared.backbones.added_tokens.END`, the token that ends the text. ValueError for no words."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.added_tokens import Tokenized, TokenOverlay, join_embeddings, overlaid, same_embeddings, slots
 from shared.backbones.forward_process import times
 from shared.backbones.protocol import Placeholder
-from shared.backbones.tokens import Tokenized, TokenOverlay, join_embeddings, overlaid, same_embeddings, slots
 from shared.types import Conditioning, SiteContext
 
 log = logging.getLogger(__name__)

@@ -16,15 +16,16 @@ from shared.concept import read
 from shared.config import unknown
 from shared.metrics.report import Report
 from shared.recipe.catalog import recipe_files
-from shared.recipe.resolve import dump, load
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
 from shared.runner.base import Runner
 from shared.runner.judging import EvaluationSettings, training_scorers
 from shared.runner.learn import personalize
-from shared.runner.open_runner import best_device
 from shared.runner.plan import Plan, plan
 from shared.toybox import reference_sets as album
 from shared.toybox.evaluators.convnet import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
+from shared.train.device import pick_device
 
 #: What a concept says of its recipe without the folders of the machine it was learned on.
 _PLACES = ("subject", "output", "backbone")
@@ -57,7 +58,7 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
     }
     if settings.split not in album.SPLITS:
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
-    runner = kind(load_backbone("toybox", device=settings.device or best_device()))
+    runner = kind(load_backbone("toybox", device=pick_device(settings.device)))
     experiment = Experiment(
         contents,
         [h.name for h in held_out(settings.split)][: settings.subjects],

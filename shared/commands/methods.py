@@ -56,7 +56,8 @@ def show(
     """Print the resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
     import yaml
 
-    from shared.recipe.resolve import dump, load
+    from shared.recipe.resolve import load
+    from shared.recipe.schema import dump
     from shared.recipe.taxonomy import taxonomy_of
 
     recipe = load(name, settings or [], modality)

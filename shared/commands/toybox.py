@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
     from shared.config import unknown
-    from shared.pretrain.run_task import pick_device
+    from shared.train.device import pick_device
 
     for name in stage or ():
         if name not in pipeline.STAGES:

@@ -12,8 +12,8 @@ from torch import Tensor
 from shared.backbones.protocol import Adapter, Backbone
 from shared.concept.concept_folder import START, Concept, adapter_id
 from shared.concept.fitting import embedding_width, shapes
-from shared.concept.known_models import remember
 from shared.concept.layers_identity import layers_identity
+from shared.concept.model_locations import remember
 from shared.concept.provenance import Provenance, plain, public_name
 from shared.concept.schema import ConceptMeta
 from shared.concept.shared_adapter import unshared

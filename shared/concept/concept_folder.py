@@ -18,8 +18,9 @@ from torch import Tensor
 
 from shared.concept.schema import ConceptMeta, parse_meta
 from shared.config import Part
-from shared.io.file_checks import safe_relative, sha256
+from shared.io.checksums import sha256
 from shared.io.outputs import atomic_folder
+from shared.io.safe_paths import safe_relative
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 META = "concept.json"

@@ -16,7 +16,7 @@ from shared.concept.concept_folder import Concept
 from shared.concept.open_backbone import load_backbone_of
 from shared.concept.verify import compare
 from shared.config import unknown
-from shared.io.file_checks import sha256
+from shared.io.checksums import sha256
 from shared.io.outputs import atomic_folder, check_output
 
 Writer = Callable[[Concept, Path, Backbone, float], dict[str, Any]]

@@ -8,7 +8,7 @@ from typing import Any
 from shared.backbones.load import TOYBOX, load_backbone
 from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
-from shared.concept.known_models import known_path, remember
+from shared.concept.model_locations import known_path, remember
 
 
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:

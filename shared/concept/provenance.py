@@ -14,7 +14,7 @@ from typing import Any
 from shared.backbones.load import WORLDS
 from shared.concept.schema import Kind
 from shared.config import Part
-from shared.io.file_checks import sha256
+from shared.io.checksums import sha256
 from shared.io.terminal import escaped_name
 
 _ABSOLUTE = re.compile(r"^([/~\\]|[A-Za-z]:[/\\])")

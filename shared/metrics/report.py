@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from shared.io.file_checks import safe_relative
+from shared.io.safe_paths import safe_relative
 
 SCHEMA_VERSION = 1
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.io.file_checks import safe_relative
 from shared.io.outputs import atomic_folder, write_text
+from shared.io.safe_paths import safe_relative
 from shared.metrics.html import report_html
 from shared.metrics.report import HTML_FILE, REPORT_FILE, PictureRow, PromptRow, Report
 

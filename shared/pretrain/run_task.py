@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from shared.pretrain.task import Compute, PretrainTask
 from shared.train import checkpoint
 from shared.train.budget import Budget
+from shared.train.device import pick_device
 from shared.train.log import Log, check_log, flat
 from shared.train.loop import Loop, Record
 from shared.train.optim import NotFinite, Optimizers
@@ -229,20 +230,6 @@ def refuse_older(file: Path) -> None:
         raise ValueError(
             f"{file} is a checkpoint of an earlier version and cannot be resumed: remove it, or use another folder"
         )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """`name` as a device; where it is None, the GPU if there is one, else the CPU.
-
-    ValueError, with the devices that there are, when this machine has none of that name.
-    """
-    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} cannot be used here. There are: {', '.join(available)}.") from None
-    return device
 
 
 def _check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from shared.backbones.load import WORLDS
@@ -11,17 +11,10 @@ from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
 from shared.recipe.overlay import Rules, mapping, unstated
 from shared.recipe.overrides import parse_overrides
-from shared.recipe.phase_names import check_phases
+from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
-#: What a run has once: a phase cannot change it.
-_ONCE = frozenset(
-    (
-        *("method", "title", "papers", "taxonomy", "kind", "subject", "subjects", "backbone", "output", "name"),
-        *("modifier", "preview", "phases"),
-    )
-)
 
 
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
@@ -93,28 +86,6 @@ def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe
     if gone:
         out["phases"] = {name: phase for name, phase in out["phases"].items() if name not in gone}
     return out
-
-
-def dump(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data; `validate(type(recipe), dump(recipe))` gives it back."""
-    return recipe.model_dump(mode="json", by_alias=True)
-
-
-def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """(name, recipe) of each phase: the recipe with the phase's overlay laid on; one phase where none are named.
-
-    A part that the recipe has and a phase does not want is set to null in the phase.
-    """
-    if not recipe.phases:
-        yield "tune", recipe
-        return
-    base = dump(recipe)
-    base.pop("phases")
-    for name, phase in recipe.phases.items():
-        fixed = sorted(_ONCE & phase.keys())
-        if fixed:
-            raise ValueError(f"phases.{name}.{fixed[0]}: this is the same in all phases; say it outside of them")
-        yield name, validate(type(recipe), merge(base, phase, default_kinds(type(recipe))), where=f"phases.{name}")
 
 
 def _outrank(

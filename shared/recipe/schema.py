@@ -128,3 +128,8 @@ class Recipe(Part):
                 "(made by the base model) or =folder (your own)"
             )
         return self
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data; `validate(type(recipe), dump(recipe))` gives it back."""
+    return recipe.model_dump(mode="json", by_alias=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shared.recipe.catalog import Taxonomy
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 
 _ROLES = {

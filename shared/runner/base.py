@@ -20,7 +20,7 @@ from shared.io.cache import cache_folder
 from shared.io.denoising_progress import Steps, named, part_of
 from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.judging import EvaluationSettings, evaluate_loaded
 from shared.runner.loaded_concepts import Loaded

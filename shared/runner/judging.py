@@ -16,15 +16,15 @@ from shared.concept import Concept
 from shared.config import unknown
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
+from shared.io.checksums import sha256
 from shared.io.decode import read_picture
-from shared.io.file_checks import sha256
 from shared.io.read_subject import read_subject
 from shared.io.resize import resize
 from shared.io.terminal import encodable
 from shared.metrics.instruments import load_instruments, look_alikes
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from shared.runner.loaded_concepts import Loaded, Painter
 from shared.runner.plan import Plan
 from shared.sampling.sampler import DECODE_PIXELS, decoded, images_per_batch

@@ -11,7 +11,7 @@ from typing import Any
 from shared.concept import save
 from shared.io.contact_sheets import contact_sheet
 from shared.io.denoising_progress import named
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
 from shared.runner.judging import references

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from shared.backbones import load_backbone
 from shared.concept import load_backbone_of, read
 from shared.config import expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
+from shared.train.device import pick_device
 from shared.train.precision import DTYPES, resolve_precision
 
 
@@ -41,9 +40,9 @@ def open_runner(
     """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
     was learned on; `download`: whether the hub may be asked for it."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
-    where = check_device(device or best_device())
+    where = pick_device(device)
     if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
-        precision = resolve_precision(precision, where) if torch.device(where).type == "cuda" else "no"
+        precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
     model = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
@@ -57,22 +56,6 @@ def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:
     """The folders that `open_runner` reads: no output may take their place."""
     local = [expanded(backbone)] if backbone and expanded(backbone).exists() else []
     return [*(parse_concept(c)[0] for c in concepts), *local]
-
-
-def check_device(device: str) -> str:
-    """The same name; ValueError when this machine has no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0].split(". ")[0]
-        devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ValueError(f"--device {device!r} cannot be used here ({why}). There are: {devices}.") from None
-    return device
-
-
-def best_device() -> str:
-    """ "cuda" where there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:

@@ -14,8 +14,8 @@ from shared.concept import Concept, read
 from shared.concept.concept_folder import META
 from shared.concept.provenance import plain, portable
 from shared.config import NAME
+from shared.io.checksums import sha256
 from shared.io.decode import picture_size
-from shared.io.file_checks import sha256
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
 from shared.io.terminal import encodable

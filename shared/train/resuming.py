@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.io.file_checks import sha256
+from shared.io.checksums import sha256
 from shared.types import Subject
 
 WEIGHTS = "the backbone's checkpoint"

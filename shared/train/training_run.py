@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
-from shared.recipe.resolve import dump, expand_phases
-from shared.recipe.schema import Recipe
+from shared.recipe.phases import expand_phases
+from shared.recipe.schema import Recipe, dump
 from shared.recipe.tasks import GenerateTask, TuneTask
 from shared.sources.source_context import Generate as ClassPictures
 from shared.sources.source_context import SourceContext

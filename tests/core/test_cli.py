@@ -15,7 +15,8 @@ import yaml
 
 from shared.cli import build, run
 from shared.recipe.catalog import recipe_files
-from shared.recipe.resolve import dump, load
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
 

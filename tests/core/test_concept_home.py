@@ -14,7 +14,8 @@ from shared.backbones import load_backbone
 from shared.cli import build, run
 from shared.concept import Provenance, capture, lines, load_backbone_of, read, save
 from shared.modifiers import LearnableToken
-from shared.recipe.resolve import dump, load
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
 
 
 @pytest.fixture

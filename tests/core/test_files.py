@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.io.file_checks import safe_relative, sha256
+from shared.io.checksums import sha256
+from shared.io.safe_paths import safe_relative
 from shared.io.safetensors_files import read_safetensors_header, safe_load_safetensors
 
 

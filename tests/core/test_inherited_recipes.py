@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from shared.config import read_yaml, validate
-from shared.recipe.resolve import dump, expand_phases, load
-from shared.recipe.schema import Recipe
+from shared.recipe.phases import expand_phases
+from shared.recipe.resolve import load
+from shared.recipe.schema import Recipe, dump
 
 ELSEWHERE = "backbone=some/folder"
 UserRecipe = Callable[..., Recipe]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from shared.recipe.overlay import Rules, unstated
-from shared.recipe.resolve import expand_phases, load
+from shared.recipe.phases import expand_phases
+from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe
 
 FILE = {

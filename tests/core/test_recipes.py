@@ -12,8 +12,9 @@ import shared.recipe.overlay
 from shared.config import read_yaml, slots, validate
 from shared.recipe.catalog import config_folder, recipe_files
 from shared.recipe.overlay import Rules
-from shared.recipe.resolve import dump, expand_phases, load, written
-from shared.recipe.schema import Recipe
+from shared.recipe.phases import expand_phases
+from shared.recipe.resolve import load, written
+from shared.recipe.schema import Recipe, dump
 from shared.recipe.taxonomy import taxonomy_of
 
 SHIPPED = sorted(recipe_files("image"))

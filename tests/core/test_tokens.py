@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shared.backbones.added_tokens import END, same_embeddings
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
-from shared.backbones.tokens import END, same_embeddings
 from shared.types import SiteContext
 
 

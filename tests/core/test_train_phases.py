@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.config import validate
-from shared.recipe.resolve import dump
-from shared.recipe.schema import Recipe
+from shared.recipe.schema import Recipe, dump
 from shared.sources.phase_pictures import read_kept
 from shared.train import checkpoint
 from shared.train.optim import NotFinite

@@ -16,7 +16,8 @@ from shared.backbones.load import WORLDS
 from shared.io.read_subject import read_subject
 from shared.metrics.instruments import OWN
 from shared.recipe.catalog import config_folder
-from shared.recipe.resolve import dump, load
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
 from shared.runner.plan import warn_unseen
 
 SMALL = replace(WORLDS["toybox"], side=16, unseen="are of elsewhere.")

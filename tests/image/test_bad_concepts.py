@@ -160,7 +160,7 @@ def _way_out(folder: Path, mark: Path) -> None:
 
 
 def _other_shape(folder: Path, mark: Path) -> None:
-    from shared.io.file_checks import sha256
+    from shared.io.checksums import sha256
 
     save_file({"lora.unet.x": torch.zeros(3)}, folder / "adapter.safetensors")
     meta = json.loads((folder / "concept.json").read_text())

@@ -14,7 +14,7 @@ from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import attach, read, save
 from shared.io.read_subject import read_subject
 from shared.recipe.catalog import recipe_files
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from tests.core.runs import finish, paint, session, small
 
 SHIPPED = sorted(recipe_files("image"))

@@ -1,19 +1,9 @@
-"""Hashes of files, and names of files that stay inside their folder."""
+"""Names of files, as a file of somebody else's says them, that stay inside their folder."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path, PureWindowsPath
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    state = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
 
 
 def safe_relative(root: str | os.PathLike[str], name: str) -> Path:

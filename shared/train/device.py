@@ -1,0 +1,21 @@
+"""Which device a run computes on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`name` as a device; where it is None, the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has none of that name; lists those it has
+    """
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name!r} cannot be used here ({why}). There are: {', '.join(available)}.") from None
+    return device
