@@ -116,7 +116,7 @@ def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: flo
     for component, by_path in layers.items():
         rank = max(layer.rank for layer in by_path.values())
         for path, layer in by_path.items():
-            key = f"{component}.{_public(backbone, component, path)}"
+            key = f"{component}.{public_path(backbone, component, path)}"
             state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
             state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
             if layer.magnitude is not None:
@@ -142,7 +142,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
         )
 
 
-def _public(backbone: Backbone, component: str, path: str) -> str:
+def public_path(backbone: Backbone, component: str, path: str) -> str:
     """The layer's name in files: transformers 5 dropped CLIP's `text_model.`, files and older versions have it."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path

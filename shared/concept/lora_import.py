@@ -1,0 +1,225 @@
+"""A LoRA file that any trainer wrote, as a concept: attached, scored, saved and exported like one that was learned here."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.concept.concept_folder import Concept, adapter_id
+from shared.concept.diffusers_format import LORA_FILE
+from shared.concept.fitting import base_weight, shapes
+from shared.concept.layers_identity import layers_identity
+from shared.concept.lora_names import Place, flat, layer_index, looks_like
+from shared.concept.lora_tensors import PEFT_FILE, LoraFile, NamedLora, find_file, read_lora_file
+from shared.concept.provenance import public_name
+from shared.concept.schema import ConceptMeta
+from shared.config import NAME, validate
+
+_SLOT = {False: "lora", True: "dora"}  # DoRA or not: peft has one or the other in an adapter
+_SOME = 8  # names in a message
+
+
+@dataclass(frozen=True)
+class LayerLora:
+    """What one layer of a backbone gets."""
+
+    down: Tensor  # [r, in, …]
+    up: Tensor  # [out, r, …]
+    alpha: float  # the scale is alpha / r
+    magnitude: Tensor | None = None  # DoRA: one value for each output
+
+
+Layers = dict[tuple[str, str], LayerLora]  # by component and path
+
+
+def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str = "", name: str = "") -> Concept:
+    """The concept that a LoRA file is on this backbone. Its keys may be diffusers', peft's or kohya's.
+
+    Args:
+        path: a safetensors file, or the folder in which diffusers or peft wrote one
+        token: what its trainer called the thing ("sks mug"); "": it acts without being named
+        class_noun: the thing's plain class; by default what follows the first word of `token`
+        name: of the concept; by default from the file's name
+
+    Raises:
+        ValueError: for a file that is none (see `read_lora_file`), and for one that was made for another architecture
+
+    Warns:
+        UserWarning: naming each key that has no layer here; what remains is then not all that the file holds
+    """
+    file = read_lora_file(path)
+    layers, unmatched = match(file, backbone)
+    left = [*unmatched, *file.others]
+    if left:
+        some = ", ".join(left[:_SOME]) + (f" and {len(left) - _SOME} more" if len(left) > _SOME else "")
+        warnings.warn(f"{file.path}: {len(left)} of its names have no layer here and are left out: {some}", stacklevel=2)
+    noun = class_noun or token.partition(" ")[2].strip()
+    adapters, tensors = _adapters(layers)
+    touched = shapes(backbone, layers)
+    meta = {
+        "name": name or concept_name(file.path),
+        "kind": "subject" if token else "style",  # a style acts unnamed
+        "class_noun": noun,
+        "modifier": {"kind": "plain_text", "words": token, "with_class_noun": False} if token else {},
+        "backbone": {
+            "family": backbone.family,
+            "name": public_name(backbone.name),
+            "checkpoint": backbone.checkpoint,
+            "layers": layers_identity(backbone, touched, ()),
+        },
+        "adapters": adapters,
+        "layers": touched,
+        "adapter_id": adapter_id({"adapter": tensors}),
+        "metrics": {"imported": file.path.name, "names_without_layer": len(left)},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return Concept(validate(ConceptMeta, meta, f"the LoRA {file.path}"), {"adapter": tensors})
+
+
+def concept_name(path: Path) -> str:
+    """A concept's name from a LoRA's file; from its folder, where the file has the name that all such files have."""
+    path = find_file(path)
+    stem = path.resolve().parent.name if path.name in (LORA_FILE, PEFT_FILE) else path.stem
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")
+    return name if re.match(NAME, name) else "lora"
+
+
+def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
+    """Each layer of the backbone that the file changes, and the names in the file that are no layer here.
+
+    Raises ValueError when no name is one, when shapes are of another architecture, and when two names are one layer.
+    """
+    index = layer_index(backbone)
+    layers: Layers = {}
+    by: dict[tuple[str, str], str] = {}
+    unmatched, misfits = [], []
+    for name, lora in file.layers.items():
+        places = index.get(flat(name), set())
+        if len(places) > 1:
+            where = " and ".join(sorted(f"{p.component}.{p.paths[0]}" for p in places))
+            raise ValueError(f"{file.path}: {name!r} could be {where}: its prefix is missing")
+        if not places:
+            unmatched.append(name)
+            continue
+        try:
+            parts = _split(lora, *places, backbone)
+        except _Misfit as misfit:
+            misfits.append(str(misfit))
+            continue
+        for key, part in parts.items():
+            if key in layers:
+                raise ValueError(f"{file.path} has {'.'.join(key)} twice, as {by[key]!r} and as {name!r}")
+            layers[key], by[key] = part, name
+    if misfits or not layers:
+        raise ValueError(_another_architecture(file, backbone, len(unmatched), misfits))
+    return layers, unmatched
+
+
+class _Misfit(ValueError):
+    """A layer of that name is here, and has another shape."""
+
+
+def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
+    made_for = file.base or looks_like([*file.layers])
+    counted = [f"{unmatched} of its {len(file.layers)} names are no layer here"] if unmatched else []
+    if misfits:
+        counted.append(f"{len(misfits)} are layers of another shape, such as {misfits[0]}")
+    guess = f", by its names for {made_for}" if made_for else ""
+    return (
+        f"{file.path} was made for another architecture{guess}: on {backbone.name} ({backbone.family}) "
+        f"{' and '.join(counted)}. Say with --backbone which model it was trained on"
+    )
+
+
+def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
+    """A file's matrices in the form of the layers: rows shared out, kernels of one pixel added or taken away."""
+    weights = []
+    for path in place.paths:
+        weight = base_weight(backbone, place.component, path)
+        if weight is None:
+            raise ValueError(f"{place.component}.{path} keeps its weight in a form that a LoRA cannot be put on here")
+        weights.append(weight)
+    rows, shape = [w.shape[0] for w in weights], weights[0].shape[1:]
+    up = lora.up.flatten(1) if lora.up.numel() == lora.up.shape[0] * lora.up.shape[1] else lora.up
+    fits = lora.down[0].numel() == shape.numel() and up.ndim == 2 and len(up) == sum(rows)
+    if not fits or (lora.down.ndim > 2 and lora.down[0].squeeze().shape != weights[0][0].squeeze().shape):
+        mine = f"[{sum(rows)}, {', '.join(map(str, shape))}]"
+        theirs = f"[{len(lora.up)}, {', '.join(map(str, lora.down.shape[1:]))}]"
+        raise _Misfit(f"{lora.name} ({theirs} in the file, {mine} here)")
+    down = lora.down.reshape(len(lora.down), *shape)
+    kernel = (1,) * (len(shape) - 1)
+    magnitude = None if lora.magnitude is None else _per_output(lora, sum(rows), shape.numel())
+    ups = _shared_out(up, rows, place.halves_swapped)
+    sizes = [None] * len(rows) if magnitude is None else _shared_out(magnitude, rows, place.halves_swapped)
+    return {
+        (place.component, path): LayerLora(
+            down, u.reshape(*u.shape, *kernel).contiguous(), lora.alpha, None if m is None else _as_peft(m, kernel)
+        )
+        for path, u, m in zip(place.paths, ups, sizes, strict=True)
+    }
+
+
+def _shared_out(values: Tensor, rows: list[int], halves_swapped: bool) -> list[Tensor]:
+    if halves_swapped:
+        return [values.roll(len(values) // 2, 0)]
+    return list(values.split(rows))
+
+
+def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
+    """DoRA's magnitude as [out]. ValueError for one of each input, which peft has no layer for."""
+    size = lora.magnitude
+    assert size is not None
+    if size.numel() == outputs and (lora.per_output or size.shape[0] == outputs > 1 and (size.ndim > 1 or outputs != inputs)):
+        return size.reshape(-1)
+    raise ValueError(
+        f"{lora.name!r} has a DoRA scale of shape {list(size.shape)} on a layer of {outputs} outputs and {inputs} inputs: "
+        "only one of each output ([out, 1]) can be read"
+    )
+
+
+def _as_peft(magnitude: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """[out] of a linear layer, [1, out, 1, 1] of a convolution."""
+    return (magnitude.reshape(1, -1, *kernel) if kernel else magnitude).contiguous()
+
+
+def _adapters(layers: Mapping[tuple[str, str], LayerLora]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A concept's description of its adapters, and their tensors."""
+    adapters: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    kinds = sorted({(part.magnitude is not None, component) for (component, _), part in layers.items()})
+    for dora, component in kinds:
+        mine = {p: part for (c, p), part in layers.items() if c == component and (part.magnitude is not None) == dora}
+        adapters.setdefault(_SLOT[dora], {})[component] = _settings(mine, dora)
+        for path, part in mine.items():
+            key = f"{_SLOT[dora]}.{component}.{path}"
+            tensors |= {f"{key}.lora_A.weight": part.down, f"{key}.lora_B.weight": part.up}
+            if part.magnitude is not None:
+                tensors[f"{key}.lora_magnitude_vector"] = part.magnitude
+    return adapters, tensors
+
+
+def _settings(layers: Mapping[str, LayerLora], dora: bool) -> dict[str, Any]:
+    rank = _most([len(part.down) for part in layers.values()])
+    alpha = _most([part.alpha for part in layers.values()])
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{path}": len(part.down) for path, part in layers.items() if len(part.down) != rank},
+        "alpha_pattern": {f"^{path}": part.alpha for path, part in layers.items() if part.alpha != alpha},
+        **({"use_dora": True} if dora else {}),
+        "target_modules": sorted(layers),
+    }
+
+
+def _most(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

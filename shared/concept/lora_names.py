@@ -1,0 +1,163 @@
+"""How trainers spell a layer's name in LoRA files, and which layer of a backbone that is.
+
+One index serves all of them: a name is compared with dots and underscores taken for the same, because kohya's files have
+no dots. Three spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest
+Labs' for FLUX, and that of the original (LDM) checkpoints of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shared.backbones.module_roles import leaf_names
+from shared.backbones.protocol import Backbone
+from shared.concept.diffusers_format import public_path
+
+PEFT = "base_model.model."  # before every name in a file of peft's own
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layers that one name in a file stands for. Several: the file's output rows are theirs, one after another."""
+
+    component: str
+    paths: tuple[str, ...]
+    halves_swapped: bool = False  # the file has shift before scale, the layer scale before shift
+
+
+def layer_index(backbone: Backbone) -> dict[str, set[Place]]:
+    """Every known spelling, flattened -> the places that it names (more than one: the spelling is ambiguous)."""
+    index: dict[str, set[Place]] = {}
+    for component, network in backbone.components.items():
+        denoiser = network is backbone.denoiser
+        before = ("", f"{component}.", *(_DENOISER if denoiser else _text_prefixes(component)))
+        names = [(path, Place(component, (path,))) for path in leaf_names(network)]
+        spelled = [(s, place) for path, place in names for s in _spellings(backbone, component, path)]
+        if denoiser:
+            spelled += list(_original(backbone, component, {path for path, _ in names}))
+        for name, place in spelled:
+            for prefix in before:
+                index.setdefault(flat(prefix + name), set()).add(place)
+    return index
+
+
+def flat(name: str) -> str:
+    """A name without the difference between dots and underscores, and without peft's wrapper."""
+    return name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
+
+
+#: kohya's, OneTrainer's and ComfyUI's prefixes of the denoiser.
+_DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffusion_model.")
+
+
+def _text_prefixes(component: str) -> tuple[str, ...]:
+    """kohya counts FLUX's T5 as the third encoder, as ComfyUI does; others as the second."""
+    if component == "text_encoder":
+        return ("lora_te_", "lora_te1_")
+    return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
+
+
+def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
+    names = {path, public_path(backbone, component, path)}
+    return names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")}  # older diffusers
+
+
+def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
+    """The names of the checkpoints that a family was first published as; those whose layers are here."""
+    spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
+    for name, *layers in spell(backbone.denoiser) if spell else ():
+        if all(layer in paths for layer in layers):
+            yield name, Place(component, tuple(layers), name.endswith("adaLN_modulation.1"))
+
+
+def _flux(network: Any) -> Iterator[tuple[str, ...]]:
+    """(Black Forest Labs' name, diffusers' names): queries, keys and values are one matrix there."""
+    for i in range(len(network.transformer_blocks)):
+        ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for stream, qkv, out, norm, ff in (
+            ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm1", "ff"),
+            ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm1_context", "ff_context"),
+        ):
+            yield f"{theirs}.{stream}_attn.qkv", *(f"{ours}.attn.{leaf}" for leaf in qkv)
+            yield f"{theirs}.{stream}_attn.proj", f"{ours}.attn.{out}"
+            yield f"{theirs}.{stream}_mod.lin", f"{ours}.{norm}.linear"
+            yield f"{theirs}.{stream}_mlp.0", f"{ours}.{ff}.net.0.proj"
+            yield f"{theirs}.{stream}_mlp.2", f"{ours}.{ff}.net.2"
+    for i in range(len(network.single_transformer_blocks)):
+        ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        yield f"{theirs}.linear1", *(f"{ours}.{leaf}" for leaf in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+        yield f"{theirs}.linear2", f"{ours}.proj_out"
+        yield f"{theirs}.modulation.lin", f"{ours}.norm.linear"
+    for name, path in (("img_in", "x_embedder"), ("txt_in", "context_embedder"), ("final_layer.linear", "proj_out")):
+        yield name, path
+    yield "final_layer.adaLN_modulation.1", "norm_out.linear"
+    for name, path in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance")):
+        yield f"{name}_in.in_layer", f"time_text_embed.{path}_embedder.linear_1"
+        yield f"{name}_in.out_layer", f"time_text_embed.{path}_embedder.linear_2"
+
+
+def _stable_diffusion(network: Any) -> Iterator[tuple[str, ...]]:
+    """(the LDM checkpoint's name, diffusers' name) of the U-Net's layers; blocks are counted through there."""
+    yield "input_blocks.0.0", "conv_in"
+    yield "out.2", "conv_out"
+    for number, leaf in ((0, "linear_1"), (2, "linear_2")):
+        yield f"time_embed.{number}", f"time_embedding.{leaf}"
+    known = {*leaf_names(network)}
+    position = 0
+    for i, block in enumerate(network.down_blocks):
+        for j in range(len(block.resnets)):
+            position += 1
+            yield from _ldm_layer(known, f"input_blocks.{position}", f"down_blocks.{i}", j)
+        if getattr(block, "downsamplers", None):
+            position += 1
+            yield f"input_blocks.{position}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
+    for j, ours in ((0, "resnets.0"), (1, "attentions.0"), (2, "resnets.1")):
+        yield from _ldm_parts(known, f"middle_block.{j}", f"mid_block.{ours}")
+    position = -1
+    for i, block in enumerate(network.up_blocks):
+        for j in range(len(block.resnets)):
+            position += 1
+            yield from _ldm_layer(known, f"output_blocks.{position}", f"up_blocks.{i}", j)
+        if getattr(block, "upsamplers", None):
+            after = 2 if getattr(block, "attentions", None) else 1
+            yield f"output_blocks.{position}.{after}.conv", f"up_blocks.{i}.upsamplers.0.conv"
+
+
+def _ldm_layer(known: set[str], theirs: str, ours: str, j: int) -> Iterator[tuple[str, str]]:
+    yield from _ldm_parts(known, f"{theirs}.0", f"{ours}.resnets.{j}")
+    yield from _ldm_parts(known, f"{theirs}.1", f"{ours}.attentions.{j}")
+
+
+def _ldm_parts(known: set[str], theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+    for path in known:
+        if path.startswith(f"{ours}."):
+            leaf = path.removeprefix(f"{ours}.")
+            yield f"{theirs}.{_LDM_RESNET.get(leaf, leaf)}", path
+
+
+_LDM_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion}
+
+
+#: What a name in a file says of the architecture it was made for: the first that matches.
+_SIGNS = (
+    ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
+    ("Stable Diffusion XL", r"lora_te2_|text_encoder_2|input_blocks_[78]_1_transformer_blocks_[2-9]"),
+    ("Stable Diffusion XL", r"(down|up)_blocks_\d_attentions_\d_transformer_blocks_[2-9]"),
+    ("Stable Diffusion 3", r"joint_blocks|transformer_blocks_\d+_attn_(add_|to_add)"),
+    ("Stable Diffusion 1 or 2", r"down_blocks|up_blocks|input_blocks|output_blocks"),
+)
+
+
+def looks_like(names: list[str]) -> str:
+    """The architecture that a file's names belong to; "" when they say nothing."""
+    joined = " ".join(map(flat, names))
+    return next((family for family, sign in _SIGNS if re.search(sign, joined)), "")
