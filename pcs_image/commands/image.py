@@ -12,6 +12,10 @@ from shared.commands.paths import PATH
 app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
 
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated")
+_LORA = typer.Option(
+    [], "--lora", help="a LoRA file of another program (diffusers, peft, kohya), FILE or FILE:STRENGTH; can be repeated"
+)
+_TOKEN = typer.Option([], help='what the LoRA\'s trainer called the thing ("sks mug"); one for each --lora')
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
@@ -67,6 +71,8 @@ def personalize(
 def generate(
     prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> on the beach"; can be repeated'),
     concept: list[str] = _CONCEPT,
+    lora: list[str] = _LORA,
+    token: list[str] = _TOKEN,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each further picture adds one"),
@@ -95,14 +101,15 @@ def generate(
     from shared.commands.progress import Lines
     from shared.io.denoising_progress import named
     from shared.io.outputs import check_output
-    from shared.runner.open_runner import check_precision, check_strengths, open_runner, read_by
+    from shared.runner.open_runner import check_precision, check_strengths, open_runner, parse_loras, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
-    check_output(out, overwrite, read_by(concept, backbone))
+    loras = parse_loras(lora, token)
+    check_output(out, overwrite, [*read_by(concept, backbone), *(asked.path for asked in loras)])
     check_guidance(guidance, "--guidance")
     by_step = tuple(check_strengths(strength))
-    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download)
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
     settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, by_step)
     seeds = range(seed, seed + num)
     with Lines() as counter:
@@ -115,6 +122,9 @@ def generate(
 @app.command()
 def evaluate(
     concept: list[str] = _CONCEPT,
+    lora: list[str] = _LORA,
+    token: list[str] = _TOKEN,
+    class_noun: str = typer.Option("", help="what the LoRA's thing is; default: the token without its first word"),
     prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
     out: Path = typer.Option(
         Path("report"), help="folder for index.html, report.json, CSV tables and pictures", **PATH
@@ -139,25 +149,34 @@ def evaluate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure a concept: subject fidelity, prompt following, drift, copying, diversity, time and memory."""
+    """Measure a concept, or a LoRA of another program: subject fidelity, prompt following, drift, copying, diversity, time
+    and memory."""
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
     from shared.io.outputs import check_output
     from shared.runner.judging import EvaluationSettings, check_folders, evaluate_loaded, score_line
-    from shared.runner.open_runner import check_precision, open_runner, parse_concept, read_by
+    from shared.runner.open_runner import (
+        check_judged,
+        check_precision,
+        open_runner,
+        parse_concept,
+        parse_loras,
+        read_by,
+    )
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
+    loras = parse_loras(lora, token, class_noun)
+    check_judged(concept, loras, references)
+    judged = loras[0].path if loras else parse_concept(concept[0])[0]
     read = [p for p in (references, gallery, clip, dino) if p is not None]
-    check_output(out, overwrite, [*read_by(concept, backbone), *read])
+    check_output(out, overwrite, [*read_by(concept, backbone), judged, *read])
     check_guidance(guidance, "--guidance")
     check_folders(clip, dino)
-    if len(concept) != 1:
-        raise ValueError(f"evaluate takes exactly one --concept, got {len(concept)}")
-    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download)
+    runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
     settings = EvaluationSettings(
         prompts, tuple(range(seed, seed + num)), limit, SamplingSettings("", guidance, steps, scheduler),
-        references, gallery, clip, dino, parse_concept(concept[0])[0], out, overwrite,
+        references, gallery, clip, dino, judged, out, overwrite,
     )  # fmt: skip
     with Lines() as counter:
         report = evaluate_loaded(runner, next(iter(runner.loaded)), settings, counter)

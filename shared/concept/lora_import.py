@@ -61,7 +61,9 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
     left = [*unmatched, *file.others]
     if left:
         some = ", ".join(left[:_SOME]) + (f" and {len(left) - _SOME} more" if len(left) > _SOME else "")
-        warnings.warn(f"{file.path}: {len(left)} of its names have no layer here and are left out: {some}", stacklevel=2)
+        warnings.warn(
+            f"{file.path}: {len(left)} of its names have no layer here and are left out: {some}", stacklevel=2
+        )
     noun = class_noun or token.partition(" ")[2].strip()
     adapters, tensors = _adapters(layers)
     touched = shapes(backbone, layers)
@@ -178,7 +180,9 @@ def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
     """DoRA's magnitude as [out]. ValueError for one of each input, which peft has no layer for."""
     size = lora.magnitude
     assert size is not None
-    if size.numel() == outputs and (lora.per_output or size.shape[0] == outputs > 1 and (size.ndim > 1 or outputs != inputs)):
+    if size.numel() == outputs and (
+        lora.per_output or (size.shape[0] == outputs > 1 and (size.ndim > 1 or outputs != inputs))
+    ):
         return size.reshape(-1)
     raise ValueError(
         f"{lora.name!r} has a DoRA scale of shape {list(size.shape)} on a layer of {outputs} outputs and {inputs} inputs: "

@@ -160,7 +160,9 @@ class _Scales:
             if settings.get("peft_type", "LORA") != "LORA":
                 raise ValueError(f"{path} is {settings['peft_type']}: LoRA and DoRA are read, and nothing else")
             if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
-                raise ValueError(f"{path}{f' ({where})' if where else ''} changes weights besides its LoRA: that is not read")
+                raise ValueError(
+                    f"{path}{f' ({where})' if where else ''} changes weights besides its LoRA: that is not read"
+                )
 
     def alpha(self, name: str, rank: int) -> float:
         """alpha such that alpha / rank is the scale. ValueError where the configuration says another rank."""
@@ -173,13 +175,17 @@ class _Scales:
         said = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))
         alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
         if said != rank:
-            raise ValueError(f"{self.path}: {name!r} has rank {rank}, and its settings say {said}: they do not belong together")
+            raise ValueError(
+                f"{self.path}: {name!r} has rank {rank}, and its settings say {said}: they do not belong together"
+            )
         return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
     def _peft_config(self) -> Mapping[str, Any]:
         file = self.path.with_name(PEFT_CONFIG)
         if not file.is_file():
-            raise ValueError(f"{self.path} is peft's, and {PEFT_CONFIG} is not beside it: it says how strong the LoRA is")
+            raise ValueError(
+                f"{self.path} is peft's, and {PEFT_CONFIG} is not beside it: it says how strong the LoRA is"
+            )
         if file.stat().st_size > _MAX_JSON:
             raise ValueError(f"{file} is too large for settings")
         return _settings(file.read_bytes(), str(file))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.backbones import load_backbone
 from shared.concept import load_backbone_of, read
+from shared.concept.lora_import import import_lora
+from shared.concept.lora_tensors import find_file
 from shared.config import expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
@@ -15,14 +18,54 @@ from shared.train.device import pick_device
 from shared.train.precision import DTYPES, resolve_precision
 
 
-def parse_concept(text: str) -> tuple[Path, float]:
+@dataclass(frozen=True)
+class AskedLora:
+    """A LoRA file of another program, as a command line names it."""
+
+    path: Path
+    strength: float = 1.0
+    token: str = ""  # what its trainer called the thing
+    class_noun: str = ""
+
+
+def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "") -> list[AskedLora]:
+    """`FILE` or `FILE:STRENGTH` each, with its token. ValueError for other numbers of tokens, and for a file that is
+    not there."""
+    if tokens and len(tokens) != len(loras):
+        raise ValueError(
+            f"{len(tokens)} --token for {len(loras)} --lora: give one for each, in the same order, or none"
+        )
+    if class_noun and not loras:
+        raise ValueError("--class-noun says what a --lora learned, and none is given: a concept knows its own")
+    asked = []
+    for text, token in zip(loras, tokens or [""] * len(loras), strict=True):
+        path, strength = parse_concept(text, "--lora")
+        asked.append(AskedLora(find_file(path), strength, " ".join(token.split()), class_noun))
+    return asked
+
+
+def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
+    """ValueError unless one thing is to be judged, and a LoRA file says how its thing is called and looks."""
+    if len(concepts) + len(loras) != 1:
+        counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
+        raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
+    for lora in loras:
+        if not lora.token:
+            raise ValueError(f'--lora {lora.path}: say what its trainer called the thing, --token "sks mug"')
+        if not (lora.class_noun or " " in lora.token):
+            raise ValueError(f"--token {lora.token!r} has no class noun after it: say what it is, --class-noun mug")
+        if references is None:
+            raise ValueError(f"--lora {lora.path}: give --references FOLDER, the pictures that it was trained on")
+
+
+def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
     """`PATH` or `PATH:STRENGTH`. ValueError when the strength is no number or there is no such folder."""
     path, sep, strength = text.rpartition(":")
     if sep and not expanded(text).exists():
         try:
             return expanded(path), float(strength)
         except ValueError:
-            raise ValueError(f"--concept {text!r}: {strength!r} is no strength; write PATH:0.8") from None
+            raise ValueError(f"{option} {text!r}: {strength!r} is no strength; write PATH:0.8") from None
     return expanded(text), 1.0
 
 
@@ -36,9 +79,10 @@ def open_runner(
     device: str | None = None,
     precision: str = "auto",
     download: bool = False,
+    loras: Sequence[AskedLora] = (),
 ) -> R:
     """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
-    was learned on; `download`: whether the hub may be asked for it."""
+    was learned on; `download`: whether the hub may be asked for it; `loras`: files of other programs, loaded too."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
     if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
@@ -49,6 +93,8 @@ def open_runner(
     runner = kind(model)
     for concept, strength in opened:
         runner.load(concept, strength)
+    for lora in loras:
+        runner.load(import_lora(lora.path, model, lora.token, lora.class_noun), lora.strength)
     return runner
 
 
