@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Rows, Site, Watch, Where
 from shared.backbones.attention_processors import FluxProcessor, Plan, UNetProcessor
@@ -28,22 +28,32 @@ class PredictionRows:
     """Which prediction is under way, and whose rows it holds; remembered for forward passes that are recomputed."""
 
     number: int | None = None
+    time: Tensor | None = None  # [B], of the prediction under way, or of the one that is recomputed
     _count: int = 0
     _rows: Rows | None = None
     _seen: dict[tuple[str, int], set[Rows]] = field(default_factory=dict)
 
     @contextmanager
-    def under_way(self, batch: int) -> Iterator[None]:
-        """Inside, a new prediction of `batch` rows is made: plain ones, or those that `holding` said."""
-        before, rows = (self.number, self._rows), self._rows
+    def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
+        """Inside, a new prediction of `batch` rows is made at the times t [B]: plain rows, or those that `holding` said."""
+        before, rows = (self.number, self._rows, self.time), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
         self._count += 1
-        self.number, self._rows = self._count, rows
+        self.number, self._rows, self.time = self._count, rows, t
         try:
             yield
         finally:
-            self.number, self._rows = before
+            self.number, self._rows, self.time = before
+
+    @contextmanager
+    def at_time(self, t: Tensor | None) -> Iterator[None]:
+        """Inside, what is recomputed belongs to a prediction at these times."""
+        before, self.time = self.time, t
+        try:
+            yield
+        finally:
+            self.time = before
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
@@ -91,6 +101,15 @@ class Attending:
 
     def sites(self) -> tuple[Site, ...]:
         raise NotImplementedError
+
+    @property
+    def prediction_time(self) -> Tensor | None:
+        """[B], the times of the prediction under way; None outside of one."""
+        return self._predictions.time
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """A context for later, in which layers run again as of the prediction that is under way now."""
+        return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> Iterator[Record]:

@@ -163,12 +163,12 @@ class FluxBackbone(BaseBackbone):
             raise ValueError("flux: text and picture attend jointly, so the context must be one tensor")
         batch, _, h, w = x_t.shape
         dtype, device = self.transformer.dtype, x_t.device
-        t = times(t, batch, device).to(dtype)
+        t = times(t, batch, device)
         embedded_guidance = self.training_guidance if guidance is None else guidance
-        with self._predictions.under_way(batch):
+        with self._predictions.under_way(batch, t):
             out = self.transformer(
                 hidden_states=pack(x_t).to(dtype),
-                timestep=t / 1000,
+                timestep=t.to(dtype) / 1000,
                 guidance=torch.full([batch], embedded_guidance, device=device, dtype=torch.float32)
                 if self.distilled
                 else None,

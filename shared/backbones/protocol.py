@@ -200,6 +200,15 @@ class Backbone(Protocol):
         conditioning carries something that it does not read."""
         ...
 
+    @property
+    def prediction_time(self) -> Tensor | None:
+        """[B], the times of the prediction under way, for what varies with them; None outside of `predict`."""
+        ...
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """A context for later, in which layers run again (gradient checkpointing) as of the prediction under way now."""
+        ...
+
     # sampling
     scheduler: Any  # the family's own diffusers scheduler; others are built from its configuration
     default_guidance: float

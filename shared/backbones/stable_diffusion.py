@@ -139,7 +139,7 @@ class StableDiffusionBackbone(BaseBackbone):
             context = self._route(context)
         dtype = self.unet.dtype
         t = times(t, len(x_t), x_t.device)
-        with self._predictions.under_way(len(x_t)):
+        with self._predictions.under_way(len(x_t), t):
             return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:

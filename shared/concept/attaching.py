@@ -18,7 +18,7 @@ from shared.concept.fitting import fits
 from shared.concept.layers_identity import layers_identity
 from shared.concept.shared_adapter import SharedAdapter, unshared
 from shared.config import Part, validate
-from shared.io.adapter_settings import SEED
+from shared.io.adapter_settings import MIN_RANK, OWN, SEED
 from shared.modifiers import Modifier, PlainText
 from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.delta import DeltaAdapter
@@ -132,9 +132,11 @@ def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
             prefix = f"{slot}.{component}."
             state = {k[len(slot) + 1 :]: left.pop(k) for k in list(left) if k.startswith(prefix)}
             _check_size(settings, state, f"{slot}.{component}")
-            config = config_from_dict({k: v for k, v in settings.items() if k != SEED})
+            config = config_from_dict({k: v for k, v in settings.items() if k not in OWN})
             seed = settings.get(SEED, 0)
             adapter = PeftAdapter.inject(backbone, meta.name, slot, component, config, seed)
+            if MIN_RANK in settings:
+                adapter.let_rank_fall(backbone, settings[MIN_RANK])
             adapter.load_state_dict(state)
             adapter.train(False)
             _ids[adapter] = meta.adapter_id

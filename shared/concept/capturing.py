@@ -104,7 +104,7 @@ def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any]
     for adapter in attached:
         if isinstance(adapter, PeftAdapter):
             slot = _free(adapter.slot, [s for s, parts in adapters.items() if adapter.component in parts])
-            settings = recordable(config_to_dict(adapter.config), adapter.modules(), adapter.seed)
+            settings = recordable(config_to_dict(adapter.config), adapter.modules(), adapter.seed, adapter.min_rank)
             adapters.setdefault(slot, {})[adapter.component] = settings
             tensors["adapter"].update({f"{slot}.{k}": v for k, v in adapter.state_dict().items()})
         elif isinstance(adapter, DeltaAdapter):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
+from shared.io.adapter_settings import MIN_RANK
 from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -55,6 +56,11 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
             if settings.get("peft_type") != "LORA":
                 raise ValueError(
                     f"slot {slot!r} is {settings.get('peft_type')}; diffusers' LoRA files hold LoRA and DoRA only"
+                )
+            if MIN_RANK in settings:
+                raise ValueError(
+                    f"slot {slot!r} has a rank that falls with the noise, down to {settings[MIN_RANK]}: diffusers' LoRA "
+                    "files have one rank at all times"
                 )
             prefix = f"{slot}.{component}."
             state = {k[len(prefix) :]: v.float() for k, v in concept.of("adapter").items() if k.startswith(prefix)}

@@ -89,6 +89,7 @@ def _adapters(concept: Concept) -> list[str]:
         for component, settings in components.items():
             kind = "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "?"))
             rank = f" rank {settings['r']}" if settings.get("r") is not None else ""
+            rank += f" down to {settings['min_rank']} with the noise" if "min_rank" in settings else ""
             alpha = f" alpha {settings['lora_alpha']}" if settings.get("lora_alpha") is not None else ""
             out.append(
                 f"{slot}: {kind}{rank}{alpha} on {len(settings.get('target_modules', []))} layers of {component}"

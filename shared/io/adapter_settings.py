@@ -13,6 +13,8 @@ from enum import Enum
 from typing import Any
 
 SEED = "seed"  # beside peft's own: what some types drew, and do not train, comes from it
+MIN_RANK = "min_rank"  # likewise: of a LoRA whose rank falls with the noise, the least
+OWN = frozenset({SEED, MIN_RANK})
 
 #: Said where an adapter is made, and of no meaning to the adapter that comes of it: left out of files.
 _OF_THE_MAKING = frozenset(
@@ -25,7 +27,7 @@ _OF_THE_MAKING = frozenset(
 #: The form of the layers, by name; of every type that wraps layers.
 _FORM = frozenset(
     (
-        *("peft_type", "target_modules", "feedforward_modules", "bias", "fan_in_fan_out", SEED),
+        *("peft_type", "target_modules", "feedforward_modules", "bias", "fan_in_fan_out", *OWN),
         *("r", "rank_pattern", "alpha", "alpha_pattern", "module_dropout", "rank_dropout", "scaling", "init_weights"),
         *("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "init_lora_weights"),
         *("use_effective_conv2d", "rank_dropout_scale", "decompose_both", "decompose_factor"),  # LoHa, LoKr
@@ -75,14 +77,23 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
     most = _MAX_LOKR_RANK if settings.get("peft_type") == "LOKR" else _MAX_RANK
     if any(r is not None and (not isinstance(r, int) or not 0 <= r <= most) for r in ranks):
         raise ValueError(f"{where}: ranks must be whole numbers up to {most}, and are {ranks[:4]}")
+    least = settings.get(MIN_RANK, 0)
+    falls = MIN_RANK in settings
+    if falls and not (type(least) is int and 0 <= least <= min((r for r in ranks if r is not None), default=8)):
+        raise ValueError(f"{where}.{MIN_RANK} must be a whole number up to the rank, and is {least!r}")
+    if falls and (settings.get("peft_type") != "LORA" or settings.get("use_dora")):
+        raise ValueError(f"{where}.{MIN_RANK}: only the rank of a plain LoRA can fall with the noise")
     if not isinstance(settings.get("target_modules"), list):
         raise ValueError(f"{where}.target_modules must be a list of module names")
 
 
-def recordable(settings: Mapping[str, Any], modules: list[str], seed: int) -> dict[str, Any]:
+def recordable(
+    settings: Mapping[str, Any], modules: list[str], seed: int, min_rank: int | None = None
+) -> dict[str, Any]:
     """The settings of an adapter on `modules` as they go into a file: what was only of its making is left out."""
     kept = {k: v.value if isinstance(v, Enum) else v for k, v in settings.items() if k not in _OF_THE_MAKING}
-    return {**kept, "target_modules": modules, **({SEED: seed} if seed else {})}
+    own = {SEED: seed or None, MIN_RANK: min_rank}
+    return {**kept, "target_modules": modules, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _names(value: Any) -> bool:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.backbones.placement import Placement
+from shared.backbones.protocol import Backbone
 
 
 @contextmanager
-def recomputed(network: Any, on: bool) -> Iterator[None]:
-    """Inside, activations are not kept but computed again in the backward pass: less memory, more time."""
+def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
+    """Inside, the denoiser's activations are not kept but computed again in the backward pass: less memory, more time."""
+    network: Any = backbone.denoiser
+
+    def run(module: Any, *args: Any) -> Any:
+        return checkpoint(
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), backbone.recomputing())
+        )
+
     if on:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(run)
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ class Phase:
         """What holds while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
         side = self.recipe.train.resolution or backbone.resolution
-        stack.enter_context(recomputed(backbone.denoiser, self.recipe.train.gradient_checkpointing))
+        stack.enter_context(recomputed(backbone, self.recipe.train.gradient_checkpointing))
         stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)

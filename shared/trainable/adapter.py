@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.io.adapter_settings import check_adapter, recordable
+from shared.trainable.rank_by_noise import RankByNoise
 
 
 class PeftAdapter:
@@ -28,6 +29,7 @@ class PeftAdapter:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
         self.seed = 0  # of the start; what is drawn there and not trained comes from it again
+        self.min_rank: int | None = None  # of a LoRA whose rank falls with the noise
         # LoRA and kin keep a factor per adapter; what has none (OFT) can only be on or off
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
@@ -84,6 +86,19 @@ class PeftAdapter:
         """Dotted names of the layers that this adapter is on."""
         ids = {id(layer) for layer in self.layers}
         return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
+
+    def let_rank_fall(self, backbone: Backbone, min_rank: int) -> None:
+        """The rank is `min_rank` at full noise and all of it at none (see `RankByNoise`); this leaves with the adapter.
+
+        Raises ValueError where nothing knows the noise (text encoders), for DoRA, and for more than the rank.
+        """
+        recorded = recordable(config_to_dict(self.config), [], self.seed, min_rank)
+        check_adapter(recorded, f"{self.slot}.{self.component}")
+        if self.model is not backbone.denoiser:
+            raise ValueError(f"{self.slot}: the rank cannot fall with the noise in {self.component}, which sees none")
+        self.min_rank = min_rank
+        for layer in self.layers:
+            layer.lora_A[self.peft_name].register_forward_hook(RankByNoise(backbone, min_rank))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for layer in self.layers:

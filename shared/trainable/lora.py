@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from peft import LoraConfig
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch.nn.init import orthogonal_
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.adapter import PeftAdapter
@@ -13,22 +15,41 @@ from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
 
 
 class Lora(TrainablePart):
-    """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity."""
+    """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity.
+
+    With `min_rank`, T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
+    M_t leaves the first r(t) directions: all at no noise, `min_rank` at full noise, where few pictures overfit most (their
+    poses and places). It holds when pictures are made, too.
+    """
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: float | None = None  # None: equal to rank, that is a scale of 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    min_rank: Annotated[int, Field(ge=0)] | None = None  # at full noise; None: the rank is the same at all times
+    orthogonal: bool = False  # A starts with orthonormal rows, so that no direction that is masked repeats another
     dora: bool = False  # magnitude and direction apart; the norm is treated as constant in backward
 
     @property
     def taxonomy(self) -> str:
-        return "DoRA" if self.dora else "LoRA"
+        name = "DoRA" if self.dora else "LoRA"
+        return f"{name} with rank falling with noise" if self.min_rank is not None else name
+
+    @model_validator(mode="after")
+    def _rank_can_fall(self) -> Lora:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError(f"min_rank = {self.min_rank} must not be above rank = {self.rank}")
+        if self.min_rank is not None and self.dora:
+            raise ValueError("min_rank: DoRA's magnitude is of the whole rank; leave out one of the two")
+        return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Inject into every component that the roles reach and unfreeze the new weights."""
         targets, ports = modules_of(backbone, self.roles)
+        text = sorted(c for c in targets if c.startswith("text_encoder"))
+        if self.min_rank is not None and text:
+            raise ValueError(f"trainable.{slot}.min_rank: {text[0]} sees no noise; adapt it by a part of its own")
         adapters = []
         for component, modules in targets.items():
             config = LoraConfig(
@@ -40,6 +61,10 @@ class Lora(TrainablePart):
             )
             adapters.append(PeftAdapter.inject(backbone, name, slot, component, config, seed))
         for adapter in adapters:
+            if self.orthogonal:
+                _orthonormal(adapter, seed)
+            if self.min_rank is not None:
+                adapter.let_rank_fall(backbone, self.min_rank)
             adapter.requires_grad_(True)
             adapter.train(True)
         return TrainableGroup(
@@ -49,3 +74,11 @@ class Lora(TrainablePart):
             touches_text=any(c.startswith("text_encoder") for c in targets),
             ports=ports,
         )
+
+
+def _orthonormal(adapter: PeftAdapter, seed: int) -> None:
+    """Every layer's A [r, in, …] with orthonormal rows (columns, where it has more rows)."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapter.layers:
+        weight = layer.lora_A[adapter.peft_name].weight
+        weight.data = orthogonal_(torch.empty(weight.shape), generator=generator).to(weight.device)
