@@ -35,6 +35,7 @@ def generate(
 ) -> list[Path]:
     """A picture of each prompt with each seed: one PNG each, with all that made it inside."""
     check_output(out.path, out.overwrite)
+    settings = runner.with_own_strengths(settings)
     shots = [(p, s) for p in prompts for s in seeds]
     pixels = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
     paths = []

@@ -21,6 +21,12 @@ def _names(value: Any) -> Any:
     return value
 
 
+def _points(text: str) -> str:
+    from shared.sampling.hooks import check_points
+
+    return check_points(text)
+
+
 class _Read(BaseModel):
     """Other keys than these may stand there too: recipes of other packages have more."""
 
@@ -33,6 +39,7 @@ class LearnedSampling(_Read):
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
     scheduler: StrictStr | None = None
+    strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # of the concept, by step
 
 
 class LearnedSubject(_Read):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.augment import Augment
 from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
@@ -19,6 +19,7 @@ from shared.prompts import Prompts, Templates
 from shared.recipe.catalog import Taxonomy
 from shared.recipe.tasks import TaskPart, TuneTask
 from shared.regularize import Regularizer
+from shared.sampling.hooks import check_points
 from shared.sources import Source
 from shared.trainable import Trainable
 from shared.trainable.base import MAIN
@@ -76,6 +77,7 @@ class Sampling(Part):
     steps: Positive | None = None
     guidance: float | None = None
     scheduler: str | None = None
+    strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept by step: "0@0,1@0.2"; "": throughout
 
 
 class PreviewSettings(Part):

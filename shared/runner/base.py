@@ -24,6 +24,7 @@ from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.judging import EvaluationSettings, evaluate_loaded
 from shared.runner.loaded_concepts import Loaded
+from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.settings import SamplingSettings
 from shared.train.loop import Record
 from shared.train.training_run import TrainingRun
@@ -166,8 +167,20 @@ class Runner:
         negatives = (settings.negative,) if isinstance(settings.negative, str) else settings.negative
         avoided = tuple(without(n, self.class_nouns) if base else expand(n, placeholders) for n in negatives)
         settings = replace(settings, negative=avoided[0] if len(avoided) == 1 else avoided)
+        settings = settings if base else self.with_own_strengths(settings)
         with self.backbone.active({} if base else self.strengths):
             return self.make(texts, seeds, settings, progress)
+
+    def with_own_strengths(self, settings: SamplingSettings) -> SamplingSettings:
+        """The settings with the strength by step that each loaded concept's recipe says (`sampling.strength`), times the
+        strength that it was loaded with; what the settings say themselves of a concept comes first."""
+        said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
+        own = []
+        for name, loaded in self.loaded.items():
+            points = loaded.concept.meta.learned_with.sampling.strength
+            if points and name not in said and name in self.backbone.strengths:
+                own.append(StrengthSchedule.parse(f"{name}={points}").times(self.backbone.strengths[name]))
+        return replace(settings, hooks=(*settings.hooks, *own))
 
     def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:
         """Measure a loaded concept: what `pcs image evaluate` does.
@@ -197,7 +210,9 @@ class Runner:
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         """How a recipe says that pictures are made while training: in the size that it learns."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
-        return SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side)
+        in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
+        hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)
+        return SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side, hooks)
 
     def _preview(
         self,

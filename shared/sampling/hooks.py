@@ -60,6 +60,17 @@ class SamplingHookBase(Part):
         return nullcontext()
 
 
+def check_points(text: str) -> str:
+    """A strength by step without a name ("0@0,1@0.2", or nothing) as it is. ValueError when it is none."""
+    try:
+        StrengthSchedule.parse(f"concept={text or '1@0'}")
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no strength by step; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
+        ) from None
+    return text
+
+
 class StrengthSchedule(SamplingHookBase):
     """Adapter strengths by step: `{"my-mug": {0: 0, 0.2: 1}}` leaves the mug out of the first fifth of the steps.
 
@@ -97,6 +108,11 @@ class StrengthSchedule(SamplingHookBase):
             usage = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
             raise ValueError(f"{text!r} is no strength by step; {usage}") from None
         return validate(cls, {"strengths": {name: schedule}})
+
+    def times(self, factor: float) -> StrengthSchedule:
+        """The same schedule, every strength `factor` times as large."""
+        scaled = {n: {f: factor * s for f, s in points.items()} for n, points in self.strengths.items()}
+        return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
         """The strength of one concept when `fraction` of the steps is done; before the first point, the first's."""
