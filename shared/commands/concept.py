@@ -1,4 +1,4 @@
-"""`pcs concept show | export | merge`."""
+"""`pcs concept show | export | import | merge`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,30 @@ def export(
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
         print(f"{name}: largest difference {check['max_abs_difference']:.2g} (rounding: {check['limit']:.2g})")
+    print(out)
+
+
+@app.command("import")
+def import_(
+    file: Path = typer.Argument(
+        help="a LoRA file of diffusers, peft or kohya, or the folder it was written to", **PATH
+    ),
+    out: Path = typer.Option(help="the concept folder to write; the concept is named after it", **PATH),
+    token: str = typer.Option("", help='what its trainer called the thing ("sks mug"); default: it acts unnamed'),
+    class_noun: str = typer.Option("", help="what the thing is; default: the token without its first word"),
+    backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
+    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    overwrite: bool = typer.Option(False, help="replace an existing folder"),
+) -> None:
+    """Keep a LoRA that another program trained as a concept. Every name in it is matched to a layer, or named."""
+    from shared.backbones import load_backbone
+    from shared.concept import import_lora, save
+    from shared.io.outputs import check_output
+
+    check_output(out, overwrite, [file])
+    model = load_backbone(backbone, download=download)
+    concept = import_lora(file, model, token, class_noun, name=out.name.removesuffix(".concept"))
+    save(concept, out, overwrite=overwrite)
     print(out)
 
 

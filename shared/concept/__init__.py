@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shared.concept.concept_folder import Concept, read, save
     from shared.concept.export_formats import export
     from shared.concept.fitting import fits
+    from shared.concept.lora_import import import_lora
     from shared.concept.open_backbone import load_backbone_of
     from shared.concept.provenance import Provenance
     from shared.concept.schema import ConceptMeta
@@ -24,6 +25,7 @@ _HOME = {
     "ConceptMeta": "schema",
     "Provenance": "provenance",
     "fits": "fitting",
+    "import_lora": "lora_import",
     "load_backbone_of": "open_backbone",
     **dict.fromkeys(("as_json", "describe", "lines"), "show"),
 }
@@ -39,6 +41,7 @@ __all__ = [
     "detach",
     "export",
     "fits",
+    "import_lora",
     "lines",
     "load_backbone_of",
     "read",

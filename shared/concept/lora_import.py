@@ -113,7 +113,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
             unmatched.append(name)
             continue
         try:
-            parts = _split(lora, *places, backbone)
+            parts = _split(lora, next(iter(places)), backbone)
         except _Misfit as misfit:
             misfits.append(str(misfit))
             continue
