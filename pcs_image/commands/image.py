@@ -143,7 +143,9 @@ def evaluate(
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the concept's recipe"),
     clip: Path = _CLIP,
     dino: Path = _DINO,
-    backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
+    backbone: str = typer.Option(
+        None, help="folder, file or hub id; default: the model the concept was learned on; the toybox for a LoRA"
+    ),
     device: str = _DEVICE,
     precision: str = _PRECISION,
     download: bool = _DOWNLOAD,

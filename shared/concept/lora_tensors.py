@@ -103,7 +103,7 @@ def read_lora_file(path: Path) -> LoraFile:
     out = LoraFile(path, base=metadata.get("ss_base_model_version", ""))
     for key, tensor in safe_load_safetensors(path).items():
         kind = next((k for k, end in _ENDS.items() if end.search(key)), "")
-        if not kind or not tensor.is_floating_point():
+        if not kind or not (kind == "alpha" or tensor.is_floating_point()):
             out.others.append(key)
         else:
             parts.setdefault(_ENDS[kind].sub("", key), {})[kind] = tensor.float()
@@ -141,7 +141,9 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales
             raise ValueError(f"{path}: {name!r} has a middle of {list(mid.shape)} at rank {down.shape[0]}")
         down = torch.einsum("rs...,si->ri...", mid, down.flatten(1))
     rank = down.shape[0]
-    alpha = float(tensors["alpha"].reshape(-1)[0]) if "alpha" in tensors else scales.alpha(name, rank)
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        raise ValueError(f"{path}: {name!r} has an alpha of {list(tensors['alpha'].shape)}, which is not one number")
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else scales.alpha(name, rank)
     magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
     return NamedLora(name, down, up, alpha, magnitude, "magnitude" in tensors)
 

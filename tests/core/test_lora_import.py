@@ -70,6 +70,14 @@ def test_half_precision_tensors_keep_their_values(sd: Any, tmp_path: Path) -> No
     same(imported(sd, tmp_path / "sks.safetensors"), merged(sd, pairs))
 
 
+@pytest.mark.parametrize("as_stored", [torch.Tensor.int, torch.Tensor.half, lambda alpha: alpha.reshape(1)])
+def test_alpha_in_every_form(sd: Any, tmp_path: Path, as_stored: Any) -> None:
+    pairs = {key: (down, up, 2.0) for key, (down, up, _) in low_rank(sd, ("attention",)).items()}
+    tensors = {k: as_stored(v) if k.endswith(".alpha") else v for k, v in kohya(pairs, SD_KOHYA).items()}
+    save_file(tensors, tmp_path / "sks.safetensors")
+    same(imported(sd, tmp_path / "sks.safetensors"), merged(sd, pairs))
+
+
 def test_names(tmp_path: Path) -> None:
     (tmp_path / "my mug").mkdir()
     for file, name in (
@@ -179,6 +187,10 @@ def test_a_file_that_is_not_safetensors_is_refused_unopened(
         ({"lora_unet_conv_in.lora_up.bias": torch.ones(1)}, "holds LoRA with a bias"),
         ({"a.weight": torch.ones(1)}, "is no LoRA: it holds no pair"),
         ({"x.lora_down.weight": torch.ones(2, 3), "x.lora_up.weight": torch.ones(3, 4)}, "which are no pair"),
+        (
+            {"x.lora_down.weight": torch.ones(1, 1), "x.lora_up.weight": torch.ones(1, 1), "x.alpha": torch.ones(2)},
+            r"has an alpha of \[2\], which is not one number",
+        ),
         ({"x.lora_down.weight": torch.full((1, 1), float("nan"))}, "not numbers"),
     ],
 )

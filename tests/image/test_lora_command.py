@@ -101,3 +101,22 @@ def test_a_lora_of_another_model_is_one_message(judged, tiny_folder, tmp_path):
     save_file({f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)}, file)
     said = judged("a", "--lora", file, "--token", "sks dog", "--backbone", tiny_folder, code=2)
     assert "was made for another architecture, by its names for FLUX" in said and "Traceback" not in said
+
+
+def test_on_the_toybox_from_training_to_scores(pcs, tmp_path):
+    pictures, concept, files = tmp_path / "mug", tmp_path / "my-mug.concept", tmp_path / "files"
+    assert pcs("toybox", "subjects", "development-mug", "--num", 2, "--out", pictures).code == 0
+    subject = (f"subject.images={pictures}", "subject.class_noun=mug", f"output={concept}", "preview.num=0")
+    short = ("train.steps=2", "train.validation.every=0")
+    class_pictures = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
+    assert pcs("image", "personalize", "dreambooth_lora", *subject, *short, *class_pictures).code == 0
+    assert pcs("concept", "export", concept, "--out", files).code == 0
+    scores = {}
+    for name, what in {"ours": ("--concept", concept), "theirs": ("--lora", files, "--token", "sks mug")}.items():
+        few = ("--references", pictures, "--limit", 1, "--num", 1, "--steps", 1, "--guidance", 3)
+        ran = pcs("image", "evaluate", *what, *few, "--out", tmp_path / name)
+        assert ran.code == 0, ran.err
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        scores[name] = {s["key"]: s["value"] for s in report["scores"]}
+        assert report["gallery"], "its look-alikes are found"
+    assert scores["ours"] == pytest.approx(scores["theirs"], abs=1e-3)
