@@ -30,7 +30,7 @@ from shared.train.phase import Phase
 from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
 from shared.train.preflight import check_phases, check_validation
-from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_precision, same_recipe
+from shared.train.resuming import dependencies, model_key, same_dependencies, same_precision, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
@@ -146,10 +146,7 @@ class TrainingRun:
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
         same_recipe(recipe, dump(self.recipe), failed)
-        ignored = ()
-        if failed and recipe["train"]["mixed_precision"] != self.recipe.train.mixed_precision:
-            ignored = (WEIGHTS,)  # the same weights, loaded in another precision
-        same_dependencies(info.get("depends", self._depends), self._depends, ignored)
+        same_dependencies(info.get("depends", self._depends), self._depends)
         if self.recipe.train.mixed_precision == recipe["train"]["mixed_precision"]:
             same_precision(info.get("precision", self.precision), self.precision)
         self.best, self.best_score = dict(state.best), info.get("best_score")
