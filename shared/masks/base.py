@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shared.config import Part
+from shared.config import KindPart
 from shared.types import Example
 
 
-class MaskPart(Part):
+class MaskPart(KindPart):
     """Changes the mask of an example, always in the same way. Examples without a mask pass."""
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from shared.config import Part
+from shared.config import KindPart
 from shared.types import Example
 
 SUBJECT = (
@@ -36,7 +36,7 @@ STYLE = (
 SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE}
 
 
-class Templates(Part):
+class Templates(KindPart):
     """One template is drawn per picture and step; a user's own caption is kept, with the concept put into it.
 
     In a user's caption `<name>` or `{concept}` marks the place; without either, the class noun is replaced, and where it

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from shared.config import Part
+from shared.config import KindPart
 from shared.types import Example
 
 
-class UnionSampling(Part):
+class UnionSampling(KindPart):
     """Each time a picture is drawn, some of its subjects: a random subset that is not empty, named together ("a photo of a
     <mug> and a <dog>") and counted together, so that the loss sees the union of their masks (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, section 3.2). Without it, concepts that are always trained together cannot be told

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from shared.backbones.attention_edits import Record
 from shared.backbones.attention_maps import AttentionMaps
-from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.types import Step
 
 
-class Localisation(Part):
+class Localisation(Penalty):
     """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, eq. 3).
 
@@ -26,7 +26,6 @@ class Localisation(Part):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
-    needs_class_examples: ClassVar[bool] = False
     kind: Literal["localisation"] = "localisation"
     weight: Annotated[float, Field(ge=0)] = 1e-2
     scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the latents; default: the one that is nearest to 16×16

@@ -17,7 +17,7 @@ def gather(backbone: Backbone, names: Sequence[str], run_name: str) -> dict[str,
             out[f"placeholder/{name}/{key}"] = value
     for adapter in backbone.adapters.get(run_name, []):
         for key, value in adapter.state_dict().items():
-            out[f"adapter/{_slot(adapter)}/{key}"] = value
+            out[f"adapter/{adapter.slot}/{key}"] = value
     return out
 
 
@@ -33,17 +33,13 @@ def restore(
         learned = _take(left, f"placeholder/{name}/")
         backbone.placeholders[name].load_state_dict(learned)
     for adapter in backbone.adapters.get(run_name, []):
-        prefix = f"adapter/{_slot(adapter)}/"
+        prefix = f"adapter/{adapter.slot}/"
         mine = adapter.state_dict()
         if fresh and not any(prefix + k in left for k in mine):
             continue
         adapter.load_state_dict({k: left.pop(prefix + k) for k in mine if prefix + k in left})
     if left:
         raise ValueError(f"{len(left)} saved tensors fit nothing in this recipe, for example {sorted(left)[0]!r}")
-
-
-def _slot(adapter: object) -> str:
-    return getattr(adapter, "slot", type(adapter).__name__)
 
 
 def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shared.backbones.placement import Placement
+from shared.backbones.protocol import Backbone
 
 
 @contextmanager
@@ -66,9 +67,9 @@ class Offloaded:
             self.offload(*offloaded)
 
 
-def bring_trained(backbone: Any) -> None:
+def bring_trained(backbone: Backbone) -> None:
     """Networks that hold parameters in training are on the device, before an optimizer sees them."""
-    placement: Placement | None = getattr(backbone, "placement", None)
+    placement = backbone.placement
     if placement is None:
         return
     for name, network in placement.networks.items():

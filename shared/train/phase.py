@@ -87,8 +87,7 @@ class Phase:
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
         if owner.offloaded.on:  # on a GPU, what the steps do not need makes room for what they do
-            needed = frozenset(getattr(self.task, "networks_in_steps", owner.offloaded.networks))
-            owner.offloaded.offload(*(n for n in owner.offloaded.networks if n not in needed))
+            owner.offloaded.offload(*(owner.offloaded.networks.keys() - self.task.networks_in_steps))
 
     def _loop(self) -> Loop:
         recipe, owner = self.recipe, self.owner
@@ -170,5 +169,4 @@ class Phase:
     def _dropout(self, on: bool) -> None:
         owner = self.owner
         for adapter in owner.backbone.adapters.get(owner.run_name, []):
-            if hasattr(adapter, "train"):
-                adapter.train(on)  # type: ignore[attr-defined]
+            adapter.train(on)

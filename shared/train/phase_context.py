@@ -56,6 +56,11 @@ class ConceptTask:
     def __init__(self, context: PhaseContext) -> None:
         self.context = context
 
+    @property
+    def networks_in_steps(self) -> frozenset[str]:
+        """All of them, where a task does not know better."""
+        return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
+
     def state_dict(self) -> dict[str, Tensor]:
         """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
         return gather(self.context.backbone, list(self.context.subjects), self.context.run_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +89,7 @@ class TrainingRun:
         self.offloaded = Offloaded(
             {"vae": self.backbone.vae, **text},
             self.backbone.device,
-            placement=getattr(self.backbone, "placement", None),
+            placement=self.backbone.placement,
         )
         self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
@@ -175,10 +175,7 @@ class TrainingRun:
             if known is None:
                 known = part.inject(self.backbone, part.adapter_set or self.run_name, slot, phase.seed)
                 self.ports.update(known.ports)
-            decay = getattr(part, "weight_decay", None)
-            group = TrainableGroup(
-                slot, known.parameters, part.lr, decay, known.touches_text, part.group, ports=known.ports
-            )
+            group = replace(known, lr=part.lr, weight_decay=part.weight_decay, group=part.group)
             for parameter in group.parameters:
                 parameter.requires_grad_(True)
             self.trained[slot] = group

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
+from shared.trainable.base import OnRoles, TrainableGroup, modules_of
 
 
-class Lora(TrainablePart):
+class Lora(OnRoles):
     """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity."""
 
     kind: Literal["lora"] = "lora"
@@ -46,6 +46,7 @@ class Lora(TrainablePart):
             slot=slot,
             parameters=[p for a in adapters for p in a.parameters()],
             lr=self.lr,
+            weight_decay=self.weight_decay,
             touches_text=any(c.startswith("text_encoder") for c in targets),
             ports=ports,
         )
