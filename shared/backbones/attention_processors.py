@@ -29,7 +29,6 @@ class Plan:
     predictions: Predictions
     edits: Sequence[Edit] = ()
     records: Sequence[tuple[Watch, Record]] = ()
-    unfused: bool = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d) + bias) v, edited and recorded: [B, H, Lq, d]."""
@@ -41,12 +40,10 @@ class Plan:
             same = q.shape == size and k.shape == v.shape and k.shape[:2] == size[:2] and k.shape[3] == size[3]
             assert same, f"{self.site.name}: edits made {size} into {q.shape}, keys {k.shape}, values {v.shape}"
         if self.records:
-            maps = probabilities(q, k, bias, precise=True)
+            maps = probabilities(q, k, bias)
             for watch, record in self.records:
                 self._keep(watch, record, maps)
             return maps.to(v.dtype) @ v
-        if self.unfused:
-            return probabilities(q, k, bias).to(v.dtype) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
     def _keep(self, watch: Watch, record: Record, maps: Tensor) -> None:
@@ -58,19 +55,18 @@ class Plan:
             record.passes[name] = number
 
 
-def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, precise: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk].
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk], in float32 at least, also where the network is in half precision
+    or autocast.
 
     Args:
         q: [B, H, Lq, d]
         k: [B, H, Lk, d]
         bias: [B or 1, H or 1, Lq or 1, Lk], or None
-        precise: in float32 at least, also where the network is in half precision or autocast
     """
-    with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not precise):
-        if precise:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q, k = q.to(wide), k.to(wide)
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(wide), k.to(wide)
         size = (*q.shape[:3], k.shape[2])
         if bias is None:
             added, beta = q.new_empty(size), 0

@@ -256,7 +256,7 @@ class Backbone(Protocol):
         """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
         ...
 
-    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> AbstractContextManager[Record]:
+    def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
         """Inside, attention layers compute with these edits and keep the maps that are watched; see
         `shared.backbones.attention`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shared.backbones.attention import pays
 from shared.recipe.schema import Recipe
 from shared.train import checkpoint
 from shared.train.budget import Budget
@@ -80,9 +79,7 @@ class Phase:
     def _enter(self, stack: ExitStack) -> None:
         """What holds while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
-        side = self.recipe.train.resolution or backbone.resolution
         stack.enter_context(recomputed(backbone.denoiser, self.recipe.train.gradient_checkpointing))
-        stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
