@@ -12,7 +12,7 @@ from shared.recipe.schema import Recipe
 from shared.train import checkpoint
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
-from shared.train.learned_state import gather
+from shared.train.learned_state import adapters_in, gather
 from shared.train.log import Log, flat
 from shared.train.loop import Loop, Record
 from shared.train.memory import bring_trained, recomputed
@@ -156,7 +156,7 @@ class Phase:
 
     def _learned(self) -> dict[str, Tensor]:
         owner = self.owner
-        return gather(owner.backbone, owner.names, owner.run_name)
+        return gather(owner.backbone, owner.names, owner.adapter_sets)
 
     def _save(self, not_finite: bool = False) -> None:
         info = {"progress": self.optimizers.progress()}
@@ -164,6 +164,5 @@ class Phase:
         self.owner.save(state, self.optimizers.scaler_state(), not_finite)
 
     def _dropout(self, on: bool) -> None:
-        owner = self.owner
-        for adapter in owner.backbone.adapters.get(owner.run_name, []):
+        for adapter in adapters_in(self.owner.backbone, self.owner.adapter_sets):
             adapter.train(on)

@@ -33,7 +33,8 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay laid on
     subjects: Mapping[str, Subject]
-    run_name: str  # what the adapters in training are registered under
+    run_name: str  # what the adapters in training are registered under, where a part names no other set
+    adapter_sets: Sequence[str]  # all sets of the run, that one first
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts that were loaded before and stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's name, before any training
@@ -63,13 +64,13 @@ class ConceptTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
-        return gather(self.context.backbone, list(self.context.subjects), self.context.run_name)
+        return gather(self.context.backbone, list(self.context.subjects), self.context.adapter_sets)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when tensors are missing, left over or of another shape. An adapter of which nothing was
         saved keeps its start: the phase that adds it has only begun."""
         fresh = self.context.resumed_step == 0
-        restore(self.context.backbone, list(self.context.subjects), self.context.run_name, state, fresh)
+        restore(self.context.backbone, list(self.context.subjects), self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         """By the optimizer group that each trainable part names."""

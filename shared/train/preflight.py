@@ -15,6 +15,12 @@ from shared.sampling.schedulers import make_scheduler
 def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
     """ValueError for what a run has once and a phase would have otherwise, and for pictures that cannot be made so."""
     for name, phase in phases:
+        for slot, trainable in phase.trainable.items():
+            if trainable.adapter_set in {*backbone.placeholders, *backbone.adapters}:
+                raise ValueError(
+                    f"trainable.{slot}.adapter_set = {trainable.adapter_set!r}: a loaded concept is called so; "
+                    "choose another name"
+                )
         if phase.train.mixed_precision != recipe.train.mixed_precision:
             raise ValueError(
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "

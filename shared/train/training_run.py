@@ -50,7 +50,7 @@ class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
     Concepts attached before stay on at `loaded_strengths`; what is learned is attached under the subjects' names (tokens)
-    and `run_name` (adapters) and stays there afterwards.
+    and `adapter_sets` (adapters: `run_name`, unless a part names another) and stays there afterwards.
     """
 
     backbone: Backbone
@@ -72,6 +72,8 @@ class TrainingRun:
         self.run_name = "+".join(self.names)
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
         self.phases = list(expand_phases(self.recipe))
+        named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
+        self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
@@ -136,7 +138,7 @@ class TrainingRun:
                         with self.clock.on(None):
                             yield name, record
                 if first >= len(self.phases) and state is not None:
-                    restore(self.backbone, self.names, self.run_name, state.learned)
+                    restore(self.backbone, self.names, self.adapter_sets, state.learned)
         finally:
             log.close()
             self._freeze()
@@ -198,6 +200,7 @@ class TrainingRun:
             recipe=phase,
             subjects=self.subjects,
             run_name=self.run_name,
+            adapter_sets=self.adapter_sets,
             trained=trained,
             loaded_strengths=self.loaded_strengths,
             initial_parameters=self.initial_parameters,
