@@ -29,7 +29,7 @@ from shared.train.memory import Offloaded
 from shared.train.phase import Phase
 from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
-from shared.train.preflight import check_phases, check_validation
+from shared.train.preflight import check_phases, check_sources, check_validation
 from shared.train.resuming import dependencies, model_key, same_dependencies, same_precision, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import TrainableGroup
@@ -74,6 +74,7 @@ class TrainingRun:
         self.phases = list(expand_phases(self.recipe))
         named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
         self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
+        check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise

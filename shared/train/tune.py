@@ -16,6 +16,7 @@ from shared.train.batches import Data
 from shared.train.loop import generator
 from shared.train.needs import Computed, Need, Needing, check_needs, needs_by_name
 from shared.train.phase_context import ConceptTask, PhaseContext
+from shared.train.preflight import check_masks
 from shared.train.task import Update, Updates
 from shared.types import Batch, Conditioning, Step
 
@@ -45,6 +46,7 @@ class Tune(ConceptTask):
         self.data = Data(
             context.examples(), self.recipe, self.backbone, words, self.class_nouns, "pixels" in self.needs
         )
+        check_masks(self.recipe, self.data.has_masks)
         varies = any(p.varies_with for p in self.backbone.placeholders.values())
         frozen = not varies and not any(group.touches_text for group in context.trained)
         self.text_frozen = self.recipe.train.cache and frozen
