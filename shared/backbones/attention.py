@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Rows, Site, Watch, Where
-from shared.backbones.attention_processors import FluxProcessor, Plan, UNetProcessor
+from shared.backbones.attention_processors import FluxProcessor, Plan, Processor, UNetProcessor
 
 
 @dataclass
@@ -145,18 +145,18 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 def _plan(layer: Any) -> Plan | None:
     """What is already planned for a layer by an outer block."""
-    return layer.processor.plan if isinstance(layer.processor, UNetProcessor | FluxProcessor) else None
+    return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 
-def _processor_for(layer: Any) -> type[UNetProcessor] | type[FluxProcessor] | None:
+def _processor_for(layer: Any) -> type[Processor] | None:
     """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
     from diffusers.models.attention_processor import AttnProcessor2_0
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
     now = layer.processor
-    if isinstance(now, UNetProcessor) or type(now) is AttnProcessor2_0:
+    if isinstance(now, Processor):
+        return type(now)
+    if type(now) is AttnProcessor2_0:
         return UNetProcessor
-    if isinstance(now, FluxProcessor):
-        return FluxProcessor
     plain = type(now) is FluxAttnProcessor and now._attention_backend is None and not layer.fused_projections
     return FluxProcessor if plain else None

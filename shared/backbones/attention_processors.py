@@ -76,11 +76,15 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         return torch.baddbmm(*flat, beta=beta, alpha=q.shape[-1] ** -0.5).softmax(-1).view(size)
 
 
-class UNetProcessor:
-    """diffusers' `Attention` with `AttnProcessor2_0`, around a plan."""
+class Processor:
+    """An attention layer's processor around a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+
+class UNetProcessor(Processor):
+    """diffusers' `Attention` with `AttnProcessor2_0`, around a plan."""
 
     def __call__(
         self,
@@ -118,11 +122,8 @@ class UNetProcessor:
         return x / attn.rescale_output_factor
 
 
-class FluxProcessor:
+class FluxProcessor(Processor):
     """diffusers' `FluxAttention` with `FluxAttnProcessor`, around a plan: text first, then the picture."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
 
     def __call__(
         self,
@@ -146,12 +147,8 @@ class FluxProcessor:
         if image_rotary_emb is not None:
             turned: Any = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k)]
             q, k = turned
-        x = (
-            self.plan.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-            .transpose(1, 2)
-            .flatten(2)
-            .to(q.dtype)
-        )
+        x = self.plan.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
+        x = x.transpose(1, 2).flatten(2).to(q.dtype)
         if encoder_hidden_states is None:
             return x
         length = encoder_hidden_states.shape[1]

@@ -19,7 +19,7 @@ from shared.io.decode import picture_size
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
 from shared.io.terminal import encodable
-from shared.recipe.resolve import expand_phases
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
