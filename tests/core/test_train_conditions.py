@@ -1,4 +1,4 @@
-"""What a run is told besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
+"""What a run is under besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
 
 from __future__ import annotations
 
