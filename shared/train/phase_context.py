@@ -33,8 +33,9 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay laid on
     subjects: Mapping[str, Subject]
-    run_name: str  # what the adapters in training are registered under, where a part names no other set
-    adapter_sets: Sequence[str]  # all sets of the run, that one first
+    adapter_sets: Sequence[
+        str
+    ]  # what the adapters in training are registered under; first that of parts that name none
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts that were loaded before and stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's name, before any training

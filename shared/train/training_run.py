@@ -200,7 +200,6 @@ class TrainingRun:
             name=name,
             recipe=phase,
             subjects=self.subjects,
-            run_name=self.run_name,
             adapter_sets=self.adapter_sets,
             trained=trained,
             loaded_strengths=self.loaded_strengths,
