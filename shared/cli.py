@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import typer
 
 GROUP = "pcs.commands"
-_SAID: set[str] = set()  # the warnings that this command has printed
+_PRINTED: set[str] = set()  # the warnings that this command has printed
 _STOPPED = 130  # what typer returns, and a shell expects, after Ctrl-C
 
 
@@ -80,7 +80,7 @@ def _main(arguments: list[str] | None) -> int:
             stream, io.TextIOWrapper
         ):  # a name of somebody's file ends no command, whatever the terminal shows
             stream.reconfigure(errors="backslashreplace")
-    _SAID.clear()
+    _PRINTED.clear()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -126,8 +126,8 @@ def _failed(error: Exception) -> int:
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     """Each warning once, however often and from wherever it comes."""
     text = _clean(message)
-    if text not in _SAID:
-        _SAID.add(text)
+    if text not in _PRINTED:
+        _PRINTED.add(text)
         print(f"warning: {text}", file=sys.stderr)
 
 

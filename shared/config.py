@@ -31,6 +31,17 @@ class Part(BaseModel):
         return data
 
 
+class KindPart(Part):
+    """Base of what the slots of a recipe hold: parts of several kinds."""
+
+    kind: str
+
+    @property
+    def taxonomy(self) -> str:
+        """What it is called where recipes are compared."""
+        return self.kind.replace("_", " ")
+
+
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
     """One sentence: what is unknown, the nearest valid one, and all that there are."""
     names = sorted(choices)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from shared.config import Part
+from shared.config import KindPart
 from shared.types import Example, Role
 
 
-class Augmentation(Part):
+class Augmentation(KindPart):
     """Changes an example as it is drawn: picture, mask and valid area together, with the generator it is given.
 
     Runs after the prompt part (captions are filled) and after the masks.

@@ -10,17 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Rows, Site, Watch, Where
-from shared.backbones.attention_processors import FluxProcessor, Plan, UNetProcessor
-from shared.backbones.protocol import Backbone
-
-_FEW = 32 * 32  # places that look at each other: 4 MB for each head and picture, and 64 MB at twice the side
-
-
-def pays(backbone: Backbone, side: int) -> bool:
-    """Whether `attending(unfused=True)` does for pictures of `side` pixels: on a CPU, while they are small. It keeps every
-    row of every attention for the backward pass, which at 512 pixels would be gigabytes."""
-    latents = backbone.latent_shape(side, side)
-    return backbone.device.type == "cpu" and latents[-1] * latents[-2] <= _FEW
+from shared.backbones.attention_processors import FluxProcessor, Plan, Processor, UNetProcessor
 
 
 @dataclass
@@ -112,7 +102,7 @@ class Attending:
         return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
-    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> Iterator[Record]:
+    def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
         """Inside, attention layers compute with these edits, in their order, and keep the maps that are watched.
 
         A plain edit acts at every site, `At(edit, where)` at some; layers that nobody edits or watches keep their own fast
@@ -121,17 +111,13 @@ class Attending:
         it runs the layers again.
 
         A layer that carries a processor other than diffusers' default, somebody's own, is never replaced: an edit or
-        record for it is refused, while `unfused` leaves it alone.
-
-        Args:
-            unfused: compute by matrix products instead of PyTorch's fused kernel, the same function up to rounding: on a
-                CPU the kernel's backward pass is slow (`tests/bench/bench_step.py` prints how much a step gains)
+        record for it is refused.
 
         Raises:
             ValueError: when an edit or watch matches no site, or a site of it carries a processor of somebody's own
         """
         record = Record({s.name: s for s in self.sites() if any(isinstance(e, Watch) and s in e for e in edits)})
-        plans = self._plans(edits, record, unfused)
+        plans = self._plans(edits, record)
         changed: list[tuple[Any, Any]] = []
         try:
             for layer, processor in plans:
@@ -145,7 +131,7 @@ class Attending:
             if not any(plan is not None and plan.edits for plan in left):
                 self._predictions.forget()
 
-    def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record, unfused: bool) -> list[tuple[Any, Any]]:
+    def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record) -> list[tuple[Any, Any]]:
         """The layers to change, each with its new processor."""
         for edit in edits:
             where = edit.where if isinstance(edit, At) else edit
@@ -157,14 +143,14 @@ class Attending:
             layer: Any = self.denoiser.get_submodule(site.name)
             chosen = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
             records = [(e, record) for e in edits if isinstance(e, Watch) and site in e]
-            if not (chosen or records or unfused):
+            if not (chosen or records):
                 continue
             kind = _processor_for(layer)
             if kind is not None:
                 plan = _plan(layer) or Plan(site, self._predictions)
-                joined = ((*plan.edits, *chosen), (*plan.records, *records), plan.unfused or unfused)
+                joined = ((*plan.edits, *chosen), (*plan.records, *records))
                 out.append((layer, kind(Plan(site, self._predictions, *joined))))
-            elif chosen or records:
+            else:
                 raise ValueError(
                     f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not diffusers' "
                     f"default: it cannot be edited or watched"
@@ -178,18 +164,18 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 def _plan(layer: Any) -> Plan | None:
     """What is already planned for a layer by an outer block."""
-    return layer.processor.plan if isinstance(layer.processor, UNetProcessor | FluxProcessor) else None
+    return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 
-def _processor_for(layer: Any) -> type[UNetProcessor] | type[FluxProcessor] | None:
+def _processor_for(layer: Any) -> type[Processor] | None:
     """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
     from diffusers.models.attention_processor import AttnProcessor2_0
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
     now = layer.processor
-    if isinstance(now, UNetProcessor) or type(now) is AttnProcessor2_0:
+    if isinstance(now, Processor):
+        return type(now)
+    if type(now) is AttnProcessor2_0:
         return UNetProcessor
-    if isinstance(now, FluxProcessor):
-        return FluxProcessor
     plain = type(now) is FluxAttnProcessor and now._attention_backend is None and not layer.fused_projections
     return FluxProcessor if plain else None

@@ -29,7 +29,6 @@ class Plan:
     predictions: Predictions
     edits: Sequence[Edit] = ()
     records: Sequence[tuple[Watch, Record]] = ()
-    unfused: bool = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(d) + bias) v, edited and recorded: [B, H, Lq, d]."""
@@ -41,12 +40,10 @@ class Plan:
             same = q.shape == size and k.shape == v.shape and k.shape[:2] == size[:2] and k.shape[3] == size[3]
             assert same, f"{self.site.name}: edits made {size} into {q.shape}, keys {k.shape}, values {v.shape}"
         if self.records:
-            maps = probabilities(q, k, bias, precise=True)
+            maps = probabilities(q, k, bias)
             for watch, record in self.records:
                 self._keep(watch, record, maps)
             return maps.to(v.dtype) @ v
-        if self.unfused:
-            return probabilities(q, k, bias).to(v.dtype) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
     def _keep(self, watch: Watch, record: Record, maps: Tensor) -> None:
@@ -58,19 +55,18 @@ class Plan:
             record.passes[name] = number
 
 
-def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, precise: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk].
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk], in float32 at least, also where the network is in half precision
+    or autocast.
 
     Args:
         q: [B, H, Lq, d]
         k: [B, H, Lk, d]
         bias: [B or 1, H or 1, Lq or 1, Lk], or None
-        precise: in float32 at least, also where the network is in half precision or autocast
     """
-    with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not precise):
-        if precise:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q, k = q.to(wide), k.to(wide)
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(wide), k.to(wide)
         size = (*q.shape[:3], k.shape[2])
         if bias is None:
             added, beta = q.new_empty(size), 0
@@ -80,11 +76,15 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, precise: bool = Fal
         return torch.baddbmm(*flat, beta=beta, alpha=q.shape[-1] ** -0.5).softmax(-1).view(size)
 
 
-class UNetProcessor:
-    """diffusers' `Attention` with `AttnProcessor2_0`, around a plan."""
+class Processor:
+    """An attention layer's processor around a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+
+class UNetProcessor(Processor):
+    """diffusers' `Attention` with `AttnProcessor2_0`, around a plan."""
 
     def __call__(
         self,
@@ -122,11 +122,8 @@ class UNetProcessor:
         return x / attn.rescale_output_factor
 
 
-class FluxProcessor:
+class FluxProcessor(Processor):
     """diffusers' `FluxAttention` with `FluxAttnProcessor`, around a plan: text first, then the picture."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
 
     def __call__(
         self,
@@ -150,12 +147,8 @@ class FluxProcessor:
         if image_rotary_emb is not None:
             turned: Any = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k)]
             q, k = turned
-        x = (
-            self.plan.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-            .transpose(1, 2)
-            .flatten(2)
-            .to(q.dtype)
-        )
+        x = self.plan.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
+        x = x.transpose(1, 2).flatten(2).to(q.dtype)
         if encoder_hidden_states is None:
             return x
         length = encoder_hidden_states.shape[1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
+from shared.backbones.placement import Placement
 from shared.backbones.synthetic_world import World
 from shared.types import Conditioning, SiteContext
 
@@ -35,6 +36,15 @@ class Group:
 @runtime_checkable
 class Adapter(Protocol):
     """Something injected into a backbone under a concept's name, with a strength."""
+
+    @property
+    def slot(self) -> str:
+        """Which of the recipe's trainable parts it is; several under one name stay apart by it."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Whether it acts as in training (dropout and the like); the network itself stays as it is."""
+        ...
 
     def set_strength(self, strength: float) -> None:
         """0 switches it off exactly; 1 is as trained."""
@@ -110,6 +120,7 @@ class Backbone(Protocol):
     world: World | None  # a world of its own; None: the real one
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # between pixels and latents; never trained
+    placement: Placement | None  # of networks that take turns on the device; None: all of them stay there
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 
@@ -254,7 +265,7 @@ class Backbone(Protocol):
         """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
         ...
 
-    def attending(self, *edits: Edit | At | Watch, unfused: bool = False) -> AbstractContextManager[Record]:
+    def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
         """Inside, attention layers compute with these edits and keep the maps that are watched; see
         `shared.backbones.attention`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...

@@ -19,8 +19,11 @@ _COLUMNS = {
 
 
 @app.callback()
-def methods(context: typer.Context) -> None:
-    """List every recipe: what it modifies, what it trains, how it preserves prior knowledge."""
+def methods(
+    context: typer.Context,
+    long: bool = typer.Option(False, "--long", help="every recipe's whole place in the taxonomy"),
+) -> None:
+    """List every recipe and what it trains."""
     if context.invoked_subcommand:
         return
     from rich.console import Console
@@ -30,21 +33,29 @@ def methods(context: typer.Context) -> None:
     from shared.recipe.resolve import written
     from shared.recipe.taxonomy import taxonomy_of
 
-    tables: dict[str, list[tuple[str, ...]]] = {}
+    console = Console(highlight=False)
     for modality in ("image", "video", "3d"):
+        by_scheme: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
         for name in recipe_files(modality):
-            place = taxonomy_of(written(name, modality))
-            tables.setdefault(f"{modality}: {place.scheme}", []).append((name, *(getattr(place, k) for k in _COLUMNS)))
-    columns = ("recipe", *_COLUMNS.values())
-    for heading, entries in tables.items():
-        used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in entries)]
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title=heading, title_justify="left")
-        for i in used:
-            table.add_column(columns[i], no_wrap=i == 0)
-        for row in entries:
-            table.add_row(*(row[i] for i in used))
-        Console().print(table)
-    print("\npcs methods show NAME prints the whole recipe, with its papers.")
+            recipe = written(name, modality)
+            place = taxonomy_of(recipe)
+            values = {words: getattr(place, key) for key, words in _COLUMNS.items() if getattr(place, key)}
+            by_scheme.setdefault(place.scheme, []).append((name, recipe.title, values))
+        for scheme, entries in by_scheme.items():
+            console.print(f"[bold]{modality}: {scheme}[/]\n")
+            table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_header=not long)
+            for column in ("recipe", "method", "trains"):
+                table.add_column("" if long else column, overflow="fold", no_wrap=column == "recipe")
+            for name, title, values in entries:
+                if long:
+                    table.add_row(name, "method", title)
+                    for words, value in values.items():
+                        table.add_row("", words, value)
+                else:
+                    table.add_row(name, title, values.get("trains", ""))
+            console.print(table)
+    more = "" if long else "pcs methods --long prints every recipe's place in the taxonomy.\n"
+    print(f"\n{more}pcs methods show NAME prints one whole recipe, with its papers.")
 
 
 @app.command()

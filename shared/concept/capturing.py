@@ -26,12 +26,13 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def capture(
-    backbone: Backbone, name: str, provenance: Provenance = Provenance(), adapters_of: str | None = None
+    backbone: Backbone, name: str, provenance: Provenance = Provenance(), adapter_sets: Sequence[str] = ()
 ) -> Concept:
     """What is attached under `name`, as a concept that can be saved.
 
     Args:
-        adapters_of: the name that the adapters are registered under, where it is not `name` (several subjects in a run)
+        adapter_sets: the names that the adapters are registered under, where it is not `name` alone (several subjects
+            or sets in a run); loaded again, all of them are the concept's own and share its strength
 
     Raises:
         ValueError: when nothing is attached under these names, or an adapter is of a kind that cannot be saved
@@ -39,8 +40,7 @@ def capture(
     Warns:
         UserWarning: when the description of how it was made cannot be kept; what was learned is kept without it
     """
-    source = adapters_of or name
-    attached = [unshared(a) for a in backbone.adapters.get(source, [])]
+    attached = [unshared(a) for source in adapter_sets or (name,) for a in backbone.adapters.get(source, [])]
     placeholder = backbone.placeholders.get(name)
     recipe = provenance.settings()
     modifier = _modifier(provenance, recipe) if placeholder is not None or provenance.modifier is not None else {}
@@ -48,7 +48,7 @@ def capture(
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
         raise ValueError(f"{name!r} has a placeholder: say which modifier made it, or it cannot be loaded again")
-    adapters_info, tensors = _adapters_of(attached, source)
+    adapters_info, tensors = _adapters_of(attached, name)
     if placeholder is not None:
         starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
         tensors["embeddings"] = {**placeholder.state_dict(), **starts}

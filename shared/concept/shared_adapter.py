@@ -21,6 +21,13 @@ class SharedAdapter:
         """The same adapter under another concept's name."""
         return SharedAdapter(self.adapter, owner, self.strengths)
 
+    @property
+    def slot(self) -> str:
+        return self.adapter.slot
+
+    def train(self, mode: bool) -> None:
+        self.adapter.train(mode)
+
     def set_strength(self, strength: float) -> None:
         self.strengths[self.owner] = strength
         self._apply()

@@ -47,7 +47,7 @@ def read_subject(
             )
     kept = {p: text for p, text in by_picture.items() if text}
     _warn_of_gaps(listing.pictures, kept, "caption", "their captions are made from the recipe's template")
-    cut_out = {p for p in listing.pictures if p not in mask_of and _transparent(p)}
+    cut_out = {p for p in listing.pictures if p not in mask_of and transparent(p)}
     _warn_of_gaps(listing.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
     if set("<>{}") & set(class_noun):
         raise ValueError(f"class_noun = {class_noun!r}: say a plain word for what the thing is, for example duck")
@@ -62,7 +62,7 @@ def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str,
         warnings.warn(encodable(f"{count}: {names(without)}; {then}"), UserWarning, stacklevel=3)
 
 
-def _transparent(path: Path) -> bool:
+def transparent(path: Path) -> bool:
     """Whether a picture's own transparency is its mask. One that cannot be read is somebody else's to report."""
     try:
         return sniff(path) != "JPEG" and read_picture(path).alpha is not None

@@ -5,12 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shared.config import Part
+from shared.config import KindPart
 from shared.types import Example
 
 
-class MaskPart(Part):
+def no_mask(picture: object) -> str:
+    """What is said of a picture that must have a mask."""
+    return (
+        f"{picture} has no mask, and this recipe requires one: put it in masks/ beside the pictures, with the same name, "
+        "or give pictures with a transparent background"
+    )
+
+
+class MaskPart(KindPart):
     """Changes the mask of an example, always in the same way. Examples without a mask pass."""
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether each picture of a subject must have come with a mask."""
+        return False
 
     @property
     def random(self) -> bool:

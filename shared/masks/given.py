@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from shared.masks.base import MaskPart
+from shared.masks.base import MaskPart, no_mask
 from shared.types import Example
 
 
@@ -19,12 +19,13 @@ class Given(MaskPart):
     require: bool = False
     threshold: float | None = None  # in (0, 1): above it 1, else 0
 
+    @property
+    def needs_masks(self) -> bool:
+        return self.require
+
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
-        if self.require and not example.masks and example.role == "instance":
-            raise ValueError(
-                f"{example.source} has no mask, and this recipe requires one: put it in masks/ beside the pictures, "
-                "with the same name, or give pictures with a transparent background"
-            )
+        if self.needs_masks and not example.masks and example.role == "instance":
+            raise ValueError(no_mask(example.source))
         return super().__call__(example, generator)
 
     def change(self, mask: Tensor) -> Tensor:

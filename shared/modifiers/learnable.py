@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
+from shared.config import KindPart
 from shared.modifiers.base import PlaceholderBase, phrase
 
 
-class LearnableToken(Part):
+class LearnableToken(KindPart):
     """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given).
 
     Words of more sub-tokens than there are vectors start as their means. With `per: layer` each cross-attention layer

@@ -6,11 +6,11 @@ import warnings
 from typing import Literal
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
+from shared.config import KindPart
 from shared.modifiers.base import PlaceholderBase, phrase
 
 
-class PlainText(Part):
+class PlainText(KindPart):
     """`<name>` is said in plain words; with none, by the class noun alone."""
 
     kind: Literal["plain_text"] = "plain_text"
@@ -21,7 +21,7 @@ class PlainText(Part):
         return _attach(backbone, PlaceholderBase(name, phrase(self.words, class_noun, self.with_class_noun)))
 
 
-class RareToken(Part):
+class RareToken(KindPart):
     """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
 
     A token that a tokenizer splits is accepted, with one warning that names the pieces."""

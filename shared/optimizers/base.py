@@ -22,6 +22,7 @@ class OptimizerPart(Part):
 
     #: Entries of the optimizer's parameter groups that change while it runs, saved beside its per-parameter state.
     progress: ClassVar[tuple[str, ...]] = ()
+    averages: ClassVar[bool] = False  # built, it has `eval` and `train`: between them the parameters are averages
     needs_closure: ClassVar[bool] = False  # evaluates the loss itself, several times per step
     weight_decay: NotNegative = 1e-2
     schedule: Literal["constant", "linear", "cosine"] = "constant"

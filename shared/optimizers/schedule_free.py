@@ -14,6 +14,7 @@ class ScheduleFree(OptimizerPart):
     """schedulefree's AdamW. Pictures, scores and the concept are of the average; `schedule` stays constant."""
 
     progress: ClassVar[tuple[str, ...]] = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
+    averages: ClassVar[bool] = True
     kind: Literal["schedule_free"] = "schedule_free"
     schedule: Literal["constant"] = "constant"  # type: ignore[assignment]
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shared.optimizers import OptimizerPart
 from shared.train.averages import Averages
-from shared.train.task import Update
+from shared.train.task import Updates
 from shared.trainable import TrainableGroup
 
 _AVERAGE = "average"
@@ -53,7 +53,7 @@ class PretrainTask:
         """Optimizer group -> what it trains."""
         raise NotImplementedError
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """The losses of one step, in order; see `shared.train.task.UpdateSource`."""
         raise NotImplementedError
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 
-from shared.config import Part
+from shared.prompts.base import CaptionPart, Names, Template
 from shared.types import Example
 
 SUBJECT = (
@@ -36,7 +34,7 @@ STYLE = (
 SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE}
 
 
-class Templates(Part):
+class Templates(CaptionPart):
     """One template is drawn per picture and step; a user's own caption is kept, with the concept put into it.
 
     In a user's caption `<name>` or `{concept}` marks the place; without either, the class noun is replaced, and where it
@@ -45,35 +43,16 @@ class Templates(Part):
 
     kind: Literal["templates"] = "templates"
     set: Literal["plain", "subject", "style"] = "plain"
-    templates: tuple[str, ...] = ()  # given: used instead of the set
+    templates: tuple[Template, ...] = ()  # given: used instead of the set
     user_captions: bool = True  # false: a template in place of each, as where there are none
-    drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 
     @property
     def taxonomy(self) -> str:
         one = len(self.templates or SETS[self.set]) == 1
         return ("one template" if one else "template captions") + (", some empty" if self.drop else "")
 
-    @model_validator(mode="after")
-    def _has_place(self) -> Templates:
-        for template in self.templates:
-            if "{concept}" not in template:
-                raise ValueError(f"template {template!r} has no {{concept}}")
-        return self
-
-    def __call__(
-        self,
-        example: Example,
-        generator: torch.Generator,
-        words: Mapping[str, str],
-        class_nouns: Mapping[str, str],
-    ) -> Example:
-        """Class pictures keep their own caption, or are named by the class noun.
-
-        Args:
-            words: by owner, what it is called
-            class_nouns: by owner, its plain class
-        """
+    def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
+        """Class pictures keep their own caption, or are named by the class noun."""
         concept, class_noun = words.get(example.owner, ""), class_nouns.get(example.owner, "")
         choices = self.templates or SETS[self.set]
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 
-from shared.config import Part
+from shared.prompts.base import CaptionPart, Names, Template
 from shared.types import Example
 
 
-class UnionSampling(Part):
+class UnionSampling(CaptionPart):
     """Each time a picture is drawn, some of its subjects: a random subset that is not empty, named together ("a photo of a
     <mug> and a <dog>") and counted together, so that the loss sees the union of their masks (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, section 3.2). Without it, concepts that are always trained together cannot be told
@@ -22,25 +20,11 @@ class UnionSampling(Part):
     """
 
     kind: Literal["union_sampling"] = "union_sampling"
-    template: str = "a photo of {concept}"
+    template: Template = "a photo of {concept}"
     joined_by: str = " and "
     article: str = "a "  # before each name
-    drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 
-    @model_validator(mode="after")
-    def _has_place(self) -> UnionSampling:
-        if "{concept}" not in self.template:
-            raise ValueError(f"template {self.template!r} has no {{concept}}")
-        return self
-
-    def __call__(
-        self,
-        example: Example,
-        generator: torch.Generator,
-        words: Mapping[str, str],
-        class_nouns: Mapping[str, str],
-    ) -> Example:
-        """`words`: by owner, what it is called; `class_nouns`: by owner, its plain class."""
+    def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
         drawn = torch.rand(len(example.owners) + 1, generator=generator)
         if example.role == "prior":
             return example.with_(caption=example.caption.replace("{class_noun}", class_nouns.get(example.owner, "")))

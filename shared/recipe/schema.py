@@ -123,7 +123,7 @@ class Recipe(Part):
     def _one_way_to_say_it(self) -> Recipe:
         if self.subject is not None and self.subjects:
             raise ValueError("give either subject.* or subjects.NAME.*, not both")
-        needs = [k for k, r in self.regularize.items() if getattr(r, "needs_class_examples", False)]
+        needs = [k for k, r in self.regularize.items() if r.needs_class_examples]
         if needs and not any(s.kind in ("generated", "folder") for s in self.sources.values()):
             raise ValueError(
                 f"regularize.{needs[0]} needs class pictures: add sources.class_pictures.kind=generated "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from shared.recipe.catalog import Taxonomy
 from shared.recipe.phases import expand_phases
@@ -19,25 +18,20 @@ def taxonomy_of(recipe: Recipe) -> Taxonomy:
     """The recipe's own `taxonomy`, with what it leaves open derived from the slots of all its phases."""
     phases = [phase for _, phase in expand_phases(recipe)]
     derived = {
-        "modifier": label(recipe.modifier),
+        "modifier": recipe.modifier.taxonomy,
         "trains": ", then ".join(_once(trained for phase in phases if (trained := _trains(phase)))),
-        "prompt_engineering": _joined(label(phase.prompts) for phase in phases),
+        "prompt_engineering": _joined(phase.prompts.taxonomy for phase in phases),
         "attention": _joined(_attending(phase) for phase in phases),
         "mask": _joined(_masks(phase) for phase in phases),
-        "augmentation": _joined(label(part) for phase in phases for part in phase.augment.values()),
-        "regularization": _joined(label(part) for phase in phases for part in phase.regularize.values()),
+        "augmentation": _joined(part.taxonomy for phase in phases for part in phase.augment.values()),
+        "regularization": _joined(part.taxonomy for phase in phases for part in phase.regularize.values()),
     }
     stated = {key: value for key, value in recipe.taxonomy.model_dump().items() if value or key not in derived}
     return Taxonomy(**{**derived, **stated})
 
 
-def label(part: Any) -> str:
-    """What a part is called in a table: its own `taxonomy`, else its type or its kind in plain words."""
-    return getattr(part, "taxonomy", "") or getattr(part, "type", "") or str(part.kind).replace("_", " ")
-
-
 def _trains(phase: Recipe) -> str:
-    return " and ".join(_once(label(part) + _on(getattr(part, "roles", ())) for part in phase.trainable.values()))
+    return " and ".join(_once(part.taxonomy + _on(part.places) for part in phase.trainable.values()))
 
 
 def _on(roles: Iterable[str]) -> str:
@@ -47,15 +41,14 @@ def _on(roles: Iterable[str]) -> str:
 
 
 def _attending(phase: Recipe) -> str:
-    """Parts that watch attention (they need its maps), and those that change it, where a recipe has a slot for them."""
-    watching = [p for p in phase.regularize.values() if any("attention" in need for need in getattr(p, "needs", ()))]
-    edits: Mapping[str, Any] = getattr(phase, "attention", {})
-    return ", ".join(label(part) for part in [*watching, *edits.values()])
+    """Parts that watch attention: they need its maps."""
+    watching = (p for p in phase.regularize.values() if any("attention" in need for need in p.needs))
+    return ", ".join(part.taxonomy for part in watching)
 
 
 def _masks(phase: Recipe) -> str:
-    loss = ["masked loss"] if getattr(phase.objective, "masked", None) else []
-    return ", ".join([*(label(part) for part in phase.masks.values()), *loss])
+    loss = ["masked loss"] if phase.objective.masked else []
+    return ", ".join([*(part.taxonomy for part in phase.masks.values()), *loss])
 
 
 def _joined(texts: Iterable[str]) -> str:

@@ -7,16 +7,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.types import Step
 
 
-class EmbeddingAnchor(Part):
+class EmbeddingAnchor(Penalty):
     """weight * mean squared distance of the token vectors from their start (Cross Initialization,
     https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})
-    needs_class_examples: ClassVar[bool] = False
     kind: Literal["embedding_anchor"] = "embedding_anchor"
     weight: Annotated[float, Field(ge=0)] = 1e-5
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from shared.backbones.attention_edits import Record
 from shared.backbones.attention_maps import AttentionMaps
-from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.types import Step
 
 
-class Localisation(Part):
+class Localisation(Penalty):
     """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, eq. 3).
 
@@ -26,7 +26,7 @@ class Localisation(Part):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
-    needs_class_examples: ClassVar[bool] = False
+    needs_masks: ClassVar[bool] = True
     kind: Literal["localisation"] = "localisation"
     weight: Annotated[float, Field(ge=0)] = 1e-2
     scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the latents; default: the one that is nearest to 16×16
@@ -39,10 +39,8 @@ class Localisation(Part):
 
     def __call__(self, step: Step) -> Tensor:
         masks = step.batch.owner_masks
-        if not masks:
-            raise ValueError(
-                "localisation keeps words on masks, and no picture has one: add a masks part or subject.masks"
-            )
+        if not masks:  # of this batch; a run of which no picture has one does not begin
+            return step.prediction.sum() * 0
         record: Record = step.need("attention_maps")
         positions = step.conditioning.token_positions
         instance = step.batch.with_role("instance").to(step.prediction.device)

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.types import Step
 
 
-class PriorPreservation(Part):
+class PriorPreservation(Penalty):
     """The denoising loss on class pictures (DreamBooth, https://arxiv.org/abs/2208.12242, eq. 2).
 
     Needs a source of class pictures, such as `sources.class_pictures.kind=generated`.
@@ -28,7 +28,7 @@ class PriorPreservation(Part):
         return self.weight * step.need("example_loss")[is_prior].mean()
 
 
-class PriorPrediction(Part):
+class PriorPrediction(Penalty):
     """On the same noisy latents and the class prompt, stay where the model was without the concept in training.
 
     |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, no class pictures needed. "Base" is the model with every
@@ -36,7 +36,6 @@ class PriorPrediction(Part):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})
-    needs_class_examples: ClassVar[bool] = False
     kind: Literal["prior_prediction"] = "prior_prediction"
     weight: Annotated[float, Field(ge=0)] = 1.0
 

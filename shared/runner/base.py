@@ -254,10 +254,10 @@ class Runner:
             references=subject.images,
             ports=sorted(run.ports),
         )
-        return capture(self.backbone, name, provenance, adapters_of=run.run_name)
+        return capture(self.backbone, name, provenance, adapter_sets=run.adapter_sets)
 
     def _forget(self, run: TrainingRun) -> None:
-        for name in {*run.names, run.run_name}:
+        for name in {*run.names, *run.adapter_sets}:
             if name in self.backbone.placeholders or name in self.backbone.adapters:
                 self.backbone.remove(name)
 

@@ -19,10 +19,12 @@ from shared.io.decode import picture_size
 from shared.io.outputs import check_apart, check_output
 from shared.io.read_subject import read_subject
 from shared.io.terminal import encodable
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
 from shared.train.log import check_log
+from shared.train.preflight import check_sources
 from shared.train.resuming import same_recipe
 from shared.types import Subject
 
@@ -62,6 +64,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
             check_apart(path, [*subject.images, *subject.masks.values()])
         for path in subject.images:
             load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
+    check_sources(list(expand_phases(recipe)), subjects)
     finished = resume and not begun and not overwrite and _all_there(outputs)
     if finished:
         for name, path in outputs.items():

@@ -8,24 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from shared.config import Part
 from shared.io.contact_sheets import read_metadata, write_picture
 from shared.io.decode import read_picture
 from shared.io.denoising_progress import named, part_of
 from shared.io.outputs import write_text
+from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
-from shared.types import Example
+from shared.types import Example, Subject
 
 _SCHEME = 1  # raise it when the way that pictures are made changes
 
 
-class Generated(Part):
+class Generated(SourcePart):
     """`num_images` class pictures per subject, of role "prior", made once and kept under `SourceContext.cache_dir`.
 
     Their place depends on everything that they depend on (weights, prompt, guidance, steps, seed, resolution), not on
@@ -49,11 +49,16 @@ class Generated(Part):
             raise ValueError("class pictures are made before the concept is known: only plain words and {class_noun}")
         return prompt
 
-    def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError when a subject has no class noun but the prompt needs it, or when the run cannot make pictures."""
-        for name, subject in context.subjects.items():
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        for name, subject in subjects.items():
             if "{class_noun}" in self.prompt and not subject.class_noun:
                 raise ValueError(f"class pictures need {self.prompt!r}, and {name!r} has no subject.class_noun")
+        return {}
+
+    def examples(self, context: SourceContext) -> Iterator[Example]:
+        """ValueError when a subject has no class noun but the prompt needs it, or when the run cannot make pictures."""
+        self.check(context.subjects, ())
+        for name, subject in context.subjects.items():
             prompt = self.prompt.replace("{class_noun}", subject.class_noun)
             for path in self._filled(context, prompt):
                 pixels = read_picture(path, min_side=1).pixels

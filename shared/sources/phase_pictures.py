@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.config import Part, unknown
+from shared.config import unknown
 from shared.io.decode import read_picture
+from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
-from shared.types import Example, Role
+from shared.types import Example, Role, Subject
 
 KEPT = "kept.json"  # in a phase's folder: which of its pictures the next phase is to learn from
 
 
-class PhasePictures(Part):
+class PhasePictures(SourcePart):
     """What the phase called `phase` made and kept, with the prompts that it was made with as captions."""
 
     kind: Literal["phase_pictures"] = "phase_pictures"
     phase: str
     role: Role = "instance"
 
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        if self.phase not in earlier:
+            raise ValueError(f"phase_pictures: {unknown(self.phase, earlier, 'earlier phase that makes pictures')}")
+        return {}
+
     def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError when there is no such phase before this one, or it kept nothing that can be read."""
-        if self.phase not in context.phase_folders:
-            what = unknown(self.phase, context.phase_folders, "earlier phase that makes pictures")
-            raise ValueError(f"sources: phase_pictures: {what}")
+        self.check(context.subjects, list(context.phase_folders))
         folder = context.phase_folders[self.phase]
         for entry in read_kept(folder):
             path = folder / entry["file"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from shared.config import Part, PathText
+from shared.config import PathText
 from shared.io.read_subject import read_subject
 from shared.io.resize import ResizeMode
-from shared.sources.source_context import SourceContext
+from shared.sources.base import SourcePart
+from shared.sources.source_context import SourceContext, owner_among
 from shared.sources.to_example import example, load
-from shared.types import Example, Role
+from shared.types import Example, Role, Subject
 
 
-class Folder(Part):
+class Folder(SourcePart):
     """Pictures of a folder: real class (regularization) pictures, as Custom Diffusion uses them, with role "prior".
 
     Captions `NAME.txt` beside the pictures are used; `prompt` serves the others, with "{class_noun}" filled in. With role
@@ -30,15 +33,28 @@ class Folder(Part):
     fit: ResizeMode = "cover"
     limit: int = Field(default=0, ge=0)  # the first so many; 0: all
 
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        _, read = self._read(subjects)
+        return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}
+
     def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError when the folder holds no pictures, one of them cannot be read, or the subject is not clear."""
-        owner = context.owner(self.subject, f"source folder {self.images}")
-        noun = context.subjects[owner].class_noun
-        default = self.prompt if self.role == "prior" else ""
-        if "{class_noun}" in default and not noun:
-            raise ValueError(f"source folder: {default!r} needs subject.class_noun, and {owner!r} has none")
-        subject = read_subject(self.images, noun)
-        default = default.replace("{class_noun}", noun)
-        for path in subject.images[: self.limit or None]:
+        owner, subject = self._read(context.subjects)
+        default = self._default.replace("{class_noun}", subject.class_noun)
+        for path in subject.images:
             picture, caption = load(path, subject.masks.get(path)), subject.captions.get(path, default)
             yield example(picture, owner, self.role, context.resolution, self.fit, caption)
+
+    @property
+    def _default(self) -> str:
+        """The caption of what has none."""
+        return self.prompt if self.role == "prior" else ""
+
+    def _read(self, subjects: Mapping[str, Subject]) -> tuple[str, Subject]:
+        """Whose the pictures are, and they themselves."""
+        owner = owner_among(subjects, self.subject, f"source folder {self.images}")
+        noun = subjects[owner].class_noun
+        if "{class_noun}" in self._default and not noun:
+            raise ValueError(f"source folder: {self._default!r} needs subject.class_noun, and {owner!r} has none")
+        read = read_subject(self.images, noun)
+        return owner, replace(read, images=read.images[: self.limit or None])

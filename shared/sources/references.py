@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from shared.config import Part
 from shared.io.find_pictures import names
 from shared.io.resize import ResizeMode
 from shared.io.terminal import encodable
+from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load
-from shared.types import Example
+from shared.types import Example, Subject
 
 
-class References(Part):
+class References(SourcePart):
     """Every picture of every subject, `repeats` times: the examples of role "instance" that all methods learn from.
 
     The mask is the user's where one lies beside the picture, else the picture's transparency, else None. The caption is
@@ -27,6 +28,9 @@ class References(Part):
     kind: Literal["references"] = "references"
     repeats: int = Field(default=1, ge=1)
     fit: ResizeMode = "cover"  # how pictures that are not square become so
+
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from shared.config import Part
+from shared.io.read_subject import transparent
 from shared.io.resize import ResizeMode
+from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load
-from shared.types import Example
+from shared.types import Example, Subject
 
 
-class Scene(Part):
+class Scene(SourcePart):
     """Every picture once, however many subjects name it: one example with a mask for each of them
     (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3).
 
@@ -28,33 +28,45 @@ class Scene(Part):
     repeats: int = Field(default=1, ge=1)
     fit: ResizeMode = "cover"  # how pictures that are not square become so
 
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        for place, names in _owners(subjects).items():
+            for name in names if len(names) > 1 else ():
+                path = _own_path(subjects[name], place)
+                if path not in subjects[name].masks and not transparent(path):
+                    raise ValueError(
+                        f"{path} shows {', '.join(names)}, and {name!r} has no mask in it: subjects.{name}.masks"
+                    )
+        return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
+
     def examples(self, context: SourceContext) -> Iterator[Example]:
         """ValueError, naming file and subject, where a mask is missing, and where cutting leaves nothing of one."""
-        owners: dict[Path, list[str]] = {}
-        for name, subject in context.subjects.items():
-            for path in subject.images:
-                owners.setdefault(path.resolve(), []).append(name)
-        if not owners:
+        if not context.subjects:
             raise ValueError("there is no subject: give pictures with subjects.NAME.images=FILE")
+        self.check(context.subjects, ())
         for _ in range(self.repeats):
-            for place, names in owners.items():
+            for place, names in _owners(context.subjects).items():
                 yield self._together(context, place, names)
 
     def _together(self, context: SourceContext, place: Path, names: list[str]) -> Example:
-        masks: dict[str, Tensor] = {}
-        first: Example | None = None
+        each = []
         for name in names:
             subject = context.subjects[name]
-            path = next(p for p in subject.images if p.resolve() == place)
-            one = example(
-                load(path, subject.masks.get(path)), name, "instance", context.resolution, self.fit,
-                subject.captions.get(path, ""),
-            )  # fmt: skip
-            if len(names) > 1 and not one.masks:
-                raise ValueError(
-                    f"{path} shows {', '.join(names)}, and {name!r} has no mask in it: subjects.{name}.masks"
-                )
-            masks.update(one.masks)
-            first = first or one
-        assert first is not None
-        return first.with_(owners=tuple(names), masks=masks)
+            path = _own_path(subject, place)
+            picture, caption = load(path, subject.masks.get(path)), subject.captions.get(path, "")
+            each.append(example(picture, name, "instance", context.resolution, self.fit, caption))
+        masks = {name: mask for one in each for name, mask in one.masks.items()}
+        return each[0].with_(owners=tuple(names), masks=masks)
+
+
+def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
+    """Picture -> the subjects that name it."""
+    out: dict[Path, list[str]] = {}
+    for name, subject in subjects.items():
+        for path in subject.images:
+            out.setdefault(path.resolve(), []).append(name)
+    return out
+
+
+def _own_path(subject: Subject, place: Path) -> Path:
+    """How a subject writes the path of a picture."""
+    return next(path for path in subject.images if path.resolve() == place)

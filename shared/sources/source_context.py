@@ -43,11 +43,12 @@ class SourceContext:
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phases that made pictures -> where
     progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) after each denoising step
 
-    def owner(self, name: str, what: str) -> str:
-        """The subject called `name`, or the only one there is. ValueError lists them."""
-        names = ", ".join(sorted(self.subjects)) or "none"
-        if name and name not in self.subjects:
-            raise ValueError(f"{what}: there is no subject {name!r}. There are: {names}.")
-        if not name and len(self.subjects) != 1:
-            raise ValueError(f"{what}: say which subject it belongs to. There are: {names}.")
-        return name or next(iter(self.subjects))
+
+def owner_among(subjects: Mapping[str, Subject], name: str, what: str) -> str:
+    """The subject called `name`, or the only one there is. ValueError lists them."""
+    names = ", ".join(sorted(subjects)) or "none"
+    if name and name not in subjects:
+        raise ValueError(f"{what}: there is no subject {name!r}. There are: {names}.")
+    if not name and len(subjects) != 1:
+        raise ValueError(f"{what}: say which subject it belongs to. There are: {names}.")
+    return name or next(iter(subjects))

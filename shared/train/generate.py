@@ -18,7 +18,7 @@ from shared.recipe.tasks import GenerateTask
 from shared.sources.phase_pictures import KEPT
 from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.resuming import model_key
-from shared.train.task import Update
+from shared.train.task import Updates
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Generate(ConceptTask):
                 )
                 yield _Shot(f"{name}-{number:03d}-{i:04d}.png", name, prompt, mixed)
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """Makes the pictures of this step; there is no loss."""
         first = step * self.settings.batch_size
         self._paint(self.shots[first : first + self.settings.batch_size])

@@ -6,23 +6,32 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from shared.backbones.protocol import Backbone
+from shared.backbones.protocol import Adapter, Backbone
 
 
-def gather(backbone: Backbone, names: Sequence[str], run_name: str) -> dict[str, Tensor]:
+def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter]:
+    """All adapters of these sets; a set that nothing was injected under has none."""
+    return [adapter for name in adapter_sets for adapter in backbone.adapters.get(name, [])]
+
+
+def gather(backbone: Backbone, names: Sequence[str], adapter_sets: Sequence[str]) -> dict[str, Tensor]:
     """`placeholder/<concept>/<component>` and `adapter/<slot>/<tensor>`, fp32, on the CPU."""
     out = {}
     for name in names:
         for key, value in backbone.placeholders[name].state_dict().items():
             out[f"placeholder/{name}/{key}"] = value
-    for adapter in backbone.adapters.get(run_name, []):
+    for adapter in adapters_in(backbone, adapter_sets):
         for key, value in adapter.state_dict().items():
-            out[f"adapter/{_slot(adapter)}/{key}"] = value
+            out[f"adapter/{adapter.slot}/{key}"] = value
     return out
 
 
 def restore(
-    backbone: Backbone, names: Sequence[str], run_name: str, state: Mapping[str, Tensor], fresh: bool = False
+    backbone: Backbone,
+    names: Sequence[str],
+    adapter_sets: Sequence[str],
+    state: Mapping[str, Tensor],
+    fresh: bool = False,
 ) -> None:
     """The inverse of `gather`. ValueError when tensors are missing, left over or of another shape.
 
@@ -32,18 +41,14 @@ def restore(
     for name in names:
         learned = _take(left, f"placeholder/{name}/")
         backbone.placeholders[name].load_state_dict(learned)
-    for adapter in backbone.adapters.get(run_name, []):
-        prefix = f"adapter/{_slot(adapter)}/"
+    for adapter in adapters_in(backbone, adapter_sets):
+        prefix = f"adapter/{adapter.slot}/"
         mine = adapter.state_dict()
         if fresh and not any(prefix + k in left for k in mine):
             continue
         adapter.load_state_dict({k: left.pop(prefix + k) for k in mine if prefix + k in left})
     if left:
         raise ValueError(f"{len(left)} saved tensors fit nothing in this recipe, for example {sorted(left)[0]!r}")
-
-
-def _slot(adapter: object) -> str:
-    return getattr(adapter, "slot", type(adapter).__name__)
 
 
 def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

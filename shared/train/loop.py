@@ -18,7 +18,7 @@ from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
-from shared.train.task import Update, UpdateSource
+from shared.train.task import Update, Updates, UpdateSource
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Loop:
                     if micro == self.gradient_accumulation - 1:
                         self._apply(update, step, done)
             finally:
-                getattr(updates, "close", lambda: None)()
+                updates.close()
         if done.kept and self.averages is not None:
             self.averages.update(step)
         return Record(step + 1, done.loss, done.parts, self.optimizers.rates(), done.norm)
@@ -87,7 +87,7 @@ class Loop:
     def _seed(self, step: int, micro: int) -> None:
         torch.manual_seed(generator(self.seed, step, micro).initial_seed() % 2**31)  # dropout draws from the global one
 
-    def _next(self, updates: Iterator[Update]) -> Update | None:
+    def _next(self, updates: Updates) -> Update | None:
         with self.accelerator.autocast():
             return next(updates, None)
 

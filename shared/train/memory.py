@@ -75,9 +75,9 @@ class Offloaded:
             self.offload(*offloaded)
 
 
-def bring_trained(backbone: Any) -> None:
+def bring_trained(backbone: Backbone) -> None:
     """Networks that hold parameters in training are on the device, before an optimizer sees them."""
-    placement: Placement | None = getattr(backbone, "placement", None)
+    placement = backbone.placement
     if placement is None:
         return
     for name, network in placement.networks.items():

@@ -3,10 +3,10 @@ give a value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from shared.backbones.protocol import Backbone
 from shared.types import Batch, Step
@@ -27,6 +27,17 @@ class Need(Protocol):
         ...
 
 
+class Needing(Protocol):
+    """A part that asks something of a step."""
+
+    needs: ClassVar[frozenset[str]]  # by name
+
+    @property
+    def provides(self) -> Sequence[Need]:
+        """The needs that it brings itself."""
+        ...
+
+
 @dataclass(frozen=True)
 class Computed:
     """A need that watches nothing: a function of the step."""
@@ -41,29 +52,24 @@ class Computed:
         return self.compute(step)
 
 
-def declared(part: object) -> frozenset[str]:
-    """The names of what a part says that it needs of a step."""
-    return frozenset(getattr(part, "needs", frozenset()))
-
-
-def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, object]) -> dict[str, Need]:
+def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> dict[str, Need]:
     """Every need that can be served, by name: a task's own, and those that the parts bring (`provides`).
 
     Raises ValueError when two of one name are not the same.
     """
     out = {need.name: need for need in task_needs}
     for place, part in parts.items():
-        for need in getattr(part, "provides", ()):
+        for need in part.provides:
             if out.setdefault(need.name, need) != need:
                 raise ValueError(f"{place} brings a need called {need.name!r}, and there is another of that name")
     return out
 
 
-def check_needs(parts: Mapping[str, object], served: Mapping[str, Need]) -> frozenset[str]:
+def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
     """All that the parts (place in the recipe -> part) declare. ValueError for a need that nothing can serve."""
     for place, part in parts.items():
-        missing = sorted(declared(part) - served.keys())
+        missing = sorted(part.needs - served.keys())
         if missing:
             choices = ", ".join(sorted(served))
             raise ValueError(f"{place} needs {missing[0]!r}, and nothing here can give it. There are: {choices}.")
-    return frozenset().union(*(declared(p) for p in parts.values()))
+    return frozenset().union(*(p.needs for p in parts.values()))

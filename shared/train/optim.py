@@ -104,15 +104,15 @@ class Optimizers:
     def average(self, on: bool) -> None:
         """Whether the parameters hold the average that a schedule-free optimizer gives (for pictures, scores and the
         concept) or the point that it goes on from."""
-        for optimizer in self.raw.values():
-            switch: Any = getattr(optimizer, "eval" if on else "train", None)
-            if switch is not None:
-                switch()
+        for name, optimizer in self.raw.items():
+            if self.settings[name].averages:
+                switched: Any = optimizer
+                switched.eval() if on else switched.train()
 
     @property
     def averages(self) -> bool:
         """Whether `average` changes anything."""
-        return any(hasattr(optimizer, "eval") for optimizer in self.raw.values())
+        return any(self.settings[name].averages for name in self.raw)
 
     def step(
         self,

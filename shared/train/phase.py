@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from shared.backbones.attention import pays
 from shared.recipe.schema import Recipe
 from shared.train import checkpoint
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
-from shared.train.learned_state import gather
+from shared.train.learned_state import adapters_in, gather
 from shared.train.log import Log, flat
 from shared.train.loop import Loop, Record
 from shared.train.memory import bring_trained, recomputed
@@ -80,15 +79,12 @@ class Phase:
     def _enter(self, stack: ExitStack) -> None:
         """What holds while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
-        side = self.recipe.train.resolution or backbone.resolution
         stack.enter_context(recomputed(backbone, self.recipe.train.gradient_checkpointing))
-        stack.enter_context(backbone.attending(unfused=pays(backbone, side)))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
         if owner.offloaded.on:  # on a GPU, what the steps do not need makes room for what they do
-            needed = frozenset(getattr(self.task, "networks_in_steps", owner.offloaded.networks))
-            owner.offloaded.offload(*(n for n in owner.offloaded.networks if n not in needed))
+            owner.offloaded.offload(*(owner.offloaded.networks.keys() - self.task.networks_in_steps))
 
     def _loop(self) -> Loop:
         recipe, owner = self.recipe, self.owner
@@ -160,7 +156,7 @@ class Phase:
 
     def _learned(self) -> dict[str, Tensor]:
         owner = self.owner
-        return gather(owner.backbone, owner.names, owner.run_name)
+        return gather(owner.backbone, owner.names, owner.adapter_sets)
 
     def _save(self, not_finite: bool = False) -> None:
         info = {"progress": self.optimizers.progress()}
@@ -168,7 +164,5 @@ class Phase:
         self.owner.save(state, self.optimizers.scaler_state(), not_finite)
 
     def _dropout(self, on: bool) -> None:
-        owner = self.owner
-        for adapter in owner.backbone.adapters.get(owner.run_name, []):
-            if hasattr(adapter, "train"):
-                adapter.train(on)  # type: ignore[attr-defined]
+        for adapter in adapters_in(self.owner.backbone, self.owner.adapter_sets):
+            adapter.train(on)

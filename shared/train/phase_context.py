@@ -33,7 +33,9 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay laid on
     subjects: Mapping[str, Subject]
-    run_name: str  # what the adapters in training are registered under
+    adapter_sets: Sequence[
+        str
+    ]  # what the adapters in training are registered under; first that of parts that name none
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts that were loaded before and stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's name, before any training
@@ -56,15 +58,20 @@ class ConceptTask:
     def __init__(self, context: PhaseContext) -> None:
         self.context = context
 
+    @property
+    def networks_in_steps(self) -> frozenset[str]:
+        """All of them, where a task does not know better."""
+        return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
+
     def state_dict(self) -> dict[str, Tensor]:
         """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
-        return gather(self.context.backbone, list(self.context.subjects), self.context.run_name)
+        return gather(self.context.backbone, list(self.context.subjects), self.context.adapter_sets)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when tensors are missing, left over or of another shape. An adapter of which nothing was
         saved keeps its start: the phase that adds it has only begun."""
         fresh = self.context.resumed_step == 0
-        restore(self.context.backbone, list(self.context.subjects), self.context.run_name, state, fresh)
+        restore(self.context.backbone, list(self.context.subjects), self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         """By the optimizer group that each trainable part names."""

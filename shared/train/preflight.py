@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from shared.backbones.protocol import Backbone
 from shared.config import unknown
+from shared.io.read_subject import transparent
+from shared.masks import no_mask
 from shared.prompts import expand
 from shared.recipe.schema import MAIN, Recipe
 from shared.sampling.sampler import check_guidance
 from shared.sampling.schedulers import make_scheduler
+from shared.types import Subject
 
 
 def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
     """ValueError for what a run has once and a phase would have otherwise, and for pictures that cannot be made so."""
     for name, phase in phases:
+        for slot, trainable in phase.trainable.items():
+            if trainable.adapter_set in {*backbone.placeholders, *backbone.adapters}:
+                raise ValueError(
+                    f"trainable.{slot}.adapter_set = {trainable.adapter_set!r}: a loaded concept is called so; "
+                    "choose another name"
+                )
         if phase.train.mixed_precision != recipe.train.mixed_precision:
             raise ValueError(
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
@@ -32,6 +43,37 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
             make_scheduler(backbone, part.sampling.scheduler)
         except ValueError as error:
             raise ValueError(f"{place}sampling.scheduler: {error}") from None
+
+
+def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> None:
+    """ValueError for pictures to learn from that are not there, and for masks that a part needs and they have not."""
+    earlier: list[str] = []
+    for name, phase in phases:
+        pictures: dict[Path, Path | None] = {}
+        for key, source in phase.sources.items():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # said when they are read to be learned from
+                    pictures |= source.check(subjects, earlier)
+            except ValueError as error:
+                raise ValueError(f"sources.{key}: {error}") from None
+        needed = any(part.needs_masks for part in (*phase.masks.values(), *phase.regularize.values()))
+        bare = [p for p, mask in pictures.items() if mask is None and not transparent(p)] if needed else []
+        if bare and any(part.needs_masks for part in phase.masks.values()):
+            raise ValueError(no_mask(bare[0]))
+        if pictures:
+            check_masks(phase, len(bare) < len(pictures))
+        earlier.append(name)
+
+
+def check_masks(recipe: Recipe, has_masks: bool) -> None:
+    """ValueError for a penalty on masks where no picture of a subject has one."""
+    for key, penalty in recipe.regularize.items():
+        if penalty.needs_masks and not has_masks:
+            raise ValueError(
+                f"regularize.{key} keeps words on masks, and no picture has one: put them in masks/ beside the pictures, "
+                "with the same names, say where they are with subject.masks, or give pictures with a transparent background"
+            )
 
 
 def _check_optimizers(recipe: Recipe, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from shared.backbones.protocol import Backbone
 from shared.io.checksums import sha256
 from shared.types import Subject
 
-WEIGHTS = "the backbone's checkpoint"
 _FREE = re.compile(r"(output|name|preview)(\..*)?")
 #: What may also change after a loss that was no number: the cure for it.
 _CURE = re.compile(
@@ -62,7 +61,7 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
 
     To be called before the concepts in training are attached.
     """
-    out = {WEIGHTS: backbone.checkpoint}
+    out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():
         for number, path in enumerate(subject.images, 1):
             what = f"{path.name} of {name!r} (picture {number})"
@@ -77,11 +76,11 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
     return out
 
 
-def same_dependencies(old: Mapping[str, str], new: Mapping[str, str], ignored: Collection[str] = ()) -> None:
+def same_dependencies(old: Mapping[str, str], new: Mapping[str, str]) -> None:
     """ValueError naming the first thing that a run depended on and that is another one now."""
     for what in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(what), new.get(what)
-        if before != now and what not in ignored:
+        if before != now:
             raise ValueError(
                 f"{what} {_change_in_words(before, now)} since the run was interrupted: resume with what it was started with, "
                 "or start over with --overwrite"

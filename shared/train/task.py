@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,10 +20,14 @@ class Update:
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
 
 
+#: The losses of one micro-batch, in order. A generator: it is closed where it is left early.
+Updates = Generator[Update, None, None]
+
+
 class UpdateSource(Protocol):
     """What the loop takes steps of."""
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`, so that a step can
         be computed again.
 
@@ -40,6 +44,11 @@ class Task(UpdateSource, Protocol):
     step -> `result`; `state_dict` at any time between two steps."""
 
     steps: int  # how many it takes
+
+    @property
+    def networks_in_steps(self) -> frozenset[str]:
+        """Of the autoencoder ("vae") and the text encoders, those that the steps use; on a GPU the others make room."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when tensors are missing, left over or of another shape."""

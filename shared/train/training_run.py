@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,8 +29,8 @@ from shared.train.memory import Offloaded
 from shared.train.phase import Phase
 from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
-from shared.train.preflight import check_phases, check_validation
-from shared.train.resuming import WEIGHTS, dependencies, model_key, same_dependencies, same_precision, same_recipe
+from shared.train.preflight import check_phases, check_sources, check_validation
+from shared.train.resuming import dependencies, model_key, same_dependencies, same_precision, same_recipe
 from shared.train.tune import Tune
 from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
@@ -50,7 +50,7 @@ class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
     Concepts attached before stay on at `loaded_strengths`; what is learned is attached under the subjects' names (tokens)
-    and `run_name` (adapters) and stays there afterwards.
+    and `adapter_sets` (adapters: `run_name`, unless a part names another) and stays there afterwards.
     """
 
     backbone: Backbone
@@ -72,6 +72,9 @@ class TrainingRun:
         self.run_name = "+".join(self.names)
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
         self.phases = list(expand_phases(self.recipe))
+        named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
+        self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
+        check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
@@ -89,7 +92,7 @@ class TrainingRun:
         self.offloaded = Offloaded(
             {"vae": self.backbone.vae, **text},
             self.backbone.device,
-            placement=getattr(self.backbone, "placement", None),
+            placement=self.backbone.placement,
         )
         self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
 
@@ -136,7 +139,7 @@ class TrainingRun:
                         with self.clock.on(None):
                             yield name, record
                 if first >= len(self.phases) and state is not None:
-                    restore(self.backbone, self.names, self.run_name, state.learned)
+                    restore(self.backbone, self.names, self.adapter_sets, state.learned)
         finally:
             log.close()
             self._freeze()
@@ -146,10 +149,7 @@ class TrainingRun:
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
         same_recipe(recipe, dump(self.recipe), failed)
-        ignored = ()
-        if failed and recipe["train"]["mixed_precision"] != self.recipe.train.mixed_precision:
-            ignored = (WEIGHTS,)  # the same weights, loaded in another precision
-        same_dependencies(info.get("depends", self._depends), self._depends, ignored)
+        same_dependencies(info.get("depends", self._depends), self._depends)
         if self.recipe.train.mixed_precision == recipe["train"]["mixed_precision"]:
             same_precision(info.get("precision", self.precision), self.precision)
         self.best, self.best_score = dict(state.best), info.get("best_score")
@@ -178,10 +178,7 @@ class TrainingRun:
             if known is None:
                 known = part.inject(self.backbone, part.adapter_set or self.run_name, slot, phase.seed)
                 self.ports.update(known.ports)
-            decay = getattr(part, "weight_decay", None)
-            group = TrainableGroup(
-                slot, known.parameters, part.lr, decay, known.touches_text, part.group, ports=known.ports
-            )
+            group = replace(known, lr=part.lr, weight_decay=part.weight_decay, group=part.group)
             for parameter in group.parameters:
                 parameter.requires_grad_(True)
             self.trained[slot] = group
@@ -203,7 +200,7 @@ class TrainingRun:
             name=name,
             recipe=phase,
             subjects=self.subjects,
-            run_name=self.run_name,
+            adapter_sets=self.adapter_sets,
             trained=trained,
             loaded_strengths=self.loaded_strengths,
             initial_parameters=self.initial_parameters,

@@ -14,9 +14,10 @@ from torch import Tensor
 from shared.prompts import without
 from shared.train.batches import Data
 from shared.train.loop import generator
-from shared.train.needs import Computed, Need, check_needs, declared, needs_by_name
+from shared.train.needs import Computed, Need, Needing, check_needs, needs_by_name
 from shared.train.phase_context import ConceptTask, PhaseContext
-from shared.train.task import Update
+from shared.train.preflight import check_masks
+from shared.train.task import Update, Updates
 from shared.types import Batch, Conditioning, Step
 
 _NOISE = 2**42  # a stream of its own, apart from the one that draws examples
@@ -39,12 +40,13 @@ class Tune(ConceptTask):
         parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
         self.served = needs_by_name(self._own_needs(), parts)
         self.needs = check_needs(parts, self.served)
-        anchored = [place for place, part in parts.items() if "token_drift" in declared(part)]
+        anchored = [place for place, part in parts.items() if "token_drift" in part.needs]
         if anchored and not any(context.initial_parameters.values()):
             raise ValueError(f"{anchored[0]} keeps learned tokens near their start, but the modifier learns none")
         self.data = Data(
             context.examples(), self.recipe, self.backbone, words, self.class_nouns, "pixels" in self.needs
         )
+        check_masks(self.recipe, self.data.has_masks)
         varies = any(p.varies_with for p in self.backbone.placeholders.values())
         frozen = not varies and not any(group.touches_text for group in context.trained)
         self.text_frozen = self.recipe.train.cache and frozen
@@ -54,8 +56,9 @@ class Tune(ConceptTask):
     @property
     def networks_in_steps(self) -> frozenset[str]:
         """Of the autoencoder and the text encoders, those that the steps use."""
-        text = frozenset(c for c in self.backbone.components if c.startswith("text_encoder"))
-        return (frozenset() if self.data.cached else frozenset({"vae"})) | (frozenset() if self.text_frozen else text)
+        vae = frozenset({"vae"})
+        text = super().networks_in_steps - vae
+        return (frozenset() if self.data.cached else vae) | (frozenset() if self.text_frozen else text)
 
     def _own_needs(self) -> list[Need]:
         """What a penalty may declare here, and what computes it."""
@@ -71,7 +74,7 @@ class Tune(ConceptTask):
             Computed("token_drift", self._token_drift),  # [n], squared distances of token vectors from their start
         ]
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """One loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all that
         the needs hold around the prediction."""
         with self.state(step, micro) as state:
@@ -163,8 +166,7 @@ class Tune(ConceptTask):
         return without(caption, self.class_nouns)
 
 
-def _for(part: object, state: Step) -> Step:
+def _for(part: Needing, state: Step) -> Step:
     """The step as one part sees it: with the needs that it declared, and no others."""
-    names = declared(part)
-    lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in names}
+    lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in part.needs}
     return replace(state, lazy=lazy)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from shared.backbones.protocol import Backbone
-from shared.config import NAME, Part
+from shared.config import NAME, KindPart
 
 MAIN = "main"  # the optimizer group of parts that name none
 
@@ -19,7 +19,7 @@ MAIN = "main"  # the optimizer group of parts that name none
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
-class TrainablePart(Part):
+class TrainablePart(KindPart):
     """Base of every part that injects or unfreezes parameters."""
 
     lr: Rate = 1e-4
@@ -27,6 +27,22 @@ class TrainablePart(Part):
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
         ""  # what its adapters are switched by; "": the concept
     )
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The roles of what it trains; none where that is not named by role."""
+        return ()
+
+
+class OnRoles(TrainablePart):
+    """Base of the parts that act on the modules of some roles."""
+
+    roles: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.roles
 
 
 @dataclass(frozen=True)

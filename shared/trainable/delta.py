@@ -58,6 +58,9 @@ class DeltaAdapter:
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.deltas.values())
 
+    def train(self, mode: bool) -> None:
+        """A sum is the same in training and outside of it."""
+
     def set_strength(self, strength: float) -> None:
         """Writes the weights anew; 0 restores the original bytes."""
         if strength == self.strength:

@@ -11,10 +11,10 @@ from torch.nn.init import orthogonal_
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
+from shared.trainable.base import OnRoles, TrainableGroup, modules_of
 
 
-class Lora(TrainablePart):
+class Lora(OnRoles):
     """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity.
 
     With `min_rank`, T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
@@ -71,6 +71,7 @@ class Lora(TrainablePart):
             slot=slot,
             parameters=[p for a in adapters for p in a.parameters()],
             lr=self.lr,
+            weight_decay=self.weight_decay,
             touches_text=any(c.startswith("text_encoder") for c in targets),
             ports=ports,
         )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
 from shared.backbones.protocol import Backbone
 from shared.config import unknown
 from shared.trainable.adapter import PeftAdapter, config_from_dict
-from shared.trainable.base import TrainableGroup, TrainablePart, modules_of
+from shared.trainable.base import OnRoles, TrainableGroup, modules_of
 from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED, unsuited, why_not
 
 Plain = bool | int | float | str | dict[str, int | float]
 
 
-class Peft(TrainablePart):
+class Peft(OnRoles):
     """The adapter that peft calls `type`, with peft's own `settings`, on the modules of `roles`.
 
     The start is the identity: exactly, but for DEFT and HRA, which rotate by products of reflections and leave rounding
@@ -26,9 +26,12 @@ class Peft(TrainablePart):
 
     kind: Literal["peft"] = "peft"
     type: str  # as peft writes it: "OFT"
-    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention", "self_attention")
+    roles: tuple[str, ...] = ("cross_attention", "self_attention")
     settings: dict[str, Plain] = {}
-    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+
+    @property
+    def taxonomy(self) -> str:
+        return self.type
 
     @model_validator(mode="after")
     def _known(self) -> Peft:

@@ -17,7 +17,7 @@ class Tokens(TrainablePart):
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
     lr: Rate = 5e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """`name` is ignored: the tokens of every attached concept that has some which are not loaded are trained.

@@ -4,20 +4,19 @@ of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
-from shared.trainable.base import Rate, TrainableGroup, TrainablePart, modules_of
+from shared.trainable.base import OnRoles, Rate, TrainableGroup, modules_of
 from shared.trainable.delta import DeltaAdapter, find_parameter
 from shared.trainable.stack import Training, stack_of
 
 
-class Weights(TrainablePart):
+class Weights(OnRoles):
     """The weights (and biases) of `roles` themselves are trained, in fp32, and kept as differences from what they were.
 
     Memory: beside gradients and the optimizer's state one further copy, the original, in the precision and on the device
@@ -27,9 +26,8 @@ class Weights(TrainablePart):
 
     taxonomy: ClassVar[str] = "weights"
     kind: Literal["weights"] = "weights"
-    roles: Annotated[tuple[str, ...], Field(min_length=1)] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
+    roles: tuple[str, ...] = ("cross_attention.kv",)  # "denoiser.all": full fine-tuning
     lr: Rate = 5e-6
-    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Unfreeze the parameters of the roles' modules; the start is what they are.

@@ -3,8 +3,7 @@
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
-the suite against a plain loop (no caches, fused attention) and against itself with fused attention, taken in turns so that a
-machine whose speed drifts does not favour any.
+the suite against a plain loop without caches, taken in turns so that a machine whose speed drifts favours neither.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 
 from pcs_image.runner import ImageRunner
 from shared.backbones import load_backbone
-from shared.backbones.attention import pays
 from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
 from shared.toybox.reference_sets import write_album
@@ -102,39 +100,36 @@ def main() -> None:
         write_album("development-duck", folder)
         cached = prepare(options.recipe, options.backbone, folder, cache=True)
         plain = prepare(options.recipe, options.backbone, folder, cache=False)
-        backbone, recipe = cached[0].backbone, cached[1].recipe
-        unfused = pays(backbone, recipe.train.resolution or backbone.resolution)
-        rates: dict[str, list[float]] = {"suite": [], "fused": [], "plain": []}
+        rates: dict[str, list[float]] = {"suite": [], "plain": []}
         for index in range(3):  # caches fill, kernels warm up
             step(*cached, index)
             step(*plain, index)
         rounds = max(2, options.steps // 10)
         for turn in range(rounds):
-            for name, run in (("suite", cached), ("fused", cached), ("plain", plain)):
-                with backbone.attending(unfused=unfused and name == "suite"):
-                    start = time.perf_counter()
-                    for index in range(5):
-                        step(*run, 3 + turn * 5 + index)
-                    rates[name].append(5 / (time.perf_counter() - start))
+            for name, run in (("suite", cached), ("plain", plain)):
+                start = time.perf_counter()
+                for index in range(5):
+                    step(*run, 3 + turn * 5 + index)
+                rates[name].append(5 / (time.perf_counter() - start))
         clock = Clock()
         session, task, optimizers = cached
         clock.wrap(task.data, "batch", "data")
         clock.wrap(task.backbone, "latent_moments", "autoencoder")
         clock.wrap(task, "encode", "text encoder")
         clock.wrap(task.backbone, "predict", "denoiser")
-        with backbone.attending(unfused=unfused):
-            for index in range(options.steps):
-                step(session, task, optimizers, 100 + index, clock)
+        for index in range(options.steps):
+            step(session, task, optimizers, 100 + index, clock)
     total = sum(clock.seconds.values())
     print(
         f"{options.recipe}, batch {task.recipe.train.batch_size}, {torch.get_num_threads()} threads; split of a step:"
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
+    ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates["plain"], strict=True))
     print(f"steps per second: {statistics.median(rates['suite']):.2f}")
-    for name, label in (("plain", "a plain loop without caches"), ("fused", "the suite with fused attention")):
-        ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates[name], strict=True))
-        print(f"  {label}: {statistics.median(rates[name]):.2f}; the suite is {ratio:.2f} times as fast")
+    print(
+        f"  a plain loop without caches: {statistics.median(rates['plain']):.2f}; the suite is {ratio:.2f} times as fast"
+    )
 
 
 if __name__ == "__main__":

@@ -18,5 +18,5 @@ def test_the_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, 
     assert ran.returncode == 0, ran.stderr[-2000:]
     for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
         assert f"  {name} " in ran.stdout
-    for label in ("split of a step", "a plain loop without caches: ", "the suite with fused attention: "):
+    for label in ("split of a step", "a plain loop without caches: "):
         assert label in ran.stdout

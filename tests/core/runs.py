@@ -67,7 +67,7 @@ def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **change
 
 
 def learned(run: TrainingRun) -> dict[str, Tensor]:
-    return gather(run.backbone, run.names, run.run_name)
+    return gather(run.backbone, run.names, run.adapter_sets)
 
 
 def finish(run: TrainingRun, resume: bool = False) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("mode", ["edit", "watch", "unfused"])
+@pytest.mark.parametrize("mode", ["edit", "watch"])
 def test_our_processors_compute_what_diffusers_do(backbone: Any, adapted: bool, mode: str) -> None:
     if adapted:
         targets = [n for g in backbone.group("attention") for n in g.modules]
@@ -59,15 +59,14 @@ def test_our_processors_compute_what_diffusers_do(backbone: Any, adapted: bool, 
     else:
         backbone.denoiser.requires_grad_(True)
     expected, gradients = with_gradients(backbone)
-    modes: dict[str, Any] = {"edit": ((nothing,), False), "watch": ((Watch(),), False), "unfused": ((), True)}
-    edits, unfused = modes[mode]
-    with backbone.attending(*edits, unfused=unfused) as record:
+    edits: dict[str, Any] = {"edit": nothing, "watch": Watch()}
+    with backbone.attending(edits[mode]) as record:
         assert not any(type(p) is AttnProcessor2_0 for p in processors(backbone))
-        got, fused = with_gradients(backbone)
+        got, ours = with_gradients(backbone)
         assert len(record) == (len(backbone.sites()) if mode == "watch" else 0)
     assert (got - expected).abs().max() <= (0 if mode == "edit" else 1e-12)
-    assert len(fused) == len(gradients) > 0
-    for a, b in zip(fused, gradients, strict=True):
+    assert len(ours) == len(gradients) > 0
+    for a, b in zip(ours, gradients, strict=True):
         assert (a - b).abs().max() <= (0 if mode == "edit" else 1e-12)
 
 
@@ -78,8 +77,8 @@ def test_an_edit_that_changes_nothing_changes_no_bit(backbone: Any) -> None:
             assert torch.equal(ask(backbone), expected)
 
 
-def test_unfused_attention_is_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
-    with torch.no_grad(), sd.attending(unfused=True):
+def test_watched_attention_is_diffusers_own_bit_for_bit(sd: StableDiffusionBackbone) -> None:
+    with torch.no_grad(), sd.attending(Watch()):
         got = ask(sd)
     sd.unet.set_attn_processor(AttnProcessor())
     with torch.no_grad():
@@ -112,12 +111,12 @@ def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> No
     mask = torch.randn(2, 1, 9 if context is None else 5) if masked else None
     grid = x.mT.unflatten(2, (3, 3))
     before = [attention(y, encoder_hidden_states=context, attention_mask=mask) for y in (x, grid)]
-    for unfused in (False, True):
-        site = Site("layer", "self", 1)
-        attention.processor = UNetProcessor(Plan(site, PredictionRows(), unfused=unfused))  # type: ignore[assignment]
+    site = Site("layer", "self", 1)
+    for records in ((), ((Watch(), Record({})),)):
+        attention.processor = UNetProcessor(Plan(site, PredictionRows(), (), records))  # type: ignore[assignment]
         for y, expected in zip((x, grid), before, strict=True):
             got = attention(y, encoder_hidden_states=context, attention_mask=mask)
-            assert got.shape == expected.shape and (got - expected).abs().max() <= (1e-6 if unfused else 0)
+            assert got.shape == expected.shape and (got - expected).abs().max() <= (1e-6 if records else 0)
 
 
 def test_maps_are_the_softmax_of_what_the_layer_computed(sd: StableDiffusionBackbone) -> None:
@@ -286,7 +285,7 @@ def test_edits_know_the_rows_when_a_pass_is_recomputed(sd: StableDiffusionBackbo
 
 def test_processors_come_back_as_the_same_objects(backbone: Any) -> None:
     before = processors(backbone)
-    with backbone.attending(unfused=True):
+    with backbone.attending(Watch()):
         outer = processors(backbone)
         assert not any(a is b for a, b in zip(outer, before, strict=True))
         with pytest.raises(RuntimeError, match="stop"), backbone.attending(nothing, Watch()):
@@ -297,8 +296,8 @@ def test_processors_come_back_as_the_same_objects(backbone: Any) -> None:
         assert all(a is b for a, b in zip(processors(backbone), before, strict=True))
 
 
-def test_unfused_attention_inside_does_not_stop_a_record(backbone: Any) -> None:
-    with torch.no_grad(), backbone.attending(Watch()) as record, backbone.attending(unfused=True):
+def test_an_edit_inside_does_not_stop_a_record(backbone: Any) -> None:
+    with torch.no_grad(), backbone.attending(Watch()) as record, backbone.attending(nothing):
         ask(backbone)
     assert set(record) == {s.name for s in backbone.sites()}
 
@@ -313,7 +312,7 @@ def test_somebody_elses_processor_is_refused_or_left_alone(sd: StableDiffusionBa
         with pytest.raises(ValueError, match=refused), sd.attending(*edits):
             pass
         assert all(a is b for a, b in zip(processors(sd), before, strict=True))
-    with torch.no_grad(), sd.attending(Watch(sites=frozenset(names[:3])), unfused=True) as record:
+    with torch.no_grad(), sd.attending(Watch(sites=frozenset(names[:3]))) as record:
         assert odd.processor is strange
         ask(sd)
     assert list(record) == names[:3] and isinstance(record, Record)

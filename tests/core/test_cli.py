@@ -15,8 +15,9 @@ import yaml
 
 from shared.cli import build, run
 from shared.recipe.catalog import recipe_files
-from shared.recipe.resolve import load
+from shared.recipe.resolve import load, written
 from shared.recipe.schema import dump
+from shared.recipe.taxonomy import taxonomy_of
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate", "safetensors", "matplotlib")
 
@@ -95,13 +96,22 @@ def test_the_commands_of_the_design_are_there():
         assert path in TREE
 
 
-def test_methods_lists_every_recipe_in_the_survey_s_words(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-    assert run(build(), ["methods"]) == 0
+@pytest.mark.parametrize("long", [False, True])
+def test_methods_can_be_read_at_80_columns(capsys, monkeypatch, long):
+    """Every value of every recipe is there in full, and a value of several lines is broken between words."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(build(), ["methods", *(["--long"] if long else [])]) == 0
     output = capsys.readouterr().out
-    assert "test-time fine-tuning" in output and "modifier" in output and "trains" in output
+    lines = output.splitlines()
+    assert "test-time fine-tuning" in output and "…" not in output and max(map(len, lines)) <= 80
+    starts = {line.split()[0]: i for i, line in enumerate(lines) if line and not line.startswith(" ")}
     for name in recipe_files("image"):
-        assert any(line.split()[:1] == [name] for line in output.splitlines()), name
+        recipe = written(name, "image")
+        place = taxonomy_of(recipe)
+        values = [recipe.title, place.trains, *((place.modifier, place.regularization, place.mask) if long else ())]
+        end = next((i for i in sorted(starts.values()) if i > starts[name]), len(lines))
+        words = " ".join(lines[starts[name] : end]).split()
+        assert not {word for value in values for word in value.split()} - set(words), name
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files("image")))

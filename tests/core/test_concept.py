@@ -224,7 +224,7 @@ def test_concepts_of_one_run_share_their_adapter(new_sd: Callable[..., Any]) -> 
         LearnableToken().attach(backbone, name, "mug")
     learn(backbone, "run")
     both = [
-        capture(backbone, n, Provenance(class_noun="mug", modifier=LearnableToken()), adapters_of="run")
+        capture(backbone, n, Provenance(class_noun="mug", modifier=LearnableToken()), adapter_sets=["run"])
         for n in ("cup", "pot")
     ]
     assert both[0].meta.adapter_id == both[1].meta.adapter_id

@@ -59,7 +59,7 @@ def concept(make_tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     recipe = small("pivotal_tuning", "phases.pivot.train.steps=2", "phases.tune.train.steps=2", *rates)
     run = session(backbone, recipe, paint(root / "photos"), root / "work")
     finish(run)
-    concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe), adapters_of=run.run_name)
+    concept = capture(backbone, "mug", Provenance(class_noun="mug", recipe=recipe), adapter_sets=run.adapter_sets)
     return read(save(concept, root / "mug.concept").path or root)
 
 

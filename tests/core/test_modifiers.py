@@ -54,17 +54,17 @@ def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
 
 
 def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(sd, make_tiny_flux):
-    with pytest.warns(UserWarning) as said_aloud:
+    with pytest.warns(UserWarning) as caught:
         placeholder = RareToken(token="qzw").attach(sd, "mug", "mug")
-    assert [str(w.message).split(":")[0] for w in said_aloud] == [
+    assert [str(w.message).split(":")[0] for w in caught] == [
         "modifier.token='qzw' is not one token here (text_encoder"
     ]
-    assert "'q' + 'z' + 'w'" in str(said_aloud[0].message)
+    assert "'q' + 'z' + 'w'" in str(caught[0].message)
     assert placeholder.words == "qzw mug" and int(sd.encode([expanded(sd)]).token_positions["mug"].sum()) == 4
     flux = FluxBackbone(make_tiny_flux(), "tiny")
-    with pytest.warns(UserWarning) as said_aloud:
+    with pytest.warns(UserWarning) as caught:
         RareToken(token="qzw").attach(flux, "mug", "mug")
-    assert len(said_aloud) == 1 and "text_encoder_2: 'q' + 'z' + 'w'" in str(said_aloud[0].message)
+    assert len(caught) == 1 and "text_encoder_2: 'q' + 'z' + 'w'" in str(caught[0].message)
 
 
 def test_one_token_is_no_warning_nor_is_a_concept_that_is_loaded(sd, make_tiny_flux):

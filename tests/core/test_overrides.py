@@ -108,6 +108,7 @@ class One(Part):
     place: PathText | None = None
     amount: float | str = 0.0
     words: tuple[str, ...] = ()
+    texts: str | tuple[str, ...] = ""
 
 
 class Two(Part):
@@ -125,6 +126,10 @@ def test_what_is_not_only_text_is_yaml() -> None:
     )
     assert parsed["parts"]["y"] == {"kind": "two"} and parsed["no"] == {"such": 1}
     assert parsed["parts"]["x"] == {"amount": 1e-4, "words": ["a", 1]}
+    assert parse_overrides(["parts.x.texts=007"], Settings) == {"parts": {"x": {"texts": "007"}}}
+    assert parse_overrides(["parts.x.texts=[007, a]"], Settings) == {"parts": {"x": {"texts": ["007", "a"]}}}
+    with pytest.raises(ValueError, match="cannot read the value of .*: RecursionError"):
+        parse_overrides([f"parts.x.amount={'[' * 10_000}"], Settings)
     assert parse_overrides(["parts.x.place=1: 2"], Settings) == {"parts": {"x": {"place": "1: 2"}}}
 
 

@@ -54,7 +54,7 @@ phases:
 # --- the shipped ones ------------------------------------------------------------------------
 
 
-def test_the_three_of_the_issue_are_there():
+def test_the_classic_recipes_are_shipped():
     assert {"textual_inversion", "dreambooth_lora", "pivotal_tuning"} <= set(SHIPPED)
 
 

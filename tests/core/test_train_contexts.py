@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.train.budget import Budget
 from shared.train.loop import Loop
 from shared.train.optim import Optimizers
@@ -109,10 +109,9 @@ class Watch:
 WATCH = Watch()
 
 
-class Watches(Part):
+class Watches(Penalty):
     needs: ClassVar[frozenset[str]] = frozenset({"runs"})
     provides: ClassVar[tuple[Any, ...]] = (WATCH,)
-    needs_class_examples: ClassVar[bool] = False
     kind: str = "watches"
 
     def __call__(self, step: Step) -> Tensor:

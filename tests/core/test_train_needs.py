@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.config import Part
+from shared.regularize.base import Penalty
 from shared.sampling import sampler
 from shared.train import checkpoint
 from shared.train.costs import Clock
@@ -22,23 +23,21 @@ from tests.core.runs import CLASS, finish, learned, predicted, same, sample, ses
 # --- declared needs ----------------------------------------------------------------------------
 
 
-class Penalty(Part):
+class Asks(Penalty):
     """A part that asks for `asks`; what it declares is its class's business."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    needs_class_examples: ClassVar[bool] = False
-    kind: str = "penalty"
+    kind: str = "asks"
     asks: str = "example_loss"
 
     def __call__(self, step: Step) -> Tensor:
         return step.need(self.asks).mean()
 
 
-class Declares(Penalty):
+class Declares(Asks):
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction"})
 
 
-class Unserved(Penalty):
+class Unserved(Asks):
     needs: ClassVar[frozenset[str]] = frozenset({"example_loss", "attention_maps"})
 
 

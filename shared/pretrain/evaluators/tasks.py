@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from shared.toybox.evaluators.convnet import adopt_state, save_model
 from shared.toybox.evaluators.identity import HIDDEN, IdentityConfig, IdentityEncoder
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, Recognizer, RecognizerConfig
 from shared.train.loop import generator
-from shared.train.task import Update
+from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
 _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linear", decay=0.7, max_grad_norm=5.0)
@@ -53,7 +53,7 @@ class EvaluatorTask(PretrainTask):
     def groups(self) -> dict[str, list[TrainableGroup]]:
         return {"main": decay_groups(self.module, self.settings.lr, self.settings.optimizer.weight_decay)}
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """One loss, the sum of its terms."""
         terms = self.terms(generator(self.seed, step, micro))
         yield Update(torch.stack(list(terms.values())).sum(), parts={k: v.detach() for k, v in terms.items()})

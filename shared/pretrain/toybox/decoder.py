@@ -8,7 +8,6 @@ eq. 7. The encoder stays as it is: nothing that was learned on its latents chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from shared.pretrain.toybox.discriminator import Discriminator, feature_distance
 from shared.pretrain.toybox.run_folder import VAE_FOLDER, frozen_vae, tokenizer_of, training_folder
 from shared.train.averages import Averages
 from shared.train.loop import generator
-from shared.train.task import Update
+from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
 _ADAM = AdamW(betas=(0.5, 0.99), weight_decay=0.0, warmup=100, schedule="linear", decay=0.5)
@@ -92,7 +91,7 @@ class DecoderTask(PretrainTask):
         """Pictures [B, 3, H, W] in [-1, 1] of scaled latents [B, 4, h, w]."""
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """The discriminator's loss on what is decoded now, then, with it updated, the decoder's."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         index = torch.randint(self.among, (settings.batch,), generator=draws).numpy()

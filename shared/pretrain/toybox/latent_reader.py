@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import training_folder
 from shared.toybox.captions import CAPTION_ATTRIBUTES
 from shared.train.loop import generator
-from shared.train.task import Update
+from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
 _NOISIEST = 600  # timestep up to which pictures are noised before they are read
@@ -159,7 +159,7 @@ class ReaderTask(PretrainTask):
     def groups(self) -> dict[str, list[TrainableGroup]]:
         return {"main": [TrainableGroup("reader", list(self.reader.parameters()), self.settings.lr)]}
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """One loss, on pictures and captions drawn anew."""
         data, g = self.data, generator(self.seed, step, micro)
         index = torch.randint(len(data), (self.batch_size,), generator=g).numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from shared.pretrain.toybox.denoising_loss import DenoisingBatch, UnetTraining, 
 from shared.pretrain.toybox.run_folder import frozen_vae, save_snapshot, tokenizer_of, training_folder
 from shared.train.averages import Averages
 from shared.train.budget import Budget
-from shared.train.task import Update
+from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class UnetTask(PretrainTask):
             return main
         return {"probe": [TrainableGroup("probe", list(self.probe.parameters()), settings.lr, 0.0)], **main}
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """One loss."""
         batch = draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
         yield Update(self.loss(batch, self.reading(step)))

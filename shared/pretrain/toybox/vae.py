@@ -9,7 +9,7 @@ and a common spread, whose inverse is the ``scaling_factor``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ from shared.pretrain.toybox.run_folder import VAE_FOLDER, frozen_vae, has_vae, t
 from shared.train import checkpoint
 from shared.train.averages import Averages
 from shared.train.loop import generator
-from shared.train.task import Update
+from shared.train.task import Update, Updates
 from shared.trainable import TrainableGroup
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class VaeTask(PretrainTask):
     def groups(self) -> dict[str, list[TrainableGroup]]:
         return {"main": decay_groups(self.vae, self.settings.lr, self.settings.optimizer.weight_decay)}
 
-    def updates(self, step: int, micro: int) -> Iterator[Update]:
+    def updates(self, step: int, micro: int) -> Updates:
         """One loss, on pictures drawn anew."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         x, thing = (part.to(self.compute.device) for part in draw(self.pictures, self.among, settings.batch, draws))

@@ -1,4 +1,4 @@
-"""What a run is told besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
+"""What a run is under besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from shared.backbones.attention import pays
-from shared.backbones.attention_processors import UNetProcessor
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.io.read_subject import read_subject
 from shared.modifiers import RareToken
@@ -184,20 +181,6 @@ def test_recomputed_activations_give_the_same_gradients_and_are_switched_off_aga
     )
     assert all(torch.allclose(v, saved[k], atol=1e-6) for k, v in plain.items())
     assert not backbone.denoiser.is_gradient_checkpointing
-
-
-def test_attention_is_unfused_while_a_phase_runs_on_a_cpu(tiny, photos, tmp_path):
-    backbone = tiny()
-    attention = [m for m in backbone.denoiser.modules() if isinstance(m, Attention)]
-    processors = [m.processor for m in attention]
-    run = session(backbone, small("dreambooth_lora"), photos, tmp_path)
-    for _ in run.steps():
-        assert all(type(m.processor) is UNetProcessor and m.processor.plan.unfused for m in attention)
-    assert all(m.processor is processor for m, processor in zip(attention, processors, strict=True))
-    scale = 32 // backbone.latent_shape(32, 32)[-1]
-    assert pays(backbone, 16 * scale) and not pays(
-        backbone, 64 * scale
-    )  # the toybox; Stable Diffusion 1.5 at 512 pixels
 
 
 def test_half_precision_keeps_what_is_learned_in_full_and_runs_after_each_other(make_tiny_sd, photos, tmp_path):

@@ -1,0 +1,39 @@
+"""What every captions part has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, Field
+
+from shared.config import KindPart
+from shared.types import Example
+
+
+def _with_place(template: str) -> str:
+    if "{concept}" not in template:
+        raise ValueError(f"template {template!r} has no {{concept}}")
+    return template
+
+
+#: A caption with a place for the concept.
+Template = Annotated[str, AfterValidator(_with_place)]
+#: By owner: what it is called, or its plain class.
+Names = Mapping[str, str]
+
+
+class CaptionPart(KindPart):
+    """Writes the caption of an example as it is drawn."""
+
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
+
+    def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
+        """The example with its caption.
+
+        Args:
+            words: by owner, what it is called
+            class_nouns: by owner, its plain class
+        """
+        raise NotImplementedError

@@ -1,0 +1,27 @@
+"""What every penalty has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from shared.config import KindPart
+from shared.types import Step
+
+
+class Penalty(KindPart):
+    """A scalar added to the loss of a step."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()  # what it asks of a step besides the prediction, by name
+    needs_class_examples: ClassVar[bool] = False  # batches hold class pictures, too
+    needs_masks: ClassVar[bool] = False  # pictures of the subjects have masks
+
+    @property
+    def provides(self) -> Sequence[Any]:
+        """The needs (`shared.train.needs.Need`) that it brings itself."""
+        return ()
+
+    def __call__(self, step: Step) -> Tensor:
+        raise NotImplementedError
