@@ -14,10 +14,11 @@ from torch import Tensor
 from shared.toybox import patterns, styles
 from shared.toybox.backgrounds import PAINTERS, Canvas
 from shared.toybox.part_colors import SLOTS
-from shared.toybox.splat import DISTANCE, FILL, Hits, Instances, groups, instances, turned, visible
+from shared.toybox.splat import FILL, Hits, Instances, groups, instances, turned, visible
+from shared.toybox.surfaces import FAR as FAR
+from shared.toybox.surfaces import SPACING, HitImage, halved, near_depth
 from shared.toybox.world import Scene
 
-FAR = 2 * DISTANCE  # the depth of the background
 _CHUNK = 32
 # Backgrounds without a floor to stand on take no shadow above their horizon; on these it falls everywhere.
 _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue studio")
@@ -61,40 +62,30 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
     grids = torch.tensor(np.stack([d.uniform(-1, 1, (4, 8, 8)) for d in draws]), dtype=torch.float32).to(device)
     things = instances(scenes, device)
-    hits = visible(things, groups(things, 0.02 * 64 / size, device), len(scenes), fine)
+    hits = visible(things, groups(things, SPACING * 64 / size, device), len(scenes), fine)
     picture = _backgrounds(scenes, things, numbers, grids, fine)
     picture = picture.permute(0, 2, 3, 1).reshape(-1, 3)
     picture[hits.at] = _shade(hits, things, numbers)
     picture = picture.view(len(scenes), fine, fine, 3).permute(0, 3, 1, 2)
 
-    def scatter(values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values [M, D] of the hits as pictures [B, D, S, S]."""
-        flat = values.new_full((len(scenes) * fine * fine, values.shape[1]), fill)
-        flat[hits.at] = values
-        return flat.view(len(scenes), fine, fine, -1).permute(0, 3, 1, 2)
-
-    mask = scatter(torch.ones_like(hits.depth[:, None]))
-    which = scatter(things.which[hits.who][:, None] + 1.0)
-    depth, position = scatter(hits.depth[:, None], FAR), scatter(hits.position)
-    styled = _styled(scenes, picture, mask, depth, lambda: scatter(turned(things.axes, hits.who, hits.normal)), numbers)
-    cover = _halved(mask)
-    first = _halved((which == 1).float())
+    seen = HitImage(hits, len(scenes), fine)
+    mask = seen.scatter(torch.ones_like(hits.depth[:, None]))
+    which = seen.scatter(things.which[hits.who][:, None] + 1.0)
+    depth, position = seen.depth(), seen.scatter(hits.position)
+    styled = _styled(
+        scenes, picture, mask, depth, lambda: seen.scatter(turned(things.axes, hits.who, hits.normal)), numbers
+    )
+    cover = halved(mask)
+    first = halved((which == 1).float())
     thing = torch.where(cover >= 0.5, torch.where(first * 2 >= cover, 1, 2), 0)[:, 0]
     weight = cover.clamp_min(1e-6)
-    near = torch.where(cover > 0, _halved(depth * mask) / weight, torch.full_like(cover, FAR))
     return Rendered(
-        _halved(styled).clamp(0, 1),
+        halved(styled).clamp(0, 1),
         cover,
         thing,
-        near,
-        _halved(position) / weight,
+        near_depth(depth, mask),
+        halved(position) / weight,
     )
-
-
-def _halved(picture: Tensor) -> Tensor:
-    """The mean of 2×2 pixels: [B, C, S, S] to [B, C, S / 2, S / 2]."""
-    rows = picture[..., ::2, :] + picture[..., 1::2, :]
-    return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
 @lru_cache(maxsize=8)

@@ -132,7 +132,9 @@ def _text(content: str) -> Callable[[Path], None]:
     return save
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """An array as a .npy file that appears whole or not at all."""
+
     def save(part: Path) -> None:
         with open(part, "wb") as file:
             np.save(file, array)
@@ -155,10 +157,10 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
     for i, scene in enumerate(scenes):
         if scene.things[0].identity is not None:
             identity[i] = scene.things[0].identity
-    _save_array(stem.with_suffix(".pixels.npy"), np.ascontiguousarray(pixels))
-    _save_array(stem.with_suffix(".masks.npy"), np.packbits((drawn.mask[:, 0] >= 0.5).numpy(), axis=-1))
-    _save_array(stem.with_suffix(".labels.npy"), np.array([labels_of(scene) for scene in scenes], np.int64))
-    _save_array(stem.with_suffix(".identity.npy"), identity)
+    save_array(stem.with_suffix(".pixels.npy"), np.ascontiguousarray(pixels))
+    save_array(stem.with_suffix(".masks.npy"), np.packbits((drawn.mask[:, 0] >= 0.5).numpy(), axis=-1))
+    save_array(stem.with_suffix(".labels.npy"), np.array([labels_of(scene) for scene in scenes], np.int64))
+    save_array(stem.with_suffix(".identity.npy"), identity)
     lines = "".join(json.dumps([caption(s, rng) for _ in range(VARIANTS)]) + "\n" for s, rng in pairs)
     _write(done, _text(lines))
 
