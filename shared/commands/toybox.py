@@ -26,6 +26,10 @@ def train(
     threads: int = typer.Option(2, min=1, help="CPU threads"),
     seed: int = typer.Option(0, min=0),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
+    truth: bool = typer.Option(False, help="unet: what the renderer knows of the pictures teaches, too"),
+    wide: bool = typer.Option(False, help="unet: a larger finest level, where small parts are drawn"),
+    more: int = typer.Option(None, min=1, help="unet: pictures beyond the shipped weights', the rate falling to 0"),
+    lr: float = typer.Option(None, min=0, help="unet: peak rate"),
 ) -> None:
     """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
     from shared.config import unknown
@@ -35,7 +39,9 @@ def train(
         if name not in pipeline.STAGES:
             raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
-    pipeline.run(stage or list(pipeline.STAGES), pipeline.Work(work, pictures, minutes, device, threads, seed, fresh))
+    unet = pipeline.UnetChoices(truth, wide, more, lr)
+    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, unet)
+    pipeline.run(stage or list(pipeline.STAGES), given)
 
 
 @app.command()

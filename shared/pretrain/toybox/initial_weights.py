@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from shared.io.foreign_files import claim
 from shared.pretrain.run_task import checkpoint_info
 from shared.pretrain.task import state_of
 from shared.pretrain.toybox import models
-from shared.pretrain.toybox.run_folder import TOKENIZER_FOLDER, VAE_FOLDER, has_vae, log_of, training_folder
+from shared.pretrain.toybox.grow_unet import grow
+from shared.pretrain.toybox.run_folder import (
+    TOKENIZER_FOLDER,
+    VAE_FOLDER,
+    frozen_vae,
+    has_vae,
+    log_of,
+    training_folder,
+)
 from shared.toybox import weights
 from shared.train import checkpoint
 
@@ -45,10 +53,11 @@ def adopt_vae(out: Path) -> bool:
     return True
 
 
-def adopt_backbone(out: Path) -> bool:
+def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
     """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and the averaged networks as a checkpoint.
 
-    The optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
+    The U-Net grows to `size`, and to the latent channels of an autoencoder that `out` has already (`grow_unet`). The
+    optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
     its own, or an installation without weights, is left alone.
     """
     from diffusers import StableDiffusionPipeline
@@ -66,11 +75,16 @@ def adopt_backbone(out: Path) -> bool:
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    sizes = facts["sizes"]
-    unet = {**sizes["unet"], "latent_channels": pipe.unet.config.in_channels}  # weights of earlier versions do not say
-    info = checkpoint_info({"sizes": {**sizes, "unet": unet}}, facts["pictures"])
-    _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": pipe.unet}, info, facts["step"])
+    size = replace(size, latent_channels=int(frozen_vae(out).config["latent_channels"]))
+    info = checkpoint_info({"sizes": {**facts["sizes"], "unet": asdict(size)}}, facts["pictures"])
+    _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": grow(pipe.unet.float(), size)}, info, facts["step"])
     return True
+
+
+def adopted_steps() -> int:
+    """The step that a training which goes on from the shipped backbone starts at; 0 where there are no weights."""
+    facts = weights.WEIGHTS / "backbone" / "training.json"
+    return int(json.loads(facts.read_text(encoding="utf-8"))["step"]) if facts.is_file() else 0
 
 
 def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:

@@ -88,7 +88,7 @@ def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         save_file(
-            {name: tensor.half() for name, tensor in average.items()},
+            {name: tensor.half().contiguous() for name, tensor in average.items()},
             str(temporary),
             metadata={"facts": json.dumps(dict(facts))},
         )

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shared.pretrain.run_task import RunSettings
+    from shared.pretrain.toybox.denoising_loss import UnetTraining
+    from shared.pretrain.toybox.models import UnetSize
 
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS = 12_000, 10_000, 16_000
+#: The part of a round of the U-Net's training in which its rate falls.
+FALL = 0.75
 #: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
 #: them, 75 % of others.
 IDENTITY_GROUPS = 4_500
@@ -20,6 +24,22 @@ IDENTITY_GROUPS = 4_500
 PICTURES_PER_GROUP = 24
 #: Pictures that go through the autoencoder for the evaluators, as many as there are at most.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
+
+
+@dataclass(frozen=True)
+class UnetChoices:
+    """How the U-Net learns: the ways that are compared.
+
+    truth: whether what the renderer knows of the pictures teaches, too (`truth_heads`)
+    wide: whether the finest level, where small parts are drawn, is larger than that of the shipped weights
+    more: pictures beyond those of the weights that it starts from, over the last `FALL` of which the rate falls to 0
+    lr: the peak rate; its usual one where None
+    """
+
+    truth: bool = False
+    wide: bool = False
+    more: int | None = None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Work:
     threads: int
     seed: int
     fresh: bool = False
+    unet: UnetChoices = UnetChoices()
 
     @property
     def data(self) -> Path:
@@ -84,21 +105,43 @@ def _decoder(work: Work) -> str:
 
 
 def _unet(work: Work) -> str:
-    from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.unet import train_unet
 
     _adopt_backbone("unet", work)
-    settings = UnetTraining(seed=work.seed)
-    if work.minutes is None:  # with minutes the rate stays: the run shall go on later
-        falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": 0.2})
+    spend, settings = unet_training(work)
+    return str(train_unet(work.data, work.run, spend, settings, work.unet.truth))
+
+
+def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
+    """What the U-Net's training may spend, and its settings."""
+    from shared.pretrain.toybox.denoising_loss import UnetTraining
+    from shared.pretrain.toybox.initial_weights import adopted_steps
+
+    choices, settings = work.unet, UnetTraining(unet=_unet_size(work), seed=work.seed)
+    if choices.lr is not None:
+        settings = replace(settings, lr=choices.lr)
+    spend, decay = work.settings(UNET_STEPS), 0.2
+    if choices.more is not None:
+        first = 0 if work.fresh else adopted_steps()
+        steps = first + max(1, choices.more // settings.batch)
+        spend = replace(spend, steps=steps)  # minutes pause it
+        decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
+    if spend.steps is not None:  # with minutes alone the rate stays: the run shall go on later
+        falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
         settings = replace(settings, optimizer=falling)
-    return str(train_unet(work.data, work.run, work.settings(UNET_STEPS), settings))
+    return spend, settings
+
+
+def _unet_size(work: Work) -> UnetSize:
+    from shared.pretrain.toybox.models import WIDE, UnetSize
+
+    return WIDE if work.unet.wide else UnetSize()
 
 
 def _adopt_backbone(stage: str, work: Work) -> None:
     from shared.pretrain.toybox.initial_weights import adopt_backbone
 
-    if not work.fresh and adopt_backbone(work.run):
+    if not work.fresh and adopt_backbone(work.run, _unet_size(work)):
         print(f"{stage}: starts from the shipped weights", flush=True)
 
 
