@@ -48,7 +48,7 @@ def cached() -> cache.Cache:
 
 def test_the_loss_is_cross_entropy_of_what_is_named() -> None:
     torch.manual_seed(0)
-    reads, bars = reader.Reader(), models.alphas_bar()
+    reads, bars = reader.Reader(4), models.alphas_bar()
     clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 300, 599])
     attributes = torch.tensor([[2, -1, 0], [5, 3, -1], [-1, -1, -1]])
     noisy = models.build_scheduler().add_noise(clean, noise, t)  # pyright: ignore[reportArgumentType]
@@ -130,7 +130,7 @@ def test_reading_reaches_the_denoiser_until_the_rate_has_fallen(cached: cache.Ca
 def test_the_probe_reads_the_middle_and_resumes_to_the_same_bits(cached: cache.Cache, tmp_path: Path) -> None:
     words.save(words.build(), tmp_path / run_folder.TOKENIZER_FOLDER)
     settings = replace(TINY, reading=(0.0,) * 3, probing=(1.0, 1.0, 0.0), lr=3e-3, optimizer=AdamW(betas=(0.9, 0.99)))
-    reads = reader.Reader().eval().requires_grad_(False)
+    reads = reader.Reader(4).eval().requires_grad_(False)
 
     def run(name: str, steps: int) -> unet.UnetTask:
         task = unet.UnetTask(settings, cached, tmp_path, Budget(steps=steps), Compute(), 2, reads)

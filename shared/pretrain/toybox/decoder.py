@@ -88,7 +88,7 @@ class DecoderTask(PretrainTask):
         }
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] of scaled latents [B, 4, h, w]."""
+        """Pictures [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w]."""
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
     def updates(self, step: int, micro: int) -> Updates:

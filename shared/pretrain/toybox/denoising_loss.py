@@ -54,13 +54,13 @@ class UnetTraining:
 class DenoisingBatch:
     """One step's random inputs, on the training device."""
 
-    latents: Tensor  # [B, 4, H, W], scaled
+    latents: Tensor  # [B, C, H, W], scaled
     ids: Tensor  # [B, L] token ids, those of "" where the caption is dropped
-    noise: Tensor  # [B, 4, H, W]
+    noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] of the loss, 1 on average
     caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for what is not named
-    again: Tensor  # [B, 4, H, W] noise that the guess gets before it is read
+    again: Tensor  # [B, C, H, W] noise that the guess gets before it is read
     level: Tensor  # [B] how much of it, as t
 
     @property

@@ -35,7 +35,11 @@ def adopt_vae(out: Path) -> bool:
     vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
     known = vae.config
     size = models.VaeSize(
-        tuple(known.block_out_channels), known.layers_per_block, known.norm_num_groups, known.sample_size
+        tuple(known.block_out_channels),
+        known.layers_per_block,
+        known.norm_num_groups,
+        known.sample_size,
+        known.latent_channels,
     )
     _write(folder, {"": vae}, checkpoint_info({"size": asdict(size)}, pictures=0), step=0)
     return True
@@ -62,7 +66,9 @@ def adopt_backbone(out: Path) -> bool:
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    info = checkpoint_info({"sizes": facts["sizes"]}, facts["pictures"])
+    sizes = facts["sizes"]
+    unet = {**sizes["unet"], "latent_channels": pipe.unet.config.in_channels}  # weights of earlier versions do not say
+    info = checkpoint_info({"sizes": {**sizes, "unet": unet}}, facts["pictures"])
     _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": pipe.unet}, info, facts["step"])
     return True
 

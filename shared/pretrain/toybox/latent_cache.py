@@ -29,7 +29,7 @@ _BATCH = 64
 class Cache:
     """Latents and token ids of a data set; row i of both belongs to picture i."""
 
-    latents: np.ndarray  # float16 [N, 4, H, W], posterior means times the scaling factor: unit spread
+    latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
     covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
     caption_attributes: np.ndarray  # int8 [N, V, 3], as `shared.toybox.captions.caption_attributes`
@@ -108,7 +108,7 @@ def load(folder: Path) -> Cache:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, 4, h, w] of unit spread."""
+    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, C, h, w] of unit spread."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)

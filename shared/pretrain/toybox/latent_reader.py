@@ -35,14 +35,13 @@ _NOISIEST = 600  # timestep up to which pictures are noised before they are read
 
 
 class Reader(nn.Module):
-    """Noisy latents [B, 4, H, W] to logits of what is in them, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
+    """Noisy latents [B, C, H, W] to logits of what is in them, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
 
-    def __init__(self, widths: tuple[int, ...] = (48, 96, 160)) -> None:
+    def __init__(self, channels: int, widths: tuple[int, ...] = (48, 96, 160)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, width in itertools.pairwise((models.LATENT_CHANNELS, *widths)):
-            stride = 1 if before == models.LATENT_CHANNELS else 2
-            for inputs, step in ((before, stride), (width, 1)):
+        for level, (before, width) in enumerate(itertools.pairwise((channels, *widths))):
+            for inputs, step in ((before, 1 if level == 0 else 2), (width, 1)):
                 layers += [nn.Conv2d(inputs, width, 3, step, 1), nn.GroupNorm(8, width), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleList([nn.Linear(2 * widths[-1], len(values)) for values in CAPTION_ATTRIBUTES.values()])
@@ -64,9 +63,9 @@ class Reader(nn.Module):
         """Mean cross-entropy of what a caption names, read off latents that are noised first.
 
         Args:
-            clean: latents [B, 4, H, W], or a guess of them
+            clean: latents [B, C, H, W], or a guess of them
             attributes: [B, 3] as `captions.caption_attributes`, -1 for what is not named
-            noise: [B, 4, H, W]
+            noise: [B, C, H, W]
             t: how much of it, timesteps [B] in [0, 1000)
             bars: the schedule's cumulative products
             weights: of each attribute
@@ -118,7 +117,7 @@ def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs half of [B, 4, H, W] by up to a latent: a guess under much noise is blurred."""
+    """Blurs half of [B, C, H, W] by up to a latent: a guess under much noise is blurred."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)
@@ -150,7 +149,8 @@ class ReaderTask(PretrainTask):
         self.settings, self.data, self.compute = settings, data, compute
         self.seed, self.batch_size = settings.seed, settings.batch
         torch.manual_seed(settings.seed)
-        self.reader = Reader().to(compute.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        reader: Any = Reader(data.latents.shape[1])
+        self.reader = reader.to(compute.device, memory_format=torch.channels_last)
         self.bars = models.alphas_bar().to(compute.device)
         self.modules = {"model": self.reader}
         self.optimizers = {"main": settings.optimizer}

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 
-LATENT_CHANNELS = 4
 TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class VaeSize:
-    """``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, 4, S / 2^(levels - 1), …]."""
+    """``AutoencoderKL``: [B, 3, S, S] in [-1, 1] to latents [B, latent_channels, S / 2^(levels - 1), …]."""
 
     channels: tuple[int, ...] = (16, 32, 64)
     layers_per_block: int = 1
     groups: int = 8
     sample_size: int = 64
+    latent_channels: int = 4
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class TextSize:
 
 @dataclass(frozen=True)
 class UnetSize:
-    """``UNet2DConditionModel`` on latents [B, 4, 16, 16]; attention at every level but the first."""
+    """``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]; attention at every level but the first."""
 
     channels: tuple[int, ...] = (64, 128, 192)
     layers_per_block: int = 1
     heads: int = 4
     groups: int = 16
     sample_size: int = 16
+    latent_channels: int = 4
 
 
 def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
@@ -61,7 +62,7 @@ def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
         block_out_channels=size.channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=size.layers_per_block,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=size.latent_channels,
         norm_num_groups=size.groups,
         sample_size=size.sample_size,
         scaling_factor=1.0,
@@ -99,8 +100,8 @@ def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionMode
     deeper = len(size.channels) - 1
     return UNet2DConditionModel(
         sample_size=size.sample_size,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
         up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
         block_out_channels=size.channels,
@@ -169,12 +170,12 @@ class Denoiser(nn.Module):
         """Predicts v.
 
         Args:
-            noisy: scaled latents [B, 4, H, W]
+            noisy: scaled latents [B, C, H, W]
             t: timesteps [B] in [0, 1000)
             ids: token ids [B, L]
 
         Returns:
-            [B, 4, H, W]
+            [B, C, H, W]
         """
         context: Any = self.text_encoder(input_ids=ids)
         return self.unet(noisy, t, encoder_hidden_states=context.last_hidden_state).sample

@@ -128,6 +128,7 @@ def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining =
     pictures, tokenizer = dataset.load(data), tokenizer_of(out)
     cached = cache.build(out / "latents", pictures, frozen_vae(out), tokenizer, compute.device)
     reads = reader.train_reader(cached, out, replace(run, threads=None)) if any(settings.reading) else None
-    budget = run.budget()
+    budget, channels = run.budget(), cached.latents.shape[1]
+    settings = replace(settings, unet=replace(settings.unet, latent_channels=channels))
     run_task(UnetTask(settings, cached, out, budget, compute, workers, reads), run, folder, budget=budget)
     return folder

@@ -1,4 +1,4 @@
-"""The autoencoder: 64×64 pictures to latents of 16×16×4, and the cache of those latents.
+"""The autoencoder: 64×64 pictures to latents of 16×16 cells, and the cache of those latents.
 
 Trained on whole pictures (group norms and the attention in the middle see other statistics on crops: 3 dB less on
 what they were trained on, when measured), with L1 and squared errors of pixels, L1 of their differences, all counted
@@ -94,7 +94,7 @@ def loss(
 
     Args:
         thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
-        noise: [B, 4, h, w], standard normal, for the posterior's sample
+        noise: [B, C, h, w], standard normal, for the posterior's sample
 
     Returns:
         the loss and its parts
@@ -158,9 +158,9 @@ class VaeTask(PretrainTask):
         settings, draws = self.settings, generator(self.seed, step, micro)
         x, thing = (part.to(self.compute.device) for part in draw(self.pictures, self.among, settings.batch, draws))
         grid = x.shape[-1] // 2 ** (len(settings.size.channels) - 1)
-        noise = torch.randn(len(x), models.LATENT_CHANNELS, grid, grid, generator=draws).to(self.compute.device)
+        noise = torch.randn(len(x), settings.size.latent_channels, grid, grid, generator=draws)
         with self.compute.autocast():
-            total, parts = loss(self.vae, x, thing, noise, settings)
+            total, parts = loss(self.vae, x, thing, noise.to(self.compute.device), settings)
         yield Update(total, parts=parts)
 
     def averaged(self) -> AutoencoderKL:
@@ -226,7 +226,7 @@ def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
     shift, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     common_spread = spread.square().mean().sqrt()
     scale = spread / common_spread  # old = new * scale + shift
-    c, before, after = models.LATENT_CHANNELS, vae.quant_conv, vae.post_quant_conv
+    c, before, after = len(shift), vae.quant_conv, vae.post_quant_conv
     assert before is not None and after is not None and before.bias is not None and after.bias is not None
     after.bias += (after.weight[:, :, 0, 0].double() @ shift).float()
     after.weight *= scale.float()[None, :, None, None]
