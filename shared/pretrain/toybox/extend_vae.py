@@ -105,9 +105,7 @@ def _place(name: str, parameter: Tensor, own: Tensor, old: models.VaeSize, new: 
     parameter[rows] = block
 
 
-def _places(
-    name: str, shape: torch.Size, old: models.VaeSize, new: models.VaeSize
-) -> tuple[Tensor, Tensor]:
+def _places(name: str, shape: torch.Size, old: models.VaeSize, new: models.VaeSize) -> tuple[Tensor, Tensor]:
     """The rows and columns of a larger parameter that are those of the one of `shape` within it.
 
     Features come first. Means and log-variances are two runs of channels, of which the first of each are old.
