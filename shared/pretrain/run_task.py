@@ -21,6 +21,7 @@ from shared.train.device import pick_device
 from shared.train.log import Log, check_log, flat
 from shared.train.loop import Loop, Record
 from shared.train.optim import NotFinite, Optimizers
+from shared.train.precision import resolve_precision
 from shared.train.signals import interruptible
 
 _SKIPPED = 20  # steps in a row without a finite gradient: the next will have none either
@@ -40,7 +41,7 @@ class RunSettings:
     resume: bool = True  # from the newest checkpoint, where there is one
     threads: int | None = None  # of torch on a CPU
     device: str | None = None  # as torch names it; None: the GPU if there is one
-    bf16: bool = True
+    bf16: bool | None = None  # None: where the device computes it fast; elsewhere it can take ten times as long
     log_every: int = 50  # steps
     save_minutes: float = 3.0
 
@@ -58,7 +59,8 @@ class RunSettings:
         """The device. Bounds torch's CPU threads: more threads than cores are ten times slower, not a little."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return Compute(pick_device(self.device), self.bf16)
+        device = pick_device(self.device)
+        return Compute(device, resolve_precision("auto", device) == "bf16" if self.bf16 is None else self.bf16)
 
 
 @dataclass(frozen=True)

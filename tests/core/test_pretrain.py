@@ -131,6 +131,16 @@ def test_other_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> Non
         RunSettings()
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_used_where_the_processor_computes_it_fast_or_it_is_asked_for(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    found = [RunSettings(steps=1, device="cpu", bf16=asked).compute().bf16 for asked in (None, True, False)]
+    assert found == [fast, True, False]
+
+
 def test_minutes_end_a_run_and_pause_one_with_steps(tmp_path: Path) -> None:
     for name, settings in (("a", RunSettings(minutes=1e-9)), ("b", RunSettings(steps=9, minutes=0.0, device="cpu"))):
         assert run_task(LayerTask(), settings, tmp_path / name).step < 9

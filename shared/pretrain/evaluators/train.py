@@ -76,7 +76,7 @@ def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> di
         "decay": settings.optimizer.decay,
         "weight_decay": settings.optimizer.weight_decay,
         "seed": settings.seed,
-        "bf16": run.bf16,
+        "bf16": run.compute().bf16,
         "losses": {name: round(value, 4) for name, value in outcome.losses.items()},
     }
 
