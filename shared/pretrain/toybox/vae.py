@@ -88,7 +88,7 @@ FIRST = extend_vae.Held(models.VaeSize((16, 32, 64), groups=8, latent_channels=4
 def shipped_training(seed: int = 0, fresh: bool = False) -> VaeTraining:
     """Of the autoencoder that is shipped. `fresh`: from nothing, so that there is nothing to hold."""
     size = models.VaeSize((24, 48, 96), groups=12, latent_channels=8)
-    return VaeTraining(size, held=None if fresh else FIRST, batch=12, seed=seed)
+    return VaeTraining(size, held=None if fresh else FIRST, batch=6, seed=seed)
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
