@@ -1,40 +1,65 @@
-"""The need for attention maps: what a penalty watches is said before the prediction."""
+"""What attention was seen: the maps that are asked for, and their record."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from shared.backbones.attention_edits import Kind, Record, Watch
-from shared.backbones.protocol import Backbone
-from shared.types import Batch, Step
+from torch import Tensor
+
+from shared.backbones.attention_sites import Site, Where
 
 
 @dataclass(frozen=True)
-class AttentionMaps:
-    """Serves the maps of a step's own prediction, which further predictions of the step do not replace.
+class Watch(Where):
+    """Asks for the maps of some sites: the softmax's probabilities, after all edits, float32, differentiable."""
 
-    Args:
-        kinds: which layers are watched; a family's that it has
-        scales: at which scales; empty: the one whose shorter side is nearest to `cells`
-        cells: rows or columns of a map
+    heads: Literal["mean", "all"] = "mean"
+    #: Which prediction's maps stay where several are made: a penalty's own further predictions must not replace what it
+    #: is to read. A forward pass that is recomputed for its gradient belongs to no new prediction, and overwrites.
+    keep: Literal["first", "last"] = "last"
+
+
+@dataclass(eq=False)
+class Record(Mapping[str, Tensor]):
+    """Attention maps by site name, in the order of the forward pass: [B, Lq, Lk], or [B, H, Lq, Lk] with `heads="all"`.
+
+    Empty until something was predicted. Queries of a joint site are its text, then the picture's rows; so are its keys.
     """
 
-    kinds: frozenset[Kind] = frozenset({"cross", "joint"})
-    scales: frozenset[int] = frozenset()
-    cells: int = 16
-    name: str = "attention_maps"
+    sites: Mapping[str, Site]  # those that are watched
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    passes: dict[str, int | None] = field(default_factory=dict)  # the prediction that a map is of
 
-    def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Record]:
-        """Gives the record. ValueError when the backbone has no such layers."""
-        return backbone.attending(Watch(kinds=self.kinds, scales=self._scales(backbone, batch), keep="first"))
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.maps:
+            known = name in self.sites
+            raise KeyError(f"{name}: {'nothing was predicted yet' if known else 'not a site that is watched'}")
+        return self.maps[name]
 
-    def value(self, step: Step, entered: Record) -> Record:
-        return entered
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.sites if name in self.maps)
 
-    def _scales(self, backbone: Backbone, batch: Batch) -> frozenset[int] | None:
-        sites = [s for s in backbone.sites() if s.kind in self.kinds]
-        if self.scales or not sites:
-            return self.scales or None
-        height, width = batch.latents.shape[-2:]
-        return frozenset({min(sites, key=lambda s: abs(min(s.grid(height, width)) - self.cells)).scale})
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.maps
+
+    def text_map(self, name: str, length: int) -> Tensor:
+        """How the picture looks at the text: [B, h*w, L], or [B, H, h*w, L]; of a joint site, that part of its map.
+
+        Args:
+            name: a site that is watched, of kind "cross" or "joint"
+            length: L, the tokens of the text context
+
+        Raises:
+            ValueError: for a site of another kind, which has no text
+        """
+        kind = self.sites[name].kind
+        if kind == "cross":
+            return self[name]
+        if kind != "joint":
+            raise ValueError(f"{name} is {kind} attention: it does not look at text")
+        return self[name][..., length:, :length]

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.backbones.attention_edits import Edit, Record, Rows, Site, Watch
+from shared.backbones.attention_edits import Edit
+from shared.backbones.attention_maps import Record, Watch
+from shared.backbones.attention_rows import Rows
+from shared.backbones.attention_sites import Site
 
 
 class Predictions(Protocol):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.backbones.added_tokens import TokenOverlay
-from shared.backbones.attention import Attending, PredictionRows
-from shared.backbones.attention_edits import Rows, Site
+from shared.backbones.attending import Attending
+from shared.backbones.attention_rows import PredictionRows, Rows
+from shared.backbones.attention_sites import Site
 from shared.backbones.checkpoint_identity import checkpoint_identity
 from shared.backbones.forward_process import ForwardProcess, times
 from shared.backbones.latents import LatentCodec

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.backbones.attention_edits import Site
+from shared.backbones.attention_sites import Site
 from shared.backbones.base_backbone import BaseBackbone
 from shared.backbones.forward_process import times
 from shared.backbones.module_roles import RoleSpec, denoiser_roles

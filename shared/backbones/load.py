@@ -236,11 +236,18 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
             f"One file needs the model's configuration from the hub's cache; a diffusers folder needs nothing{more}"
         ) from error
-    for part, network in pipe.components.items():
-        lost = [n for n, p in network.named_parameters() if p.is_meta] if hasattr(network, "named_parameters") else []
+    check_filled(pipe.components, path)
+    return _wrap(pipe, name)
+
+
+def check_filled(components: Mapping[str, Any], path: Path) -> None:
+    """ValueError where a file left a network's parameters without values."""
+    from torch import nn
+
+    for part, network in components.items():
+        lost = [n for n, p in network.named_parameters() if p.is_meta] if isinstance(network, nn.Module) else []
         if lost:
             raise ValueError(f"{path} lacks {len(lost)} keys of the {part}, for example {lost[0]}: it is not whole")
-    return _wrap(pipe, name)
 
 
 def _from_hub(name: str, download: bool) -> Path:

@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.attention_edits import At, Edit, Record, Site, Watch
+from shared.backbones.attention_edits import At, Edit
+from shared.backbones.attention_maps import Record, Watch
+from shared.backbones.attention_sites import Site
 from shared.backbones.placement import Placement
 from shared.backbones.synthetic_world import World
 from shared.types import Conditioning, SiteContext
@@ -267,7 +269,7 @@ class Backbone(Protocol):
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
         """Inside, attention layers compute with these edits and keep the maps that are watched; see
-        `shared.backbones.attention`. ValueError when one matches no site, or a layer that is not to be touched."""
+        `shared.backbones.attending`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...
 
     # what is attached, by concept name

@@ -116,7 +116,8 @@ def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
         prompt = f"{_BEFORE} {placeholder.words}"
         backbone.check_prompt(prompt)
         start, end = (_length(backbone, text) - 1 for text in (_BEFORE, prompt))  # the end token counts not
-        return _context(backbone, prompt)[0, start:end].cpu().double()
+        with backbone.active({concept.name: 1.0}):
+            return _context(backbone, prompt)[0, start:end].cpu().double()
     finally:
         backbone.remove(concept.name)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from shared.backbones.attention_edits import Record
-from shared.backbones.attention_maps import AttentionMaps
+from shared.backbones.attention_maps import Record
+from shared.backbones.attention_maps_need import AttentionMaps
 from shared.regularize.base import Penalty
 from shared.types import Step
 

@@ -12,7 +12,10 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from shared.backbones.attention_edits import At, Record, Rows, Site, Watch, Where
+from shared.backbones.attention_edits import At
+from shared.backbones.attention_maps import Record, Watch
+from shared.backbones.attention_rows import Rows
+from shared.backbones.attention_sites import Site, Where
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from tests.core.motion import ask_motion, motion_unet
@@ -103,8 +106,8 @@ def layer(**options: Any) -> tuple[Attention, Tensor]:
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_variant_of_the_layer(options: dict[str, Any], masked: bool) -> None:
-    from shared.backbones.attention import PredictionRows
     from shared.backbones.attention_processors import Plan, UNetProcessor
+    from shared.backbones.attention_rows import PredictionRows
 
     attention, x = layer(**options)
     context = torch.randn(2, 5, 6) if "cross_attention_dim" in options else None

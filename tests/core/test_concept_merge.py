@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from shared.cli import build, run
 from shared.concept import Concept, Provenance, attach, capture, read, save
-from shared.concept.concept_folder import with_fields
+from shared.concept.concept_folder import adapter_id, with_fields
 from shared.concept.merge import merge, solve
 from shared.modifiers import LearnableToken, RareToken
 from shared.trainable import Lora, Weights
@@ -20,11 +21,16 @@ CAPTIONS = [f"a photo of a {thing} {place}" for thing in ("dog", "cat", "toy") f
 
 
 def learned(
-    backbone: Any, name: str, noun: str, seed: int, roles: tuple[str, ...] = ("cross_attention.kv",)
+    backbone: Any,
+    name: str,
+    noun: str,
+    seed: int,
+    roles: tuple[str, ...] = ("cross_attention.kv",),
+    vectors: int = 1,
 ) -> Concept:
     """A word and changed weights, as if trained."""
     generator = torch.Generator().manual_seed(seed)
-    modifier = LearnableToken(with_class_noun=True)
+    modifier = LearnableToken(with_class_noun=True, vectors=vectors)
     placeholder = modifier.attach(backbone, name, noun)
     group = Weights(roles=roles).inject(backbone, name, "weights", seed=0)
     with torch.no_grad():
@@ -78,6 +84,31 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
     assert torch.allclose((weight + change) @ targets.T, values.T, atol=1e-9)
 
 
+def test_several_changes_of_one_weight_add_up(sd, both):
+    """As two of a recipe's parts may have made them."""
+    whole = both[0]
+    (paths,) = whole.meta.weights.values()
+    halves = {f"{slot}.{k}": v / 2 for slot in ("one", "two") for k, v in changes(whole).items()}
+    meta = with_fields(whole.meta, weights={"one": paths, "two": paths})
+    twofold = replace(whole, meta=meta, tensors={**whole.tensors, "weights": {k: v.float() for k, v in halves.items()}})
+    expected, got = merge(both, sd, CAPTIONS), merge([twofold, both[1]], sd, CAPTIONS)
+    for one, two in zip(expected, got, strict=True):
+        assert all(torch.allclose(v, changes(two)[k], atol=1e-6) for k, v in changes(one).items())
+
+
+@pytest.mark.parametrize("method", ["closed_form", "sum"])
+def test_another_concept_that_is_loaded_is_not_merged_in(sd, both, method):
+    alone = merge(both, sd, CAPTIONS, method)
+    loaded = Lora(rank=2, roles=("text_encoder", "cross_attention.kv")).inject(sd, "other", "lora", seed=0)
+    weights = Weights(roles=("text_encoder", "cross_attention.kv")).inject(sd, "other", "weights", seed=0)
+    with torch.no_grad():
+        for p in (*loaded.parameters, *weights.parameters):
+            p.add_(0.1)
+    beside = merge(both, sd, CAPTIONS, method)
+    for one, two in zip(alone, beside, strict=True):
+        assert all(torch.equal(v, two.of("weights")[k]) for k, v in one.of("weights").items())
+
+
 def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_other_text(sd, both):
     merged = merge(both, sd, CAPTIONS)
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
@@ -103,6 +134,7 @@ def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_ot
 
 def test_merged_concepts_are_loaded_once_and_say_what_they_came_from(sd, both, tmp_path):
     merged = merge(both, sd, CAPTIONS)
+    assert {c.meta.adapter_id for c in merged} == {adapter_id(merged[0].tensors)}, "also before they are saved"
     for concept in merged:
         save(concept, tmp_path / f"{concept.name}.concept")
     again = [read(tmp_path / f"{c.name}.concept") for c in both]
@@ -139,8 +171,16 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(sd, flux, both):
     half = Concept(with_fields(cup.meta, weights={"weights": {"unet": paths}}), {**cup.tensors, "weights": keys})
     other = Concept(with_fields(cup.meta, backbone={**cup.meta.backbone.model_dump(), "family": "flux"}), cup.tensors)
     twin = Concept(with_fields(rex.meta, name="twin"), rex.tensors)
+    mixed = Concept(
+        with_fields(cup.meta, adapters=lora.meta.adapters, layers=lora.meta.layers, weights={}), cup.tensors
+    )
+    mixed = Concept(mixed.meta.model_copy(update={"weights": cup.meta.weights}), cup.tensors)
+    cut = Concept(cup.meta, {**cup.tensors, "weights": {k: v[:-1] for k, v in cup.of("weights").items()}})
     for concepts, message in (
         ([rex], "two or more"),
+        ([cut, rex], r"is \[\d+, 16\] in the concepts, and \[\d+, 16\] here: merge on the model they have"),
+        ([rex, learned(sd, "long", "cat", 4, vectors=40)], "the prompt is too long"),
+        ([rex, mixed], "'cup' has adapters: what can be merged are changed keys and values"),
         ([rex, cup, rex], "two of the concepts are called 'rex'"),
         ([rex, other], "'rex' was learned on stable_diffusion, 'cup' on flux"),
         ([rex, lora], "'lora' has adapters: what can be merged are changed keys and values"),

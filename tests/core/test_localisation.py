@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.backbones.attention_maps import AttentionMaps
+from shared.backbones.attention_maps_need import AttentionMaps
 from shared.regularize import Localisation
 from shared.regularize.localisation import localisation_loss
 from shared.types import Batch, Step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
@@ -16,6 +17,8 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def _handlers():
     before = {n: signal.getsignal(n) for n in NUMBERS}
+    for number in NUMBERS:  # as in a terminal, also where the tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
     heed_stops()
     yield
     heed_stops()  # forget what came
@@ -51,3 +54,29 @@ def test_an_ignored_signal_stays_ignored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.is_set()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_library_leaves_the_handlers_and_what_came_as_they_were() -> None:
+    """Where no program heeds stops (a notebook), one that was dealt with does not stop the next run."""
+    for number in NUMBERS:
+        signal.signal(number, signal.default_int_handler)
+    for _ in range(2):
+        with interruptible() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.is_set()
+    with interruptible():
+        assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
+    assert [signal.getsignal(n) for n in NUMBERS] == [signal.default_int_handler] * 3
+
+
+def test_a_thread_runs_without_handlers() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with interruptible() as stop:
+            seen.append(stop.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

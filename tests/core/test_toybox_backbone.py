@@ -16,7 +16,7 @@ import torch
 from shared.optimizers import AdamW
 from shared.pretrain.batch_shares import BatchShares
 from shared.pretrain.task import Compute, average_of
-from shared.pretrain.toybox import assemble, models, run_folder, unet, vae
+from shared.pretrain.toybox import assemble, extend_vae, models, run_folder, unet, vae
 from shared.pretrain.toybox import denoising_loss as denoising
 from shared.pretrain.toybox import latent_cache as cache
 from shared.toybox import tokenizer as words
@@ -154,12 +154,13 @@ def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, made: Path) 
 def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
     from shared.pretrain.toybox.initial_weights import adopt_vae
 
-    assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
-    task = vae.VaeTask(vae.VaeTraining(), Squares(40), tmp_path, Compute())
+    shipped = run_folder.frozen_vae(weights.WEIGHTS / "backbone").float()
+    settings = vae.VaeTraining(extend_vae.size_of(shipped))
+    assert adopt_vae(tmp_path, settings) and not adopt_vae(tmp_path, settings), "a checkpoint of its own is left alone"
+    task = vae.VaeTask(settings, Squares(40), tmp_path, Compute())
     state = checkpoint.load(run_folder.training_folder(tmp_path, "vae"))
     assert state is not None and state.step == 0
     task.load_state_dict(state.learned)
-    shipped = run_folder.frozen_vae(weights.WEIGHTS / "backbone").float()
     same(task.vae.state_dict(), shipped.state_dict())
     same(task.averages.state_dict(), dict(shipped.named_parameters()))
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.backbones import load_backbone
+from shared.backbones.load import check_filled
 from shared.metrics.encoders import load_clip, load_dino
 from shared.toybox.evaluators.clip import load_clip as load_toybox_clip
 from shared.toybox.evaluators.convnet import WEIGHTS
@@ -202,6 +203,10 @@ def test_a_dino_needs_all_but_its_pooler(tmp_path):
 def test_the_toybox_s_own_instruments_are_whole(tmp_path, name, load):
     folder = Path(shutil.copytree(WEIGHTS / name, tmp_path / name))
     load.__wrapped__(folder)
+    edit(folder / "model.safetensors", lambda tensors: tensors.update(aaa=torch.zeros(1)))
+    with pytest.raises(ValueError, match=rf"{name}/model\.safetensors holds aaa, which the model does not have"):
+        load.__wrapped__(folder)
+    edit(folder / "model.safetensors", lambda tensors: tensors.pop("aaa"))
     for change, message in ((reshape, r"is \[3\]"), (drop, "lacks")):
         key = edit(folder / "model.safetensors", change)
         with pytest.raises(ValueError, match=rf"{name}/model\.safetensors.*{message}") as refused:
@@ -210,3 +215,10 @@ def test_the_toybox_s_own_instruments_are_whole(tmp_path, name, load):
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}/model\.safetensors"):
         load.__wrapped__(folder)
+
+
+def test_a_file_that_leaves_parameters_without_values_is_not_whole(tiny_sd):
+    check_filled(tiny_sd.components, Path("model.safetensors"))
+    tiny_sd.unet.conv_in.to("meta")
+    with pytest.raises(ValueError, match=r"model\.safetensors lacks 2 keys of the unet, for example conv_in\.weight"):
+        check_filled(tiny_sd.components, Path("model.safetensors"))

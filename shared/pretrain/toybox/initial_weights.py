@@ -15,7 +15,7 @@ from torch import nn
 from shared.io.foreign_files import claim
 from shared.pretrain.run_task import checkpoint_info
 from shared.pretrain.task import state_of
-from shared.pretrain.toybox import models
+from shared.pretrain.toybox import extend_vae, models
 from shared.pretrain.toybox.grow_unet import grow
 from shared.pretrain.toybox.run_folder import (
     TOKENIZER_FOLDER,
@@ -25,12 +25,13 @@ from shared.pretrain.toybox.run_folder import (
     log_of,
     training_folder,
 )
+from shared.pretrain.toybox.vae import VaeTraining
 from shared.toybox import weights
 from shared.train import checkpoint
 
 
-def adopt_vae(out: Path) -> bool:
-    """Begins the autoencoder's checkpoint from the shipped one.
+def adopt_vae(out: Path, settings: VaeTraining) -> bool:
+    """Begins the checkpoint of a training with `settings` from the shipped autoencoder, extended to their size.
 
     The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
     installation without weights, is left alone.
@@ -41,15 +42,9 @@ def adopt_vae(out: Path) -> bool:
     if checkpoint.load(folder) is not None or not (source / "config.json").is_file():
         return False
     vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
-    known = vae.config
-    size = models.VaeSize(
-        tuple(known.block_out_channels),
-        known.layers_per_block,
-        known.norm_num_groups,
-        known.sample_size,
-        known.latent_channels,
-    )
-    _write(folder, {"": vae}, checkpoint_info({"size": asdict(size)}, pictures=0), step=0)
+    if extend_vae.size_of(vae) != settings.size:
+        vae = extend_vae.extend(vae, settings.size, settings.seed)
+    _write(folder, {"": vae}, checkpoint_info({"size": asdict(settings.size)}, pictures=0), step=0)
     return True
 
 

@@ -1,0 +1,41 @@
+"""The need for attention maps: what a penalty watches is said before the prediction."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from shared.backbones.attention_maps import Record, Watch
+from shared.backbones.attention_sites import Kind
+from shared.backbones.protocol import Backbone
+from shared.types import Batch, Step
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Serves the maps of a step's own prediction, which further predictions of the step do not replace.
+
+    Args:
+        kinds: which layers are watched; a family's that it has
+        scales: at which scales; empty: the one whose shorter side is nearest to `cells`
+        cells: rows or columns of a map
+    """
+
+    kinds: frozenset[Kind] = frozenset({"cross", "joint"})
+    scales: frozenset[int] = frozenset()
+    cells: int = 16
+    name: str = "attention_maps"
+
+    def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Record]:
+        """Gives the record. ValueError when the backbone has no such layers."""
+        return backbone.attending(Watch(kinds=self.kinds, scales=self._scales(backbone, batch), keep="first"))
+
+    def value(self, step: Step, entered: Record) -> Record:
+        return entered
+
+    def _scales(self, backbone: Backbone, batch: Batch) -> frozenset[int] | None:
+        sites = [s for s in backbone.sites() if s.kind in self.kinds]
+        if self.scales or not sites:
+            return self.scales or None
+        height, width = batch.latents.shape[-2:]
+        return frozenset({min(sites, key=lambda s: abs(min(s.grid(height, width)) - self.cells)).scale})

@@ -1,0 +1,39 @@
+"""Where a model attends: its attention layers, and choosing some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["cross", "self", "joint", "temporal"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer: where text meets the picture, the picture itself, both at once, or a place its other frames."""
+
+    name: str  # dotted path in the denoiser
+    kind: Kind
+    scale: int  # how many times smaller than the latent grid it works
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that its queries form for latents of this height and width; odd sides round up."""
+        return -(-height // self.scale), -(-width // self.scale)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Some of a backbone's sites: those that meet every condition that is given."""
+
+    sites: frozenset[str] | None = None  # by name
+    kinds: frozenset[Kind] | None = None
+    scales: frozenset[int] | None = None
+
+    def __contains__(self, site: Site) -> bool:
+        chosen = ((self.sites, site.name), (self.kinds, site.kind), (self.scales, site.scale))
+        return all(among is None or value in among for among, value in chosen)
+
+    def __str__(self) -> str:
+        chosen = (("name", self.sites), ("kind", self.kinds), ("scale", self.scales))
+        clauses = (f"{what} {' or '.join(map(str, sorted(among)))}" for what, among in chosen if among is not None)
+        return " and ".join(clauses) or "any"
