@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shared.evaluation.summary import make_score
+from shared.evaluation.summary import NO_BASE, headline, make_score
+from shared.evaluation.tallies import of_report, range_of
 from shared.metrics.report import Report, Score
-from shared.metrics.scores import bootstrap, bootstrap_trade_off, trade_off
+from shared.metrics.scores import bootstrap
 
-RATES = ("identity", "text", "background", "view", "accessory", "style", "copied")
+RATES = ("background", "view", "accessory", "style", "recognised", "no_face", "copied")
+BESIDE = ("place", "size", "views")
 COSINES = ("clip_t", "clip_i", "dino_i", "identity_i")
 
 
@@ -47,6 +49,7 @@ class Row:
     seconds_per_picture: float | None
     concept_bytes: float | None
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> what went wrong
+    apart: Mapping[str, float] = field(default_factory=dict)  # subject -> T, too low for it to stand in the scores
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -55,38 +58,14 @@ class Row:
         return self.scores[key].base if key in self.scores else None
 
 
-def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str]) -> Row:
-    """All pictures of a recipe together."""
-    made = [(s, p) for s, r in reports.items() for p in r.of_kind("concept")]
-    base = [(s, p) for s, r in reports.items() for p in r.of_kind("base")]
-    drifts = [(s, p) for s, r in reports.items() for p in r.of_kind("drift")]
-    known = {k for _, p in made for k, v in p.scores.items() if v is not None}
-    columns = {k: [_float(p.scores.get(k)) for _, p in made] for k in known}
-    floors = {k: [_float(p.scores.get(k)) for _, p in base] for k in known}
-    where = [(s, p.prompt) for s, p in made]
-    chances = [c for r in reports.values() if (i := r.score("identity")) and (c := i.chance) is not None]
-    scores: dict[str, Score] = {}
-    if {"identity", "text"} <= known:
-        span = bootstrap_trade_off(columns["identity"], columns["text"], where)
-        value, floor = (trade_off(_mean(c["identity"]), _mean(c["text"])) for c in (columns, floors))
-        scores["trade_off"] = make_score("trade_off", value, span, floor)
-    for key in (*RATES, *COSINES):
-        if key in known:
-            base_value = None if key == "copied" else _mean(floors[key])
-            chance = sum(chances) / len(chances) if key == "identity" and chances else None
-            scores[key] = make_score(key, _mean(columns[key]), bootstrap(columns[key], where), base_value, chance)
-    if drifts:
-        values = [_float(p.scores.get("drift")) for _, p in drifts]
-        scores["drift"] = make_score("drift", _mean(values), bootstrap(values, [(s, p.prompt) for s, p in drifts]))
-    varied = [
-        (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
-        for r in reports.values()
-        for p in r.prompts
-    ]
-    if any(not math.isnan(v) for v, _ in varied):
-        scores["diversity"] = make_score(
-            "diversity", _mean([v for v, _ in varied]), bootstrap([v for v, _ in varied]), _mean([b for _, b in varied])
-        )
+def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str], pool_all: bool = False) -> Row:
+    """All pictures of a recipe together; without those of things of which the instruments pass too few true pictures
+    (`Report.apart`), unless `pool_all`.
+    """
+    apart = {s: r for s, r in reports.items() if r.apart and not pool_all}
+    pooled = {s: r for s, r in reports.items() if s not in apart}
+    made = [(s, p) for s, r in pooled.items() for p in r.of_kind("concept")]
+    scores = {s.key: s for s in _headline(pooled)} | _rates(pooled) | _spreads(pooled)
     costs = [r.costs for r in reports.values()]
     return Row(
         recipe,
@@ -97,7 +76,59 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
         _average([c.seconds_per_picture for c in costs]),
         _average([c.concept_bytes for c in costs]),
         dict(failed),
+        {s: t for s, r in apart.items() if (i := r.score("identity")) and (t := i.truth) is not None},
     )
+
+
+def _headline(reports: Mapping[str, Report]) -> list[Score]:
+    """The trade-off and its terms; identity with the mean T and the chance of the subjects."""
+    ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
+    made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
+    found = [i for r in reports.values() if (i := r.score("identity"))]
+    truth, chance = _average([i.truth for i in found]), _average([i.chance for i in found])
+    beside = {"truth": truth, "chance": chance}
+    return [s.model_copy(update=beside) if s.key == "identity" else s for s in headline(made, base, ranges)]
+
+
+def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
+    """Means over all pictures, and over the pairs with and without the concept."""
+    made, base, drifts = (
+        [(s, p) for s, r in reports.items() for p in r.of_kind(kind)] for kind in ("concept", "base", "drift")
+    )
+    known = {k for _, p in made for k, v in p.scores.items() if v is not None}
+    where = [(s, p.prompt) for s, p in made]
+    scores: dict[str, Score] = {}
+    for key in (*RATES, *COSINES):
+        if key in known:
+            column, floor = ([_float(p.scores.get(key)) for _, p in of] for of in (made, base))
+            base_value = None if key in NO_BASE else _mean(floor)
+            found = [c for r in reports.values() if (i := r.score(key)) and (c := i.chance) is not None]
+            scores[key] = make_score(key, _mean(column), bootstrap(column, where), base_value, _average(found))
+    if drifts:
+        values = [_float(p.scores.get("drift")) for _, p in drifts]
+        scores["drift"] = make_score("drift", _mean(values), bootstrap(values, [(s, p.prompt) for s, p in drifts]))
+    return scores
+
+
+def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
+    """Diversity over prompts, and what stands beside freedom over subjects."""
+    scores: dict[str, Score] = {}
+    varied = [
+        (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
+        for r in reports.values()
+        for p in r.prompts
+    ]
+    if any(not math.isnan(v) for v, _ in varied):
+        scores["diversity"] = make_score(
+            "diversity", _mean([v for v, _ in varied]), bootstrap([v for v, _ in varied]), _mean([b for _, b in varied])
+        )
+    for key in BESIDE:
+        found = [s for r in reports.values() if (s := r.score(key)) and s.value is not None]
+        if found:
+            value, base, truth = (_average([getattr(s, name) for s in found]) for name in ("value", "base", "truth"))
+            score = make_score(key, value, bootstrap([_float(s.value) for s in found]), base)
+            scores[key] = score.model_copy(update={"truth": truth})
+    return scores
 
 
 def _float(value: float | None) -> float:

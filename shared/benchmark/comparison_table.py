@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared.benchmark.aggregate import Goal, Row, aggregate
-from shared.evaluation.summary import ABOUT
+from shared.evaluation.score_texts import ABOUT
 from shared.metrics.html import formatted, plot_of, render, seconds, size
 from shared.metrics.report import Report, Score
 
-COLUMNS = ("trade_off", "identity", "text", "background", "copied", "drift", "diversity")
+COLUMNS = ("trade_off", "identity", "text", "freedom", "recognised", "copied", "drift", "views", "diversity")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class Comparison:
             ]
             cells += [_yes(self.goal.met(r))] if self._has_goal else []
             lines.append("| " + " | ".join(cells) + " |")
-        toy = "\nToy numbers: made and judged on the toybox.\n" if self.toybox else ""
-        return "\n".join(lines) + "\n" + toy
+        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        if self.apart:
+            listed = ", ".join(f"{s} ({t:.0%})" for s, t in self.apart.items())
+            notes.append(f"Shown apart, for the instruments pass fewer than half of their true pictures: {listed}.")
+        return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
         """One line per recipe and one per cell (`subject` empty for the pooled line), numbers in full."""
@@ -68,7 +71,10 @@ class Comparison:
                 "error",
             ]
         )
-        cells = [(aggregate(recipe, {subject: r}, {}), subject) for (recipe, subject), r in self.reports.items()]
+        cells = [
+            (aggregate(recipe, {subject: r}, {}, pool_all=True), subject)
+            for (recipe, subject), r in self.reports.items()
+        ]
         for row, subject in [*((r, "") for r in self.rows), *cells]:
             numbers = [
                 getattr(row.scores[k], name) if k in row.scores else None
@@ -84,7 +90,7 @@ class Comparison:
     def html(self) -> str:
         """A self-contained page: table, plot, and each cell's scores."""
         first = next(iter(self.reports.values()), None)
-        pooled = [Report(name=r.recipe, recipe=r.recipe, scores=list(r.scores.values())) for r in self.rows]
+        pooled = [Report(name=r.recipe, recipe=r.recipe, scores=list(r.scores.values())) for r in self.rows if r.scores]
         return render(
             "compare.html.j2",
             comparison=self,
@@ -97,6 +103,22 @@ class Comparison:
             cell=_cell,
         )
 
+    @property
+    def apart(self) -> dict[str, float]:
+        """The subjects that stand in no pooled figure, and the share of their true pictures that pass."""
+        return {s: t for r in self.rows for s, t in r.apart.items()}
+
+    @property
+    def three(self) -> bool:
+        """Whether freedom is a term of the trade-off."""
+        return any("freedom" in r.scores for r in self.rows)
+
+    @property
+    def chance(self) -> float | None:
+        """What a guess gets among the look-alikes; None without them."""
+        found = [s.chance for r in self.rows for k in ("recognised", "identity") if (s := r.scores.get(k))]
+        return next((c for c in found if c is not None), None)
+
     def _columns(self) -> list[str]:
         return [k for k in COLUMNS if any(k in r.scores for r in self.rows)]
 
@@ -107,8 +129,10 @@ class Comparison:
 
 def _cell(score: Score | None) -> str:
     """Value and interval."""
-    if score is None or score.value is None:
+    if score is None:
         return "–"
+    if score.value is None:
+        return "not measured"
     span = "" if score.low is None else f" ({formatted(score.low, score.unit)} to {formatted(score.high, score.unit)})"
     return formatted(score.value, score.unit) + span
 

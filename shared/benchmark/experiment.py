@@ -16,7 +16,7 @@ from pathlib import Path
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
 from shared.io.outputs import write_text
-from shared.metrics.report import Report
+from shared.metrics.report import SCHEMA_VERSION, Report
 
 Run = Callable[[str, str, Path], Report]
 
@@ -55,7 +55,12 @@ def benchmark(
     an error here rather than a mix of two experiments. A cell that raises is kept as failed, said so in every table, and
     run again next time (`retry`). progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
     """
-    shared = {"prompts": experiment.prompts, "seeds": list(experiment.seeds), "settings": dict(experiment.settings)}
+    shared = {
+        "prompts": experiment.prompts,
+        "seeds": list(experiment.seeds),
+        "settings": dict(experiment.settings),
+        "schema": SCHEMA_VERSION,  # scores of another version mean something else
+    }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda *_: None)
@@ -129,8 +134,15 @@ def compare(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: Goal = Goal(),
 ) -> Comparison:
-    """The table of reports by (recipe, subject). ValueError when they were not measured with the same instruments."""
+    """The table of reports by (recipe, subject). ValueError when they were not measured with the same instruments, or their
+    trade-offs have other terms."""
     failures = failures or {}
+    terms = {r.terms for r in reports.values() if not r.apart}
+    if len(terms) > 1:
+        raise ValueError(
+            "reports whose trade-offs have other terms cannot share a table: "
+            + "; ".join(", ".join(t) for t in sorted(terms))
+        )
     tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
     if len(tools) > 1:
         listed = "; ".join(", ".join(t) for t in sorted(tools))

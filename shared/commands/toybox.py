@@ -1,4 +1,4 @@
-"""`pcs toybox train | evaluate | sheet | subjects`: the embedded world, its model, and how both were made."""
+"""`pcs toybox train | evaluate | calibrate | sheet | subjects`: the embedded world, its model, and how both were made."""
 
 from __future__ import annotations
 
@@ -61,6 +61,18 @@ def evaluate(
 
     for line in measure(JudgeSettings(pictures, guidance, steps, seed, backbone), out, card, overwrite):
         print(line)
+
+
+@app.command()
+def calibrate(
+    things: int = typer.Option(12, min=2, help="number of training things to look at"),
+    seed: int = typer.Option(0, min=0),
+) -> None:
+    """Measure which encoder and crop tell poses apart, and what is typical of things (weights/calibration.json)."""
+    from shared.pretrain.evaluators.calibrate import calibrate as measure
+
+    for line in measure(things, seed):
+        print(line, flush=True)
 
 
 @app.command()

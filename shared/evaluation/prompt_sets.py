@@ -31,6 +31,8 @@ class Prompt(Part):
 
     text: str
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
+    # Whether the text leaves open from where the thing is seen and where it stands; None: as `expects` says.
+    pose_open: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -44,6 +46,11 @@ class Prompt(Part):
             if name not in ("concept", "class_noun"):
                 raise ValueError(unknown("{" + name + "}", ["{concept}", "{class_noun}"], "placeholder"))
         return text.strip()
+
+    @property
+    def free(self) -> bool:
+        """Whether pictures of it show how free poses are: a photo that names neither view nor placement."""
+        return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
         """The prompt for the model with the concept: `{concept}` is `<name>`."""

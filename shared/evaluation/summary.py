@@ -1,115 +1,108 @@
-"""From columns of measurements to the summary_scores scores, each with its interval and a sentence in plain words."""
+"""From columns of measurements to the headline scores, each with its interval and a sentence in plain words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from shared.evaluation.poses import Poses
+from shared.evaluation.score_texts import ABOUT, explained
+from shared.evaluation.tallies import pair_scores, tallies
 from shared.metrics.report import PictureRow, PromptRow, Score, number
 from shared.metrics.scorer import Measured, Scorer
-from shared.metrics.scores import bootstrap, bootstrap_trade_off, diversity, trade_off
+from shared.metrics.scores import bootstrap, diversity
+from shared.metrics.trade_off import Ranges, Tally, Terms, bootstrap_terms, measured_terms
+
+RATES = ("background", "view", "accessory", "style", "recognised", "no_face", "copied")
+NO_BASE = ("copied", "no_face")  # the base model knows no reference
 
 
 @dataclass(frozen=True)
-class _About:
-    title: str
-    explanation: str
-    unit: Literal["rate", "score", "cosine"] = "rate"
-    better: Literal["higher", "lower"] = "higher"
+class Arms:
+    """What was measured with the concept and without it, and the rows that say so."""
+
+    measured: Measured
+    floor: Measured
+    prompts: Sequence[int]  # of each picture, the number of its prompt
+    rows: Sequence[PictureRow]
+    base_rows: Sequence[PictureRow]
+    prompt_rows: Sequence[PromptRow]
+    poses: Poses | None
+    base_poses: Poses | None
+    drifts: Sequence[tuple[int, float]]
 
 
-ABOUT = {
-    "trade_off": _About(
-        "Trade-off",
-        "One number for the two that pull against each other: the harmonic mean of identity and prompt following. "
-        "It is low when either is.",
-        "score",
-    ),
-    "identity": _About(
-        "Identity",
-        "How often the picture shows this very thing: recognised among similar things, and no copy of a reference.",
-    ),
-    "text": _About(
-        "Prompt followed",
-        "Of the things a prompt asks for (background, view, accessory, style), how many the picture shows.",
-    ),
-    "background": _About("Background", "How often the background is the one asked for."),
-    "view": _About("View", "How often the thing is seen from the side asked for."),
-    "accessory": _About("Accessory", "How often the thing wears what was asked for."),
-    "style": _About("Style", "How often the picture is in the style asked for."),
-    "copied": _About(
-        "Copies",
-        "How many pictures repeat a reference instead of showing the subject anew. They count as failures of identity.",
-        better="lower",
-    ),
-    "clip_t": _About(
-        "CLIP-T", "Cosine of the picture and its prompt (with the class noun for the name) in CLIP.", "cosine"
-    ),
-    "clip_i": _About(
-        "CLIP-I",
-        "Mean cosine of the picture and the references in CLIP. A copy has the highest, so read it with Copies.",
-        "cosine",
-    ),
-    "dino_i": _About(
-        "DINO-I", "Mean cosine of the picture and the references in DINO: stricter on details than CLIP-I.", "cosine"
-    ),
-    "identity_i": _About(
-        "Likeness", "Mean cosine of the picture and the references in the identity encoder.", "cosine"
-    ),
-    "diversity": _About(
-        "Diversity",
-        "How different the pictures of one prompt are: 1 minus their mean cosine. "
-        "Zero means every seed gives the same picture.",
-        "score",
-    ),
-    "drift": _About(
-        "Drift",
-        "How much pictures of other things change when the concept is loaded: 1 minus the cosine with and without it.",
-        "score",
-        "lower",
-    ),
-}
-WITHOUT_GALLERY = "Likeness to the references, with copies counted as 0 (no gallery of similar things was given)."
-TEXT_BY_CLIP = "Cosine of picture and prompt in CLIP, stretched to 0–1 as CLIPScore does (the toybox's own as it is)."
-
-
-def summary_scores(
-    measured: Measured, floor: Measured, prompts: Sequence[int], drifts: Sequence[tuple[int, float]], scorer: Scorer
-) -> list[Score]:
+def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
     """The scores in reading order; those that were not measured are left out. Intervals draw whole prompts."""
-    out = []
-    if "text" in measured.scores:
-        low, high = bootstrap_trade_off(measured.scores["identity"], measured.scores["text"], prompts)
-        value, base = (trade_off(m.mean("identity"), m.mean("text")) for m in (measured, floor))
-        out.append(make_score("trade_off", value, (low, high), base))
-    for key in ("identity", "text", "background", "view", "accessory", "style", "copied"):
+    measured, floor, prompts = arms.measured, arms.floor, arms.prompts
+    figures = scorer.figures
+    ranges: Ranges = {"": figures.range} if figures is not None and figures.range is not None else {}
+    out = headline(
+        tallies("", arms.rows, arms.prompt_rows, "concept"),
+        tallies("", arms.base_rows, arms.prompt_rows, "base"),
+        ranges,
+    )
+    for key in RATES:
         if key in measured.scores:
-            chance = scorer.chance if key == "identity" else None
-            base = None if key == "copied" else floor.mean(key)
-            out.append(make_score(key, measured.mean(key), bootstrap(measured.scores[key], prompts), base, chance))
-    if drifts:
-        out.append(
-            make_score(
-                "drift",
-                sum(v for _, v in drifts) / len(drifts),
-                bootstrap([v for _, v in drifts], [i for i, _ in drifts]),
-            )
-        )
+            base = None if key in NO_BASE else floor.mean(key)
+            out.append(make_score(key, measured.mean(key), bootstrap(measured.scores[key], prompts), base))
+    if arms.drifts:
+        values = [v for _, v in arms.drifts]
+        span = bootstrap(values, [i for i, _ in arms.drifts])
+        out.append(make_score("drift", sum(values) / len(values), span))
     varied, base_varied = (list(diversity(m.embeddings, prompts).values()) for m in (measured, floor))
     if varied:
-        out.append(
-            make_score("diversity", sum(varied) / len(varied), bootstrap(varied), sum(base_varied) / len(base_varied))
-        )
+        base = sum(base_varied) / len(base_varied)
+        out.append(make_score("diversity", sum(varied) / len(varied), bootstrap(varied), base))
+    out += _beside(arms)
     for key in ("identity_i", "dino_i", "clip_i", "clip_t"):
         if key in measured.scores:
             out.append(make_score(key, measured.mean(key), bootstrap(measured.scores[key], prompts), floor.mean(key)))
-    return [_worded(s, scorer, measured) for s in out]
+    return [_completed(s, scorer, measured) for s in out]
+
+
+def headline(made: Sequence[Tally], base: Sequence[Tally], ranges: Ranges) -> list[Score]:
+    """`trade_off` and its terms, of one subject or of many. A freedom that was not measured has no value, and the
+    trade-off is 0 with it."""
+    terms, floor, spans = measured_terms(made, ranges), measured_terms(base, {}), bootstrap_terms(made, ranges)
+    out = []
+    if terms.trade_off is not None:
+        base_value = 0.0 if ranges else floor.trade_off
+        out.append(make_score("trade_off", terms.trade_off, spans["trade_off"], base_value))
+    if terms.identity is not None:
+        out.append(make_score("identity", terms.identity, spans["identity"], floor.identity))
+    if terms.text is not None:
+        out.append(make_score("text", terms.text, spans["text"], floor.text))
+    if terms.freedom is not None:
+        out.append(_freedom(terms, spans["freedom"], ranges))
+    return out
+
+
+def _freedom(terms: Terms, span: tuple[float, float], ranges: Ranges) -> Score:
+    if len(terms.unmeasured) == len(ranges):
+        return make_score("freedom", math.nan, (math.nan, math.nan))
+    score = make_score("freedom", terms.freedom, span)
+    if not terms.unmeasured:
+        return score
+    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} things, which count as 0."
+    return score.model_copy(update={"explanation": score.explanation + missing})
+
+
+def _beside(arms: Arms) -> list[Score]:
+    """What stands beside freedom: where the thing is, how large, and from how many sides it is seen."""
+    if arms.poses is None:
+        return []
+    nothing, base = (math.nan, math.nan), arms.base_poses
+    return [
+        make_score(key, getattr(arms.poses, key), nothing, getattr(base, key) if base else None)
+        for key in ("place", "size", "views")
+        if not math.isnan(getattr(arms.poses, key))
+    ]
 
 
 def make_score(
-    key: str, value: float, span: tuple[float, float], base: float | None = None, chance: float | None = None
+    key: str, value: float | None, span: tuple[float, float], base: float | None = None, chance: float | None = None
 ) -> Score:
     about = ABOUT[key]
     return Score(
@@ -126,42 +119,53 @@ def make_score(
     )
 
 
-def _worded(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """The wording for what the number is in this run."""
-    if score.key == "identity" and scorer.chance is None:
-        return score.model_copy(update={"explanation": WITHOUT_GALLERY, "unit": "score"})
-    if score.key == "text" and not any(measured.hits):
-        return score.model_copy(update={"explanation": TEXT_BY_CLIP, "unit": "score"})
-    return score
+def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
+    """The score as what it is in this run: its words, and what true pictures or the references themselves get."""
+    update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
+    if score.key in ("identity", "recognised") and scorer.chance is not None:
+        key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"
+        update |= {"chance": scorer.chance} if score.key == key else {}
+    if score.key == "identity" and "ceiling" in measured.scores:
+        update["truth"] = number(measured.mean("ceiling"))
+    if scorer.figures is not None and score.key in ("place", "size", "views"):
+        update["truth"] = getattr(scorer.figures, score.key)
+    if scorer.reference_range is not None and score.key == scorer.likeness_key:
+        update |= dict(zip(("among_low", "among_high"), scorer.reference_range, strict=True))
+    return score.model_copy(update=update)
 
 
 def prompt_rows(
     measured: Measured,
     floor: Measured,
     prompts: Sequence[int],
-    named: Sequence[str],
-    plain: Sequence[str],
+    texts: tuple[Sequence[str], Sequence[str]],
     rows: Sequence[PictureRow],
+    poses: Poses | None,
 ) -> list[PromptRow]:
-    """Means per prompt; the base model's as `base_…`, and `diversity` where there are several seeds."""
+    """Means per prompt; the base model's as `base_…`, `diversity` where there are several seeds, and the pairs of a
+    prompt that leaves the pose open.
+
+    texts: of the prompts, with the concept's name and in plain words
+    """
     varied, base_varied = (diversity(m.embeddings, prompts) for m in (measured, floor))
     out = []
-    for i in range(len(named)):
+    for i, (named, plain) in enumerate(zip(*texts, strict=True)):
         of_prompt = [n for n, p in enumerate(prompts) if p == i]
         scores: dict[str, float | None] = {k: _mean([v[n] for n in of_prompt]) for k, v in measured.scores.items()}
-        scores |= {
-            f"base_{k}": _mean([v[n] for n in of_prompt]) for k, v in floor.scores.items() if not k.startswith("cop")
-        }
+        scores |= {f"base_{k}": _mean([v[n] for n in of_prompt]) for k, v in _of_base(floor).items()}
         scores = {k: v for k, v in scores.items() if v is not None}
         if i in varied:
             scores |= {"diversity": varied[i], "base_diversity": base_varied[i]}
+        if poses is not None and i in poses.by_prompt:
+            scores |= pair_scores(poses.by_prompt[i])
         failures = sum(rows[n].failed for n in of_prompt)
-        out.append(
-            PromptRow(
-                prompt=i, text=named[i], plain=plain[i], pictures=len(of_prompt), failures=failures, scores=scores
-            )
-        )
+        row = {"prompt": i, "text": named, "plain": plain, "pictures": len(of_prompt), "failures": failures}
+        out.append(PromptRow(**row, scores=scores))
     return out
+
+
+def _of_base(floor: Measured) -> Mapping[str, list[float]]:
+    return {k: v for k, v in floor.scores.items() if not k.startswith("cop") and k != "ceiling"}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -37,6 +37,7 @@ class InstrumentInfo:
     toybox: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card says so; in [0, 1]
     text_weight: float = CLIP_SCORE_WEIGHT  # from a cosine of picture and text to a score on [0, 1]
+    fingerprint: str = ""  # of its weights, where what was measured with it may be kept and used again
 
 
 @runtime_checkable
@@ -70,6 +71,53 @@ class AttributeReader(Protocol):
         ...
 
 
+@runtime_checkable
+class SoftReader(AttributeReader, Protocol):
+    """A reader that says how sure it is, so that one misread picture does not turn a score of few."""
+
+    def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
+        """`[N, 3, H, W]` in [-1, 1] and the values asked for of each -> per picture: attribute -> its probability."""
+        ...
+
+
+@runtime_checkable
+class FaceFinder(Protocol):
+    """Says where an identity can be judged at all."""
+
+    def faces(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, H, W]` in [-1, 1] -> bool `[N]`: whether a face can be seen (not only the back of a head)."""
+        ...
+
+
+@runtime_checkable
+class Locator(Protocol):
+    """Finds the thing in a picture."""
+
+    def where(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, H, W]` in [-1, 1] -> `[N, h, w]` in [0, 1]: the chance that a cell shows the thing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Typical:
+    """What the measures of `Instruments` say of things that nothing is tested on: anchors for scores that may see
+    neither look-alikes nor the thing as it truly is.
+    """
+
+    same: float  # likeness of new pictures of a thing to its references
+    other: float  # of a thing of the same class and colours to them
+    free: float  # distance of crops of a thing from random views
+    fixed: float  # of a thing in one pose and place
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How pictures are cut to the thing before their poses are compared."""
+
+    margin: float = 1.35  # side of the crop, in sides of the thing
+    cells: int | None = None  # the detail that is kept, as the side of a grid
+
+
 @dataclass(frozen=True)
 class Instruments:
     """What an evaluation measures with; None where an instrument is missing (its scores are left out, and the report
@@ -79,6 +127,11 @@ class Instruments:
     text_image: TextImageEncoder | None = None
     identity: ImageEncoder | None = None
     attributes: AttributeReader | None = None
+    locator: Locator | None = None
+    pose: ImageEncoder | None = None  # tells poses apart on crops that `locator` aligned
+    crops: CropSettings = CropSettings()
+    typical: Typical | None = None
+    face_finder: FaceFinder | None = None
 
     @property
     def toybox(self) -> bool:
@@ -96,6 +149,11 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
         raise ValueError("pixels: not finite (NaN or infinity); the model that made these pictures diverged")
     array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array.permute(0, 2, 3, 1).numpy()]
+
+
+def to_bytes(pixels: Tensor) -> bytes:
+    """`[N, 3, H, W]` in [-1, 1] -> their 8-bit values, to compare or to hash."""
+    return b"".join(picture.tobytes() for picture in to_pil(pixels))
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,17 @@ from shared.metrics.report import PictureRow, Report, Score
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 LARGEST = 320  # pixels: larger pictures are scaled down for the page; the files keep their size
-MAIN = ("trade_off", "identity", "text")  # beside the plot
-MORE = ("copied", "drift", "diversity")
+MAIN = ("trade_off", "identity", "text", "freedom")  # beside the plot
+MORE = ("recognised", "no_face", "copied", "drift", "diversity", "views", "place", "size")
 ATTRIBUTES = ("background", "view", "accessory", "style")
+
+WHO = {
+    "concept": "with the concept",
+    "freedom": "with the concept",
+    "base": "base model",
+    "drift": "concept loaded",
+    "drift_base": "base model",
+}
 
 
 @lru_cache(maxsize=1)
@@ -65,19 +74,27 @@ def plot_of(reports: Sequence[Report]) -> str | None:
     """The trade-off plot of several reports and the base's floor; None where text was not measured."""
     points = []
     for r in reports:
-        identity, text = r.score("identity"), r.score("text")
+        identity, text, freedom = (r.score(key) for key in ("identity", "text", "freedom"))
         if identity is None or text is None or identity.value is None or text.value is None:
             continue
         if not points and identity.base is not None and text.base is not None:
             points.append(Point("base model, told only the class", identity.base, text.base, base=True))
-        points.append(Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text)))
+        point = Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text))
+        if freedom is not None:  # not measured: too few pictures show the thing, and it counts as none
+            point = replace(point, freedom=freedom.value or 0.0, freedom_range=_span(freedom))
+        points.append(point)
     if not points:
         return None
-    summary = "; ".join(f"{p.label}: identity {p.identity:.2f}, prompt followed {p.text:.2f}" for p in points)
+    summary = "; ".join(_said(p) for p in points)
     first = reports[0].score("identity")
-    return trade_off_svg(
-        points, f"Identity against prompt following. {summary}", chance=first.chance if first else None
-    )
+    beside = " and freedom" if any(p.freedom is not None for p in points) else ""
+    title = f"Identity against prompt following{beside}. {summary}"
+    return trade_off_svg(points, title, first.chance if first else None)
+
+
+def _said(point: Point) -> str:
+    freedom = "" if point.freedom is None else f", freedom {point.freedom:.2f}"
+    return f"{point.label}: identity {point.identity:.2f}, prompt followed {point.text:.2f}{freedom}"
 
 
 def _span(score: Score) -> tuple[float, float] | None:
@@ -88,7 +105,7 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
     """Per prompt: its row, the pictures with the concept, and those of the base model."""
     out = []
     for prompt in report.prompts:
-        made = [p for p in report.of_kind("concept") if p.prompt == prompt.prompt]
+        made = [p for p in (*report.of_kind("concept"), *report.of_kind("freedom")) if p.prompt == prompt.prompt]
         base = [p for p in report.of_kind("base") if p.prompt == prompt.prompt]
         out.append(
             {"prompt": prompt, "made": [_tile(report, p) for p in made], "base": [_tile(report, p) for p in base]}
@@ -103,9 +120,7 @@ def _drift_pairs(report: Report) -> list[dict[str, Any]]:
 
 
 def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
-    who = {"concept": "with the concept", "base": "base model", "drift": "concept loaded", "drift_base": "base model"}[
-        row.kind
-    ]
+    who = WHO[row.kind]
     wrong = f"; marked: {', '.join(row.flags)}" if row.flags else ""
     return {
         "src": inline(report.thumbs.get(row.file)),

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from shared.metrics.encoders import ImageEncoder, Instruments, load_clip, load_dino
-from shared.metrics.toybox import load_toybox, toybox_look_alikes
+from shared.metrics.toybox import load_toybox, toybox_known
+from shared.metrics.true_thing import Known
 
 #: The evaluators of a world of its own, by the name that a backbone states.
 OWN: Mapping[str, Callable[[], Instruments]] = {"toybox": load_toybox}
 
 
-def look_alikes(files: Sequence[Path]) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-    """Other things of the class, and new pictures of the thing that these pictures show, where a world knows it.
-
-    Returns:
-        name -> [n, 3, H, W], and [F, 3, H, W], in [-1, 1]; None where no world knows the pictures
-    """
-    return toybox_look_alikes(files)
+def known_thing(files: Sequence[Path]) -> Known | None:
+    """Look-alikes, new pictures and true pictures of the thing that these pictures show; None where no world knows it."""
+    return toybox_known(files)
 
 
 def load_instruments(
@@ -38,4 +34,5 @@ def load_instruments(
         raise ValueError(
             "nothing to measure with: give a local CLIP folder (clip=PATH), a DINO folder (dino=PATH), or both"
         )
-    return Instruments(text, who, owned.attributes)
+    typical = None if dino else owned.typical  # what is typical of the world's own encoder is not so of another
+    return replace(owned, text_image=text, identity=who, typical=typical)

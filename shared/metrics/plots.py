@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -20,7 +20,7 @@ MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe in the trade-off plot; identity and text on [0, 1], intervals where known."""
+    """One recipe in the trade-off plot; all on [0, 1], intervals where known."""
 
     label: str
     identity: float
@@ -28,46 +28,81 @@ class Point:
     identity_range: tuple[float, float] | None = None
     text_range: tuple[float, float] | None = None
     base: bool = False  # the floor: the base model without the concept
+    freedom: float | None = None
+    freedom_range: tuple[float, float] | None = None
 
 
-def trade_off_svg(
-    points: Sequence[Point],
-    title: str,
-    identity_label: str = "identity",
-    text_label: str = "prompt followed",
-    chance: float | None = None,
-) -> str:
-    """Identity (up) against prompt following (right); grey lines join equal trade-off. Returns one `<svg>` element."""
+@dataclass(frozen=True)
+class _Axis:
+    """One panel: what lies to the right, and of each point its value and interval."""
+
+    label: str
+    value: Callable[[Point], float | None]
+    span: Callable[[Point], tuple[float, float] | None]
+
+
+_TEXT = _Axis("prompt followed", lambda p: p.text, lambda p: p.text_range)
+_FREEDOM = _Axis("freedom", lambda p: p.freedom, lambda p: p.freedom_range)
+
+
+def trade_off_svg(points: Sequence[Point], title: str, chance: float | None = None) -> str:
+    """Identity (up) against prompt following (right), and beside it against freedom where it is known of any point.
+    Returns one `<svg>` element.
+
+    With two terms, grey lines join equal trade-off.
+    """
+    axes = [_TEXT, *([_FREEDOM] if any(p.freedom is not None for p in points) else [])]
     plt = _pyplot()
     with plt.rc_context(_style()):
-        figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
-        grid = np.linspace(1e-3, 1, 200)
-        x, y = np.meshgrid(grid, grid)
-        lines = axes.contour(
-            x, y, 2 * x * y / (x + y), levels=[0.2, 0.4, 0.6, 0.8], colors=INK, alpha=0.22, linewidths=0.8
+        figure, panels = plt.subplots(
+            1,
+            len(axes),
+            figsize=(5.6 if len(axes) == 1 else 8.2, 4.6),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
         )
-        axes.clabel(lines, fmt="%.1f", fontsize=7)
-        if chance is not None:
-            axes.axhline(chance, color=INK, alpha=0.5, linewidth=0.9, linestyle=":")
-            axes.text(0.01, chance + 0.012, "chance", fontsize=8, alpha=0.8)
-        number = 0
-        for point in points:
-            color, marker = (INK, "x") if point.base else (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
-            number += not point.base
-            errors: dict[str, Any] = {}
-            if point.text_range:
-                errors["xerr"] = _error(point.text, point.text_range)
-            if point.identity_range:
-                errors["yerr"] = _error(point.identity, point.identity_range)
-            axes.plot(point.text, point.identity, marker, color=color, markersize=8, label=point.label, clip_on=False)
-            if errors:
-                axes.errorbar(
-                    point.text, point.identity, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7, **errors
-                )
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=text_label, ylabel=identity_label)
-        axes.grid(alpha=0.12, color=INK)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        for axis, panel in zip(axes, panels[0], strict=True):
+            if len(axes) == 1:
+                _contours(panel)
+            if chance is not None:
+                panel.axhline(chance, color=INK, alpha=0.5, linewidth=0.9, linestyle=":")
+                panel.text(0.01, chance + 0.012, "chance", fontsize=8, alpha=0.8)
+            _draw_points(panel, points, axis)
+            panel.set(xlim=(0, 1), ylim=(0, 1), xlabel=axis.label)
+            panel.grid(alpha=0.12, color=INK)
+        panels[0][0].set_ylabel("identity")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         return _inline(figure, title)
+
+
+def _contours(panel: Any) -> None:
+    grid = np.linspace(1e-3, 1, 200)
+    x, y = np.meshgrid(grid, grid)
+    lines = panel.contour(
+        x, y, 2 * x * y / (x + y), levels=[0.2, 0.4, 0.6, 0.8], colors=INK, alpha=0.22, linewidths=0.8
+    )
+    panel.clabel(lines, fmt="%.1f", fontsize=7)
+
+
+def _draw_points(panel: Any, points: Sequence[Point], axis: _Axis) -> None:
+    """Every point that has a value on the axis, with its intervals."""
+    number = 0
+    for point in points:
+        color, marker = (INK, "x") if point.base else (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
+        number += not point.base
+        at, span = axis.value(point), axis.span(point)
+        if at is None:
+            continue
+        errors: dict[str, Any] = {}
+        if span:
+            errors["xerr"] = _error(at, span)
+        if point.identity_range:
+            errors["yerr"] = _error(point.identity, point.identity_range)
+        panel.plot(at, point.identity, marker, color=color, markersize=8, label=point.label, clip_on=False)
+        if errors:
+            panel.errorbar(at, point.identity, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7, **errors)
 
 
 def _error(value: float, span: tuple[float, float]) -> list[list[float]]:

@@ -11,10 +11,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shared.io.safe_paths import safe_relative
+from shared.metrics.true_thing import TrueFigures
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: identity is verification, freedom, three terms
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-Kind = Literal["concept", "base", "drift", "drift_base"]
+# "freedom": with the concept, of further seeds of the prompts that leave the pose open; they count for freedom alone.
+Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
+APART = 0.5  # T below it: the instruments pass fewer than half of the true pictures, and the thing is shown apart
 
 
 class _Row(BaseModel):
@@ -29,10 +32,13 @@ class Score(_Row):
     value: float | None
     low: float | None = None  # 95 % interval
     high: float | None = None
-    unit: Literal["rate", "score", "cosine"] = "score"
+    unit: Literal["rate", "score", "cosine", "count"] = "score"
     better: Literal["higher", "lower"] = "higher"
     base: float | None = None  # the same for the base model, told only the class: the floor
     chance: float | None = None
+    truth: float | None = None  # the same of true pictures of the thing, where they can be drawn
+    among_low: float | None = None  # the same of each reference among the others: least and most
+    among_high: float | None = None
     explanation: str = ""
 
 
@@ -92,7 +98,7 @@ class Report(BaseModel):
     """The whole evaluation of one concept. `thumbs` (PNG bytes by file name) is kept as files, not in the JSON."""
 
     model_config = ConfigDict(extra="forbid")
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     class_noun: str = ""
     recipe: str = ""
@@ -108,6 +114,7 @@ class Report(BaseModel):
     instruments: list[Instrument] = []
     gallery: list[str] = []  # the other things that the subject was told from
     copy_limits: dict[str, float] = {}
+    truth: TrueFigures | None = None  # what was measured on true pictures of the thing, where they can be drawn
     costs: Costs = Costs()
     metadata: dict[str, Any] = {}  # of the concept, as it says itself
     notes: list[str] = []  # what a reader must know: instruments missing, a small gallery
@@ -121,6 +128,18 @@ class Report(BaseModel):
         """The value of a headline score; None when it was not measured."""
         score = self.score(key)
         return None if score is None else score.value
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What the trade-off is the mean of: freedom stands in it where true pictures of the thing say its range."""
+        free = self.truth is not None and self.truth.range is not None
+        return ("identity", "text", "freedom") if free else ("identity", "text")
+
+    @property
+    def apart(self) -> bool:
+        """Whether the instruments pass too few true pictures of this thing for its figures to stand with others'."""
+        identity = self.score("identity")
+        return identity is not None and identity.truth is not None and identity.truth < APART
 
     def of_kind(self, kind: Kind) -> list[PictureRow]:
         return [p for p in self.pictures if p.kind == kind]

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shared.metrics.copying import Copying, calibrate, find_copies
-from shared.metrics.encoders import DinoEncoder, ImageEncoder, Instruments
-from shared.metrics.scores import attribute_hits, clip_i, clip_t, retrieve, text_score, trade_off
+from shared.metrics.encoders import DinoEncoder, Instruments
+from shared.metrics.measure_true import ceilings
+from shared.metrics.scores import attribute_hits, clip_i, clip_t, leave_one_out, text_score
+from shared.metrics.stand_ins import Previewed, stand_ins
+from shared.metrics.true_thing import TrueFigures
+from shared.metrics.verification import FACELESS, Look, Verifier
 
 Expects = Mapping[str, str]
-SUBJECT = "the subject"
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
@@ -34,8 +36,12 @@ class Measured:
     hits: list[dict[str, bool]]  # per picture: attribute -> seen as asked for
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
     nearest: list[str]  # per picture: the gallery entry it looks most like; "" without a gallery
-    copying: Copying | None
-    embeddings: Tensor  # [N, D] of the whole picture, for diversity
+    look: Look
+
+    @property
+    def embeddings(self) -> Tensor:
+        """`[N, D]` of the whole picture, for diversity."""
+        return self.look.whole
 
     def mean(self, key: str) -> float:
         """The mean of a column without its NaN; NaN when nothing is left."""
@@ -48,10 +54,10 @@ class Scorer:
     """Compares pictures with a subject's references.
 
     references: `[R, 3, H, W]` in [-1, 1]. gallery: other things of the class, name -> `[n, 3, H, W]`; with it,
-    identity is "recognised among them", without it the likeness to the references. fresh: pictures of the subject
-    that are no references, to calibrate what counts as a copy. expects: what a picture of a prompt (in plain words)
-    must show. through: what the pictures have passed (the model's autoencoder): the gallery is sent through it too, so
-    that like is compared with like, and what the autoencoder cannot show is not held against the concept.
+    identity is "recognised among them", and with `figures` of the true thing "verified"; without it the likeness to the
+    references. fresh: pictures of the subject that are no references, to calibrate what counts as a copy. expects: what
+    a picture of a prompt (in plain words) must show. through: what the pictures have passed (the model's autoencoder).
+    masks: `[R, H, W]`, where the thing is in the references.
     """
 
     references: Tensor
@@ -62,30 +68,21 @@ class Scorer:
     fresh: Tensor | None = None
     expects: Mapping[str, Expects] = field(default_factory=dict)
     through: Callable[[Tensor], Tensor] | None = None
+    masks: Tensor | None = None
+    figures: TrueFigures | None = None
 
     def __post_init__(self) -> None:
         tools = self.instruments
-        self._who: ImageEncoder | None = tools.identity or tools.text_image
-        self._whole: ImageEncoder | None = tools.text_image or tools.identity
-        if self._who is None or self._whole is None:
-            raise ValueError("a scorer needs at least one image encoder: a CLIP or a DINO folder, or the toybox's own")
-        if len(self.references) == 0:
-            raise ValueError("no references: a scorer needs at least one picture of the subject")
-        self._who_references = self._who.images(self.references)
-        same = self._who is self._whole
-        self._references = self._who_references if same else self._whole.images(self.references)
-        fresh = None if self.fresh is None else self._whole.images(self.fresh)
-        self.limits = calibrate(self.references, self._references, self.fresh, fresh)
-        self._gallery: dict[str, Tensor] | None = None
-        if self.gallery:
-            gallery = {SUBJECT: self.references, **self.gallery}
-            self._gallery = {n: self._who.images(self.through(p) if self.through else p) for n, p in gallery.items()}
-        self.likeness_key = "dino_i" if isinstance(self._who, DinoEncoder) else "clip_i" if same else "identity_i"
+        self.verifier = Verifier(self.references, tools, self.class_noun, self.gallery, self.fresh, self.through)
+        who, same = self.verifier.who, self.verifier.who is self.verifier.whole
+        self.likeness_key = "dino_i" if isinstance(who, DinoEncoder) else "clip_i" if same else "identity_i"
+        self.limits, self.chance = self.verifier.limits, self.verifier.chance
+        among = leave_one_out(self.verifier.who_references)
+        self.reference_range = (float(among.min()), float(among.max())) if len(among) > 1 else None
 
     @property
-    def chance(self) -> float | None:
-        """What a guess gets in the gallery; None without one."""
-        return 1 / len(self._gallery) if self._gallery else None
+    def _pasted(self) -> float | None:
+        return None if self.figures is None else self.figures.pasted
 
     def plain(self, prompt: str) -> str:
         """The prompt with the concept's name replaced by the class noun."""
@@ -98,35 +95,51 @@ class Scorer:
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
         expected = [self.expects.get(p, {}) for p in plain] if expects is None else list(expects)
-        assert self._who is not None and self._whole is not None
-        whole = self._whole.images(pixels)
-        who = whole if self._who is self._whole else self._who.images(pixels)
-        copying = find_copies(pixels, whole, self.references, self._references, self.limits)
-        scores: dict[str, list[float]] = {self.likeness_key: clip_i(who, self._who_references).tolist()}
+        look = self.verifier.look(pixels)
+        scores: dict[str, list[float]] = {self.likeness_key: clip_i(look.who, self.verifier.who_references).tolist()}
         if self.instruments.text_image is not None:
-            scores["clip_t"] = clip_t(whole, self.instruments.text_image.texts(plain)).tolist()
-            scores["clip_i"] = clip_i(whole, self._references).tolist()
+            scores["clip_t"] = clip_t(look.whole, self.instruments.text_image.texts(plain)).tolist()
+            scores["clip_i"] = clip_i(look.whole, self.verifier.whole_references).tolist()
         scores |= {
-            "copied": copying.copied.double().tolist(),
-            "copy_pixel": copying.pixel.tolist(),
-            "copy_embed": copying.embed.tolist(),
+            "copied": look.copied(self._pasted).double().tolist(),
+            "copy_pixel": look.copying.pixel.tolist(),
+            "copy_embed": look.copying.embed.tolist(),
         }
-        nearest = self._identity(who, copying, scores)
+        if look.pasted is not None and self._pasted is not None:
+            scores["copy_thing"] = look.pasted.amax(1).tolist()
         hits, seen = self._attributes(pixels, expected, scores)
+        nearest = self._identity(look, expected, scores)
         self._follows(hits, scores)
-        return Measured(scores, hits, seen, nearest, copying, whole)
+        return Measured(scores, hits, seen, nearest, look)
 
-    def _identity(self, who: Tensor, copying: Copying, scores: dict[str, list[float]]) -> list[str]:
-        """Adds `identity` (copies count as 0) and, with a gallery, `recognised` and `margin`."""
-        fresh = (~copying.copied).double()
-        if self._gallery is None:
+    def _identity(self, look: Look, expected: Sequence[Expects], scores: dict[str, list[float]]) -> list[str]:
+        """Adds `identity` (copies count as 0); with a gallery `recognised` and `margin`; with the true thing's figures
+        `verified`, `likeness` and `ceiling`; for faces `no_face`."""
+        fresh = (~look.copied(self._pasted)).double()
+        nearest = [""] * len(fresh)
+        if look.retrieved is None:
             likeness = torch.tensor(scores[self.likeness_key], dtype=torch.float64).clamp(0, 1)
-            scores["identity"] = (likeness * fresh).tolist()
-            return [""] * len(who)
-        retrieved = retrieve(who, self._gallery, SUBJECT)
-        scores |= {"recognised": retrieved.hits.double().tolist(), "margin": retrieved.margin.tolist()}
-        scores["identity"] = (retrieved.hits.double() * fresh).tolist()
-        return list(retrieved.nearest)
+            identity = likeness * fresh
+        else:
+            retrieved = look.retrieved
+            nearest = list(retrieved.nearest)
+            scores |= {"recognised": retrieved.hits.double().tolist(), "margin": retrieved.margin.tolist()}
+            identity = retrieved.hits.double() * fresh
+        if look.face is not None:
+            scores["no_face"] = (~look.face).double().tolist()
+            identity = identity * look.face.double()
+        if look.retrieved is not None and self.figures is not None:
+            least, ceiling = ceilings(self.figures, expected)
+            identity = look.passes(least, self._pasted).double()
+            identity[torch.tensor(ceiling).isnan()] = math.nan
+            scores |= {"verified": identity.tolist(), "likeness": look.likeness.tolist(), "ceiling": ceiling}
+        if look.face is not None:
+            hidden = ~look.face & torch.tensor([e.get("view") in FACELESS for e in expected], dtype=torch.bool)
+            identity[hidden] = math.nan  # what was asked for shows no face: nothing to judge
+            if "ceiling" in scores:
+                scores["ceiling"] = [math.nan if h else c for h, c in zip(hidden, scores["ceiling"], strict=True)]
+        scores["identity"] = identity.tolist()
+        return nearest
 
     def _attributes(
         self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
@@ -152,14 +165,9 @@ class Scorer:
             scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Means over the pictures, and `score`: the trade-off of identity and text (identity alone where there is no
-        text score).
-        """
+        """Means over the pictures, and `score`, which chooses the best checkpoint: see `stand_ins`."""
+        plain = [self.plain(p) for p in prompts]
         measured = self.measure(pixels, prompts)
         out = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}
-        identity = out.get("identity", 0.0)
-        if self._gallery is not None:
-            # Few pictures make retrieval coarse: likeness tells steps apart that are recognised equally often.
-            identity = (identity + max(0.0, min(1.0, out[self.likeness_key])) * (1 - out["copied"])) / 2
-        out["score"] = trade_off(identity, out["text"]) if "text" in out else identity
-        return out
+        expected = [self.expects.get(p, {}) for p in plain]
+        return out | stand_ins(Previewed(pixels, plain, expected, measured.look, measured.scores), self.instruments)

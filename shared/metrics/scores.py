@@ -44,6 +44,16 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
     return clip_i(outputs, references)
 
 
+def leave_one_out(references: Tensor) -> Tensor:
+    """Per reference `[R]` its mean cosine with the others: what `clip_i` would give for a picture of the very subject;
+    empty for fewer than two."""
+    count = len(references)
+    if count < 2:
+        return torch.zeros(0, dtype=torch.float64)
+    between = cosine(references, references)
+    return (between.sum(1) - between.diagonal()) / (count - 1)
+
+
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
     """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))` (CLIPScore, arXiv 2104.08718: 2.5).
 
@@ -146,12 +156,12 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
     return float(within - 2 * kxy.mean())
 
 
-def trade_off(identity: float, text: float) -> float:
-    """One number for both: the harmonic mean of two scores on [0, 1]; 0 when either is (copying, or ignoring the
-    subject).
+def trade_off(*terms: float) -> float:
+    """One number for several that pull against each other: the harmonic mean of scores on [0, 1]; 0 when any is 0
+    (copying, ignoring the prompt, one pose for every seed).
     """
-    a, b = (min(1.0, max(0.0, v)) for v in (identity, text))
-    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+    values = [min(1.0, max(0.0, v)) for v in terms]
+    return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
 
 
 def bootstrap(
@@ -194,48 +204,6 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / trials + zz / (4 * trials))
     low, high = (middle - half) / (1 + zz), (middle + half) / (1 + zz)
     return (0.0 if hits == 0 else low), (1.0 if hits == trials else high)
-
-
-def bootstrap_trade_off(
-    identity: Sequence[float],
-    text: Sequence[float],
-    clusters: Sequence[Hashable],
-    level: float = 0.95,
-    rounds: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Interval of `trade_off(mean identity, mean text)`, the clusters drawn together; NaN values are left out of
-    their mean.
-
-    Where one of the two is all 0 or all 1, its Wilson interval (see `bootstrap`) widens the result.
-    """
-    columns = [np.asarray(v, dtype=np.float64) for v in (identity, text)]
-    index = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
-    if not index:
-        return math.nan, math.nan
-    group = np.array([index[c] for c in clusters])
-    draws = np.random.default_rng(seed).integers(0, len(index), (rounds, len(index)))
-    means = []
-    for column in columns:
-        known = ~np.isnan(column)
-        sums = np.bincount(group, np.where(known, column, 0.0), len(index))
-        counts = np.bincount(group, known.astype(float), len(index))
-        total = counts[draws].sum(1)
-        means.append(np.divide(sums[draws].sum(1), total, out=np.full(rounds, np.nan), where=total > 0))
-    values = [trade_off(a, b) for a, b in zip(*means, strict=True) if not (math.isnan(a) or math.isnan(b))]
-    if not values:
-        return math.nan, math.nan
-    low, high = (float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
-    ends = [_ends(c, clusters, level) for c in columns]
-    return min(low, trade_off(ends[0][0], ends[1][0])), max(high, trade_off(ends[0][1], ends[1][1]))
-
-
-def _ends(column: np.ndarray, clusters: Sequence[Hashable], level: float) -> tuple[float, float]:
-    """Wilson's interval of a column that is all 0 or all 1; its mean, twice, of any other."""
-    known = column[~np.isnan(column)]
-    if len(known) and np.all(known == known[0]) and known[0] in (0.0, 1.0):
-        return bootstrap(column.tolist(), clusters, level)
-    return float(known.mean()), float(known.mean())
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from shared.metrics.encoders import CARD_KEYS, TEXT_AND_LIKENESS, ClipEncoder, InstrumentInfo, Instruments, resize01
+from shared.metrics.encoders import (
+    CARD_KEYS,
+    TEXT_AND_LIKENESS,
+    ClipEncoder,
+    CropSettings,
+    ImageEncoder,
+    InstrumentInfo,
+    Instruments,
+    Typical,
+    resize01,
+)
+from shared.metrics.true_thing import Known
+
+CALIBRATION = "calibration.json"  # among the weights
 
 
 class ToyboxIdentity:
     """The toybox's identity encoder behind the common interface."""
+
+    def __init__(self, model: Any, info: InstrumentInfo) -> None:
+        self.model, self.info = model, info
+
+    def images(self, pixels: Tensor) -> Tensor:
+        return self.model.embed(resize01(pixels, 64))
+
+
+class ToyboxFeatures:
+    """What the recognizer sees before it names it, as an embedding."""
 
     def __init__(self, model: Any, info: InstrumentInfo) -> None:
         self.model, self.info = model, info
@@ -31,6 +57,19 @@ class ToyboxReader:
     def read(self, pixels: Tensor) -> dict[str, list[str]]:
         return self.model.predict(resize01(pixels, 64))
 
+    def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
+        found, values = self.model.probabilities(resize01(pixels, 64)), self.model.config.values
+        return [{k: float(found[k][i, values[k].index(v)]) for k, v in of.items()} for i, of in enumerate(asked)]
+
+    def where(self, pixels: Tensor) -> Tensor:
+        return self.model.where(resize01(pixels, 64))
+
+    def faces(self, pixels: Tensor) -> Tensor:
+        """From the front or from the side: from behind and from above there is only hair."""
+        from shared.toybox.evaluators.recognizer import FACE_VIEWS
+
+        return torch.tensor([view in FACE_VIEWS for view in self.read(pixels)["view"]], dtype=torch.bool)
+
 
 def load_toybox() -> Instruments:
     """The shipped evaluators. FileNotFoundError says how to make one that is missing."""
@@ -40,23 +79,75 @@ def load_toybox() -> Instruments:
 
     card = toybox_accuracy()
     model, processor = toybox_clip()
+
+    def info(name: str, title: str, measures: str, **more: Any) -> InstrumentInfo:
+        return InstrumentInfo(title, measures, True, card.get(name, {}), fingerprint=_fingerprint(name), **more)
+
     # This small CLIP's cosines are larger (of a picture and its caption 0.3 in the mean, up to 0.8): taken as they are.
-    text = InstrumentInfo("toybox CLIP", TEXT_AND_LIKENESS, True, card.get("clip", {}), text_weight=1.0)
-    who = InstrumentInfo("toybox identity encoder", "which individual thing it is", True, card.get("identity", {}))
-    what = InstrumentInfo("toybox recognizer", "background, view, accessory, style", True, card.get("recognizer", {}))
-    return Instruments(
-        ClipEncoder(model, processor.image_processor, processor.tokenizer, text),
-        ToyboxIdentity(load_identity(), who),
-        ToyboxReader(load_recognizer(), what),
+    text = info("clip", "toybox CLIP", TEXT_AND_LIKENESS, text_weight=1.0)
+    who = info("identity", "toybox identity encoder", "which individual thing it is")
+    what = info("recognizer", "toybox recognizer", "background, view, accessory, style")
+    clip = ClipEncoder(model, processor.image_processor, processor.tokenizer, text)
+    reader = ToyboxReader(load_recognizer(), what)
+    identity = ToyboxIdentity(load_identity(), who)
+    found = Instruments(clip, identity, reader, locator=reader, face_finder=reader)
+    measured = calibration()
+    if not measured:
+        return found
+    return replace(
+        found,
+        pose=pose_encoders(found)[measured["encoder"]],
+        crops=CropSettings(**measured["crops"]),
+        typical=Typical(**measured["typical"]),
     )
 
 
-def toybox_look_alikes(files: Sequence[Path]) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-    """The look-alikes of the held-out thing that an album shows, and new renders of it; None twice for other pictures."""
+def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
+    """What could tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
+    assert isinstance(found.attributes, ToyboxReader) and found.text_image is not None and found.identity is not None
+    seen = ToyboxFeatures(found.attributes.model, found.attributes.info)
+    return {"clip": found.text_image, "identity": found.identity, "recognizer": seen}
+
+
+def calibration() -> dict[str, Any]:
+    """What `pcs toybox calibrate` wrote: which `encoder` compares poses, on which `crops`, and the `typical` readings;
+    empty where it has not been run."""
+    from shared.toybox.evaluators.convnet import WEIGHTS
+
+    path = WEIGHTS / CALIBRATION
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def _fingerprint(name: str) -> str:
+    from shared.toybox.evaluators.convnet import WEIGHTS, WEIGHTS_FILE
+
+    return hashlib.sha256((WEIGHTS / name / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
+class ToyboxThing:
+    """A thing of the toybox, drawn anew as it truly is."""
+
+    def __init__(self, thing: Any, split: str) -> None:
+        from shared.toybox.true_renders import drawing_code
+
+        self.thing, self.split = thing, split
+        self.key = f"{thing!r} {split} {drawing_code()}"
+
+    def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
+        from shared.toybox.true_renders import asked_pictures
+
+        return asked_pictures(self.thing, asked, seed, pose, self.split)
+
+
+def toybox_known(files: Sequence[Path]) -> Known | None:
+    """What the toybox knows of the held-out thing that an album shows; None for other pictures."""
     from shared.toybox import reference_sets
 
-    known = reference_sets.shown_in(files)
-    return (reference_sets.gallery(known), reference_sets.fresh(known)) if known else (None, None)
+    held = reference_sets.shown_in(files)
+    if held is None:
+        return None
+    true = ToyboxThing(held.thing, held.name.split("-")[0])
+    return Known(reference_sets.gallery(held), reference_sets.fresh(held), true)
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:

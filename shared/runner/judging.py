@@ -16,12 +16,13 @@ from shared.concept import Concept
 from shared.config import unknown
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
+from shared.io.cache import cache_folder
 from shared.io.checksums import sha256
-from shared.io.decode import read_picture
+from shared.io.decode import Picture, read_mask, read_picture
 from shared.io.read_subject import read_subject
 from shared.io.resize import resize
 from shared.io.terminal import encodable
-from shared.metrics.instruments import load_instruments, look_alikes
+from shared.metrics.instruments import known_thing, load_instruments
 from shared.metrics.report import Report, Score
 from shared.metrics.scorer import Scorer
 from shared.recipe.phases import expand_phases
@@ -147,18 +148,23 @@ def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
     subject = subject or find_references(concept, path, folder)
-    others, fresh = look_alikes(subject.images)
+    known = known_thing(subject.images)
     side = runner.backbone.resolution
     return Case(
         name=concept.meta.name,
         class_noun=concept.meta.class_noun,
         references=references(subject, side),
-        gallery=_gallery(gallery, side) if gallery else others,
-        fresh=fresh,
+        masks=reference_masks(subject, side),
+        gallery=_gallery(gallery, side) if gallery else known and known.gallery,
+        fresh=known and known.fresh,
         through=lambda pixels: _round_trip(runner.backbone, pixels),
+        through_key=runner.backbone.checkpoint,
+        true=known and known.true,
+        cache=cache_folder(),
         concept=path,
         recipe=concept.meta.learned_with.method,
         backbone=runner.backbone.name,
+        kind=concept.meta.kind,
         toy=runner.backbone.world is not None,
         training_seconds=concept.meta.metrics.get("training_seconds"),
         metadata=json.loads(concept.meta.model_dump_json(exclude={"recipe"})),
@@ -220,3 +226,11 @@ def score_line(score: Score) -> str:
 def references(subject: Subject, side: int) -> Tensor:
     """[N, 3, side, side] in [-1, 1]."""
     return torch.stack([resize(read_picture(p), side).pixels for p in subject.images])
+
+
+def reference_masks(subject: Subject, side: int) -> Tensor | None:
+    """[N, side, side] in [0, 1], cut as `references` are; None unless every picture has one."""
+    if not all(p in subject.masks for p in subject.images):
+        return None
+    masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]
+    return torch.stack([resize(m, side).pixels[0].add(1).div(2) for m in masks])

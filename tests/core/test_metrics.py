@@ -27,6 +27,10 @@ def test_clip_t_is_row_by_row_and_clip_i_is_the_mean_over_references() -> None:
     torch.testing.assert_close(scores.clip_t(a, b), full.diagonal())
     torch.testing.assert_close(scores.clip_i(a, b), full.mean(1))
     torch.testing.assert_close(scores.dino_i(a, a[:1])[0], torch.tensor(1.0, dtype=torch.float64))
+    others = [[j for j in range(4) if j != i] for i in range(4)]
+    expected = torch.stack([scores.clip_i(a[i : i + 1], a[o])[0] for i, o in enumerate(others)])
+    torch.testing.assert_close(scores.leave_one_out(a), expected)
+    assert len(scores.leave_one_out(a[:1])) == 0
     with pytest.raises(ValueError, match="one text per picture"):
         scores.clip_t(a, b[:2])
     with pytest.raises(ValueError, match="no references"):
@@ -109,6 +113,7 @@ def test_trade_off() -> None:
     assert scores.trade_off(1.0, 0.5) == pytest.approx(2 / 3)
     assert scores.trade_off(0.0, 1.0) == scores.trade_off(-0.3, 1.0) == scores.trade_off(0.0, 0.0) == 0.0
     assert scores.trade_off(1.7, 1.0) == 1.0
+    assert scores.trade_off(1.0, 0.5, 0.25) == pytest.approx(3 / 7) and scores.trade_off(1.0, 1.0, 0.0) == 0.0
 
 
 # intervals
@@ -137,8 +142,6 @@ def test_bootstrap_of_nothing_of_nan_and_of_certainty() -> None:
     assert scores.bootstrap([0.25, 0.25, math.nan]) == (0.25, 0.25)
     low, high = scores.bootstrap([1.0] * 20, [i // 2 for i in range(20)])
     assert high == 1.0 and low == pytest.approx(scores.wilson(10, 10)[0]) and 0.6 < low < 0.8
-    low, high = scores.bootstrap_trade_off([0.0] * 10, [1.0] * 10, range(10))
-    assert low == 0 and 0.2 < high < 0.6
 
 
 def test_wilson_against_its_published_example() -> None:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from shared.metrics import scores, toybox
 from shared.metrics.encoders import InstrumentInfo, Instruments
-from shared.metrics.scorer import SUBJECT, Scorer
+from shared.metrics.scorer import Scorer
+from shared.metrics.stand_ins import FLOOR
+from shared.metrics.verification import SUBJECT
 from tests.core.smooth_pictures import drawn, embed, smooth_pictures
 
 
@@ -77,10 +79,12 @@ def test_scorer_score_prefers_the_subject_and_the_prompt() -> None:
     scorer = Scorer(references, tools, "mug", "m", expects=expects)
     beach = scorer(near, ["a <m> on the beach"])
     assert beach["attributes"] == beach["text"] == beach["background"] == 1
-    assert beach["score"] == pytest.approx(scores.trade_off(beach["identity"], 1.0))
-    assert scorer(near, ["a <m> in the snow"])["score"] == 0
+    assert beach["score"] == pytest.approx(scores.trade_off(beach["stand_in_identity"], 1.0))
+    assert beach["stand_in_identity"] == pytest.approx(beach["identity_i"])
+    snow = scorer(near, ["a <m> in the snow"])
+    assert snow["score"] == pytest.approx(scores.trade_off(beach["stand_in_identity"], FLOOR))
     assert scorer(smooth_pictures(1, seed=50), ["a <m> on the beach"])["score"] < beach["score"]
-    assert scorer(references[:1], ["a <m> on the beach"])["score"] == 0
+    assert scorer(references[:1], ["a <m> on the beach"])["score"] == pytest.approx(scores.trade_off(FLOOR, 1.0))
     with pytest.raises(ValueError, match="1 pictures and 2 prompts"):
         scorer.measure(near, ["a", "b"])
 
@@ -92,4 +96,4 @@ def test_scorer_needs_references_and_an_encoder() -> None:
         Scorer(smooth_pictures(1), Instruments())
     only = Scorer(smooth_pictures(3), Instruments(identity=_Pool()))
     measured = only(smooth_pictures(2, seed=4), ["x", "y"])
-    assert "text" not in measured and measured["score"] == measured["identity"]
+    assert "text" not in measured and measured["score"] == pytest.approx(measured["stand_in_identity"])

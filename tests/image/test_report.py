@@ -170,7 +170,8 @@ def test_costs_and_facts(report: Report) -> None:
     assert costs.seconds_per_picture is not None and costs.seconds_per_picture > 0
     assert costs.peak_memory is not None and costs.peak_memory > 10_000_000
     assert report.toybox and [i.accuracy for i in report.instruments][1:] == [{"identity": 0.96}, {"background": 0.99}]
-    assert report.notes == []
+    (note,) = report.notes
+    assert "two terms" in note and "no true pictures" in note
     assert report.prompts[1].failures == 1 and report.prompts[0].scores["recognised"] is not None
 
 

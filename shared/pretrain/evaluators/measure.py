@@ -20,7 +20,7 @@ from shared.toybox import subjects, world
 from shared.toybox.captions import caption
 from shared.toybox.evaluators.clip import image_features, load_clip, text_features
 from shared.toybox.evaluators.identity import load_identity
-from shared.toybox.evaluators.recognizer import ATTRIBUTES, load_recognizer
+from shared.toybox.evaluators.recognizer import ATTRIBUTES, FACE_VIEWS, load_recognizer
 
 Degrade = Callable[[Tensor], Tensor]
 
@@ -99,14 +99,19 @@ def measure_identity(
 
     Every entry of a gallery (subject and distractors) is `references` reference pictures; the queries are other
     pictures of it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
+    With `faces`, queries in which the recognizer sees no face (only hair, from behind or from above) are not judged, as
+    face recognizers do, and counted as `no_face`.
     """
     right: list[bool] = []
     own: list[bool] = []
     by_view: dict[str, list[bool]] = {}
     by_subject: dict[str, float] = {}
+    faceless = 0
     held_out = (subjects.faces if faces else subjects.subjects)(split)
     for number, held in enumerate(held_out):
-        hits = _identity_hits(held, split, references, queries, [seed, number, 78], degrade)
+        found = _identity_hits(held, split, references, queries, [seed, number, 78], degrade)
+        hits = [(index, view, hit) for index, view, hit, face in found if face or not faces]
+        faceless += len(found) - len(hits)
         right += [hit for _, _, hit in hits]
         own += [hit for index, _, hit in hits if index == 0]
         for _, view, hit in hits:
@@ -117,6 +122,7 @@ def measure_identity(
         "retrieval": round(float(np.mean(right)), 4),
         "subject": round(float(np.mean(own)), 4),
         "queries": len(right),
+        "no_face": faceless,
         "gallery": gallery,
         "chance": round(1 / gallery, 4),
         "by_view": {name: round(float(np.mean(hits)), 4) for name, hits in sorted(by_view.items())},
@@ -126,8 +132,8 @@ def measure_identity(
 
 def _identity_hits(
     held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
-) -> list[tuple[int, str, bool]]:
-    """For every query: its entry of the gallery, its view, whether the right entry was found."""
+) -> list[tuple[int, str, bool, bool]]:
+    """For every query: its entry of the gallery, its view, whether the right entry was found, whether a face is seen."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
     through = degrade or (lambda pictures: pictures)
@@ -136,9 +142,10 @@ def _identity_hits(
         for i, t in enumerate(gallery)
     ]
     scenes = [world.sample_scene(rng, split, thing=thing, style="photo") for thing in gallery for _ in range(queries)]
-    pictures = render_all(scenes)
-    found = retrieve(encoder.embed(through(pictures)), shown).tolist()
-    return [(k // queries, scene.view, found[k] == k // queries) for k, scene in enumerate(scenes)]
+    pictures = through(render_all(scenes))
+    found = retrieve(encoder.embed(pictures), shown).tolist()
+    faces = [view in FACE_VIEWS for view in load_recognizer().predict(pictures)["view"]]
+    return [(k // queries, scene.view, found[k] == k // queries, faces[k]) for k, scene in enumerate(scenes)]
 
 
 @torch.no_grad()

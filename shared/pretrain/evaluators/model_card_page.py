@@ -138,11 +138,24 @@ def _evaluators(card: dict[str, Any]) -> str:
     return (
         f"{card['fresh_renders']} fresh renders with patterns and identities of no training picture, every style, "
         f"scale 0.4–1.1.\nIdentity: a gallery of {facts['gallery']} (the thing and its distractors of same class and "
-        f"palette), five reference pictures each,\nqueries from random views (chance {_percent(facts['chance'])}).\n\n"
+        f"palette), five reference pictures each,\nqueries from random views (chance {_percent(facts['chance'])})."
+        f"{_faceless(found)}\n\n"
         + _table(["", *_ways(recognizer), "aim"], rows)
         + f"\nThe recognizer's commonest errors ({_ways(recognizer)[-1]}):\n\n"
         + "\n".join(errors)
         + "\n"
+    )
+
+
+def _faceless(found: dict[str, Any]) -> str:
+    """How many queries of faces show none, where it was counted."""
+    counts = [found[k]["clean"]["no_face"] for k in found if k.startswith("faces_") and "no_face" in found[k]["clean"]]
+    judged = [found[k]["clean"]["queries"] for k in found if k.startswith("faces_")]
+    if not counts:
+        return ""
+    return (
+        f" Faces are judged where a face can be seen;\nof {sum(counts) + sum(judged)} queries {sum(counts)} show none "
+        "(only hair, from behind or from above) and are left out."
     )
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 ATTRIBUTES = ("class", "main", "second", "background", "view", "accessory", "style")
+FACE_VIEWS = ("front", "side")  # a face can be seen; from behind and from above there is only hair
 
 
 class RecognizerConfig(BaseModel):
@@ -68,6 +70,22 @@ class Recognizer(nn.Module):
         return (
             {name: torch.cat([p[name] for p in parts]).softmax(1).cpu() for name in self.config.values} if parts else {}
         )
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
+        """`[B, 3, 64, 64]` in [0, 1] -> `features` of length one, `[B, 192]` on the CPU."""
+        check_pixels(pixels)
+        device = next(self.parameters()).device
+        parts = [self.features(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
+        return F.normalize(torch.cat(parts), dim=1) if parts else torch.zeros(0, 192)
+
+    @torch.no_grad()
+    def where(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
+        """`[B, 3, 64, 64]` in [0, 1] -> `[B, 8, 8]`, the chance that a cell shows the thing."""
+        check_pixels(pixels)
+        device = next(self.parameters()).device
+        parts = [self.trunk.read(chunk.to(device, torch.float32))[1][:, 0] for chunk in pixels.split(batch_size)]
+        return torch.cat(parts).sigmoid().cpu()
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
         """`[B, 3, 64, 64]` in [0, 1] -> for each attribute the most probable value of each picture."""

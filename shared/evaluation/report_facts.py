@@ -1,0 +1,163 @@
+"""What a report says beside its scores: with what it was measured, what it cost, and what a reader must know."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.evaluation.prompt_sets import PromptSet
+from shared.metrics.encoders import Instruments
+from shared.metrics.report import APART, Costs, Instrument, Report
+from shared.metrics.scorer import Scorer
+from shared.metrics.true_thing import TrueThing
+from shared.train.costs import peak_memory
+
+SMALL_GALLERY = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is evaluated, and what is known of it."""
+
+    name: str  # prompts say `<name>`
+    class_noun: str
+    references: Tensor  # [R, 3, H, W] in [-1, 1]
+    masks: Tensor | None = None  # [R, H, W] in [0, 1]: where the thing is in the references, where they say so
+    gallery: Mapping[str, Tensor] | None = None  # other things of the class: name -> [n, 3, H, W]
+    fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject that are no references (new renders)
+    through: Callable[[Tensor], Tensor] | None = None  # the model's autoencoder: what is compared passes it too
+    through_key: str = ""  # a fingerprint of it, where what was measured through it may be kept
+    true: TrueThing | None = None  # the thing as it truly is, where a world can draw it
+    cache: Path | None = None  # a folder for what was measured on true pictures; None keeps nothing
+    concept: Path | None = None  # its folder, for the size on disk
+    recipe: str = ""
+    backbone: str = ""
+    kind: str = "subject"  # or a style: of it there is no true thing
+    toy: bool = False  # made by a model of a world of its own
+    training_seconds: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, Any]:
+    """The fields of a report that say what was evaluated, and with what."""
+    limits = scorer.limits
+    return {
+        "name": case.name,
+        "class_noun": case.class_noun,
+        "recipe": case.recipe,
+        "backbone": case.backbone,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "toybox": instruments.toybox or case.toy,
+        "gallery": list(case.gallery or {}),
+        "copy_limits": {"pixel": limits.pixel, "embed": limits.embed, "calibrated_on": float(limits.calibrated_on)},
+        "truth": scorer.figures,
+        "metadata": dict(case.metadata),
+        "instruments": [
+            Instrument(name=i.name, measures=i.measures, toybox=i.toybox, accuracy=dict(i.accuracy))
+            for i in instruments.infos()
+        ],
+    }
+
+
+def costs(case: Case, seconds: float, base_seconds: float) -> Costs:
+    """What a picture cost, and what the concept takes; seconds are of one picture."""
+    gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    peak, of = peak_memory(torch.device("cuda" if gpu else "cpu"))
+    size = None
+    if case.concept is not None and case.concept.exists():
+        files = [case.concept] if case.concept.is_file() else [p for p in case.concept.rglob("*") if p.is_file()]
+        size = sum(p.stat().st_size for p in files)
+    return Costs(
+        seconds_per_picture=seconds,
+        base_seconds_per_picture=base_seconds,
+        training_seconds=case.training_seconds,
+        peak_memory=peak,
+        peak_memory_of=of,
+        concept_bytes=size,
+    )
+
+
+def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) -> list[str]:
+    """What a reader must know to read the scores rightly."""
+    instruments = scorer.instruments
+    out = _of_identity(case, scorer)
+    if instruments.text_image is None:
+        out.append("No CLIP was given: how well the prompt was followed is not measured.")
+    if instruments.attributes is None and any(p.expects for p in prompts.prompts):
+        out.append("No recognizer was given: backgrounds, views and styles that the prompts ask for are not checked.")
+    if not prompts.drift:
+        out.append("The prompt set has no drift prompts: what else the concept changed is not measured.")
+    if len(seeds) < 2:
+        out.append("With one seed per prompt, diversity is not measured.")
+    if len(case.references) < 2 and case.fresh is None:
+        out.append("With one reference, the limits for copying are defaults, not calibrated.")
+    return out
+
+
+def _of_identity(case: Case, scorer: Scorer) -> list[str]:
+    out = []
+    if case.gallery and len(case.gallery) < SMALL_GALLERY:
+        out.append(f"The gallery holds only {len(case.gallery)} other things: recognition is easier than it sounds.")
+    if not case.gallery:
+        out.append(
+            "No gallery of similar things was given, so identity is the likeness to the references, "
+            "not recognition among others."
+        )
+    if scorer.figures is None or scorer.figures.range is None:
+        out.append(
+            f"The trade-off has two terms: {_why_two(case, scorer)}. Diversity stands beside the base model's."
+        )
+    if scorer.verifier.has_faces:
+        out.append(
+            "Identity is judged where a face can be seen. Pictures that show none (from behind or from above) are counted "
+            "apart, and are failures unless the prompt asks for such a view."
+        )
+    return out
+
+
+def _why_two(case: Case, scorer: Scorer) -> str:
+    if case.kind == "style":
+        return "a style has no pose that could be free"
+    if case.true is None:
+        return "there are no true pictures of this thing to compare poses with"
+    if scorer.instruments.attributes is None or scorer.instruments.locator is None:
+        return "without a recognizer nothing finds the thing in a picture"
+    if scorer.chance is None:
+        return "without similar things nothing is verified"
+    return "no prompt leaves the pose open, or too few true pictures of the thing are verified"
+
+
+def truth_note(report: Report) -> str | None:
+    """How far the instruments know the thing itself; None where no true pictures of it were drawn."""
+    identity = report.score("identity")
+    if report.truth is None or identity is None or identity.truth is None:
+        return None
+    pictures = sum(b.pictures for b in report.truth.bars.values())
+    text = f"Of {pictures} true pictures of the thing under these prompts, {identity.truth:.0%} pass what a picture must pass"
+    if identity.truth < APART:
+        return f"{text}: too few for its figures to stand beside those of other things."
+    return f"{text}; identity is measured against that share."
+
+
+def scores_csv(report: Report) -> str:
+    """The summary_scores scores, one a row, and what the concept cost; empty where something was not measured."""
+    out = io.StringIO()
+    columns = ("key", "title", "value", "low", "high", "unit", "better", "base", "chance")
+    writer: Any = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: v for k, v in s.model_dump().items() if k in columns and v is not None} for s in report.scores)
+    costs = report.costs.model_dump(exclude={"peak_memory_of"})
+    units = {"seconds": "seconds", "memory": "bytes", "bytes": "bytes"}
+    for key, value in costs.items():
+        unit = next(u for word, u in units.items() if word in key)
+        row = {"key": key, "title": key.replace("_", " "), "value": value, "unit": unit, "better": "lower"}
+        writer.writerow({k: v for k, v in row.items() if v is not None})
+    return out.getvalue()

@@ -1,0 +1,53 @@
+"""Is the thing in a picture the cut-out of a reference, pasted where the prompt wants it?
+
+The whole picture is another then (`shared.metrics.copying` sees nothing), but the thing is the same point by point. So
+the reference's thing, without what is around it, is looked for in the picture cut to its thing: normalised
+cross-correlation under the reference's mask, maximal over shifts, sizes and mirroring.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics.crops import aligned_crops
+
+GRID = 40  # pictures are compared at this size
+OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the thing
+ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # up to 1.24
+INSIDE = 2  # power of the mask: cells at the thing's border, which hold something else too, count little
+FLAT = 1e-3  # below this spread there is no structure to compare
+
+
+def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
+    """Best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with that in `[R, 3, H', W']`.
+
+    Args:
+        where: `[N, h, w]` and `reference_where`: `[R, h, w]`, the chance that a cell shows the thing
+
+    The colours are compared about their mean on the thing, each channel about its own, so that light does not matter.
+    """
+    cells = F.interpolate(aligned_crops(pixels, where, OUTPUT_MARGIN), (GRID, GRID), mode="area")
+    shown = F.interpolate(reference_where[:, None], references.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)
+    things = aligned_crops(references, reference_where, REFERENCE_MARGIN)
+    masks = aligned_crops(shown * 2 - 1, reference_where, REFERENCE_MARGIN)[:, :1].add(1).div(2).clamp(0, 1) ** INSIDE
+    best = torch.full((len(pixels), len(references)), -1.0)
+    for zoom in ZOOMS:
+        side = min(GRID, round(GRID / OUTPUT_MARGIN * REFERENCE_MARGIN * zoom))
+        template = F.interpolate(things, (side, side), mode="area")
+        weights = F.interpolate(masks, (side, side), mode="area")
+        for turned, mask in ((template, weights), (template.flip(3), weights.flip(3))):
+            best = torch.maximum(best, _match(cells, turned, mask))
+    return best.double()
+
+
+def _match(cells: Tensor, template: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over positions of the correlation under a mask: `[N, 3, G, G]`, `[R, 3, s, s]`, `[R, 1, s, s]` -> `[N, R]`."""
+    weights = mask / mask.sum((2, 3), keepdim=True).clamp_min(1e-9)
+    centred = template - (weights * template).sum((2, 3), keepdim=True)
+    own = (weights * centred.square()).sum((1, 2, 3))
+    cross = F.conv2d(cells, weights * centred)
+    means = sum(F.conv2d(cells[:, c : c + 1], weights).square() for c in range(3))
+    there = (F.conv2d(cells.square().sum(1, keepdim=True), weights) - means).clamp_min(0)
+    return (cross / (there * own[None, :, None, None]).sqrt().clamp_min(FLAT)).flatten(2).amax(2)

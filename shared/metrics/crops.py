@@ -1,0 +1,84 @@
+"""Pictures cut to the thing in them, so that they can be compared whatever its place, its size and what is around it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics.encoders import CropSettings, ImageEncoder
+
+SURE = 0.15  # below it, a cell of the map is not counted as part of the thing
+Jitter = tuple[float, float, float]
+JITTERS: tuple[Jitter, ...] = (
+    (0.0, 0.0, 1.0),
+    (0.12, 0.0, 1.08),
+    (-0.12, 0.0, 0.93),
+    (0.0, 0.12, 0.93),
+    (0.0, -0.12, 1.08),
+)
+LEAST = 0.15  # half the side of a crop, in half-pictures: what is smaller is a speck
+
+
+def placements(where: Tensor) -> Tensor:
+    """Where things are, `[N, 3]`: x right and y down from the middle, and half their larger side, all in half-pictures.
+
+    Args:
+        where: `[N, h, w]`, the chance that a cell shows the thing (a mask will do)
+
+    The size is that of an evenly filled box of the same spread (half a side = √3 standard deviations), which a few stray
+    cells hardly change. Of an empty map: the whole picture.
+    """
+    heat = (where * (where > SURE)).double()
+    total = heat.sum((1, 2)).clamp_min(1e-9)
+    middles, spreads = [], []
+    for along in (1, 2):  # sum over rows -> columns, x; sum over columns -> rows, y
+        weights = heat.sum(along)
+        count = weights.shape[1]
+        at = (torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1
+        middle = (weights * at).sum(1) / total
+        middles.append(middle)
+        spreads.append((weights * (at - middle[:, None]).square()).sum(1) / total)
+    half = math.sqrt(3) * torch.maximum(*spreads).sqrt()
+    empty = heat.sum((1, 2)) <= 0
+    half = torch.where(empty, torch.ones_like(half), half)
+    return torch.stack([*middles, half], 1)
+
+
+def aligned_crops(
+    pixels: Tensor, where: Tensor, margin: float, cells: int | None = None, jitter: Jitter = (0.0, 0.0, 1.0)
+) -> Tensor:
+    """The square around each thing, enlarged to a picture of the same size: `[N, 3, H, W]` in and out.
+
+    Args:
+        where: `[N, h, w]`, see `placements`
+        margin: side of the square, in sides of the thing: 1 would touch it
+        cells: the detail that is kept, as the side of a grid: a thing that was small in its picture has no finer detail
+            than one that was large. None keeps all
+        jitter: how far off the square is: right and down in half sides of the thing, and how much larger
+    """
+    right, down, larger = jitter
+    at = placements(where).to(pixels)
+    x, y = at[:, 0] + right * at[:, 2], at[:, 1] + down * at[:, 2]
+    half = (margin * larger * at[:, 2]).clamp_min(LEAST)
+    zero = torch.zeros_like(half)
+    maps = torch.stack([torch.stack([half, zero, x], 1), torch.stack([zero, half, y], 1)], 1)
+    height, width = pixels.shape[2:]
+    grid = F.affine_grid(maps, [len(pixels), 3, height, width], align_corners=False)
+    crops = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    if cells is None:
+        return crops
+    coarse = F.interpolate(crops, (cells, cells), mode="area")
+    return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def crop_embeddings(encoder: ImageEncoder, pixels: Tensor, where: Tensor, how: CropSettings) -> Tensor:
+    """Embeddings `[N, D]` of crops aligned on the thing, of length one.
+
+    Each is the mean over `JITTERS`: the map says where a thing is to a fraction of a cell only, and what differs between
+    two crops for that alone is no other pose.
+    """
+    every = [encoder.images(aligned_crops(pixels, where, how.margin, how.cells, jitter)) for jitter in JITTERS]
+    return F.normalize(torch.stack(every).sum(0), dim=1)

@@ -1,0 +1,102 @@
+"""How much of the true thing's change of pose the pictures of one prompt keep.
+
+D is the mean distance (1 − cosine) of the crops of two pictures of one prompt that are both verified; R the same of the
+thing as it truly is from random views, F of the thing in one pose and one place with everything around it drawn anew. So
+0 is one pose for every seed, and 1 as many as the thing itself shows. Only the crops are compared: a picture that is
+shifted about is no new pose, and neither is another background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.metrics.scores import cosine
+
+SEEDS = 4  # pictures of each prompt that leaves the pose open
+ENOUGH = 0.3  # of all pairs that must be verified on both sides: fewer say nothing about the thing
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of pictures of one prompt."""
+
+    of: int  # all there are
+    counted: int  # of which both pictures are verified
+    distance: float  # sum of 1 − cosine over the counted ones
+
+    @property
+    def mean(self) -> float:
+        return self.distance / self.counted if self.counted else math.nan
+
+
+def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> dict[Hashable, Pairs]:
+    """The pairs within each group (prompt).
+
+    Args:
+        embeddings: `[N, D]` of crops
+        groups: N names
+        counted: bool `[N]`, whether a picture shows the thing (is verified)
+    """
+    if not len(embeddings) == len(groups) == len(counted):
+        raise ValueError(f"{len(embeddings)} embeddings, {len(groups)} groups and {len(counted)} flags")
+    out: dict[Hashable, Pairs] = {}
+    for group in dict.fromkeys(groups):
+        members = torch.tensor([i for i, g in enumerate(groups) if g == group])
+        known = members[counted[members]]
+        n, k = len(members), len(known)
+        between = 1 - cosine(embeddings[known], embeddings[known])
+        total = float(between.triu(1).sum()) if k > 1 else 0.0
+        out[group] = Pairs(n * (n - 1) // 2, k * (k - 1) // 2, total)
+    return out
+
+
+def pooled(of_groups: Iterable[Pairs]) -> Pairs:
+    """All pairs of all groups as one."""
+    every = list(of_groups)
+    return Pairs(sum(p.of for p in every), sum(p.counted for p in every), sum(p.distance for p in every))
+
+
+@dataclass(frozen=True)
+class Range:
+    """What distances of crops mean for one thing."""
+
+    free: float  # R: the thing from random views
+    fixed: float  # F: the thing in one pose and place
+
+    def freedom(self, made: Pairs) -> float | None:
+        """(D − F) / (R − F) on [0, 1]; None where too few pairs are verified, or there is no range."""
+        if not made.of or made.counted < ENOUGH * made.of or not self.free > self.fixed:
+            return None
+        return min(1.0, max(0.0, (made.mean - self.fixed) / (self.free - self.fixed)))
+
+
+def effective_views(views: Sequence[str]) -> float:
+    """exp(H) of the views that were seen: 1 when all are one, and their number when each is as frequent; NaN of none."""
+    if not views:
+        return math.nan
+    shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, float]:
+    """How much place and size vary within a prompt: the standard deviation of the middle (over both axes) and of the
+    size, in half-pictures, pooled over the groups; NaN where no group has two pictures.
+
+    Args:
+        at: `[N, 3]` of `placements`
+    """
+    squares, freedoms = torch.zeros(3, dtype=torch.float64), 0
+    for group in dict.fromkeys(groups):
+        members = at[torch.tensor([g == group for g in groups])].double()
+        if len(members) > 1:
+            squares += (members - members.mean(0)).square().sum(0)
+            freedoms += len(members) - 1
+    if not freedoms:
+        return math.nan, math.nan
+    x, y, size = (squares / freedoms).tolist()
+    return math.sqrt(x + y), math.sqrt(size)

@@ -1,0 +1,154 @@
+"""What the instruments say of true pictures of a thing: the bars that a recipe's pictures are held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.metrics.encoders import Instruments
+from shared.metrics.freedom import Pairs, effective_views, pairs, placement_spread, pooled
+from shared.metrics.true_thing import Asked, Bar, TrueFigures, TrueThing, style_of
+from shared.metrics.verification import PASSING, Look, Verifier
+
+#: Pictures of a style behind each of its two figures, at least; and of each of its prompts.
+BEHIND, PER_PROMPT = 120, 16
+#: One pose and place: so many pictures of a prompt, of the first of so many poses that the instruments verify.
+FIXED, POSES = 6, 8
+#: Of true pictures at most so many show the thing as a reference does, point by point, by chance.
+PASTED = 0.04
+_BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
+CHUNK = 256  # pictures looked at at once
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Pictures of several prompts: row i shows prompt `prompts[i]`."""
+
+    prompts: Sequence[int]
+    look: Look
+    views: Sequence[str]
+
+
+def measure_true(
+    verifier: Verifier,
+    thing: TrueThing,
+    prompts: Sequence[Asked],
+    instruments: Instruments,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrueFigures:
+    """Bars for each style among the prompts, and the range of freedom where poses can be compared.
+
+    Two sets of pictures are drawn of every prompt: one sets the bar, the other is held against it. What passes of the
+    second is also the measure of freedom from random views. Call it with look-alikes in the verifier.
+    """
+    sets = []
+    for number, seed in enumerate((_BARS, _OTHERS)):
+        sets.append(_drawn(verifier, thing, prompts, instruments, seed))
+        if progress is not None:
+            progress(number + 1, 3)
+    first, second = sets
+    limit = None if first.look.pasted is None else float(torch.quantile(first.look.pasted.amax(1), 1 - PASTED))
+    bars, passed = {}, torch.zeros(len(second.prompts), dtype=torch.bool)
+    for style in dict.fromkeys(style_of(p.expects) for p in prompts):
+        rows, others = (_rows_of(style, prompts, s) for s in (first, second))
+        judged = rows if first.look.face is None else rows[first.look.face[rows]]
+        likeness = first.look.likeness[judged if len(judged) else rows]
+        least = float(torch.quantile(likeness, 1 - PASSING))
+        passed[others] = second.look.passes([least] * len(second.prompts), limit)[others]
+        faced = others if second.look.face is None else others[second.look.face[others]]
+        share = float(passed[faced].double().mean()) if len(faced) else 0.0
+        bars[style] = Bar(least=least, passed=share, pictures=len(others), faceless=len(others) - len(faced))
+    figures = TrueFigures(bars=bars, pasted=limit)
+    free = [i for i, p in enumerate(prompts) if p.free]
+    if not free or second.look.crops is None or second.look.places is None:
+        return figures
+    update = _free(verifier, thing, prompts, figures, _of(free, second, passed))
+    if progress is not None:
+        progress(3, 3)
+    return figures.model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """The verified pictures of the prompts that leave the pose open, among all that were drawn."""
+
+    prompts: Sequence[int]
+    crops: Tensor
+    places: Tensor
+    views: Sequence[str]
+    passed: Tensor
+
+
+def _of(free: Sequence[int], drawn: _Set, passed: Tensor) -> _Passed:
+    rows = [i for i, p in enumerate(drawn.prompts) if p in set(free)]
+    assert drawn.look.crops is not None and drawn.look.places is not None
+    views = [drawn.views[i] for i in rows if passed[i]] if drawn.views else []
+    at = torch.tensor(rows)
+    return _Passed([drawn.prompts[i] for i in rows], drawn.look.crops[at], drawn.look.places[at], views, passed[at])
+
+
+def _free(
+    verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures, drawn: _Passed
+) -> dict[str, float | None]:
+    """R, F and what stands beside them."""
+    spread = pooled(pairs(drawn.crops, drawn.prompts, drawn.passed).values())
+    kept = drawn.passed.nonzero()[:, 0]
+    place, size = placement_spread(drawn.places[kept], [drawn.prompts[i] for i in kept.tolist()])
+    fixed = _fixed(verifier, thing, prompts, figures)
+    values = {
+        "free": spread.mean,
+        "fixed": fixed.mean,
+        "place": place,
+        "size": size,
+        "views": effective_views(drawn.views),
+    }
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
+    """Pairs of pictures in one pose and place: for each prompt of the first pose that is verified in most of its pictures."""
+    left = [i for i, p in enumerate(prompts) if p.free]
+    found: dict[int, Pairs] = {}
+    for pose in range(POSES):
+        if not left:
+            break
+        of = [i for i in left for _ in range(FIXED)]
+        asked = [prompts[i].expects for i in of]
+        look = verifier.look(verifier.through(thing.pictures(asked, _FIXED + pose, pose)))
+        assert look.crops is not None
+        passed = look.passes([figures.bars[style_of(e)].least for e in asked], figures.pasted)
+        by_prompt = pairs(look.crops, of, passed)
+        for i in left:
+            if int(passed[torch.tensor(of) == i].sum()) * 2 >= FIXED:
+                found[i] = by_prompt[i]
+        left = [i for i in left if i not in found]
+    return pooled(found.values())
+
+
+def _drawn(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], instruments: Instruments, seed: int) -> _Set:
+    """`BEHIND` pictures of every style, evenly over its prompts, after the autoencoder."""
+    styles = [style_of(p.expects) for p in prompts]
+    counts = [max(PER_PROMPT, math.ceil(BEHIND / styles.count(style))) for style in styles]
+    of = [i for i, count in enumerate(counts) for _ in range(count)]
+    looks, views = [], []
+    for start in range(0, len(of), CHUNK):
+        asked = [prompts[i].expects for i in of[start : start + CHUNK]]
+        pixels = verifier.through(thing.pictures(asked, seed + 10_000 * start))
+        looks.append(verifier.look(pixels))
+        if instruments.attributes is not None:
+            views += instruments.attributes.read(pixels).get("view", [])
+    return _Set(of, Look.joined(looks), views)
+
+
+def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
+    return torch.tensor([i for i, p in enumerate(drawn.prompts) if style_of(prompts[p].expects) == style])
+
+
+def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
+    """Per picture the likeness it must reach, and T of its style; NaN where nothing was drawn in that style."""
+    bars = [figures.bar(e) for e in expects]
+    return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

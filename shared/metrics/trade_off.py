@@ -1,0 +1,130 @@
+"""The headline: the harmonic mean of identity, prompt following and freedom, over one subject or many, with intervals.
+
+All of it follows from a few sums per prompt, so that prompts, with all their pictures and pairs, can be drawn anew whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.metrics.freedom import Pairs, Range
+from shared.metrics.scores import trade_off, wilson
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the pictures of one prompt of one subject."""
+
+    subject: str
+    prompt: int
+    identity: float  # pictures that show the thing (a likeness on [0, 1] counts in part)
+    judged: int  # pictures of which this can be said
+    ceiling: float  # sum over them of the share of true pictures that pass; `judged` where no true thing is known
+    text: float  # sum of how far the prompt was followed
+    texts: int
+    pairs: Pairs | None = None  # where the prompt leaves the pose open
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On [0, 1]; None where a term cannot be measured here at all. `unmeasured` subjects count as freedom 0: too few of
+    their pictures show the thing."""
+
+    identity: float | None
+    text: float | None
+    freedom: float | None
+    unmeasured: tuple[str, ...] = ()
+
+    @property
+    def trade_off(self) -> float | None:
+        """The harmonic mean of those there are; None without identity and text."""
+        if self.identity is None or self.text is None:
+            return None
+        return trade_off(self.identity, self.text, *(() if self.freedom is None else (self.freedom,)))
+
+
+Ranges = Mapping[str, Range]  # of the subjects whose freedom can be measured
+
+
+def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
+    """The terms of all subjects together: identity and freedom as means over subjects, text over pictures."""
+    identities, freedoms, unmeasured = [], [], []
+    for subject in dict.fromkeys(t.subject for t in tallies):
+        own = [t for t in tallies if t.subject == subject]
+        if any(t.judged for t in own):
+            identities.append(_share(sum(t.identity for t in own), sum(t.ceiling for t in own)))
+        if subject in ranges:
+            freedom = ranges[subject].freedom(_summed(own))
+            freedoms.append(freedom or 0.0)
+            if freedom is None:
+                unmeasured.append(subject)
+    texts = sum(t.texts for t in tallies)
+    return Terms(
+        _mean(identities), sum(t.text for t in tallies) / texts if texts else None, _mean(freedoms), tuple(unmeasured)
+    )
+
+
+def bootstrap_terms(
+    tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of `identity`, `text`, `freedom` and `trade_off`, prompts drawn whole; (nan, nan) of what is
+    not there. Where all prompts say 0 or all say 1, resampling says nothing, and Wilson's interval widens the result.
+    """
+    if not tallies:
+        return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
+    rng = np.random.default_rng(seed)
+    numbers: dict[str, list[float]] = {"identity": [], "text": [], "freedom": [], "trade_off": []}
+    for draw in rng.integers(0, len(tallies), (rounds, len(tallies))):
+        terms = measured_terms([tallies[i] for i in draw], ranges)
+        for key, values in numbers.items():
+            value = getattr(terms, key)
+            values.append(math.nan if value is None else value)
+    spans = {k: _quantiles(v, level) for k, v in numbers.items()}
+    ends = {k: _certain(tallies, k, level) for k in ("identity", "text")}
+    for key, end in ends.items():
+        spans[key] = end or spans[key]
+    if any(ends.values()):
+        low, high = (
+            [spans[k][i] for k in ("identity", "text", "freedom") if not math.isnan(spans[k][i])] for i in (0, 1)
+        )
+        known = spans["trade_off"]
+        if not math.isnan(known[0]):
+            spans["trade_off"] = min(known[0], trade_off(*low)), max(known[1], trade_off(*high))
+    return spans
+
+
+def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
+    """Wilson's interval over prompts of a term that is 0 for all or full for all; None of any other."""
+    sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
+    known = [s for s in sums if s[1]]
+    if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):
+        return None
+    low, high = wilson(len(known) if known[0][0] else 0, len(known), level)
+    ceiling = sum(c for _, _, c in known) / sum(n for _, n, _ in known)
+    return _share(low, ceiling), _share(high, ceiling)
+
+
+def _share(part: float, whole: float) -> float:
+    """part / whole, at most 1; of no whole (nothing true passes) 0."""
+    return min(1.0, part / whole) if whole > 0 else 0.0
+
+
+def _summed(tallies: Sequence[Tally]) -> Pairs:
+    known = [t.pairs for t in tallies if t.pairs is not None]
+    return Pairs(sum(p.of for p in known), sum(p.counted for p in known), sum(p.distance for p in known))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _quantiles(values: Sequence[float], level: float) -> tuple[float, float]:
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

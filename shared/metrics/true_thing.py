@@ -1,0 +1,80 @@
+"""What a world knows of the thing that references show: its look-alikes, and how it truly looks under any prompt.
+
+Only a world that draws its own pictures knows it. Nothing that chooses what is learned or kept may see any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from shared.metrics.freedom import Range
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt, as a true picture of it is drawn."""
+
+    expects: Mapping[str, str]  # attribute -> value
+    free: bool  # a photo prompt that says neither from where the thing is seen nor where it stands in the picture
+
+
+class TrueThing(Protocol):
+    """A thing that can be drawn as it truly is, as often as wanted."""
+
+    key: str  # which thing, and a fingerprint of what draws it: pictures of equal keys are equal
+
+    def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
+        """`[N, 3, H, W]` in [-1, 1], one for each of `asked`; `pose`: a number of one pose and place for all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a world knows beside the references."""
+
+    gallery: Mapping[str, Tensor]  # look-alikes: name -> [n, 3, H, W] in [-1, 1]
+    fresh: Tensor  # [F, 3, H, W]: new pictures of the thing, none of them a reference
+    true: TrueThing
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Bar(_Kept):
+    """What counts as verified in one style of picture."""
+
+    least: float  # likeness to the references that 95 % of the true pictures reach
+    passed: float  # T: share of other true pictures that pass all three conditions (of those with a face, for faces)
+    pictures: int  # behind each of the two
+    faceless: int = 0  # of the pictures behind `passed`, those that were not judged
+
+
+class TrueFigures(_Kept):
+    """What was measured on true pictures of a thing."""
+
+    bars: Mapping[str, Bar]  # style, as prompts ask for it ("" is a photo) -> bar
+    pasted: float | None = None  # from here on the thing is that of a reference, point by point: few true ones are
+    free: float | None = None  # R
+    fixed: float | None = None  # F
+    place: float | None = None  # spread within a prompt of the true thing from random views, in half-pictures
+    size: float | None = None
+    views: float | None = None  # effective number
+
+    @property
+    def range(self) -> Range | None:
+        return None if self.free is None or self.fixed is None else Range(self.free, self.fixed)
+
+    def bar(self, expects: Mapping[str, str]) -> Bar | None:
+        """That of a picture which must show `expects`; None for a style that was not drawn."""
+        return self.bars.get(style_of(expects))
+
+
+def style_of(expects: Mapping[str, str]) -> str:
+    """The style that a prompt asks for; "" where it names none."""
+    return expects.get("style", "")

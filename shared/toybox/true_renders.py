@@ -1,0 +1,51 @@
+"""A thing as it truly is, under the prompts that a recipe's pictures are asked for: what a perfect model would make."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from shared.toybox.render import render
+from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
+
+
+def asked_scenes(
+    thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
+) -> list[Scene]:
+    """One scene for each of `asked`, which says of a prompt what a picture of it must show (`background`, `view`,
+    `accessory`, `style`, as the recognizer names them); what it leaves open is drawn as `sample_scene` does.
+
+    pose: the number of a pose and a place that all scenes share; None draws a camera for each.
+    """
+    rng = np.random.default_rng([seed, 12])
+    one = None if pose is None else sample_camera(np.random.default_rng([pose, 13]))
+    scenes = []
+    for wanted in asked:
+        fixed = {"style": wanted.get("style", "photo"), "camera": one or sample_camera(rng, wanted.get("view"))}
+        if "background" in wanted:
+            fixed["background"] = wanted["background"]
+        worn = replace(thing, accessory=wanted.get("accessory", "none"))
+        scenes.append(sample_scene(rng, split, thing=worn, two=False, **fixed))
+    return scenes
+
+
+def asked_pictures(
+    thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
+) -> Tensor:
+    """The pictures `[N, 3, 64, 64]` in [-1, 1] of `asked_scenes`."""
+    return render(asked_scenes(thing, asked, seed, pose, split)).pixels * 2 - 1
+
+
+@lru_cache(maxsize=1)
+def drawing_code() -> str:
+    """A hash of the code that draws: pictures that were kept are of no use once it has changed."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""Verified identity and freedom on pictures whose truth is known: the shipped instruments must not be flattered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared.evaluation.poses import poses
+from shared.evaluation.prompt_sets import load_prompts
+from shared.metrics import measure_true as measuring
+from shared.metrics.freedom import pooled
+from shared.metrics.instruments import load_instruments
+from shared.metrics.scorer import Scorer
+from shared.metrics.toybox import ToyboxThing
+from shared.metrics.true_thing import Asked
+from shared.pretrain.evaluators.calibrate import shifted
+from shared.pretrain.evaluators.reconstructions import load_vae, round_trip
+from shared.toybox import reference_sets as album
+from shared.toybox.render import render
+from shared.toybox.subjects import reference_scenes
+from shared.toybox.true_renders import asked_scenes
+from shared.toybox.weights import WEIGHTS
+from shared.toybox.world import Camera, Scene
+
+PROMPTS = [p for p in load_prompts("toybox").prompts[:10] if p.free]
+SHEET = Path(__file__).parents[1] / "data" / "pivotal-robot.png"
+FRONT = Camera(25, 15, 0, 0, 0.03, 0.9)
+ROBOT = album.held_out("development-robot")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def through() -> Callable[[Tensor], Tensor]:
+    vae = load_vae(WEIGHTS / "backbone" / "vae")
+    return lambda pixels: round_trip(vae, (pixels + 1) / 2) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def judge(through: Callable[[Tensor], Tensor]) -> Scorer:
+    scenes = reference_scenes(ROBOT.thing, 5, 0)
+    drawn = render(scenes)
+    scorer = Scorer(
+        drawn.pixels * 2 - 1,
+        load_instruments(evaluators="toybox"),
+        "robot",
+        "my-robot",
+        album.gallery(ROBOT),
+        album.fresh(ROBOT),
+        through=through,
+        masks=drawn.mask[:, 0],
+    )
+    asked = [Asked(p.expects, p.free) for p in PROMPTS]
+    thing = ToyboxThing(ROBOT.thing, "development")
+    scorer.figures = measuring.measure_true(scorer.verifier, thing, asked, scorer.instruments)
+    return scorer
+
+
+def _scenes(each: int, seed: int, camera: Callable[[int], Camera] | None = None) -> list[Scene]:
+    """`each` true scenes of every prompt, one prompt after the other."""
+    asked = [p.expects for p in PROMPTS for _ in range(each)]
+    scenes = asked_scenes(ROBOT.thing, asked, seed)
+    return scenes if camera is None else [replace(s, cameras=(camera(i),)) for i, s in enumerate(scenes)]
+
+
+def _drawn(scenes: Sequence[Scene]) -> Tensor:
+    return render(scenes).pixels * 2 - 1
+
+
+def _measured(judge: Scorer, pixels: Tensor, each: int) -> tuple[float, float | None, float]:
+    """Verified share, freedom (None: not measured), share of copies."""
+    of = [i for i in range(len(PROMPTS)) for _ in range(each)]
+    expects: list[Mapping[str, str]] = [PROMPTS[i].expects for i in of]
+    measured = judge.measure(pixels, [PROMPTS[i].plain("robot") for i in of], expects)
+    turned = poses([(measured, of)], set(of))
+    assert turned is not None and judge.figures is not None and judge.figures.range is not None
+    freedom = judge.figures.range.freedom(pooled(turned.by_prompt.values()))
+    return measured.mean("verified"), freedom, measured.mean("copied")
+
+
+def test_true_pictures_pass_and_are_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+    assert judge.figures is not None
+    bar = judge.figures.bars[""]
+    assert 0.5 <= bar.passed <= 1 and bar.pictures >= measuring.BEHIND
+    verified, freedom, _ = _measured(judge, through(_drawn(_scenes(16, 5))), 16)
+    assert abs(verified - bar.passed) < 0.2
+    assert freedom is not None and freedom >= 0.9
+
+
+def test_one_pose_is_not_free_wherever_it_stands(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+    rng = np.random.default_rng(3)
+
+    def moved(_: int) -> Camera:
+        return replace(FRONT, x=float(rng.uniform(-0.15, 0.15)), y=float(rng.uniform(-0.1, 0.12)))
+
+    _, freedom, _ = _measured(judge, through(_drawn(_scenes(4, 6, moved))), 4)
+    assert freedom is not None and freedom <= 0.1
+
+
+def test_a_picture_that_is_shifted_about_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+    one = through(_drawn(_scenes(1, 7, lambda _: FRONT)))
+    _, freedom, _ = _measured(judge, shifted(one, np.random.default_rng(4)), 4)
+    assert freedom is not None and freedom <= 0.1
+
+
+def test_pivotal_tunings_one_pose_is_not_free(judge: Scorer) -> None:
+    sheet = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+    tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
+    _, freedom, _ = _measured(judge, tiles, 4)
+    assert freedom is not None and freedom <= 0.2
+
+
+def test_garbage_and_every_second_picture_of_something_else_are_not_measured(
+    judge: Scorer, through: Callable[[Tensor], Tensor]
+) -> None:
+    noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    verified, freedom, _ = _measured(judge, noise, 4)
+    assert verified == 0 and freedom is None
+    mixed = _scenes(4, 8)
+    stranger = ROBOT.distractors[0]
+    mixed = [s if i % 2 else replace(s, things=(stranger,)) for i, s in enumerate(mixed)]
+    _, freedom, _ = _measured(judge, through(_drawn(mixed)), 4)
+    assert freedom is None
+
+
+def test_cut_outs_of_the_references_are_copies(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
+    rng = np.random.default_rng(5)
+    empty = _drawn(_scenes(4, 9, lambda _: Camera(0, 15, 0, 0.45, 0.45, 0.05)))
+    assert judge.masks is not None
+    pasted = []
+    for i, background in enumerate(empty):
+        shift = tuple(int(v) for v in rng.integers(-6, 7, 2))
+        thing, mask = (torch.roll(t, shift, (-2, -1)) for t in (judge.references[i % 5], judge.masks[i % 5]))
+        pasted.append(mask * thing + (1 - mask) * background)
+    for pictures in (torch.stack(pasted), through(torch.stack(pasted))):
+        verified, freedom, copied = _measured(judge, pictures, 4)
+        assert copied >= 0.75 and verified <= 0.25 and freedom is None
