@@ -112,9 +112,7 @@ def _of_identity(case: Case, scorer: Scorer) -> list[str]:
             "not recognition among others."
         )
     if scorer.figures is None or scorer.figures.range is None:
-        out.append(
-            f"The trade-off has two terms: {_why_two(case, scorer)}. Diversity stands beside the base model's."
-        )
+        out.append(f"The trade-off has two terms: {_why_two(case, scorer)}. Diversity stands beside the base model's.")
     if scorer.verifier.has_faces:
         out.append(
             "Identity is judged where a face can be seen. Pictures that show none (from behind or from above) are counted "
