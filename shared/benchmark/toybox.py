@@ -15,6 +15,7 @@ from shared.benchmark.experiment import Experiment, benchmark
 from shared.concept import read
 from shared.config import unknown
 from shared.metrics.report import Report
+from shared.metrics.toybox import CALIBRATION
 from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
@@ -130,8 +131,8 @@ def _learned(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def evaluators() -> str:
-    """A hash of the evaluators' weights: numbers of different instruments do not belong in one table."""
+    """A hash of the evaluators' weights and of what was measured on them: numbers of different instruments do not belong in one table."""
     digest = hashlib.sha256()
-    for path in sorted(WEIGHTS.glob("*/model.safetensors")):
+    for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())
     return digest.hexdigest()

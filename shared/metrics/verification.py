@@ -150,7 +150,7 @@ class Verifier:
             places = placements(where)
             if self.instruments.pose is not None:
                 crops = crop_embeddings(self.instruments.pose, pixels, where, self.instruments.crops)
-            if self.masks is not None:
+            if self.gallery and self.masks is not None:
                 pasted = thing_similarity(pixels, where, self.references, self.masks)
         finder = self.instruments.face_finder
         return Look(

@@ -67,6 +67,8 @@ def training_scorers(
         )
         return None
     instruments = load_instruments(clip, dino, world_instruments, str(backbone.device))
+    # What is typical was read off pictures that had passed the autoencoder, references included.
+    through = (lambda pixels: _round_trip(backbone, pixels)) if instruments.typical else None
     out = {}
     for name, subject in planned.subjects.items():
         out[name] = Scorer(
@@ -77,6 +79,7 @@ def training_scorers(
             None,
             None,
             _expectations(planned, backbone, subject.class_noun),
+            through,
         )
     return out
 
@@ -220,7 +223,11 @@ def score_line(score: Score) -> str:
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
     base = f"   base model {score.base:.3f}" if score.base is not None else ""
     chance = f"   chance {score.chance:.3f}" if score.chance is not None else ""
-    return f"{score.value:.3f}{span}{base}{chance}"
+    truth = f"   true pictures {score.truth:.3f}" if score.truth is not None else ""
+    among = ""
+    if score.among_low is not None and score.among_high is not None:
+        among = f"   references among themselves {score.among_low:.3f} to {score.among_high:.3f}"
+    return f"{score.value:.3f}{span}{base}{chance}{truth}{among}"
 
 
 def references(subject: Subject, side: int) -> Tensor:
