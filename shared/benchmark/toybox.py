@@ -131,7 +131,8 @@ def _learned(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def evaluators() -> str:
-    """A hash of the evaluators' weights and of what was measured on them: numbers of different instruments do not belong in one table."""
+    """A hash of the evaluators' weights and of what was measured on them: numbers of different instruments do not belong
+    in one table."""
     digest = hashlib.sha256()
     for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())

@@ -148,7 +148,20 @@ def truth_note(report: Report) -> str | None:
 def scores_csv(report: Report) -> str:
     """The summary_scores scores, one a row, and what the concept cost; empty where something was not measured."""
     out = io.StringIO()
-    columns = ("key", "title", "value", "low", "high", "unit", "better", "base", "chance", "truth", "among_low", "among_high")
+    columns = (
+        "key",
+        "title",
+        "value",
+        "low",
+        "high",
+        "unit",
+        "better",
+        "base",
+        "chance",
+        "truth",
+        "among_low",
+        "among_high",
+    )
     writer: Any = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: v for k, v in s.model_dump().items() if k in columns and v is not None} for s in report.scores)

@@ -20,6 +20,7 @@ from shared.benchmark.experiment import compare
 from shared.config import validate
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
+from shared.metrics import measure_true
 from shared.metrics.encoders import CropSettings, InstrumentInfo, Instruments
 from shared.metrics.html import report_html
 from shared.metrics.report import Report
@@ -36,7 +37,12 @@ def _draw(hue: float, turn: int, background: str, seed: int) -> Tensor:
     picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
     color = torch.tensor(colorsys.hsv_to_rgb(hue, 1.0, 0.9)).view(3, 1, 1)
     square = color.expand(3, 12, 12).clone()
-    dark = [(slice(0, 6), slice(None)), (slice(6, 12), slice(None)), (slice(None), slice(0, 6)), (slice(None), slice(6, 12))]
+    dark = [
+        (slice(0, 6), slice(None)),
+        (slice(6, 12), slice(None)),
+        (slice(None), slice(0, 6)),
+        (slice(None), slice(6, 12)),
+    ]
     square[(slice(None), *dark[turn % 4])] *= 0.35
     y, x = (int(v) for v in rng.integers(2, 18, 2))
     picture[:, y : y + 12, x : x + 12] = square
@@ -85,9 +91,7 @@ class _Reader:
 
 
 READER = _Reader()
-TOOLS = Instruments(
-    _Grid(), _Who(), READER, locator=READER, pose=_Grid(), crops=CropSettings(1.1), face_finder=READER
-)
+TOOLS = Instruments(_Grid(), _Who(), READER, locator=READER, pose=_Grid(), crops=CropSettings(1.1), face_finder=READER)
 PROMPTS = validate(
     PromptSet,
     {
@@ -113,7 +117,9 @@ class _Square:
         rng = np.random.default_rng([seed, 1])
         turns = [int(rng.integers(4)) if pose is None else pose for _ in asked]
         places = [a.get("background", "beach") for a in asked]
-        return torch.stack([_draw(0.0, t, p, 1000 * seed + i) for i, (t, p) in enumerate(zip(turns, places, strict=True))])
+        return torch.stack(
+            [_draw(0.0, t, p, 1000 * seed + i) for i, (t, p) in enumerate(zip(turns, places, strict=True))]
+        )
 
 
 def _paint(hue: float, turn: int | None = None, every_second: float | None = None):
@@ -142,6 +148,11 @@ def _case(**changes: Any) -> Case:
     return Case(**{**values, "true": _Square(), "toy": True, **changes})
 
 
+@pytest.fixture(autouse=True)
+def fewer_true_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_true, "BEHIND", 40)
+
+
 def _report(generate: Any, case: Case | None = None, **settings: Any) -> Report:
     return evaluate(generate, _paint(0.5), case or _case(), PROMPTS, TOOLS, Shots([0, 1], **settings))
 
@@ -157,12 +168,16 @@ def test_a_model_that_turns_the_thing_is_free_and_one_that_does_not_is_not(tmp_p
     assert rigid.value("freedom") == pytest.approx(0, abs=0.1) and (rigid.value("trade_off") or 0) < 0.25
     assert (free.value("views") or 0) > (rigid.value("views") or 0)
     further = free.of_kind("freedom")
-    assert {p.seed for p in further} == {2, 3} and len(further) == 4, "four seeds of each prompt that leaves the pose open"
+    assert {p.seed for p in further} == {2, 3} and len(further) == 4, (
+        "four seeds of each prompt that leaves the pose open"
+    )
     assert len(free.of_kind("concept")) == 4 and len(free.of_kind("base")) == 4
     again = Report.load(tmp_path / "free")
     assert again == free and again.truth is not None and again.truth.range is not None
     page = report_html(free)
-    assert "Freedom" in page and page.count("<svg") == 1 and "freedom 0" in page.lower() or "freedom 1" in page.lower()
+    assert (
+        "Freedom" in page and page.count("<svg") == 1 and "freedom 0" in page.lower()
+    ) or "freedom 1" in page.lower()
 
 
 def test_with_every_second_picture_of_another_thing_freedom_is_not_measured() -> None:
@@ -193,7 +208,7 @@ def test_a_copied_thing_before_another_background_is_a_copy() -> None:
 def test_figures_of_true_pictures_are_kept_by_what_they_depend_on(tmp_path: Path) -> None:
     first, second = _Square(), _Square()
     reports = [_report(_paint(0.0), _case(true=thing, cache=tmp_path)) for thing in (first, second)]
-    assert first.drawn > 240 and second.drawn == 0 and reports[0].truth == reports[1].truth
+    assert first.drawn >= 80 and second.drawn == 0 and reports[0].truth == reports[1].truth
     (kept,) = (tmp_path / "true-figures").iterdir()
     assert json.loads(kept.read_text())["bars"]
     third = _Square()
