@@ -19,7 +19,7 @@ BEHIND, PER_PROMPT = 120, 16
 #: One pose and place: so many pictures of a prompt, of the first of so many poses that the instruments verify.
 FIXED, POSES = 6, 8
 #: Of true pictures at most so many show the thing as a reference does, point by point, by chance.
-PASTED = 0.04
+PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
 CHUNK = 256  # pictures looked at at once
 

@@ -73,7 +73,9 @@ class Scorer:
 
     def __post_init__(self) -> None:
         tools = self.instruments
-        self.verifier = Verifier(self.references, tools, self.class_noun, self.gallery, self.fresh, self.through)
+        self.verifier = Verifier(
+            self.references, tools, self.class_noun, self.gallery, self.fresh, self.through, self.masks
+        )
         who, same = self.verifier.who, self.verifier.who is self.verifier.whole
         self.likeness_key = "dino_i" if isinstance(who, DinoEncoder) else "clip_i" if same else "identity_i"
         self.limits, self.chance = self.verifier.limits, self.verifier.chance

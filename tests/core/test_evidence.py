@@ -31,7 +31,7 @@ from shared.toybox.world import Camera, Scene
 
 PROMPTS = [p for p in load_prompts("toybox").prompts[:10] if p.free]
 SHEET = Path(__file__).parents[1] / "data" / "pivotal-robot.png"
-FRONT = Camera(25, 15, 0, 0, 0.03, 0.9)
+POSE = Camera(45, 33, 0, 0, 0.03, 0.9)  # far from those of the references
 ROBOT = album.held_out("development-robot")
 
 
@@ -104,14 +104,14 @@ def test_one_pose_is_not_free_wherever_it_stands(judge: Scorer, through: Callabl
     rng = np.random.default_rng(3)
 
     def moved(_: int) -> Camera:
-        return replace(FRONT, x=float(rng.uniform(-0.15, 0.15)), y=float(rng.uniform(-0.1, 0.12)))
+        return replace(POSE, x=float(rng.uniform(-0.15, 0.15)), y=float(rng.uniform(-0.1, 0.12)))
 
     _, freedom, _ = _measured(judge, through(_drawn(_scenes(4, 6, moved))), 4)
     assert freedom is not None and freedom <= 0.1
 
 
 def test_a_picture_that_is_shifted_about_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
-    one = through(_drawn(_scenes(1, 7, lambda _: FRONT)))
+    one = through(_drawn(_scenes(1, 7, lambda _: POSE)))
     _, freedom, _ = _measured(judge, shifted(one, np.random.default_rng(4)), 4)
     assert freedom is not None and freedom <= 0.1
 
