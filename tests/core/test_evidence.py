@@ -101,13 +101,20 @@ def test_true_pictures_pass_and_are_free(judge: Scorer, through: Callable[[Tenso
 
 
 def test_one_pose_is_not_free_wherever_it_stands(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:
-    rng = np.random.default_rng(3)
+    rng, found = np.random.default_rng(3), []
+    for pose in (
+        POSE,
+        replace(POSE, azimuth_deg=95, elevation_deg=15),
+        replace(POSE, azimuth_deg=25, elevation_deg=15),
+    ):
 
-    def moved(_: int) -> Camera:
-        return replace(POSE, x=float(rng.uniform(-0.15, 0.15)), y=float(rng.uniform(-0.1, 0.12)))
+        def moved(_: int, pose: Camera = pose) -> Camera:
+            return replace(pose, x=float(rng.uniform(-0.15, 0.15)), y=float(rng.uniform(-0.1, 0.12)))
 
-    _, freedom, _ = _measured(judge, through(_drawn(_scenes(4, 6, moved))), 4)
-    assert freedom is not None and freedom <= 0.1
+        _, freedom, _ = _measured(judge, through(_drawn(_scenes(4, 6, moved))), 4)
+        assert freedom is not None
+        found.append(freedom)
+    assert sum(found) / len(found) <= 0.1 and max(found) <= 0.2, found
 
 
 def test_a_picture_that_is_shifted_about_is_not_free(judge: Scorer, through: Callable[[Tensor], Tensor]) -> None:

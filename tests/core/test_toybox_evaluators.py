@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,27 @@ def test_identity_finds_held_out_subjects_among_distractors():
     found = measure.measure_identity("development", queries=2, seed=5)
     assert found["gallery"] >= 9
     assert found["retrieval"] >= 0.86, found
+
+
+def test_faces_are_judged_where_one_can_be_seen_and_the_rest_is_counted():
+    found = measure.measure_identity("development", queries=1, seed=5, faces=True)
+    assert found["no_face"] > 0 and found["queries"] + found["no_face"] == 4 * found["gallery"]
+    things = measure.measure_identity("development", references=2, queries=1, seed=5)
+    assert things["no_face"] == 0 and things["queries"] == 12 * things["gallery"]
+
+
+def test_calibration_finds_known_freedoms_and_keeps_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from shared.pretrain.evaluators import calibrate
+
+    monkeypatch.setattr(calibrate, "CROPS", calibrate.CROPS[:1])
+    out = tmp_path / "calibration.json"
+    lines = list(calibrate.calibrate(2, 1, out))
+    kept = json.loads(out.read_text())
+    assert len(kept["tried"]) == 3 and lines[-1].startswith("chosen: " + kept["encoder"])
+    best = min(kept["tried"], key=lambda t: t["error"])
+    assert (kept["encoder"], kept["crops"]) == (best["encoder"], best["crops"])
+    assert best["free"] > 2 * best["fixed"] and best["other"] > 0.6 > 0.4 > best["places"]
+    assert kept["typical"]["same"] > kept["typical"]["other"]
 
 
 def test_clip_knows_captions():
