@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from shared.toybox.world import Scene
 FAR = 2 * DISTANCE  # the depth of the background
 SPACING = 0.02  # of neighbouring points of a surface, in pictures of 64 pixels
 _CHUNK = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,20 @@ class Surfaces:
 
 def surfaces(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Surfaces:
     """The geometry of the pictures that `render` draws of the same scenes at the same size, with the same bits."""
-    if not scenes:
-        raise ValueError("surfaces needs at least one scene")
     where = torch.device(device)
-    chunks = [_chunk(list(scenes[i : i + _CHUNK]), size, where) for i in range(0, len(scenes), _CHUNK)]
-    return Surfaces(*(torch.cat([getattr(c, f.name) for c in chunks]) for f in fields(Surfaces)))
+    return by_chunks(Surfaces, scenes, lambda chunk: _chunk(chunk, size, where))
+
+
+def by_chunks(kind: Callable[..., T], scenes: Sequence[Scene], draw: Callable[[list[Scene]], T]) -> T:
+    """What `draw` makes of a few scenes at a time, a dataclass of tensors, as one of all of them.
+
+    Raises:
+        ValueError: there are no scenes
+    """
+    if not scenes:
+        raise ValueError("there is nothing to draw: give at least one scene")
+    drawn: list[Any] = [draw(list(scenes[i : i + _CHUNK])) for i in range(0, len(scenes), _CHUNK)]
+    return kind(*(torch.cat([getattr(chunk, f.name) for chunk in drawn]) for f in fields(drawn[0])))
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class UnetSize:
     finest_heads: int = 1
 
 
-#: Larger where small parts are drawn, at less than one and a half times the time of a step.
+#: Larger where small parts are drawn. A step takes about one and a half times as long.
 WIDE = UnetSize(finest_layers=2, finest_attention="up")
 
 
