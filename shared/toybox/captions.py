@@ -174,6 +174,8 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
     """The caption of a clip; where the words for the place leave too little room, shorter ones say it."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
+    if not last and moves.words:
+        places = tuple(p for p in places if not p.startswith("floating"))  # a thing does one thing at a time
     for option in sorted(places, key=lambda p: (p != place, _count(p))):
         if _count(f"{text} {option}{last}") <= moves.room:
             text = f"{text} {option}"

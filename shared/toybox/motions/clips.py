@@ -1,4 +1,8 @@
-"""Clips of one moving thing, with everything that is known about each frame."""
+"""Clips of one moving thing, with everything that is known about each frame.
+
+Every frame is a picture as `render` draws it, of one thing, place and light throughout. A thing's shadow goes with it, in
+the air as well: so it is in the pictures that the toybox's model has learned from.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ class MovingScene:
 
     def scenes(self) -> list[Scene]:
         """The F frames as scenes: each is a picture that `render` draws."""
-        return [replace(self.scene, cameras=(_camera(at),), pan=float(pan)) for at, pan in zip(self.path, self.pan)]  # noqa: B905
+        ways = zip(self.path, self.pan, strict=True)
+        return [replace(self.scene, cameras=(_camera(at),), pan=float(pan)) for at, pan in ways]
 
 
 @dataclass(frozen=True, eq=False)

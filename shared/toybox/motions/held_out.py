@@ -36,7 +36,7 @@ def _hop_and_turn(t: Array, p: Parameters) -> dict[str, Array]:
     # Two hops with half a turn in the air, and a rest after each.
     jumps = [np.clip((t - start) / 0.36, 0, 1) for start in (0.04, 0.54)]
     turned = 180 * (jumps[0] + jumps[1])
-    return {"y": -p["high"] * (hop(jumps[0]) + hop(jumps[1])), "azimuth_deg": turned + 0 * p["high"]}
+    return {"y": -p["high"] * (hop(jumps[0]) + hop(jumps[1])), "azimuth_deg": turned}
 
 
 def _stop_and_go(t: Array, p: Parameters) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def _lap(t: Array, p: Parameters) -> dict[str, Array]:
         "x": p["wide"] / 2 * np.sin(angle),
         "y": p["deep"] / 2 * near,
         "log_scale": p["growth"] / 2 * near,
-        "azimuth_deg": -360 * t + 0 * p["wide"],
+        "azimuth_deg": -360 * t,
     }
 
 
@@ -88,7 +88,7 @@ def _lunge(t: Array, p: Parameters) -> dict[str, Array]:
     # Twice: forward at once, and slowly back.
     u = np.clip(2 * t, 0, 2 - 1e-9) % 1
     near = ramp(u, 0.0, 0.28) * (1 - ramp(u, 0.4, 1.0))
-    return {"log_scale": p["growth"] * near, "y": 0.08 * near + 0 * p["growth"]}
+    return {"log_scale": p["growth"] * near, "y": 0.08 * near}
 
 
 HELD_OUT: dict[str, tuple[Motion, ...]] = {
@@ -104,9 +104,7 @@ HELD_OUT: dict[str, tuple[Motion, ...]] = {
         Motion("staircase", _staircase, {"wide": (0.44, 0.54), "high": (0.4, 0.5)}),
         Motion("loop", _loop, {"wide": (0.36, 0.44), "radius": (0.15, 0.19)}),
         Motion("falling-leaf", _falling_leaf, {"wide": (0.36, 0.46), "deep": (0.44, 0.52), "tilt_deg": (20, 26)}),
-        Motion(
-            "lap", _lap, {"wide": (0.48, 0.58), "deep": (0.16, 0.22), "growth": (0.5, 0.65)}, facing_deg=-90.0
-        ),
+        Motion("lap", _lap, {"wide": (0.48, 0.58), "deep": (0.16, 0.22), "growth": (0.5, 0.65)}, facing_deg=-90.0),
         Motion("look-around", _look_around, {"turn_deg": (62, 74)}),
         Motion("lunge", _lunge, {"growth": (0.7, 0.86)}),
     ),

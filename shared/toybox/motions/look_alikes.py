@@ -46,10 +46,11 @@ def _steady(shape: Shape) -> Shape:
 
     def even(t: Array, p: Parameters) -> Mapping[str, Array]:
         fine = np.linspace(0, 1, _FINE)
-        moved = shape(fine, p)
-        speed = sum((np.gradient(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
-        gone = np.cumsum(np.sqrt(speed) + 1e-9, axis=-1)
-        gone = (gone - gone[:, :1]) / (gone[:, -1:] - gone[:, :1])
+        n = max(len(values) for values in p.values())
+        moved = {name: np.broadcast_to(values, (n, _FINE)) for name, values in shape(fine, p).items()}
+        steps = sum((np.diff(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
+        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # a little for a rest, so that no two moments are one
+        gone = np.concatenate([np.zeros((n, 1)), gone / gone[:, -1:]], axis=-1)
         when = np.stack([np.interp(t, row, fine) for row in gone])
         return {
             name: np.stack([np.interp(at, fine, row) for at, row in zip(when, values, strict=True)])

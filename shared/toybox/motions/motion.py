@@ -28,7 +28,7 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 class Motion:
     """A motion: `shape(t, parameters)` gives the channels that it moves, relative to where the thing is placed.
 
-    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F]; what it does not mention stays.
+    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; what it does not mention stays.
     limits: between which each parameter is drawn, evenly. either_way: parameters that are +1 or -1.
     facing_deg: the azimuth that the path is relative to, where a thing must look along its way; None for any.
     """
