@@ -1,4 +1,4 @@
-"""`pcs toybox train | evaluate | calibrate | sheet | motions | subjects`: the embedded world, its model, and how both were made."""
+"""`pcs toybox train | evaluate | calibrate | sheet | motions | subjects`: the embedded world, its model, how both are made."""
 
 from __future__ import annotations
 

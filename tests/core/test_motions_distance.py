@@ -80,7 +80,7 @@ def test_a_path_at_other_frames_is_the_same_path() -> None:
 def test_the_nearest_comes_first() -> None:
     a, b, c = paths(3)
     order = ranked(a + 0.01, {"c": c, "a": a, "b": b})
-    assert [name for name, _ in order][0] == "a" and [d for _, d in order] == sorted(d for _, d in order)
+    assert order[0][0] == "a" and [d for _, d in order] == sorted(d for _, d in order)
 
 
 def test_what_is_no_path_is_refused() -> None:

@@ -50,12 +50,17 @@ def test_the_motion_is_what_the_clips_share() -> None:
 
 
 def test_another_writer_takes_the_frames(tmp_path: Path) -> None:
-    written = []
-    write_motion(
-        "reporting-loop", tmp_path / "a", 1, frames=3, write=lambda f, path, about: written.append((f, path.name))
-    )
-    ((frames, name),) = written
-    assert frames.shape == (3, 3, 64, 64) and frames.min() >= -1 and name == "00"
+    seen: list[torch.Tensor] = []
+
+    def write(frames: torch.Tensor, path: Path, about: dict[str, str]) -> Path:
+        seen.append(frames)
+        path.with_suffix(".bin").write_bytes(b"clip")
+        return path.with_suffix(".bin")
+
+    files = write_motion("reporting-loop", tmp_path / "a", 1, frames=3, write=write)
+    assert files == [tmp_path / "a" / "00.bin"] and files[0].read_bytes() == b"clip"
+    assert files[0].with_suffix(".txt").read_text().startswith("a photo of a ")
+    assert seen[0].shape == (3, 3, 64, 64) and seen[0].min() >= -1
 
 
 def test_what_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

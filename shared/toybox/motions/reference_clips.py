@@ -19,14 +19,15 @@ from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS
 KEY = "toybox-motion"
 FRAMES = range(2, 65)  # how many frames a clip may have
 
-WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], None]
-"""Writes frames [F, 3, H, W] in [-1, 1] under a name without an ending, with text about what made them."""
+WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
+"""Writes frames [F, 3, H, W] in [-1, 1] under a path without an ending, with text about them; returns what it has written."""
 
 
-def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> None:
+def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
     """A folder of PNGs, `000.png` first, each with the text about it."""
     for i, frame in enumerate(frames):
         write_picture(frame, path / f"{i:03d}.png", about)
+    return path
 
 
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
@@ -65,15 +66,18 @@ def write_motion(
 ) -> list[Path]:
     """Write n clips of a held-out motion (`development-zigzag` …), to learn the motion from: `00/000.png` and so on.
 
-    Beside the frames of each lies what a careful person adds: a caption of what is seen (`00/caption.txt`), which does not
-    say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in their PNG text which
+    Beside the frames of each lies what a careful person adds: a caption of what is seen (`00/caption.txt`, or `00.txt` beside
+    a file), which does not say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in their PNG text which
     motion they show. Returns the clips' paths.
     """
     moving = reference_moving(name, n, seed, frames)
+    written = []
     with atomic_folder(folder, overwrite) as out:
         for i, scene in enumerate(moving):
-            clip = draw_clip(scene)
-            write(clip.frames.permute(0, 3, 1, 2) * 2 - 1, out / f"{i:02d}", {KEY: name})
-            write_frames(clip.mask[:, None].expand(-1, 3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}", {})
-            (out / f"{i:02d}" / "caption.txt").write_text(plain_clip_caption(scene) + "\n", "utf-8")
-    return [folder / f"{i:02d}" for i in range(n)]
+            drawn = draw_clip(scene)
+            clip = write(drawn.frames.permute(0, 3, 1, 2) * 2 - 1, out / f"{i:02d}", {KEY: name})
+            beside = clip / "caption.txt" if clip.is_dir() else clip.with_suffix(".txt")
+            beside.write_text(plain_clip_caption(scene) + "\n", "utf-8")
+            write_frames(drawn.mask[:, None].expand(-1, 3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}", {})
+            written.append(folder / clip.name)
+    return written
