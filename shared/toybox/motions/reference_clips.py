@@ -67,8 +67,8 @@ def write_motion(
     """Write n clips of a held-out motion (`development-zigzag` …), to learn the motion from: `00/000.png` and so on.
 
     Beside the frames of each lies what a careful person adds: a caption of what is seen (`00/caption.txt`, or `00.txt` beside
-    a file), which does not say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in their PNG text which
-    motion they show. Returns the clips' paths.
+    a file), which does not say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in
+    their PNG text which motion they show. Returns the clips' paths. ValueError as `reference_moving` and `atomic_folder`.
     """
     moving = reference_moving(name, n, seed, frames)
     written = []
