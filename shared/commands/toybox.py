@@ -1,4 +1,4 @@
-"""`pcs toybox train | evaluate | calibrate | sheet | subjects`: the embedded world, its model, and how both were made."""
+"""`pcs toybox train | evaluate | calibrate | sheet | motions | subjects`: the embedded world, its model, how both are made."""
 
 from __future__ import annotations
 
@@ -108,29 +108,56 @@ def sheet(
 
 
 @app.command()
-def subjects(
-    name: str = typer.Argument(None, help="a subject, face or style to write as pictures; omit to list them"),
-    out: Path = typer.Option(None, help="folder for the reference pictures; default: a folder of that name", **PATH),
-    num: int = typer.Option(5, min=1, help="number of reference pictures"),
+def motions(
+    out: Path = typer.Argument(help="PNG file to write", **PATH),
+    name: list[str] = typer.Option([], help="these motions; default: all, captioned ones first"),
+    rows: int = typer.Option(1, min=1, help="clips of each motion"),
+    columns: int = typer.Option(8, min=2, help="frames shown of each clip"),
+    frames: int = typer.Option(16, min=2, max=64, help="frames of each clip"),
     seed: int = typer.Option(0, min=0),
+    overwrite: bool = typer.Option(False, help="replace an existing file"),
+) -> None:
+    """Draw a contact sheet of clips: a row for each, with its frames from left to right."""
+    from shared.toybox.motions.clip_sheets import write_motion_sheet
+
+    print(write_motion_sheet(out, name, (rows, columns, frames), seed, overwrite))
+
+
+@app.command()
+def subjects(
+    name: str = typer.Argument(None, help="a subject, face, style or motion to write; omit to list them"),
+    out: Path = typer.Option(None, help="folder for the references; default: a folder of that name", **PATH),
+    num: int = typer.Option(None, min=1, help="number of reference pictures or clips; default: 5 pictures, 4 clips"),
+    seed: int = typer.Option(0, min=0),
+    frames: int = typer.Option(None, min=2, help="for motions: frames of each clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """List the held-out things and styles that no caption can describe, or write one as pictures to learn from."""
+    """List the things, styles and motions that no caption can describe, or write one as pictures or clips to learn from."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
+    from shared.toybox.motions.held_out import motion_names
+    from shared.toybox.motions.reference_clips import write_motion
     from shared.toybox.subjects import style_names
 
-    things, styles = _things(), style_names()
+    things, styles, motions = _things(), style_names(), motion_names()
     if name is None:
         for title, about in things.items():
             print(f"{title:30} {about}")
         for title, style in styles.items():
             print(f"{title:30} a drawing style: {style}")
+        for title, motion in motions.items():
+            print(f"{title:30} a motion: {motion.name}")
         return
-    if name not in things and name not in styles:
-        raise ValueError(unknown(name, [*things, *styles], "toybox subject or style"))
-    write = album.write_style if name in styles else album.write_album
-    for path in write(name, out or Path(name), num, seed, overwrite):
+    if name not in things and name not in styles and name not in motions:
+        raise ValueError(unknown(name, [*things, *styles, *motions], "toybox subject, style or motion"))
+    if frames is not None and name not in motions:
+        raise ValueError(f"--frames {frames} with {name}: only motions are written as clips")
+    if name in motions:
+        written = write_motion(name, out or Path(name), num or 4, seed, overwrite, frames or 16)
+    else:
+        write = album.write_style if name in styles else album.write_album
+        written = write(name, out or Path(name), num or 5, seed, overwrite)
+    for path in written:
         print(path)
 
 

@@ -9,6 +9,7 @@ Patterns and identities are never mentioned.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -120,11 +121,11 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7
     return options[1 + int(rng.integers(len(options) - 1))]
 
 
-def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> str:
-    """One caption of a scene, at most 26 words.
+def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
+    """One caption of a scene, at most 26 words; with `moves`, of the clip that begins with it.
 
     full: class, both colors, accessory, background and view in the one canonical form; otherwise some are left out and
-    the wording varies. Accessories and styles are always named, views only where they are clear.
+    the wording varies. Accessories, styles and what moves are always named, views only where they are clear.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -149,10 +150,38 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> str:
     seen = SEEN[scene.view][0] if full else _pick(rng, SEEN[scene.view])
     clear = all(c.view_is_clear and c.view == scene.view for c in scene.cameras)
     with_place, with_view = say(), say() and (clear or full)
+    if moves is not None:
+        return _moving(text, moves, PLACES[scene.background] if with_place else (), seen if with_view else "", place)
     for extra, included in ((f" {place}", with_place), (f", {seen}", with_view)):
         if included and _count(text + extra) <= MAX_WORDS:
             text += extra
     return text
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What a caption says of a clip's motion, as words after the thing or, with a comma before it, at the end; "" says nothing.
+
+    room: how many words and commas the whole caption may have; still_view: whether one view holds for all of the clip.
+    """
+
+    words: str
+    room: int = MAX_WORDS
+    still_view: bool = True
+
+
+def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
+    """The caption of a clip; where the words for the place leave too little room, shorter ones say it."""
+    last = moves.words if moves.words.startswith(",") else ""
+    text = text if last or not moves.words else f"{text} {moves.words}"
+    if not last and moves.words:
+        places = tuple(p for p in places if not p.startswith("floating"))  # a thing does one thing at a time
+    for option in sorted(places, key=lambda p: (p != place, _count(p))):
+        if _count(f"{text} {option}{last}") <= moves.room:
+            text = f"{text} {option}"
+            break
+    view = f", {seen}" if seen and moves.still_view and not last else ""
+    return text + last + (view if _count(text + view) <= moves.room else "")
 
 
 def plain_caption(scene: Scene) -> str:

@@ -53,12 +53,17 @@ def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device =
 
 @torch.no_grad()
 def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
-    fine = 2 * size
+    things = instances(scenes, device)
+    hits = visible(things, groups(things, SPACING * 64 / size, device), len(scenes), 2 * size)
+    return painted(scenes, things, hits, size)
+
+
+def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
+    """The pictures of scenes whose things have been placed, and what is seen of them found, on 2 size × 2 size subpixels."""
+    fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
     grids = torch.tensor(np.stack([d.uniform(-1, 1, (4, 8, 8)) for d in draws]), dtype=torch.float32).to(device)
-    things = instances(scenes, device)
-    hits = visible(things, groups(things, SPACING * 64 / size, device), len(scenes), fine)
     picture = _backgrounds(scenes, things, numbers, grids, fine)
     picture = picture.permute(0, 2, 3, 1).reshape(-1, 3)
     picture[hits.at] = _shade(hits, things, numbers)
@@ -91,8 +96,21 @@ def _stretch(points: int, size: int, device: torch.device) -> Tensor:
     return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
 
 
+def _panned(stretch: Tensor, by: Tensor) -> Tensor:
+    """The matrices [B, size, points] of an interpolation [size, points] that starts `by` pixels [B] to the right.
+
+    What comes in at a border is the mirror of what is behind it.
+    """
+    last = len(stretch) - 1
+    at = torch.arange(last + 1, device=by.device) - by[:, None]
+    at = last - (last - at % (2 * last)).abs()
+    low = at.long().clamp(max=last - 1)
+    part = (at - low)[..., None]
+    return stretch[low] * (1 - part) + stretch[low + 1] * part
+
+
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """Backgrounds [B, 3, S, S] with the shadows of the things on them."""
+    """Backgrounds [B, 3, S, S], panned, with the shadows of the things on them."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -101,11 +119,15 @@ def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids:
     horizon = horizon.clamp_min(0.18)[:, None, None]
     names = [s.background for s in scenes]
     stretch = _stretch(grids.shape[-1], fine, device)
+    panned = any(s.pan for s in scenes)
+    pan = torch.tensor([s.pan for s in scenes], device=device)
     picture = torch.empty((len(scenes), 3, fine, fine), device=device)
     for name in dict.fromkeys(names):
         members = torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
-        noise = stretch @ grids[members] @ stretch.T
-        picture[members] = PAINTERS[name](Canvas(x, y, horizon[members], numbers[members], noise)).clamp(0, 1)
+        across = _panned(stretch, pan[members] * fine)[:, None] if panned else stretch
+        noise = stretch @ grids[members] @ across.mT
+        here = x - pan[members, None, None] if panned else x
+        picture[members] = PAINTERS[name](Canvas(here, y, horizon[members], numbers[members], noise)).clamp(0, 1)
     everywhere = torch.tensor([name in _ALL_FLOOR for name in names], device=device)[:, None, None]
     floor = torch.where(everywhere, 1.0, ((y - horizon - 0.02) / 0.05).clamp(0, 1))
     dark = torch.zeros((len(scenes), fine, fine), device=device)

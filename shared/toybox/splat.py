@@ -159,6 +159,18 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack([entries[:, k] * a + entries[:, k + 1] * b + entries[:, k + 2] * c for k in (0, 3, 6)], 1)
 
 
+def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where points land: columns and rows of a picture of size×size pixels (0 at the centre of the first), and depths.
+
+    view: [..., 3], right, up and toward the camera, in radii of the thing; place: [..., 5] as in `Instances`.
+    """
+    x, y, scale, cos, sin = place.unbind(-1)
+    depth = DISTANCE - view[..., 2]
+    zoom = (FILL * DISTANCE * size) * scale / depth
+    right, down = view[..., 0] * zoom, view[..., 1] * -zoom
+    return right * cos - down * sin + (x * size - 0.5), right * sin + down * cos + (y * size - 0.5), depth
+
+
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
     """The subpixel [k, N] (-1: outside) that each point falls into, lower left of its 2×2 footprint, and its depth."""
     who = group.who
@@ -167,12 +179,8 @@ def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor
     if (shape != shape.new_tensor([1.0, 1, 1, 0])).any():
         points = proportion(points, shape[:, None])
     view = torch.bmm(points, things.axes[who].transpose(1, 2))
-    x, y, scale, cos, sin = (v[:, None] for v in things.place[who].unbind(1))
-    depth = DISTANCE - view[..., 2]
-    zoom = (FILL * DISTANCE * size) * scale / depth
-    right, down = view[..., 0] * zoom, view[..., 1] * -zoom
-    u = (right * cos - down * sin + (x * size - 0.5)).floor()
-    v = (right * sin + down * cos + (y * size - 0.5)).floor()
+    u, v, depth = projected(view, things.place[who][:, None], size)
+    u, v = u.floor(), v.floor()
     outside = (u < 0) | (u > size - 1) | (v < 0) | (v > size - 1)
     return torch.where(outside, -1.0, v * size + u).long(), depth
 

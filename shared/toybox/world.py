@@ -127,13 +127,17 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: one or two things, left one first, each with its camera; `seed` drives background and light."""
+    """One picture: one or two things, left one first, each with its camera; `seed` drives background and light.
+
+    pan: how far the background has moved to the right, in pictures: what a camera sees that has gone to its right.
+    """
 
     things: tuple[Thing, ...]
     background: str
     cameras: tuple[Camera, ...]
     style: str = "photo"
     seed: int = 0
+    pan: float = 0.0
 
     @property
     def view(self) -> str:

@@ -15,6 +15,7 @@ from shared.io.contact_sheets import read_metadata
 from shared.io.decode import read_picture
 from shared.io.read_subject import read_subject
 from shared.toybox import captions, subjects, world
+from shared.toybox.motions.held_out import motion_names
 from shared.toybox.render import render
 
 
@@ -93,7 +94,8 @@ def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:
         held = {h.name for h in (*subjects.subjects(split), *subjects.faces(split))}
         held |= {f"{split}-{style.replace(' ', '-')}" for style in subjects.styles(split)}
         assert len(held) == 20 and held <= set(listed)
-    assert len(listed) == 40
+    assert set(motion_names()) <= set(listed)
+    assert len(listed) == 40 + len(motion_names()) == 52
     message = refused("subjects", "development-stained-glas")
     assert "Did you mean 'development-stained-glass'?" in message and "reporting-duck" in message
 

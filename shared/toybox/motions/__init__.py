@@ -1,0 +1,1 @@
+"""Clips of the toybox: how things and the camera move, in captioned motions and in motions that no caption describes."""

@@ -1,0 +1,78 @@
+"""The motions that captions describe: what a motion module learns from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shared.config import unknown
+from shared.toybox.motions.motion import Array, Motion, Parameters, hop
+
+_EVEN = (0.85, 1.2)  # exponents of time: a little slower, or faster, towards the end
+
+
+def _spin(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"azimuth_deg": p["way"] * p["sweep_deg"] * t}
+
+
+def _slide_left(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"x": -p["reach"] * t ** p["pace"]}
+
+
+def _slide_right(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"x": p["reach"] * t ** p["pace"]}
+
+
+def _bounce(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"y": -p["reach"] * hop((p["count"] * t + p["phase"]) % 1)}
+
+
+def _rise(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"y": -p["reach"] * t ** p["pace"]}
+
+
+def _fall(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"y": p["reach"] * t ** p["pace"]}
+
+
+def _wobble(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"roll_deg": p["tilt_deg"] * np.sin(2 * np.pi * (p["count"] * t + p["phase"]))}
+
+
+def _approach(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"log_scale": p["growth"] * t ** p["pace"]}
+
+
+def _recede(t: Array, p: Parameters) -> dict[str, Array]:
+    return {"log_scale": -p["growth"] * t ** p["pace"]}
+
+
+def _orbit(t: Array, p: Parameters) -> dict[str, Array]:
+    # A camera that goes to its right sees more of a thing's left side, and what is behind the thing moves right.
+    turned = p["way"] * p["sweep_deg"] * (t - 0.5)
+    return {"azimuth_deg": turned, "pan": turned / 240}
+
+
+MOTIONS: dict[str, Motion] = {
+    motion.name: motion
+    for motion in (
+        Motion("spin", _spin, {"sweep_deg": (300, 420)}, ("way",)),
+        Motion("slide left", _slide_left, {"reach": (0.34, 0.6), "pace": _EVEN}),
+        Motion("slide right", _slide_right, {"reach": (0.34, 0.6), "pace": _EVEN}),
+        Motion("bounce", _bounce, {"reach": (0.2, 0.38), "count": (1.3, 2.1), "phase": (0, 1)}),
+        Motion("rise", _rise, {"reach": (0.32, 0.56), "pace": _EVEN}),
+        Motion("fall", _fall, {"reach": (0.32, 0.56), "pace": (1.4, 2.0)}),
+        Motion("wobble", _wobble, {"tilt_deg": (15, 25), "count": (1.2, 2.1), "phase": (0, 1)}),
+        Motion("approach", _approach, {"growth": (0.6, 0.88), "pace": _EVEN}),
+        Motion("recede", _recede, {"growth": (0.6, 0.88), "pace": _EVEN}),
+        Motion("orbit", _orbit, {"sweep_deg": (80, 150)}, ("way",)),
+    )
+}
+CAMERA_MOTIONS = frozenset({"orbit"})
+"""Motions of the camera: the only ones in which the background moves."""
+
+
+def captioned_motion(name: str) -> Motion:
+    """A captioned motion by name. ValueError lists what there is."""
+    if name not in MOTIONS:
+        raise ValueError(unknown(name, MOTIONS, "captioned motion"))
+    return MOTIONS[name]

@@ -1,0 +1,73 @@
+"""Words for clips: the captions of pictures with what moves, for example "a red car spinning on the grass".
+
+Motions that no caption describes have none: the caption of such a clip is that of any picture of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shared.toybox.captions import MAX_WORDS, Moves, background_phrase, caption, describe, opening
+from shared.toybox.motions.captioned import MOTIONS, captioned_motion
+from shared.toybox.motions.clips import MovingScene
+from shared.toybox.tokenizer import MAX_LENGTH
+
+# The first of each is the canonical one. After a comma: at the end of a caption, in place of the view.
+PHRASES: dict[str, tuple[str, ...]] = {
+    "spin": ("spinning", "turning around", "spinning around"),
+    "slide left": ("moving to the left", "sliding to the left", "moving left"),
+    "slide right": ("moving to the right", "sliding to the right", "moving right"),
+    "bounce": ("bouncing", "bouncing up and down", "jumping up and down"),
+    "rise": ("rising", "moving up", "floating up"),
+    "fall": ("falling", "falling down", "moving down"),
+    "wobble": ("wobbling", "rocking from side to side"),
+    "approach": ("moving closer", "coming closer"),
+    "recede": ("moving away", "going away"),
+    "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
+}
+# Words that the toybox's tokenizer, which was made for pictures, cuts into this many pieces.
+_PIECES = {
+    "sliding": 3,
+    "down": 2,
+    "rising": 4,
+    "falling": 4,
+    "wobbling": 4,
+    "rocking": 3,
+    "closer": 3,
+    "coming": 3,
+    "going": 3,
+    "away": 3,
+    "camera": 5,
+}
+
+
+def motion_phrase(name: str) -> str:
+    """The canonical words for a captioned motion, for example "spinning". ValueError lists the motions."""
+    return PHRASES[captioned_motion(name).name][0]
+
+
+def _room(words: str) -> int:
+    """How many words and commas a caption with these may have, so that no token is cut off."""
+    extra = sum(_PIECES.get(word, 1) - 1 for word in words.replace(",", "").split())
+    return MAX_LENGTH - 2 - extra
+
+
+def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
+    """One caption of a clip, at most 30 tokens of the toybox's tokenizer.
+
+    A captioned motion is always named, and no other ever. full: the one canonical form, as for pictures. The view is
+    said where it is clear and stays the same.
+    """
+    words = ""
+    if moving.motion.name in MOTIONS:
+        options = PHRASES[moving.motion.name]
+        words = options[0] if full or rng.random() < 0.6 else options[int(rng.integers(len(options)))]
+    cameras = [scene.cameras[0] for scene in moving.scenes()]
+    still = all(camera.view_is_clear and camera.view == moving.scene.view for camera in cameras)
+    return caption(moving.scene, rng, full, Moves(words, min(_room(words), MAX_WORDS + 4), still))
+
+
+def plain_clip_caption(moving: MovingScene) -> str:
+    """What anyone would say of a clip without its motion: "a photo of a duck on the beach"."""
+    scene = moving.scene
+    return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

@@ -1,0 +1,53 @@
+"""Clips on one sheet, to be looked at: a row for each, its frames from left to right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.config import unknown
+from shared.io.contact_sheets import contact_sheet, write_picture
+from shared.io.outputs import check_file
+from shared.toybox.motions.captioned import MOTIONS
+from shared.toybox.motions.clips import Clip, draw_clip, sample_moving
+from shared.toybox.motions.held_out import motion_names
+
+
+def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 128) -> Image.Image:
+    """A sheet of labelled clips: a row for each, `columns` of its frames, evenly spaced from the first to the last.
+
+    Labels may repeat. ValueError when there are no clips.
+    """
+    rows = {}
+    for number, (label, clip) in enumerate(clips):
+        count = min(columns, len(clip.frames))
+        at = np.linspace(0, len(clip.frames) - 1, count).round().astype(int)
+        # Rows are kept by their label: spaces, which are not drawn, tell those of one label apart.
+        rows[label + " " * number] = clip.frames[at].permute(0, 3, 1, 2) * 2 - 1
+    return contact_sheet(rows, tile)
+
+
+def write_motion_sheet(
+    out: Path, names: Sequence[str], sizes: tuple[int, int, int] = (1, 8, 16), seed: int = 0, overwrite: bool = False
+) -> Path:
+    """Write a PNG with clips of motions, captioned ones by their name, held-out ones by their full name; none: all of them.
+
+    sizes: clips of each motion, frames shown of each, frames that it has. ValueError for an unknown motion, and as
+    `check_file`.
+    """
+    rows, columns, frames = sizes
+    motions = {**MOTIONS, **motion_names()}
+    for name in names:
+        if name not in motions:
+            raise ValueError(unknown(name, motions, "toybox motion"))
+    out = check_file(out, overwrite)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out} cannot be written: give it a name that ends in .png")
+    rng = np.random.default_rng([seed, 15])
+    clips = [
+        (name, draw_clip(sample_moving(rng, motions[name], frames))) for name in names or motions for _ in range(rows)
+    ]
+    return write_picture(clip_sheet(clips, columns), out)

@@ -1,0 +1,101 @@
+"""Clips of one moving thing, with everything that is known about each frame.
+
+Every frame is a picture as `render` draws it, of one thing, place and light throughout. A thing's shadow goes with it, in
+the air as well: so it is in the pictures that the toybox's model has learned from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.toybox.motions.captioned import CAMERA_MOTIONS, MOTIONS
+from shared.toybox.motions.flow import flow
+from shared.toybox.motions.motion import PATH, Array, Motion
+from shared.toybox.motions.placing import place
+from shared.toybox.render import painted
+from shared.toybox.splat import groups, instances, visible
+from shared.toybox.surfaces import SPACING
+from shared.toybox.world import BACKGROUNDS, Camera, Scene, sample_scene
+
+_PLAIN = tuple(name for name in BACKGROUNDS if name.endswith("studio"))
+
+
+@dataclass(frozen=True, eq=False)
+class MovingScene:
+    """What a clip shows: its first frame as a scene, and the way from there.
+
+    path: [F, 6], columns `motion.PATH`; pan: [F], where the background is (0 throughout unless the camera moves).
+    """
+
+    scene: Scene
+    motion: Motion
+    path: Array
+    pan: Array
+
+    def scenes(self) -> list[Scene]:
+        """The F frames as scenes: each is a picture that `render` draws."""
+        ways = zip(self.path, self.pan, strict=True)
+        return [replace(self.scene, cameras=(_camera(at),), pan=float(pan)) for at, pan in ways]
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """F frames of H×W pixels, and the truth about them.
+
+    frames: [F, H, W, 3] in [0, 1]; mask: [F, H, W], the part of each pixel that the thing covers (as a photo shows it);
+    path: float64 [F, 6], columns `motion.PATH`; flow: [F-1, H, W, 2] and flow_known: bool [F-1, H, W], as `flow.Flow`.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    path: Array
+    flow: Tensor
+    flow_known: Tensor
+
+    @property
+    def levels(self) -> Tensor:
+        """The frames as uint8 [F, H, W, 3]."""
+        return (self.frames * 255).round().to(torch.uint8)
+
+
+def _camera(at: Array) -> Camera:
+    x, y, log_scale, azimuth, elevation, roll = map(float, at)
+    return Camera((azimuth + 180) % 360 - 180, elevation, roll, x, y, float(np.exp(log_scale)))
+
+
+def sample_moving(
+    rng: np.random.Generator, motion: Motion | None = None, frames: int = 16, split: str = "train", **fixed: Any
+) -> MovingScene:
+    """A random clip of a motion (None: of any captioned one).
+
+    split and fixed: as for `world.sample_scene`, but for camera, view and two: the motion places one thing. Where the
+    camera moves, the background is one on which it can be seen, unless it is fixed.
+    """
+    if taken := {"camera", "view", "two"} & set(fixed):
+        raise ValueError(f"a clip's motion decides {', '.join(sorted(taken))}: it cannot be fixed")
+    if motion is None:
+        motion = tuple(MOTIONS.values())[int(rng.integers(len(MOTIONS)))]
+    offsets = motion.offsets(motion.draw(rng), frames)
+    path = place(rng, offsets, motion.facing_deg)[0]
+    if motion.name in CAMERA_MOTIONS and not fixed.get("background"):
+        seen = [name for name in BACKGROUNDS if name not in _PLAIN]
+        fixed["background"] = seen[int(rng.integers(len(seen)))]
+    scene = sample_scene(rng, split, camera=_camera(path[0]), two=False, **fixed)
+    return MovingScene(scene, motion, path, offsets[0, :, len(PATH)])
+
+
+@torch.no_grad()
+def draw_clip(moving: MovingScene, size: int = 64, device: str | torch.device = "cpu") -> Clip:
+    """Draws the frames of a clip with their truth. The same clip gives the same bits on a CPU."""
+    where, scenes = torch.device(device), moving.scenes()
+    things = instances(scenes, where)
+    hits = visible(things, groups(things, SPACING * 64 / size, where), len(scenes), 2 * size)
+    drawn = painted(scenes, things, hits, size)
+    pan = torch.tensor(moving.pan, dtype=torch.float32, device=where)
+    moved = flow(things, hits, pan, size)
+    return Clip(drawn.pixels.permute(0, 2, 3, 1), drawn.mask[:, 0], moving.path, moved.moved, moved.known)

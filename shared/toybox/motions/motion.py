@@ -1,0 +1,88 @@
+"""What a motion is: a pure function of time, with a few numbers that are drawn anew for each clip.
+
+A *path* is an array `[..., F, 6]` in float64 with the columns `PATH`: where a thing is in each of F frames. The clip's time
+runs from 0 (first frame) to 1 (last frame), however many frames there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float64]
+
+PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
+"""The columns of a path, as `world.Camera` has them: x right and y down in pictures, the natural logarithm of the scale."""
+CHANNELS = (*PATH, "pan")
+"""What a motion moves: the path, and for a motion of the camera the background (to the right, in pictures)."""
+
+Parameters: TypeAlias = Mapping[str, Array]
+Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A motion: `shape(t, parameters)` gives the channels that it moves, relative to where the thing is placed.
+
+    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; what it does not mention stays.
+    limits: between which each parameter is drawn, evenly. either_way: parameters that are +1 or -1.
+    facing_deg: the azimuth that the path is relative to, where a thing must look along its way; None for any.
+    """
+
+    name: str
+    shape: Shape = field(repr=False)
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    either_way: tuple[str, ...] = ()
+    facing_deg: float | None = None
+
+    def draw(self, rng: np.random.Generator, n: int = 1) -> dict[str, Array]:
+        """n draws of the parameters, [n, 1] each."""
+        drawn = {name: rng.uniform(low, high, (n, 1)) for name, (low, high) in self.limits.items()}
+        return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
+
+    def median(self) -> dict[str, Array]:
+        """The parameters in the middle of their limits, [1, 1] each."""
+        middle = {name: np.full((1, 1), (low + high) / 2) for name, (low, high) in self.limits.items()}
+        return middle | {name: np.ones((1, 1)) for name in self.either_way}
+
+    def offsets(self, parameters: Parameters, frames: int) -> Array:
+        """[N, F, 7]: the channels over time. ValueError when there are fewer than two frames."""
+        if frames < 2:
+            raise ValueError(f"a motion needs at least 2 frames, not {frames}")
+        n = max((len(values) for values in parameters.values()), default=1)
+        moved = self.shape(np.linspace(0, 1, frames), parameters)
+        out = np.zeros((n, frames, len(CHANNELS)))
+        for name, values in moved.items():
+            out[..., CHANNELS.index(name)] = values
+        return out
+
+    def path(self, frames: int = 16) -> Array:
+        """[F, 6]: the path of the median draw, placed at 0: what the motion is, for comparing it with others."""
+        return self.offsets(self.median(), frames)[0, :, : len(PATH)]
+
+
+def still(frames: int = 16) -> Array:
+    """[F, 6]: the path of a thing that does not move."""
+    return np.zeros((frames, len(PATH)))
+
+
+def ramp(t: Array, start: float, end: float) -> Array:
+    """0 before `start`, 1 after `end`, and smooth in between."""
+    u = np.clip((t - start) / (end - start), 0, 1)
+    return u * u * (3 - 2 * u)
+
+
+def hop(u: Array) -> Array:
+    """A throw's height over u in [0, 1]: 0 at both ends, 1 in the middle."""
+    return 4 * u * (1 - u)
+
+
+def views(paths: Array) -> Array:
+    """[..., F, 3]: the unit vectors from a thing to its camera (x forward, y left, z up), for paths `[..., F, 6]`."""
+    azimuth, elevation = (np.radians(paths[..., PATH.index(name)]) for name in ("azimuth_deg", "elevation_deg"))
+    level = np.cos(elevation)
+    return np.stack([level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)], -1)

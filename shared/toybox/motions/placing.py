@@ -1,0 +1,45 @@
+"""Where in the picture a moving thing is placed, so that it stays in it all the time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shared.toybox.motions.motion import CHANNELS, PATH, Array, Motion
+
+SMALLEST, LARGEST = 0.42, 1.02  # scales; pictures for training have 0.4 to 1.1
+_SIDES_DEG = (0.0, 90.0, -90.0, 180.0)
+
+
+def room(scale: Array) -> Array:
+    """How far from the middle a thing of this scale may be: it may touch the border, most of it stays inside."""
+    return np.clip(0.56 - 0.4 * scale, 0.04, 0.35)
+
+
+def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = None) -> Array:
+    """Paths `[N, F, 6]` for offsets `[N, F, 7]`: each begins at a random place, size and view that leave room for it.
+
+    The elevation is between 0 and 35 degrees; the azimuth is near one of the four sides, or exactly `facing_deg`.
+    """
+    n = len(offsets)
+    x, y, grows = (offsets[..., CHANNELS.index(name)] for name in ("x", "y", "log_scale"))
+    reach = np.maximum(np.ptp(x, axis=1), np.ptp(y, axis=1)) / 2
+    largest = np.minimum(LARGEST, (0.56 - reach) / 0.4)
+    low, high = np.log(SMALLEST) - grows.min(1), np.log(np.maximum(largest, SMALLEST)) - grows.max(1)
+    size = low + np.maximum(high - low, 0) * rng.uniform(0, 1, n) ** 0.6
+    free = room(np.exp(size + grows.max(1)))
+    base = np.zeros((n, 1, len(PATH)))
+    for column, moved in ((0, x), (1, y)):
+        left, right = -free - moved.min(1), free - moved.max(1)
+        at = rng.uniform(0, 1, n)
+        base[:, 0, column] = np.where(right > left, left + (right - left) * at, (left + right) / 2)
+    base[:, 0, 2] = size
+    side = rng.choice(_SIDES_DEG, n, p=(0.4, 0.2, 0.2, 0.2))
+    base[:, 0, 3] = side + rng.uniform(-40, 40, n) if facing_deg is None else facing_deg
+    base[:, 0, 4] = np.clip(np.abs(rng.normal(14, 9, n)), 0, 35)
+    base[:, 0, 5] = rng.normal(0, 1.5, n)
+    return base + offsets[..., : len(PATH)]
+
+
+def sample_paths(rng: np.random.Generator, motion: Motion, n: int, frames: int = 16) -> Array:
+    """n paths `[n, F, 6]` of a motion, as its clips have them; nothing is drawn for them."""
+    return place(rng, motion.offsets(motion.draw(rng, n), frames), motion.facing_deg)

@@ -1,0 +1,83 @@
+"""Held-out motions as folders of clips, as a person would bring them: one motion, by other things in other places each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from shared.io.contact_sheets import write_picture
+from shared.io.outputs import atomic_folder
+from shared.toybox.motions.clip_captions import plain_clip_caption
+from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
+from shared.toybox.motions.held_out import held_out_motion
+from shared.toybox.world import BACKGROUNDS, CLASSES, SEEDS
+
+KEY = "toybox-motion"
+FRAMES = range(2, 65)  # how many frames a clip may have
+
+WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
+"""Writes frames [F, 3, H, W] in [-1, 1] under a path without an ending, with text about them; returns what it has written."""
+
+
+def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
+    """A folder of PNGs, `000.png` first, each with the text about it."""
+    for i, frame in enumerate(frames):
+        write_picture(frame, path / f"{i:03d}.png", about)
+    return path
+
+
+def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
+    """n clips of a held-out motion: plain things that captions describe, of other classes on other backgrounds each time.
+
+    The classes and the backgrounds do not repeat before all were used. ValueError for an unknown motion or number of frames.
+    """
+    motion = held_out_motion(name)
+    if frames not in FRAMES:
+        raise ValueError(f"a clip has {FRAMES[0]} to {FRAMES[-1]} frames, not {frames}")
+    rng = np.random.default_rng([seed, SEEDS[name.split("-")[0]].start, 16])
+    kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
+    return [
+        sample_moving(
+            rng,
+            motion,
+            frames,
+            class_name=CLASSES[kinds[i % len(kinds)]],
+            background=BACKGROUNDS[places[i % len(places)]],
+            accessory="none",
+            pattern=False,
+            style="photo",
+        )
+        for i in range(n)
+    ]
+
+
+def write_motion(
+    name: str,
+    folder: Path,
+    n: int = 4,
+    seed: int = 0,
+    overwrite: bool = False,
+    frames: int = 16,
+    write: WriteClip = write_frames,
+) -> list[Path]:
+    """Write n clips of a held-out motion (`development-zigzag` …), to learn the motion from: `00/000.png` and so on.
+
+    Beside the frames of each lies what a careful person adds: a caption of what is seen (`00/caption.txt`, or `00.txt` beside
+    a file), which does not say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in
+    their PNG text which motion they show. Returns the clips' paths. ValueError as `reference_moving` and `atomic_folder`.
+    """
+    moving = reference_moving(name, n, seed, frames)
+    written = []
+    with atomic_folder(folder, overwrite) as out:
+        for i, scene in enumerate(moving):
+            drawn = draw_clip(scene)
+            clip = write(drawn.frames.permute(0, 3, 1, 2) * 2 - 1, out / f"{i:02d}", {KEY: name})
+            beside = clip / "caption.txt" if clip.is_dir() else clip.with_suffix(".txt")
+            beside.write_text(plain_clip_caption(scene) + "\n", "utf-8")
+            write_frames(drawn.mask[:, None].expand(-1, 3, -1, -1) * 2 - 1, out / "masks" / f"{i:02d}", {})
+            written.append(folder / clip.name)
+    return written

@@ -1,0 +1,187 @@
+"""Clips of the toybox: their frames, masks and flow against what is known in closed form, and their captions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from shared.toybox import captions
+from shared.toybox.motions.captioned import CAMERA_MOTIONS, MOTIONS
+from shared.toybox.motions.clip_captions import PHRASES, clip_caption, motion_phrase, plain_clip_caption
+from shared.toybox.motions.clips import Clip, MovingScene, draw_clip, sample_moving
+from shared.toybox.motions.held_out import motion_names
+from shared.toybox.motions.motion import Motion, still
+from shared.toybox.render import render
+from shared.toybox.tokenizer import MAX_LENGTH
+from shared.toybox.weights import backbone_path
+from shared.toybox.world import BACKGROUNDS, Scene, Thing
+
+CAR = Thing("car", "red", "blue", 7)
+PLACED = np.array([0.0, 0.02, np.log(0.7), 30.0, 15.0, 0.0])
+NO_MOTION = Motion("made", lambda t, p: {})
+
+
+def clip(
+    frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
+) -> Clip:
+    """A car that moves evenly by so much over the clip."""
+    path = still(frames) + PLACED
+    path[:, 2] = np.log(scale)
+    for name, value in moved.items():
+        path[:, ["x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg"].index(name)] += np.linspace(
+            0, value, frames
+        )
+    scene = Scene((CAR,), background, (), "photo", 3)
+    return draw_clip(MovingScene(scene, NO_MOTION, path, np.linspace(0, pan, frames)))
+
+
+def centres(drawn: Clip) -> Tensor:
+    """[F-1, H, W, 2]: where each pixel is, from the thing's centre, in pixels."""
+    step = torch.arange(drawn.mask.shape[-1]) + 0.5
+    y, x = torch.meshgrid(step, step, indexing="ij")
+    middle = torch.tensor(drawn.path[:-1, :2]).float() * 64 + 32
+    return torch.stack([x, y], -1) - middle[:, None, None]
+
+
+def inside(drawn: Clip) -> Tensor:
+    return drawn.flow_known & (drawn.mask[:-1] == 1)
+
+
+def warped(values: Tensor, flow: Tensor) -> Tensor:
+    """values [F-1, C, H, W] of the next frames, looked up where the flow [F-1, H, W, 2] says that each pixel goes."""
+    step = torch.arange(flow.shape[1]) + 0.5
+    y, x = torch.meshgrid(step, step, indexing="ij")
+    at = (torch.stack([x, y], -1) + flow) / (flow.shape[1] / 2) - 1
+    return torch.nn.functional.grid_sample(values, at, align_corners=False, padding_mode="border")
+
+
+def test_a_thing_that_slides_has_the_same_flow_everywhere() -> None:
+    drawn = clip(x=0.2, y=-0.1)
+    known = inside(drawn)
+    assert known[0].sum() > 300
+    assert torch.allclose(drawn.flow[known], torch.tensor([6.4, -3.2]), atol=1e-4)
+    assert (drawn.flow[drawn.mask[:-1] == 0] == 0).all(), "what is behind it stays"
+
+
+def test_flow_of_growing_and_rolling_is_that_of_the_plane() -> None:
+    """A point is up to half a pixel from its pixel's centre, and the flow differs by as much times its slope."""
+    grown, at = clip(log_scale=0.4), None
+    at = centres(grown)
+    factor = np.exp(0.2) - 1
+    assert (grown.flow - at * factor)[inside(grown)].abs().max() < 0.6 * factor + 0.01
+    rolled = clip(roll_deg=30.0)
+    turn = np.radians(15)
+    spin = torch.tensor([[np.cos(turn) - 1, np.sin(turn)], [-np.sin(turn), np.cos(turn) - 1]]).float()
+    assert (rolled.flow - at @ spin)[inside(rolled)].abs().max() < 0.9 * turn, "clockwise, in a picture with y down"
+
+
+def test_the_flow_of_a_turning_thing_leads_to_the_same_point_of_its_surface() -> None:
+    """Checked with `render`, which says of each pixel what point of the thing it shows."""
+    moving = sample_moving(np.random.default_rng(0), MOTIONS["orbit"], 6, thing=CAR, style="photo", background="beach")
+    drawn, pictures = draw_clip(moving), render(moving.scenes())
+    assert torch.equal(drawn.mask, pictures.mask[:, 0])
+    assert torch.allclose(drawn.frames, pictures.pixels.permute(0, 2, 3, 1), atol=1e-6), "a frame is a picture"
+    known = inside(drawn)
+    assert known.sum() > 0.5 * (drawn.mask[:-1] == 1).sum()
+    gap = (warped(pictures.position[1:], drawn.flow) - pictures.position[:-1]).norm(dim=1)[known]
+    still_gap = (pictures.position[1:] - pictures.position[:-1]).norm(dim=1)[known]
+    assert gap.median() < 0.02 and gap.quantile(0.95) < 0.09 < still_gap.quantile(0.95)
+
+
+@pytest.mark.parametrize("name", ["slide left", "spin", "approach", "development-pendulum"])
+def test_a_frame_is_the_next_one_brought_back_by_the_flow(name: str) -> None:
+    motion = {**MOTIONS, **motion_names()}[name]
+    moving = sample_moving(np.random.default_rng(1), motion, 12, thing=CAR, style="photo", background="gray studio")
+    drawn = draw_clip(moving)
+    known, frames = inside(drawn), drawn.frames.permute(0, 3, 1, 2)
+    back = (warped(frames[1:], drawn.flow) - frames[:-1]).abs().mean(1)[known].mean()
+    plain = (frames[1:] - frames[:-1]).abs().mean(1)[known].mean()
+    assert back < 0.08 and back < 0.6 * plain, "what is left is light, and pixels that are no points"
+
+
+def test_what_is_hidden_in_the_next_frame_is_not_known() -> None:
+    drawn = clip(frames=2, azimuth_deg=85.0)
+    share = inside(drawn).sum() / (drawn.mask[:-1] == 1).sum()
+    assert 0.05 < share < 0.7, "a side of the car has turned away"
+    slid = clip(frames=2, x=0.3)
+    covered = (slid.mask[1] == 1) & (slid.mask[0] == 0)
+    assert covered.any() and not slid.flow_known[0][covered].any(), "the car stands before it now"
+    edge = (slid.mask[0] > 0) & (slid.mask[0] < 1)
+    assert not slid.flow_known[0][edge].any(), "half thing, half background"
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_only_a_camera_moves_the_background(background: str) -> None:
+    """Far from the thing and its shadow nothing changes; under a camera everything moves by the same, to the pixel."""
+    kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
+    assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
+    panned = clip(frames=2, scale=0.35, pan=0.125, background=background)
+    assert torch.allclose(panned.flow[0][panned.mask[0] == 0], torch.tensor([8.0, 0.0]))
+    free = panned.flow_known[0] & (panned.mask[0] == 0)
+    free[:, 8:] = False  # without the thing's shadow
+    back = (warped(panned.frames[1:].permute(0, 3, 1, 2), panned.flow) - panned.frames[:1].permute(0, 3, 1, 2)).abs()
+    assert free.any() and back.mean(1)[0][free].max() < 0.02
+    assert not panned.flow_known[0, :, 56:].any(), "it has left the picture"
+
+
+def test_a_sampled_clip_is_one_thing_in_one_place() -> None:
+    rng = np.random.default_rng(2)
+    for name, motion in MOTIONS.items():
+        moving = sample_moving(rng, motion, 8)
+        scenes = moving.scenes()
+        assert len(scenes) == 8 and len({(s.things, s.background, s.style, s.seed) for s in scenes}) == 1
+        assert scenes[0].cameras == moving.scene.cameras and (len({s.pan for s in scenes}) > 1) == (
+            name in CAMERA_MOTIONS
+        )
+        assert name not in CAMERA_MOTIONS or "studio" not in moving.scene.background, "there it could not be seen"
+    one, other = (sample_moving(np.random.default_rng(5), frames=3) for _ in range(2))
+    drawn = draw_clip(one)
+    assert torch.equal(drawn.frames, draw_clip(other).frames)
+    assert drawn.levels.dtype == torch.uint8 and drawn.levels.shape == (3, 64, 64, 3)
+    with pytest.raises(ValueError, match="motion decides camera, view"):
+        sample_moving(rng, view="side", camera=None)
+
+
+def test_captions_name_the_motion_and_fit_the_tokenizer() -> None:
+    shipped = CLIPTokenizer.from_pretrained(str(backbone_path() / "tokenizer"))
+    rng = np.random.default_rng(6)
+    long = Thing("face", "purple", "yellow", None, "rainbow scarf", tuple([0.0] * 16))
+    met: dict[str, set[str]] = {name: set() for name in MOTIONS}
+    for name, motion in MOTIONS.items():
+        moving = sample_moving(rng, motion, 4, thing=long, style="watercolor painting", background="mountain")
+        texts = [clip_caption(moving, rng, full=True), *(clip_caption(moving, rng) for _ in range(60))]
+        assert max(len(shipped(text)["input_ids"]) for text in texts) <= MAX_LENGTH
+        assert motion_phrase(name) in texts[0] and "mountain" in texts[0], "canonical, with its place"
+        for text in texts:
+            said = {m for m, options in PHRASES.items() if any(re.search(rf"{o}\b(?! it)", text) for o in options)}
+            assert said == {name}, text
+            met[name] |= {o for o in PHRASES[name] if o in text}
+    assert all(met[name] == set(PHRASES[name]) for name in MOTIONS), "every wording is used"
+
+
+def test_a_view_is_said_only_where_it_stays() -> None:
+    rng = np.random.default_rng(7)
+    path = still(4) + np.array([0, 0, 0, 90.0, 10.0, 0])
+    scene = Scene((CAR,), "water", sample_moving(rng, frames=2).scene.cameras, "photo", 1)
+    slid = MovingScene(scene, MOTIONS["slide left"], path, np.zeros(4))
+    slid = replace(slid, scene=slid.scenes()[0])
+    assert clip_caption(slid, rng, True) == (
+        "a photo of a red car with a blue roof moving to the left on the water, side view"
+    ), "it does not float while it moves"
+    path = path.copy()
+    path[:, 3] += np.linspace(0, 300, 4)
+    assert clip_caption(replace(slid, motion=MOTIONS["spin"], path=path), rng, True).endswith("spinning on the water")
+
+
+def test_captions_of_held_out_motions_say_nothing_of_them() -> None:
+    rng, words = np.random.default_rng(8), set(captions.vocabulary())
+    for motion in motion_names().values():
+        moving = sample_moving(rng, motion, 4)
+        for text in (clip_caption(moving, rng), clip_caption(moving, rng, True), plain_clip_caption(moving)):
+            assert set(text.replace(",", " ,").split()) <= words, "words for pictures only"
