@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -54,7 +55,7 @@ class Track(MaskPart):
         here = torch.stack([columns, rows]).float()[None]  # [1, 2, H, W]: (x, y)
         first = F.interpolate(mask[None].float(), (height, width), mode="bilinear", align_corners=False)
         origin, out, now = here, [mask.float()], first
-        for before, after in zip(grey, grey[1:], strict=False):
+        for before, after in pairwise(grey):
             forward = _of_the_thing(_flow(self.flow, before, after), now[0, 0].numpy() > 0.5)
             origin = _sampled(origin, here + _inverse(forward, here))
             now = _sampled(first, origin)

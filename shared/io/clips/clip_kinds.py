@@ -50,3 +50,29 @@ def clip_kind(path: Path) -> Kind | None:
         with opened(path) as image:
             return "animation" if getattr(image, "n_frames", 1) > 1 else "picture"
     return "picture" if kind else None
+
+
+def stated_size(path: Path) -> int | None:
+    """How many bytes the header of an AVI, Matroska or WebM file says that it has at least; None where it says nothing."""
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != b"\x1aE\xdf\xa3":
+        return None
+    length, place = _ebml_size(head, 4)
+    if (
+        length is None or head[place + length : place + length + 4] != b"\x18S\x80g"
+    ):  # the segment, which holds the rest
+        return None
+    segment, begin = _ebml_size(head, place + length + 4)
+    return None if segment is None else begin + segment
+
+
+def _ebml_size(head: bytes, place: int) -> tuple[int | None, int]:
+    """(the size of an EBML element, where its content begins), RFC 8794 section 4; None for a size that is not known."""
+    width = 9 - head[place].bit_length() if place < len(head) and head[place] else 0
+    if not width or place + width > len(head):
+        return None, place
+    value = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
+    return (None if value == (1 << 7 * width) - 1 else value), place + width

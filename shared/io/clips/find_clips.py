@@ -140,7 +140,9 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
     for clip in found:
         inside = listing_of(clip, known=(CAPTION,)) if clip.is_dir() else None
         texts = [clip.with_name(f"{_stem(clip)}.txt"), *([clip / CAPTION] if inside else [])]
-        captions.update({clip: caption_text(text) for text in texts if text.is_file()})
+        for text in texts:
+            if text.is_file():
+                captions.setdefault(clip, caption_text(text))
         if inside and inside.masks:
             masks[clip] = clip
         for mask in candidates:

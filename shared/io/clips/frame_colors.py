@@ -33,9 +33,10 @@ def to_image(frame: Any) -> Image.Image:
     ).to_ndarray()
     if values.dtype == np.uint8:
         return Image.fromarray(values)
+    one = 65535 if frame.format.is_rgb else 255 << 8  # swscale's YCbCr to RGB reaches no further
     out = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), _ROWS):
-        rows = values[top : top + _ROWS].astype(np.float32) / 65535.0
+        rows = np.minimum(values[top : top + _ROWS].astype(np.float32) / one, 1)
         if wide:
             rows[..., :3] = _to_srgb(rows[..., :3], frame.color_trc)
         out[top : top + _ROWS] = np.floor(rows * 255.0 + 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from shared.io.clips.frame_source import FrameSource, Timing
@@ -63,13 +64,11 @@ def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
             f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in a folder of its own"
         )
     numbers = [part[1] for part in parts if part]
-    steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(numbers)]
     for path, after, step in zip(ordered, ordered[1:], steps, strict=False):
         if step == 0:
-            raise ValueError(
-                f"{folder} holds the frame {numbers[ordered.index(path)]} twice: {path.name}, {after.name}"
-            )
-        if step != min(steps):
+            raise ValueError(f"{folder} holds one frame twice: {path.name}, {after.name}")
+        if step != min(s for s in steps if s):
             raise ValueError(
                 f"{folder} has a gap in its numbering: after {path.name} comes {after.name}. Add what is missing, or "
                 "number the frames anew if they do follow each other"
@@ -79,7 +78,7 @@ def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
 
 def _natural(stem: str) -> list[tuple[int, int, str]]:
     """Runs of digits compare as numbers."""
-    return [(0, int(run), "") if run.isdigit() else (1, 0, run) for run in re.findall(r"[0-9]+|[^0-9]+", stem)]
+    return [(0, int(run), "") if run[0] in "0123456789" else (1, 0, run) for run in re.findall(r"[0-9]+|[^0-9]+", stem)]
 
 
 def _last_number(stem: str) -> tuple[str, int, str] | None:

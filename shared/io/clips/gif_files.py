@@ -61,7 +61,7 @@ def _patterned(levels: np.ndarray) -> list[Image.Image]:
     """Frames in the best 256 colours of the clip; the pattern reaches from one colour of the palette to about the next."""
     pixels = levels.reshape(-1, 3)
     drawn = pixels[np.random.default_rng(0).integers(0, len(pixels), _SIDE * _SIDE)].reshape(_SIDE, _SIDE, 3)
-    palette = Image.fromarray(drawn).quantize(_COLORS, method=Image.Quantize.MEDIANCUT, kmeans=1)
+    palette = Image.fromarray(drawn).quantize(_COLORS, method=Image.Quantize.MEDIANCUT)
     error = np.asarray(palette.convert("RGB")).astype(np.float32) - drawn
     rows, columns = -(-levels.shape[1] // 8), -(-levels.shape[2] // 8)
     pattern = np.tile(_bayer(3), (rows, columns))[: levels.shape[1], : levels.shape[2], None]

@@ -88,8 +88,8 @@ def _read(
     seen = False
     valid = None
     for number, picture in enumerate(_with_masks(source, indices, masks)):
-        first_of_clip = fit if fit == "contain" or number == 0 else None  # one warning of what the crop loses is enough
-        square = picture if picture.size == (width, height) else resize(picture, (height, width), first_of_clip, keep)
+        how = fit if fit == "contain" or number == 0 else None  # one warning of what the crop loses is enough
+        square = picture if picture.size == (width, height) else resize(picture, (height, width), how, keep)
         pixels.append(square.pixels)
         seen |= picture.alpha is not None
         planes.append(torch.ones(1, height, width) if square.mask is None else square.mask)
@@ -146,14 +146,14 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
         planes = (picture.alpha for picture in source.frames(indices))
     else:
         return None
-    found = list(planes_boxes(planes, source.size))
+    found = list(_boxes(planes, source.size))
     if not found:
         return None
     lefts, tops, rights, bottoms = zip(*found, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def planes_boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
+def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
     """The bounds of each mask that marks something; of no mask, all of the frame."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()

@@ -16,10 +16,10 @@ from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from PIL import Image
 
-from shared.io.clips.clip_kinds import container
+from shared.io.clips.clip_kinds import container, stated_size
 from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
-from shared.io.decode import Picture, as_picture, check_size
+from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
 
 _THREADS = 4  # at most: each holds a frame
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own ones leave the transparency out
@@ -38,23 +38,24 @@ class VideoFile(FrameSource):
     """A video file. Frames are as they are shown: turned and mirrored, with square pixels, in 8-bit sRGB.
 
     Raises ValueError, naming the file, when it is no video, holds no pictures (only sound), is damaged, or ends before
-    the place where its index or its header says: a video that was cut off is not read as a shorter one.
+    the place where its index or its header says: a video that was cut off is not read as a shorter one. (Streams that
+    were recorded without either, MPEG-TS among them, do not say where they should end.)
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _opened(path) as (file, stream):
-            check_size(path, (stream.codec_context.width, stream.codec_context.height))
             self.may_be_transparent = _decoder(stream) is not None or _has_alpha(stream)
             self._clock: Fraction = stream.time_base
             self._aspect: Fraction = stream.sample_aspect_ratio or Fraction(1)
+            check_size(path, (round(stream.codec_context.width * self._aspect), stream.codec_context.height))
             packets = _scan(file, stream)
             self._stamps = packets.stamps
             self.count = len(packets.stamps) or packets.count
             if not self.count:
                 raise ValueError(f"{path} holds a video stream without a frame: it is empty or cut off")
             self.timing = self._timing(packets, stream.average_rate or stream.guessed_rate or Fraction(25))
-            self._check_whole(packets, stream.frames, _stated_duration(file, stream))
+            self._check_whole(packets, stream.frames)
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} holds a video stream of which no frame can be decoded")
@@ -97,7 +98,8 @@ class VideoFile(FrameSource):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            decoder.options = {"err_detect": "explode"}  # an error, where libav would paint over what is broken
+            # an error, where libav would paint over what is broken or grow beyond what the header has said
+            decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
             for packet in file.demux(stream):
@@ -121,25 +123,18 @@ class VideoFile(FrameSource):
         if not packets.stamps:
             return Timing.at_rate(packets.count, rate)
         begin = packets.stamps[0]
-        times = tuple((stamp - begin) * self._clock for stamp in packets.stamps)
+        times: list[Fraction] = [(stamp - begin) * self._clock for stamp in packets.stamps]
         usual = times[-1] - times[-2] if len(times) > 1 else 1 / rate
-        return Timing(times, times[-1] + (packets.last * self._clock or usual), self._clock)
+        return Timing(tuple(times), times[-1] + (packets.last * self._clock or usual), self._clock)
 
-    def _check_whole(self, packets: _Packets, stated_count: int, stated_end: Fraction | None) -> None:
-        """ValueError when the file ends earlier than its index (a number of frames) or its header (seconds) says."""
-        assert self.timing is not None
-        end = self.timing.end + (packets.stamps[0] * self._clock if packets.stamps else 0)
-        slack = max(Fraction(1, 4), 2 * self.timing.end / self.count)
-        if packets.cut or packets.count < stated_count:
-            there = f"{packets.count - packets.cut} of {stated_count or 'its'} frames"
-        elif stated_end is not None and stated_end - end > slack:
-            there = f"{float(end):g} of {float(stated_end):g} seconds"
-        else:
-            return
-        raise ValueError(
-            f"{self.path} is cut off: {there} are there. Copy it again, or keep what is there as a file of its own: "
-            "ffmpeg -i FILE -c copy NEW"
-        )
+    def _check_whole(self, packets: _Packets, stated: int) -> None:
+        """ValueError when there are fewer frames than the index states, or fewer bytes than the header."""
+        there, size = packets.count - packets.cut, stated_size(self.path)
+        if packets.cut or packets.count < stated or (size is not None and size > self.path.stat().st_size):
+            raise ValueError(
+                f"{self.path} is cut off: {there}{f' of {stated}' if stated else ''} frames are there. Copy it again, or "
+                "keep what is there as a file of its own: ffmpeg -i FILE -c copy NEW"
+            )
 
 
 @contextmanager
@@ -154,6 +149,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             streams = [
                 s for s in file.streams.video if not s.disposition & Disposition.attached_pic
             ]  # a record's sleeve
+            if not len(file.streams):
+                raise ValueError(f"{path} cannot be read as a video, it is damaged or cut off: nothing is in it")
             if not streams:
                 holds = ", ".join(sorted({s.type for s in file.streams if s.type != "video"}))
                 raise ValueError(f"{path} has no video stream" + (f", only {holds}" if holds else ""))
@@ -191,21 +188,6 @@ def _scan(file: Any, stream: Any) -> _Packets:
     return _Packets(ordered, stamps[ordered[-1]] if ordered else 0, count, cut)
 
 
-def _stated_duration(file: Any, stream: Any) -> Fraction | None:
-    """Seconds that the header states for the pictures; None where it says nothing about them alone."""
-    tag = stream.metadata.get("DURATION", "")  # Matroska: 00:00:01.500000000
-    parts = tag.split(":")
-    if len(parts) == 3:
-        try:
-            return sum((Fraction(p) * 60 ** (2 - i) for i, p in enumerate(parts)), Fraction(0))
-        except ValueError:
-            return None
-    if stream.duration is not None and stream.frames:
-        return None  # its index counts the frames themselves
-    alone = len(file.streams) == 1 and file.duration
-    return Fraction(file.duration, av.time_base) if alone else None
-
-
 def _decoder(stream: Any) -> Any:
     """A decoder that gives the transparency where the stream's own one leaves it out; None where that will do."""
     name = _ALPHA_DECODERS.get(stream.codec_context.name)
@@ -227,7 +209,7 @@ def _turned(image: Image.Image, matrix: np.ndarray) -> Image.Image:
 
 
 _HALF = 1 << 15  # of 1 in 16.16 fixed point
-_TURNS = {
+_TURNS: dict[tuple[int, ...], Image.Transpose] = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
