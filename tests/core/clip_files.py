@@ -34,7 +34,7 @@ def video(
     frames: np.ndarray,
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
-    fps: int = 8,
+    fps: int | Fraction = 8,
     stamps: list[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
@@ -48,7 +48,7 @@ def video(
             stream.codec_context.time_base = MILLI
         for i, level in enumerate(frames):
             frame: Any = av.VideoFrame.from_ndarray(level, format="rgb24" if level.shape[-1] == 3 else "rgba")
-            frame.pts, frame.time_base = (i, Fraction(1, fps)) if stamps is None else (stamps[i], MILLI)
+            frame.pts, frame.time_base = (i, 1 / Fraction(fps)) if stamps is None else (stamps[i], MILLI)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def test_a_clock_of_milliseconds_repeats_and_drops_nothing(tmp_path: Path) -> No
     assert read_clip(path, ClipWindow(fps=48, length=24)).picks == tuple(i // 2 for i in range(24))
 
 
+def test_a_rate_that_is_said_rounded_is_the_rate_itself(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", greys(12, (16, 16)), fps=Fraction(30000, 1001))
+    assert read_clip(path, ClipWindow(fps=29.98, length=12)).picks == tuple(range(12))
+
+
 def test_very_short_delays_of_a_gif_are_those_of_browsers(tmp_path: Path) -> None:
     timing = open_frames(animation(tmp_path / "a.gif", greys(), 10)).timing
     assert timing is not None and [float(t) for t in timing.times[:3]] == pytest.approx([0, 0.1, 0.2])
@@ -140,10 +146,10 @@ def test_display_matrices_are_applied(tmp_path: Path, matrix: tuple[int, int, in
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
-    path = tmp_path / "a.mkv"
+    path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream("ffv1", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "bgr0"
+        stream: Any = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio = 2
         file.mux(stream.encode(av.VideoFrame.from_ndarray(greys(1)[0], format="rgb24")))
         file.mux(stream.encode())

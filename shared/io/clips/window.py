@@ -12,7 +12,7 @@ from shared.config import Part
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.terminal import encodable
 
-_TOLERANCE = Fraction(1, 1000)  # seconds: WebM and others count in milliseconds, where 1/24 is 42
+_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be said rounded, 29.97 for 30000/1001
 
 
 class ClipWindow(Part):
