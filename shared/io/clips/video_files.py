@@ -59,6 +59,9 @@ class VideoFile(FrameSource):
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} holds a video stream of which no frame can be decoded")
+        # of the first frame, for all: in PyAV a frame and its side data refer to each other, and stay until they are collected
+        matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
+        self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
@@ -86,10 +89,7 @@ class VideoFile(FrameSource):
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
-        for data in frame.side_data:
-            if data.type == Type.DISPLAYMATRIX:
-                image = _turned(image, np.frombuffer(bytes(data), dtype=np.int32))
-        return image
+        return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
         """(index, frame) in the order of showing, from `first` or somewhat before it."""
