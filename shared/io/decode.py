@@ -73,14 +73,24 @@ def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min
     not a picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or
     wholly transparent.
     """
+    picture = read_frame(path, max_pixels, min_side)
+    if picture.alpha is not None and picture.alpha.getextrema() == (0, 0):
+        raise ValueError(f"{picture.path} is wholly transparent: there is nothing to learn from it")
+    return picture
+
+
+def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
+    """As `read_picture`, for one frame of a clip, where a frame may show nothing: it may be wholly transparent."""
     path = expanded(path)
-    image = _decode(path, max_pixels, min_side)
-    with _named(path):
+    return as_picture(_decode(path, max_pixels, min_side), path)
+
+
+def as_picture(image: Image.Image, path: Path) -> Picture:
+    """A decoded, upright image of any mode, from the file `path`: 8-bit sRGB, transparency as a mask on a neutral ground."""
+    with named_errors(path):
         profile = image.info.get("icc_profile")
         colour, alpha = _split(image)
         rgb = _to_srgb(colour, profile, path)
-        if alpha is not None and alpha.getextrema() == (0, 0):
-            raise ValueError(f"{path} is wholly transparent: there is nothing to learn from it")
         if alpha is None or alpha.getextrema() == (255, 255):
             return Picture(rgb, path=path)
         return Picture(Image.composite(rgb, Image.new("RGB", rgb.size, GROUND), alpha), alpha, path=path)
@@ -94,22 +104,27 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
     """
     path = expanded(path)
     image = _decode(path, max_pixels, 1)
-    with _named(path):
+    with named_errors(path):
         colour, alpha = _split(image)
         grey = colour.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
-    values = np.asarray(grey)
-    levels = np.unique(values)
-    if levels[-1] == 0:
+    if grey.getextrema() == (0, 0):
         raise ValueError(f"the mask {path} is empty: it marks no pixel of its picture")
-    if len(levels) <= 2:
+    return two_valued(grey)
+
+
+def two_valued(mask: Image.Image) -> Image.Image:
+    """A mask of mode L; one of only two values as black and white. An empty one stays empty."""
+    values = np.asarray(mask)
+    levels = np.unique(values)
+    if len(levels) <= 2 and levels[-1] > 0:
         return Image.fromarray(np.where(values == levels[-1], 255, 0).astype(np.uint8))
-    return grey
+    return mask
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(width, height) of the upright picture, from its header. ValueError when it cannot be read."""
     path = expanded(path)
-    with _opened(path) as image:
+    with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
         return (image.height, image.width) if turned else image.size
 
@@ -124,7 +139,7 @@ def _plane(image: Image.Image) -> Tensor:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside becomes a ValueError that names the file."""
     try:
         yield
@@ -136,7 +151,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The header of a picture file. Unlike Image.open it tries one format, and leaves the check of the size to us."""
     try:
         kind = sniff(path)
@@ -148,19 +163,24 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
     if factory is None:
         raise ValueError(f"{path} is {kind}, which this Pillow does not read: save it as JPEG or PNG")
-    with _named(path), path.open("rb") as stream:
+    with named_errors(path), path.open("rb") as stream:
         yield factory(stream, str(path))  # type: ignore[misc]
+
+
+def check_size(path: Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> None:
+    """ValueError, naming the file, when `size` (width, height) is too large to be decoded or too small to show anything."""
+    width, height = size
+    if width * height > max_pixels:
+        total = f"{width}x{height} = {width * height:,} pixels"
+        raise ValueError(f"{path} is {total}, over the limit of {max_pixels:,}: make it smaller")
+    if min(width, height) < min_side:
+        raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
 
 
 def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
     """The first frame, decoded and upright, in the file's own mode."""
-    with _opened(path) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            total = f"{width}x{height} = {width * height:,} pixels"
-            raise ValueError(f"{path} is {total}, over the limit of {max_pixels:,}: make it smaller")
-        if min(width, height) < min_side:
-            raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
+    with opened(path) as image:
+        check_size(path, image.size, max_pixels, min_side)
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             warnings.warn(encodable(f"{path} has {frames} frames: only the first is used"), UserWarning, stacklevel=1)
@@ -217,6 +237,6 @@ def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
                 return out
         except (ImageCms.PyCMSError, OSError) as error:
             warnings.warn(
-                encodable(f"{path}: its colour profile is not readable, colours are as stored ({error})"), stacklevel=4
+                encodable(f"{path}: its colour profile is not readable, colours are as stored ({error})"), stacklevel=6
             )
     return image if image.mode == "RGB" else image.convert("RGB")

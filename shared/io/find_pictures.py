@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _MAGIC = (
 )
 _PPM = tuple(b"P%d" % n for n in range(1, 7))
 _WEAK = {".bmp": "BMP", ".dib": "BMP", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"}
-_MASK_ENDS = (".mask", "-mask", "_mask")
+MASK_ENDS = (".mask", "-mask", "_mask")
 _SHOWN = 8
 
 
@@ -91,7 +91,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
     seen: dict[Path, list[Path]] = {}
     for item in paths:
         path = expanded(item)
-        part = _folder(path) if path.is_dir() else _file(path, seen)
+        part = listing_of(path) if path.is_dir() else _file(path, seen)
         notes += part.warnings
         twice = [p.name for p in part.pictures if p in pictures]
         if twice:
@@ -123,8 +123,9 @@ def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
     return Listing((path,), _captions([path]), _masks([path], seen[path.parent]))
 
 
-def _folder(folder: Path) -> Listing:
-    entries = sorted(folder.iterdir(), key=lambda p: p.name)
+def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
+    """As `scan` of one folder, with its warnings only in the listing; `known` names files that the caller accounts for."""
+    entries = sorted((p for p in folder.iterdir() if p.name not in known), key=lambda p: p.name)
     stray: dict[Path, str] = {}
     pictures: list[Path] = []
     for path in (p for p in entries if p.name != MARK):
@@ -134,7 +135,7 @@ def _folder(folder: Path) -> Listing:
         else:
             pictures.append(path)
     stems = {p.stem for p in pictures}
-    pictures = [p for p in pictures if _owner_stem(p.stem, stems) == p.stem]
+    pictures = [p for p in pictures if owner_stem(p.stem, stems) == p.stem]
     if not pictures:
         what = f"only {names(map(_skipped, stray, stray.values()))}" if stray else "nothing"
         raise ValueError(f"no pictures in {folder}: found {what}")
@@ -169,9 +170,9 @@ def _not_a_picture(path: Path) -> str:
         return f"cannot be opened: {error.strerror}"
 
 
-def _owner_stem(stem: str, stems: set[str]) -> str:
+def owner_stem(stem: str, stems: Collection[str]) -> str:
     """The stem of the picture that a mask file belongs to; its own where it is a picture itself."""
-    for end in _MASK_ENDS:
+    for end in MASK_ENDS:
         if stem.endswith(end) and stem.removesuffix(end) in stems:
             return stem.removesuffix(end)
     return stem
@@ -180,7 +181,7 @@ def _owner_stem(stem: str, stems: set[str]) -> str:
 def _mask_files(folder: Path) -> list[Path]:
     """Every file that could be a mask of a picture of this folder, those in `masks/` first."""
     inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
-    named = sorted(p for p in folder.iterdir() if p.stem.endswith(_MASK_ENDS))
+    named = sorted(p for p in folder.iterdir() if p.stem.endswith(MASK_ENDS))
     return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]
 
 
@@ -192,7 +193,7 @@ def _masks(pictures: Sequence[Path], candidates: Sequence[Path]) -> dict[Path, P
     stems = {p.stem for p in pictures}
     out: dict[Path, Path] = {}
     for mask in candidates:
-        owner = _owner_stem(mask.stem, stems)
+        owner = owner_stem(mask.stem, stems)
         for picture in pictures:
             if picture.stem == owner and mask != picture:
                 out.setdefault(picture, mask)

@@ -28,12 +28,12 @@ def read_subject(
     a UserWarning names the others.
     """
     listing = scan(images)
-    by_picture = {p: _caption(t) for p, t in listing.captions.items()}
+    by_picture = {p: caption_text(t) for p, t in listing.captions.items()}
     mask_of = dict(listing.masks)
     if isinstance(captions, Mapping):
         by_picture = {_match(listing.pictures, k, "captions"): " ".join(v.split()) for k, v in captions.items()}
     elif captions is not None:
-        by_picture = {p: _caption(t) for p, t in _by_stem(listing.pictures, captions, "captions", {".txt"}).items()}
+        by_picture = {p: caption_text(t) for p, t in _by_stem(listing.pictures, captions, "captions", {".txt"}).items()}
     if isinstance(masks, Mapping):
         mask_of = {_match(listing.pictures, k, "masks"): expanded(v) for k, v in masks.items()}
     elif masks is not None:
@@ -70,7 +70,7 @@ def transparent(path: Path) -> bool:
         return False
 
 
-def _caption(path: Path) -> str:
+def caption_text(path: Path) -> str:
     """One line of text; line ends become spaces."""
     try:
         return " ".join(path.read_text(encoding="utf-8-sig").split())

@@ -15,12 +15,18 @@ ResizeMode = Literal["cover", "contain"]
 _KEPT = 2 / 3  # of a picture: with less, somebody should know
 
 
-def resize(picture: Picture, size: int | tuple[int, int], mode: ResizeMode | None = None) -> Picture:
+def resize(
+    picture: Picture,
+    size: int | tuple[int, int],
+    mode: ResizeMode | None = None,
+    keep: tuple[int, int, int, int] | None = None,
+) -> Picture:
     """Resize to `size` (a side, or (height, width)) in pixels, picture and mask together; the same file, the same bits.
 
     "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture;
     a UserWarning names a picture of which that takes more than a third, unless all of its mask stays inside. None is
-    "cover" for something that is only looked at: without the warning.
+    "cover" for something that is only looked at: without the warning. `keep`, a box (left, top, right, bottom), stands in
+    for the bounds of the mask: the frames of a clip are all cut alike.
     "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -33,11 +39,12 @@ def resize(picture: Picture, size: int | tuple[int, int], mode: ResizeMode | Non
     full_w, full_h = picture.size
     scale = max(width / full_w, height / full_h)
     cut_w, cut_h = min(full_w, width / scale), min(full_h, height / scale)
-    middle_x, middle_y = _middle(picture)
+    keep = keep or (picture.alpha.getbbox() if picture.alpha is not None else None)
+    middle_x, middle_y = _middle(picture, keep)
     left = min(max(middle_x - cut_w / 2, 0.0), full_w - cut_w)
     top = min(max(middle_y - cut_h / 2, 0.0), full_h - cut_h)
     box = (left, top, min(left + cut_w, full_w), min(top + cut_h, full_h))
-    if mode == "cover" and cut_w * cut_h < _KEPT * full_w * full_h and not _mask_inside(picture, box):
+    if mode == "cover" and cut_w * cut_h < _KEPT * full_w * full_h and not _inside(keep, box):
         _warn_of_loss(picture, cut_w * cut_h / (full_w * full_h))
     return replace(
         picture,
@@ -47,9 +54,8 @@ def resize(picture: Picture, size: int | tuple[int, int], mode: ResizeMode | Non
     )
 
 
-def _mask_inside(picture: Picture, box: tuple[float, float, float, float]) -> bool:
-    """Whether there is a mask and the box (left, top, right, bottom) holds all of it."""
-    bounds = picture.alpha.getbbox() if picture.alpha is not None else None
+def _inside(bounds: tuple[int, int, int, int] | None, box: tuple[float, float, float, float]) -> bool:
+    """Whether there are bounds and the box holds all of them; both (left, top, right, bottom)."""
     return (
         bounds is not None
         and all(b <= m for b, m in zip(box[:2], bounds[:2], strict=True))
@@ -67,10 +73,9 @@ def _warn_of_loss(picture: Picture, kept: float) -> None:
     )
 
 
-def _middle(picture: Picture) -> tuple[float, float]:
+def _middle(picture: Picture, keep: tuple[int, int, int, int] | None) -> tuple[float, float]:
     """(x, y) of what must stay in the frame."""
-    box = picture.alpha.getbbox() if picture.alpha is not None else None
-    left, top, right, bottom = box or (0, 0, *picture.size)
+    left, top, right, bottom = keep or (0, 0, *picture.size)
     return (left + right) / 2, (top + bottom) / 2
 
 

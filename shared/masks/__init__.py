@@ -1,4 +1,4 @@
-"""Where the subject is: masks as given, grown and softened, or as boxes."""
+"""Where the subject is: masks as given, grown and softened, as boxes; in clips followed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from shared.masks.base import MaskPart, no_mask
 from shared.masks.box import Box
 from shared.masks.given import Given
 from shared.masks.grow import Grow
+from shared.masks.pool import pool_masks
+from shared.masks.track import Track
 
-Mask = Annotated[Given | Grow | Box, Field(discriminator="kind")]
+Mask = Annotated[Given | Grow | Box | Track, Field(discriminator="kind")]
 
-__all__ = ["Box", "Given", "Grow", "Mask", "MaskPart", "no_mask"]
+__all__ = ["Box", "Given", "Grow", "Mask", "MaskPart", "Track", "no_mask", "pool_masks"]

@@ -1,0 +1,98 @@
+"""A folder of numbered pictures as a clip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+from shared.io.clips.frame_source import FrameSource, Timing
+from shared.io.contact_sheets import read_metadata
+from shared.io.decode import Picture, check_size, picture_size, read_frame
+from shared.io.find_pictures import listing_of, names, sniff
+
+CAPTION = "caption.txt"  # in the folder, of the whole clip
+FPS = "fps"  # the key in the PNG text of frames that pcs has written
+
+
+class FrameFolder(FrameSource):
+    """The pictures of a folder in natural order (frame2 before frame10), each one frame.
+
+    They have no rate unless pcs wrote them: without one they are taken one by one, whatever rate is asked for. Raises
+    ValueError, naming folder or file, when there are none, their sizes differ, numbers are missing or come twice, or
+    two series lie in one folder. A step other than 1 is no gap where it is the same throughout.
+    """
+
+    may_be_transparent = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        listing = listing_of(path, known=(CAPTION,))
+        self.files = natural_order(listing.pictures, path)
+        self.masks = listing.masks  # frame -> mask, those that lie in the same folder
+        self.count = len(self.files)
+        self.size = picture_size(self.files[0])
+        check_size(path, self.size)
+        for file in self.files[1:]:
+            if (size := picture_size(file)) != self.size:
+                raise ValueError(
+                    f"{file} is {size[0]}x{size[1]} pixels, and {self.files[0].name} {self.size[0]}x{self.size[1]}: "
+                    "the frames of a clip must be of one size"
+                )
+        fps = _stated_rate(self.files[0])
+        self.timing = Timing.at_rate(self.count, fps) if fps else None
+
+    def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
+        for index in picks:
+            yield self.same_size(read_frame(self.files[index]), index)
+
+
+def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """Frames by the last number in their names, else by name. ValueError as `FrameFolder`."""
+    ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
+    parts = [_last_number(p.stem) for p in ordered]
+    if any(part is None for part in parts):
+        return tuple(ordered)
+    series = {(part[0], part[2]): path for part, path in zip(parts, ordered, strict=True) if part}
+    if len(series) == len(ordered) > 1:
+        return tuple(ordered)  # the last number does not count the frames: it is a size, say
+    if len(series) > 1:
+        heads = names(p.name for p in series.values())
+        raise ValueError(
+            f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in a folder of its own"
+        )
+    numbers = [part[1] for part in parts if part]
+    steps = [b - a for a, b in pairwise(numbers)]
+    for path, after, step in zip(ordered, ordered[1:], steps, strict=False):
+        if step == 0:
+            raise ValueError(f"{folder} holds one frame twice: {path.name}, {after.name}")
+        if step != min(s for s in steps if s):
+            raise ValueError(
+                f"{folder} has a gap in its numbering: after {path.name} comes {after.name}. Add what is missing, or "
+                "number the frames anew if they do follow each other"
+            )
+    return tuple(ordered)
+
+
+def _natural(stem: str) -> list[tuple[int, int, str]]:
+    """Runs of digits compare as numbers."""
+    return [(0, int(run), "") if run[0] in "0123456789" else (1, 0, run) for run in re.findall(r"[0-9]+|[^0-9]+", stem)]
+
+
+def _last_number(stem: str) -> tuple[str, int, str] | None:
+    """(what stands before, the last number, what stands after it)."""
+    match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", stem, re.DOTALL)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def _stated_rate(file: Path) -> Fraction | None:
+    """Frames per second, where pcs has written them into the frame."""
+    if sniff(file) != "PNG":
+        return None
+    try:
+        fps = Fraction(read_metadata(file).get(FPS, "0"))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return fps if 0 < fps <= 1000 else None

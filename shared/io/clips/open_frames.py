@@ -1,0 +1,43 @@
+"""Opening a clip, whatever it is: a video, an animation, a folder of frames."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shared.config import expanded
+from shared.io.clips.animations import Animation
+from shared.io.clips.clip_kinds import READABLE, clip_kind
+from shared.io.clips.frame_folders import FrameFolder
+from shared.io.clips.frame_source import FrameSource
+from shared.io.clips.video_files import VideoFile
+
+
+def open_frames(path: str | os.PathLike[str]) -> FrameSource:
+    """The frames of a clip, by its content. ValueError, naming it, when it is missing, no clip, or cannot be read."""
+    path = expanded(path)
+    if path.is_dir():
+        return FrameFolder(path)
+    kind = _kind(path)
+    if kind == "video":
+        return VideoFile(path)
+    if kind == "animation" or kind == "picture":
+        return _picture_file(path, kind)
+    raise ValueError(f"{path} is not a clip: its content is none of {READABLE}")
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty, 0 bytes")
+        return clip_kind(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def _picture_file(path: Path, kind: str) -> FrameSource:
+    if kind == "picture" and path.suffix.lower() not in (".gif", ".webp", ".apng"):
+        raise ValueError(f"{path} is one picture, not a clip: put the frames of a clip into a folder of their own")
+    return Animation(path)

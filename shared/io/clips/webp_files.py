@@ -1,0 +1,45 @@
+"""Animated, lossless WebP."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.io.clips.clip_metadata import DESCRIPTION
+
+
+def durations(count: int, fps: Fraction, unit: int) -> list[int]:
+    """How long each frame is shown, in milliseconds that are multiples of `unit`; what rounding takes from one it gives
+    to the next, so that the clip keeps its length."""
+    ends = [round(i * 1000 / fps / unit) * unit for i in range(count + 1)]
+    return [b - a for a, b in pairwise(ends)]
+
+
+def write_webp(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
+    """[F, H, W, 3] 8-bit sRGB, without loss, repeated for ever.
+
+    Of a clip in which nothing moves libwebp would make a still picture, without any time: there the last bit of one
+    corner pixel changes in the last frame.
+    """
+    if len(levels) > 1 and (levels == levels[:1]).all():
+        levels = levels.copy()
+        levels[-1, -1, -1, 2] ^= 1
+    exif = Image.Exif()
+    exif[DESCRIPTION] = comment
+    first, *others = (Image.fromarray(level) for level in levels)
+    first.save(
+        path,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations(len(levels), fps, 1),
+        loop=0,
+        lossless=True,
+        quality=50,
+        method=2,
+        exif=exif.tobytes(),
+    )

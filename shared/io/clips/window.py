@@ -1,0 +1,105 @@
+"""Which frames of a clip are used: rate, stride, length, start, and how many windows."""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_left, bisect_right
+from fractions import Fraction
+
+from pydantic import Field
+
+from shared.config import Part
+from shared.io.clips.frame_source import FrameSource, Timing
+from shared.io.terminal import encodable
+
+_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be said rounded, 29.97 for 30000/1001
+
+
+class ClipWindow(Part):
+    """`length` frames of a clip, every `stride`-th at `fps` frames per second, from `start` seconds on.
+
+    With `fps` a clip is sampled at equal times, and a sample is the frame that a player shows at that moment: clips of
+    a variable frame rate keep their rhythm, and at a higher rate than the clip's own frames repeat. Without `fps` its
+    frames are counted as they are. `windows` are spread evenly over the clip and may overlap; a clip that has not that
+    many different ones gives fewer, with a UserWarning. A folder of frames without a rate of its own is taken frame by
+    frame, as if it had been sampled at `fps`.
+    """
+
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    stride: int = Field(default=1, ge=1)
+    length: int = Field(default=16, ge=1, le=4096)  # frames
+    start: float = Field(default=0.0, ge=0)  # seconds
+    windows: int = Field(default=1, ge=1)
+
+    def picks(self, source: FrameSource) -> list[tuple[int, ...]]:
+        """For each window the indices of its frames, ascending; an index repeats where a frame is shown for long.
+
+        ValueError, naming the clip, when it is shorter than one window; it says how many frames there are.
+        """
+        samples = self._samples(source)
+        room = len(samples) - ((self.length - 1) * self.stride + 1)
+        if room < 0:
+            raise ValueError(self._too_short(source, len(samples)))
+        count = min(self.windows, room + 1)
+        if count < self.windows:
+            note = (
+                f"{source.path} has {count} different windows of {self.length} frames, and {self.windows} are asked for"
+            )
+            warnings.warn(encodable(f"{note}: those are used"), UserWarning, stacklevel=2)
+        starts = [round(i * room / (count - 1)) if count > 1 else 0 for i in range(count)]
+        return [tuple(samples[s : s + (self.length - 1) * self.stride + 1 : self.stride]) for s in starts]
+
+    def rate(self, source: FrameSource, picks: tuple[int, ...]) -> float | None:
+        """Frames per second of a window; the mean where the clip's own vary, None where nothing tells."""
+        if self.fps is not None:
+            return self.fps / self.stride
+        if source.timing is None:
+            return None
+        timing = source.timing
+        span = timing.times[picks[-1]] - timing.times[picks[0]]
+        whole = Fraction(source.count) / timing.end / self.stride if timing.end else None
+        rate = (len(picks) - 1) / span if len(picks) > 1 and span else whole
+        return None if rate is None else float(rate)
+
+    def _samples(self, source: FrameSource) -> list[int]:
+        """The frame of each sample from `start` to the end of the clip, before the stride."""
+        fps, timing = self._exact_fps(), source.timing
+        if timing is None:
+            if fps is None and self.start > 0:
+                raise ValueError(
+                    f"{source.path} is a folder of frames without a rate, and start = {self.start:g} is in seconds: "
+                    "say its fps as well, or leave start out"
+                )
+            return list(range(round(Fraction(self.start) * (fps or 1)), source.count))
+        if fps is None:
+            slack = max(timing.resolution, _TOLERANCE)
+            return list(range(bisect_left(timing.times, Fraction(self.start) - slack), source.count))
+        return sample(timing, fps, Fraction(str(self.start)))
+
+    def _exact_fps(self) -> Fraction | None:
+        return None if self.fps is None else Fraction(str(self.fps))
+
+    def _too_short(self, source: FrameSource, samples: int) -> str:
+        have = -(-samples // self.stride)
+        frames = "1 frame" if have == 1 else f"{have} frames"
+        at = [f"at {self.fps:g} frames per second"] if self.fps is not None and source.timing is not None else []
+        at += [f"with stride {self.stride}"] if self.stride > 1 else []
+        at += [f"from {self.start:g} s on"] if self.start > 0 else []
+        change = [f"length={have} or less"] if have else []
+        change += ["a smaller stride"] if self.stride > 1 else []
+        change += ["a higher fps"] if self.fps is not None and source.timing is not None else []
+        change += ["an earlier start"] if self.start > 0 else []
+        return (
+            f"{source.path} holds {' '.join([frames, *at])}, and {self.length} are asked for: "
+            f"choose {' or '.join(change) or 'a longer clip'}, or leave this clip out"
+        )
+
+
+def sample(timing: Timing, fps: Fraction, start: Fraction) -> list[int]:
+    """The index of the frame on the screen at start + k / fps seconds, for every k before the end of the clip.
+
+    Times that a file has rounded to its clock count as what they were rounded from.
+    """
+    slack = min(max(timing.resolution, _TOLERANCE), 1 / (4 * fps))
+    count = max(0, -((start + slack - timing.end) * fps // 1))
+    return [max(0, bisect_right(timing.times, start + k / fps + slack) - 1) for k in range(count)]

@@ -1,0 +1,117 @@
+"""The mask of a clip's first frame, followed through the clip."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.masks.base import MaskPart
+from shared.types import Example
+
+_SIDE = 256  # pixels: flow is estimated at about this size at least
+
+
+class Track(MaskPart):
+    """Follows the one mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, pass.
+
+    flow: "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
+    (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). What was hidden in the first frame
+    and shows later is not found: for that, and for motion of more than about a tenth of the frame from one frame to
+    the next, masks of every frame are needed.
+    """
+
+    taxonomy: ClassVar[str] = "tracked masks"
+    kind: Literal["track"] = "track"
+    flow: Literal["dis", "farneback"] = "dis"
+    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # above it 1, else 0; None: soft edges
+
+    def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
+        frames = example.pixels
+        if frames.ndim != 4:
+            return example
+        alone = {owner: mask for owner, mask in example.masks.items() if mask.ndim == 4 and mask.shape[1] == 1}
+        if not alone or frames.shape[1] == 1:
+            return example
+        return example.with_(masks={**example.masks, **{o: self.follow(frames, m[:, 0]) for o, m in alone.items()}})
+
+    def follow(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Frames [3, F, H, W] in [-1, 1] and the mask [1, H, W] of the first -> the masks [1, F, H, W] of all.
+
+        Every frame's mask is the first one seen through the sum of the flows up to there: it is sampled once, so it does
+        not blur from frame to frame. Only the flow well inside the mask counts, and is continued across its edge: at an
+        edge, flow mixes thing and background. ValueError when frames and mask are not of one size.
+        """
+        if frames.ndim != 4 or frames.shape[0] != 3 or mask.shape != (1, *frames.shape[2:]):
+            raise ValueError(f"a mask of {list(mask.shape)} cannot be followed through frames of {list(frames.shape)}")
+        grey = _grey(frames)
+        height, width = grey.shape[1:]
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        here = torch.stack([columns, rows]).float()[None]  # [1, 2, H, W]: (x, y)
+        first = F.interpolate(mask[None].float(), (height, width), mode="bilinear", align_corners=False)
+        origin, out, now = here, [mask.float()], first
+        for before, after in pairwise(grey):
+            forward = _of_the_thing(_flow(self.flow, before, after), now[0, 0].numpy() > 0.5)
+            origin = _sampled(origin, here + _inverse(forward, here))
+            now = _sampled(first, origin)
+            out.append(F.interpolate(now, mask.shape[1:], mode="area")[0])
+        masks = torch.stack(out, 1)
+        return (
+            masks if self.threshold is None else torch.cat([masks[:, :1], (masks[:, 1:] > self.threshold).float()], 1)
+        )
+
+    def change(self, mask: Tensor) -> Tensor:
+        return mask
+
+
+def _grey(frames: Tensor) -> np.ndarray:
+    """uint8 [F, h, w], small clips enlarged: the patches that flow compares would not fit into 64 pixels."""
+    factor = max(1, -(-_SIDE // min(frames.shape[2:])))
+    luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
+    if factor > 1:
+        luma = F.interpolate(luma[:, None], scale_factor=factor, mode="bicubic", align_corners=False)[:, 0]
+    return luma.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
+
+
+def _flow(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[h, w, 2]: where each pixel of `before` goes, relative to itself, in pixels (x, y)."""
+    import cv2
+
+    if kind == "dis":
+        return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before, after, None)  # type: ignore[arg-type]
+    return cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 5, 25, 5, 7, 1.5, 0)  # type: ignore[call-overload]
+
+
+def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
+    """The flow [h, w, 2] inside the mask [h, w], continued smoothly to everywhere: [1, 2, h, w]. 0 for an empty mask."""
+    import cv2
+
+    reach = max(mask.shape) // 40
+    inner = cv2.erode(mask.astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8), borderValue=1)
+    inside = (inner if inner.any() else mask).astype(np.float32)[..., None]
+    mean = (flow * inside).sum((0, 1)) / max(float(inside.sum()), 1.0)
+    weighted = np.concatenate([(flow - mean) * inside, inside], -1)
+    smooth = cv2.GaussianBlur(weighted, (0, 0), 1.5 * reach)
+    continued = mean + smooth[..., :2] / (smooth[..., 2:] + 1e-3)
+    return torch.from_numpy(np.where(inside > 0, flow, continued).astype(np.float32)).permute(2, 0, 1)[None]
+
+
+def _inverse(forward: Tensor, here: Tensor) -> Tensor:
+    """u with u(x) = -forward(x + u(x)), by iteration: where each pixel of the later frame came from, relative to itself."""
+    back = -forward
+    for _ in range(5):
+        back = -_sampled(forward, here + back)
+    return back
+
+
+def _sampled(planes: Tensor, at: Tensor) -> Tensor:
+    """[1, C, h, w] at the places [1, 2, h, w] (x, y in pixels); outside, the edge goes on."""
+    height, width = planes.shape[2:]
+    scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)])
+    grid = at.permute(0, 2, 3, 1) * scale - 1
+    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=True)

@@ -1,0 +1,156 @@
+"""Clips that cannot be used: what is said, and that it names the file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.io.clips.open_frames import open_frames
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+from tests.core.clip_files import animation, folder, greys, noisy, sound, video
+
+
+def refused(path: Path, *words: str, **settings: Any) -> None:
+    """Reading fails with one message, which names the file and holds the words in this order."""
+    with pytest.raises(ValueError) as error:
+        read_clip(path, ClipWindow(**settings))
+    assert re.search(".*".join(re.escape(w) for w in (str(path), *words)), str(error.value)), error.value
+
+
+def test_a_clip_shorter_than_asked_says_how_long_it_is(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", greys(8))
+    refused(path, "holds 8 frames, and 9 are asked for", "length=8 or less", length=9)
+    refused(path, "holds 4 frames with stride 2, and 5 are", "length=4 or less or a smaller stride", length=5, stride=2)
+    refused(path, "holds 4 frames at 4 frames per second, and 16 are", "a higher fps", length=16, fps=4)
+    refused(path, "holds 4 frames from 0.5 s on, and 5 are", "an earlier start", length=5, start=0.5)
+    refused(path, "holds 0 frames", "an earlier start", start=7)
+
+
+def test_one_frame_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", greys(1))
+    refused(path, "holds 1 frame, and 16 are asked for")
+    assert read_clip(path, ClipWindow(length=1)).frames.shape == (3, 1, 32, 48)
+
+
+def test_what_is_no_clip(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video at all")
+    refused(tmp_path / "a.mp4", "is not a clip", "mp4, mov, webm")
+    (tmp_path / "b.mp4").touch()
+    refused(tmp_path / "b.mp4", "is empty, 0 bytes")
+    refused(tmp_path / "c.mp4", "does not exist")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")  # must not open other files
+    refused(tmp_path / "list.m3u8", "is not a clip")
+    single = folder(tmp_path / "d", greys(1)) / "frame_0.png"
+    refused(single, "is one picture, not a clip")
+
+
+def test_sound_without_pictures(tmp_path: Path) -> None:
+    refused(sound(tmp_path / "a.mp4"), "has no video stream, only audio")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webm", "gif", "webp", "png"])
+def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
+    whole = tmp_path / f"whole.{ending}"
+    if ending in ("mp4", "webm"):
+        options = {"deadline": "realtime"} if ending == "webm" else {}
+        video(whole, noisy(16), "libvpx-vp9" if ending == "webm" else "libx264", options=options)
+    else:
+        animation(whole, noisy(16))
+    assert read_clip(whole).frames.shape[1] == 16
+    data = whole.read_bytes()
+    for share in (0.2, 0.5, 0.9):
+        path = tmp_path / f"cut.{ending}"
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ValueError, match="cut off") as error:
+            read_clip(path, ClipWindow(length=1))  # also where the beginning, which is there, would do
+        assert str(path) in str(error.value)
+
+
+def test_a_video_that_is_cut_off_says_how_much_is_there(tmp_path: Path) -> None:
+    data = video(tmp_path / "a.mp4", noisy(16)).read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
+    refused(tmp_path / "b.mp4", "is cut off: ", " of 16 frames are there", "ffmpeg")
+
+
+def test_a_video_whose_index_is_missing(tmp_path: Path) -> None:
+    data = video(tmp_path / "a.mp4", noisy(4)).read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data.replace(b"moov", b"moof"))
+    refused(tmp_path / "b.mp4", "")
+
+
+def test_a_video_that_is_damaged_inside(tmp_path: Path) -> None:
+    data = bytearray(video(tmp_path / "a.mp4", noisy(16)).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "b.mp4").write_bytes(data)
+    refused(tmp_path / "b.mp4", "cannot be read as a video, it is damaged")
+
+
+# --- folders of frames ----------------------------------------------------------------------
+
+
+def test_frames_are_in_natural_order(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(12), "shot3_frame{}.png")
+    assert [p.name for p in open_frames(path).files] == [f"shot3_frame{i}.png" for i in range(12)]  # type: ignore[attr-defined]
+
+
+def test_gaps_in_the_numbering(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(6))
+    (path / "frame_3.png").unlink()
+    refused(path, "gap in its numbering: after frame_2.png comes frame_4.png")
+    even = folder(tmp_path / "b", greys(12), "{}.png")
+    for i in range(1, 12, 2):
+        (even / f"{i}.png").unlink()
+    assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # every second frame is a clip
+
+
+def test_a_number_that_comes_twice(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(3))
+    (path / "frame_01.png").write_bytes((path / "frame_1.png").read_bytes())
+    refused(path, "holds one frame twice: frame_01.png, frame_1.png")
+
+
+def test_two_series_in_one_folder(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(3))
+    for i in range(3):
+        (path / f"other_{i}.png").write_bytes((path / f"frame_{i}.png").read_bytes())
+    refused(path, "holds 2 series of frames", "a folder of its own")
+
+
+def test_frames_of_different_sizes(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(3))
+    folder(tmp_path / "b", greys(1, (32, 32)))
+    (tmp_path / "b/frame_0.png").rename(path / "frame_3.png")
+    with pytest.raises(ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png 48x32: the frames of a clip"):
+        read_clip(path)
+
+
+def test_a_folder_without_frames(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    refused(tmp_path / "a", "")
+
+
+def test_seconds_mean_nothing_in_a_folder_without_a_rate(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", greys(8))
+    refused(path, "without a rate", "say its fps", start=0.25, length=2)
+    assert read_clip(path, ClipWindow(start=0.25, fps=8, length=2)).picks == (2, 3)
+
+
+def test_bounded_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [
+        video(tmp_path / "a.mp4", greys(2)),
+        animation(tmp_path / "a.gif", greys(2)),
+        folder(tmp_path / "a", greys(2)),
+    ]
+    tiny = folder(tmp_path / "b", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="each side must have at least 16"):
+        read_clip(tiny, ClipWindow(length=2))
+    monkeypatch.setattr("shared.io.decode.check_size.__defaults__", (1000, 16))
+    for path in paths:
+        with pytest.raises(ValueError, match="over the limit of 1,000"):
+            read_clip(path, ClipWindow(length=2))
