@@ -20,9 +20,9 @@ from shared.train.budget import Budget
 
 TINY = models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=8)
 LARGER = {
-    "deep": replace(TINY, finest_layers=3),
-    "attentive": replace(TINY, finest_attention="up"),
-    "both": replace(TINY, finest_layers=2, finest_attention="both", finest_heads=2, latent_channels=7),
+    "deep": replace(TINY, layers_per_block=3),
+    "channels": replace(TINY, latent_channels=6),
+    "both": replace(TINY, layers_per_block=2, latent_channels=7),
 }
 
 
@@ -42,29 +42,29 @@ def noisy(channels: int, side: int, context: int) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("channels", [4, 8])
 def test_the_shipped_unet_grows_without_a_change(channels: int) -> None:
     net = shipped()
-    wide = grow(net, replace(models.WIDE, latent_channels=channels))
+    grown = grow(net, replace(models.DEEP, latent_channels=channels))
     x, t, c = noisy(channels, 16, 128)
-    found, expected = wide(x, t, c).sample, net(x[:, :4], t, c).sample
+    found, expected = grown(x, t, c).sample, net(x[:, :4], t, c).sample
     torch.testing.assert_close(found[:, :4], expected, atol=1e-5, rtol=0)
     assert found.shape == x.shape and not found[:, 4:].any(), "v of what nothing is known of"
-    assert sum(p.numel() for p in wide.parameters()) > sum(p.numel() for p in net.parameters())
+    assert sum(p.numel() for p in grown.parameters()) > sum(p.numel() for p in net.parameters())
 
 
 @pytest.mark.parametrize("name", list(LARGER))
 def test_what_is_new_learns(name: str) -> None:
     torch.manual_seed(0)
     net, size = models.build_unet(16, TINY), LARGER[name]
-    wide: Any = grow(net, size)
+    grown: Any = grow(net, size)
     x, t, c = noisy(size.latent_channels, 8, 16)
     with torch.no_grad():
-        torch.testing.assert_close(wide(x, t, c).sample[:, :4], net(x[:, :4], t, c).sample, atol=1e-5, rtol=0)
-    before = {n: p.detach().clone() for n, p in wide.named_parameters()}
-    optimizer = torch.optim.Adam(wide.parameters(), 1e-3)
+        torch.testing.assert_close(grown(x, t, c).sample[:, :4], net(x[:, :4], t, c).sample, atol=1e-5, rtol=0)
+    before = {n: p.detach().clone() for n, p in grown.named_parameters()}
+    optimizer = torch.optim.Adam(grown.parameters(), 1e-3)
     for _ in range(3):  # a layer before one of zeros has its first gradient in the second step
         optimizer.zero_grad()
-        (wide(x, t, c).sample - x).square().mean().backward()
+        (grown(x, t, c).sample - x).square().mean().backward()
         optimizer.step()
-    assert [n for n, p in wide.named_parameters() if torch.equal(p, before[n])] == []
+    assert [n for n, p in grown.named_parameters() if torch.equal(p, before[n])] == []
 
 
 def test_growing_twice_equals_growing_once_and_shrinking_is_refused() -> None:
@@ -72,25 +72,25 @@ def test_growing_twice_equals_growing_once_and_shrinking_is_refused() -> None:
     net = models.build_unet(16, TINY)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    once = grow(grow(net, replace(TINY, finest_layers=2)), replace(TINY, finest_layers=3))
+    once = grow(grow(net, replace(TINY, layers_per_block=2)), replace(TINY, layers_per_block=3))
     x, t, c = noisy(4, 8, 16)
     with torch.no_grad():
         torch.testing.assert_close(once(x, t, c).sample, net(x, t, c).sample, atol=1e-4, rtol=1e-5)
     for size, complaint in (
         (TINY, "only grow, not shrink"),
-        (replace(TINY, channels=(16, 16, 16), finest_layers=3), "block_out_channels"),
-        (replace(TINY, groups=8, finest_layers=3), "norm_num_groups"),
-        (replace(TINY, heads=4, finest_layers=3, finest_attention="up"), "attention_head_dim"),
+        (replace(TINY, channels=(16, 16, 16), layers_per_block=3), "block_out_channels"),
+        (replace(TINY, groups=8, layers_per_block=3), "norm_num_groups"),
+        (replace(TINY, heads=4, layers_per_block=3), "attention_head_dim"),
     ):
         with pytest.raises(ValueError, match=complaint):
             grow(once, size)
 
 
-def test_a_wide_run_begins_with_the_shipped_weights(tmp_path: Path) -> None:
-    assert adopt_backbone(tmp_path, models.WIDE)
+def test_a_deep_run_begins_with_the_shipped_weights(tmp_path: Path) -> None:
+    assert adopt_backbone(tmp_path, models.DEEP)
     state = checkpoint.load(run_folder.training_folder(tmp_path, "unet"))
     assert state is not None and state.step == adopted_steps() > 0
-    spend, settings = stages.unet_training(stages.Work(tmp_path, 64, None, "cpu", 1, 0, unet=WIDE_CHOICE))
+    spend, settings = stages.unet_training(stages.Work(tmp_path, 64, None, "cpu", 1, 0, unet=DEEP_CHOICE))
     ids = cache.tokenize(run_folder.tokenizer_of(tmp_path), [["a photo of a red cat"]])[:, 0]
     empty: Any = cache.Cache(*[torch.zeros(0)] * 4)  # pyright: ignore[reportArgumentType]
     task = unet.UnetTask(settings, empty, tmp_path, spend.budget(), unet.Compute())
@@ -104,12 +104,12 @@ def test_a_wide_run_begins_with_the_shipped_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-WIDE_CHOICE = stages.UnetChoices(wide=True, more=3200, lr=5e-4)
+DEEP_CHOICE = stages.UnetChoices(deep=True, more=3200, lr=5e-4)
 
 
 def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:
     first = adopted_steps()
-    work = stages.Work(Path("work"), 64, None, "cpu", 1, 0, unet=WIDE_CHOICE)
+    work = stages.Work(Path("work"), 64, None, "cpu", 1, 0, unet=DEEP_CHOICE)
     for minutes in (None, 5.0):  # minutes pause the round, and its rates do not know of it
         spend, settings = stages.unet_training(replace(work, minutes=minutes))
         assert (spend.steps, spend.minutes, settings.lr) == (first + 100, minutes, 5e-4)
