@@ -1,6 +1,7 @@
 """The objects that pass between the parts of the suite: frozen dataclasses, shapes in comments.
 
-Legend: B batch, C channels, H and W pixels, h and w latent cells, L text tokens, D width of the text context, F frames.
+Legend: B batch, C channels, H and W pixels, h and w latent cells, L text tokens, D width of the text context, F frames,
+f latent frames. An axis in brackets is there for clips alone: [3, (F), H, W] is a picture [3, H, W] or a clip [3, F, H, W].
 Pixels are float32 in [-1, 1] unless a name says otherwise; masks are float32 in [0, 1]; `t` is the model's own training
 time, in [0, 1000): for epsilon and v models a timestep, for flow matching 1000 * sigma.
 """
@@ -23,35 +24,42 @@ Role = Literal["instance", "prior"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What the user gives: pictures of one thing, and what kind of thing it is."""
+    """What the user gives: pictures or clips of one thing (or of one motion), and what kind of thing it is."""
 
-    images: tuple[Path, ...]  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
-    class_noun: str = ""  # "mug"; empty where the concept has none (a style)
-    captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture
-    masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture
+    images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
+    class_noun: str = ""  # "mug"; empty where the concept has none (a style, a motion)
+    captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture or clip
+    masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture or clip
+    clips: tuple[Path, ...] = ()  # files, or folders of frames
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Pictures and clips: all that is learned from."""
+        return (*self.images, *self.clips)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture on its way into a batch. It may show several subjects, each with a mask of its own.
+    """One picture or clip on its way into a batch. It may show several subjects, each with a mask of its own.
 
     Raises ValueError when pixels, masks and valid area are not of one size.
     """
 
-    pixels: Tensor  # [3, H, W] in [-1, 1]
+    pixels: Tensor  # [3, (F), H, W] in [-1, 1]
     caption: str  # may hold {concept}, {class_noun} or <name>; resolved by the prompt part
     owners: tuple[str, ...]  # the subjects in it, the one that its caption names first
     role: Role = "instance"
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [1, H, W] in [0, 1]: where it is
-    valid: Tensor | None = None  # [1, H, W] in [0, 1]: where the picture is real (not padding)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [1, (F), H, W] in [0, 1]: where it is
+    valid: Tensor | None = None  # [1, (F), H, W] in [0, 1]: where the picture is real (not padding)
     source: str = ""  # the file or the recipe it came from; key of caches
     user_caption: bool = False  # True: the caption is the user's own, templates do not replace it
 
     def __post_init__(self) -> None:
         if not self.owners:
             raise ValueError(f"{self.source}: a picture needs an owner")
-        if self.pixels.ndim != 3 or self.pixels.shape[0] != 3:
-            raise ValueError(f"{self.source}: pixels are [3, H, W], and these are {list(self.pixels.shape)}")
+        if self.pixels.ndim not in (3, 4) or self.pixels.shape[0] != 3:
+            shape = list(self.pixels.shape)
+            raise ValueError(f"{self.source}: pixels are [3, H, W], of a clip [3, F, H, W], and these are {shape}")
         planes = {**{f"the mask of {n}": m for n, m in self.masks.items()}, "the valid area": self.valid}
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
@@ -64,8 +72,35 @@ class Example:
         return self.owners[0]
 
     @property
+    def is_clip(self) -> bool:
+        return self.pixels.ndim == 4
+
+    def frames(self) -> list[Example]:
+        """A clip's frames, each a picture with its masks. Only of a clip whose pixels are there."""
+        return [
+            replace(
+                self,
+                pixels=self.pixels[:, i],
+                masks={owner: mask[:, i] for owner, mask in self.masks.items()},
+                valid=None if self.valid is None else self.valid[:, i],
+            )
+            for i in range(self.pixels.shape[1])
+        ]
+
+    @staticmethod
+    def clip(frames: Sequence[Example]) -> Example:
+        """Pictures of one size as the frames of one clip; what they have besides is that of the first."""
+        valid = [f.valid for f in frames if f.valid is not None]
+        return replace(
+            frames[0],
+            pixels=torch.stack([f.pixels for f in frames], dim=1),
+            masks={owner: torch.stack([f.masks[owner] for f in frames], dim=1) for owner in frames[0].masks},
+            valid=torch.stack(valid, dim=1) if len(valid) == len(frames) else None,
+        )
+
+    @property
     def mask(self) -> Tensor | None:
-        """[1, H, W]: where any of the subjects is; None where nothing says so."""
+        """[1, (F), H, W]: where any of the subjects is; None where nothing says so."""
         return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
@@ -73,10 +108,14 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """A copy with every mask changed in the same way; itself where there is none."""
+        """A copy with every mask [1, H, W] (of a clip: of each frame) changed in the same way; itself without masks."""
         if not self.masks:
             return self
-        return replace(self, masks={owner: change(mask) for owner, mask in self.masks.items()})
+
+        def all_frames(mask: Tensor) -> Tensor:
+            return torch.stack([change(m) for m in mask.unbind(1)], dim=1) if self.is_clip else change(mask)
+
+        return replace(self, masks={owner: all_frames(mask) for owner, mask in self.masks.items()})
 
 
 @dataclass(frozen=True)
@@ -86,13 +125,13 @@ class Batch:
     captions: tuple[str, ...]  # B, fully expanded
     owners: tuple[tuple[str, ...], ...]  # B; as of an example
     role: tuple[Role, ...]  # B
-    latents: Tensor  # [B, C, h, w]
+    latents: Tensor  # [B, C, (f), h, w]
     owner_masks: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # owner -> [B, 1, h, w]; 0 where it is not in an example
-    mask: Tensor | None = None  # [B, 1, h, w] in [0, 1]: the masks of an example together; 1 where nothing is masked
-    valid: Tensor | None = None  # [B, 1, h, w]
-    pixels: Tensor | None = None  # [B, 3, H, W], where a part asks for them (the need "pixels")
+    )  # owner -> [B, 1, (f), h, w]; 0 where it is not in an example
+    mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: an example's masks together; 1 where nothing is masked
+    valid: Tensor | None = None  # [B, 1, (f), h, w]
+    pixels: Tensor | None = None  # [B, 3, (F), H, W], where a part asks for them (the need "pixels")
     sources: tuple[str, ...] = ()  # B: where each example came from
 
     def __post_init__(self) -> None:
@@ -221,11 +260,11 @@ class Step:
     batch: Batch
     backbone: Backbone
     conditioning: Conditioning
-    noise: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, (f), h, w]
     t: Tensor  # [B]
-    x_t: Tensor  # [B, C, h, w]
-    prediction: Tensor  # [B, C, h, w], in the backbone's own parametrisation
-    target: Tensor  # [B, C, h, w]
+    x_t: Tensor  # [B, C, (f), h, w]
+    prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
+    target: Tensor  # [B, C, (f), h, w]
     lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     def need(self, name: str) -> Any:

@@ -22,10 +22,19 @@ class Augmentation(KindPart):
         return True
 
     def __call__(self, example: Example, generator: torch.Generator) -> Example:
-        """The changed example; examples of other roles pass as they are."""
-        return self.apply(example, generator) if example.role in self.roles else example
+        """The changed example; examples of other roles pass as they are. All frames of a clip are changed alike."""
+        if example.role not in self.roles:
+            return example
+        if not example.is_clip:
+            return self.apply(example, generator)
+        start, frames = generator.get_state(), []
+        for frame in example.frames():
+            generator.set_state(start)  # one draw for the whole clip
+            frames.append(self.apply(frame, generator))
+        return Example.clip(frames)
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
+        """A picture, changed."""
         raise NotImplementedError
 
 

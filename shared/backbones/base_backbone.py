@@ -42,6 +42,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     default_steps: int = 50
     discrete_time: bool = True  # trained on whole timesteps
     world: World | None = None
+    frames: int | None = None  # of a clip, where nobody says how many; None: it makes pictures
 
     def __init__(
         self,

@@ -60,8 +60,10 @@ class LatentCodec:
         if self.placement:
             self.placement.use("vae")
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs, and for frames."""
+        if frames is not None:
+            raise ValueError(f"frames = {frames}: {self.family} makes pictures, and no clips")
         unit = self.vae_factor * self.latent_multiple
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(

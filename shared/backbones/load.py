@@ -64,6 +64,7 @@ def load_backbone(
     *,
     download: bool = False,
     memory: int | None = None,
+    prepare: Callable[[Backbone], Backbone] | None = None,
 ) -> Backbone:
     """The backbone that `source` names, frozen, for `device` (default: the CPU) in `dtype` (default: float32).
 
@@ -73,6 +74,7 @@ def load_backbone(
         download: whether the hub may be asked for what is not in its cache; without it, no network is used
         memory: bytes of `device` for the networks; those that do not fit together take turns there
             (`shared.backbones.placement`). Default: a share of what is free on a GPU, all that is needed elsewhere
+        prepare: makes of it what the caller works with, before it goes to the device (motion modules are added)
 
     Raises:
         ValueError: says what was found there, and which families exist; or which file lacks which key
@@ -97,6 +99,7 @@ def load_backbone(
     backbone.world = WORLDS.get(name)
     if name == TOYBOX:
         _toybox_defaults(backbone)
+    backbone = prepare(backbone) if prepare else backbone
     if device is not None:
         place(backbone, torch.device(device), memory)
     return backbone

@@ -111,12 +111,16 @@ class Placeholder(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `placeholders`."""
+    """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `placeholders`.
+
+    Pixels are [B, 3, H, W] and latents [B, C, h, w]; a model of clips takes [B, 3, F, H, W] and [B, C, f, h, w] too.
+    """
 
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
     checkpoint: str  # of the weights; differs between two checkpoints of one architecture
     resolution: int  # default picture size in pixels
+    frames: int | None  # of a clip, where nobody says how many; None: it makes pictures
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
     world: World | None  # a world of its own; None: the real one
@@ -183,8 +187,9 @@ class Backbone(Protocol):
         """Latents -> pixels in [-1, 1]."""
         ...
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs."""
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of a picture, (C, f, h, w) of a clip of `frames`; ValueError when the size is not a multiple of what
+        the model needs, or it cannot make so many frames."""
         ...
 
     # the forward process; every function takes t: [B] or a scalar, and raises ValueError for any other shape

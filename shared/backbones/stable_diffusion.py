@@ -123,7 +123,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's output [B, C, h, w], in the backbone's own parametrisation.
+        """The U-Net's output, of the shape of x_t, in the backbone's own parametrisation.
 
         Args:
             x_t: [B, C, h, w]
@@ -140,7 +140,11 @@ class StableDiffusionBackbone(BaseBackbone):
         dtype = self.unet.dtype
         t = times(t, len(x_t), x_t.device)
         with self._predictions.under_way(len(x_t), t):
-            return self.unet(x_t.to(dtype), t, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+            return self._run_denoiser(x_t.to(dtype), t, context.to(dtype))
+
+    def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One pass of the network: x_t [B, C, h, w], t [B], context [B, L, D]."""
+        return self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
         """All sites' keys and values side by side, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.

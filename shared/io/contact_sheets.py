@@ -67,6 +67,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable PNG: {error}") from None
 
 
+def stills(pixels: Tensor, frames: int = 4) -> Tensor:
+    """Pictures [N, 3, H, W] as they are; of clips [N, 3, F, H, W] at most `frames` frames, evenly spread from the first to
+    the last, side by side: [N, 3, H, n * W]."""
+    if pixels.ndim == 4:
+        return pixels
+    chosen = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
+    return torch.cat(pixels[:, :, chosen].unbind(2), dim=-1)
+
+
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
     """[N, 3, H, W] in [-1, 1] side by side, row by row, `gap` pixels apart; `columns` is about sqrt(N) by default."""
     if pixels.ndim != 4 or len(pixels) == 0:

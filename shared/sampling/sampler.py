@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
-from shared.io.denoising_progress import Steps
+from shared.io.denoising_progress import Steps, part_of
 from shared.sampling.hooks import DenoisingStep
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
@@ -34,7 +34,7 @@ class Denoised:
     index: int
     steps: int
     t: Tensor  # scalar: the time of the prediction
-    latents: Tensor  # [B, C, h, w] after the step
+    latents: Tensor  # [B, C, (f), h, w] after the step
 
 
 def sample(
@@ -45,7 +45,7 @@ def sample(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1], float32, one per seed.
+    """Pictures [B, 3, H, W] or clips [B, 3, F, H, W] in [-1, 1], float32, one per seed.
 
     Args:
         prompts: B texts, already expanded, or one for all seeds
@@ -62,13 +62,39 @@ def sample(
         if progress:
             progress(len(seeds) * (state.index + 1), len(seeds) * state.steps)
     assert latents is not None
+    return decoded(backbone, latents, math.prod(output_size(backbone, settings)))
+
+
+def sample_all(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: SamplingSettings = SamplingSettings(),
+    progress: Steps | None = None,
+) -> Tensor:
+    """What `sample` gives, on the CPU; as many at once as memory surely holds. One prompt for each seed."""
+    pixels = math.prod(output_size(backbone, settings))
+    at_once = images_per_batch(pixels, SAMPLE_PIXELS)
+    parts = []
+    for start in range(0, max(1, len(prompts)), at_once):
+        some = slice(start, start + at_once)
+        on_progress = part_of(progress, start, len(prompts[some]), len(prompts))
+        made = sample(backbone, prompts[some], seeds=seeds[some], settings=settings, progress=on_progress)
+        parts.append(made.cpu())
+    return torch.cat(parts)
+
+
+def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:
+    """(H, W) in pixels of a picture, (F, H, W) of a clip: what is asked for, or the backbone's own."""
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
-    return decoded(backbone, latents, height * width)
+    frames = backbone.frames if settings.frames is None else settings.frames
+    return (frames, height, width) if frames else (height, width)
 
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] of `pixels` = H * W each; a bounded number of pixels at a time.
+    """Pictures or clips in [-1, 1] of `pixels` = (F *) H * W each; a bounded number of pixels at a time.
 
     The autoencoder keeps the precision it was loaded in, also under autocast.
     """
@@ -102,7 +128,8 @@ def denoise(
     steps = backbone.default_steps if settings.steps is None else settings.steps
     guided, hooks = backbone.needs_negative(guidance), settings.hooks
     texts, negatives = _requests(backbone, prompts, settings.negative, len(seeds), steps, guidance)
-    shape = backbone.latent_shape(settings.height or backbone.resolution, settings.width or backbone.resolution)
+    *frames, height, width = output_size(backbone, settings)
+    shape = backbone.latent_shape(height, width, *frames)
     solver = make_scheduler(backbone, settings.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     backbone.set_timesteps(solver, steps, shape)
@@ -181,7 +208,7 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """[B, C, h, w], drawn per picture on the CPU in the backbone's precision, as diffusers' `randn_tensor` does."""
+    """[B, C, (f), h, w], drawn per picture on the CPU in the backbone's precision, as diffusers' `randn_tensor` does."""
     noise = [torch.randn((1, *shape), generator=g, dtype=backbone.dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 

@@ -18,6 +18,7 @@ class SamplingSettings:
     scheduler: str | None = None  # a name of `scheduler_names(backbone)`
     height: int | None = None  # pixels
     width: int | None = None
+    frames: int | None = None  # of a clip; 0: a picture, of a model of clips too
     hooks: tuple[SamplingHook, ...] = field(default=())  # what happens between steps, in order
 
     def stated(self) -> dict[str, Any]:

@@ -25,3 +25,15 @@ def sampling_defaults() -> dict[str, Any]:
     """The `guidance` and `steps` that the card states for the shipped model (``weights/sampling.json``)."""
     path = WEIGHTS / "sampling.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"guidance": 4.0, "steps": 25}
+
+
+def motion_adapter_path() -> Path:
+    """The shipped motion module: a folder of diffusers' `MotionAdapter` for the backbone's U-Net.
+
+    Raises:
+        ValueError: where this installation has none
+    """
+    folder = WEIGHTS / "motion_adapter"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no motion module of the toybox in {folder}: reinstall, or make it with `pcs toybox train`")
+    return folder

@@ -26,11 +26,11 @@ class CachedExample:
     """One example ready to be batched: the mean and spread of its latents, its masks at latent size."""
 
     example: Example  # without pixels, unless a part asks for them
-    mean: Tensor  # [C, h, w]
-    std: Tensor  # [C, h, w]
-    mask: Tensor  # [1, h, w]: all masks together; ones where there is none
-    masks: Mapping[str, Tensor]  # owner -> [1, h, w]
-    valid: Tensor  # [1, h, w]
+    mean: Tensor  # [C, (f), h, w]
+    std: Tensor  # [C, (f), h, w]
+    mask: Tensor  # [1, (f), h, w]: all masks together; ones where there is none
+    masks: Mapping[str, Tensor]  # owner -> [1, (f), h, w]
+    valid: Tensor  # [1, (f), h, w]
 
 
 class Data:
@@ -135,10 +135,12 @@ class Data:
 
     @torch.no_grad()
     def _encode(self, examples: Sequence[Example]) -> list[CachedExample]:
+        if len({e.pixels.shape for e in examples}) > 1:  # pictures and clips, or clips of several lengths
+            return [cached for e in examples for cached in self._encode([e])]
         pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
         with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
             means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
-        size = means.shape[-2:]
+        size = means.shape[2:]
         return [
             CachedExample(
                 e if self.keep_pixels else _without_pixels(e),
@@ -160,6 +162,11 @@ class Data:
         if self.with_priors:
             drawn += self._draw("prior", step, micro, draw)
         device = self.backbone.device
+        if len({r.mean.shape for r in drawn}) > 1:
+            raise ValueError(
+                f"train.batch_size = {self.recipe.train.batch_size}: a batch cannot hold pictures and clips, or clips of "
+                "several lengths; set it to 1"
+            )
         mean, std = (torch.stack([getattr(r, k) for r in drawn]) for k in ("mean", "std"))
         latents = mean + std * torch.randn(mean.shape, generator=draw)
         owners = dict.fromkeys(owner for r in drawn for owner in r.masks)
@@ -222,11 +229,11 @@ def _own_name_open(example: Example) -> str:
 
 def _without_pixels(example: Example) -> Example:
     """The masks stay, for what asks whether there are any; pixels of no size stand for those that are encoded."""
-    return example.with_(pixels=example.pixels[:, :0, :0].clone())
+    return example.with_(pixels=example.pixels[..., :0, :0].clone())
 
 
 def _mask_of(cached: CachedExample, owner: str) -> Tensor:
-    """[1, h, w]: where an owner is; nowhere in an example that is not its own, everywhere in its own without a mask."""
+    """[1, (f), h, w]: where an owner is; nowhere in an example that is not its own, everywhere in its own without a mask."""
     if owner in cached.masks:
         return cached.masks[owner]
     return torch.ones_like(cached.mask) if owner in cached.example.owners else torch.zeros_like(cached.mask)

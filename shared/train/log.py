@@ -75,8 +75,11 @@ class Log:
             self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
 
     def samples(self, step: int, pixels: Tensor) -> None:
-        """Pictures [N, 3, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and each in TensorBoard."""
-        from shared.io.contact_sheets import grid, write_picture
+        """Pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and
+        each in TensorBoard."""
+        from shared.io.contact_sheets import grid, stills, write_picture
+
+        pixels = stills(pixels)
 
         file = f"samples/step-{step:06d}.png"
         claim(self.folder, file)

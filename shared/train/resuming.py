@@ -63,9 +63,10 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
     """
     out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():
-        for number, path in enumerate(subject.images, 1):
-            what = f"{path.name} of {name!r} (picture {number})"
-            out[f"the picture {what}"] = sha256(path)
+        for number, path in enumerate(subject.files, 1):
+            medium = "clip" if path in subject.clips else "picture"
+            what = f"{path.name} of {name!r} ({medium} {number})"
+            out[f"the {medium} {what}"] = sha256(path)
             if path in subject.masks:
                 out[f"the mask of {what}"] = sha256(Path(subject.masks[path]))
             if path in subject.captions:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.backbones.load import families, load_backbone, register_family
+from shared.backbones.load import FAMILIES, families, load_backbone, register_family
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, Provenance, attach, capture, fits, read, save
 from shared.concept.layers_identity import layers_identity
@@ -173,8 +173,8 @@ def test_a_package_adds_a_family(
 
 
 def test_a_family_can_be_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.backbones.load.FAMILIES", dict(families()))
-    register_family("AnimateDiffPipeline", lambda pipe, name: ClipBackbone(pipe, name))
-    assert "AnimateDiffPipeline" in families()
-    with pytest.raises(ValueError, match="AnimateDiffPipeline has a family already"):
-        register_family("AnimateDiffPipeline", lambda pipe, name: ClipBackbone(pipe, name))
+    monkeypatch.setattr("shared.backbones.load.FAMILIES", dict(FAMILIES))
+    register_family("TextToVideoSDPipeline", lambda pipe, name: ClipBackbone(pipe, name))
+    assert "TextToVideoSDPipeline" in families()
+    with pytest.raises(ValueError, match="TextToVideoSDPipeline has a family already"):
+        register_family("TextToVideoSDPipeline", lambda pipe, name: ClipBackbone(pipe, name))

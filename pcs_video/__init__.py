@@ -1,0 +1,1 @@
+"""Clips: subject and motion, learned from pictures and clips, in new clips."""

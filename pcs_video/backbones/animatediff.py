@@ -1,0 +1,145 @@
+"""AnimateDiff (https://arxiv.org/abs/2307.04725): a U-Net of pictures with motion modules between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcs_video.backbones.framewise import FramewiseCodec, shares
+from shared.backbones.module_roles import RoleSpec
+from shared.backbones.stable_diffusion import ROLES as PICTURE_ROLES
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.io.model_folders import quiet
+
+DEFAULT_FRAMES = 16
+_UNWRAPPED = (
+    "all but proj_in and proj_out of motion modules: diffusers calls them by keyword, which peft's layers do not take"
+)
+ROLES: Mapping[str, Sequence[RoleSpec]] = {
+    **PICTURE_ROLES,
+    "denoiser": (RoleSpec("unet", r"(?!.*motion_modules\.\d+\.proj_).*", "port", _UNWRAPPED),),
+    "temporal_feed_forward": (
+        RoleSpec("unet", r".*motion_modules\.\d+\.transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)"),
+    ),
+}
+_BLOCK = ("resnets", "attentions", "downsamplers", "upsamplers")
+_ENDS = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", "conv_out")
+
+
+class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
+    """A diffusers `AnimateDiffPipeline` behind the protocol.
+
+    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go through its layers of pictures alone: of
+    one frame, motion modules are not the identity, and a subject is to be learned, and to look, as without them. So a
+    concept that was learned on the U-Net of pictures loads here unchanged, and one that trains both kinds of layer is one
+    concept.
+
+    Args:
+        pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen
+        name: as the user gave it
+
+    Raises:
+        ValueError: when the U-Net is of a kind that this family does not cover, or its motion module does not fit it
+    """
+
+    family = "animatediff"
+    role_table = ROLES
+
+    def __init__(self, pipe: Any, name: str = "") -> None:
+        self.motion_adapter = pipe.motion_adapter
+        super().__init__(pipe, name)
+        self.most_frames: int = self.unet.config.motion_max_seq_length
+        self.frames: int | None = min(DEFAULT_FRAMES, self.most_frames)
+        self._pictures = _without_motion(self.unet)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Its own concepts, and those of the U-Net of pictures."""
+        return frozenset({self.family, StableDiffusionBackbone.family})
+
+    def pipeline(self) -> Any:
+        """An `AnimateDiffPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        from diffusers import AnimateDiffPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+        return AnimateDiffPipeline(
+            vae=self.vae,
+            tokenizer=self.tokens.base["text_encoder"],
+            motion_adapter=self.motion_adapter,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            **self._components,  # pyright: ignore[reportArgumentType]
+        )
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        """The output of the network, [B, C, F, h, w] for clips and [B, C, h, w] for pictures, in its own parametrisation;
+        otherwise as `StableDiffusionBackbone.predict`."""
+        return super().predict(x_t, t, conditioning)
+
+    def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        if x_t.ndim == 5:
+            each_frame = context.repeat_interleave(x_t.shape[2], dim=0)
+            return self.unet(x_t, t, encoder_hidden_states=each_frame, return_dict=False)[0]
+        self._follow()
+        return self._pictures(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
+
+    def _follow(self) -> None:
+        """The way of pictures uses what was wrapped, and recomputes what is recomputed, as the whole network does."""
+        shares(self.unet, self._pictures, _ENDS)
+        for picture, clip in zip(_blocks(self._pictures), _blocks(self.unet), strict=True):
+            picture.gradient_checkpointing = clip.gradient_checkpointing
+            if clip.gradient_checkpointing:
+                picture._gradient_checkpointing_func = clip._gradient_checkpointing_func
+
+
+def _without_motion(unet: Any) -> Any:
+    """A `UNet2DConditionModel` of the very layers of a `UNetMotionModel`, without its motion modules."""
+    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+
+    config = unet.config
+    with torch.device("meta"):
+        pictures = UNet2DConditionModel(
+            sample_size=config.sample_size,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            down_block_types=tuple(kind.replace("Motion", "2D") for kind in config.down_block_types),  # pyright: ignore
+            up_block_types=tuple(kind.replace("Motion", "2D") for kind in config.up_block_types),  # pyright: ignore
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            downsample_padding=config.downsample_padding,
+            mid_block_scale_factor=config.mid_block_scale_factor,
+            act_fn=config.act_fn,
+            norm_num_groups=config.norm_num_groups,
+            norm_eps=config.norm_eps,
+            cross_attention_dim=config.cross_attention_dim,
+            transformer_layers_per_block=config.transformer_layers_per_block,
+            attention_head_dim=config.num_attention_heads,  # diffusers' name for the number of heads
+            use_linear_projection=config.use_linear_projection,
+        )
+    shares(unet, pictures, _ENDS)
+    for picture, clip in zip(_blocks(pictures), _blocks(unet), strict=True):
+        shares(clip, picture, _BLOCK)
+    left = [name for name, parameter in pictures.named_parameters() if parameter.is_meta]
+    if left:
+        raise ValueError(f"animatediff: the U-Net has no {left[0]}, which its layers of pictures need")
+    return pictures.eval()
+
+
+def _blocks(unet: Any) -> list[Any]:
+    return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+
+def with_motion(pipe: Any, adapter: Any) -> Any:
+    """An `AnimateDiffPipeline` of a `StableDiffusionPipeline` and a `MotionAdapter`.
+
+    Raises ValueError when the motion module was made for another U-Net.
+    """
+    from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        with quiet():  # diffusers warns of the precision, which is the U-Net's
+            unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None
+    return AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, unet, adapter, pipe.scheduler)

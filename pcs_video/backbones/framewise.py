@@ -1,0 +1,73 @@
+"""Clips through an autoencoder of pictures: frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones.latents import LatentCodec
+
+FRAMES_AT_ONCE = 2**18  # pixels: one frame of 512x512; the autoencoder's activations are the largest of all
+
+
+def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:
+    """A function of pictures [N, C, H, W] on every frame of clips [B, C, F, H, W]; pictures pass as they are.
+
+    Args:
+        at_once: frames per call; None: all of them
+    """
+    if clips.ndim == 4:
+        return function(clips)
+    frames = clips.transpose(1, 2).flatten(0, 1)
+    done = torch.cat([function(part) for part in frames.split(at_once or len(frames))])
+    return done.unflatten(0, (len(clips), -1)).transpose(1, 2)
+
+
+class FramewiseCodec(LatentCodec):
+    """A backbone's autoencoder of pictures, applied to pictures [B, 3, H, W] and clips [B, 3, F, H, W] alike.
+
+    `most_frames` is how many the model was made for.
+    """
+
+    most_frames: int
+
+    def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (F), h, w]; differentiable; the mean without a generator."""
+        encode = super().encode_pixels
+        return by_frame(lambda frames: encode(frames, generator), pixels)
+
+    def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the latents, in latent units: each [B, C, (F), h, w]."""
+        moments = super().latent_moments
+        both = by_frame(lambda frames: torch.cat(moments(frames), dim=1), pixels)
+        mean, std = both.chunk(2, dim=1)
+        return mean.contiguous(), std.contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, (F), h, w] -> pixels [B, 3, (F), H, W], nominally in [-1, 1]; not clamped."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.vae_factor**2
+        return by_frame(super().decode, latents, max(1, FRAMES_AT_ONCE // pixels))
+
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of a picture, (C, F, h, w) of a clip. ValueError when the size is not a multiple of what the model
+        needs, or there are fewer than 2 frames, or more than it was made for."""
+        channels, *grid = super().latent_shape(height, width)
+        if frames is None:
+            return (channels, *grid)
+        if not 2 <= frames <= self.most_frames:
+            nearest = min(max(frames, 2), self.most_frames)
+            raise ValueError(
+                f"a clip of {frames} frames does not fit this {self.family}: it makes 2 to {self.most_frames}; the nearest "
+                f"is {nearest}"
+            )
+        return (channels, frames, *grid)
+
+
+def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
+    """`picture` takes over these submodules of `clip`, where it has them: the very same objects."""
+    for name in names:
+        if getattr(picture, name, None) is not None:
+            setattr(picture, name, getattr(clip, name))

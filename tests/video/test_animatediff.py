@@ -1,0 +1,168 @@
+"""The AnimateDiff family against diffusers: clips, pictures, the autoencoder, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcs_video.backbones.animatediff import AnimateDiffBackbone, with_motion
+from shared.backbones.protocol import Backbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.sampling.sampler import sample
+from shared.sampling.settings import SamplingSettings
+from shared.trainable.lora import Lora
+from tests.video.clip_models import build_animatediff
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def clips(make_tiny_sd: Make) -> AnimateDiffBackbone:
+    return AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def ask(backbone: Any, x: Tensor, prompts: tuple[str, ...]) -> Tensor:
+    return backbone.predict(x, torch.tensor(300), backbone.encode(list(prompts)))
+
+
+def scramble(adapter: Any, seed: int = 1) -> None:
+    """Random weights, so that the adapter does something."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+
+
+def test_it_keeps_the_protocol_and_is_frozen(clips: AnimateDiffBackbone) -> None:
+    assert isinstance(clips, Backbone)
+    assert clips.frames == 8 and clips.reads == {"animatediff", "stable_diffusion"}
+    assert not any(p.requires_grad for m in (*clips.components.values(), clips.vae) for p in m.parameters())
+
+
+def test_clips_go_through_the_whole_network(clips: AnimateDiffBackbone) -> None:
+    x, prompts = noise(2, 4, 5, 8, 8), ("a mug", "a dog")
+    context = clips.encode(list(prompts)).context
+    assert isinstance(context, Tensor)
+    with torch.no_grad():
+        expected = clips.unet(x, torch.tensor(300), encoder_hidden_states=context.repeat_interleave(5, 0)).sample
+    assert torch.equal(ask(clips, x, prompts), expected)
+    other = x.clone()
+    other[:, :, 4] += 1
+    assert not torch.allclose(ask(clips, other, prompts)[:, :, 0], expected[:, :, 0])  # frames see each other
+
+
+def test_pictures_go_through_the_network_of_pictures(clips: AnimateDiffBackbone, make_tiny_sd: Make) -> None:
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
+    assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
+    one_frame = ask(clips, x[:, :, None], prompts)[:, :, 0]
+    assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)  # what this is for
+
+
+@pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
+def test_what_is_injected_acts_on_clips_and_pictures_alike(
+    clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
+) -> None:
+    """An adapter of layers of pictures changes both ways as it changes the U-Net of pictures, and leaves no trace."""
+    x, prompts = noise(1, 4, 8, 8), ("a mug",)
+    before_picture, before_clip = ask(clips, x, prompts), ask(clips, noise(1, 4, 3, 8, 8), prompts)
+    Lora(roles=(role,), rank=2).inject(clips, "mug", "lora", 0)
+    adapter = clips.adapters["mug"][0]
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    Lora(roles=(role,), rank=2).inject(pictures, "mug", "lora", 0)
+    for each in (adapter, pictures.adapters["mug"][0]):
+        for key, parameter in zip(each.state_dict(), each.parameters(), strict=True):
+            seed = sum(key.replace("motion_modules", "").encode())
+            parameter.data = 0.3 * noise(*parameter.shape, seed=seed)
+    if role == "denoiser":  # of a U-Net with motion modules, theirs too
+        assert any("motion_modules" in key for key in adapter.state_dict())
+    else:
+        assert adapter.state_dict().keys() == pictures.adapters["mug"][0].state_dict().keys()
+    assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
+    assert not torch.allclose(ask(clips, noise(1, 4, 3, 8, 8), prompts), before_clip, atol=1e-3)
+    clips.remove("mug")
+    assert torch.equal(ask(clips, x, prompts), before_picture)
+    assert torch.equal(ask(clips, noise(1, 4, 3, 8, 8), prompts), before_clip)
+
+
+def test_motion_adapters_do_not_touch_pictures(clips: AnimateDiffBackbone) -> None:
+    x = noise(1, 4, 8, 8)
+    before = ask(clips, x, ("a mug",)), ask(clips, noise(1, 4, 3, 8, 8), ("a mug",))
+    Lora(roles=("temporal_attention",), rank=2).inject(clips, "spin", "lora", 0)
+    scramble(clips.adapters["spin"][0])
+    assert torch.equal(ask(clips, x, ("a mug",)), before[0])
+    assert not torch.allclose(ask(clips, noise(1, 4, 3, 8, 8), ("a mug",)), before[1], atol=1e-3)
+
+
+def test_recomputed_pictures_have_the_same_gradients(clips: AnimateDiffBackbone) -> None:
+    """Gradient checkpointing of the whole network holds on the way of pictures, too."""
+    group = Lora(rank=2).inject(clips, "mug", "lora", 0)
+    scramble(clips.adapters["mug"][0])
+    context = clips.encode(["a mug"])
+
+    def gradients() -> list[Tensor]:
+        loss = clips.predict(noise(1, 4, 8, 8), torch.tensor(300), context).square().mean()
+        return list(torch.autograd.grad(loss, group.parameters))
+
+    plain = gradients()
+    clips.unet.enable_gradient_checkpointing()
+    clips.unet.train()
+    clips._pictures.train()
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(block.gradient_checkpointing for block in clips._pictures.down_blocks)
+
+
+def test_clips_are_encoded_frame_by_frame(clips: AnimateDiffBackbone) -> None:
+    pixels = noise(2, 3, 3, 32, 32).clamp(-1, 1)
+    latents = clips.encode_pixels(pixels)
+    each = torch.stack([clips.encode_pixels(pixels[:, :, i]) for i in range(3)], dim=2)
+    torch.testing.assert_close(latents, each)
+    mean, std = clips.latent_moments(pixels)
+    torch.testing.assert_close(mean, each)
+    torch.testing.assert_close(std[:, :, 1], clips.latent_moments(pixels[:, :, 1])[1])
+    torch.testing.assert_close(clips.decode(latents)[:, :, 2], clips.decode(latents[:, :, 2]))
+
+
+def test_the_frames_that_it_can_make(clips: AnimateDiffBackbone) -> None:
+    assert clips.latent_shape(32, 64) == (4, 8, 16) and clips.latent_shape(32, 64, 8) == (4, 8, 8, 16)
+    for wrong, nearest in ((1, 2), (9, 8)):
+        with pytest.raises(ValueError, match=f"a clip of {wrong} frames .* the nearest is {nearest}"):
+            clips.latent_shape(32, 32, wrong)
+
+
+def test_sampling_gives_what_the_pipeline_gives(clips: AnimateDiffBackbone) -> None:
+    settings = SamplingSettings("blurry", 5.0, 4, frames=6)
+    ours = sample(clips, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
+    pipe = clips.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(
+        ["a red mug", "a dog"], 6, 32, 32, 4, 5.0, negative_prompt=["blurry"] * 2, output_type="pt",
+        generator=[torch.Generator().manual_seed(s) for s in (3, 4)],
+    ).frames  # fmt: skip
+    theirs = torch.as_tensor(frames).transpose(1, 2) * 2 - 1
+    assert ours.shape == (2, 3, 6, 32, 32)
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=0)
+
+
+def test_a_motion_module_of_another_network_is_refused(make_tiny_sd: Make) -> None:
+    from diffusers import MotionAdapter
+
+    wrong = MotionAdapter(block_out_channels=(16, 32), motion_norm_num_groups=4, motion_num_attention_heads=2)
+    with pytest.raises(ValueError, match="the motion module does not fit the U-Net: .*number of blocks"):
+        with_motion(make_tiny_sd(), wrong)
+
+
+def test_a_model_of_pictures_makes_no_clips(make_tiny_sd: Make) -> None:
+    with pytest.raises(ValueError, match="frames = 4: stable_diffusion makes pictures, and no clips"):
+        sample(
+            StableDiffusionBackbone(make_tiny_sd(), "tiny"), ["a mug"], seeds=[0], settings=SamplingSettings(frames=4)
+        )
