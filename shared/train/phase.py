@@ -156,7 +156,7 @@ class Phase:
 
     def _learned(self) -> dict[str, Tensor]:
         owner = self.owner
-        return gather(owner.backbone, owner.names, owner.adapter_sets)
+        return gather(owner.backbone, owner.names, owner.sets_of_the_run)
 
     def _save(self, not_finite: bool = False) -> None:
         info = {"progress": self.optimizers.progress()}
@@ -164,5 +164,5 @@ class Phase:
         self.owner.save(state, self.optimizers.scaler_state(), not_finite)
 
     def _dropout(self, on: bool) -> None:
-        for adapter in adapters_in(self.owner.backbone, self.owner.adapter_sets):
+        for adapter in adapters_in(self.owner.backbone, self.owner.sets_of_the_run):
             adapter.train(on)

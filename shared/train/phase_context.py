@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class PhaseContext:
     make: MakeNow | None = None  # None: this run cannot make pictures
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by subject
     progress: Callable[[str, int, int], None] | None = None
+    per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> adapter sets for it alone
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
 
     @property
@@ -66,6 +67,22 @@ class ConceptTask:
     def state_dict(self) -> dict[str, Tensor]:
         """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
         return gather(self.context.backbone, list(self.context.subjects), self.context.adapter_sets)
+
+    @contextmanager
+    def learning_from(self, sources: Sequence[str], strength: float = 1.0) -> Iterator[None]:
+        """Inside, the adapters that belong to these files alone are on, with this strength.
+
+        Raises ValueError for several files at once, where there are such adapters: they cannot act on rows of a batch.
+        """
+        table, backbone = self.context.per_source, self.context.backbone
+        if not table:
+            yield
+            return
+        if len(set(sources)) > 1:
+            raise ValueError("per_source: a batch holds one picture or clip; set train.batch_size=1")
+        own = dict.fromkeys(table.get(sources[0], ()), strength)
+        with backbone.active({**backbone.strengths, **own}):
+            yield
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when tensors are missing, left over or of another shape. An adapter of which nothing was

@@ -26,6 +26,7 @@ from shared.train.learned_state import restore
 from shared.train.log import Log
 from shared.train.loop import Record
 from shared.train.memory import Offloaded
+from shared.train.per_source import inject_each, sets_by_file
 from shared.train.phase import Phase
 from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
@@ -74,6 +75,7 @@ class TrainingRun:
         self.phases = list(expand_phases(self.recipe))
         named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
         self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
+        self.per_source = sets_by_file(self.phases, self.subjects)
         check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
@@ -139,7 +141,7 @@ class TrainingRun:
                         with self.clock.on(None):
                             yield name, record
                 if first >= len(self.phases) and state is not None:
-                    restore(self.backbone, self.names, self.adapter_sets, state.learned)
+                    restore(self.backbone, self.names, self.sets_of_the_run, state.learned)
         finally:
             log.close()
             self._freeze()
@@ -176,7 +178,10 @@ class TrainingRun:
         for slot, part in phase.trainable.items():
             known = self.trained.get(slot)
             if known is None:
-                known = part.inject(self.backbone, part.adapter_set or self.run_name, slot, phase.seed)
+                if part.per_source:
+                    known = inject_each(part, self.backbone, slot, self.subjects, phase.seed)
+                else:
+                    known = part.inject(self.backbone, part.adapter_set or self.run_name, slot, phase.seed)
                 self.ports.update(known.ports)
             group = replace(known, lr=part.lr, weight_decay=part.weight_decay, group=part.group)
             for parameter in group.parameters:
@@ -184,6 +189,11 @@ class TrainingRun:
             self.trained[slot] = group
             now.append(group)
         return now
+
+    @property
+    def sets_of_the_run(self) -> tuple[str, ...]:
+        """Every name that adapters in training are registered under: those of the concepts, and those of single files."""
+        return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
 
     def _freeze(self) -> None:
         for group in self.trained.values():
@@ -200,7 +210,8 @@ class TrainingRun:
             name=name,
             recipe=phase,
             subjects=self.subjects,
-            adapter_sets=self.adapter_sets,
+            adapter_sets=self.sets_of_the_run,
+            per_source=self.per_source,
             trained=trained,
             loaded_strengths=self.loaded_strengths,
             initial_parameters=self.initial_parameters,

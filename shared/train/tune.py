@@ -78,20 +78,31 @@ class Tune(ConceptTask):
         """One loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all that
         the needs hold around the prediction."""
         with self.state(step, micro) as state:
-            losses = state.need("example_loss")
-            instance = state.batch.with_role("instance").to(losses.device)
-            parts: dict[str, Tensor] = {"denoising": losses[instance].mean()}
-            for name, penalty in self.recipe.regularize.items():
-                parts[name] = penalty(_for(penalty, state))
+            parts = self.losses(state)
             loss = torch.stack(list(parts.values())).sum()
             yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
 
+    def losses(self, state: Step) -> dict[str, Tensor]:
+        """What the loss is made of: the objective on instance examples, and every penalty; scalars."""
+        losses = state.need("example_loss")
+        instance = state.batch.with_role("instance").to(losses.device)
+        parts: dict[str, Tensor] = {"denoising": losses[instance].mean()}
+        for name, penalty in self.recipe.regularize.items():
+            parts[name] = penalty(_for(penalty, state))
+        return parts
+
     @contextmanager
-    def state(self, step: int, micro: int) -> Iterator[Step]:
-        """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it."""
-        batch = self.data.batch(step, micro)
+    def state(self, step: int, micro: int, batch: Batch | None = None, own: float = 1.0) -> Iterator[Step]:
+        """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it.
+
+        Args:
+            batch: the examples; None: those of this step
+            own: the strength of adapters that belong to the example alone
+        """
+        batch = self.data.batch(step, micro) if batch is None else batch
         with ExitStack() as stack:
             active_needs = [self.served[name] for name in sorted(self.needs | {"example_loss"})]
+            stack.enter_context(self.learning_from(batch.sources, own))
             entered = {n.name: stack.enter_context(n.around(self.backbone, batch)) for n in active_needs}
             state = self._predict(batch, step, micro)
             yield replace(state, lazy={n.name: cache(partial(n.value, state, entered[n.name])) for n in active_needs})

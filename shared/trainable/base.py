@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from shared.backbones.protocol import Backbone
@@ -28,6 +28,15 @@ class TrainablePart(KindPart):
         ""  # what its adapters are switched by; "": the concept
     )
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
+    per_source: bool = (
+        False  # one adapter for each picture or clip, on while that one is learned; no part of the concept
+    )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> TrainablePart:
+        if self.per_source and self.adapter_set:
+            raise ValueError("per_source: each picture or clip has a set of its own; leave out adapter_set")
+        return self
 
     @property
     def places(self) -> tuple[str, ...]:

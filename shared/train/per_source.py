@@ -1,0 +1,39 @@
+"""Adapters for single pictures or clips (`per_source`): what they are registered under."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shared.backbones.protocol import Backbone
+from shared.recipe.schema import Recipe
+from shared.trainable import Trainable, TrainableGroup
+from shared.types import Subject
+
+
+def adapter_set(slot: str, number: int) -> str:
+    """The adapter set of one part and one file; no concept can be called so."""
+    return f"{slot}@{number + 1}"
+
+
+def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ...]]:
+    """File of any subject -> the adapter sets for it alone; empty where no part asks for such."""
+    slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
+    return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
+
+
+def inject_each(
+    part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
+) -> TrainableGroup:
+    """One adapter for each file of the subjects, off until its file is learned; together they are one group."""
+    groups = []
+    for number in range(len(_files(subjects))):
+        name = adapter_set(slot, number)
+        groups.append(part.inject(backbone, name, name, seed))  # their tensors are kept apart by it
+        backbone.set_strength(name, 0.0)
+    return replace(groups[0], slot=slot, parameters=[p for group in groups for p in group.parameters])
+
+
+def _files(subjects: Mapping[str, Subject]) -> list[Path]:
+    return list(dict.fromkeys(path for subject in subjects.values() for path in subject.files))
