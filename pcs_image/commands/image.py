@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
@@ -40,31 +39,11 @@ def personalize(
 ) -> None:
     """Learn a concept from pictures. The concept is a folder; training state and logs are written beside it."""
     from pcs_image.runner import ImageRunner
-    from shared.commands.progress import Bar
-    from shared.recipe.resolve import load
-    from shared.runner.judging import check_folders, training_scorers
-    from shared.runner.learn import personalize as learn
-    from shared.runner.open_runner import open_runner
-    from shared.runner.plan import plan
-    from shared.train import checkpoint
+    from shared.commands.learning import Learning, Medium, learn
+    from shared.recipe.schema import Recipe
 
-    resolved = load(recipe, settings or [])
-    planned = plan(resolved, overwrite, resume)
-    if planned.finished:
-        print("\n".join(f"already finished: <{name}> is in {path}" for name, path in planned.outputs.items()))
-        return
-    check_folders(clip, dino)
-    runner = open_runner(ImageRunner, resolved.backbone, concept, device, resolved.train.mixed_precision, download)
-    scorers = training_scorers(planned, runner.backbone, clip, dino)
-    with Bar() as bar:
-        try:
-            made = learn(planned, runner, resume=resume, overwrite=overwrite, scorers=scorers, progress=bar)
-        except KeyboardInterrupt:
-            if checkpoint.load(planned.workdir) is not None:
-                print(f"the state is in {planned.workdir}: continue with --resume", file=sys.stderr)
-            raise
-    for name, path in made.items():
-        print(f"<{name}> is in {path}")
+    asked = Learning(resume, overwrite, concept, device, download, clip, dino)
+    learn(Medium("image", Recipe, ImageRunner), recipe, settings or [], asked)
 
 
 @app.command()
@@ -110,7 +89,7 @@ def generate(
     check_guidance(guidance, "--guidance")
     by_step = tuple(check_strengths(strength))
     runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
-    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, by_step)
+    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, hooks=by_step)
     seeds = range(seed, seed + num)
     with Lines() as counter:
         on_progress = named(counter, "pictures")

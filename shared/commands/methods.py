@@ -30,14 +30,14 @@ def methods(
     from rich.table import Table
 
     from shared.recipe.catalog import recipe_files
-    from shared.recipe.resolve import written
+    from shared.recipe.resolve import model_of, written
     from shared.recipe.taxonomy import taxonomy_of
 
     console = Console(highlight=False)
     for modality in ("image", "video", "3d"):
         by_scheme: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
         for name in recipe_files(modality):
-            recipe = written(name, modality)
+            recipe = written(name, modality, model_of(modality))
             place = taxonomy_of(recipe)
             values = {words: getattr(place, key) for key, words in _COLUMNS.items() if getattr(place, key)}
             by_scheme.setdefault(place.scheme, []).append((name, recipe.title, values))
@@ -62,16 +62,18 @@ def methods(
 def show(
     name: str = typer.Argument(help="a recipe's name or a YAML file"),
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
-    modality: str = typer.Option("image", help="image, video or 3d"),
+    modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
 ) -> None:
     """Print the resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
     import yaml
 
-    from shared.recipe.resolve import load
+    from shared.recipe.catalog import recipe_files
+    from shared.recipe.resolve import load, model_of
     from shared.recipe.schema import dump
     from shared.recipe.taxonomy import taxonomy_of
 
-    recipe = load(name, settings or [], modality)
+    modality = modality or next((m for m in ("image", "video", "3d") if name in recipe_files(m)), "image")
+    recipe = load(name, settings or [], modality, model_of(modality))
     place = taxonomy_of(recipe)
     for key, words in _COLUMNS.items():
         if getattr(place, key):

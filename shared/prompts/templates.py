@@ -64,6 +64,7 @@ class Templates(CaptionPart):
             return example.with_(caption="")
         if example.user_caption:
             text = _place(example, class_noun) if self.user_captions else pick
+            text = text if concept else text.removeprefix("{concept}, ")  # a motion may have no words
         else:
             text = f"{pick} {example.caption}".strip()
         return example.with_(caption=text.replace("{concept}", concept).replace("{class_noun}", class_noun))

@@ -25,8 +25,10 @@ class Rules:
 
     @classmethod
     def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any]) -> Rules:
-        """The rules of `configs/overlays/NAME.yaml`; none where there is no such file or no name."""
-        path = config_folder() / "overlays" / f"{name}.yaml"
+        """The rules of `configs/overlays/NAME-MODALITY.yaml`, else of `NAME.yaml`; none where there is neither, or no name."""
+        folder = config_folder() / "overlays"
+        path = folder / f"{name}-{modality}.yaml"
+        path = path if path.is_file() else folder / f"{name}.yaml"
         return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds)
 
     def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:

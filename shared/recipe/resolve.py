@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from shared.backbones.load import WORLDS
-from shared.config import default_kinds, merge, slots, validate
+from shared.config import default_kinds, merge, slots, unknown, validate
 from shared.recipe.catalog import find
 from shared.recipe.inherit import Layer, read_layers
 from shared.recipe.overlay import Rules, mapping, unstated
@@ -15,6 +15,20 @@ from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
+GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` with the parts that its package adds
+
+
+def model_of(modality: str) -> type[Recipe]:
+    """What recipes of a modality are: the core's own for "image", else what an installed package offers.
+
+    ValueError for a modality that no installed package has recipes of.
+    """
+    from importlib.metadata import entry_points
+
+    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if modality not in ("image", *offered):
+        raise ValueError(unknown(modality, ["image", *offered], "modality"))
+    return offered[modality].load() if modality in offered else Recipe
 
 
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:

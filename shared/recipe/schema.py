@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.augment import Augment
 from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
+from shared.io.read_subject import read_subject
 from shared.masks import Mask
 from shared.modifiers import Modifier
 from shared.modifiers.words import RareToken
@@ -20,9 +22,11 @@ from shared.recipe.catalog import Taxonomy
 from shared.recipe.tasks import TaskPart, TuneTask
 from shared.regularize import Regularizer
 from shared.sampling.hooks import check_points
+from shared.sampling.settings import SamplingSettings
 from shared.sources import Source
 from shared.trainable import Trainable
 from shared.trainable.base import MAIN
+from shared.types import Subject
 
 Positive = Annotated[int, Field(ge=1)]
 Group = Annotated[str, Field(pattern=NAME)]
@@ -42,6 +46,11 @@ class SubjectSettings(Part):
     class_noun: str = ""
     masks: PathText | None = None
     captions: PathText | None = None
+
+    def read(self) -> Subject:
+        """What it names, found on disk. Raises ValueError as `shared.io.read_subject.read_subject` does."""
+        images = self.images if isinstance(self.images, Path) else list(self.images)
+        return read_subject(images, self.class_noun, self.masks, self.captions)
 
 
 class Validation(Part):
@@ -72,12 +81,16 @@ class Train(Part):
 
 
 class Sampling(Part):
-    """How pictures are made, while training and by default afterwards. None: the backbone's own."""
+    """How pictures and clips are made, while training and by default afterwards. None: the backbone's own."""
 
     steps: Positive | None = None
     guidance: float | None = None
     scheduler: str | None = None
     strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept by step: "0@0,1@0.2"; "": throughout
+
+    def settings(self) -> SamplingSettings:
+        """What a sampler is told, without the strength by step, which needs the concept's name."""
+        return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
 
 class PreviewSettings(Part):
@@ -86,6 +99,7 @@ class PreviewSettings(Part):
     num: Annotated[int, Field(ge=0)] = 4  # 0: no preview
     resolution: Positive | None = None  # pixels; train.resolution where none is given, else the backbone's own
     steps: Positive | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
+    prompt: str = "a photo of a {concept}"
 
 
 class Recipe(Part):
@@ -118,6 +132,10 @@ class Recipe(Part):
     preview: PreviewSettings = PreviewSettings()
     task: TaskPart = TuneTask()  # what is done; of each phase, where there are some
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
+
+    def opening(self) -> dict[str, Any]:
+        """What a runner is told of the backbone besides its name."""
+        return {}
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Recipe:

@@ -55,10 +55,9 @@ class GenerateTask(Part):
         return prompts
 
 
-def _named(value: Any) -> Any:
+def named(value: Any) -> Any:
+    """A task by its name alone: `task: tune`."""
     return {"kind": value} if isinstance(value, str) else value
 
 
-TaskPart = Annotated[
-    TuneTask | GenerateTask, Field(discriminator="kind"), default_kind("tune"), BeforeValidator(_named)
-]
+TaskPart = Annotated[TuneTask | GenerateTask, Field(discriminator="kind"), default_kind("tune"), BeforeValidator(named)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
-from shared.runner.judging import EvaluationSettings, evaluate_loaded
+from shared.runner.judging import EvaluationSettings, evaluate_loaded, references
 from shared.runner.loaded_concepts import Loaded
 from shared.sampling.hooks import StrengthSchedule
+from shared.sampling.sampler import sample_all
 from shared.sampling.settings import SamplingSettings
 from shared.train.loop import Record
-from shared.train.training_run import TrainingRun
+from shared.train.phase_context import TaskTable
+from shared.train.training_run import TASKS, TrainingRun
 from shared.types import Subject
 
 
@@ -47,19 +49,26 @@ class Progress(Protocol):
 class Runner:
     """One backbone and the concepts attached to it."""
 
+    tasks: ClassVar[TaskTable] = TASKS  # what a recipe's task parts stand for
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    @classmethod
+    def prepared(cls, backbone: Backbone) -> Backbone:
+        """What this runner works with, made of a backbone that was loaded. ValueError where it cannot be."""
+        return backbone
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """What the package makes, on the CPU, in [-1, 1]: of pictures [N, 3, H, W], one per (prompt, seed) pair.
+        """What the package makes, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
+        (prompt, seed) pair.
 
         Args:
             prompts: already expanded
             progress: told (done, of) after each denoising step, counted for each thing that is made
         """
-        raise NotImplementedError
+        return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
         """Attach a concept. ValueError when it does not fit, or another of its name is loaded."""
@@ -123,6 +132,7 @@ class Runner:
             loaded_strengths=self.strengths,
             tensorboard=tensorboard,
             on_pictures=progress.pictures if progress else None,
+            tasks=self.tasks,
         )
         try:
             with _own_randomness():
@@ -190,6 +200,10 @@ class Runner:
         """
         return evaluate_loaded(self, name, settings)
 
+    def shown(self, subject: Subject, side: int) -> Tensor:
+        """What was learned from, as pictures [N, 3, side, side'] for a sheet."""
+        return references(subject, side)
+
     def _class_pictures(
         self,
         prompts: Sequence[str],
@@ -200,7 +214,7 @@ class Runner:
         resolution: int,
         progress: Steps | None = None,
     ) -> Tensor:
-        settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution)
+        settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution, frames=0)
         return self.make(prompts, seeds, settings, progress)
 
     def _made_now(self, progress: Progress | None) -> Callable[[Sequence[str], Sequence[int], Recipe], Tensor]:
@@ -212,7 +226,7 @@ class Runner:
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
         hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)
-        return SamplingSettings("", how.guidance, how.steps, how.scheduler, side, side, hooks)
+        return replace(how.settings(), height=side, width=side, hooks=hooks)
 
     def _preview(
         self,
@@ -251,13 +265,13 @@ class Runner:
             class_noun=subject.class_noun,
             recipe=recipe,
             metrics=metrics,
-            references=subject.images,
+            references=subject.files,
             ports=sorted(run.ports),
         )
         return capture(self.backbone, name, provenance, adapter_sets=run.adapter_sets)
 
     def _forget(self, run: TrainingRun) -> None:
-        for name in {*run.names, *run.adapter_sets}:
+        for name in {*run.names, *run.sets_of_the_run}:
             if name in self.backbone.placeholders or name in self.backbone.adapters:
                 self.backbone.remove(name)
 

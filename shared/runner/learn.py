@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.concept import save
-from shared.io.contact_sheets import contact_sheet
+from shared.io.contact_sheets import contact_sheet, stills
 from shared.io.denoising_progress import named
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.base import Progress, Runner
-from shared.runner.judging import references
 from shared.runner.plan import Plan, warn_unseen
-from shared.sampling.settings import SamplingSettings
 from shared.train import checkpoint
 from shared.types import Subject
 
@@ -81,9 +79,9 @@ def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progres
     """references | new pictures, as the concept's `preview.png`."""
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
-    settings = SamplingSettings("", how.guidance, recipe.preview.steps or how.steps, how.scheduler, side, side)
+    settings = replace(how.settings(), steps=recipe.preview.steps or how.steps, height=side, width=side)
     on_progress = named(progress.pictures if progress else None, f"the preview of {name!r}")
-    prompts = [f"a photo of a <{name}>"] * num
+    prompts = [recipe.preview.prompt.replace("{concept}", f"<{name}>")] * num
     pixels = runner.generate(prompts, range(num), settings, must_name=False, progress=on_progress)
-    first = replace(subject, images=subject.images[:num])
-    return contact_sheet({"references": references(first, side), "new": pixels})
+    first = replace(subject, images=subject.images[:num], clips=subject.clips[:num])
+    return contact_sheet({"references": runner.shown(first, side), "new": stills(pixels)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,15 +81,18 @@ def open_runner(
     precision: str = "auto",
     download: bool = False,
     loras: Sequence[AskedLora] = (),
+    **how: Any,
 ) -> R:
     """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
-    was learned on; `download`: whether the hub may be asked for it; `loras`: files of other programs, loaded too."""
+    was learned on; `download`: whether the hub may be asked for it; `loras`: files of other programs, loaded too; `how`: what
+    the runner's `prepared` is told."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
     if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
         precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
+    options["prepare"] = partial(kind.prepared, **how) if how else kind.prepared
     model = load_backbone_of(opened[0][0], backbone, **options) if opened else load_backbone(backbone, **options)
     runner = kind(model)
     for concept, strength in opened:

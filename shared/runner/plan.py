@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shared.backbones import Backbone
 from shared.concept import Concept, read
@@ -17,7 +16,6 @@ from shared.config import NAME
 from shared.io.checksums import sha256
 from shared.io.decode import picture_size
 from shared.io.outputs import check_apart, check_output
-from shared.io.read_subject import read_subject
 from shared.io.terminal import encodable
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
@@ -58,10 +56,10 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
     begun = _check_outputs(outputs, workdir, overwrite, resume)
-    subjects = {n: read_subject(_images(s.images), s.class_noun, s.masks, s.captions) for n, s in subjects.items()}
+    subjects = {n: s.read() for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
-            check_apart(path, [*subject.images, *subject.masks.values()])
+            check_apart(path, [*subject.files, *subject.masks.values()])
         for path in subject.images:
             load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)
@@ -91,10 +89,6 @@ def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, 
     return begun
 
 
-def _images(images: Path | Sequence[Path]) -> Any:
-    return images if isinstance(images, Path) else list(images)
-
-
 def _all_there(outputs: Mapping[str, Path]) -> bool:
     return all((path / META).is_file() for path in outputs.values())
 
@@ -103,7 +97,7 @@ def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> Non
     """ValueError when a finished concept was learned with another recipe, or from other pictures."""
     same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
     hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one that was moved meanwhile has none
-    if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.images)):
+    if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(
             f"{concept.path} is finished, and was learned from other pictures: choose another output, or start over with "
             "--overwrite"
@@ -115,5 +109,5 @@ def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
     world = backbone.world
     for name, subject in subjects.items() if world else ():
         assert world is not None
-        if {picture_size(p) for p in subject.images} != {(world.side, world.side)}:
+        if subject.images and {picture_size(p) for p in subject.images} != {(world.side, world.side)}:
             warnings.warn(f"the pictures of {name!r} {world.unseen}", stacklevel=2)

@@ -166,8 +166,12 @@ def test_a_package_that_cannot_be_loaded_does_not_take_the_others_with_it(capsys
     from shared.cli import GROUP
 
     broken = metadata.EntryPoint("broken", "shared.no_such_module:app", GROUP)
-    installed = metadata.entry_points(group=GROUP)
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [*installed, broken])
+    entry_points = metadata.entry_points
+
+    def offered(group: str) -> list[metadata.EntryPoint]:
+        return [*entry_points(group=group), *([broken] if group == GROUP else [])]
+
+    monkeypatch.setattr(metadata, "entry_points", offered)
     assert run(build(), ["methods", "show", "dreambooth_lora"]) == 0
     assert "the command 'broken' cannot be loaded" in capsys.readouterr().err
 

@@ -1,0 +1,97 @@
+"""Clips as files: from prompts to mp4, GIF, WebP or frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pcs_video.runner import VideoRunner
+from shared.config import unknown
+from shared.io.clips.write_clip import write_clip, write_clip_sheet
+from shared.io.denoising_progress import Steps
+from shared.io.outputs import atomic_folder, check_apart, check_file, check_output
+from shared.runner.png_metadata import metadata
+from shared.sampling.settings import SamplingSettings
+
+ENDINGS = {"mp4": ".mp4", "gif": ".gif", "webp": ".webp", "frames": ""}
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """Where clips are written: one file, or a folder of them."""
+
+    path: Path
+    fps: float = 8.0
+    kind: str = "mp4"  # of the files in a folder: a key of `ENDINGS`
+    with_sheet: bool = False  # a row of frames for each clip, too
+    overwrite: bool = False
+
+    @property
+    def one_file(self) -> bool:
+        return self.path.suffix != ""
+
+    def check(self, clips: int, read: Sequence[Path] = ()) -> None:
+        """ValueError where so many clips do not go there, or what is there would be lost; `read`: what is needed."""
+        if self.kind not in ENDINGS:
+            raise ValueError(f"--format: {unknown(self.kind, ENDINGS, 'format')}")
+        if self.one_file and self.path.suffix.lower() not in ENDINGS.values():
+            raise ValueError(
+                f"{self.path}: a clip is written as .mp4, .gif or .webp; several, or frames, into a folder"
+            )
+        if self.one_file and clips > 1:
+            raise ValueError(f"{self.path} is one file, and {clips} clips are asked for: give a folder, --out clips/")
+        if self.one_file:
+            check_apart(check_file(self.path, self.overwrite), read)
+        else:
+            check_output(self.path, self.overwrite, read)
+
+    def sheet(self) -> Path:
+        """Where the contact sheet goes."""
+        return self.path.with_name(f"{self.path.stem}-sheet.png") if self.one_file else self.path / "sheet.png"
+
+
+def generate(
+    runner: VideoRunner,
+    prompts: Sequence[str],
+    out: ClipFiles,
+    settings: SamplingSettings = SamplingSettings(),
+    *,
+    seeds: Sequence[int] = (0,),
+    progress: Steps | None = None,
+) -> list[Path]:
+    """A clip of each prompt with each seed, with all that made it inside its file."""
+    shots = [(p, s) for p in prompts for s in seeds]
+    out.check(len(shots))
+    if out.one_file and out.with_sheet:
+        check_file(out.sheet(), out.overwrite)
+    settings = runner.with_own_strengths(settings)
+    clips = runner.generate([p for p, _ in shots], [s for _, s in shots], settings, progress=progress)
+    about = [{**metadata(p, s, runner, settings), "fps": f"{out.fps:g}"} for p, s in shots]
+    if out.one_file:
+        paths = [write_clip(out.path, clips[0], out.fps, about[0])]
+        rows = {_label(*shots[0]): clips[0]}
+        return [*paths, write_clip_sheet(out.sheet(), rows, metadata=about[0])] if out.with_sheet else paths
+    return _write_all(out, shots, clips, about)
+
+
+def _write_all(
+    out: ClipFiles, shots: Sequence[tuple[str, int]], clips: Tensor, about: Sequence[dict[str, str]]
+) -> list[Path]:
+    paths = []
+    with atomic_folder(out.path, overwrite=out.overwrite) as folder:
+        for index, ((_, seed), clip) in enumerate(zip(shots, clips, strict=True)):
+            name = f"{index:03d}-seed{seed}{ENDINGS[out.kind]}"
+            write_clip(folder / name, clip, out.fps, about[index])
+            paths.append(out.path / name)
+        if out.with_sheet:
+            rows = {f"{i:03d} {_label(*shot)}": clip for i, (shot, clip) in enumerate(zip(shots, clips, strict=True))}
+            write_clip_sheet(folder / "sheet.png", rows, metadata=about[0])
+            paths.append(out.sheet())
+    return paths
+
+
+def _label(prompt: str, seed: int) -> str:
+    return f"{prompt} (seed {seed})"

@@ -1,0 +1,1 @@
+"""What `pcs video` does on a command line."""

@@ -1,0 +1,1 @@
+"""Parts that a recipe of clips has besides those of the core."""

@@ -1,0 +1,100 @@
+"""Learning a motion apart from what it is shown on: two paths, one for what a clip looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.recipe.tasks import TuneTask
+from shared.train.loop import generator
+from shared.train.phase_context import PhaseContext
+from shared.train.task import Update, Updates
+from shared.train.tune import Tune
+from shared.types import Batch
+
+_PATHS = 2**44  # a stream of draws of its own
+
+
+class DualPathTask(TuneTask):
+    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), each step both, one after the other.
+
+    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture, with nothing
+    else in training switched on. The temporal path: parts of the group `temporal` learn the whole clip, while the clip's
+    own spatial adapters say what it looks like and stay as they are. With the probability `skip` the spatial path and its
+    adapters rest.
+    """
+
+    kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
+    skip: Annotated[float, Field(ge=0, le=1)] = 0.2
+    spatial: str = "spatial"  # the optimizer groups of the two paths
+    temporal: str = "temporal"
+
+
+class DualPath(Tune):
+    """See `DualPathTask`. Raises ValueError where a path has nothing to train, or the spatial parts are no clip's own."""
+
+    def __init__(self, context: PhaseContext) -> None:
+        super().__init__(context)
+        task: Any = self.recipe.task
+        self.task: DualPathTask = task
+        groups = self.groups()
+        for path in (task.spatial, task.temporal):
+            if path not in groups:
+                there = ", ".join(sorted(groups)) or "none"
+                raise ValueError(f"task.kind=dual_path: no part has the optimizer group {path!r}. There are: {there}.")
+        parts = {slot: part for slot, part in self.recipe.trainable.items() if part.group == task.spatial}
+        shared = next((slot for slot, part in parts.items() if not part.per_source), None)
+        if shared is not None:
+            raise ValueError(f"trainable.{shared}: a spatial part of dual_path is each clip's own: per_source=true")
+
+    def updates(self, step: int, micro: int) -> Updates:
+        """Two losses: of one frame, then of the clip."""
+        batch = self.data.batch(step, micro)
+        if batch.latents.ndim != 5:
+            raise ValueError("task.kind=dual_path learns from clips: give subject.clips=FOLDER")
+        draw = generator(self.recipe.seed, _PATHS + step, micro)
+        rests = float(torch.rand((), generator=draw)) < self.task.skip
+        if not rests:
+            with self._only(batch):
+                loss = self._of_one_frame(batch, step, micro, draw)
+                yield Update(loss, (self.task.spatial,), {"spatial": loss.detach()})
+        yield from self._of_the_clip(batch, step, micro, 0.0 if rests else 1.0)
+
+    @contextmanager
+    def _only(self, batch: Batch) -> Iterator[None]:
+        """Inside, of what is in training only the adapters of this clip are on."""
+        with self.backbone.active(self.context.loaded_strengths), self.learning_from(batch.sources):
+            yield
+
+    def _of_one_frame(self, batch: Batch, step: int, micro: int, draw: torch.Generator) -> Tensor:
+        chosen = torch.randint(batch.latents.shape[2], (), generator=draw)
+        state = self._predict(one_frame(batch, int(chosen)), step, micro)
+        return self._example_loss(state).mean()
+
+    def _of_the_clip(self, batch: Batch, step: int, micro: int, strength: float) -> Updates:
+        with self.state(step, micro, batch, strength) as state:
+            parts = self.losses(state)
+            loss = torch.stack(list(parts.values())).sum()
+            yield Update(loss, (self.task.temporal,), {k: v.detach() for k, v in parts.items()})
+
+
+def one_frame(batch: Batch, frame: int) -> Batch:
+    """One frame of every clip, as pictures."""
+
+    def cut(planes: Tensor | None) -> Tensor | None:
+        return None if planes is None else planes[:, :, frame]
+
+    return replace(
+        batch,
+        latents=batch.latents[:, :, frame],
+        owner_masks={owner: mask[:, :, frame] for owner, mask in batch.owner_masks.items()},
+        mask=cut(batch.mask),
+        valid=cut(batch.valid),
+        pixels=cut(batch.pixels),
+    )

@@ -1,0 +1,72 @@
+"""What a recipe of clips has besides that of pictures: clips to learn from, and parts for motion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pcs_video.motion.appearance_debias import AppearanceDebias
+from pcs_video.motion.clip_source import Clips
+from pcs_video.motion.dual_path import DualPathTask
+from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
+from shared.io.clips.find_clips import find_clips
+from shared.recipe.schema import Positive, Recipe, Sampling, SubjectSettings
+from shared.recipe.tasks import GenerateTask, TuneTask, named
+from shared.regularize import Regularizer
+from shared.sampling.settings import SamplingSettings
+from shared.sources import Source
+from shared.types import Subject
+
+ClipSource = Annotated[Source | Clips, Field(discriminator="kind")]
+ClipRegularizer = Annotated[Regularizer | AppearanceDebias, Field(discriminator="kind")]
+ClipTask = Annotated[
+    TuneTask | GenerateTask | DualPathTask, Field(discriminator="kind"), default_kind("tune"), BeforeValidator(named)
+]
+
+
+class ClipSubject(SubjectSettings):
+    """The user's clips of a motion, or pictures of a thing."""
+
+    images: PathText | tuple[PathText, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    clips: PathText | tuple[PathText, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_medium(self) -> ClipSubject:
+        if (self.images is None) == (self.clips is None):
+            raise ValueError("give either clips (of a motion) or images (of a thing)")
+        return self
+
+    def read(self) -> Subject:
+        """What it names, found on disk. Raises ValueError as `find_clips` and `read_subject` do."""
+        if self.clips is None:
+            return super().read()
+        found = find_clips(self.clips, self.masks, self.captions)
+        return Subject((), self.class_noun.strip(), found.captions, found.masks, found.clips)
+
+
+class ClipSampling(Sampling):
+    """How clips are made, while training and by default afterwards. None: the backbone's own."""
+
+    frames: Positive | None = None
+
+    def settings(self) -> SamplingSettings:
+        """What a sampler is told, without the strength by step."""
+        return replace(super().settings(), frames=self.frames)
+
+
+class VideoRecipe(Recipe):
+    """The resolved, typed description of how a motion, or a thing that is to move, is learned."""
+
+    subject: ClipSubject | None = None
+    subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
+    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: what the backbone has
+    sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
+    regularize: Slot[ClipRegularizer] = {}
+    sampling: ClipSampling = ClipSampling()
+    task: ClipTask = TuneTask()
+
+    def opening(self) -> dict[str, Any]:
+        """What a runner is told of the backbone besides its name."""
+        return {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}

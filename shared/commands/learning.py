@@ -1,0 +1,68 @@
+"""What `pcs image personalize` and `pcs video personalize` do: a recipe and settings become concept folders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.recipe.schema import Recipe
+from shared.runner.base import Runner
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What a package learns and makes."""
+
+    modality: str  # of its recipes: "image", "video"
+    recipe: type[Recipe]
+    runner: type[Runner]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a command line says of a run besides its recipe."""
+
+    resume: bool = False
+    overwrite: bool = False
+    concepts: Sequence[str] = ()
+    device: str | None = None
+    download: bool = False
+    clip: Path | None = None
+    dino: Path | None = None
+    how: Mapping[str, Any] = field(default_factory=dict)  # for the runner's `prepared`
+
+
+def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
+    """Learn, with progress on the terminal, and say where the concepts are. ValueError before anything heavy begins."""
+    from shared.commands.progress import Bar
+    from shared.recipe.resolve import load
+    from shared.runner.judging import check_folders, training_scorers
+    from shared.runner.learn import personalize
+    from shared.runner.open_runner import open_runner
+    from shared.runner.plan import plan
+    from shared.train import checkpoint
+
+    resolved = load(recipe, settings, medium.modality, medium.recipe)
+    planned = plan(resolved, asked.overwrite, asked.resume)
+    if planned.finished:
+        print("\n".join(f"already finished: <{name}> is in {path}" for name, path in planned.outputs.items()))
+        return
+    check_folders(asked.clip, asked.dino)
+    precision, how = resolved.train.mixed_precision, {**resolved.opening(), **asked.how}
+    runner = open_runner(
+        medium.runner, resolved.backbone, asked.concepts, asked.device, precision, asked.download, **how
+    )
+    scorers = training_scorers(planned, runner.backbone, asked.clip, asked.dino)
+    with Bar() as bar:
+        try:
+            options: dict[str, Any] = {"resume": asked.resume, "overwrite": asked.overwrite}
+            made = personalize(planned, runner, scorers=scorers, progress=bar, **options)
+        except KeyboardInterrupt:
+            if checkpoint.load(planned.workdir) is not None:
+                print(f"the state is in {planned.workdir}: continue with --resume", file=sys.stderr)
+            raise
+    for name, path in made.items():
+        print(f"<{name}> is in {path}")

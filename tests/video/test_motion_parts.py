@@ -1,0 +1,143 @@
+"""The parts for motion alone: what weighs what, whose adapter is on when, one draw for a whole clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.motion.appearance_debias import debiased_error
+from pcs_video.motion.dual_path import DualPath
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
+from shared.augment import ColorJitter, Flip, RandomResize
+from shared.recipe.resolve import load
+from shared.runner.plan import plan
+from shared.train.training_run import TrainingRun
+from shared.types import Example
+from tests.video.clip_models import build_animatediff
+from tests.video.conftest import FAST, moving_square
+
+
+def test_an_error_that_all_frames_share_weighs_less_than_one_of_each_frame() -> None:
+    """MotionDirector's numbers at 16 frames and beta = 1: 0.17 and 2.82, in closed form and in a draw."""
+    draw = torch.Generator().manual_seed(0)
+    anchors = torch.randint(16, (4096,), generator=draw)
+    shared = torch.randn(4096, 2, 1, 2, 2, generator=draw).expand(-1, -1, 16, -1, -1)
+    own = torch.randn(4096, 2, 16, 2, 2, generator=draw)
+    assert debiased_error(shared, anchors, 1.0).mean() / shared.square().mean() == pytest.approx((2**0.5 - 1) ** 2)
+    expected = (15 * (2 + 1) + (2**0.5 - 1) ** 2) / 16  # every frame but the anchor has its own error and the anchor's
+    assert expected == pytest.approx(2.82, abs=0.005)
+    assert debiased_error(own, anchors, 1.0).mean() / own.square().mean() == pytest.approx(expected, rel=0.01)
+    assert torch.equal(debiased_error(own, anchors, 0.0), own.square())  # beta = 0 is the plain loss
+
+
+def test_one_draw_of_an_augmentation_changes_all_frames_alike() -> None:
+    clip = Example(moving_square(0), "a toy", ("toy",), masks={"toy": (moving_square(0)[:1] > 0).float()})
+    for augment in (Flip(p=0.5), ColorJitter(brightness=0.5), RandomResize(margin=0)):
+        for seed in range(4):
+            changed = augment(clip, torch.Generator().manual_seed(seed))
+            each = [augment(frame, torch.Generator().manual_seed(seed)) for frame in clip.frames()]
+            assert torch.equal(changed.pixels, torch.stack([e.pixels for e in each], dim=1))
+            assert torch.equal(changed.masks["toy"], torch.stack([e.masks["toy"] for e in each], dim=1))
+            assert len({e.caption for e in each}) == 1 and changed.caption == each[0].caption
+
+
+@pytest.fixture
+def clips(make_tiny_sd: Callable[..., Any]) -> AnimateDiffBackbone:
+    return AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+
+
+def run(backbone: Any, clip_folder: Path, tmp_path: Path, *settings: str, resume: bool = False) -> TrainingRun:
+    asked = [f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}", *FAST, *settings]
+    planned = plan(load("motion_director", asked, "video", VideoRecipe), resume=resume)
+    cache = tmp_path / "cache"
+    return TrainingRun(
+        backbone, planned.recipe, planned.subjects, planned.workdir, cache, tensorboard=False, tasks=VideoRunner.tasks
+    )
+
+
+def test_each_clip_has_spatial_adapters_of_its_own(
+    clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each step one clip's spatial adapters learn, on one frame, with the temporal ones off; then the temporal ones
+    learn from the clip while its spatial ones stay. Nothing of the other clip changes."""
+    seen: list[tuple[int, dict[str, float]]] = []
+    predict = AnimateDiffBackbone.predict
+
+    def watched(self: Any, x_t: Any, t: Any, conditioning: Any) -> Any:
+        seen.append((x_t.ndim, {n: s for n, s in self.strengths.items() if s}))
+        return predict(self, x_t, t, conditioning)
+
+    monkeypatch.setattr(AnimateDiffBackbone, "predict", watched)
+    session = run(clips, clip_folder, tmp_path, "train.steps=1", "task.skip=0", "trainable.spatial.lr=0.1")
+    steps = session.steps()
+    next(steps)
+    (first_dims, first), (second_dims, second) = seen
+    assert (first_dims, second_dims) == (4, 5)
+    (own,) = first
+    assert own in ("spatial@1", "spatial@2") and second == {own: 1.0, "m": 1.0}
+
+    def moved(name: str) -> bool:
+        return any(bool(p.abs().max() > 0) for a in clips.adapters[name] for k, p in zip(a.state_dict(), a.parameters(), strict=True) if "lora_B" in k)  # fmt: skip  # noqa: E501
+
+    other = ({"spatial@1", "spatial@2"} - {own}).pop()
+    assert moved(own) and moved("m") and not moved(other)
+    assert clips.strengths[own] == 0.0  # off again outside of its clip's steps
+    steps.close()
+
+
+def test_the_spatial_path_rests_as_often_as_asked(
+    clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path
+) -> None:
+    session = run(clips, clip_folder, tmp_path, "train.steps=40", "task.skip=0.25")
+    with_spatial = [("loss/spatial" if "spatial" in record.parts else "") for _, record in session.steps()]
+    assert 40 * 0.5 < sum(map(bool, with_spatial)) < 40 * 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("trainable.spatial=null",), "unknown group 'spatial'"),
+        (("task.spatial=looks",), "no part has the optimizer group 'looks'. There are: spatial, temporal"),
+        (("trainable.spatial.per_source=false",), r"trainable\.spatial: .*each clip's own: per_source=true"),
+        (("train.batch_size=2",), "a batch holds one picture or clip; set train.batch_size=1"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused(
+    clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(run(clips, clip_folder, tmp_path, "task.skip=0", *settings).steps())
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(
+    make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
+) -> None:
+    """k + m steps equal k steps, stop, resume, m steps, bit for bit: spatial adapters of single clips included."""
+
+    def fresh(folder: str, resume: bool = False) -> TrainingRun:
+        backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+        return run(backbone, clip_folder, tmp_path / folder, "train.steps=4", "train.checkpoint_every=2", resume=resume)
+
+    whole = fresh("whole")
+    list(whole.steps())
+    first = fresh("parts")
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    again = fresh("parts", resume=True)
+    list(again.steps(resume=True))
+    for name in whole.sets_of_the_run:
+        for a, b in zip(whole.backbone.adapters[name], again.backbone.adapters[name], strict=True):
+            for key, value in a.state_dict().items():
+                assert torch.equal(value, b.state_dict()[key]), (name, key)
+
+
+def test_dual_path_is_what_its_task_part_stands_for() -> None:
+    assert VideoRunner.tasks[type(load("motion_director", (), "video", VideoRecipe).task)] is DualPath
