@@ -21,13 +21,14 @@ def train(
     stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(pipeline.STAGES)}; default: all, in this order"),
     work: Path = _WORK,
     pictures: int = typer.Option(112_000, min=64, help="number of pictures to render"),
+    clips: int = typer.Option(6_000, min=10, help="number of clips to render, for the motion module"),
     minutes: float = typer.Option(None, help="time limit for each training stage (default: its own number of steps)"),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     threads: int = typer.Option(2, min=1, help="CPU threads"),
     seed: int = typer.Option(0, min=0),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
     truth: bool = typer.Option(False, help="unet: what the renderer knows of the pictures teaches, too"),
-    wide: bool = typer.Option(False, help="unet: a larger finest level, where small parts are drawn"),
+    deep: bool = typer.Option(False, help="unet: two layers at each level instead of one"),
     more: int = typer.Option(None, min=1, help="unet: pictures beyond the shipped weights', the rate falling to 0"),
     lr: float = typer.Option(None, min=0, help="unet: peak rate"),
 ) -> None:
@@ -39,8 +40,8 @@ def train(
         if name not in pipeline.STAGES:
             raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
-    unet = pipeline.UnetChoices(truth, wide, more, lr)
-    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, unet)
+    unet = pipeline.UnetChoices(truth, deep, more, lr)
+    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, unet)
     pipeline.run(stage or list(pipeline.STAGES), given)
 
 

@@ -85,11 +85,11 @@ def assemble(out: Path, target: Path | None = None) -> Path:
         pipe.to(torch.float16, silence_dtype_warnings=True)
         pipe.save_pretrained(str(fresh))
         _finish_tokenizer(fresh, out)
-        _plain_configs(fresh)
+        plain_configs(fresh)
         facts = json.dumps(training_facts(out), indent=2) + "\n"
         (fresh / "training.json").write_text(facts, encoding="utf-8")
-        _readable(fresh)
-        _swap(fresh, target)
+        readable(fresh)
+        swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -112,7 +112,7 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
         shutil.copyfile(out / TOKENIZER_FOLDER / name, folder / "tokenizer" / name)
 
 
-def _plain_configs(folder: Path) -> None:
+def plain_configs(folder: Path) -> None:
     """Removes local paths, and states fp32 as the type to compute in.
 
     transformers 5 loads in the configuration's type where none is asked for, diffusers in fp32: they must agree.
@@ -128,14 +128,14 @@ def _plain_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _readable(folder: Path) -> None:
+def readable(folder: Path) -> None:
     """The usual rights: a temporary folder and safetensors' files are closed to others."""
     folder.chmod(0o755)
     for path in folder.glob("**/*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _swap(fresh: Path, target: Path) -> None:
+def swap(fresh: Path, target: Path) -> None:
     old = replaced(target)
     if target.exists():
         os.replace(target, old)

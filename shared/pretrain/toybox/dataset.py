@@ -125,11 +125,13 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
     os.replace(part, path)
 
 
-def _text(content: str) -> Callable[[Path], None]:
+def save_text(path: Path, content: str) -> None:
+    """A text as a file that appears whole or not at all."""
+
     def save(part: Path) -> None:
         part.write_text(content, encoding="utf-8")
 
-    return save
+    _write(path, save)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -162,7 +164,7 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
     save_array(stem.with_suffix(".labels.npy"), np.array([labels_of(scene) for scene in scenes], np.int64))
     save_array(stem.with_suffix(".identity.npy"), identity)
     lines = "".join(json.dumps([caption(s, rng) for _ in range(VARIANTS)]) + "\n" for s, rng in pairs)
-    _write(done, _text(lines))
+    save_text(done, lines)
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
@@ -176,7 +178,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
     note = folder / "recipe.json"
     if note.exists() and (found := json.loads(note.read_text(encoding="utf-8"))) != recipe:
         raise ValueError(f"{folder} holds another data set ({found}), not {recipe}; choose another folder")
-    _write(note, _text(json.dumps(recipe)))
+    save_text(note, json.dumps(recipe))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:

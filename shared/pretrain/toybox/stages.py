@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shared.pretrain.toybox.models import UnetSize
 
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
-VAE_STEPS, DECODER_STEPS, UNET_STEPS = 12_000, 10_000, 16_000
+VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
 #: The part of a round of the U-Net's training in which its rate falls.
 FALL = 0.75
 #: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
@@ -31,13 +31,13 @@ class UnetChoices:
     """How the U-Net learns: the ways that are compared.
 
     truth: whether what the renderer knows of the pictures teaches, too (`truth_heads`)
-    wide: whether the finest level, where small parts are drawn, is larger than that of the shipped weights
+    deep: whether each level has two layers instead of one
     more: pictures beyond those of the weights that it starts from, over the last `FALL` of which the rate falls to 0
     lr: the peak rate; its usual one where None
     """
 
     truth: bool = False
-    wide: bool = False
+    deep: bool = False
     more: int | None = None
     lr: float | None = None
 
@@ -53,6 +53,7 @@ class Work:
     threads: int
     seed: int
     fresh: bool = False
+    clips: int = 6_000
     unet: UnetChoices = UnetChoices()
 
     @property
@@ -134,9 +135,9 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
 
 
 def _unet_size(work: Work) -> UnetSize:
-    from shared.pretrain.toybox.models import WIDE, UnetSize
+    from shared.pretrain.toybox.models import DEEP, UnetSize
 
-    return WIDE if work.unet.wide else UnetSize()
+    return DEEP if work.unet.deep else UnetSize()
 
 
 def _adopt_backbone(stage: str, work: Work) -> None:
@@ -176,6 +177,27 @@ def _assemble(work: Work) -> str:
     return str(assemble(work.run))
 
 
+def _clips(work: Work) -> str:
+    from shared.pretrain.toybox import clip_dataset
+
+    clip_dataset.build(work.folder / "clips", work.clips, work.seed, work.threads)
+    return f"{work.clips} clips in {work.folder / 'clips'}"
+
+
+def _motion(work: Work) -> str:
+    from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
+    from shared.toybox.weights import backbone_path
+
+    spend = replace(work.settings(MOTION_STEPS), steps=MOTION_STEPS)  # minutes pause it
+    return str(train_motion(work.folder, backbone_path(), spend, MotionTraining(seed=work.seed)))
+
+
+def _assemble_motion(work: Work) -> str:
+    from shared.pretrain.toybox.assemble_motion import assemble_motion
+
+    return str(assemble_motion(work.folder))
+
+
 _STAGES: dict[str, Callable[[Work], str]] = {
     "data": _data,
     "vae": _vae,
@@ -185,6 +207,9 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "identity": _evaluator("identity"),
     "clip": _evaluator("clip"),
     "assemble": _assemble,
+    "clips": _clips,
+    "motion": _motion,
+    "assemble-motion": _assemble_motion,
 }
 #: Their names, in order.
 STAGES = tuple(_STAGES)

@@ -1,0 +1,71 @@
+"""How the motion module's training becomes the folders that are shipped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.pretrain.toybox.assemble import plain_configs, readable, swap
+from shared.pretrain.toybox.motion_module import MotionTraining, averaged, motion_folder
+from shared.toybox.weights import WEIGHTS
+from shared.train import checkpoint
+
+
+def assemble_motion(work: Path, backbone: Path | None = None, target: Path | None = None) -> Path:
+    """Packs the averaged motion module in fp16 as a folder of diffusers' `MotionAdapter`, and writes the learned words into
+    the backbone's tokenizer and text encoder. Each folder is replaced in one rename.
+
+    Args:
+        backbone: the pipeline folder that it was trained on; the shipped one where None
+        target: the motion module's folder; the shipped one (``shared/toybox/weights/motion_adapter``) where None
+    """
+    backbone, target = backbone or WEIGHTS / "backbone", target or WEIGHTS / "motion_adapter"
+    pipe, adapter = averaged(work, backbone)
+    _write(target, lambda fresh: _adapter(adapter, fresh, work))
+    _write(backbone, lambda fresh: _words(pipe, backbone, fresh))
+    return target
+
+
+def _adapter(adapter: Any, fresh: Path, work: Path) -> None:
+    adapter.to(torch.float16).save_pretrained(str(fresh))
+    state = checkpoint.load(motion_folder(work))
+    assert state is not None  # its averages were read
+    facts = {"step": state.step, "clips": state.info["pictures"], **state.info["facts"]}
+    (fresh / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _words(pipe: Any, backbone: Path, fresh: Path) -> None:
+    """The backbone as it was, but for the text encoder's embeddings and the tokenizer's words."""
+    shutil.copytree(backbone, fresh, dirs_exist_ok=True)
+    pipe.text_encoder.to(torch.float16).save_pretrained(str(fresh / "text_encoder"))
+    pipe.tokenizer.save_pretrained(str(fresh / "tokenizer"))
+
+
+def _write(target: Path, fill: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(fresh)
+        plain_configs(fresh)
+        readable(fresh)
+        swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def untrained(backbone: Path, folder: Path) -> Path:
+    """A fresh motion module for a backbone, the identity: so that clips can be made before anything is learned."""
+    from diffusers import UNet2DConditionModel
+
+    from shared.pretrain.toybox.motion_module import build_adapter
+
+    unet = UNet2DConditionModel.from_pretrained(str(backbone / "unet"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        build_adapter(unet, MotionTraining()).save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,285 @@
+"""The toybox's motion module: temporal layers between those of the frozen U-Net, and the words for motions, learned from
+captioned clips (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared.optimizers import AdamW
+from shared.pretrain.batch_shares import BatchShares
+from shared.pretrain.run_task import RunSettings, run_task
+from shared.pretrain.task import Compute, PretrainTask, decay_groups
+from shared.pretrain.toybox import clip_dataset, models
+from shared.pretrain.toybox.clip_latents import ClipLatents
+from shared.pretrain.toybox.clip_latents import build as build_latents
+from shared.pretrain.toybox.denoising_loss import draw_times
+from shared.pretrain.toybox.motion_words import add_words
+from shared.train.averages import Averages
+from shared.train.loop import generator
+from shared.train.task import Update, Updates
+from shared.trainable import TrainableGroup
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=100, schedule="linear", decay=0.5)
+
+
+@dataclass(frozen=True)
+class MotionTraining:
+    """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
+
+    ``short``: the fraction of the steps on every second frame (8 of 16), at half the cost and twice the clips.
+    ``t_uniform``, ``t_mean``: see `draw_times`; how a thing moves is decided in more noise than how it looks.
+    """
+
+    batch: int = 4  # clips of 16 frames; of 8, twice as many
+    heads: int = 4
+    most_frames: int = 32
+    lr: float = 1e-3
+    word_lr: float = 2e-3
+    optimizer: AdamW = _ADAMW
+    caption_dropout: float = 0.1
+    t_uniform: float = 0.2
+    t_mean: float = 0.6
+    thing_weight: float = 3.0
+    short: float = 0.5
+    ema: float = 0.999
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """One step's random inputs."""
+
+    latents: Tensor  # [B, C, F, h, w], scaled
+    ids: Tensor  # [B, L]
+    noise: Tensor  # [B, C, F, h, w]
+    t: Tensor  # [B] in [0, 1000)
+    weight: Tensor  # [B, F, h, w] of the loss, 1 on average
+
+    def split(self, count: int) -> list[ClipBatch]:
+        """`count` equal shares, each with every `count`-th row."""
+        return [ClipBatch(*(value[i::count] for value in vars(self).values())) for i in range(count)]
+
+
+class MovingDenoiser(nn.Module):
+    """The frozen text model and U-Net with motion modules; what is trained are the modules, and rows of the embedding.
+
+    Args:
+        pipe: of pictures; its tokenizer and text model grow by the words of motions
+        settings: of the motion module
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, settings: MotionTraining) -> None:
+        from diffusers import UNetMotionModel
+
+        super().__init__()
+        self.word_ids = add_words(pipe.tokenizer, pipe.text_encoder)
+        self.text_encoder: Any = pipe.text_encoder.requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            adapter = build_adapter(pipe.unet, settings)
+        self.adapter_config = dict(adapter.config)
+        unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
+        self.unet: Any = unet.requires_grad_(False).train()
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_("motion_modules" in name)
+        for name, module in self.unet.named_modules():
+            if isinstance(module, nn.GroupNorm) and "motion_modules" in name:
+                module.register_forward_pre_hook(_contiguous)
+        table = self.text_encoder.get_input_embeddings()
+        self.words = nn.Parameter(table.weight.detach()[self.word_ids].clone())
+        place = torch.full((len(table.weight),), -1)
+        place[self.word_ids] = torch.arange(len(self.word_ids))
+        self.register_buffer("place", place, persistent=False)
+        table.register_forward_hook(self._learned_rows)
+
+    def motion_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the motion modules, by their names in a `MotionAdapter`."""
+        return {name: p for name, p in self.unet.named_parameters() if "motion_modules" in name}
+
+    def _learned_rows(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Embeddings with the learned rows in place of the table's."""
+        place = self.place[args[0]]  # pyright: ignore[reportIndexIssue]
+        return torch.where((place >= 0)[..., None], self.words[place.clamp_min(0)], out)
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Predicts v: noisy [B, C, F, h, w], t [B], ids [B, L] -> [B, C, F, h, w]."""
+        context = self.text_encoder(input_ids=ids).last_hidden_state
+        return self.unet(noisy, t, encoder_hidden_states=context.repeat_interleave(noisy.shape[2], dim=0)).sample
+
+
+def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In channels-last, PyTorch's group norm crashes where its parameters need a gradient and its input needs none: so is
+    the first motion module, behind frozen layers."""
+    return (args[0].contiguous(), *args[1:])
+
+
+def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
+    """A fresh `MotionAdapter` for a U-Net of pictures: one temporal block at each of its layers, the identity at first."""
+    from diffusers import MotionAdapter
+
+    channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    adapter: Any = MotionAdapter(
+        block_out_channels=channels,
+        motion_layers_per_block=tuple(layers) if isinstance(layers, list | tuple) else layers,
+        motion_num_attention_heads=settings.heads,
+        motion_norm_num_groups=unet.config.norm_num_groups,
+        motion_max_seq_length=settings.most_frames,
+    )
+    for name, parameter in adapter.named_parameters():
+        if "proj_out" in name:
+            nn.init.zeros_(parameter)
+    return adapter
+
+
+class MotionTask(PretrainTask):
+    """The motion module's training on cached latents of clips.
+
+    Args:
+        steps: of the whole run; the first `settings.short` of them are on 8 frames
+        workers: threads that take equal shares of each batch; same bits only for the same number
+    """
+
+    def __init__(
+        self,
+        settings: MotionTraining,
+        data: ClipLatents,
+        pipe: StableDiffusionPipeline,
+        steps: int,
+        compute: Compute,
+        workers: int = 1,
+    ) -> None:
+        if settings.batch % workers:
+            raise ValueError(f"a batch of {settings.batch} cannot be shared equally by {workers} workers")
+        self.settings, self.data, self.compute, self.steps = settings, data, compute, steps
+        self.seed, self.batch_size = settings.seed, settings.batch
+        self.shares = BatchShares(workers)
+        self.net = MovingDenoiser(pipe, settings).to(compute.device)
+        if compute.device.type == "cpu":
+            self.net.text_encoder.set_attn_implementation("eager")
+            self.net.unet.set_attn_processor(models.PlainAttention())
+            self.net.unet.to(memory_format=torch.channels_last)
+        self.trained = {**self.net.motion_parameters(), "words": self.net.words}
+        self.averages = Averages(self.trained, settings.ema)
+        self.modules = {"model": _Named(self.trained)}
+        self.optimizers = {"main": settings.optimizer}
+        self.facts = {"seed": settings.seed, "batch": settings.batch, "heads": settings.heads, "pictures_of": data.mark}
+        self.bars = models.alphas_bar().to(compute.device)
+        self.pipe = pipe
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        modules = nn.ParameterList(self.net.motion_parameters().values())
+        words = TrainableGroup("words", [self.net.words], self.settings.word_lr, 0.0)
+        return {"main": [*decay_groups(modules, self.settings.lr, self.settings.optimizer.weight_decay or 0.0), words]}
+
+    def updates(self, step: int, micro: int) -> Updates:
+        """One loss."""
+        batch = self.draw(step)
+        yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
+
+    def draw(self, step: int) -> ClipBatch:
+        """The batch of a step; depends on seed and step alone (and on the data)."""
+        settings, g = self.settings, generator(self.seed, step)
+        short = step < settings.short * self.steps
+        b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
+        index = torch.randint(len(self.data), (b,), generator=g).numpy()
+        first = int(torch.randint(stride, (), generator=g))
+        latents, covered = (torch.from_numpy(x).float() for x in self.data.take(index, first, stride))
+        variant = torch.randint(self.data.tokens.shape[1], (b,), generator=g).numpy()
+        ids = torch.from_numpy(self.data.tokens[index, variant].astype(np.int64))
+        dropped = torch.rand(b, generator=g) < settings.caption_dropout
+        ids = torch.where(dropped[:, None], torch.from_numpy(self.data.empty)[None], ids)
+        weight = 1 + (settings.thing_weight - 1) * covered / 255
+        times = draw_times(b, settings.t_uniform, settings.t_mean, g)
+        noise = torch.randn(latents.shape, generator=g)
+        batch = ClipBatch(latents, ids, noise, times, weight / weight.mean())
+        return ClipBatch(*(value.to(self.compute.device) for value in vars(batch).values()))
+
+    def _loss(self, batch: ClipBatch) -> Tensor:
+        with self.compute.autocast():
+            bar = self.bars[batch.t].view(-1, 1, 1, 1, 1)
+            alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+            noisy = alpha * batch.latents + sigma * batch.noise
+            target = alpha * batch.noise - sigma * batch.latents
+            error = self.net(noisy, batch.t, batch.ids).float() - target
+            return (batch.weight[:, None] * error.square()).mean()
+
+
+class _Named(nn.Module):
+    """Parameters of another module under names that hold dots: what a checkpoint holds."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.names = list(parameters)
+        self.list = nn.ParameterList(parameters.values())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {name: p.detach() for name, p in zip(self.names, self.list, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if set(state_dict) != set(self.names):
+            raise RuntimeError(f"{len(state_dict)} tensors for {len(self.names)} parameters")
+        for name, parameter in zip(self.names, self.list, strict=True):
+            if state_dict[name].shape != parameter.shape:
+                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, and here {list(parameter.shape)}")
+            parameter.copy_(state_dict[name])
+
+
+def motion_folder(work: Path) -> Path:
+    """Where the training keeps checkpoint and log."""
+    return work / "training" / "motion"
+
+
+def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionTraining = MotionTraining()) -> Path:
+    """Trains the motion module of a finished backbone on the clips of `work/clips`; the training's folder.
+
+    `run.steps` are those of the whole run (8 frames first, then 16); minutes only pause it.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    if run.steps is None:
+        raise ValueError("the motion module's training needs a number of steps: 8 frames come first, then 16")
+    pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
+    folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
+    compute = run.compute()
+    if compute.device.type == "cpu":
+        torch.set_num_threads(1)
+    else:
+        workers = 1
+    clips = clip_dataset.load(work / "clips")
+    add_words(pipe.tokenizer, pipe.text_encoder)  # captions are tokenized with them
+    data = build_latents(work / "clip-latents", clips, pipe.vae, pipe.tokenizer, compute.device)
+    task = MotionTask(settings, data, pipe, run.steps, compute, workers)
+    run_task(task, run, folder)
+    return folder
+
+
+def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
+    """(the pipeline of pictures with the learned words, the `MotionAdapter`), of the newest checkpoint's averages, fp32."""
+    from diffusers import StableDiffusionPipeline
+
+    from shared.pretrain.task import average_of
+    from shared.train import checkpoint
+
+    state = checkpoint.load(motion_folder(work))
+    if state is None:
+        raise ValueError(f"no motion module in {work}: train it first (`pcs toybox train motion`)")
+    average = average_of(state.learned)
+    pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
+    ids = add_words(pipe.tokenizer, pipe.text_encoder)
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight[ids] = average.pop("words")
+    adapter: Any = build_adapter(pipe.unet, settings)
+    missing, extra = adapter.load_state_dict(average, strict=False)
+    left = [name for name in missing if "pos_embed" not in name]
+    assert not left and not extra, (left[:3], extra[:3])
+    return pipe, adapter

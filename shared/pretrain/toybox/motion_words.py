@@ -1,0 +1,57 @@
+"""The words of motions, which captions of pictures never say: each becomes one token with an embedding of its own.
+
+Pictures do not change by it: every other word keeps its id and its embedding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.toybox.captions import vocabulary
+from shared.toybox.motions.clip_captions import PHRASES
+from shared.toybox.tokenizer import clean_words, is_one_token
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def motion_words() -> list[str]:
+    """The words of the phrases for motions that no caption of a picture contains, sorted."""
+    pictures = set(clean_words(vocabulary()))
+    return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
+
+
+def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int]:
+    """Makes each of the motion words one token, in place; the ids of all of them, sorted.
+
+    New rows of the embedding start as the mean over the words of the world, plus noise of a tenth of their spread
+    (seed 0): inside of what the network knows. Words that are one token already keep their rows.
+    """
+    from transformers import AddedToken
+
+    words = motion_words()
+    new = [word for word in words if not is_one_token(tokenizer, word)]
+    known = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in new])
+    if new:
+        table: Any = text_encoder.get_input_embeddings()
+        rows = table.weight.detach()
+        grown = nn.Embedding(known + len(new), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        with torch.no_grad():
+            grown.weight[:known] = rows
+            grown.weight[known:] = _first(tokenizer, rows, len(new))
+        grown.weight.requires_grad_(table.weight.requires_grad)
+        text_encoder.set_input_embeddings(grown)
+        text_encoder.config.vocab_size = known + len(new)
+    ids: list[int] = [tokenizer(word)["input_ids"][1] for word in words]  # pyright: ignore[reportAssignmentType]
+    return sorted(ids)
+
+
+def _first(tokenizer: CLIPTokenizer, rows: Tensor, count: int) -> Tensor:
+    said = [tokenizer(word)["input_ids"] for word in clean_words(vocabulary())]
+    seen = rows[sorted({ids[1] for ids in said if len(ids) == 3})].float()  # pyright: ignore[reportArgumentType]
+    noise = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    return (seen.mean(0) + 0.1 * seen.std(0) * noise.to(rows.device)).to(rows.dtype)

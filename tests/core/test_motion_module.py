@@ -1,0 +1,194 @@
+"""The motion module's training: what it starts from, what it changes, what it leaves, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shared.pretrain.run_task import RunSettings, run_task
+from shared.pretrain.task import Compute
+from shared.pretrain.toybox import assemble, clip_dataset, clip_latents, motion_module
+from shared.pretrain.toybox.assemble_motion import assemble_motion
+from shared.pretrain.toybox.motion_words import add_words, motion_words
+from shared.toybox import tokenizer as words
+from shared.toybox.motions.captioned import MOTIONS
+from tests.core.squares import Squares, tiny_run
+
+SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2)
+
+
+@dataclass(frozen=True)
+class SlidingSquares:
+    """Six clips of 4 frames, 16×16: a square that slides to the left or to the right."""
+
+    def __len__(self) -> int:
+        return 6
+
+    @property
+    def captions(self) -> list[list[str]]:
+        return [[f"a photo of a red cat moving to the {'left' if i % 2 else 'right'}"] * 2 for i in range(6)]
+
+    @property
+    def frame_chunks(self) -> tuple[np.ndarray, ...]:
+        clips = np.full((6, 4, 16, 16, 3), 230, np.uint8)
+        for i in range(6):
+            for f in range(4):
+                x = 2 * f if i % 2 == 0 else 8 - 2 * f
+                clips[i, f, 4:12, x : x + 8] = (220, 30, 30)
+        return (clips,)
+
+    def masks(self, index: Any) -> np.ndarray:
+        return (self.frame_chunks[0][list(index)] != 230).any(-1)
+
+
+@pytest.fixture(scope="module")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny toybox pipeline's folder."""
+    out = tmp_path_factory.mktemp("run")
+    tiny_run(out, Squares(6))
+    return assemble.assemble(out, tmp_path_factory.mktemp("pipe") / "backbone")
+
+
+def opened(folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+
+
+def task(backbone: Path, work: Path, steps: int = 4, settings: Any = SETTINGS, workers: int = 1) -> Any:
+    pipe = opened(backbone)
+    add_words(pipe.tokenizer, pipe.text_encoder)
+    data = clip_latents.build(work / "clip-latents", SlidingSquares(), pipe.vae, pipe.tokenizer)  # type: ignore[arg-type]
+    return motion_module.MotionTask(settings, data, pipe, steps, Compute(), workers)
+
+
+def train(made: Any, work: Path, steps: int, pause_at: int | None = None) -> None:
+    settings = RunSettings(steps, pause_at=pause_at, device="cpu", log_every=2)
+    run_task(made, settings, motion_module.motion_folder(work))
+
+
+@torch.no_grad()
+def ask(net: Any, frames: int = 3) -> Tensor:
+    noisy = torch.randn(1, 4, frames, 4, 4, generator=torch.Generator().manual_seed(0))
+    return net(noisy, torch.tensor([300]), torch.full((1, 32), 7))
+
+
+def test_the_words_of_motions_are_single_tokens_and_no_word_of_a_picture_changes(tiny_backbone: Path) -> None:
+    pipe, known = opened(tiny_backbone), opened(tiny_backbone)
+    ids = add_words(pipe.tokenizer, pipe.text_encoder)
+    assert len(ids) == len(motion_words()) == len(set(ids)) and "falling" in motion_words()
+    assert all(words.is_one_token(pipe.tokenizer, word) for word in motion_words())
+    for text in ("a photo of a cat", "sks cat", "downtown", "riser"):
+        assert pipe.tokenizer(text)["input_ids"] == known.tokenizer(text)["input_ids"]
+    old = known.text_encoder.get_input_embeddings().weight
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[: len(old)], old)
+    assert add_words(pipe.tokenizer, pipe.text_encoder) == ids  # once is enough
+
+
+def test_it_starts_as_the_network_of_pictures_on_each_frame(tiny_backbone: Path, tmp_path: Path) -> None:
+    made = task(tiny_backbone, tmp_path)
+    noisy = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    context = made.pipe.text_encoder(torch.full((1, 32), 7)).last_hidden_state
+    with torch.no_grad():
+        each = [made.pipe.unet(noisy[:, :, i], 300, encoder_hidden_states=context).sample for i in range(3)]
+    torch.testing.assert_close(ask(made.net), torch.stack(each, dim=2), atol=1e-5, rtol=1e-4)
+
+
+def test_only_motion_modules_and_the_words_of_motions_are_trained(tiny_backbone: Path, tmp_path: Path) -> None:
+    made = task(tiny_backbone, tmp_path)
+    before = {name: p.detach().clone() for name, p in made.net.named_parameters()}
+    train(made, tmp_path, 4)
+    changed = {name for name, p in made.net.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("motion_modules" in name or name == "words" for name in changed)
+    assert "words" in changed and any("attn" in name for name in changed)
+    said = made.net.place[made.data.tokens[:, 0].astype(np.int64)]
+    moved = (made.net.words - before["words"]).abs().amax(1) > 0
+    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # those that captions say
+
+
+def test_what_moves_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, short=0.0, caption_dropout=0.0)
+    made = task(tiny_backbone, tmp_path, steps=60, settings=settings)
+    probe = [made.draw(1000 + i) for i in range(8)]
+
+    def error() -> float:
+        with torch.no_grad():
+            return float(torch.stack([made._loss(batch) for batch in probe]).mean())
+
+    before = error()
+    train(made, tmp_path, 60)
+    assert error() < 0.8 * before
+
+
+def test_short_clips_come_first_at_twice_the_number(tiny_backbone: Path, tmp_path: Path) -> None:
+    made = task(tiny_backbone, tmp_path, steps=4)
+    assert made.draw(0).latents.shape[:3] == (4, 4, 2) and made.draw(2).latents.shape[:3] == (2, 4, 4)
+    assert torch.equal(made.draw(1).latents, made.draw(1).latents)
+    assert not torch.equal(made.draw(0).noise, made.draw(1).noise)
+
+
+def test_an_interrupted_training_equals_an_uninterrupted_one(tiny_backbone: Path, tmp_path: Path) -> None:
+    whole, first = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b")
+    train(whole, tmp_path / "a", 4)
+    train(first, tmp_path / "b", 4, pause_at=2)
+    again = task(tiny_backbone, tmp_path / "b")
+    train(again, tmp_path / "b", 4)
+    for (name, a), b in zip(whole.trained.items(), again.trained.values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_shares_of_a_batch_add_up(tiny_backbone: Path, tmp_path: Path) -> None:
+    one, two = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", workers=2)
+    losses = [float(next(made.updates(0, 0)).loss) for made in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_shipped_is_what_was_averaged(tiny_backbone: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from diffusers import MotionAdapter, UNetMotionModel
+
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, backbone)
+    before = opened(backbone)
+    made = task(backbone, tmp_path)
+    train(made, tmp_path, 4)
+    with torch.no_grad():
+        made.averages.copy_to(made.trained)
+    target = assemble_motion(tmp_path, backbone, tmp_path / "motion_adapter")
+    after = opened(backbone)
+    adapter: Any = MotionAdapter.from_pretrained(str(target))
+    unet: Any = UNetMotionModel.from_unet2d(after.unet, adapter.float())
+    ids = torch.tensor([after.tokenizer("a photo of a cat moving left")["input_ids"]])
+    noisy = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        context = after.text_encoder(ids).last_hidden_state
+        shown = unet(noisy, 300, encoder_hidden_states=context.repeat_interleave(4, 0)).sample
+        expected = made.net(noisy, torch.tensor([300]), ids)
+    torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-2)  # half precision
+    plain = torch.tensor([before.tokenizer("a photo of a red cat")["input_ids"]])
+    with torch.no_grad():  # pictures are what they were
+        assert torch.equal(before.text_encoder(plain).last_hidden_state, after.text_encoder(plain).last_hidden_state)
+
+
+def test_clips_are_rendered_once_and_grow_by_whole_chunks(tmp_path: Path) -> None:
+    clips = clip_dataset.build(tmp_path / "clips", 3, seed=0)
+    assert len(clips) == 3 and clips.frames([0, 2]).shape == (2, 16, 64, 64, 3)
+    assert clips.motions.tolist() == [0, 1, 2] and next(iter(MOTIONS)) == "spin"
+    assert clips.masks([1]).any() and clips.paths.shape == (3, 16, 6)
+    stamp = next((tmp_path / "clips").glob("*.frames.npy")).stat().st_mtime_ns
+    again = clip_dataset.build(tmp_path / "clips", 3, seed=0)
+    assert next((tmp_path / "clips").glob("*.frames.npy")).stat().st_mtime_ns == stamp
+    assert again.captions == clips.captions
+    with pytest.raises(ValueError, match="sets grow by whole chunks of 100"):
+        clip_dataset.build(tmp_path / "clips", 4, seed=0)
+    with pytest.raises(ValueError, match="holds another data set"):
+        clip_dataset.build(tmp_path / "clips", 3, seed=1)
+    with pytest.raises(ValueError, match="holds no clips"):
+        clip_dataset.load(tmp_path)
