@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shared.pretrain.toybox.assemble import plain_configs, readable, swap
-from shared.pretrain.toybox.motion_module import MotionTraining, averaged, motion_folder
+from shared.pretrain.toybox.motion_module import averaged, motion_folder
 from shared.toybox.weights import WEIGHTS
 from shared.train import checkpoint
 
@@ -56,16 +56,3 @@ def _write(target: Path, fill: Any) -> None:
         swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def untrained(backbone: Path, folder: Path) -> Path:
-    """A fresh motion module for a backbone, the identity: so that clips can be made before anything is learned."""
-    from diffusers import UNet2DConditionModel
-
-    from shared.pretrain.toybox.motion_module import build_adapter
-
-    unet = UNet2DConditionModel.from_pretrained(str(backbone / "unet"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        build_adapter(unet, MotionTraining()).save_pretrained(str(folder))
-    return folder

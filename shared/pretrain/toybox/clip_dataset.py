@@ -9,7 +9,6 @@ Clip i depends only on the seed of the data set and on i.
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.pretrain.toybox.dataset import labels_of, save_array, save_text
+from shared.pretrain.toybox.dataset import in_processes, labels_of, save_array, save_text
 from shared.toybox.motions.captioned import MOTIONS
 from shared.toybox.motions.clip_captions import clip_caption
 from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
@@ -102,12 +101,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
         raise ValueError(f"{folder} has {before} clips, and {n} are asked for: sets grow by whole chunks of {CHUNK}")
     save_text(note, json.dumps({**recipe, "n": max(n, before)}))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            pool.starmap(_chunk, jobs, chunksize=1)
-    else:
-        for job in jobs:
-            _chunk(*job)
+    in_processes(_chunk, jobs, workers)
     return load(folder)
 
 

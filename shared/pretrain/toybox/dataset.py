@@ -13,9 +13,10 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,6 +168,16 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
     save_text(done, lines)
 
 
+def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """`work(*job)` for every job, in `workers` processes of their own; one of them: in this one."""
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            pool.starmap(work, jobs, chunksize=1)
+    else:
+        for job in jobs:
+            work(*job)
+
+
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
     """Render n training pictures into a folder, in `workers` processes of one thread each; goes on where it stopped.
 
@@ -180,12 +191,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
         raise ValueError(f"{folder} holds another data set ({found}), not {recipe}; choose another folder")
     save_text(note, json.dumps(recipe))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            pool.starmap(_chunk, jobs, chunksize=1)
-    else:
-        for job in jobs:
-            _chunk(*job)
+    in_processes(_chunk, jobs, workers)
     return load(folder)
 
 

@@ -86,7 +86,6 @@ class MovingDenoiser(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             adapter = build_adapter(pipe.unet, settings)
-        self.adapter_config = dict(adapter.config)
         unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
         self.unet: Any = unet.requires_grad_(False).train()
         for name, parameter in self.unet.named_parameters():
@@ -126,10 +125,9 @@ def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any
     """A fresh `MotionAdapter` for a U-Net of pictures: one temporal block at each of its layers, the identity at first."""
     from diffusers import MotionAdapter
 
-    channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
     adapter: Any = MotionAdapter(
-        block_out_channels=channels,
-        motion_layers_per_block=tuple(layers) if isinstance(layers, list | tuple) else layers,
+        block_out_channels=unet.config.block_out_channels,
+        motion_layers_per_block=unet.config.layers_per_block,
         motion_num_attention_heads=settings.heads,
         motion_norm_num_groups=unet.config.norm_num_groups,
         motion_max_seq_length=settings.most_frames,
