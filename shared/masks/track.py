@@ -49,14 +49,14 @@ class Track(MaskPart):
         """
         if frames.ndim != 4 or frames.shape[0] != 3 or mask.shape != (1, *frames.shape[2:]):
             raise ValueError(f"a mask of {list(mask.shape)} cannot be followed through frames of {list(frames.shape)}")
-        grey = _grey(frames)
+        grey = grey_levels(frames)
         height, width = grey.shape[1:]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows]).float()[None]  # [1, 2, H, W]: (x, y)
         first = F.interpolate(mask[None].float(), (height, width), mode="bilinear", align_corners=False)
         origin, out, now = here, [mask.float()], first
         for before, after in pairwise(grey):
-            forward = _of_the_thing(_flow(self.flow, before, after), now[0, 0].numpy() > 0.5)
+            forward = _of_the_thing(flow_between(self.flow, before, after), now[0, 0].numpy() > 0.5)
             origin = _sampled(origin, here + _inverse(forward, here))
             now = _sampled(first, origin)
             out.append(F.interpolate(now, mask.shape[1:], mode="area")[0])
@@ -69,7 +69,7 @@ class Track(MaskPart):
         return mask
 
 
-def _grey(frames: Tensor) -> np.ndarray:
+def grey_levels(frames: Tensor) -> np.ndarray:
     """uint8 [F, h, w], small clips enlarged: the patches that flow compares would not fit into 64 pixels."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
@@ -78,7 +78,7 @@ def _grey(frames: Tensor) -> np.ndarray:
     return luma.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
 
 
-def _flow(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """[h, w, 2]: where each pixel of `before` goes, relative to itself, in pixels (x, y)."""
     import cv2
 

@@ -1,0 +1,1 @@
+"""Measures of clips: how things move, and what the frames look like."""

@@ -1,0 +1,87 @@
+"""What the frames of clips look like: as the prompt says, as the subject, as the clips that a motion was learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics.crops import crop_embeddings
+from shared.metrics.encoders import CropSettings, ImageEncoder, InstrumentInfo
+from shared.metrics.scores import clip_i, clip_t, cosine
+
+GRID = 16  # cells along a side of what `PixelEncoder` keeps of a picture
+_FLAT = 1e-3  # so that two flat pictures are alike, and not undefined
+
+
+class PixelEncoder:
+    """Frames as what they are made of: their colours on a 16×16 grid, about their mean, as a unit vector.
+
+    It stands in where no network is given. It sees where which colour is, and nothing of what is shown.
+    """
+
+    info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """`[N, 3, H, W]` in [-1, 1] -> `[N, 769]`, float32, of length one."""
+        small = F.interpolate(pixels.detach().float().cpu(), (GRID, GRID), mode="area")
+        centred = (small - small.mean((2, 3), keepdim=True)).flatten(1)
+        return F.normalize(torch.cat([centred, torch.full_like(centred[:, :1], _FLAT)], 1), dim=1)
+
+
+def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
+    """CLIP-T of a clip: the cosine `[F]` of each frame `[F, D]` with the text `[D]`; its mean is the clip's."""
+    return clip_t(frames, text[None].expand(len(frames), -1))
+
+
+def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
+    """How much a clip looks like those that its motion was learned from: for each frame `[F, D]` the highest cosine with
+    any frame of the clips `[f, D]`, averaged. 1: every frame is one of theirs.
+
+    ValueError when there are no clips.
+    """
+    if not clips:
+        raise ValueError("leakage is the likeness to the motion's clips, and there are none")
+    return float(cosine(frames, torch.cat(list(clips))).amax(1).mean())
+
+
+def unrelated(clips: Sequence[Tensor]) -> list[float]:
+    """The `leakage` of each clip `[f, D]` from the others: what clips of other things in other places get of each other.
+    Empty for fewer than two."""
+    if len(clips) < 2:
+        return []
+    return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]
+
+
+def subject_similarity(
+    encoder: ImageEncoder, frames: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], how: CropSettings
+) -> Tensor:
+    """Masked likeness to the subject: the mean cosine `[F]` of each frame with the references, both cut to the thing
+    (R-CLIP and R-DINO of MotionBooth, arXiv 2406.17758).
+
+    Args:
+        frames: pixels `[F, 3, H, W]` in [-1, 1], and `[F, h, w]` in [0, 1] where the thing is (a mask, or a locator's map)
+        references: the same of the references
+    """
+    return clip_i(crop_embeddings(encoder, *frames, how), crop_embeddings(encoder, *references, how))
+
+
+def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
+    """How different the clips of one group (one prompt, several seeds) are: 1 minus the mean cosine of frames at the same
+    moment, over all pairs of clips. Groups of one clip are left out.
+
+    embeddings: `[N, F, D]`
+    """
+    if len(groups) != len(embeddings):
+        raise ValueError(f"{len(embeddings)} clips and {len(groups)} groups")
+    unit = F.normalize(embeddings.double(), dim=2)
+    between = torch.einsum("afd,bfd->ab", unit, unit) / embeddings.shape[1]
+    out: dict[Hashable, float] = {}
+    for group in dict.fromkeys(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        if (n := len(members)) > 1:
+            pairs = between[members][:, members][tuple(torch.triu_indices(n, n, 1))]
+            out[group] = 1 - float(pairs.mean())
+    return out

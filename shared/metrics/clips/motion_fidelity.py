@@ -1,0 +1,98 @@
+"""How alike two clips move: the motion fidelity of Space-Time Features, made symmetric and defined for what is still.
+
+Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
+tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track counts by
+the best match that it has in the other clip. Their released script averages over one clip only, takes an identity matrix
+off (identical clips score less than 1) and divides by 0 where a track is still.
+
+Here both directions count alike, and a clip against itself is exactly 1. Only tracks that go somewhere are compared: of a
+still background any clip has enough, and by it alone a frozen clip would be as good as a moving one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shared.metrics.clips.tracks import Tracks
+
+MOVES = 0.03  # of the frame's shorter side: a track that never gets this far from its start is still
+STILL = 0.004  # of the shorter side from one frame to the next: much less is rest, and has no direction
+SEEN = 0.4  # of the frames that a track must be visible in, and that two must share to be compared
+MOST = 256  # tracks of a clip that are compared, evenly chosen
+
+
+def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
+    """Half of the mean over tracks of `a` of their best match in `b`, and half of the reverse; in [-1, 1].
+
+    Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), e = `STILL`: their cosine where both are
+    fast, 1 where both rest, about 0 where one of them does. Averaged over the frames in which both are visible.
+
+    1 for a clip with itself and for two clips in which nothing moves, 0 where only one moves, about -1 for the opposite
+    direction. Clips of different numbers of frames are compared at the smaller number.
+
+    Args:
+        compensate_camera: take the median displacement of all visible tracks off each frame: of a moving camera, as long
+            as the thing covers less than half of the tracks
+
+    Raises:
+        ValueError: a clip of one frame
+    """
+    frames = min(a.frames, b.frames)
+    if frames < 2:
+        raise ValueError("motion fidelity compares displacements between frames: a clip of one frame has none")
+    (first, first_known), (second, second_known) = (_moving(resampled(t, frames), compensate_camera) for t in (a, b))
+    if not len(first) or not len(second):
+        return float(len(first) == len(second))
+    match = _matches(first, first_known, second, second_known)
+    return float((match.amax(1).mean() + match.amax(0).mean()) / 2)
+
+
+def resampled(tracks: Tracks, frames: int) -> Tracks:
+    """Tracks at another number of evenly spaced frames between the same first and last one, linear between frames; there
+    visible where they are at both sides."""
+    if frames == tracks.frames:
+        return tracks
+    at = torch.linspace(0, tracks.frames - 1, frames, dtype=torch.float64)
+    low = at.floor().long().clamp(max=max(tracks.frames - 2, 0))
+    high = (low + 1).clamp(max=tracks.frames - 1)
+    part = (at - low)[:, None]
+    points = tracks.points[:, low] * (1 - part) + tracks.points[:, high] * part
+    return Tracks(points, tracks.visible[:, low] & tracks.visible[:, high], tracks.size)
+
+
+def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
+    """Displacements `[N, F-1, 2]`, in shorter sides, of the tracks that move, and whether each is known."""
+    steps = tracks.points.double().diff(dim=1) / min(tracks.size)
+    known = tracks.visible[:, 1:] & tracks.visible[:, :-1]
+    if compensate_camera:
+        hidden = torch.where(known[..., None], steps, torch.full_like(steps, torch.nan))
+        steps = steps - hidden.nanmedian(0).values.nan_to_num()
+    steps = steps * known[..., None]
+    far = steps.cumsum(1).norm(dim=2).amax(1) >= MOVES
+    chosen = (far & (known.double().mean(1) >= SEEN)).nonzero()[:, 0]
+    if len(chosen) > MOST:
+        chosen = chosen[torch.linspace(0, len(chosen) - 1, MOST).round().long()]
+    return steps[chosen], known[chosen]
+
+
+def _matches(a: Tensor, a_known: Tensor, b: Tensor, b_known: Tensor) -> Tensor:
+    """`[N, M]`: how well each track of `a` matches each of `b`, 0 where they share too few frames.
+
+    With unit vectors u = (v, e) / |(v, e)| the match is u·u' = 1 - |u - u'|² / 2: so it is exactly 1 for equal tracks.
+    """
+    one, two = _directions(a), _directions(b)
+    out = torch.empty(len(a), len(b), dtype=torch.float64)
+    for i in range(len(a)):
+        shared = a_known[i] & b_known
+        apart = (one[i] - two).square().sum(2)
+        count = shared.sum(1)
+        mean = (apart * shared).sum(1) / count.clamp_min(1)
+        out[i] = torch.where(count >= SEEN * shared.shape[1], 1 - mean / 2, torch.zeros_like(mean))
+    return out
+
+
+def _directions(steps: Tensor) -> Tensor:
+    still = torch.full_like(steps[..., :1], STILL)
+    raised = torch.cat([steps, still], -1)
+    return raised / raised.norm(dim=-1, keepdim=True)

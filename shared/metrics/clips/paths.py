@@ -1,0 +1,133 @@
+"""Motions of the toybox, recognised by the path of the thing: place, size, view and tilt over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from shared.io.clips.clip_metadata import read_clip_metadata
+from shared.toybox.motions.captioned import Motion
+from shared.toybox.motions.clips import draw_clip, sample_moving
+from shared.toybox.motions.held_out import motion_names
+from shared.toybox.motions.look_alikes import candidates
+from shared.toybox.motions.motion import PATH, Array
+from shared.toybox.motions.path_distance import ranked, resampled
+from shared.toybox.motions.reference_clips import KEY
+
+_TRUE = 17  # part of the seed of true clips, which no reference clip has
+
+
+class PathReader(Protocol):
+    """Reads off a clip how its thing moves."""
+
+    def __call__(self, frames: Tensor) -> Array:
+        """`[3, F, H, W]` in [-1, 1] -> float64 `[F, 6]`, the columns of `shared.toybox.motions.motion.PATH`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a path was taken for."""
+
+    name: str  # the nearest candidate
+    distance: float  # to it, see `path_distance`
+    margin: float  # by how much the next one is farther
+
+
+def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
+    """The nearest of some motions (name -> path `[f, 6]`) to a path `[F, 6]`. Time is kept: another rhythm is another
+    motion. Motions of another number of frames are brought to that of the path. ValueError when there are none."""
+    if not among:
+        raise ValueError("recognition needs motions to choose from, and there are none")
+    order = ranked(path, {name: resampled(known, len(path)) for name, known in among.items()})
+    margin = order[1][1] - order[0][1] if len(order) > 1 else float("inf")
+    return Recognition(order[0][0], order[0][1], margin)
+
+
+@dataclass(frozen=True)
+class PathError:
+    """Root mean square differences over time, after the shift of each column that is best: where a motion begins is not
+    its affair."""
+
+    position_px: float  # of the thing's middle
+    scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
+    azimuth_deg: float
+    elevation_deg: float
+    roll_deg: float
+
+
+def path_error(path: Array, truth: Array, side: int) -> PathError:
+    """How far a path `[F, 6]` is from the true one `[f, 6]` (brought to F frames), in frames of `side` pixels."""
+    gap = np.asarray(path, np.float64) - resampled(truth, len(path))
+    turn = PATH.index("azimuth_deg")
+    middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())
+    gap[:, turn] = np.degrees(np.angle(np.exp(1j * (np.radians(gap[:, turn]) - middle))))
+    others = [i for i in range(len(PATH)) if i != turn]
+    gap[:, others] -= gap[:, others].mean(0)
+    rms = dict(zip(PATH, np.sqrt((gap**2).mean(0)), strict=True))
+    place = side * float(np.hypot(rms["x"], rms["y"]))
+    angles = {name: float(rms[name]) for name in ("azimuth_deg", "elevation_deg", "roll_deg")}
+    return PathError(place, float(rms["log_scale"]), **angles)
+
+
+@dataclass(frozen=True)
+class KnownMotion:
+    """A held-out motion of the toybox: what it is, and what it must be told from."""
+
+    name: str  # "development-zigzag"
+    motion: Motion
+
+    @property
+    def split(self) -> str:
+        return self.name.split("-")[0]
+
+    def candidates(self, frames: int) -> dict[str, Array]:
+        """The motion, its look-alikes, the other held-out motions of its split, and standing still: name -> `[F, 6]`."""
+        return candidates(self.motion, self.split, frames)
+
+    @property
+    def chance(self) -> float:
+        return 1 / len(self.candidates(2))
+
+    def is_shown(self, path: Array) -> tuple[bool, Recognition]:
+        """Whether a path `[F, 6]` is nearest to this motion, and what it is nearest to."""
+        found = recognised(path, self.candidates(len(path)))
+        return found.name == self.motion.name, found
+
+
+def known_motion(files: Sequence[Path]) -> KnownMotion | None:
+    """The held-out motion that these clips say they show; None for other clips, and for clips of several motions."""
+    names = set()
+    for file in files:
+        try:
+            names.add(read_clip_metadata(file).get(KEY, ""))
+        except (ValueError, OSError):
+            return None
+    name = names.pop() if len(names) == 1 else ""
+    motions = motion_names()
+    return KnownMotion(name, motions[name]) if name in motions else None
+
+
+def recognition_ceiling(
+    reader: PathReader,
+    known: KnownMotion,
+    frames: int,
+    clips: int = 16,
+    through: Callable[[Tensor], Tensor] | None = None,
+) -> float:
+    """The share of true clips of the motion, drawn anew, that are recognised: more cannot be asked of a model.
+
+    through: what generated frames have passed as well, `[F, 3, H, W]` in and out (the model's autoencoder)
+    """
+    rng = np.random.default_rng([_TRUE, *known.name.encode()])
+    hits = 0
+    for _ in range(clips):
+        drawn = draw_clip(sample_moving(rng, known.motion, frames, known.split)).frames.permute(0, 3, 1, 2) * 2 - 1
+        shown = drawn if through is None else through(drawn)
+        hits += known.is_shown(reader(shown.transpose(0, 1)))[0]
+    return hits / clips

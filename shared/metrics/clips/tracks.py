@@ -1,0 +1,115 @@
+"""Points followed through a clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics.clips.flow_fields import FlowFields, flow_fields
+
+PER_SIDE = 24  # points along the shorter side of a frame
+LEAST = 16  # points that a mask should hold: the grid is refined until it does
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """N points over F frames.
+
+    A point that is lost (hidden, out of the frame, or not found again by the flow back) stays lost.
+    """
+
+    points: Tensor  # float64 [N, F, 2]: x right, y down, in pixels; the middle of the first pixel is (0, 0)
+    visible: Tensor  # bool [N, F]
+    size: tuple[int, int]  # height and width of the frames in pixels
+
+    def __post_init__(self) -> None:
+        if self.points.ndim != 3 or self.points.shape[2] != 2 or self.visible.shape != self.points.shape[:2]:
+            raise ValueError(
+                f"tracks: expected points [N, F, 2] and visible [N, F], got {list(self.points.shape)} and "
+                f"{list(self.visible.shape)}"
+            )
+
+    @property
+    def frames(self) -> int:
+        return self.points.shape[1]
+
+
+def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
+    """Follows a grid of points through a clip `[3, F, H, W]` in [-1, 1]; see `follow`."""
+    return follow(flow_fields(clip), mask, per_side)
+
+
+def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
+    """Follows a grid of points of the first frame along the flow.
+
+    A point is visible as long as the flow back leads to where it came from: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in
+    cells of the flow's grid (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement
+    optical flow", ECCV 2010, eq. 5).
+
+    Args:
+        mask: `[H, W]` or `[1, H, W]`, above 0.5 where points of the first frame are wanted; there the grid is refined
+            until it has 16 points or one for each pixel
+        per_side: points along the shorter side
+
+    Raises:
+        ValueError: a mask of another size, or one that marks nothing
+    """
+    starts = _grid(fields.size, per_side) if mask is None else _inside(fields.size, mask, per_side)
+    cells = fields.cells_per_pixel
+    at = (starts + 0.5) * cells - 0.5
+    seen = torch.ones(len(at), dtype=torch.bool)
+    points, visible = [at], [seen]
+    height, width = fields.forward.shape[1:3]
+    bound = torch.tensor([width - 1, height - 1], dtype=torch.float64)
+    for forward, backward in zip(fields.forward, fields.backward, strict=True):
+        ahead = _sampled(forward, at)
+        then = at + ahead
+        back = _sampled(backward, then)
+        gap, lengths = (ahead + back).square().sum(1), ahead.square().sum(1) + back.square().sum(1)
+        inside = ((then >= 0) & (then <= bound)).all(1)
+        seen = seen & inside & (gap < 0.01 * lengths + 0.5)
+        at = torch.where(seen[:, None], then, at)  # a lost point rests where it was last seen
+        points.append(at)
+        visible.append(seen)
+    in_pixels = (torch.stack(points, 1) + 0.5) / cells - 0.5
+    return Tracks(in_pixels, torch.stack(visible, 1), fields.size)
+
+
+def _grid(size: tuple[int, int], per_side: int) -> Tensor:
+    """`[N, 2]` (x, y): the middles of equal cells, `per_side` along the shorter side."""
+    spacing = min(size) / per_side
+    rows, columns = (_middles(length, spacing) for length in size)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def _middles(length: int, spacing: float) -> Tensor:
+    count = max(1, round(length / spacing))
+    return (torch.arange(count, dtype=torch.float64) + 0.5) * length / count - 0.5
+
+
+def _inside(size: tuple[int, int], mask: Tensor, per_side: int) -> Tensor:
+    plane = mask[0] if mask.ndim == 3 else mask
+    if tuple(plane.shape) != size:
+        raise ValueError(f"a mask of {list(mask.shape)} does not fit frames of {size[0]}x{size[1]} pixels")
+    if not bool((plane > 0.5).any()):
+        raise ValueError("the mask of the first frame marks nothing, so there are no points to follow")
+    while True:
+        grid = _grid(size, per_side)
+        column, row = grid.round().long().unbind(1)
+        inside = grid[plane[row, column] > 0.5]
+        if len(inside) >= LEAST or per_side >= min(size):
+            return inside
+        per_side = min(2 * per_side, min(size))
+
+
+def _sampled(field: Tensor, at: Tensor) -> Tensor:
+    """`[h, w, 2]` at `[N, 2]` (x, y in cells), between cells linearly: `[N, 2]` in float64."""
+    height, width = field.shape[:2]
+    scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=torch.float64)
+    where = (at * scale - 1)[None, None]
+    planes = field.permute(2, 0, 1)[None].double()
+    return F.grid_sample(planes, where, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0].T
