@@ -1,4 +1,4 @@
-"""The public face of `pcs_video`: personalize, generate. Command line and Python are doors to this."""
+"""The public face of `pcs_video`: personalize, generate, evaluate in clips. Command line and Python are doors to this."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from shared.backbones import Backbone
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
+from shared.metrics.clips.report import ClipReport
 from shared.runner.base import Runner, attached
+from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
@@ -28,6 +30,14 @@ class VideoRunner(Runner):
     def prepared(cls, backbone: Backbone, motion_adapter: str | Path | None = None) -> Backbone:
         """The backbone as it is where it makes clips; else with a motion module: the folder's, or the toybox's own."""
         return with_motion_adapter(backbone, motion_adapter)
+
+    def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
+        """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
+
+        Raises:
+            ValueError: other concepts are loaded, or their clips or pictures are not to be found
+        """
+        return evaluate_clips_loaded(self, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
         """Frames of the clips side by side, or the pictures."""

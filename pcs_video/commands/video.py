@@ -1,4 +1,4 @@
-"""`pcs video personalize | generate`."""
+"""`pcs video personalize | generate | evaluate`."""
 
 from __future__ import annotations
 
@@ -91,3 +91,73 @@ def generate(
     with Lines() as counter:
         paths = film(runner, prompts, files, settings, seeds=range(seed, seed + num), progress=named(counter, "clips"))
     print("\n".join(map(str, paths)))
+
+
+@app.command()
+def evaluate(
+    concept: list[str] = _CONCEPT,
+    prompts: str = typer.Option(
+        "toybox_motion", help="a prompt set for clips, or a file with {concept} and {thing} in its prompts"
+    ),
+    out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and clips", **PATH),
+    references: Path = typer.Option(
+        None, help="the motion's clips; default: a folder beside the concept, called as when it was learned", **PATH
+    ),
+    pictures: Path = typer.Option(None, help="the subject's pictures; default: likewise", **PATH),
+    gallery: Path = typer.Option(None, help="a folder of folders: other things of the subject's class", **PATH),
+    num: int = typer.Option(2, min=1, help="clips per prompt"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS),
+    limit: int = typer.Option(None, min=1, help="use only this many prompts of the set"),
+    false_motion: str = typer.Option(
+        "unnamed", help="clips with the motion loaded: not named (unnamed), at strength 0 (off), or none"
+    ),
+    compensate_camera: bool = typer.Option(False, help="motion fidelity without the camera's own movement"),
+    frames: int = typer.Option(None, min=2, help="frames per clip; default: the model's own"),
+    fps: float = typer.Option(8.0, min=0.1, help="frames per second of the clips in the report"),
+    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the motion's recipe"),
+    guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the motion's recipe"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the motion's recipe"),
+    height: int = typer.Option(None, min=1, help="pixels"),
+    width: int = typer.Option(None, min=1, help="pixels"),
+    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
+    backbone: str = typer.Option(
+        None, help="folder, file or hub id; default: the model the first concept was learned on"
+    ),
+    motion_adapter: Path = _MOTION,
+    device: str = _DEVICE,
+    precision: str = _PRECISION,
+    download: bool = _DOWNLOAD,
+    overwrite: bool = typer.Option(False, help="replace an existing report"),
+) -> None:
+    """Measure a motion, a subject, or one of each in clips: motion, leakage, identity, how much moves and how steady it is."""
+    from pcs_video.runner import VideoRunner
+    from shared.commands.progress import Lines
+    from shared.evaluation.clips.prompt_sets import load_clip_prompts
+    from shared.io.outputs import check_output
+    from shared.runner.judging import check_folders, score_line
+    from shared.runner.judging_clips import ClipEvaluationSettings, check_false_motion, evaluate_clips_loaded
+    from shared.runner.open_runner import check_precision, open_runner, read_by
+    from shared.sampling.sampler import check_guidance
+    from shared.sampling.settings import SamplingSettings
+
+    if not concept:
+        raise ValueError("evaluate takes at least one --concept: a motion, a subject, or one of each")
+    read = [p for p in (references, pictures, gallery, clip, dino) if p is not None]
+    check_output(out, overwrite, [*read_by(concept, backbone), *read])
+    check_guidance(guidance, "--guidance")
+    check_folders(clip, dino)
+    load_clip_prompts(prompts)
+    how: dict[str, Any] = {} if motion_adapter is None else {"motion_adapter": motion_adapter}
+    settings = ClipEvaluationSettings(
+        prompts, tuple(range(seed, seed + num)), limit,
+        SamplingSettings("", guidance, steps, scheduler, height, width, frames),
+        references, pictures, gallery, clip, dino, None,
+        check_false_motion(false_motion), compensate_camera, out, overwrite, fps,
+    )  # fmt: skip
+    runner = open_runner(VideoRunner, backbone, concept, device, check_precision(precision), download, **how)
+    with Lines() as counter:
+        report = evaluate_clips_loaded(runner, settings, counter)
+    for score in report.scores:
+        print(f"{score.title:34} {score_line(score)}")
+    print(f"{out / 'index.html'}")

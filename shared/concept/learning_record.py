@@ -43,9 +43,10 @@ class LearnedSampling(_Read):
 
 
 class LearnedSubject(_Read):
-    """Where its pictures were: a folder or files, by their last names."""
+    """Where its pictures or clips were: a folder or files, by their last names."""
 
     images: Annotated[Any, AfterValidator(_names)] = None
+    clips: Annotated[Any, AfterValidator(_names)] = None
 
 
 class LearnedTrain(_Read):
@@ -68,9 +69,10 @@ class LearnedWith(_Read):
     phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
 
     def folder_of(self, name: str) -> str | None:
-        """The folder that the pictures of `name` were in, by its last name; None where it was not one folder."""
+        """The folder that the pictures or clips of `name` were in, by its last name; None where it was not one folder."""
         subject = self.subject or self.subjects.get(name)
-        return subject.images if subject is not None and isinstance(subject.images, str) else None
+        given = None if subject is None else subject.images or subject.clips
+        return given if isinstance(given, str) else None
 
 
 class _Metrics(_Read):

@@ -19,6 +19,7 @@ from shared.metrics.scorer import fill
 from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
+CLIP_SETS = "*_motion.yaml"  # sets for clips: `shared.evaluation.clips.prompt_sets` reads them
 REAL = "dreambench"  # the set for models of the real world
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
@@ -88,7 +89,7 @@ class PromptSet(Part):
 
 def prompt_sets() -> tuple[str, ...]:
     """The names of the shipped sets; `dreambench` stands for whichever of its two fits the class noun."""
-    return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml")} | {REAL}))
+    return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml") if not p.match(CLIP_SETS)} | {REAL}))
 
 
 def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
@@ -116,11 +117,16 @@ def _from_yaml(path: Path) -> PromptSet:
 
 
 def _from_txt(path: Path) -> PromptSet:
+    return validate(PromptSet, {"name": path.stem, "prompts": prompt_lines(path)}, path.name)
+
+
+def prompt_lines(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; what begins with # is none. ValueError where none are left."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts: write one per line, with {{concept}} where the subject goes")
-    return validate(PromptSet, {"name": path.stem, "prompts": prompts}, path.name)
+        raise ValueError(f"{path} holds no prompts: write one per line, with {{concept}} where the concept goes")
+    return prompts

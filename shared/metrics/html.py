@@ -149,9 +149,11 @@ def inline(png: bytes | None) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """A score for people: rates as whole percent, the rest with two digits."""
+    """A score for people: rates as whole percent, shares with a digit more, the rest with two digits."""
     if value is None:
         return "–"
+    if unit == "share":
+        return f"{100 * value:.1f}\u00a0%"
     return percent(value) if unit == "rate" else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
 
 

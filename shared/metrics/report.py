@@ -32,7 +32,7 @@ class Score(_Row):
     value: float | None
     low: float | None = None  # 95 % interval
     high: float | None = None
-    unit: Literal["rate", "score", "cosine", "count"] = "score"
+    unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small part of a whole
     better: Literal["higher", "lower"] = "higher"
     base: float | None = None  # the same for the base model, told only the class: the floor
     chance: float | None = None

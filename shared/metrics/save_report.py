@@ -14,7 +14,8 @@ from shared.metrics.html import report_html
 from shared.metrics.report import HTML_FILE, REPORT_FILE, PictureRow, PromptRow, Report
 
 
-def _cells(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
+def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
+    """Rows as CSV: the columns `first`, then all others by name."""
     rows = list(rows)
     rest = sorted({k for r in rows for k in r} - set(first))
     out = io.StringIO()
@@ -33,7 +34,7 @@ def pictures_csv(pictures: Sequence[PictureRow]) -> str:
         row |= {f"score.{k}": "" if v is None else v for k, v in p.scores.items()}
         row |= {f"expects.{k}": v for k, v in p.expects.items()} | {f"seen.{k}": v for k, v in p.seen.items()}
         rows.append(row)
-    return _cells(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
+    return csv_table(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
 
 
 def prompts_csv(prompts: Sequence[PromptRow]) -> str:
@@ -48,7 +49,7 @@ def prompts_csv(prompts: Sequence[PromptRow]) -> str:
             "failures": p.failures,
         }
         rows.append(row | {f"score.{k}": "" if v is None else v for k, v in p.scores.items()})
-    return _cells(rows, ("prompt", "text", "plain", "pictures", "failures"))
+    return csv_table(rows, ("prompt", "text", "plain", "pictures", "failures"))
 
 
 def save_report(report: Report, out: Path | str, overwrite: bool = False) -> Path:

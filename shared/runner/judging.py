@@ -68,7 +68,7 @@ def training_scorers(
         return None
     instruments = load_instruments(clip, dino, world_instruments, str(backbone.device))
     # What is typical was read off pictures that had passed the autoencoder, references included.
-    through = (lambda pixels: _round_trip(backbone, pixels)) if instruments.typical else None
+    through = (lambda pixels: round_trip(backbone, pixels)) if instruments.typical else None
     out = {}
     for name, subject in planned.subjects.items():
         out[name] = Scorer(
@@ -138,7 +138,7 @@ def evaluate_loaded(
     return evaluate(
         lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, must_name=False, progress=progress),
         lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, base=True, progress=progress),
-        _case(runner, loaded, settings),
+        picture_case(runner, loaded, settings),
         chosen.first(settings.limit),
         load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
         Shots(settings.seeds, settings.out, settings.overwrite),
@@ -146,7 +146,8 @@ def evaluate_loaded(
     )
 
 
-def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
+def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
+    """What is judged of a subject, and what is known of it. ValueError when its pictures are not to be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -160,7 +161,7 @@ def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case
         masks=reference_masks(subject, side),
         gallery=_gallery(gallery, side) if gallery else known and known.gallery,
         fresh=known and known.fresh,
-        through=lambda pixels: _round_trip(runner.backbone, pixels),
+        through=lambda pixels: round_trip(runner.backbone, pixels),
         through_key=runner.backbone.checkpoint,
         true=known and known.true,
         cache=cache_folder(),
@@ -175,7 +176,7 @@ def _case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case
 
 
 @torch.no_grad()
-def _round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
+def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] as the model's autoencoder gives them back."""
     size = pixels.shape[-2] * pixels.shape[-1]
     latents = [
@@ -190,8 +191,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
     Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
-    beside = _called(path.resolve().parent, Path(recorded).name) if path and recorded else None
-    source = folder or beside
+    source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
         raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
     subject = read_subject(source, concept.meta.class_noun)
@@ -202,8 +202,8 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
     return subject
 
 
-def _called(folder: Path, name: str) -> Path:
-    """The entry of a folder that a concept records under a name, plain or escaped."""
+def beside(folder: Path, name: str) -> Path:
+    """The entry of the folder of a concept that it records under a name, plain or escaped."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ def durations(count: int, fps: Fraction, unit: int) -> list[int]:
     return [b - a for a, b in pairwise(ends)]
 
 
-def write_webp(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
+def write_webp(path: Path | IO[bytes], levels: np.ndarray, fps: Fraction, comment: str) -> None:
     """[F, H, W, 3] 8-bit sRGB, without loss, repeated for ever.
 
     Of a clip in which nothing moves libwebp would make a still picture, without any time: there the last bit of one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -58,13 +59,20 @@ def write_clip(
     if path.suffix.lower() not in _WRITERS:
         endings = ", ".join(_WRITERS)
         raise ValueError(f"{path}: a clip is written as {endings}, or without an ending as a folder of frames")
-    levels = frames.permute(1, 2, 3, 0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()  # [F, H, W, 3]
+    levels = _levels(frames)
     factor = enlarge or math.ceil(PLAYABLE_SIDE / min(levels.shape[1:3]))
     levels = levels.repeat(factor, axis=1).repeat(factor, axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         _WRITERS[path.suffix.lower()](temporary, levels, rate, as_json(metadata or {}))
     return path
+
+
+def webp_bytes(frames: Tensor, fps: float, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What `write_clip` puts into a `.webp` file, for pages that show clips in their own size."""
+    stream = io.BytesIO()
+    write_webp(stream, _levels(as_frames(frames)), _rate(fps), as_json(metadata or {}))
+    return stream.getvalue()
 
 
 def write_clip_sheet(
@@ -96,6 +104,11 @@ def as_frames(frames: Tensor) -> Tensor:
     if not bool(torch.isfinite(frames).all()):
         raise ValueError("a clip holds values that are not numbers (NaN or Inf): the model or its precision failed")
     return frames if frames.shape[0] == 3 else frames.movedim(1, 0)
+
+
+def _levels(frames: Tensor) -> np.ndarray:
+    """[3, F, H, W] in [-1, 1], clamped, as 8 bits [F, H, W, 3]."""
+    return frames.permute(1, 2, 3, 0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
 
 
 def _rate(fps: float) -> Fraction:

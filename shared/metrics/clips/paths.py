@@ -11,11 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from shared.io.clips.clip_metadata import read_clip_metadata
-from shared.toybox.motions.captioned import Motion
 from shared.toybox.motions.clips import draw_clip, sample_moving
 from shared.toybox.motions.held_out import motion_names
 from shared.toybox.motions.look_alikes import candidates
-from shared.toybox.motions.motion import PATH, Array
+from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
@@ -127,7 +126,7 @@ def recognition_ceiling(
     rng = np.random.default_rng([_TRUE, *known.name.encode()])
     hits = 0
     for _ in range(clips):
-        drawn = draw_clip(sample_moving(rng, known.motion, frames, known.split)).frames.permute(0, 3, 1, 2) * 2 - 1
+        drawn = draw_clip(sample_moving(rng, known.motion, frames)).frames.permute(0, 3, 1, 2) * 2 - 1
         shown = drawn if through is None else through(drawn)
         hits += known.is_shown(reader(shown.transpose(0, 1)))[0]
     return hits / clips

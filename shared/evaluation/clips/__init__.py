@@ -1,0 +1,1 @@
+"""A motion, a subject, or both judged in clips: prompts, clips with them and without, scores with their intervals."""

@@ -1,0 +1,75 @@
+"""Clips as rows of a report, with what is wrong with each in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shared.metrics.clips.report import CLIPS, ClipRow, Kind
+from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
+
+HALF = 0.5  # of the frames: fewer show what was asked for, and the clip is marked
+OPPOSED = 0.0  # motion fidelity: nothing in common, or the opposite
+
+
+@dataclass(frozen=True)
+class Made:
+    """The clips of one arm: (number of the prompt, seed) of each, the texts by prompt, and what each clip must show."""
+
+    kind: Kind
+    shots: Sequence[tuple[int, int]]
+    texts: Sequence[str]
+    expects: Sequence[Mapping[str, str]]
+
+
+def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[ClipRow]:
+    """One row per clip; limit: from where on its leakage is marked."""
+    rows = []
+    for n, (prompt, seed) in enumerate(made.shots):
+        flags = _flags(measured, n, made.expects[n], limit) if made.kind == "concept" else []
+        rows.append(
+            ClipRow(
+                kind=made.kind,
+                prompt=prompt,
+                text=made.texts[prompt],
+                seed=seed,
+                file=f"{CLIPS}/{made.kind}_{prompt:02d}_{seed}.webp",
+                scores={k: v[n] for k, v in measured.scores.items()},
+                expects=dict(made.expects[n]),
+                seen=measured.seen[n],
+                moves_like=measured.moves_like[n],
+                flags=flags,
+                failed=bool(flags),
+            )
+        )
+    return rows
+
+
+def leak_limit(scorer: ClipScorer) -> float | None:
+    """Half-way between the two most alike of the motion's own clips and the same clip; None for fewer than two clips."""
+    among = scorer.unrelated_looks
+    return (max(among) + 1) / 2 if among else None
+
+
+def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: float | None) -> list[str]:
+    """What is wrong with clip n, in words; empty when nothing is."""
+
+    def score(key: str) -> float:
+        return measured.scores[key][n] if key in measured.scores else math.nan
+
+    flags = []
+    if score("frozen") == 1:
+        flags.append("nothing moves")
+    elif score("motion_recognised") == 0:
+        flags.append(f"moves like “{measured.moves_like[n]}”")
+    elif math.isnan(score("motion_recognised")) and score("motion_fidelity") <= OPPOSED:
+        flags.append("moves unlike the motion's clips")
+    if limit is not None and score("leakage") >= limit:
+        flags.append("looks like the motion's clips")
+    if score("identity") < HALF:
+        flags.append(f"the thing itself in {score('identity'):.0%} of the frames")
+    for name, asked in expects.items():
+        if score(name) < HALF:
+            flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, asked for {asked}")
+    return flags

@@ -1,0 +1,191 @@
+"""Evaluation in clips: clips with the concepts and without them, scores, and a report.
+
+Nothing here knows a model: what makes clips are functions `(prompts, seeds, progress) -> [N, 3, F, H, W]` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.evaluation.clips.case_facts import ClipCase, costs, instruments, notes
+from shared.evaluation.clips.clip_rows import Made, clip_rows, leak_limit
+from shared.evaluation.clips.prompt_sets import ClipTexts
+from shared.evaluation.clips.summary import Arms, summary_scores
+from shared.evaluation.evaluate import Generate
+from shared.io.clips.write_clip import spread, webp_bytes, write_clip_sheet
+from shared.io.denoising_progress import named, part_of
+from shared.io.outputs import check_output
+from shared.metrics.clips.report import CLIPS, ClipReport, ClipRow, Kind
+from shared.metrics.clips.save import save_clip_report
+from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What makes clips: with the concepts, without any, and with the motion loaded and not asked for (None: not made)."""
+
+    concept: Generate
+    base: Generate
+    unnamed: Generate | None = None
+
+
+@dataclass(frozen=True)
+class ClipShots:
+    """Which clips are made of each prompt, and where the report goes."""
+
+    seeds: Sequence[int]
+    out: Path | str | None = None  # a folder; None writes none
+    overwrite: bool = False
+    fps: float = 8.0  # of the clips in the report
+    chunk: int = 4  # clips asked for at once
+
+
+def evaluate_clips(
+    makers: Makers,
+    case: ClipCase,
+    texts: ClipTexts,
+    scorer: ClipScorer,
+    shots: ClipShots,
+    progress: Progress | None = None,
+) -> ClipReport:
+    """Scores a motion, a subject, or both on every prompt with every seed; with `shots.out` the report is written there.
+
+    Args:
+        progress: called with (what, done, of all) after each denoising step and each clip that was measured
+
+    Raises:
+        ValueError: no seeds, an output folder that exists, clips that are not finite or have fewer than two frames
+    """
+    seeds = list(shots.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: give at least one, each once; got {seeds}")
+    if shots.out is not None:
+        check_output(shots.out, shots.overwrite)
+    report = _Evaluation(makers, case, texts, scorer, shots, progress).report()
+    if shots.out is not None:
+        save_clip_report(report, shots.out, shots.overwrite)
+    return report
+
+
+@dataclass
+class _Evaluation:
+    makers: Makers
+    case: ClipCase
+    texts: ClipTexts
+    scorer: ClipScorer
+    shots: ClipShots
+    progress: Progress | None
+    files: dict[str, bytes] = field(default_factory=dict)
+    frames: int = 0
+
+    def report(self) -> ClipReport:
+        """Everything made and measured."""
+        asked = [(i, seed) for i in range(len(self.texts.chosen)) for seed in self.shots.seeds]
+        made, rows, seconds = self._arm("concept", self.texts.named, asked, self.makers.concept)
+        base, base_rows, base_seconds = self._arm("base", self.texts.plain, asked, self.makers.base)
+        unnamed, more = made if self.case.acts_unnamed else None, []
+        if self.makers.unnamed is not None:
+            unnamed, more, _ = self._arm("unnamed", self.case.unnamed_texts(self.texts), asked, self.makers.unnamed)
+        arms = Arms(made, base, unnamed, [i for i, _ in asked])
+        self._references()
+        known = self.scorer.known if self.scorer.reader is not None else None
+        return ClipReport(
+            **self._about(),
+            frames=self.frames,
+            scores=summary_scores(arms, self.scorer, self.case.ceiling),
+            clips=[*rows, *base_rows, *more],
+            motion_clips=[name for name in self.files if name.startswith(f"{CLIPS}/motion_")],
+            references=[name for name in self.files if name.startswith(f"{CLIPS}/reference_")],
+            candidates=list(known.candidates(2)) if known else [],
+            costs=costs(self.case, seconds, base_seconds),
+            notes=notes(self.case, self.scorer, self.texts, self.shots.seeds),
+            files=self.files,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "motion": case.motion,
+            "subject": case.subject,
+            "class_noun": case.class_noun,
+            "recipes": dict(case.recipes),
+            "backbone": case.backbone,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "prompt_set": self.texts.prompts.name,
+            "prompts": self.texts.named,
+            "seeds": list(self.shots.seeds),
+            "fps": self.shots.fps,
+            "toybox": case.toy or self.scorer.instruments.toybox,
+            "instruments": instruments(self.scorer),
+            "metadata": dict(case.metadata),
+        }
+
+    def _arm(
+        self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
+    ) -> tuple[MeasuredClips, list[ClipRow], float]:
+        """All clips of one arm made and measured, a few at a time (only their files are kept), and the seconds of one."""
+        what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
+        parts, strips, seconds = [], {}, 0.0
+        for start in range(0, len(asked), self.shots.chunk):
+            some = asked[start : start + self.shots.chunk]
+            clock = time.perf_counter()
+            on_progress = part_of(named(self.progress, what), start, len(some), len(asked))
+            clips = generate([texts[i] for i, _ in some], [seed for _, seed in some], on_progress)
+            seconds += time.perf_counter() - clock
+            if clips.ndim != 5 or len(clips) != len(some):
+                raise ValueError(f"asked for {len(some)} clips [N, 3, F, H, W], got {list(clips.shape)}")
+            clips, self.frames = clips.detach().float().cpu(), clips.shape[2]
+            plain, expects = self.texts.plain, self.texts.expects
+            parts.append(self.scorer.measure(clips, [plain[i] for i, _ in some], [expects[i] for i, _ in some]))
+            for (prompt, seed), clip in zip(some, clips, strict=True):
+                self._keep(f"{kind}_{prompt:02d}_{seed}", clip, {"prompt": texts[prompt], "seed": str(seed)})
+                strips[f"{prompt:02d} {texts[prompt]} (seed {seed})"] = spread(clip, 8).transpose(0, 1)
+            if self.progress is not None:
+                self.progress(f"measuring clips {what}", start + len(some), len(asked))
+        if kind == "concept":
+            self._sheet(strips)
+        measured = _joined(parts)
+        made = Made(kind, asked, texts, [self.texts.expects[i] for i, _ in asked])
+        return measured, clip_rows(made, measured, leak_limit(self.scorer)), seconds / len(asked)
+
+    def _keep(self, name: str, clip: Tensor, about: Mapping[str, str]) -> None:
+        self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
+
+    def _sheet(self, strips: Mapping[str, Tensor]) -> None:
+        """The frames of the clips with the concepts, to be looked at where nothing plays."""
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as folder:
+            self.files["sheet.png"] = write_clip_sheet(Path(folder) / "sheet.png", strips).read_bytes()
+
+    def _references(self) -> None:
+        from shared.evaluation.picture_rows import pngs
+
+        for i, clip in enumerate(self.scorer.motion_clips):
+            self._keep(f"motion_{i:02d}", clip, {})
+        if self.scorer.thing is not None:
+            for i, png in enumerate(pngs(self.scorer.thing.references)):
+                self.files[f"{CLIPS}/reference_{i:02d}.png"] = png
+
+
+def _joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
+    """Measurements of several lots as one; a score that a lot does not have is NaN there."""
+    keys = dict.fromkeys(k for part in parts for k in part.scores)
+    nan = float("nan")
+    scores = {k: [v for p in parts for v in p.scores.get(k, [nan] * len(p.seen))] for k in keys}
+    return MeasuredClips(
+        scores,
+        [s for p in parts for s in p.seen],
+        [m for p in parts for m in p.moves_like],
+        torch.cat([p.embeddings for p in parts]),
+    )

@@ -1,0 +1,93 @@
+"""What the headline scores of clips are called and what each says, in plain words; in reading order."""
+
+from __future__ import annotations
+
+from shared.evaluation.score_texts import ABOUT as ABOUT_PICTURES
+from shared.evaluation.score_texts import About
+
+ABOUT = {
+    "score": About(
+        "Subject × motion × (1 − leakage)",
+        "One number for what a clip should have at once, of what was measured: the thing, the motion, and nothing of how "
+        "the motion's own clips look. The best checkpoint is chosen by it.",
+        "score",
+    ),
+    "motion_recognised": About(
+        "Motion recognised",
+        "How often the clip's path (place, size, view and tilt over time) is nearer to the motion than to any of its "
+        "look-alikes and of the other held-out motions.",
+    ),
+    "motion_fidelity": About(
+        "Motion fidelity",
+        "How alike the tracks of points are to those in the motion's clips: the mean over tracks of the best match, both "
+        "ways. 1 for a clip with itself, 0 for a frozen one, −1 for the opposite direction.",
+        "score",
+    ),
+    "false_motion": About(
+        "False motion",
+        "The same of clips of the same prompts and seeds in which the motion is loaded and not asked for.",
+        better="lower",
+    ),
+    "leakage": About(
+        "Leakage",
+        "How much the frames look like those of the motion's clips: for each the highest cosine. Motion should be taken "
+        "over, and not the looks; the base model, which has never seen those clips, is the floor.",
+        "cosine",
+        "lower",
+    ),
+    "identity": About(
+        "Identity",
+        "How often a frame shows this very thing, judged as pictures are, as often as true pictures of it pass.",
+    ),
+    "both": About("Both at once", "How often a frame shows this very thing in a clip whose motion is recognised."),
+    "dynamic_degree": About(
+        "Dynamic degree",
+        "How much moves from frame to frame: the longest 5 % of the optical flow, as a part of the frame's side. Read it "
+        "with the temporal consistency.",
+        "share",
+    ),
+    "temporal_consistency": About(
+        "Temporal consistency",
+        "Mean cosine of consecutive frames. A frozen clip has 1: read it with the dynamic degree.",
+        "cosine",
+    ),
+    "frozen": About("Frozen", "How many clips nothing moves in.", better="lower"),
+    "dynamic": About("Dynamic", "How many clips pass VBench's threshold: 6/256 of the side in a quarter of the steps."),
+    "consistency_all_pairs": About(
+        "Consistency, all pairs", "Mean cosine of all pairs of frames of a clip, as some papers report it.", "cosine"
+    ),
+    "path_distance": About(
+        "Distance to the nearest path",
+        "In units of what is plainly seen (a tenth of the frame, 45°).",
+        "count",
+        "lower",
+    ),
+    "error_position_px": About("Path error: place", "Root mean square over the clip, in pixels.", "count", "lower"),
+    "error_scale": About("Path error: size", "Of the logarithm of the size: 0.1 is about 10 %.", "count", "lower"),
+    "error_azimuth_deg": About("Path error: azimuth", "In degrees.", "count", "lower"),
+    "error_elevation_deg": About("Path error: elevation", "In degrees.", "count", "lower"),
+    "error_roll_deg": About("Path error: roll", "In degrees.", "count", "lower"),
+    "subject_crops": About(
+        "Masked likeness",
+        "Mean cosine of frames and references, both cut to the thing: what is around it does not count.",
+        "cosine",
+    ),
+    "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
+    "copied": About("Copies", "How many frames repeat a reference picture.", better="lower"),
+    "class": About("Class", "How often a frame shows a thing of the class asked for."),
+    "background": ABOUT_PICTURES["background"],
+    "view": ABOUT_PICTURES["view"],
+    "accessory": ABOUT_PICTURES["accessory"],
+    "style": ABOUT_PICTURES["style"],
+    "clip_t": About(
+        "CLIP-T", "Mean cosine of the frames and the prompt (without the motion's name) in CLIP.", "cosine"
+    ),
+    "clip_i": ABOUT_PICTURES["clip_i"],
+    "dino_i": ABOUT_PICTURES["dino_i"],
+    "identity_i": ABOUT_PICTURES["identity_i"],
+    "spread": About(
+        "Spread over seeds",
+        "How different the clips of one prompt are: 1 minus the mean cosine of frames at the same moment.",
+        "score",
+    ),
+}

@@ -1,0 +1,126 @@
+"""From columns of measurements to the headline scores of clips, each with its interval and a sentence in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shared.evaluation.clips.score_texts import ABOUT
+from shared.metrics.clips.appearance import seed_spread
+from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, checkpoint_score
+from shared.metrics.report import Score, number
+from shared.metrics.scores import bootstrap
+
+NO_BASE = ("copied",)  # the base model knows no reference
+FACTORS = ("identity", "motion_recognised", "motion_fidelity", "leakage")
+ROUNDS = 2000
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What was measured with the concepts, without them, and with the motion loaded and not asked for (None: not made)."""
+
+    made: MeasuredClips
+    base: MeasuredClips
+    unnamed: MeasuredClips | None
+    prompts: Sequence[int]  # of each clip, the number of its prompt
+
+
+def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
+    """The scores in reading order; those that were not measured are left out. Intervals draw whole prompts.
+
+    ceiling: how many true clips of the motion are recognised
+    """
+    arms = _relative(arms)
+    made, base = arms.made, arms.base
+    out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
+    for key in ABOUT:
+        if key == "false_motion":
+            out += _false_motion(arms)
+        elif key in made.scores:
+            floor = None if key in NO_BASE or key not in base.scores else base.mean(key)
+            out.append(_score(key, made.mean(key), bootstrap(made.scores[key], arms.prompts), floor))
+    spread, base_spread = (list(seed_spread(m.embeddings, arms.prompts).values()) for m in (made, base))
+    if spread:
+        out.append(_score("spread", _mean(spread), bootstrap(spread), _mean(base_spread)))
+    return [_completed(s, arms, scorer, ceiling) for s in out]
+
+
+def _relative(arms: Arms) -> Arms:
+    """Identity as a share of what true pictures of the thing pass, where they can be drawn."""
+    least = arms.made.mean("ceiling")
+    if math.isnan(least) or least <= 0:
+        return arms
+
+    def of(measured: MeasuredClips) -> MeasuredClips:
+        scaled = {k: [v / least for v in measured.scores[k]] for k in ("identity", "both") if k in measured.scores}
+        return replace(measured, scores={**measured.scores, **scaled})
+
+    return replace(arms, made=of(arms.made), base=of(arms.base))
+
+
+def _product(made: MeasuredClips, base: MeasuredClips, prompts: Sequence[int]) -> Score:
+    columns = {k: np.asarray(made.scores[k]) for k in FACTORS if k in made.scores}
+    names = sorted(set(prompts))
+    members = {p: np.array([i for i, q in enumerate(prompts) if q == p]) for p in names}
+    draws = np.random.default_rng(0).choice(names, (ROUNDS, len(names)))
+    values = [checkpoint_score(_means(columns, np.concatenate([members[p] for p in draw]))) for draw in draws]
+    low, high = np.quantile(values, [0.025, 0.975])
+    floor = {k: base.mean(k) for k in columns if not math.isnan(base.mean(k))}
+    whole = _means(columns, np.arange(len(prompts)))
+    return _score("score", checkpoint_score(whole), (float(low), float(high)), checkpoint_score(floor))
+
+
+def _means(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+    known = {k: v[rows][~np.isnan(v[rows])] for k, v in columns.items()}
+    return {k: float(v.mean()) for k, v in known.items() if len(v)}
+
+
+def _false_motion(arms: Arms) -> list[Score]:
+    """By the same measure as the motion itself: recognition where paths are read, else the fidelity."""
+    key = next((k for k in ("motion_recognised", "motion_fidelity") if k in arms.made.scores), None)
+    if key is None or arms.unnamed is None:
+        return []
+    span = bootstrap(arms.unnamed.scores[key], arms.prompts)
+    score = _score("false_motion", arms.unnamed.mean(key), span, arms.base.mean(key))
+    about = "Motion recognised" if key == "motion_recognised" else "Motion fidelity"
+    unit = ABOUT[key].unit
+    return [score.model_copy(update={"unit": unit, "explanation": f"{about} {score.explanation[len('The same ') :]}"})]
+
+
+def _score(key: str, value: float, span: tuple[float, float], base: float | None) -> Score:
+    about = ABOUT[key]
+    capped = min(1.0, value) if about.unit == "rate" and not math.isnan(value) else value
+    return Score(
+        key=key,
+        title=about.title,
+        value=number(capped),
+        low=number(span[0]),
+        high=number(min(1.0, span[1]) if about.unit == "rate" else span[1]),
+        unit=about.unit,
+        better=about.better,
+        base=number(base),
+        explanation=about.explanation,
+    )
+
+
+def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
+    """The score with what true clips, true pictures, or the references among themselves get."""
+    update: dict[str, object] = {}
+    if score.key == "motion_recognised" and scorer.known is not None:
+        update = {"chance": scorer.known.chance, "truth": ceiling}
+    if score.key == "identity" and "ceiling" in arms.made.scores:
+        update = {"truth": number(arms.made.mean("ceiling"))}
+    if score.key == "thing_recognised" and scorer.thing is not None:
+        update = {"chance": scorer.thing.chance}
+    among = {"motion_fidelity": scorer.among_motion, "leakage": scorer.unrelated_looks}.get(score.key)
+    if among:
+        update |= {"among_low": min(among), "among_high": max(among)}
+    return score.model_copy(update=update)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,137 @@
+"""What an evaluation of clips found: a `ClipReport`, kept as JSON, CSV, clips and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from shared.io.safe_paths import safe_relative
+from shared.metrics.report import REPORT_FILE, Instrument, Score, number
+
+SCHEMA_VERSION = 1
+CLIPS = "clips"  # the folder of the clips
+Kind = Literal["concept", "base", "unnamed"]
+"""With all concepts as the prompt names them; without any; with the motion loaded, and not asked for."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ClipRow(_Row):
+    """One clip and all that was measured on it."""
+
+    kind: Kind
+    prompt: int  # row of `prompts`
+    text: str  # as the model was told
+    seed: int
+    file: str  # below the report's folder
+    scores: dict[str, float | None] = {}
+    expects: dict[str, str] = {}
+    seen: dict[str, str] = {}  # in most frames
+    moves_like: str = ""  # the motion that its path is nearest to
+    flags: list[str] = []  # what is wrong, in words
+    failed: bool = False
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _no_nan(cls, value: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: number(v) for k, v in value.items()}
+
+
+class ClipCosts(_Row):
+    """Time in seconds, memory and size in bytes; None where it was not measured."""
+
+    seconds_per_clip: float | None = None
+    base_seconds_per_clip: float | None = None
+    training_seconds: float | None = None
+    peak_memory: int | None = None
+    peak_memory_of: str = ""  # "process" (resident) or "gpu"
+    concept_bytes: int | None = None
+
+
+class ClipReport(BaseModel):
+    """The whole evaluation of a motion, a subject, or both, in clips. `files` (bytes by name) are kept beside the JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    medium: Literal["clips"] = "clips"
+    motion: str = ""  # a concept's name; "" where no motion is judged
+    subject: str = ""
+    class_noun: str = ""
+    recipes: dict[str, str] = {}  # concept -> the recipe that it was learned by
+    backbone: str = ""
+    created: str = ""  # UTC, ISO 8601
+    prompt_set: str = ""
+    prompts: list[str] = []
+    seeds: list[int] = []
+    frames: int = 0
+    fps: float = 8.0
+    toybox: bool = False
+    scores: list[Score] = []
+    clips: list[ClipRow] = []
+    motion_clips: list[str] = []  # files below the report's folder: what the motion was learned from
+    references: list[str] = []  # the same of the subject's pictures
+    candidates: list[str] = []  # the motions that this one was told from, itself among them
+    instruments: list[Instrument] = []
+    costs: ClipCosts = ClipCosts()
+    metadata: dict[str, Any] = {}  # of the concepts, as they say themselves
+    notes: list[str] = []
+    files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
+
+    @property
+    def name(self) -> str:
+        return " with ".join(n for n in (self.subject, self.motion) if n)
+
+    def score(self, key: str) -> Score | None:
+        """The headline score of this key; None when it was not measured."""
+        return next((s for s in self.scores if s.key == key), None)
+
+    def value(self, key: str) -> float | None:
+        score = self.score(key)
+        return None if score is None else score.value
+
+    def of_kind(self, kind: Kind) -> list[ClipRow]:
+        return [c for c in self.clips if c.kind == kind]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def load(path: Path | str, clips: bool = True) -> ClipReport:
+        """Reads a report from its folder or its JSON; `clips`: its files too. ValueError when it is missing, damaged, a
+        report of pictures, or of another schema version.
+        """
+        path = Path(path)
+        path = path / REPORT_FILE if path.is_dir() else path
+        raw = _read(path)
+        if raw.get("medium") != "clips":
+            raise ValueError(f"{path} is no report of clips")
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            found = raw.get("schema_version")
+            raise ValueError(f"{path} is a report of schema version {found}; this program reads {SCHEMA_VERSION}")
+        try:
+            report = ClipReport.model_validate(raw)
+        except ValidationError as error:
+            where = ".".join(str(p) for p in error.errors()[0]["loc"])
+            raise ValueError(f"{path} is not a whole report: {where}: {error.errors()[0]['msg']}") from None
+        named = [*report.motion_clips, *report.references, *(c.file for c in report.clips)] if clips else []
+        for name in named:
+            file = safe_relative(path.parent, name)
+            if file.is_file():
+                report.files[name] = file.read_bytes()
+        return report
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path}: no report there") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not readable JSON") from None
+    return raw if isinstance(raw, dict) else {}

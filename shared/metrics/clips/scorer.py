@@ -1,0 +1,190 @@
+"""One scorer for clips, in evaluation and while training: clips in, per-clip scores out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from shared.metrics.clips.appearance import (
+    PixelEncoder,
+    clip_t_per_frame,
+    leakage,
+    subject_similarity,
+    unrelated,
+)
+from shared.metrics.clips.dynamics import dynamics, frozen
+from shared.metrics.clips.flow_fields import FlowFields, check_clip, flow_fields
+from shared.metrics.clips.motion_fidelity import motion_fidelity
+from shared.metrics.clips.paths import KnownMotion, PathReader, path_error
+from shared.metrics.clips.tracks import Tracks, follow
+from shared.metrics.encoders import ImageEncoder, Instruments
+from shared.metrics.scorer import Scorer
+from shared.metrics.scores import attribute_hits
+
+FRAMES = 8  # of a clip that recognizers and encoders of things see, evenly spread
+Expects = Mapping[str, str]
+Column = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MeasuredClips:
+    """Scores of N clips: float columns of length N, NaN where a score does not apply."""
+
+    scores: Mapping[str, list[float]]
+    seen: list[dict[str, str]]  # per clip: attribute -> the value seen in most frames
+    moves_like: list[str]  # per clip: the motion that its path is nearest to; "" where no path was read
+    embeddings: Tensor  # [N, F, D], of whole frames
+
+    def mean(self, key: str) -> float:
+        """The mean of a column without its NaN; NaN when nothing is left."""
+        values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass
+class ClipScorer:
+    """Measures clips against the clips of a motion, the pictures of a subject, and their prompts; each where it is known.
+
+    motion_clips: of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and what reads paths.
+    thing: knows the subject's references. compensate_camera: as in `motion_fidelity`.
+    """
+
+    instruments: Instruments = field(default_factory=Instruments)
+    motion_clips: Sequence[Tensor] = ()
+    known: KnownMotion | None = None
+    reader: PathReader | None = None
+    thing: Scorer | None = None
+    compensate_camera: bool = False
+
+    @property
+    def whole(self) -> ImageEncoder:
+        """What whole frames are compared by."""
+        return self.instruments.text_image or self.instruments.identity or PixelEncoder()
+
+    @cached_property
+    def motion_tracks(self) -> list[Tracks]:
+        return [follow(flow_fields(clip)) for clip in self.motion_clips]
+
+    @cached_property
+    def motion_looks(self) -> list[Tensor]:
+        """`[f, D]` of each of the motion's clips."""
+        return [self.whole.images(clip.transpose(0, 1)) for clip in self.motion_clips]
+
+    @cached_property
+    def among_motion(self) -> list[float]:
+        """The fidelity of each of the motion's clips to the others; empty for fewer than two."""
+        tracks = self.motion_tracks
+        if len(tracks) < 2:
+            return []
+        others = [[b for j, b in enumerate(tracks) if j != i] for i in range(len(tracks))]
+        return [self._fidelity(a, rest) for a, rest in zip(tracks, others, strict=True)]
+
+    @cached_property
+    def unrelated_looks(self) -> list[float]:
+        """The leakage between the motion's own clips, see `unrelated`."""
+        return unrelated(self.motion_looks)
+
+    def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
+        """All scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError when the numbers
+        differ."""
+        expected = [{}] * len(prompts) if expects is None else list(expects)
+        if not len(clips) == len(prompts) == len(expected):
+            raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
+        each = [self._one(*row) for row in zip(clips, prompts, expected, strict=True)]
+        keys = dict.fromkeys(k for column, *_ in each for k in column)
+        scores = {k: [column.get(k, math.nan) for column, *_ in each] for k in keys}
+        looks = torch.stack([look for *_, look in each]) if each else torch.zeros(0, 0, 0)
+        return MeasuredClips(scores, [seen for _, seen, *_ in each], [like for _, _, like, _ in each], looks)
+
+    def _one(self, clip: Tensor, prompt: str, expects: Expects) -> tuple[Column, dict[str, str], str, Tensor]:
+        check_clip(clip)
+        frames = clip.transpose(0, 1)
+        fields, looks = flow_fields(clip), self.whole.images(frames)
+        scores = self._movement(fields, looks)
+        if self.instruments.text_image is not None:
+            text = self.instruments.text_image.texts([prompt])[0]
+            scores["clip_t"] = float(clip_t_per_frame(looks, text).mean())
+        path, like = self._path(clip)
+        shown = frames[torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().long()]
+        scores |= path | self._subject(shown, prompt, expects)
+        attributes, seen = self._attributes(shown, expects)
+        scores |= attributes
+        if "motion_recognised" in scores and "identity" in scores:
+            scores["both"] = scores["motion_recognised"] * scores["identity"]
+        return scores, seen, like, looks
+
+    def _movement(self, fields: FlowFields, looks: Tensor) -> Column:
+        moved = dynamics(fields, looks)
+        scores = {
+            "dynamic_degree": moved.degree,
+            "temporal_consistency": moved.consistency,
+            "consistency_all_pairs": moved.consistency_all_pairs,
+            "dynamic": float(moved.dynamic),
+            "frozen": float(frozen(fields)),
+        }
+        if self.motion_clips:
+            scores["motion_fidelity"] = self._fidelity(follow(fields), self.motion_tracks)
+            scores["leakage"] = leakage(looks, self.motion_looks)
+        return scores
+
+    def _fidelity(self, tracks: Tracks, to: Sequence[Tracks]) -> float:
+        return sum(motion_fidelity(tracks, other, self.compensate_camera) for other in to) / len(to)
+
+    def _path(self, clip: Tensor) -> tuple[Column, str]:
+        if self.reader is None or self.known is None:
+            return {}, ""
+        path = self.reader(clip)
+        hit, found = self.known.is_shown(path)
+        error = path_error(path, self.known.motion.path(len(path)), min(clip.shape[2:]))
+        errors = {f"error_{name}": value for name, value in asdict(error).items()}
+        return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
+
+    def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> Column:
+        """Means over the frames of what `Scorer` says of pictures, and of the likeness of crops."""
+        if self.thing is None:
+            return {}
+        measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
+        kept = {"identity": "identity", "ceiling": "ceiling", "copied": "copied", "recognised": "thing_recognised"}
+        kept |= {self.thing.likeness_key: self.thing.likeness_key}
+        scores = {new: measured.mean(key) for key, new in kept.items() if key in measured.scores}
+        locator, encoder = self.instruments.locator, self.instruments.identity
+        if locator is not None and encoder is not None:
+            references = self.thing.references
+            where = locator.where(references) if self.thing.masks is None else self.thing.masks
+            pairs = (frames, locator.where(frames)), (references, where)
+            scores["subject_crops"] = float(subject_similarity(encoder, *pairs, self.instruments.crops).mean())
+        return scores
+
+    def _attributes(self, frames: Tensor, expects: Expects) -> tuple[Column, dict[str, str]]:
+        """For each attribute that the prompt names, the share of frames that show it; and what most frames show."""
+        if self.instruments.attributes is None:
+            return {}, {}
+        read = self.instruments.attributes.read(frames)
+        hits = attribute_hits([expects] * len(frames), read)
+        scores = {name: sum(h[name] for h in hits) / len(hits) for name in expects}
+        return scores, {name: Counter(values).most_common(1)[0][0] for name, values in read.items()}
+
+    def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """Means over the clips, and `score`, which chooses the best checkpoint: see `checkpoint_score`.
+
+        `frozen` is the alarm: the share of clips in which nothing moves.
+        """
+        measured = self.measure(clips, prompts)
+        means = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}
+        return {**means, "score": checkpoint_score(means)}
+
+
+def checkpoint_score(means: Mapping[str, float]) -> float:
+    """Subject × motion × (1 - leakage), on [0, 1], of what was measured; a factor that was not measured counts as 1.
+
+    The motion is the rate of recognition where paths are read, else the fidelity; the subject is `identity`.
+    """
+    motion = means.get("motion_recognised", means.get("motion_fidelity", 1.0))
+    factors = (motion, means.get("identity", 1.0), 1 - max(0.0, means.get("leakage", 0.0)))
+    return math.prod(min(1.0, max(0.0, f)) for f in factors)
