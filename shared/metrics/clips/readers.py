@@ -1,0 +1,16 @@
+"""Which network reads the paths of things off clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from shared.metrics.clips.paths import PathReader
+
+#: The readers of a world of its own, by the name that a backbone states (`World.instruments`).
+OWN: Mapping[str, Callable[[], PathReader]] = {}
+
+
+def load_path_reader(world: str) -> PathReader | None:
+    """The reader for a world's clips; None where it has none."""
+    make = OWN.get(world)
+    return None if make is None else make()

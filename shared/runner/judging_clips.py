@@ -1,0 +1,258 @@
+"""Judging a motion, a subject, or both in clips: which clips and pictures to compare with, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.config import expanded, unknown
+from shared.evaluation.clips.case_facts import ClipCase
+from shared.evaluation.clips.evaluate import ClipShots, Makers, evaluate_clips
+from shared.evaluation.clips.prompt_sets import DEFAULT, ClipTexts, load_clip_prompts
+from shared.evaluation.evaluate import Generate
+from shared.evaluation.report_facts import Case
+from shared.evaluation.true_figures import true_figures
+from shared.io.checksums import sha256
+from shared.io.clips.find_clips import find_clips
+from shared.io.clips.open_frames import open_frames
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+from shared.io.denoising_progress import Steps
+from shared.metrics.clips.paths import KnownMotion, PathReader, known_motion, recognition_ceiling
+from shared.metrics.clips.readers import load_path_reader
+from shared.metrics.clips.report import ClipReport
+from shared.metrics.clips.scorer import ClipScorer
+from shared.metrics.encoders import Instruments
+from shared.metrics.instruments import load_instruments
+from shared.metrics.scorer import Scorer
+from shared.runner.judging import EvaluationSettings, beside, check_folders, picture_case, round_trip
+from shared.runner.loaded_concepts import Loaded, Painter
+from shared.sampling.settings import SamplingSettings
+
+FalseMotion = Literal["unnamed", "off", "none"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ClipEvaluationSettings:
+    """How concepts are judged in clips."""
+
+    prompts: str = DEFAULT  # a prompt set for clips, or a file
+    seeds: tuple[int, ...] = (0, 1)
+    limit: int | None = None  # only the first prompts of the set
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None there: as the motion's recipe says
+    references: Path | None = None  # the motion's clips; default those that it was learned from, beside its folder
+    pictures: Path | None = None  # the subject's pictures; default likewise
+    gallery: Path | None = None  # a folder of folders with pictures of other things of the subject's class
+    clip: Path | None = None  # model folders to measure with
+    dino: Path | None = None
+    reader: PathReader | None = None  # reads paths of things; None: that of the model's world, where there is one
+    # Clips with the motion loaded and not asked for: its name left out, or named and at strength 0; or none are made.
+    false_motion: FalseMotion = "unnamed"
+    compensate_camera: bool = False  # in motion fidelity
+    out: Path | None = None  # a folder for the report; None writes none
+    overwrite: bool = False
+    fps: float = 8.0  # of the clips in the report
+
+
+def evaluate_clips_loaded(
+    runner: Painter, settings: ClipEvaluationSettings = ClipEvaluationSettings(), progress: Progress | None = None
+) -> ClipReport:
+    """Judge the concepts loaded in `runner`, a motion, a subject, or one of each, in clips; with `settings.out` the report
+    is written there.
+
+    Raises:
+        ValueError: other concepts are loaded, their clips or pictures are not to be found, the model makes no clips
+    """
+    check_false_motion(settings.false_motion)
+    check_folders(settings.clip, settings.dino)
+    if runner.backbone.frames is None:
+        raise ValueError(f"{runner.backbone.name} makes pictures, and no clips")
+    judged = _Judged.of(runner)
+    prompts = load_clip_prompts(settings.prompts)
+    texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
+    files = () if judged.motion is None else motion_clips(judged.motion, settings.references)
+    scorer = _scorer(runner, judged, settings, files, texts, progress)
+    frames = settings.sampling.frames or runner.backbone.frames
+    case = _case(runner, judged, scorer, frames)
+    case = replace(case, still_named=settings.false_motion == "off")
+    shots = ClipShots(settings.seeds, settings.out, settings.overwrite, settings.fps)
+    return evaluate_clips(_makers(runner, judged, settings, case), case, texts, scorer, shots, progress)
+
+
+def check_false_motion(text: str) -> FalseMotion:
+    """One of the ways of `FalseMotion`; ValueError otherwise."""
+    if text not in get_args(FalseMotion):
+        raise ValueError(f"--false-motion: {unknown(text, get_args(FalseMotion), 'choice')}")
+    return text  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The concepts that are judged."""
+
+    motion: Loaded | None
+    subject: Loaded | None
+
+    @staticmethod
+    def of(runner: Painter) -> _Judged:
+        """ValueError unless one motion, one subject, or one of each is loaded."""
+        by_kind = {name: loaded.concept.meta.kind for name, loaded in runner.loaded.items()}
+        motions = [name for name, kind in by_kind.items() if kind == "motion"]
+        subjects = [name for name, kind in by_kind.items() if kind in ("subject", "identity")]
+        others = [f"{name} ({kind})" for name, kind in by_kind.items() if name not in (*motions, *subjects)]
+        if others or len(motions) > 1 or len(subjects) > 1 or not by_kind:
+            said = ", ".join(f"{name} ({kind})" for name, kind in by_kind.items()) or "none"
+            raise ValueError(f"clips are judged with one motion, one subject, or one of each; the concepts are: {said}")
+        first = [runner.loaded[names[0]] if names else None for names in (motions, subjects)]
+        return _Judged(*first)
+
+    @property
+    def motion_name(self) -> str:
+        return self.motion.concept.meta.name if self.motion else ""
+
+    @property
+    def subject_name(self) -> str:
+        return self.subject.concept.meta.name if self.subject else ""
+
+    @property
+    def class_noun(self) -> str:
+        return self.subject.concept.meta.class_noun if self.subject else ""
+
+    @property
+    def all(self) -> list[Loaded]:
+        return [loaded for loaded in (self.subject, self.motion) if loaded is not None]
+
+
+def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
+    """The clips a motion was learned from: in `folder`, or in the folder of that name beside the concept.
+
+    Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
+    """
+    meta, path = loaded.concept.meta, loaded.concept.path
+    if folder is None and loaded.subject is not None and loaded.subject.clips:
+        return loaded.subject.clips
+    recorded = meta.learned_with.folder_of(meta.name)
+    source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
+    if source is None or (folder is None and not source.is_dir()):
+        raise ValueError("give --references FOLDER: a motion holds the hashes of its clips, not the clips")
+    found = find_clips(expanded(source)).clips
+    hashes = {r.sha256 for r in meta.references}
+    if folder is None and not all(sha256(p) in hashes for p in found):
+        raise ValueError(f"{source} holds other clips than the motion was learned from: give --references FOLDER")
+    return found
+
+
+def read_motion(path: Path, loaded: Loaded, side: int) -> Tensor:
+    """A clip `[3, F, side, side]` as the motion's recipe reads it (rate, stride, length, start); of one that is shorter, all
+    its frames."""
+    window = _window(loaded)
+    source = open_frames(path)
+    try:
+        window.picks(source)
+    except ValueError:
+        window = ClipWindow(length=source.count)
+    if window.length < 2:
+        raise ValueError(f"{path} holds one frame: nothing moves in it")
+    return read_clip(path, window.model_copy(update={"windows": 1}), side).frames
+
+
+def _window(loaded: Loaded) -> ClipWindow:
+    sources = loaded.concept.meta.recipe.get("sources")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        if isinstance(source, dict) and source.get("kind") == "clips" and isinstance(source.get("window"), dict):
+            return ClipWindow.model_validate(source["window"])
+    return ClipWindow()
+
+
+def _scorer(
+    runner: Painter,
+    judged: _Judged,
+    settings: ClipEvaluationSettings,
+    files: Sequence[Path],
+    texts: ClipTexts,
+    progress: Progress | None,
+) -> ClipScorer:
+    world, side = runner.backbone.world, runner.backbone.resolution
+    tools = Instruments()
+    if settings.clip or settings.dino or world:
+        device = str(runner.backbone.device)
+        tools = load_instruments(settings.clip, settings.dino, world and world.instruments, device)
+    reader = settings.reader or (load_path_reader(world.instruments) if world else None)
+    clips = [read_motion(path, judged.motion, side) for path in files] if judged.motion else []
+    thing = None
+    if judged.subject is not None and tools.identity is not None:
+        asked = EvaluationSettings(references=settings.pictures, gallery=settings.gallery)
+        thing = _thing(picture_case(runner, judged.subject, asked), tools, texts, progress)
+    known = known_motion(files) if files else None
+    return ClipScorer(tools, clips, known, reader, thing, settings.compensate_camera)
+
+
+def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress | None) -> Scorer:
+    """What tells whether a frame shows the subject: the scorer of pictures, with the bars that true pictures set."""
+    scorer = Scorer(
+        case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
+        through=case.through, masks=case.masks,
+    )  # fmt: skip
+    scorer.figures = true_figures(scorer, case, texts.of_pictures(), progress)
+    return scorer
+
+
+def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> ClipCase:
+    metas = {loaded.concept.meta.name: loaded.concept.meta for loaded in judged.all}
+    words = {name: p.words for name, p in runner.backbone.placeholders.items()}
+    training = [m.metrics.get("training_seconds") for m in metas.values()]
+    return ClipCase(
+        motion=judged.motion_name,
+        subject=judged.subject_name,
+        class_noun=judged.class_noun,
+        recipes={name: meta.learned_with.method for name, meta in metas.items()},
+        backbone=runner.backbone.name,
+        toy=runner.backbone.world is not None,
+        acts_unnamed=judged.motion is not None and not words.get(judged.motion_name, "").strip(),
+        ceiling=_ceiling(runner.backbone, scorer.known, scorer.reader, frames),
+        concepts=[loaded.concept.path for loaded in judged.all if loaded.concept.path],
+        training_seconds=sum(t for t in training if t) or None,
+        metadata={name: json.loads(m.model_dump_json(exclude={"recipe"})) for name, m in metas.items()},
+    )
+
+
+def _ceiling(backbone: Backbone, known: KnownMotion | None, reader: PathReader | None, frames: int) -> float | None:
+    if known is None or reader is None:
+        return None
+    return recognition_ceiling(reader, known, frames, through=lambda pixels: round_trip(backbone, pixels))
+
+
+def _makers(runner: Painter, judged: _Judged, settings: ClipEvaluationSettings, case: ClipCase) -> Makers:
+    chosen = judged.motion or judged.subject
+    assert chosen is not None
+    learned, asked = chosen.concept.meta.learned_with.sampling, settings.sampling
+    as_learned = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
+    sampling = replace(asked, frames=asked.frames or runner.backbone.frames, **as_learned)
+
+    def concept(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
+        return runner.generate(texts, seeds, sampling, must_name=False, progress=progress)
+
+    def base(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
+        return runner.generate(texts, seeds, sampling, base=True, progress=progress)
+
+    def off(texts: list[str], seeds: list[int], progress: Steps | None) -> Tensor:
+        backbone, name = runner.backbone, judged.motion_name
+        strength = backbone.strengths[name]
+        backbone.set_strength(name, 0.0)
+        try:
+            return concept(texts, seeds, progress)
+        finally:
+            backbone.set_strength(name, strength)
+
+    unnamed: Generate | None = None
+    if judged.motion is not None and settings.false_motion != "none":
+        unnamed = off if settings.false_motion == "off" else None if case.acts_unnamed else concept
+    return Makers(concept, base, unnamed)
