@@ -12,7 +12,7 @@ from shared.metrics.scorer import Scorer
 class About:
     title: str
     explanation: str
-    unit: Literal["rate", "score", "cosine", "count"] = "rate"
+    unit: Literal["rate", "score", "cosine", "count", "share"] = "rate"
     better: Literal["higher", "lower"] = "higher"
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from shared.metrics.clips.flow_fields import FlowFields, flow_fields
+from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
 TOP = 0.05  # of the flow's vectors, the longest
 MOVES = 6 / 256  # of the shorter side from frame to frame: VBench's threshold
 OF_SIXTEEN = 4  # VBench: a clip of 16 frames is dynamic when so many steps pass the threshold
-FROZEN = 0.5 / 256  # of the shorter side: half a pixel of a clip of 256, which is the flicker of an autoencoder
+REACH = 0.03  # of the shorter side: a point that never gets this far from its start does not move
+FEW = 0.03  # of the points
+CHANGE = 0.1  # of the range of brightness, from frame to frame: flicker changes less than this
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
     The degree is VBench's (arXiv 2311.17982, supplement, "dynamic degree"): per pair of consecutive frames the mean of
     the 5 % longest flow vectors; the clip is dynamic when it exceeds 6/256 of the shorter side in at least a quarter of
-    the pairs that its frames make. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section
+    the pairs that its frames make. Only vectors that the flow back confirms count here, or flicker would be taken for
+    motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section
     5): cosines of consecutive frames; some papers average over all pairs, which is given too.
 
     Args:
@@ -45,7 +49,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
         raise ValueError("nothing can move in a clip of one frame")
     if len(embeddings) != frames:
         raise ValueError(f"{len(embeddings)} embeddings for a clip of {frames} frames: give one for each")
-    steps = _step_lengths(fields)
+    steps = _longest(fields.magnitudes)
     needed = max(1, round(OF_SIXTEEN * frames / 16))
     between = cosine(embeddings, embeddings)
     pairs = between[tuple(torch.triu_indices(frames, frames, 1))]
@@ -57,16 +61,23 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     )
 
 
-def frozen(clip: Tensor | FlowFields) -> bool:
-    """Whether nothing moves in a clip `[3, F, H, W]` in [-1, 1] (or its flow): it is a picture, shown for a while.
+def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
+    """Whether nothing moves in a clip `[3, F, H, W]` in [-1, 1] (or its flow, and tracks where they are known): it is a
+    picture, shown for a while, though it may flicker.
 
-    A clip of one frame is frozen.
+    That is, hardly any point gets anywhere. Points that are too fast to be followed do not either: so the flow must be
+    below the threshold for "dynamic" as well, and the 5 % that change most must change little. A clip of one frame is
+    frozen.
     """
     fields = clip if isinstance(clip, FlowFields) else flow_fields(clip)
-    return len(fields.forward) == 0 or float(_step_lengths(fields).mean()) < FROZEN
+    if len(fields.forward) == 0:
+        return True
+    moved = ((tracks or follow(fields)).reach >= REACH).double().mean()
+    steps, changes = (float(_longest(each).mean()) for each in (fields.magnitudes, fields.changes))
+    return float(moved) < FEW and steps < MOVES and changes < CHANGE
 
 
-def _step_lengths(fields: FlowFields) -> Tensor:
-    """`[F-1]`, float64: the mean of the longest 5 % of the flow from each frame to the next, in shorter sides."""
-    lengths = fields.magnitudes().flatten(1).double()
-    return lengths.topk(max(1, int(TOP * lengths.shape[1])), dim=1).values.mean(1)
+def _longest(values: Tensor) -> Tensor:
+    """`[F-1, h, w]` -> `[F-1]`, float64: the mean of the largest 5 % of each step."""
+    each = values.flatten(1).double()
+    return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

@@ -7,11 +7,13 @@ RAFT, which needs weights; its thresholds are kept, its values are not the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shared.masks.track import flow_between, grey_levels
 
@@ -25,15 +27,24 @@ class FlowFields:
 
     forward: Tensor  # float32 [F-1, h, w, 2]: from a frame to the next
     backward: Tensor  # float32 [F-1, h, w, 2]: from the next one back
+    changes: Tensor  # float32 [F-1, h, w] in [0, 1]: how much brighter or darker each cell is in the next frame
     size: tuple[int, int]  # height and width of the clip in pixels
 
     @property
     def cells_per_pixel(self) -> float:
         return self.forward.shape[1] / self.size[0]
 
+    @cached_property
     def magnitudes(self) -> Tensor:
-        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side."""
-        return self.forward.norm(dim=-1) / min(self.forward.shape[1:3])
+        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side; 0 where the flow back does
+        not confirm it: what flickers is given a flow too, and a long one where there is no detail."""
+        height, width = self.forward.shape[1:3]
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        here = torch.stack([columns, rows], -1).reshape(-1, 2).double()
+        lengths = self.forward.norm(dim=-1) / min(height, width)
+        for i, (forward, backward) in enumerate(zip(self.forward, self.backward, strict=True)):
+            lengths[i] *= confirmed(forward.reshape(-1, 2).double(), backward, here).view(height, width)
+        return lengths
 
 
 def flow_fields(clip: Tensor) -> FlowFields:
@@ -45,13 +56,36 @@ def flow_fields(clip: Tensor) -> FlowFields:
     ahead = [_between(a, b) for a, b in pairwise(grey)]
     back = [_between(b, a) for a, b in pairwise(grey)]
     forward, backward = (torch.from_numpy(np.stack(each) if each else none) for each in (ahead, back))
-    return FlowFields(forward, backward, (clip.shape[2], clip.shape[3]))
+    changes = torch.from_numpy(grey.astype(np.float32)).diff(dim=0).abs() / 255
+    return FlowFields(forward, backward, changes, (clip.shape[2], clip.shape[3]))
 
 
 def _between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     if np.array_equal(before, after):  # nothing has moved, and what is estimated of it is not exactly 0 everywhere
         return np.zeros((*before.shape, 2), np.float32)
     return flow_between("dis", before, after)
+
+
+def confirmed(ahead: Tensor, backward: Tensor, at: Tensor) -> Tensor:
+    """Whether the flow back leads to where it came from, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
+    (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", ECCV 2010,
+    eq. 5).
+
+    Args:
+        ahead: f, `[N, 2]`, the flow at the places `at` `[N, 2]` (x, y)
+        backward: `[h, w, 2]`, of which b is the value at `at + ahead`
+    """
+    back = sampled(backward, at + ahead)
+    return (ahead + back).square().sum(1) < 0.01 * (ahead.square().sum(1) + back.square().sum(1)) + 0.5
+
+
+def sampled(field: Tensor, at: Tensor) -> Tensor:
+    """`[h, w, 2]` at `[N, 2]` (x, y in cells), between cells linearly: `[N, 2]` in float64."""
+    height, width = field.shape[:2]
+    scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=torch.float64)
+    where = (at * scale - 1)[None, None]
+    planes = field.permute(2, 0, 1)[None].double()
+    return F.grid_sample(planes, where, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0].T
 
 
 def check_clip(clip: Tensor) -> None:

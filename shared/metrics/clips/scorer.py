@@ -120,16 +120,16 @@ class ClipScorer:
         return scores, seen, like, looks
 
     def _movement(self, fields: FlowFields, looks: Tensor) -> Column:
-        moved = dynamics(fields, looks)
+        moved, tracks = dynamics(fields, looks), follow(fields)
         scores = {
             "dynamic_degree": moved.degree,
             "temporal_consistency": moved.consistency,
             "consistency_all_pairs": moved.consistency_all_pairs,
             "dynamic": float(moved.dynamic),
-            "frozen": float(frozen(fields)),
+            "frozen": float(frozen(fields, tracks)),
         }
         if self.motion_clips:
-            scores["motion_fidelity"] = self._fidelity(follow(fields), self.motion_tracks)
+            scores["motion_fidelity"] = self._fidelity(tracks, self.motion_tracks)
             scores["leakage"] = leakage(looks, self.motion_looks)
         return scores
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from shared.metrics.clips.flow_fields import FlowFields, flow_fields
+from shared.metrics.clips.flow_fields import FlowFields, confirmed, flow_fields, sampled
 
 PER_SIDE = 24  # points along the shorter side of a frame
 LEAST = 16  # points that a mask should hold: the grid is refined until it does
@@ -36,6 +35,11 @@ class Tracks:
     def frames(self) -> int:
         return self.points.shape[1]
 
+    @property
+    def reach(self) -> Tensor:
+        """`[N]`, float64: how far each point gets from its start, as a fraction of the frame's shorter side."""
+        return (self.points - self.points[:, :1]).double().norm(dim=2).amax(1) / min(self.size)
+
 
 def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
     """Follows a grid of points through a clip `[3, F, H, W]` in [-1, 1]; see `follow`."""
@@ -45,9 +49,7 @@ def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_S
 def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
     """Follows a grid of points of the first frame along the flow.
 
-    A point is visible as long as the flow back leads to where it came from: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in
-    cells of the flow's grid (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement
-    optical flow", ECCV 2010, eq. 5).
+    A point is visible as long as the flow back confirms where it goes (`confirmed`).
 
     Args:
         mask: `[H, W]` or `[1, H, W]`, above 0.5 where points of the first frame are wanted; there the grid is refined
@@ -65,12 +67,10 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
     height, width = fields.forward.shape[1:3]
     bound = torch.tensor([width - 1, height - 1], dtype=torch.float64)
     for forward, backward in zip(fields.forward, fields.backward, strict=True):
-        ahead = _sampled(forward, at)
+        ahead = sampled(forward, at)
         then = at + ahead
-        back = _sampled(backward, then)
-        gap, lengths = (ahead + back).square().sum(1), ahead.square().sum(1) + back.square().sum(1)
         inside = ((then >= 0) & (then <= bound)).all(1)
-        seen = seen & inside & (gap < 0.01 * lengths + 0.5)
+        seen = seen & inside & confirmed(ahead, backward, at)
         at = torch.where(seen[:, None], then, at)  # a lost point rests where it was last seen
         points.append(at)
         visible.append(seen)
@@ -104,12 +104,3 @@ def _inside(size: tuple[int, int], mask: Tensor, per_side: int) -> Tensor:
         if len(inside) >= LEAST or per_side >= min(size):
             return inside
         per_side = min(2 * per_side, min(size))
-
-
-def _sampled(field: Tensor, at: Tensor) -> Tensor:
-    """`[h, w, 2]` at `[N, 2]` (x, y in cells), between cells linearly: `[N, 2]` in float64."""
-    height, width = field.shape[:2]
-    scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=torch.float64)
-    where = (at * scale - 1)[None, None]
-    planes = field.permute(2, 0, 1)[None].double()
-    return F.grid_sample(planes, where, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0].T
