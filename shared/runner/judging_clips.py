@@ -80,8 +80,10 @@ def evaluate_clips_loaded(
     files = () if judged.motion is None else motion_clips(judged.motion, settings.references)
     scorer = _scorer(runner, judged, settings, files, texts, progress)
     frames = settings.sampling.frames or runner.backbone.frames
-    case = _case(runner, judged, scorer, frames)
-    case = replace(case, still_named=settings.false_motion == "off")
+    wordless = settings.false_motion == "unnamed" and judged.is_wordless(runner)
+    case = replace(
+        _case(runner, judged, scorer, frames), acts_unnamed=wordless, still_named=settings.false_motion == "off"
+    )
     shots = ClipShots(settings.seeds, settings.out, settings.overwrite, settings.fps)
     return evaluate_clips(_makers(runner, judged, settings, case), case, texts, scorer, shots, progress)
 
@@ -124,6 +126,11 @@ class _Judged:
     @property
     def class_noun(self) -> str:
         return self.subject.concept.meta.class_noun if self.subject else ""
+
+    def is_wordless(self, runner: Painter) -> bool:
+        """Whether the motion has no words: a prompt that names it is the prompt that does not."""
+        placeholder = runner.backbone.placeholders.get(self.motion_name)
+        return self.motion is not None and (placeholder is None or not placeholder.words.strip())
 
     @property
     def all(self) -> list[Loaded]:
@@ -206,7 +213,6 @@ def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress 
 
 def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> ClipCase:
     metas = {loaded.concept.meta.name: loaded.concept.meta for loaded in judged.all}
-    words = {name: p.words for name, p in runner.backbone.placeholders.items()}
     training = [m.metrics.get("training_seconds") for m in metas.values()]
     return ClipCase(
         motion=judged.motion_name,
@@ -215,7 +221,6 @@ def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> 
         recipes={name: meta.learned_with.method for name, meta in metas.items()},
         backbone=runner.backbone.name,
         toy=runner.backbone.world is not None,
-        acts_unnamed=judged.motion is not None and not words.get(judged.motion_name, "").strip(),
         ceiling=_ceiling(runner.backbone, scorer.known, scorer.reader, frames),
         concepts=[loaded.concept.path for loaded in judged.all if loaded.concept.path],
         training_seconds=sum(t for t in training if t) or None,

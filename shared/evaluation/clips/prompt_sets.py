@@ -122,7 +122,8 @@ class ClipTexts:
 
 def _said(text: str, motion: str, thing: str) -> str:
     words = text.replace("{concept}", motion).replace("{thing}", thing)
-    words = re.sub(r"\s+([,.;])", r"\1", re.sub(r"\s+", " ", words)).strip()
+    words = re.sub(r"\s+", " ", words)
+    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # what stood between two commas may be gone
     return words if "{" in words else fill(words, "", "")
 
 

@@ -44,7 +44,7 @@ def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
     """
     if not clips:
         raise ValueError("leakage is the likeness to the motion's clips, and there are none")
-    return float(cosine(frames, torch.cat(list(clips))).amax(1).mean())
+    return float(cosine(frames, torch.cat(list(clips))).amax(1).clamp_max(1).mean())
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
@@ -83,5 +83,5 @@ def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable
         members = [i for i, g in enumerate(groups) if g == group]
         if (n := len(members)) > 1:
             pairs = between[members][:, members][tuple(torch.triu_indices(n, n, 1))]
-            out[group] = 1 - float(pairs.mean())
+            out[group] = max(0.0, 1 - float(pairs.mean()))  # rounding can put a cosine above 1
     return out

@@ -51,7 +51,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
         raise ValueError(f"{len(embeddings)} embeddings for a clip of {frames} frames: give one for each")
     steps = _longest(fields.magnitudes)
     needed = max(1, round(OF_SIXTEEN * frames / 16))
-    between = cosine(embeddings, embeddings)
+    between = cosine(embeddings, embeddings).clamp(-1, 1)  # rounding can put a cosine above 1
     pairs = between[tuple(torch.triu_indices(frames, frames, 1))]
     return Dynamics(
         degree=float(steps.mean()),
