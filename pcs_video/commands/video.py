@@ -135,8 +135,13 @@ def evaluate(
     from shared.commands.progress import Lines
     from shared.evaluation.clips.prompt_sets import load_clip_prompts
     from shared.io.outputs import check_output
-    from shared.runner.judging import check_folders, score_line
-    from shared.runner.judging_clips import ClipEvaluationSettings, check_false_motion, evaluate_clips_loaded
+    from shared.runner.judging import check_folders
+    from shared.runner.judging_clips import (
+        ClipEvaluationSettings,
+        check_false_motion,
+        clip_score_line,
+        evaluate_clips_loaded,
+    )
     from shared.runner.open_runner import check_precision, open_runner, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
@@ -159,5 +164,5 @@ def evaluate(
     with Lines() as counter:
         report = evaluate_clips_loaded(runner, settings, counter)
     for score in report.scores:
-        print(f"{score.title:34} {score_line(score)}")
+        print(f"{score.title:34} {clip_score_line(score)}")
     print(f"{out / 'index.html'}")

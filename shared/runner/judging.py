@@ -216,17 +216,19 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
     return {p.name: references(read_subject(p), side) for p in names}
 
 
-def score_line(score: Score) -> str:
-    """A headline score as one line: value, interval, and the base model beside it."""
+def score_line(
+    score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
+) -> str:
+    """A headline score as one line: value, interval, and the base model beside it; what else is known in these words."""
     if score.value is None:
         return "not measured"
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
     base = f"   base model {score.base:.3f}" if score.base is not None else ""
     chance = f"   chance {score.chance:.3f}" if score.chance is not None else ""
-    truth = f"   true pictures {score.truth:.3f}" if score.truth is not None else ""
+    truth = f"   {true_ones} {score.truth:.3f}" if score.truth is not None else ""
     among = ""
     if score.among_low is not None and score.among_high is not None:
-        among = f"   references among themselves {score.among_low:.3f} to {score.among_high:.3f}"
+        among = f"   {among_each_other} {score.among_low:.3f} to {score.among_high:.3f}"
     return f"{score.value:.3f}{span}{base}{chance}{truth}{among}"
 
 

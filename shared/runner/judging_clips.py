@@ -30,8 +30,9 @@ from shared.metrics.clips.report import ClipReport
 from shared.metrics.clips.scorer import ClipScorer
 from shared.metrics.encoders import Instruments
 from shared.metrics.instruments import load_instruments
+from shared.metrics.report import Score
 from shared.metrics.scorer import Scorer
-from shared.runner.judging import EvaluationSettings, beside, check_folders, picture_case, round_trip
+from shared.runner.judging import EvaluationSettings, beside, check_folders, picture_case, round_trip, score_line
 from shared.runner.loaded_concepts import Loaded, Painter
 from shared.sampling.settings import SamplingSettings
 
@@ -135,6 +136,13 @@ class _Judged:
     @property
     def all(self) -> list[Loaded]:
         return [loaded for loaded in (self.subject, self.motion) if loaded is not None]
+
+
+def clip_score_line(score: Score) -> str:
+    """A headline score of clips as one line."""
+    if score.key in ("motion_recognised", "motion_fidelity", "leakage"):
+        return score_line(score, "true clips", "the motion's clips among themselves")
+    return score_line(score)
 
 
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:

@@ -140,6 +140,8 @@ def test_what_is_wrong_with_a_clip_is_said_in_words() -> None:
     base = maker((0, 3))
     frozen = judged(Makers(still, base), seeds=(0,))
     assert [r.flags for r in frozen.of_kind("concept")] == [["nothing moves"]] * 2
+    degree = frozen.score("dynamic_degree")
+    assert degree and (degree.value, degree.low, degree.high) == (0, 0, 0)
     assert frozen.value("frozen") == 1 and frozen.value("score") == 0 and frozen.value("temporal_consistency") == 1
     opposite = judged(Makers(maker((-3, 0)), base), seeds=(0,))
     assert [r.flags for r in opposite.of_kind("concept")] == [["moves unlike the motion's clips"]] * 2

@@ -42,7 +42,7 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
             out += _false_motion(arms)
         elif key in made.scores:
             floor = None if key in NO_BASE or key not in base.scores else base.mean(key)
-            out.append(_score(key, made.mean(key), bootstrap(made.scores[key], arms.prompts), floor))
+            out.append(_score(key, made.mean(key), _span(key, made.scores[key], arms.prompts), floor))
     spread, base_spread = (list(seed_spread(m.embeddings, arms.prompts).values()) for m in (made, base))
     if spread:
         out.append(_score("spread", _mean(spread), bootstrap(spread), _mean(base_spread)))
@@ -89,6 +89,15 @@ def _false_motion(arms: Arms) -> list[Score]:
     about = "Motion recognised" if key == "motion_recognised" else "Motion fidelity"
     unit = ABOUT[key].unit
     return [score.model_copy(update={"unit": unit, "explanation": f"{about} {score.explanation[len('The same ') :]}"})]
+
+
+def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[float, float]:
+    """The 95 % interval of the mean; of what is no rate and the same everywhere, that value (`bootstrap` would take zeros
+    and ones for a rate)."""
+    known = {v for v in values if not math.isnan(v)}
+    if ABOUT[key].unit != "rate" and len(known) == 1:
+        return (min(known), min(known))
+    return bootstrap(values, prompts)
 
 
 def _score(key: str, value: float, span: tuple[float, float], base: float | None) -> Score:
