@@ -15,6 +15,7 @@ from shared.io.clips.window import ClipWindow
 from shared.io.contact_sheets import stills
 from shared.metrics.clips.report import ClipReport
 from shared.runner.base import Runner, attached
+from shared.runner.clip_scorers import clip_training_scorers
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
 from shared.types import Subject
 
@@ -25,6 +26,7 @@ class VideoRunner(Runner):
     """One backbone and the concepts attached to it; what it makes are clips [N, 3, F, H, W] in [-1, 1]."""
 
     tasks = {**Runner.tasks, DualPathTask: DualPath}
+    scorers = staticmethod(clip_training_scorers)
 
     @classmethod
     def prepared(cls, backbone: Backbone, motion_adapter: str | Path | None = None) -> Backbone:

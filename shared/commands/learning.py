@@ -39,7 +39,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
     """Learn, with progress on the terminal, and say where the concepts are. ValueError before anything heavy begins."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
-    from shared.runner.judging import check_folders, training_scorers
+    from shared.runner.judging import check_folders
     from shared.runner.learn import personalize
     from shared.runner.open_runner import open_runner
     from shared.runner.plan import plan
@@ -55,7 +55,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
     runner = open_runner(
         medium.runner, resolved.backbone, asked.concepts, asked.device, precision, asked.download, **how
     )
-    scorers = training_scorers(planned, runner.backbone, asked.clip, asked.dino)
+    scorers = medium.runner.scorers(planned, runner.backbone, asked.clip, asked.dino)
     with Bar() as bar:
         try:
             options: dict[str, Any] = {"resume": asked.resume, "overwrite": asked.overwrite}

@@ -22,7 +22,7 @@ from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
-from shared.runner.judging import EvaluationSettings, evaluate_loaded, references
+from shared.runner.judging import EvaluationSettings, evaluate_loaded, references, training_scorers
 from shared.runner.loaded_concepts import Loaded
 from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.sampler import sample_all
@@ -50,6 +50,7 @@ class Runner:
     """One backbone and the concepts attached to it."""
 
     tasks: ClassVar[TaskTable] = TASKS  # what a recipe's task parts stand for
+    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # of what is made while training
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
 

@@ -48,16 +48,8 @@ def training_scorers(
     They know the references only, never the look-alikes that the finished concept is told from: what chooses the best
     checkpoint must not be what it is judged by.
     """
-    check_folders(clip, dino)
     world_instruments = backbone.world and backbone.world.instruments
-    phases = [p for _, p in expand_phases(planned.recipe)]
-    if not any(p.train.validation.every or p.task.needs_scores for p in phases):
-        if clip or dino:
-            warnings.warn(
-                "--clip and --dino score the pictures made while training, and none are made: "
-                "set train.validation.every=100, for example",
-                stacklevel=2,
-            )
+    if not makes_previews(planned, clip, dino):
         return None
     if not (world_instruments or clip or dino):
         warnings.warn(
@@ -82,6 +74,22 @@ def training_scorers(
             through,
         )
     return out
+
+
+def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
+    """Whether something is made while training that could be scored; a UserWarning where it is not, and something to score
+    it with is given. ValueError when that is not there."""
+    check_folders(clip, dino)
+    phases = [p for _, p in expand_phases(planned.recipe)]
+    if any(p.train.validation.every or p.task.needs_scores for p in phases):
+        return True
+    if clip or dino:
+        warnings.warn(
+            "--clip and --dino score the pictures made while training, and none are made: "
+            "set train.validation.every=100, for example",
+            stacklevel=3,
+        )
+    return False
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:

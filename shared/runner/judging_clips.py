@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -164,10 +164,10 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     return found
 
 
-def read_motion(path: Path, loaded: Loaded, side: int) -> Tensor:
-    """A clip `[3, F, side, side]` as the motion's recipe reads it (rate, stride, length, start); of one that is shorter, all
-    its frames."""
-    window = _window(loaded)
+def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
+    """A clip `[3, F, side, side]` as a motion's recipe reads it (rate, stride, length, start); of one that is shorter, all
+    its frames. ValueError for one frame."""
+    window = _window(recipe)
     source = open_frames(path)
     try:
         window.picks(source)
@@ -178,12 +178,19 @@ def read_motion(path: Path, loaded: Loaded, side: int) -> Tensor:
     return read_clip(path, window.model_copy(update={"windows": 1}), side).frames
 
 
-def _window(loaded: Loaded) -> ClipWindow:
-    sources = loaded.concept.meta.recipe.get("sources")
-    for source in sources.values() if isinstance(sources, dict) else ():
-        if isinstance(source, dict) and source.get("kind") == "clips" and isinstance(source.get("window"), dict):
+def _window(recipe: Mapping[str, Any]) -> ClipWindow:
+    sources = recipe.get("sources")
+    for source in sources.values() if isinstance(sources, Mapping) else ():
+        if isinstance(source, Mapping) and source.get("kind") == "clips" and isinstance(source.get("window"), Mapping):
             return ClipWindow.model_validate(source["window"])
     return ClipWindow()
+
+
+def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
+    """What clips of this model are measured with; none where nothing is given and it has no world of its own."""
+    if not (clip or dino or backbone.world):
+        return Instruments()
+    return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))
 
 
 def _scorer(
@@ -195,12 +202,10 @@ def _scorer(
     progress: Progress | None,
 ) -> ClipScorer:
     world, side = runner.backbone.world, runner.backbone.resolution
-    tools = Instruments()
-    if settings.clip or settings.dino or world:
-        device = str(runner.backbone.device)
-        tools = load_instruments(settings.clip, settings.dino, world and world.instruments, device)
+    tools = clip_instruments(runner.backbone, settings.clip, settings.dino)
     reader = settings.reader or (load_path_reader(world.instruments) if world else None)
-    clips = [read_motion(path, judged.motion, side) for path in files] if judged.motion else []
+    recipe = judged.motion.concept.meta.recipe if judged.motion else {}
+    clips = [read_motion(path, recipe, side) for path in files]
     thing = None
     if judged.subject is not None and tools.identity is not None:
         asked = EvaluationSettings(references=settings.pictures, gallery=settings.gallery)

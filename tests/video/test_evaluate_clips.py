@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from shared.metrics.clips.paths import KnownMotion
 from shared.metrics.clips.report import ClipReport
 from shared.metrics.clips.scorer import ClipScorer
 from shared.recipe.resolve import load
+from shared.runner.clip_scorers import Watched
 from shared.runner.judging_clips import ClipEvaluationSettings
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
@@ -175,7 +177,7 @@ def test_a_motion_of_the_toybox_is_recognised() -> None:
     assert any("acts in every clip" in note for note in report.notes) and not report.of_kind("unnamed")
     assert report.of_kind("base")[0].moves_like == "still" and not report.of_kind("base")[0].flags
     swapped = judged(Makers(maker((0, 3)), maker((3, 0))), scorer, case, seeds=(0,))
-    assert [r.flags for r in swapped.of_kind("concept")] == [["moves like “still”"]] * 2
+    assert [r.flags for r in swapped.of_kind("concept")] == [["nearest to standing still"]] * 2
 
 
 def test_prompts_say_where_motion_and_thing_go(tmp_path: Path) -> None:
@@ -364,6 +366,30 @@ def test_which_concepts_are_judged(concepts: Path, clip_model: Path, tmp_path: P
     bare.load(replace(one, meta=with_fields(one.meta, name="other")))
     with pytest.raises(ValueError, match=rf"{TOO_MANY}; the concepts are: slide \(motion\), other \(motion\)"):
         bare.evaluate_clips()
+
+
+def test_clips_made_while_training_are_scored_and_watched(
+    clip_model: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.concept"
+    settings = [f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={out}", *FAST]
+    settings += ["train.validation.every=1", "train.validation.num=1", "sampling.frames=4"]
+    assert run(app, ["personalize", "motion_director", *settings]) == 0
+    metrics = read(out).meta.metrics
+    assert {"best/score", "best/motion_fidelity"} <= set(metrics) or any("motion_fidelity" in k for k in metrics), (
+        metrics
+    )
+
+
+def test_a_model_that_has_stopped_moving_is_an_alarm() -> None:
+    moving = moving_patch((3, 0))
+    still = moving[:, :1].repeat(1, 5, 1, 1)
+    watched = Watched(ClipScorer(motion_clips=[moving]), "slide")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert watched(moving[None], ["a mug"])["frozen"] == 0
+    with pytest.warns(UserWarning, match="nothing moves in 50% of the clips made while slide is learned"):
+        assert watched(torch.stack([moving, still]), ["a mug"] * 2)["frozen"] == 0.5
 
 
 def test_other_clips_than_the_motion_s_are_not_taken_for_them(concepts: Path, tmp_path: Path) -> None:

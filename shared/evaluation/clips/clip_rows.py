@@ -10,6 +10,7 @@ from shared.metrics.clips.report import CLIPS, ClipRow, Kind
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
 HALF = 0.5  # of the frames: fewer show what was asked for, and the clip is marked
+STILL = "still"  # the candidate that every motion is told from
 OPPOSED = 0.0  # motion fidelity: nothing in common, or the opposite
 
 
@@ -62,7 +63,8 @@ def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: f
     if score("frozen") == 1:
         flags.append("nothing moves")
     elif score("motion_recognised") == 0:
-        flags.append(f"moves like “{measured.moves_like[n]}”")
+        like = measured.moves_like[n]
+        flags.append("nearest to standing still" if like == STILL else f"moves like “{like}”")
     elif math.isnan(score("motion_recognised")) and score("motion_fidelity") <= OPPOSED:
         flags.append("moves unlike the motion's clips")
     if limit is not None and score("leakage") >= limit:

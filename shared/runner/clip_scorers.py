@@ -1,0 +1,62 @@
+"""Clips made while training: scored, and watched for a model that has stopped moving."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from shared.backbones import Backbone
+from shared.metrics.clips.scorer import ClipScorer
+from shared.metrics.scorer import Scorer
+from shared.runner.judging import makes_previews, references
+from shared.runner.judging_clips import clip_instruments, read_motion
+from shared.runner.plan import Plan
+from shared.types import Subject
+
+ALARM = 0.5  # of the clips: so many stand still
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A scorer that says aloud when half of the clips or more have come to stand still."""
+
+    scorer: ClipScorer
+    name: str
+
+    def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """See `ClipScorer`; a UserWarning where `frozen` is 0.5 or more."""
+        scores = self.scorer(clips, prompts)
+        if scores["frozen"] >= ALARM:
+            warnings.warn(
+                f"nothing moves in {scores['frozen']:.0%} of the clips made while {self.name} is learned: it may be trained "
+                "for too long or at too high a rate, or the model is not one of clips",
+                stacklevel=2,
+            )
+        return scores
+
+
+def clip_training_scorers(
+    planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
+) -> dict[str, Watched] | None:
+    """One scorer per subject or motion for the clips made while training; None where none are made.
+
+    They know the clips and pictures that are learned from only, and recognise no motion: what chooses the best checkpoint
+    must not be what it is judged by.
+    """
+    if not makes_previews(planned, clip, dino):
+        return None
+    tools = clip_instruments(backbone, clip, dino)
+    side, recipe = backbone.resolution, planned.recipe.model_dump(mode="json")
+
+    def scorer(name: str, subject: Subject) -> ClipScorer:
+        if subject.clips:
+            return ClipScorer(tools, [read_motion(path, recipe, side) for path in subject.clips])
+        if tools.identity is None:
+            return ClipScorer(tools)
+        return ClipScorer(tools, thing=Scorer(references(subject, side), tools, subject.class_noun, name))
+
+    return {name: Watched(scorer(name, subject), name) for name, subject in planned.subjects.items()}
