@@ -177,6 +177,7 @@ class Conditioning:
     token_positions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> bool [B, L]
     size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
     regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
+    context_mask: Tensor | None = None  # bool [B, L], False at padding, for networks that must not look at it (LTX)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -212,6 +213,7 @@ class Conditioning:
         )
         return Conditioning(
             context=context,
+            context_mask=_cat([p.context_mask for p in parts]),
             pooled=_cat([p.pooled for p in parts]),
             image_tokens=tokens,
             token_positions=_cat_positions(parts),

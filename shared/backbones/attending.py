@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,9 +20,10 @@ class Attending:
 
     family: str
     _predictions: PredictionRows
+    _components: dict[str, nn.Module]
 
     @property
-    def denoiser(self) -> nn.Module:
+    def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
         raise NotImplementedError
 
     def sites(self) -> tuple[Site, ...]:
@@ -63,9 +64,18 @@ class Attending:
         finally:
             for layer, processor in changed:
                 layer.processor = processor
-            left = (_plan(self.denoiser.get_submodule(s.name)) for s in self.sites())
+            left = (_plan(layer) for s in self.sites() for layer in self._layers(s))
             if not any(plan is not None and plan.edits for plan in left):
                 self._predictions.forget()
+
+    def _layers(self, site: Site) -> list[Any]:
+        """The layer of a site; of a model with several denoisers, that of each."""
+        return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
+
+    @property
+    def _is_attended(self) -> bool:
+        """Whether any layer is edited or watched now."""
+        return any(_plan(layer) is not None for site in self.sites() for layer in self._layers(site))
 
     def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record) -> list[tuple[Any, Any]]:
         """The layers to change, each with its new processor."""
@@ -76,22 +86,25 @@ class Attending:
                 raise ValueError(f"{self.family}: no attention layer is of {where}. There are: {choices}.")
         out = []
         for site in self.sites():
-            layer: Any = self.denoiser.get_submodule(site.name)
             chosen = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
             records = [(e, record) for e in edits if isinstance(e, Watch) and site in e]
             if not (chosen or records):
                 continue
-            kind = _processor_for(layer)
-            if kind is not None:
+            for layer in self._layers(site):
+                kind = self._processor_for(layer)
+                if kind is None:
+                    raise ValueError(
+                        f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not "
+                        f"diffusers' default: it cannot be edited or watched"
+                    )
                 plan = _plan(layer) or Plan(site, self._predictions)
                 joined = ((*plan.edits, *chosen), (*plan.records, *records))
                 out.append((layer, kind(Plan(site, self._predictions, *joined))))
-            else:
-                raise ValueError(
-                    f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not diffusers' "
-                    f"default: it cannot be edited or watched"
-                )
         return out
+
+    def _processor_for(self, layer: Any) -> type[Processor] | None:
+        """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
+        return type(layer.processor) if isinstance(layer.processor, Processor) else _processor_of(layer)
 
 
 def _acts(edit: Edit | At, site: Site) -> bool:
@@ -103,14 +116,11 @@ def _plan(layer: Any) -> Plan | None:
     return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 
-def _processor_for(layer: Any) -> type[Processor] | None:
-    """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
+def _processor_of(layer: Any) -> type[Processor] | None:
     from diffusers.models.attention_processor import AttnProcessor2_0
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
     now = layer.processor
-    if isinstance(now, Processor):
-        return type(now)
     if type(now) is AttnProcessor2_0:
         return UNetProcessor
     plain = type(now) is FluxAttnProcessor and now._attention_backend is None and not layer.fused_projections

@@ -84,6 +84,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return next(iter(self._components.values()))
 
     @property
+    def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """The components that predict, each with the times [from, to) at which it does; one for all times, or several."""
+        return {next(iter(self._components)): (0.0, 1000.0)}
+
+    @property
     def device(self) -> torch.device:
         """That computes: networks that take turns there may be in main memory now."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
@@ -91,6 +96,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Of latents while they are sampled, as in the family's diffusers pipeline."""
+        return self.dtype
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
@@ -229,6 +239,9 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             )
         if conditioning.size_ids is not None:
             raise ValueError(f"{self.family}: size_ids are for models that read picture sizes, and this one does not")
+        if (conditioning.context_mask is not None) != self.masks_context:
+            needs = "reads" if self.masks_context else "has no use for"
+            raise ValueError(f"{self.family}: this network {needs} a context_mask, which says where the text is padding")
 
     def needs_negative(self, guidance: float) -> bool:
         """Whether sampling with this guidance looks at the negative prompt."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.backbones.attention_sites import Site
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.forward_process import times
+from shared.backbones.forward_process import FlowMatching, times
 from shared.backbones.module_roles import RoleSpec, denoiser_roles
 from shared.types import Conditioning
 
@@ -47,7 +47,7 @@ ROLES = {
 }
 
 
-class FluxBackbone(BaseBackbone):
+class FluxBackbone(FlowMatching, BaseBackbone):
     """A diffusers `FluxPipeline` behind the protocol.
 
     Latents are unpacked [B, C, h, w] outside; 2x2 cells become one token inside. Time is t = 1000 * sigma.
@@ -63,8 +63,6 @@ class FluxBackbone(BaseBackbone):
     pooled_component = "text_encoder"
     role_table = ROLES
     latent_multiple = 2
-    prediction_type = "flow"
-    discrete_time = False
     default_guidance = 3.5
     default_steps = 28
     undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which reads no scale: no second prediction
@@ -120,14 +118,6 @@ class FluxBackbone(BaseBackbone):
     def distilled(self) -> bool:
         """Whether the transformer reads a guidance scale (FLUX.1-dev) instead of a second, negative prediction."""
         return bool(self.transformer.config.guidance_embeds)
-
-    # --- the forward process -------------------------------------------------------------------------------
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma = t / 1000, alpha = 1 - sigma; t in [0, 1000]: [B] or a scalar."""
-        t = times(t)
-        sigma = (t if t.is_floating_point() else t.float()) / 1000
-        return 1 - sigma, sigma
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
         """As `FluxPipeline`: even sigmas, shifted by the number of picture tokens where the scheduler does that."""

@@ -96,3 +96,16 @@ class ForwardProcess:
         else:
             out = x_t + alpha * prediction
         return out.to(x_t.dtype)
+
+
+class FlowMatching(ForwardProcess):
+    """Straight lines from clean latents to noise: sigma = t / 1000, alpha = 1 - sigma (Liu et al., arXiv 2209.03003)."""
+
+    prediction_type = "flow"
+    discrete_time = False
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: [B] or a scalar."""
+        t = times(t)
+        sigma = (t if t.is_floating_point() else t.float()) / 1000
+        return 1 - sigma, sigma

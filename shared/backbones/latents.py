@@ -28,6 +28,10 @@ class LatentCodec:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
     def _scale_shift(self) -> tuple[float, float]:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
@@ -69,4 +73,4 @@ class LatentCodec:
             raise ValueError(
                 f"a picture of {width}x{height} does not fit {self.family}: both sides must be multiples of {unit}"
             )
-        return self.vae.config.latent_channels, height // self.vae_factor, width // self.vae_factor
+        return self.latent_channels, height // self.vae_factor, width // self.vae_factor

@@ -140,10 +140,24 @@ class Backbone(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
-    def denoiser(self) -> nn.Module: ...
+    def latent_dtype(self) -> torch.dtype:
+        """Of latents while they are sampled."""
+        ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts; of several, the first."""
+        ...
+
+    @property
+    def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """The components that predict, each with the times [from, to) at which it does: one for all times, or experts for
+        ranges of noise (Wan 2.2), which have the same layers."""
+        ...
+
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        """Every trainable network by name: the denoiser and the text encoders."""
+        """Every trainable network by name: the denoiser (or several, by noise) and the text encoders."""
         ...
 
     # text
@@ -258,7 +272,9 @@ class Backbone(Protocol):
     def group(self, role: str) -> tuple[Group, ...]:
         """The modules of a role, one Group per component. ValueError lists the roles there are.
 
-        No layer belongs to two of self_attention, cross_attention, temporal_attention, feed_forward, conv and proj.
+        Of self_attention, cross_attention, temporal_attention, feed_forward, conv and proj no layer is in two exact groups,
+        nor in two ports. A port may borrow layers of one exact group, and then its note names that role: what attends over
+        places and frames at once is "self_attention", and a port for "temporal_attention".
         "denoiser" is each linear and convolution layer of the denoiser; "denoiser.all" each of its modules that holds
         parameters of its own, norms and embeddings included, for full fine-tuning.
         """

@@ -24,6 +24,8 @@ class TextEncoding:
     name: str
     context_component: str = "text_encoder"  # whose hidden states are the text context
     pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
+    masks_context: bool = False  # whether the network is told where the context is padding: `Conditioning.context_mask`
+    why_one_context: str = "its text and picture attend jointly"  # where `text_sites` is empty
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]
     _components: dict[str, nn.Module]
@@ -117,7 +119,10 @@ class TextEncoding:
         if self.pooled_component:
             vectors = self._vectors(self.pooled_component, texts, used, time, None)
             pooled = self._run(self.pooled_component, texts, used, vectors)[1]
-        return Conditioning(context=self._gather(contexts, used), pooled=pooled, token_positions=places)
+        mask = texts[self.context_component].mask.bool() if self.masks_context else None
+        return Conditioning(
+            context=self._gather(contexts, used), pooled=pooled, token_positions=places, context_mask=mask
+        )
 
     def _hidden(
         self,
@@ -150,8 +155,8 @@ class TextEncoding:
         if not sites:
             names = ", ".join(repr(n.name) for n in used)
             raise ValueError(
-                f"{names}: a text context per attention site (or keys and values apart) needs cross-attention layers, "
-                f"and {self.family} has none: its text and picture attend jointly"
+                f"{names}: a text context per attention site (or keys and values apart) needs cross-attention layers "
+                f"that each take their own, and {self.family} has none: {self.why_one_context}"
             )
         return sites
 

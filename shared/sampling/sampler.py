@@ -208,8 +208,8 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """[B, C, (f), h, w], drawn per picture on the CPU in the backbone's precision, as diffusers' `randn_tensor` does."""
-    noise = [torch.randn((1, *shape), generator=g, dtype=backbone.dtype) for g in generators]
+    """[B, C, (f), h, w], drawn per picture on the CPU in the precision of sampling, as diffusers' `randn_tensor` does."""
+    noise = [torch.randn((1, *shape), generator=g, dtype=backbone.latent_dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.backbones.protocol import Backbone
+from shared.masks import pool_masks
 from shared.prompts import expand
 from shared.recipe.schema import Recipe
 from shared.sampling.sampler import images_per_batch
@@ -240,7 +241,9 @@ def _mask_of(cached: CachedExample, owner: str) -> Tensor:
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:
-    """A mask at latent size, by area; ones where there is none."""
+    """A mask at latent size, by area; ones where there is none. Of clips, in time as their autoencoder groups frames."""
     if mask is None:
         return torch.ones(1, *size)
+    if mask.ndim == 4:
+        return pool_masks(mask[None], (size[0], size[1], size[2]))[0]
     return F.interpolate(mask[None].float(), size=tuple(size), mode="area")[0]

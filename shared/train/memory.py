@@ -17,19 +17,19 @@ from shared.backbones.protocol import Backbone
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
     """Inside, the denoiser's activations are not kept but computed again in the backward pass: less memory, more time."""
-    network: Any = backbone.denoiser
+    networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
         return checkpoint(
             module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), backbone.recomputing())
         )
 
-    if on:
+    for network in networks:
         network.enable_gradient_checkpointing(run)
     try:
         yield
     finally:
-        if on:
+        for network in networks:
             network.disable_gradient_checkpointing()
 
 

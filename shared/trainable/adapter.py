@@ -94,7 +94,7 @@ class PeftAdapter:
         """
         recorded = recordable(config_to_dict(self.config), [], self.seed, min_rank)
         check_adapter(recorded, f"{self.slot}.{self.component}")
-        if self.model is not backbone.denoiser:
+        if self.component not in backbone.noise_ranges:
             raise ValueError(f"{self.slot}: the rank cannot fall with the noise in {self.component}, which sees none")
         self.min_rank = min_rank
         for layer in self.layers:

@@ -1,0 +1,80 @@
+"""Clips through a causal autoencoder: the first frame alone, then groups of frames, each one latent frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.backbones.latents import LatentCodec
+
+
+class CausalCodec(LatentCodec):
+    """The autoencoder half of a family whose autoencoder takes r n + 1 frames to n + 1 latent ones.
+
+    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no axis of frames. Latent units are
+    (z - mean) / spread, of each channel: a family gives the two. `frame_factor` is r.
+    """
+
+    frame_factor: int
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the autoencoder's own latents, each [C], on the device and in the precision of `like`."""
+        raise NotImplementedError
+
+    def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, (F), H, W] in [-1, 1] -> latents [B, C, (f), h, w]; differentiable; the mean without a generator."""
+        posterior = self._posterior(pixels)
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        return self._like(pixels, self._normalized(z))
+
+    def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the latents, in latent units: each [B, C, (f), h, w]."""
+        posterior = self._posterior(pixels)
+        spread = _of_channels(self._statistics(posterior.std)[1])
+        return self._like(pixels, self._normalized(posterior.mean)), self._like(pixels, posterior.std / spread)
+
+    def _posterior(self, pixels: Tensor) -> Any:
+        clips = pixels if pixels.ndim == 5 else pixels[:, :, None]
+        self.latent_shape(*clips.shape[-2:], clips.shape[2])
+        self._use_vae()
+        return self.vae.encode(clips.to(self.vae.dtype)).latent_dist
+
+    def _normalized(self, z: Tensor) -> Tensor:
+        mean, spread = map(_of_channels, self._statistics(z))
+        return (z - mean) / spread
+
+    def _like(self, pixels: Tensor, latents: Tensor) -> Tensor:
+        return (latents if pixels.ndim == 5 else latents[:, :, 0]).to(self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, (f), h, w] -> pixels [B, 3, (F), H, W], nominally in [-1, 1]."""
+        self._use_vae()
+        clips = latents if latents.ndim == 5 else latents[:, :, None]
+        mean, spread = map(_of_channels, self._statistics(clips))
+        pixels = self._decode((clips * spread + mean).to(self.vae.dtype))
+        return pixels if latents.ndim == 5 else pixels[:, :, 0]
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """The autoencoder's own latents [B, C, f, h, w] -> pixels [B, 3, F, H, W]."""
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of a picture, (C, f, h, w) of a clip. ValueError when the size is not a multiple of what the model
+        needs, or the number of frames is not r n + 1; it names the nearest that are."""
+        channels, *grid = super().latent_shape(height, width)
+        if frames is None:
+            return (channels, *grid)
+        more, rest = divmod(frames - 1, self.frame_factor)
+        if frames < 1 or rest:
+            r = self.frame_factor
+            nearest = f"{more * r + 1} and {(more + 1) * r + 1}" if frames > 0 else "1"
+            raise ValueError(
+                f"a clip of {frames} frames does not fit {self.family}, which makes {r}n + 1 frames: nearest is {nearest}"
+            )
+        return (channels, more + 1, *grid)
+
+
+def _of_channels(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1, 1)

@@ -1,0 +1,172 @@
+"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): flow matching on clips; in 2.2 one expert for each range of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcs_video.backbones.transformer_attention import WanProcessor, is_plain
+from pcs_video.backbones.video_transformer import VideoTransformerBackbone, transformer_roles
+from shared.backbones.attention_processors import Processor
+from shared.backbones.forward_process import times
+from shared.types import Conditioning
+
+
+class WanBackbone(VideoTransformerBackbone):
+    """A diffusers `WanPipeline` (text to video) behind the protocol.
+
+    With two experts, `transformer` predicts at the times from `boundary` on and `transformer_2` below it. They have the
+    same layers: a role names those of both, and a site stands for the layer of whichever predicts.
+
+    Args:
+        pipe: the pipeline; its networks are used in place and frozen
+        name: as the user gave it
+        max_sequence_length: tokens per prompt; default the smaller of 512 and what the tokenizer says
+
+    Raises:
+        ValueError: when the transformer reads more than noisy latents (image to video), or an expert is missing
+    """
+
+    family = "wan"
+    default_guidance = 5.0
+    default_steps = 50
+    #: Guidance while the second expert predicts, the pipeline's `guidance_scale_2`; None: the same.
+    low_noise_guidance: float | None = None
+
+    def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
+        boundary = pipe.config.boundary_ratio
+        experts = {"transformer": pipe.transformer}
+        if boundary is not None:
+            experts["transformer_2"] = pipe.transformer_2
+        _check(experts, pipe.vae.config.z_dim)
+        length = max_sequence_length or min(512, pipe.tokenizer.model_max_length)
+        super().__init__(
+            name=name,
+            components={**experts, "text_encoder": pipe.text_encoder},
+            tokenizers={"text_encoder": pipe.tokenizer},
+            max_length={"text_encoder": length},
+            vae=pipe.vae,
+            scheduler=pipe.scheduler,
+        )
+        self.experts: dict[str, Any] = experts
+        self.boundary = 0.0 if boundary is None else 1000.0 * boundary
+        self.time_per_token = bool(pipe.config.expand_timesteps)  # Wan 2.2 5B
+        self.role_table = transformer_roles(tuple(experts), r"blocks\.\d+\.", "ffn")
+        self.frame_factor = self.vae.config.scale_factor_temporal
+        self.latent_multiple = pipe.transformer.config.patch_size[1]
+        self.resolution, self.frames = 480, 81
+        self.num_train_timesteps = 1000
+        self._set_sites("blocks", len(pipe.transformer.blocks))
+
+    def pipeline(self) -> Any:
+        """A `WanPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        from diffusers import WanPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+        networks: dict[str, Any] = dict(self._components)
+        return WanPipeline(
+            tokenizer=self.tokens.base["text_encoder"],
+            vae=self.vae,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            boundary_ratio=self.boundary / 1000 if len(self.experts) > 1 else None,
+            expand_timesteps=self.time_per_token,
+            **networks,
+        )
+
+    # --- the autoencoder -----------------------------------------------------------------------------------
+
+    @property
+    def vae_factor(self) -> int:
+        return self.vae.config.scale_factor_spatial
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.z_dim
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        return like.new_tensor(config.latents_mean), like.new_tensor(config.latents_std)
+
+    # --- the network ---------------------------------------------------------------------------------------
+
+    @property
+    def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """`transformer` from the boundary on, `transformer_2` below it; or `transformer` at all times."""
+        low = {"transformer_2": (0.0, self.boundary)} if len(self.experts) > 1 else {}
+        return {"transformer": (self.boundary, 1000.0), **low}
+
+    def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
+        """As `WanPipeline`: the shift is the scheduler's own."""
+        scheduler.set_timesteps(steps, device=self.device)
+        scheduler.set_begin_index(0)
+
+    def _velocity(self, clips: Tensor, t: Tensor, conditioning: Conditioning, context: Tensor) -> Tensor:
+        if len(self.experts) == 1:
+            return self._ask("transformer", clips, t, context)
+        high = t >= self.boundary
+        rows = {"transformer": high.nonzero().flatten(), "transformer_2": (~high).nonzero().flatten()}
+        asked = {name: index for name, index in rows.items() if len(index)}
+        if len(asked) == 1:
+            return self._ask(next(iter(asked)), clips, t, context)
+        if self._is_attended:
+            raise ValueError(
+                f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, and attention "
+                "is edited or watched: its maps would not be of one network. Predict one side at a time (train.batch_size=1, "
+                "or a range of noise on one side)"
+            )
+        parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
+        return torch.cat(parts)[torch.cat(list(asked.values())).argsort()]
+
+    def _ask(self, expert: str, clips: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One pass of one expert."""
+        network = self.experts[expert]
+        with self._predictions.under_way(len(clips), t):
+            return network(
+                hidden_states=clips.to(network.dtype),
+                timestep=self._per_token(t, clips) if self.time_per_token else t,
+                encoder_hidden_states=context.to(network.dtype),
+                return_dict=False,
+            )[0]
+
+    def _per_token(self, t: Tensor, clips: Tensor) -> Tensor:
+        """[B] -> [B, tokens]: nothing is given as clean here, so all tokens have one time."""
+        tokens = clips[0, 0].numel() // self.latent_multiple**2
+        return t[:, None].expand(-1, tokens)
+
+    def predict_guided(
+        self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
+    ) -> Tensor:
+        """Classifier-free guidance; with `low_noise_guidance`, that while the second expert predicts."""
+        if self.low_noise_guidance is None or len(self.experts) == 1:
+            return super().predict_guided(x_t, t, positive, negative, guidance)
+        high = times(t, len(x_t), x_t.device) >= self.boundary
+        strength: Any = torch.where(high, guidance, self.low_noise_guidance).view(-1, *[1] * (x_t.ndim - 1))
+        return super().predict_guided(x_t, t, positive, negative, strength)
+
+    def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """UMT5 does not look at padding, and the network is told zeros there."""
+        hidden = self._components[component](ids, attention_mask=mask)[0]
+        return hidden * mask[..., None].to(hidden.dtype), None
+
+    def _processor_for(self, layer: Any) -> type[Processor] | None:
+        from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+        return WanProcessor if is_plain(layer, WanAttnProcessor) else super()._processor_for(layer)
+
+
+def _check(experts: Mapping[str, Any], channels: int) -> None:
+    for name, network in experts.items():
+        if network is None:
+            raise ValueError(f"wan: the pipeline has no {name}, which its boundary_ratio needs")
+        config = network.config
+        if config.in_channels != channels or config.image_dim or config.added_kv_proj_dim:
+            raise ValueError(
+                f"wan: the {name} reads {config.in_channels} channels and gets {channels}, or pictures beside the text: "
+                "text to video is covered, image to video is not"
+            )
+        if config.patch_size[0] != 1 or config.patch_size[1] != config.patch_size[2]:
+            raise ValueError(f"wan: the {name} has patches of {list(config.patch_size)}, and 1 x n x n are covered")
+    if len({len(network.blocks) for network in experts.values()}) > 1:
+        raise ValueError("wan: its two experts have different numbers of blocks")
