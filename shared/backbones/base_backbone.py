@@ -240,8 +240,8 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         if conditioning.size_ids is not None:
             raise ValueError(f"{self.family}: size_ids are for models that read picture sizes, and this one does not")
         if (conditioning.context_mask is not None) != self.masks_context:
-            needs = "reads" if self.masks_context else "has no use for"
-            raise ValueError(f"{self.family}: this network {needs} a context_mask, which says where the text is padding")
+            why = "is missing: this network" if self.masks_context else "is for a network that"
+            raise ValueError(f"{self.family}: context_mask {why} must know where the text is padding")
 
     def needs_negative(self, guidance: float) -> bool:
         """Whether sampling with this guidance looks at the negative prompt."""

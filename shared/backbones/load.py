@@ -201,12 +201,14 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """The classes of the networks of a diffusers folder. ValueError when a part that the pipeline needs is not there."""
+    """The classes of the networks of a diffusers folder. ValueError when a part is not there that the pipeline needs, or
+    may do without (Wan's second expert) and the folder's index names."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    parameters = inspect.signature(pipeline.__init__).parameters.values()
-    needed = {p.name for p in parameters if p.default is p.empty} - {"self", *_UNUSED}
+    parameters = {p.name: p.default is p.empty for p in inspect.signature(pipeline.__init__).parameters.values()}
+    named = {part for part in parameters if isinstance(index.get(part), list) and None not in index[part]}
+    needed = {part for part, required in parameters.items() if required or part in named} - {"self", *_UNUSED}
     out: dict[str, Any] = {}
     for part in sorted(needed):
         entry = index.get(part)

@@ -26,6 +26,10 @@ from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
+#: Networks whose layers a pipeline reads from a file of their own, under another name and told by an option.
+_OWN_FILE: Mapping[str, tuple[str, Mapping[str, bool]]] = {
+    "transformer_2": ("transformer", {"load_into_transformer_2": True})
+}
 _KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
@@ -118,19 +122,24 @@ def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: flo
     if not layers:
         return None
     _check_loadable(backbone, layers)
-    state: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    options: dict[str, dict[str, bool]] = {}
     for component, by_path in layers.items():
+        prefix, how = _OWN_FILE.get(component, (component, {}))
+        file = LORA_FILE.replace(".", f".{component}.", 1) if how else LORA_FILE
+        state, options[file] = states.setdefault(file, {}), dict(how)
         rank = max(layer.rank for layer in by_path.values())
         for path, layer in by_path.items():
-            key = f"{component}.{public_path(backbone, component, path)}"
+            key = f"{prefix}.{public_path(backbone, component, path)}"
             state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
             state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
             if layer.magnitude is not None:
                 # transformers 5 looks for the full name, and leaves the magnitude at its start without it
                 full = ".weight" if component.startswith("text_encoder") else ""
                 state[f"{key}.{_KINDS[2]}{full}"] = layer.magnitude.contiguous()
-    save_file(state, folder / LORA_FILE, metadata={"format": "pt"})
-    return {"file": LORA_FILE, "components": sorted(layers), "tensors": len(state)}
+    for file, state in states.items():
+        save_file(state, folder / file, metadata={"format": "pt"})
+    return {"files": options, "components": sorted(layers), "tensors": sum(map(len, states.values()))}
 
 
 def _fill(tensor: Tensor, axis: int, rank: int) -> Tensor:
@@ -169,7 +178,7 @@ def write_tokens(
     was learned is not one table of vectors per text encoder.
     """
     embeddings = _rows(concept, backbone, strength)
-    if embeddings and tokens != (tokens[0], *(f"{tokens[0]}_{i}" for i in range(1, len(tokens)))):
+    if embeddings and tokens != tuple(token_names(tokens[0], len(tokens))):
         raise ValueError(
             f"tokens {', '.join(tokens)} cannot be written: diffusers names them {tokens[0]}, {tokens[0]}_1, …"
         )
@@ -178,7 +187,7 @@ def write_tokens(
         if vectors.ndim != 2 or vectors.shape[0] != len(tokens):
             raise ValueError(f"embeddings of {component} are {list(vectors.shape)}, and there are {len(tokens)} tokens")
         file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
-        token = tokens[0].lower()
+        token = public_token(backbone, tokens[0])
         save_file({token: vectors.float().contiguous()}, folder / file, metadata={"format": "pt"})
         old = getattr(backbone.components[component], "eos_token_id", None) == 2
         pooled = backbone.pooled_component == component
@@ -203,12 +212,27 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
     return {c: at_strength(starts.get(c, vectors).float(), vectors.float(), strength) for c, vectors in learned.items()}
 
 
-def public_words(words: str, tokens: Sequence[str]) -> str:
-    """How a concept is said in a diffusers prompt: its first token alone, which diffusers follows up with the others.
+def reads_token_files(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline has a loader of learned tokens; without one, README says how to add them."""
+    return hasattr(pipeline, "load_textual_inversion")
 
-    In small letters: CLIP's tokenizer makes them small, and diffusers then does not find what it has to follow up.
-    """
-    return words.replace(" ".join(tokens), tokens[0].lower()) if tokens else words
+
+def token_names(token: str, vectors: int) -> list[str]:
+    """The tokens of several vectors, as diffusers names them."""
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
+
+
+def public_token(backbone: Backbone, token: str) -> str:
+    """A token as files name it: in small letters where diffusers looks for it, because CLIP's tokenizer makes them small."""
+    return token.lower() if reads_token_files(backbone.pipeline()) else token
+
+
+def public_words(words: str, tokens: Sequence[str], backbone: Backbone) -> str:
+    """How a concept is said in a diffusers prompt: its first token alone, which diffusers follows up with the others; all
+    of them where the pipeline knows nothing of them."""
+    if not tokens or not reads_token_files(backbone.pipeline()):
+        return words
+    return words.replace(" ".join(tokens), public_token(backbone, tokens[0]))
 
 
 def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Mapping[str, Any], words: str) -> None:
@@ -220,10 +244,14 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         import_line, source = backbone.world.find
         lines.append(import_line)
     lines.append(f"pipe = {pipeline}.from_pretrained({source})")
-    if written.get("lora"):
-        lines.append(f'pipe.load_lora_weights("{{folder}}", weight_name="{LORA_FILE}")')
+    for file, options in (written.get("lora") or {}).get("files", {}).items():
+        told = "".join(f", {key}={value}" for key, value in options.items())
+        lines.append(f'pipe.load_lora_weights("{{folder}}", weight_name="{file}"{told})')
     for entry in written["tokens"]:
         tokenizer = entry["component"].replace("text_encoder", "tokenizer")
+        if not reads_token_files(backbone.pipeline()):
+            lines += _token_lines(entry, tokenizer)
+            continue
         where = (
             f", text_encoder=pipe.{entry['component']}, tokenizer=pipe.{tokenizer}"
             if len(written["tokens"]) > 1
@@ -232,6 +260,23 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         lines.append(f'pipe.load_textual_inversion("{{folder}}/{entry["file"]}"{where})')
         if entry["end_of_text"]:
             lines.append(f"pipe.{entry['component']}.eos_token_id = pipe.{tokenizer}.eos_token_id")
-    lines.append(f"pipe({json.dumps(f'a photo of a {words}'.strip())}).images[0].save('picture.png')")
+    made = "images[0].save('picture.png')" if backbone.frames is None else "frames[0]"
+    lines.append(f"pipe({json.dumps(f'a photo of a {words}'.strip())}).{made}")
     head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
+
+
+def _token_lines(entry: Mapping[str, Any], tokenizer: str) -> list[str]:
+    """As `shared.concept.verify.add_tokens` does it."""
+    encoder, names = f"pipe.{entry['component']}", token_names(entry["token"], entry["vectors"])
+    return [
+        "from safetensors.torch import load_file",
+        "from transformers import AddedToken",
+        f"names = {json.dumps(names)}",
+        f"pipe.{tokenizer}.add_tokens([AddedToken(name, normalized=False) for name in names])",
+        f"{encoder}.resize_token_embeddings(max(len(pipe.{tokenizer}), {encoder}.config.vocab_size), "
+        "mean_resizing=False)",
+        f'vectors = load_file("{{folder}}/{entry["file"]}")["{entry["token"]}"]',
+        f"table = {encoder}.get_input_embeddings().weight",
+        f"table.data[pipe.{tokenizer}.convert_tokens_to_ids(names)] = vectors.to(table)",
+    ]

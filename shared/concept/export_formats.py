@@ -99,7 +99,7 @@ def _difference(check: Mapping[str, Any]) -> str:
 def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any]:
     placeholder = backbone.placeholders.get(concept.name)
     tokens = placeholder.tokens if placeholder is not None else ()
-    words = diffusers_format.public_words(placeholder.words if placeholder is not None else "", tokens)
+    words = diffusers_format.public_words(placeholder.words if placeholder is not None else "", tokens, backbone)
     written: dict[str, Any] = {
         "lora": diffusers_format.write_lora(concept, folder, backbone, strength),
         "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),

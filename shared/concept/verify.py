@@ -14,8 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
+from shared.concept.diffusers_format import reads_token_files, token_names
+from shared.io.safetensors_files import safe_load_safetensors
 
-_SEED, _TIME, _SIDE = 0, 500, 256  # of the noise; of the model's own training time; pixels
+_SEED, _SIDE = 0, 256  # of the noise; pixels
 #: Rounding that two orders of the same sums may differ by, relative to the largest value; and how large a part of what
 #: the concept changes may differ (root mean squares): an export that does nothing is at 1.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -41,21 +43,19 @@ def compare(
     adapted = set((written.get("lora") or {}).get("components", ()))
     with backbone.active({name: strength}):
         text = backbone.encode([prompt])
-        call = _call(backbone, text)
+        calls = {component: _call(backbone, component, text) for component in backbone.noise_ranges}
     with backbone.active({}):
-        without = [backbone.encode([prompt])] if adapted - {next(iter(backbone.components))} else []
+        without = [backbone.encode([prompt])] if adapted - backbone.noise_ranges.keys() else []
         without += (
             [backbone.encode([f"a photo of a {_unnamed(phrase, placeholder)}".strip()])] if written["tokens"] else []
         )
-        bare = (
-            [_first(backbone.denoiser(*call["args"], **call["kwargs"]))]
-            if adapted & {next(iter(backbone.components))}
-            else []
-        )
+        bare = {c: [_again(backbone.components[c], call)] for c, call in calls.items() if c in adapted}
         pipe = loaded(backbone, folder, written)
         context, pooled = _encode(pipe, backbone, public)
-        output = _first(pipe.components[next(iter(backbone.components))](*call["args"], **call["kwargs"]))
-    checks = {"denoiser": check(call["output"], output, bare)}
+        outputs = {c: _again(pipe.components[c], call) for c, call in calls.items()}
+    checks = {
+        _denoiser(backbone, c): check(call["output"], outputs[c], bare.get(c, [])) for c, call in calls.items()
+    }
     if not isinstance(text.context, Tensor):
         raise ValueError(
             f"{name!r} has a text context for each attention layer, which diffusers' pipelines do not read"
@@ -97,8 +97,13 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
     return {"max_abs_difference": difference, "limit": limit, "effect": effect, "share": share, "ok": ok}
 
 
-def _first(output: Any) -> Tensor:
-    return output[0]
+def _denoiser(backbone: Backbone, component: str) -> str:
+    """How the network is called in a report: by its name where there are several."""
+    return "denoiser" if len(backbone.noise_ranges) == 1 else f"denoiser {component}"
+
+
+def _again(network: Any, call: Mapping[str, Any]) -> Tensor:
+    return network(*call["args"], **call["kwargs"])[0]
 
 
 # --- diffusers' side --------------------------------------------------------------------------
@@ -111,25 +116,39 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
     """
     pipe = backbone.pipeline()  # type: ignore[attr-defined]
     grows = {entry["component"] for entry in written["tokens"]}
-    touched = {*backbone.components} if written.get("lora") else grows | {next(iter(backbone.components))}
+    touched = {*backbone.components} if written.get("lora") else grows | backbone.noise_ranges.keys()
     for component in backbone.components:
         if component in touched or any(isinstance(m, BaseTunerLayer) for m in backbone.components[component].modules()):
             pipe.register_modules(**{component: bare_copy(backbone.components[component], component in grows)})
     for entry in written["tokens"]:
         tokenizer = entry["component"].replace("text_encoder", "tokenizer")
         pipe.register_modules(**{tokenizer: copy.deepcopy(getattr(pipe, tokenizer))})
+        encoder, words = getattr(pipe, entry["component"]), getattr(pipe, tokenizer)
         with torch.random.fork_rng():  # the grown table is first filled with noise
-            pipe.load_textual_inversion(
-                str(folder / entry["file"]),
-                text_encoder=getattr(pipe, entry["component"]),
-                tokenizer=getattr(pipe, tokenizer),
-                local_files_only=True,
-            )
+            if reads_token_files(pipe):
+                pipe.load_textual_inversion(
+                    str(folder / entry["file"]), text_encoder=encoder, tokenizer=words, local_files_only=True
+                )
+            else:
+                add_tokens(encoder, words, folder / entry["file"])
         if entry["end_of_text"]:
             getattr(pipe, entry["component"]).eos_token_id = getattr(pipe, tokenizer).eos_token_id
-    if written.get("lora"):
-        pipe.load_lora_weights(str(folder), weight_name=written["lora"]["file"], local_files_only=True)
+    for file, options in (written.get("lora") or {}).get("files", {}).items():
+        pipe.load_lora_weights(str(folder), weight_name=file, local_files_only=True, **options)
     return pipe
+
+
+def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
+    """What the lines in an export's README do where a pipeline reads no token files: words and their rows, by
+    transformers' own means."""
+    from transformers import AddedToken
+
+    ((token, vectors),) = safe_load_safetensors(file).items()
+    names = token_names(token, len(vectors))
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    encoder.resize_token_embeddings(max(len(tokenizer), encoder.config.vocab_size), mean_resizing=False)
+    table = encoder.get_input_embeddings().weight
+    table.data[tokenizer.convert_tokens_to_ids(names)] = vectors.to(table)
 
 
 def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
@@ -163,13 +182,14 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
     return out[0], out[1] if backbone.pooled_component else None
 
 
-def _call(backbone: Backbone, conditioning: Any) -> dict[str, Any]:
-    """One call of the denoiser as the backbone makes it: its arguments and its output."""
+def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, Any]:
+    """One call of a network that predicts, in the middle of its times, as the backbone makes it: arguments and output."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
     noise = torch.randn(1, *backbone.latent_shape(side, side), generator=generator).to(backbone.device, backbone.dtype)
-    with _watched(backbone.denoiser) as seen:
-        backbone.predict(noise, torch.tensor([_TIME], device=backbone.device), conditioning)
+    middle = int(sum(backbone.noise_ranges[component]) / 2)
+    with _watched(backbone.components[component]) as seen:
+        backbone.predict(noise, torch.tensor([middle], device=backbone.device), conditioning)
     return seen
 
 

@@ -48,4 +48,6 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     if name not in choices:
         raise ValueError(f"{backbone.family}: {unknown(name, choices, 'scheduler')}")
     kind, settings = choices[name]
+    if "flow_shift" in default.config and "shift" not in default.config:  # the same by other names: UniPC's, Euler's
+        settings = {**settings, "shift": default.config["flow_shift"]}
     return getattr(diffusers, kind).from_config(default.config, **settings)

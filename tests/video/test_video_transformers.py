@@ -1,0 +1,454 @@
+"""What holds for Wan (one expert and two) and LTX alike, on tiny networks of the real classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pcs_video.backbones.ltx import LTXBackbone
+from pcs_video.backbones.wan import WanBackbone
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
+from shared.backbones import load_backbone
+from shared.backbones.attention_maps import Watch
+from shared.backbones.module_roles import LEAVES, leaf_names, parameter_holders
+from shared.backbones.protocol import Backbone
+from shared.concept import Provenance, attach, capture, export, read, save
+from shared.io.clips.write_clip import write_clip
+from shared.modifiers import LearnableToken, RareToken
+from shared.recipe.resolve import load
+from shared.runner.plan import plan
+from shared.sampling.sampler import sample
+from shared.sampling.settings import SamplingSettings
+from shared.train.memory import recomputed
+from shared.train.training_run import TrainingRun
+from shared.trainable.lora import Lora
+from tests.core.runs import finish, paint, session, small
+from tests.video.conftest import FAST, moving_square
+from tests.video.transformer_models import build_ltx, build_wan
+
+FAMILIES: dict[str, tuple[Callable[[], Any], type[Any], int]] = {  # how it is built, its class, frames of two latent ones
+    "wan": (build_wan, WanBackbone, 5),
+    "wan 2.2": (lambda: build_wan(experts=2), WanBackbone, 5),
+    "ltx": (build_ltx, LTXBackbone, 9),
+}
+TIMES = torch.tensor([900, 300])  # on both sides of where Wan 2.2's experts change
+
+
+@pytest.fixture(params=FAMILIES)
+def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Makes the tiny backbone of one family."""
+    build, kind, _ = FAMILIES[request.param]
+    return lambda: kind(build(), "tiny")
+
+
+@pytest.fixture
+def backbone(new: Callable[[], Any]) -> Any:
+    return new()
+
+
+def frames_of(backbone: Any) -> int:
+    return backbone.frame_factor + 1
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def ask(backbone: Any, prompts: tuple[str, ...] = ("a mug", "a dog on the beach"), seed: int = 0) -> Tensor:
+    return backbone.predict(noise(2, 4, 2, 4, 4, seed=seed), TIMES, backbone.encode(list(prompts)))
+
+
+def networks(backbone: Any) -> list[str]:
+    return list(backbone.noise_ranges)
+
+
+def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", **settings: Any) -> None:
+    group = Lora(**{"roles": ("cross_attention", "self_attention"), "rank": 3, **settings}).inject(
+        backbone, name, slot, 0
+    )
+    draw = torch.Generator().manual_seed(1)
+    for parameter in group.parameters:
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
+
+
+# --- the protocol and the autoencoder ---------------------------------------------------------------------------
+
+
+def test_it_keeps_the_protocol_and_is_frozen(backbone: Any) -> None:
+    assert isinstance(backbone, Backbone)
+    assert backbone.prediction_type == "flow" and not backbone.discrete_time and backbone.frames is not None
+    assert not any(p.requires_grad for m in (*backbone.components.values(), backbone.vae) for p in m.parameters())
+    x0, e, t = noise(2, 4, 2, 4, 4), noise(2, 4, 2, 4, 4, seed=1), torch.tensor([250, 800])
+    s = t.view(-1, 1, 1, 1, 1) / 1000
+    torch.testing.assert_close(backbone.add_noise(x0, e, t), (1 - s) * x0 + s * e)
+    assert torch.equal(backbone.target(x0, e, t), e - x0)
+
+
+def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
+    pixels, x = noise(2, 3, 32, 32).clamp(-1, 1), noise(2, 4, 4, 4)
+    text = backbone.encode(["a mug", "a dog"])
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_pixels(pixels), backbone.encode_pixels(pixels[:, :, None])[:, :, 0])
+        assert torch.equal(backbone.predict(x, TIMES, text), backbone.predict(x[:, :, None], TIMES, text)[:, :, 0])
+        assert torch.equal(backbone.decode(x), backbone.decode(x[:, :, None])[:, :, 0])
+        assert all(m.shape == (2, 4, 4, 4) for m in backbone.latent_moments(pixels))
+    assert backbone.decode(x).shape == (2, 3, 32, 32)
+
+
+def test_clips_to_latents_and_back(backbone: Any) -> None:
+    """Against the autoencoder alone and the mean and spread of each channel that the tiny models state."""
+    frames, vae = frames_of(backbone), backbone.vae
+    pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
+    mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
+    spread = torch.tensor([0.5, 1.5, 0.8, 1.2]).view(1, -1, 1, 1, 1) / (0.9 if backbone.family == "ltx" else 1)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        latents = backbone.encode_pixels(pixels)
+        torch.testing.assert_close(latents, (posterior.mean - mean) / spread)
+        means, stds = backbone.latent_moments(pixels)
+        assert torch.equal(means, latents) and latents.shape == (2, 4, 2, 4, 4)
+        drawn = backbone.encode_pixels(pixels, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(drawn, means + stds * noise(*means.shape, seed=5))
+        torch.testing.assert_close(backbone.decode(latents), vae.decode(posterior.mean).sample, atol=1e-4, rtol=0)
+    pixels.requires_grad_(True)
+    backbone.encode_pixels(pixels).square().sum().backward()
+    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # of every frame
+
+
+def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
+    r = backbone.frame_factor
+    assert backbone.latent_shape(32, 48) == (4, 4, 6)
+    for n in range(3):
+        assert backbone.latent_shape(32, 48, n * r + 1) == (4, n + 1, 4, 6)
+    for wrong, nearest in ((r, f"1 and {r + 1}"), (2 * r, f"{r + 1} and {2 * r + 1}"), (0, "1"), (-r, "1")):
+        with pytest.raises(ValueError, match=f"a clip of {wrong} frames .* {r}n \\+ 1 frames: nearest is {nearest}$"):
+            backbone.latent_shape(32, 32, wrong)
+    with pytest.raises(ValueError, match="nearest is"):
+        backbone.encode_pixels(torch.zeros(1, 3, r, 32, 32))
+    with pytest.raises(ValueError, match="both sides must be multiples of"):
+        backbone.latent_shape(32, 36)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def pipeline_clips(pipe: Any, frames: int, **options: Any) -> Tensor:
+    """[2, 3, F, 32, 32] in [-1, 1] by diffusers' own loop."""
+    pipe.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 4, "negative_prompt": ["blurry"] * 2}
+    made = pipe(
+        ["a red mug", "a dog"], height=32, width=32, num_frames=frames, output_type="pt", max_sequence_length=48,
+        generator=[torch.Generator().manual_seed(s) for s in (3, 4)], **{**asked, **options},
+    ).frames  # fmt: skip
+    return torch.as_tensor(made).transpose(1, 2).float() * 2 - 1
+
+
+def test_sampling_gives_what_the_pipeline_gives(backbone: Any) -> None:
+    frames = frames_of(backbone)
+    settings = SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=frames)
+    ours = sample(backbone, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
+    theirs = pipeline_clips(backbone.pipeline(), frames)
+    assert ours.shape == (2, 3, frames, 32, 32) and ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_a_model_s_folder_is_opened_whole(backbone: Any, tmp_path: Path) -> None:
+    backbone.pipeline().save_pretrained(tmp_path / "model")
+    opened: Any = load_backbone(tmp_path / "model", dtype=torch.bfloat16)
+    assert type(opened) is type(backbone) and opened.components.keys() == backbone.components.keys()
+    assert opened.checkpoint == backbone.checkpoint and opened.noise_ranges == backbone.noise_ranges
+    assert opened.dtype == torch.bfloat16 and opened.latent_dtype == torch.float32
+    with torch.no_grad():
+        near = ask(opened).float()
+    assert (near - ask(backbone)).abs().max() < 0.1 * ask(backbone).abs().max()
+
+
+# --- roles and adapters -----------------------------------------------------------------------------------------
+
+EXCLUSIVE = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
+
+
+def test_roles_are_exact_and_apart_or_ports_that_say_whose_layers_they_borrow(backbone: Any) -> None:
+    exact: dict[tuple[str, str], str] = {}
+    ports: dict[str, set[tuple[str, str]]] = {}
+    for role in (r for r in EXCLUSIVE if r in backbone.roles()):
+        groups = backbone.group(role)
+        assert [g.component for g in groups] == networks(backbone)  # of every expert
+        for group in groups:
+            for layer in ((group.component, m) for m in group.modules):
+                if group.resolution == "port":
+                    ports.setdefault(role, set()).add(layer)
+                else:
+                    assert layer not in exact, f"{layer} is {exact[layer]} and {role}"
+                    exact[layer] = role
+    assert list(ports) == ["temporal_attention"]
+    assert {exact[layer] for layer in ports["temporal_attention"]} == {"self_attention"}
+    assert all("self_attention" in g.note for g in backbone.group("temporal_attention"))
+    assert set(exact.values()) == {"self_attention", "cross_attention", "feed_forward"}
+    size = {role: sum(len(g.modules) for g in backbone.group(role)) for role in backbone.roles()}
+    blocks = 2 * len(networks(backbone))
+    assert size["self_attention"] == size["cross_attention"] == 4 * blocks and size["attention"] == 8 * blocks
+    assert size["self_attention.qk"] == size["cross_attention.kv"] == size["feed_forward"] == 2 * blocks
+    assert size["text_encoder"] == 8 and size["text_encoder.mlp"] > 0
+    for group, everything in zip(backbone.group("denoiser"), backbone.group("denoiser.all"), strict=True):
+        network = backbone.components[group.component]
+        assert group.modules == leaf_names(network) and everything.modules == parameter_holders(network)
+        assert all(isinstance(network.get_submodule(n), LEAVES) for n in group.modules)
+
+
+@pytest.mark.parametrize("role", ["temporal_attention", "cross_attention", "feed_forward", "denoiser", "text_encoder"])
+def test_what_is_injected_acts_and_leaves_no_trace(backbone: Any, role: str) -> None:
+    text, before = {c: repr(m) for c, m in backbone.components.items()}, ask(backbone)
+    learn(backbone, roles=(role,))
+    adapted = {a.component for a in backbone.adapters["my-mug"]}
+    assert adapted == ({"text_encoder"} if role == "text_encoder" else set(networks(backbone)))
+    after = ask(backbone)
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(after, before, strict=True))
+    with backbone.active({}):
+        assert torch.equal(ask(backbone), before)
+    backbone.remove("my-mug")
+    assert torch.equal(ask(backbone), before) and {c: repr(m) for c, m in backbone.components.items()} == text
+
+
+def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
+    learn(backbone, roles=("attention",), min_rank=1)  # the rank at each row's own time, then and now
+    adapters = backbone.adapters["my-mug"]
+    parameters = [p for a in adapters for p in a.parameters()]
+    text = backbone.encode(["a mug", "a dog"])
+
+    def gradients() -> list[Tensor]:
+        loss = backbone.predict(noise(2, 4, 2, 4, 4), TIMES, text).square().mean()
+        return list(torch.autograd.grad(loss, parameters))
+
+    plain = gradients()
+    assert all(bool((g != 0).any()) for g in plain)  # of every expert
+    with recomputed(backbone, True):
+        assert all(backbone.components[n].gradient_checkpointing for n in networks(backbone))
+        for a, b in zip(plain, gradients(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert not any(backbone.components[n].gradient_checkpointing for n in networks(backbone))
+
+
+def test_a_training_step_mixes_no_devices() -> None:
+    for build, kind, _ in (FAMILIES["wan"], FAMILIES["ltx"]):
+        backbone = kind(build(), "tiny")
+        text_roles = ("text_encoder",) if kind is LTXBackbone else ()  # UMT5 looks at its mask's values, and here are none
+        Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
+        told = backbone.encode(["a photo of a mug", "a dog"])
+        backbone.to("meta")
+        latents = backbone.latent_moments(torch.zeros(2, 3, frames_of(backbone), 32, 32, device="meta"))[0]
+        t = TIMES.to("meta")
+        text = backbone.encode(["a photo of a mug", "a dog"], t) if text_roles else replace(told, context=told.context.to("meta"))
+        prediction = backbone.predict(backbone.add_noise(latents, torch.randn_like(latents), t), t, text)
+        (prediction - backbone.target(latents, latents, t)).square().mean().backward()
+        trained = [p for m in backbone.components.values() for p in m.parameters() if p.requires_grad]
+        assert trained and all(p.grad is not None and p.grad.device.type == "meta" for p in trained)
+        guided = backbone.predict_guided(latents, torch.tensor(5.0), text, text, 3.0)
+        assert backbone.decode(guided).device.type == "meta"
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+
+def nothing(site: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, rows: Any) -> Any:
+    return q, k, v, bias
+
+
+def one_side(backbone: Any, t: float = 900) -> Tensor:
+    with torch.no_grad():
+        return backbone.predict(noise(2, 4, 2, 4, 4), torch.tensor(t), backbone.encode(["a mug", "a dog"]))
+
+
+@pytest.mark.parametrize("t", [900, 300])
+def test_attention_is_watched_and_edited(backbone: Any, t: int) -> None:
+    plain = one_side(backbone, t)
+    with backbone.attending(nothing):
+        assert torch.equal(one_side(backbone, t), plain)
+    with backbone.attending(Watch()) as record:
+        torch.testing.assert_close(one_side(backbone, t), plain, atol=1e-5, rtol=1e-4)
+    cells = 2 * (4 // backbone.sites()[0].scale) ** 2
+    assert len(record) == 4
+    for site in backbone.sites():
+        keys = 48 if site.kind == "cross" else cells
+        assert record[site.name].shape == (2, cells, keys)
+        assert (record[site.name].sum(-1) - 1).abs().max() < 1e-5
+    edited = lambda site, q, k, v, bias, rows: (q, k, 0 * v, bias)  # noqa: E731
+    with backbone.attending(edited):
+        assert not torch.allclose(one_side(backbone, t), plain, atol=1e-3)
+    assert torch.equal(one_side(backbone, t), plain)
+
+
+def test_a_processor_of_somebody_s_own_is_left_alone(backbone: Any) -> None:
+    site = backbone.sites()[1]
+    layer = backbone.components[networks(backbone)[-1]].get_submodule(site.name)
+
+    class Own(type(layer.processor)):
+        pass
+
+    layer.processor = Own()
+    with pytest.raises(ValueError, match=f"{site.name} computes with Own"), backbone.attending(nothing):
+        pass
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def test_learned_tokens_are_said_and_learn(backbone: Any) -> None:
+    plain = backbone.encode(["a mug on the beach"])
+    placeholder = LearnableToken(vectors=2).attach(backbone, "my-mug", "mug")
+    (vectors,) = placeholder.parameters()
+    vectors.requires_grad_(True)
+    text = backbone.encode([f"a {placeholder.words} on the beach"])
+    assert text.token_positions["my-mug"].sum() == 2 and backbone.varies_with(["a mug"]) == frozenset()
+    backbone.predict(noise(1, 4, 2, 4, 4), TIMES[:1], text).square().mean().backward()
+    assert vectors.grad is not None and bool((vectors.grad.abs().sum(-1) > 0).all())
+    before = backbone.encode([f"a {placeholder.words}"]).context
+    vectors.data += 1
+    assert not torch.allclose(backbone.encode([f"a {placeholder.words}"]).context, before, atol=1e-3)
+    backbone.remove("my-mug")
+    again = backbone.encode(["a mug on the beach"])
+    assert torch.equal(again.context, plain.context)
+    assert RareToken().attach(backbone, "my-mug", "mug").words.endswith("mug")
+    with pytest.raises(ValueError, match=r"modifier.per=layer: .* no attention layers that take a text of their own"):
+        LearnableToken(per="layer").attach(backbone, "other", "mug")
+
+
+def test_a_context_for_each_site_is_refused(backbone: Any) -> None:
+    text = backbone.encode(["a mug"]).per_site([s.name for s in backbone.sites()])
+    with pytest.raises(ValueError, match=f"{backbone.family}: all of its layers share one projection of the text"):
+        backbone.predict(noise(1, 4, 2, 4, 4), TIMES[:1], text)
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def snapshot(backbone: Any) -> dict[str, Tensor]:
+    modules = {**backbone.components, "vae": backbone.vae}
+    return {f"{c}.{n}": p.detach().clone() for c, m in modules.items() for n, p in m.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paint(tmp_path_factory.mktemp("given") / "photos")
+
+
+@pytest.fixture(scope="module")
+def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("longer")
+    for i in range(2):
+        write_clip(folder / f"{i}", moving_square(i, frames=9, side=40), 8)
+    return folder
+
+
+def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Path, tmp_path: Path) -> None:
+    before = snapshot(backbone)
+    settings = ("sources.class_pictures=null", "regularize.prior=null", "train.steps=1", "trainable.lora.rank=2")
+    learned = finish(session(backbone, small("dreambooth_lora", *settings), photos, tmp_path / "run"))
+    assert {k.split(".")[0] for k in learned} == {f"adapter/lora/{n}" for n in networks(backbone)}
+    ups = [v for k, v in learned.items() if "lora_B" in k]
+    assert ups and any(bool(v.abs().max() > 0) for v in ups)
+    after = snapshot(backbone)
+    for key, value in before.items():
+        name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
+        assert torch.equal(after[name], value), key
+
+
+def run_on_clips(backbone: Any, folder: Path, tmp_path: Path, length: int) -> TrainingRun:
+    asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
+    asked += [f"sources.clips.window.length={length}", "train.steps=1"]
+    planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
+    return TrainingRun(
+        backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path / "cache", tensorboard=False,
+        tasks=VideoRunner.tasks,
+    )  # fmt: skip
+
+
+def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: Path, tmp_path: Path) -> None:
+    before = snapshot(backbone)
+    run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone))
+    learned = finish(run)
+    assert any("lora_B" in k and bool(v.abs().max() > 0) for k, v in learned.items())
+    assert all(".attn1." in k for k in learned) and any("self_attention" in note for note in run.ports)
+    after = snapshot(backbone)
+    for key, value in before.items():
+        name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
+        assert torch.equal(after[name], value), key
+
+
+def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:
+    backbone = WanBackbone(build_wan(), "tiny")
+    with pytest.raises(ValueError, match="a clip of 4 frames does not fit wan, .* nearest is 1 and 5"):
+        finish(run_on_clips(backbone, longer_clips, tmp_path, 4))
+
+
+# --- concepts and exports ---------------------------------------------------------------------------------------
+
+
+def test_a_concept_is_saved_and_loaded(new: Callable[[], Any], tmp_path: Path) -> None:
+    backbone = new()
+    modifier = LearnableToken(vectors=2)
+    words = modifier.attach(backbone, "my-mug", "mug").words
+    learn(backbone)
+    for parameter in backbone.placeholders["my-mug"].parameters():
+        parameter.data += 0.5
+    prompts = (f"a photo of a {words}", "a dog")
+    expected = ask(backbone, prompts)
+    path = save(capture(backbone, "my-mug", Provenance(class_noun="mug", modifier=modifier)), tmp_path / "m").path
+    fresh = new()
+    attach(read(Path(str(path))), fresh)
+    assert torch.equal(ask(fresh, prompts), expected)
+    assert read(Path(str(path))).meta.backbone.family == backbone.family
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
+    """Clips of the pipeline that loads the files by README's own lines are the clips that the concept makes here."""
+    backbone = new()
+    modifier = LearnableToken(vectors=2)
+    words = modifier.attach(backbone, "Cup_2", "mug").words
+    for parameter in backbone.placeholders["Cup_2"].parameters():
+        parameter.data += 0.5 * noise(*parameter.shape, seed=5)
+    learn(backbone, "Cup_2", alpha=2.0, dora=dora)
+    frames, prompt = frames_of(backbone), f"a photo of a {words}"
+    settings = SamplingSettings("", 4.0, 3, height=32, width=32, frames=frames)
+    ours = sample(backbone, [prompt], seeds=[3], settings=settings)
+    concept = capture(backbone, "Cup_2", Provenance(class_noun="mug", modifier=modifier))
+    backbone.remove("Cup_2")
+    report = export(concept, tmp_path / "out", backbone=backbone)
+    names = [f"denoiser {n}" for n in networks(backbone)] if len(networks(backbone)) > 1 else ["denoiser"]
+    assert set(report["checks"]) == {*names, "text"}
+    assert all(c["ok"] and c["effect"] > 0.01 for c in report["checks"].values())
+    assert all({k.split(".")[0] for k in load_file(tmp_path / "out" / f)} == {"transformer"} for f in report["lora"]["files"])
+    assert len(report["lora"]["files"]) == len(networks(backbone))
+    backbone.pipeline().save_pretrained(tmp_path / "model")
+    lines = (tmp_path / "out/README.txt").read_text().split("\n\n")[1].splitlines()
+    lines = [line.strip().replace("{folder}", str(tmp_path / "out")) for line in lines]
+    assert json.dumps(prompt) in lines[-1]
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines[:-1]).replace('"tiny"', json.dumps(str(tmp_path / "model"))), scope)
+    pipe = scope["pipe"]
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(
+        prompt, negative_prompt="", height=32, width=32, num_frames=frames, num_inference_steps=3, guidance_scale=4.0,
+        max_sequence_length=48, output_type="pt", generator=[torch.Generator().manual_seed(3)],
+    ).frames  # fmt: skip
+    theirs = torch.as_tensor(made).transpose(1, 2).float() * 2 - 1
+    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+
+
+def test_what_diffusers_has_no_place_for_is_refused(backbone: Any, tmp_path: Path) -> None:
+    learn(backbone, roles=("text_encoder",))
+    concept = capture(backbone, "my-mug", Provenance(class_noun="mug"))
+    with pytest.raises(ValueError, match=f"diffusers loads LoRA for {backbone.family} into .*not into text_encoder"):
+        export(concept, tmp_path / "out", backbone=backbone)
+    assert not (tmp_path / "out").exists()
