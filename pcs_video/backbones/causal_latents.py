@@ -17,8 +17,6 @@ class CausalCodec(LatentCodec):
     (z - mean) / spread, of each channel: a family gives the two. `frame_factor` is r.
     """
 
-    frame_factor: int
-
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread of the autoencoder's own latents, each [C], on the device and in the precision of `like`."""
         raise NotImplementedError

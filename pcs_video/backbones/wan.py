@@ -52,7 +52,7 @@ class WanBackbone(VideoTransformerBackbone):
             scheduler=pipe.scheduler,
         )
         self.experts: dict[str, Any] = experts
-        self.boundary = 0.0 if boundary is None else 1000.0 * boundary
+        self.boundary_ratio: float | None = boundary
         self.time_per_token = bool(pipe.config.expand_timesteps)  # Wan 2.2 5B
         self.role_table = transformer_roles(tuple(experts), r"blocks\.\d+\.", "ffn")
         self.frame_factor = self.vae.config.scale_factor_temporal
@@ -70,10 +70,15 @@ class WanBackbone(VideoTransformerBackbone):
             tokenizer=self.tokens.base["text_encoder"],
             vae=self.vae,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
-            boundary_ratio=self.boundary / 1000 if len(self.experts) > 1 else None,
+            boundary_ratio=self.boundary_ratio,
             expand_timesteps=self.time_per_token,
             **networks,
         )
+
+    @property
+    def boundary(self) -> float:
+        """The time from which on the first expert predicts."""
+        return 1000.0 * (self.boundary_ratio or 0.0)
 
     # --- the autoencoder -----------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ _PATHS = 2**44  # a stream of draws of its own
 class DualPathTask(TuneTask):
     """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), each step both, one after the other.
 
-    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture, with nothing
-    else in training switched on. The temporal path: parts of the group `temporal` learn the whole clip, while the clip's
+    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (where latents
+    join frames, the first, which alone is one), with nothing else in training switched on. The temporal path: parts of the group `temporal` learn the whole clip, while the clip's
     own spatial adapters say what it looks like and stay as they are. With the probability `skip` the spatial path and its
     adapters rest.
     """
@@ -73,7 +73,8 @@ class DualPath(Tune):
             yield
 
     def _of_one_frame(self, batch: Batch, step: int, micro: int, draw: torch.Generator) -> Tensor:
-        chosen = torch.randint(batch.latents.shape[2], (), generator=draw)
+        pictures = batch.latents.shape[2] if self.backbone.frame_factor == 1 else 1
+        chosen = torch.randint(pictures, (), generator=draw)
         state = self._predict(one_frame(batch, int(chosen)), step, micro)
         return self._example_loss(state).mean()
 

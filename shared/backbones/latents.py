@@ -17,6 +17,7 @@ class LatentCodec:
     vae: Any
     placement: Placement | None = None
     latent_multiple: int = 1  # the latent grid must be a multiple of this
+    frame_factor: int = 1  # frames per latent frame, after the first
 
     @property
     def dtype(self) -> torch.dtype:

@@ -363,10 +363,12 @@ def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Pat
         assert torch.equal(after[name], value), key
 
 
-def run_on_clips(backbone: Any, folder: Path, tmp_path: Path, length: int) -> TrainingRun:
+def run_on_clips(
+    backbone: Any, folder: Path, tmp_path: Path, length: int, recipe: str = "animatediff_motion_lora", *settings: str
+) -> TrainingRun:
     asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
-    asked += [f"sources.clips.window.length={length}", "train.steps=1"]
-    planned = plan(load("animatediff_motion_lora", asked, "video", VideoRecipe))
+    asked += [f"sources.clips.window.length={length}", "train.steps=1", *settings]
+    planned = plan(load(recipe, asked, "video", VideoRecipe))
     return TrainingRun(
         backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path / "cache", tensorboard=False,
         tasks=VideoRunner.tasks,
@@ -383,6 +385,27 @@ def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: 
     for key, value in before.items():
         name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
         assert torch.equal(after[name], value), key
+
+
+def test_the_path_of_pictures_learns_the_frame_that_is_one(
+    backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A latent frame of several frames is no picture: MotionDirector's spatial path takes the first, each time."""
+    shown: list[Tensor] = []
+    add_noise = type(backbone).add_noise
+
+    def watched(self: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        shown.append(x0)
+        return add_noise(self, x0, noise, t)
+
+    monkeypatch.setattr(type(backbone), "add_noise", watched)
+    settings = ("trainable.temporal.roles=[temporal_attention]", "task.skip=0", "train.steps=3")
+    finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
+    assert [x.ndim for x in shown] == [4, 5] * 3
+    stills = backbone.encode_pixels(torch.stack([moving_square(i, 9, 40)[:, 0, :32, :32] for i in range(2)]))
+    assert stills.shape[1:] == shown[0].shape[1:]
+    for picture, clip in zip(shown[::2], shown[1::2], strict=True):
+        assert torch.equal(picture, clip[:, :, 0])
 
 
 def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:

@@ -60,8 +60,6 @@ def test_the_expert_is_chosen_by_time(experts: WanBackbone) -> None:
 def test_a_batch_is_split_between_the_experts(experts: WanBackbone) -> None:
     t = torch.tensor([300.0, 900.0, 699.5, 700.0])
     mixed = ask(experts, t, rows=4)
-    for same in (ask(experts, t.clamp(max=699), rows=4)[[0, 2]], ask(experts, t.clamp(min=900), rows=4)[[1]]):
-        assert (mixed[[0, 2]] if len(same) == 2 else mixed[[1]]).shape == same.shape
     text = experts.encode(["a mug", "a dog", "a cat on the beach", "snow"])
     for row in range(4):
         alone = type(text)(text.context[row : row + 1])
@@ -126,7 +124,6 @@ def test_both_experts_are_exported_each_to_a_file_that_says_how(experts: WanBack
     files = report["lora"]["files"]
     assert files["pytorch_lora_weights.safetensors"] == {}
     assert files["pytorch_lora_weights.transformer_2.safetensors"] == {"load_into_transformer_2": True}
-    (tmp_path / "out/pytorch_lora_weights.transformer_2.safetensors").unlink()
     assert "load_into_transformer_2=True" in (tmp_path / "out/README.txt").read_text()
 
 
