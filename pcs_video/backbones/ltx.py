@@ -128,6 +128,8 @@ class LTXBackbone(VideoTransformerBackbone):
 
 def _check(config: Any, channels: int) -> None:
     if (config.patch_size, config.patch_size_t) != (1, 1):
-        raise ValueError(f"ltx: patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size} are not covered")
+        raise ValueError(
+            f"ltx: patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size} are not covered"
+        )
     if config.in_channels != channels:
         raise ValueError(f"ltx: the transformer reads {config.in_channels} channels, and gets {channels}")

@@ -100,7 +100,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
     Raises ValueError when no name is one, when shapes are of another architecture, and when two names are one layer.
     """
-    index = layer_index(backbone)
+    index = layer_index(backbone, file.path.name)
     layers: Layers = {}
     by: dict[tuple[str, str], str] = {}
     unmatched, misfits = [], []

@@ -1,8 +1,8 @@
 """How trainers spell a layer's name in LoRA files, and which layer of a backbone that is.
 
 One index serves all of them: a name is compared with dots and underscores taken for the same, because kohya's files have
-no dots. Three spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest
-Labs' for FLUX, and that of the original (LDM) checkpoints of Stable Diffusion.
+no dots. Four spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest
+Labs' for FLUX, Wan's own, and that of the original (LDM) checkpoints of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ class Place:
     halves_swapped: bool = False  # the file has shift before scale, the layer scale before shift
 
 
-def layer_index(backbone: Backbone) -> dict[str, set[Place]]:
-    """Every known spelling, flattened -> the places that it names (more than one: the spelling is ambiguous)."""
+def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
+    """Every known spelling, flattened -> the places that it names (more than one: the spelling is ambiguous).
+
+    Args:
+        file: the file's name; files of a further expert are named after it, and name its layers as if it were the first
+    """
     index: dict[str, set[Place]] = {}
+    first, *others = backbone.noise_ranges
+    named = next((expert for expert in others if f".{expert}." in file), None)
     for component, network in backbone.components.items():
-        denoiser = network is backbone.denoiser
+        denoiser = component in backbone.noise_ranges
+        if named and denoiser and component != named:
+            continue
         before = ("", f"{component}.", *(_DENOISER if denoiser else _text_prefixes(component)))
+        before += (f"{first}.",) if component == named else ()
         names = [(path, Place(component, (path,))) for path in leaf_names(network)]
         spelled = [(s, place) for path, place in names for s in _spellings(backbone, component, path)]
         if denoiser:
@@ -68,7 +77,7 @@ def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
 def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
     """The names of the checkpoints that a family was first published as; those whose layers are here."""
     spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
-    for name, *layers in spell(backbone.denoiser) if spell else ():
+    for name, *layers in spell(backbone.components[component]) if spell else ():
         if all(layer in paths for layer in layers):
             yield name, Place(component, tuple(layers), name.endswith("adaLN_modulation.1"))
 
@@ -144,7 +153,24 @@ _LDM_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-_ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion}
+
+
+def _wan(network: Any) -> Iterator[tuple[str, str]]:
+    """(Wan's own name, diffusers' name)."""
+    for i in range(len(network.blocks)):
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+            for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
+                yield f"blocks.{i}.{theirs}.{a}", f"blocks.{i}.{ours}.{b}"
+        for a, b in (("0", "net.0.proj"), ("2", "net.2")):
+            yield f"blocks.{i}.ffn.{a}", f"blocks.{i}.ffn.{b}"
+    for kind in ("text", "time"):
+        for a, b in ((0, 1), (2, 2)):
+            yield f"{kind}_embedding.{a}", f"condition_embedder.{kind}_embedder.linear_{b}"
+    yield "time_projection.1", "condition_embedder.time_proj"
+    yield "head.head", "proj_out"
+
+
+_ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion, "wan": _wan}
 
 
 #: What a name in a file says of the architecture it was made for: the first that matches.
@@ -153,6 +179,8 @@ _SIGNS = (
     ("Stable Diffusion XL", r"lora_te2_|text_encoder_2|input_blocks_[78]_1_transformer_blocks_[2-9]"),
     ("Stable Diffusion XL", r"(down|up)_blocks_\d_attentions_\d_transformer_blocks_[2-9]"),
     ("Stable Diffusion 3", r"joint_blocks|transformer_blocks_\d+_attn_(add_|to_add)"),
+    ("Wan", r"(^| |lora_unet_|model_)blocks_\d+_(self_attn|cross_attn|attn[12])_|blocks_\d+_ffn_"),
+    ("LTX", r"(transformer|model)_transformer_blocks_\d+_attn[12]_"),
     ("Stable Diffusion 1 or 2", r"down_blocks|up_blocks|input_blocks|output_blocks"),
 )
 

@@ -53,9 +53,7 @@ def compare(
         pipe = loaded(backbone, folder, written)
         context, pooled = _encode(pipe, backbone, public)
         outputs = {c: _again(pipe.components[c], call) for c, call in calls.items()}
-    checks = {
-        _denoiser(backbone, c): check(call["output"], outputs[c], bare.get(c, [])) for c, call in calls.items()
-    }
+    checks = {_denoiser(backbone, c): check(call["output"], outputs[c], bare.get(c, [])) for c, call in calls.items()}
     if not isinstance(text.context, Tensor):
         raise ValueError(
             f"{name!r} has a text context for each attention layer, which diffusers' pipelines do not read"

@@ -35,7 +35,9 @@ from tests.core.runs import finish, paint, session, small
 from tests.video.conftest import FAST, moving_square
 from tests.video.transformer_models import build_ltx, build_wan
 
-FAMILIES: dict[str, tuple[Callable[[], Any], type[Any], int]] = {  # how it is built, its class, frames of two latent ones
+FAMILIES: dict[
+    str, tuple[Callable[[], Any], type[Any], int]
+] = {  # how it is built, its class, frames of two latent ones
     "wan": (build_wan, WanBackbone, 5),
     "wan 2.2": (lambda: build_wan(experts=2), WanBackbone, 5),
     "ltx": (build_ltx, LTXBackbone, 9),
@@ -242,13 +244,16 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
 def test_a_training_step_mixes_no_devices() -> None:
     for build, kind, _ in (FAMILIES["wan"], FAMILIES["ltx"]):
         backbone = kind(build(), "tiny")
-        text_roles = ("text_encoder",) if kind is LTXBackbone else ()  # UMT5 looks at its mask's values, and here are none
+        text_roles = (
+            ("text_encoder",) if kind is LTXBackbone else ()
+        )  # UMT5 looks at its mask's values, and here are none
         Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
         told = backbone.encode(["a photo of a mug", "a dog"])
         backbone.to("meta")
         latents = backbone.latent_moments(torch.zeros(2, 3, frames_of(backbone), 32, 32, device="meta"))[0]
         t = TIMES.to("meta")
-        text = backbone.encode(["a photo of a mug", "a dog"], t) if text_roles else replace(told, context=told.context.to("meta"))
+        text = replace(told, context=told.context.to("meta"))
+        text = backbone.encode(["a photo of a mug", "a dog"], t) if text_roles else text
         prediction = backbone.predict(backbone.add_noise(latents, torch.randn_like(latents), t), t, text)
         (prediction - backbone.target(latents, latents, t)).square().mean().backward()
         trained = [p for m in backbone.components.values() for p in m.parameters() if p.requires_grad]
@@ -451,7 +456,9 @@ def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path
     names = [f"denoiser {n}" for n in networks(backbone)] if len(networks(backbone)) > 1 else ["denoiser"]
     assert set(report["checks"]) == {*names, "text"}
     assert all(c["ok"] and c["effect"] > 0.01 for c in report["checks"].values())
-    assert all({k.split(".")[0] for k in load_file(tmp_path / "out" / f)} == {"transformer"} for f in report["lora"]["files"])
+    assert all(
+        {k.split(".")[0] for k in load_file(tmp_path / "out" / f)} == {"transformer"} for f in report["lora"]["files"]
+    )
     assert len(report["lora"]["files"]) == len(networks(backbone))
     backbone.pipeline().save_pretrained(tmp_path / "model")
     lines = (tmp_path / "out/README.txt").read_text().split("\n\n")[1].splitlines()
