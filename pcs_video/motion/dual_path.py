@@ -25,9 +25,9 @@ class DualPathTask(TuneTask):
     """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), each step both, one after the other.
 
     The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (where latents
-    join frames, the first, which alone is one), with nothing else in training switched on. The temporal path: parts of the group `temporal` learn the whole clip, while the clip's
-    own spatial adapters say what it looks like and stay as they are. With the probability `skip` the spatial path and its
-    adapters rest.
+    join frames, the first, which alone is a picture), with nothing else in training switched on. The temporal path: parts
+    of the group `temporal` learn the whole clip, while the clip's own spatial adapters say what it looks like and stay as
+    they are. With the probability `skip` the spatial path and its adapters rest.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]

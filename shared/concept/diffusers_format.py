@@ -260,8 +260,11 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         lines.append(f'pipe.load_textual_inversion("{{folder}}/{entry["file"]}"{where})')
         if entry["end_of_text"]:
             lines.append(f"pipe.{entry['component']}.eos_token_id = pipe.{tokenizer}.eos_token_id")
-    made = "images[0].save('picture.png')" if backbone.frames is None else "frames[0]"
-    lines.append(f"pipe({json.dumps(f'a photo of a {words}'.strip())}).{made}")
+    made = f"pipe({json.dumps(f'a photo of a {words}'.strip())})"
+    if backbone.frames is None:
+        lines.append(f"{made}.images[0].save('picture.png')")
+    else:
+        lines += ["from diffusers.utils import export_to_video", f"export_to_video({made}.frames[0], 'clip.mp4')"]
     head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 

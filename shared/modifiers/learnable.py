@@ -47,8 +47,8 @@ class LearnableToken(KindPart):
         sites = backbone.text_sites()
         if self.per and not sites:
             raise ValueError(
-                f"modifier.per={self.per}: {backbone.family} has no attention layers that take a text of their own: leave "
-                "modifier.per out"
+                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers that take a text of their own: "
+                "leave modifier.per out"
             )
         tokens = tuple(f"<{name}>" + (f"_{i}" if i else "") for i in range(self.vectors))
         start = {

@@ -201,7 +201,12 @@ def test_what_a_family_cannot_do_yet_is_said(sd: StableDiffusionBackbone, flux: 
         extra = type(conditioning)(conditioning.context, conditioning.pooled, (ImageTokens(torch.zeros(1, 4, 16)),))
         with pytest.raises(ValueError, match="image tokens"):
             backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), extra)
-        for unread in ({"regions": {"mug": torch.ones(1, 1, 8, 8)}}, {"size_ids": torch.zeros(1, 6)}):
+        unread_ones: list[dict[str, Any]] = [
+            {"regions": {"mug": torch.ones(1, 1, 8, 8)}},
+            {"size_ids": torch.zeros(1, 6)},
+        ]
+        unread_ones += [{"context_mask": torch.ones(1, 32, dtype=torch.bool)}]
+        for unread in unread_ones:
             with pytest.raises(ValueError, match=f"{backbone.family}: {next(iter(unread))}"):
                 backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor(3), dataclasses.replace(conditioning, **unread))
     with pytest.raises(ValueError, match="must be one tensor"):

@@ -28,9 +28,11 @@ from shared.recipe.resolve import load
 from shared.runner.plan import plan
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
+from shared.train.batches import Data
 from shared.train.memory import recomputed
 from shared.train.training_run import TrainingRun
 from shared.trainable.lora import Lora
+from shared.types import Example
 from tests.core.runs import finish, paint, session, small
 from tests.video.conftest import FAST, moving_square
 from tests.video.transformer_models import build_ltx, build_wan
@@ -324,7 +326,9 @@ def test_learned_tokens_are_said_and_learn(backbone: Any) -> None:
     again = backbone.encode(["a mug on the beach"])
     assert torch.equal(again.context, plain.context)
     assert RareToken().attach(backbone, "my-mug", "mug").words.endswith("mug")
-    with pytest.raises(ValueError, match=r"modifier.per=layer: .* no attention layers that take a text of their own"):
+    with pytest.raises(
+        ValueError, match=r"modifier.per=layer: .* no cross-attention layers that take a text of their own"
+    ):
         LearnableToken(per="layer").attach(backbone, "other", "mug")
 
 
@@ -411,6 +415,21 @@ def test_the_path_of_pictures_learns_the_frame_that_is_one(
     assert stills.shape[1:] == shown[0].shape[1:]
     for picture, clip in zip(shown[::2], shown[1::2], strict=True):
         assert torch.equal(picture, clip[:, :, 0])
+
+
+def test_masks_of_clips_are_joined_as_the_autoencoder_joins_frames(backbone: Any, tmp_path: Path) -> None:
+    """A thing that is masked in the second frame alone is nowhere in the first latent frame, and in 1/r of the next."""
+    frames = frames_of(backbone)
+    mask = torch.zeros(1, frames, 32, 32)
+    mask[:, 1, :16] = 1
+    example = Example(moving_square(0, frames), "a toy", ("m",), masks={"m": mask})
+    recipe = load("animatediff_motion_lora", ["backbone=tiny", "output=m.concept"], "video", VideoRecipe)
+    batch = Data([example], recipe, backbone, {"m": "toy"}, {"m": "toy"}).batch(0, 0)
+    expected = torch.zeros(1, 1, 2, 4, 4)
+    expected[:, :, 1, :2] = 1 / (frames - 1)
+    assert batch.mask is not None and batch.latents.shape[2:] == (2, 4, 4)
+    torch.testing.assert_close(batch.mask, expected)
+    torch.testing.assert_close(batch.owner_masks["m"], expected)
 
 
 def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:
