@@ -35,7 +35,7 @@ class CausalCodec(LatentCodec):
 
     def _posterior(self, pixels: Tensor) -> Any:
         clips = pixels if pixels.ndim == 5 else pixels[:, :, None]
-        self.latent_shape(*clips.shape[-2:], clips.shape[2])
+        self.latent_shape(clips.shape[3], clips.shape[4], clips.shape[2])
         self._use_vae()
         return self.vae.encode(clips.to(self.vae.dtype)).latent_dist
 

@@ -61,8 +61,8 @@ class LTXProcessor(Processor):
         bias = attn.prepare_attention_mask(attention_mask, k.shape[1], len(k))
         if bias is not None:
             bias = bias.view(len(k), attn.heads, -1, bias.shape[-1])
-        apart = [x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
-        return _out(attn, self.plan.attend(*apart, bias), q)
+        heads, keys, values = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return _out(attn, self.plan.attend(heads, keys, values, bias), q)
 
 
 def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
