@@ -15,8 +15,8 @@ from shared.sampling.sampler import sample
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
 from shared.types import Conditioning
-from tests.video.test_video_transformers import noise, nothing, pipeline_clips
 from tests.video.transformer_models import build_ltx, build_wan
+from tests.video.transformer_runs import noise, nothing, pipeline_clips
 
 SETTINGS = SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9)
 ASKED: Any = {"prompts": ["a red mug", "a dog"], "seeds": [3, 4], "settings": SETTINGS}

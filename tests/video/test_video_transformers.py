@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,79 +9,39 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pcs_video.backbones.ltx import LTXBackbone
-from pcs_video.backbones.wan import WanBackbone
-from pcs_video.recipe import VideoRecipe
-from pcs_video.runner import VideoRunner
 from shared.backbones import load_backbone
 from shared.backbones.attention_maps import Watch
 from shared.backbones.module_roles import LEAVES, leaf_names, parameter_holders
 from shared.backbones.protocol import Backbone
-from shared.concept import Provenance, attach, capture, export, read, save
-from shared.io.clips.write_clip import write_clip
 from shared.modifiers import LearnableToken, RareToken
-from shared.recipe.resolve import load
-from shared.runner.plan import plan
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
-from shared.train.batches import Data
 from shared.train.memory import recomputed
-from shared.train.training_run import TrainingRun
 from shared.trainable.lora import Lora
-from shared.types import Example
-from tests.core.runs import finish, paint, session, small
-from tests.video.conftest import FAST, moving_square
-from tests.video.transformer_models import build_ltx, build_wan
-
-FAMILIES: dict[
-    str, tuple[Callable[[], Any], type[Any], int]
-] = {  # how it is built, its class, frames of two latent ones
-    "wan": (build_wan, WanBackbone, 5),
-    "wan 2.2": (lambda: build_wan(experts=2), WanBackbone, 5),
-    "ltx": (build_ltx, LTXBackbone, 9),
-}
-TIMES = torch.tensor([900, 300])  # on both sides of where Wan 2.2's experts change
+from tests.video.transformer_runs import (
+    FAMILIES,
+    TIMES,
+    ask,
+    frames_of,
+    learn,
+    networks,
+    noise,
+    nothing,
+    pipeline_clips,
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def new(request: pytest.FixtureRequest) -> Callable[[], Any]:
     """Makes the tiny backbone of one family."""
-    build, kind, _ = FAMILIES[request.param]
-    return lambda: kind(build(), "tiny")
+    return FAMILIES[request.param]
 
 
 @pytest.fixture
 def backbone(new: Callable[[], Any]) -> Any:
     return new()
-
-
-def frames_of(backbone: Any) -> int:
-    return backbone.frame_factor + 1
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def ask(backbone: Any, prompts: tuple[str, ...] = ("a mug", "a dog on the beach"), seed: int = 0) -> Tensor:
-    return backbone.predict(noise(2, 4, 2, 4, 4, seed=seed), TIMES, backbone.encode(list(prompts)))
-
-
-def networks(backbone: Any) -> list[str]:
-    return list(backbone.noise_ranges)
-
-
-def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", **settings: Any) -> None:
-    group = Lora(**{"roles": ("cross_attention", "self_attention"), "rank": 3, **settings}).inject(
-        backbone, name, slot, 0
-    )
-    draw = torch.Generator().manual_seed(1)
-    for parameter in group.parameters:
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
 
 
 # --- the protocol and the autoencoder ---------------------------------------------------------------------------
@@ -144,17 +103,6 @@ def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
-
-
-def pipeline_clips(pipe: Any, frames: int, **options: Any) -> Tensor:
-    """[2, 3, F, 32, 32] in [-1, 1] by diffusers' own loop."""
-    pipe.set_progress_bar_config(disable=True)
-    asked: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 4, "negative_prompt": ["blurry"] * 2}
-    made = pipe(
-        ["a red mug", "a dog"], height=32, width=32, num_frames=frames, output_type="pt", max_sequence_length=48,
-        generator=[torch.Generator().manual_seed(s) for s in (3, 4)], **{**asked, **options},
-    ).frames  # fmt: skip
-    return torch.as_tensor(made).transpose(1, 2).float() * 2 - 1
 
 
 def test_sampling_gives_what_the_pipeline_gives(backbone: Any) -> None:
@@ -244,11 +192,10 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
 
 
 def test_a_training_step_mixes_no_devices() -> None:
-    for build, kind, _ in (FAMILIES["wan"], FAMILIES["ltx"]):
-        backbone = kind(build(), "tiny")
-        text_roles = (
-            ("text_encoder",) if kind is LTXBackbone else ()
-        )  # UMT5 looks at its mask's values, and here are none
+    for family in ("wan", "ltx"):
+        backbone = FAMILIES[family]()
+        # UMT5 looks at the values of its mask, and here are none
+        text_roles = ("text_encoder",) if family == "ltx" else ()
         Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
         told = backbone.encode(["a photo of a mug", "a dog"])
         backbone.to("meta")
@@ -265,10 +212,6 @@ def test_a_training_step_mixes_no_devices() -> None:
 
 
 # --- attention --------------------------------------------------------------------------------------------------
-
-
-def nothing(site: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, rows: Any) -> Any:
-    return q, k, v, bias
 
 
 def one_side(backbone: Any, t: float = 900) -> Tensor:
@@ -336,168 +279,3 @@ def test_a_context_for_each_site_is_refused(backbone: Any) -> None:
     text = backbone.encode(["a mug"]).per_site([s.name for s in backbone.sites()])
     with pytest.raises(ValueError, match=f"{backbone.family}: all of its layers share one projection of the text"):
         backbone.predict(noise(1, 4, 2, 4, 4), TIMES[:1], text)
-
-
-# --- training ---------------------------------------------------------------------------------------------------
-
-
-def snapshot(backbone: Any) -> dict[str, Tensor]:
-    modules = {**backbone.components, "vae": backbone.vae}
-    return {f"{c}.{n}": p.detach().clone() for c, m in modules.items() for n, p in m.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return paint(tmp_path_factory.mktemp("given") / "photos")
-
-
-@pytest.fixture(scope="module")
-def longer_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("longer")
-    for i in range(2):
-        write_clip(folder / f"{i}", moving_square(i, frames=9, side=40), 8)
-    return folder
-
-
-def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Path, tmp_path: Path) -> None:
-    before = snapshot(backbone)
-    settings = ("sources.class_pictures=null", "regularize.prior=null", "train.steps=1", "trainable.lora.rank=2")
-    learned = finish(session(backbone, small("dreambooth_lora", *settings), photos, tmp_path / "run"))
-    assert {k.split(".")[0] for k in learned} == {f"adapter/lora/{n}" for n in networks(backbone)}
-    ups = [v for k, v in learned.items() if "lora_B" in k]
-    assert ups and any(bool(v.abs().max() > 0) for v in ups)
-    after = snapshot(backbone)
-    for key, value in before.items():
-        name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
-        assert torch.equal(after[name], value), key
-
-
-def run_on_clips(
-    backbone: Any, folder: Path, tmp_path: Path, length: int, recipe: str = "animatediff_motion_lora", *settings: str
-) -> TrainingRun:
-    asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
-    asked += [f"sources.clips.window.length={length}", "train.steps=1", *settings]
-    planned = plan(load(recipe, asked, "video", VideoRecipe))
-    return TrainingRun(
-        backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path / "cache", tensorboard=False,
-        tasks=VideoRunner.tasks,
-    )  # fmt: skip
-
-
-def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: Path, tmp_path: Path) -> None:
-    before = snapshot(backbone)
-    run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone))
-    learned = finish(run)
-    assert any("lora_B" in k and bool(v.abs().max() > 0) for k, v in learned.items())
-    assert all(".attn1." in k for k in learned) and any("self_attention" in note for note in run.ports)
-    after = snapshot(backbone)
-    for key, value in before.items():
-        name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
-        assert torch.equal(after[name], value), key
-
-
-def test_the_path_of_pictures_learns_the_frame_that_is_one(
-    backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A latent frame of several frames is no picture: MotionDirector's spatial path takes the first, each time."""
-    shown: list[Tensor] = []
-    add_noise = type(backbone).add_noise
-
-    def watched(self: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        shown.append(x0)
-        return add_noise(self, x0, noise, t)
-
-    monkeypatch.setattr(type(backbone), "add_noise", watched)
-    settings = ("trainable.temporal.roles=[temporal_attention]", "task.skip=0", "train.steps=3")
-    finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
-    assert [x.ndim for x in shown] == [4, 5] * 3
-    stills = backbone.encode_pixels(torch.stack([moving_square(i, 9, 40)[:, 0, :32, :32] for i in range(2)]))
-    assert stills.shape[1:] == shown[0].shape[1:]
-    for picture, clip in zip(shown[::2], shown[1::2], strict=True):
-        assert torch.equal(picture, clip[:, :, 0])
-
-
-def test_masks_of_clips_are_joined_as_the_autoencoder_joins_frames(backbone: Any, tmp_path: Path) -> None:
-    """A thing that is masked in the second frame alone is nowhere in the first latent frame, and in 1/r of the next."""
-    frames = frames_of(backbone)
-    mask = torch.zeros(1, frames, 32, 32)
-    mask[:, 1, :16] = 1
-    example = Example(moving_square(0, frames), "a toy", ("m",), masks={"m": mask})
-    recipe = load("animatediff_motion_lora", ["backbone=tiny", "output=m.concept"], "video", VideoRecipe)
-    batch = Data([example], recipe, backbone, {"m": "toy"}, {"m": "toy"}).batch(0, 0)
-    expected = torch.zeros(1, 1, 2, 4, 4)
-    expected[:, :, 1, :2] = 1 / (frames - 1)
-    assert batch.mask is not None and batch.latents.shape[2:] == (2, 4, 4)
-    torch.testing.assert_close(batch.mask, expected)
-    torch.testing.assert_close(batch.owner_masks["m"], expected)
-
-
-def test_a_window_that_does_not_fit_is_refused(longer_clips: Path, tmp_path: Path) -> None:
-    backbone = WanBackbone(build_wan(), "tiny")
-    with pytest.raises(ValueError, match="a clip of 4 frames does not fit wan, .* nearest is 1 and 5"):
-        finish(run_on_clips(backbone, longer_clips, tmp_path, 4))
-
-
-# --- concepts and exports ---------------------------------------------------------------------------------------
-
-
-def test_a_concept_is_saved_and_loaded(new: Callable[[], Any], tmp_path: Path) -> None:
-    backbone = new()
-    modifier = LearnableToken(vectors=2)
-    words = modifier.attach(backbone, "my-mug", "mug").words
-    learn(backbone)
-    for parameter in backbone.placeholders["my-mug"].parameters():
-        parameter.data += 0.5
-    prompts = (f"a photo of a {words}", "a dog")
-    expected = ask(backbone, prompts)
-    path = save(capture(backbone, "my-mug", Provenance(class_noun="mug", modifier=modifier)), tmp_path / "m").path
-    fresh = new()
-    attach(read(Path(str(path))), fresh)
-    assert torch.equal(ask(fresh, prompts), expected)
-    assert read(Path(str(path))).meta.backbone.family == backbone.family
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
-    """Clips of the pipeline that loads the files by README's own lines are the clips that the concept makes here."""
-    backbone = new()
-    modifier = LearnableToken(vectors=2)
-    words = modifier.attach(backbone, "Cup_2", "mug").words
-    for parameter in backbone.placeholders["Cup_2"].parameters():
-        parameter.data += 0.5 * noise(*parameter.shape, seed=5)
-    learn(backbone, "Cup_2", alpha=2.0, dora=dora)
-    frames, prompt = frames_of(backbone), f"a photo of a {words}"
-    settings = SamplingSettings("", 4.0, 3, height=32, width=32, frames=frames)
-    ours = sample(backbone, [prompt], seeds=[3], settings=settings)
-    concept = capture(backbone, "Cup_2", Provenance(class_noun="mug", modifier=modifier))
-    backbone.remove("Cup_2")
-    report = export(concept, tmp_path / "out", backbone=backbone)
-    names = [f"denoiser {n}" for n in networks(backbone)] if len(networks(backbone)) > 1 else ["denoiser"]
-    assert set(report["checks"]) == {*names, "text"}
-    assert all(c["ok"] and c["effect"] > 0.01 for c in report["checks"].values())
-    assert all(
-        {k.split(".")[0] for k in load_file(tmp_path / "out" / f)} == {"transformer"} for f in report["lora"]["files"]
-    )
-    assert len(report["lora"]["files"]) == len(networks(backbone))
-    backbone.pipeline().save_pretrained(tmp_path / "model")
-    lines = (tmp_path / "out/README.txt").read_text().split("\n\n")[1].splitlines()
-    lines = [line.strip().replace("{folder}", str(tmp_path / "out")) for line in lines]
-    assert json.dumps(prompt) in lines[-1]
-    scope: dict[str, Any] = {}
-    exec("\n".join(lines[:-1]).replace('"tiny"', json.dumps(str(tmp_path / "model"))), scope)
-    pipe = scope["pipe"]
-    pipe.set_progress_bar_config(disable=True)
-    made = pipe(
-        prompt, negative_prompt="", height=32, width=32, num_frames=frames, num_inference_steps=3, guidance_scale=4.0,
-        max_sequence_length=48, output_type="pt", generator=[torch.Generator().manual_seed(3)],
-    ).frames  # fmt: skip
-    theirs = torch.as_tensor(made).transpose(1, 2).float() * 2 - 1
-    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
-
-
-def test_what_diffusers_has_no_place_for_is_refused(backbone: Any, tmp_path: Path) -> None:
-    learn(backbone, roles=("text_encoder",))
-    concept = capture(backbone, "my-mug", Provenance(class_noun="mug"))
-    with pytest.raises(ValueError, match=f"diffusers loads LoRA for {backbone.family} into .*not into text_encoder"):
-        export(concept, tmp_path / "out", backbone=backbone)
-    assert not (tmp_path / "out").exists()

@@ -14,8 +14,8 @@ from shared.sampling.sampler import sample
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
 from shared.trainable.lora import Lora
-from tests.video.test_video_transformers import learn, noise, nothing, pipeline_clips
 from tests.video.transformer_models import build_wan
+from tests.video.transformer_runs import learn, noise, nothing, pipeline_clips
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from shared.concept import Provenance, attach, capture, export
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_names import looks_like
 from tests.core.lora_pairs import LORA, Pairs, by_diffusers, imported, low_rank, merged, same, spelled
-from tests.video.test_video_transformers import ask, learn
 from tests.video.transformer_models import build_ltx, build_wan
+from tests.video.transformer_runs import ask, learn
 
 ROLES = ("attention", "feed_forward")
 WAN = (("attn1.to_", "self_attn."), ("attn2.to_", "cross_attn."), ("out.0", "o"), ("net.0.proj", "0"), ("net.2", "2"))
@@ -82,5 +82,7 @@ def test_whose_expert_a_file_is_for_must_be_known(tmp_path: Path) -> None:
     pairs = wan_s_own(low_rank(one, ("self_attention",), scaled=False))
     state = spelled(pairs, {"transformer": "diffusion_model."}, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"could be transformer\.blocks.* and transformer_2\.blocks.*its prefix is missing"):
+    with pytest.raises(
+        ValueError, match=r"could be transformer\.blocks.* and transformer_2\.blocks.*its prefix is missing"
+    ):
         import_lora(tmp_path / "a.safetensors", two, "")
