@@ -12,6 +12,7 @@ import torch
 from shared.metrics.scores import similarities
 from shared.pretrain.evaluators import augment, data, measure, tasks, train
 from shared.pretrain.evaluators import judge_backbone as judge
+from shared.pretrain.evaluators.pose_task import PoseTask
 from shared.pretrain.evaluators.tasks import contrastive_loss, retrieve
 from shared.pretrain.run_task import RunSettings
 from shared.pretrain.task import Compute
@@ -20,6 +21,7 @@ from shared.toybox.evaluators import clip as clips
 from shared.toybox.evaluators import load_clip, load_identity, load_recognizer
 from shared.toybox.evaluators.convnet import WEIGHTS, TrunkConfig, adopt_state, read_state
 from shared.toybox.evaluators.identity import IdentityConfig
+from shared.toybox.evaluators.pose import PoseConfig, load_pose
 from shared.toybox.evaluators.recognizer import ATTRIBUTES, RecognizerConfig
 from shared.toybox.weights import WEIGHTS as BACKBONES
 from shared.toybox.weights import sampling_defaults
@@ -59,6 +61,10 @@ def tiny_task(name: str, seed: int = 0) -> tasks.EvaluatorTask:
         return tasks.RecognizerTask(fake_pictures(), settings, BF16, config)
     if name == "identity":
         return tasks.IdentityTask(fake_individuals(), settings, BF16, IdentityConfig(trunk=TINY, dimensions=8))
+    if name == "pose":
+        poses = np.random.default_rng(1).uniform(-1, 1, (24, 6)).astype(np.float32)
+        poses[::5] = np.nan
+        return PoseTask(fake_pictures(), poses, settings, BF16, PoseConfig(trunk=TINY, bins=12))
     from shared.toybox import tokenizer
 
     config = clips.ClipConfig(vision_width=16, vision_layers=1, text_width=16, text_layers=1, dimensions=8)
@@ -93,7 +99,7 @@ def fit(
     return task, train.fit(task, settings, train.Folders(place, place.parent / "out", place))
 
 
-@pytest.mark.parametrize("name", ["recognizer", "identity", "clip"])
+@pytest.mark.parametrize("name", ["recognizer", "identity", "clip", "pose"])
 def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
     before = tiny_task(name).state_dict()
     whole, steps = fit(name, tmp_path / "a" / "whole")
@@ -108,14 +114,14 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path):
         fit(name, tmp_path / "b" / "halves", seed=3)
 
 
-@pytest.mark.parametrize("name", ["recognizer", "identity", "clip"])
+@pytest.mark.parametrize("name", ["recognizer", "identity", "clip", "pose"])
 def test_finished_weights_go_on_with_a_new_optimizer(name: str, tmp_path: Path):
     out = tmp_path / "out"
     assert fit(name, tmp_path / "first", 3, pause_at=2)[1] == 2
     adopted = tiny_task(name)
     assert train.adopt(adopted, out) == 2
     written = read_state(out / "model.safetensors")
-    state = {"recognizer": "recognizer", "identity": "encoder", "clip": "model"}[name]
+    state = {"recognizer": "recognizer", "identity": "encoder", "clip": "model", "pose": "estimator"}[name]
     assert all(torch.equal(getattr(adopted, state).state_dict()[k], v) for k, v in written.items())
     assert fit(name, tmp_path / "second", 3)[1] == 3
     assert fit(name, tmp_path / "third", 3, pause_at=2, resume=False)[1] == 2
@@ -130,12 +136,13 @@ def test_what_a_kill_kept_from_being_written_is_written_when_resumed(tmp_path: P
 
 
 def test_saved_weights_load_back(tmp_path: Path):
-    for name, load in (("recognizer", load_recognizer), ("identity", load_identity), ("clip", load_clip)):
+    loads = {"recognizer": load_recognizer, "identity": load_identity, "clip": load_clip, "pose": load_pose}
+    for name, load in loads.items():
         task = tiny_task(name)
         task.export(tmp_path / name)
         loaded = load(tmp_path / name)
         module = loaded[0] if isinstance(loaded, tuple) else loaded
-        source = {"recognizer": "module", "identity": "encoder", "clip": "model"}[name]
+        source = {"recognizer": "module", "identity": "encoder", "clip": "model", "pose": "estimator"}[name]
         source = getattr(task, source)
         for key, value in source.state_dict().items():
             expected = value.half().float() if value.is_floating_point() else value

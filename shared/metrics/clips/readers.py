@@ -6,8 +6,15 @@ from collections.abc import Callable, Mapping
 
 from shared.metrics.clips.paths import PathReader
 
+
+def _toybox() -> PathReader:
+    from shared.toybox.evaluators.pose import load_pose
+
+    return load_pose().path
+
+
 #: The readers of a world of its own, by the name that a backbone states (`World.instruments`).
-OWN: Mapping[str, Callable[[], PathReader]] = {}
+OWN: Mapping[str, Callable[[], PathReader]] = {"toybox": _toybox}
 
 
 def load_path_reader(world: str) -> PathReader | None:

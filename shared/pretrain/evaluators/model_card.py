@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shared.pretrain.evaluators import measure
 from shared.pretrain.evaluators import training_curve as curve
+from shared.pretrain.evaluators.measure_pose import measure_pose
 from shared.pretrain.evaluators.model_card_page import page
 from shared.pretrain.evaluators.reconstructions import load_vae, round_trip
 from shared.toybox.evaluators.convnet import WEIGHTS, write_json
@@ -33,7 +34,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
         return round_trip(vae, pixels)
 
     ways = {"clean": None} if vae is None else {"clean": None, "vae": through}
-    result: dict[str, Any] = {"recognizer": {}, "clip": {}}
+    result: dict[str, Any] = {"recognizer": {}, "clip": {}, "pose": {}}
     result |= {f"{kind}_{split}": {} for kind in ("identity", "faces") for split in SPLITS}
     for way, degrade in ways.items():
         result["recognizer"][way] = measure.measure_recognizer(n, seed, degrade)
@@ -41,6 +42,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
             result[f"identity_{split}"][way] = measure.measure_identity(split, seed=seed, degrade=degrade)
             result[f"faces_{split}"][way] = measure.measure_identity(split, seed=seed, degrade=degrade, faces=True)
         result["clip"][way] = measure.measure_clip(max(64, n // 2), seed, degrade)
+        result["pose"][way] = measure_pose(n, seed, degrade)
     return result
 
 

@@ -28,6 +28,17 @@ come from `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE RO
 SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
 `binding`: with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
 """
+POSE = {
+    "azimuth_near": ("azimuth within 30°", ""),
+    "captioned": ("captioned motions named", "95.0 % clean, 90.0 % after the VAE"),
+    "held_out_development": ("held-out motions recognised, development", ""),
+    "held_out_reporting": ("held-out motions recognised, reporting", ""),
+}
+MOTIONS = """Place, size, azimuth (0 is the front; of what is seen from less than 50° above), elevation and tilt, picture by
+picture; of clips the path, the azimuth followed through time. Captioned motions: the nearest of 64 paths of each.
+Held-out ones:
+nearest among their look-alikes, the other motions of their split and standing still.
+"""
 
 
 def page(card: dict[str, Any]) -> str:
@@ -45,6 +56,7 @@ def page(card: dict[str, Any]) -> str:
         "### CLIP\n",
         SWAPS,
         _clip(card["accuracies"]["clip"]),
+        *_pose(card["accuracies"].get("pose")),
         "## How the evaluators were made\n",
         _trainings({name: t for name, t in card["trainings"].items() if "losses" in t}),
         HOW,
@@ -161,6 +173,29 @@ def _faceless(found: dict[str, Any]) -> str:
 
 def _clip(found: dict[str, dict[str, float]]) -> str:
     return _table(["", *_ways(found)], [_row(name.replace("_", " "), name, found)[:-1] for name in found["clean"]])
+
+
+def _pose(found: dict[str, dict[str, Any]] | None) -> list[str]:
+    if found is None:
+        return []
+    units = {"x": " of the width", "y": " of the height", "log_scale": " of its logarithm"}
+    first = next(iter(found.values()))
+    rows = [
+        [
+            f"{name.removesuffix('_deg').replace('_', ' ')}, median error",
+            *(f"{way['errors'][name]:.3g}{units.get(name, '°')}" for way in found.values()),
+            "",
+        ]
+        for name in first["errors"]
+    ]
+    rows += [[label, *(_percent(way[name]) for way in found.values()), aim] for name, (label, aim) in POSE.items()]
+    last = list(found)[-1]
+    return [
+        "### Pose\n",
+        MOTIONS,
+        _table(["", *_ways(found), "aim"], rows),
+        f"The commonest errors: {', '.join(found[last]['confusions']) or 'none'}.\n",
+    ]
 
 
 def _trainings(trainings: dict[str, dict[str, Any]]) -> str:

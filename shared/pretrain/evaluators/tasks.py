@@ -71,7 +71,8 @@ class EvaluatorTask(PretrainTask):
         raise NotImplementedError
 
 
-def _through(data: Pictures | IdentityPictures) -> tuple[str, ...]:
+def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
+    """What a training's command was given for these pictures, for the card."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
@@ -82,7 +83,7 @@ class RecognizerTask(EvaluatorTask):
         self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
     ) -> None:
         torch.manual_seed(settings.seed)
-        self.data, self.flags = data, _through(data)
+        self.data, self.flags = data, flags_of(data)
         self.config = config or RecognizerConfig(values=data.values)
         self.recognizer = Recognizer(self.config)
         self._set_up(self.recognizer, settings, compute)
@@ -137,7 +138,7 @@ class IdentityTask(EvaluatorTask):
             self.encoder.trunk.load_state_dict(start.trunk.state_dict())
             self.encoder.trunk.requires_grad_(settings.thaw)
         self.frozen = start is not None and not settings.thaw
-        self.flags = (*_through(data), *(["--thaw"] if settings.thaw else []))
+        self.flags = (*flags_of(data), *(["--thaw"] if settings.thaw else []))
         self.kinds = nn.Linear(HIDDEN, int(data.kinds.max()) + 1)
         self.numbers = nn.Linear(HIDDEN, data.numbers.shape[1])
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
@@ -188,7 +189,7 @@ class ClipTask(EvaluatorTask):
         self.data, self.tokenizer = data, tokenizer
         self.processor = clips.new_processor(config, tokenizer)
         model = clips.new_clip(config, tokenizer)
-        self.flags = _through(data)
+        self.flags = flags_of(data)
         heads = {f"head_{name}": nn.Linear(config.dimensions, len(v)) for name, v in data.values.items()}
         self.model, self.heads = model, nn.ModuleDict(heads)
         self._set_up(nn.ModuleDict({"clip": model, "heads": self.heads}), settings, compute)

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from shared.pretrain.evaluators.data import IdentityPictures, Pictures
+from shared.pretrain.evaluators.pose_task import PoseTask, poses_of
 from shared.pretrain.evaluators.tasks import ClipTask, EvaluatorTask, EvaluatorTraining, IdentityTask, RecognizerTask
 from shared.pretrain.run_task import Outcome, RunSettings, refuse_older, run_task
 from shared.pretrain.task import Compute
 from shared.toybox import tokenizer
 from shared.toybox.evaluators.convnet import WEIGHTS, write_json
 from shared.toybox.evaluators.identity import IdentityConfig
+from shared.toybox.evaluators.pose import PoseConfig
 from shared.toybox.evaluators.recognizer import load_recognizer
 from shared.train import checkpoint
 
@@ -33,7 +35,7 @@ class Folders:
     """Where a training reads and writes.
 
     data: the dataset; for the identity encoder, a folder of `data.build_identity`
-    out: of the weights; the identity encoder starts from the trunk of the `recognizer` beside it
+    out: of the weights; identity encoder and pose estimator start from the trunk of the `recognizer` beside it
     work: of checkpoint and log
     reconstructions: an .npy of the data's first pictures after the autoencoder
     """
@@ -107,6 +109,13 @@ def _clip(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> Ev
     return ClipTask(Pictures.load(folders.data, folders.reconstructions), settings, compute, tokenizer.build())
 
 
+def _pose(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> EvaluatorTask:
+    start = load_recognizer(folders.out.parent / "recognizer")
+    pictures = Pictures.load(folders.data, folders.reconstructions)
+    poses = poses_of(folders.data, len(pictures.pixels))
+    return PoseTask(pictures, poses, settings, compute, PoseConfig(trunk=start.config.trunk), start)
+
+
 @dataclass(frozen=True)
 class Training:
     """How an evaluator is trained where nothing else is asked for."""
@@ -120,6 +129,7 @@ TRAININGS: dict[str, Training] = {
     "recognizer": Training(_recognizer, 12_000, EvaluatorTraining(batch_size=64, lr=1.5e-3)),
     "identity": Training(_identity, 4000, EvaluatorTraining()),
     "clip": Training(_clip, 4000, EvaluatorTraining(lr=1e-3)),
+    "pose": Training(_pose, 4000, EvaluatorTraining(batch_size=64)),
 }
 
 

@@ -206,6 +206,7 @@ _STAGES: dict[str, Callable[[Work], str]] = {
     "recognizer": _evaluator("recognizer"),
     "identity": _evaluator("identity"),
     "clip": _evaluator("clip"),
+    "pose": _evaluator("pose"),
     "assemble": _assemble,
     "clips": _clips,
     "motion": _motion,

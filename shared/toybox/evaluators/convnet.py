@@ -78,13 +78,21 @@ class Trunk(nn.Module):
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, 3, H, W]` -> features `[B, features]` and logits `[B, 1, H/8, W/8]` of where the thing is."""
+        return self.pooled(self.maps(pixels))
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """`[B, 3, H, W]` -> the output of every stage, `[B, width, H / 2^(i+1), W / 2^(i+1)]`."""
         x = self.stem(((pixels - 0.5) * 4.0).contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
+        return maps
+
+    def pooled(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """`read`, from the stages' outputs."""
         where = self.where(maps[self.looks]).float()
-        pooled = [m.mean((2, 3)) for m in maps] + [x.amax((2, 3))]
+        pooled = [m.mean((2, 3)) for m in maps] + [maps[-1].amax((2, 3))]
         pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
         return torch.cat(pooled, 1).float(), where
 

@@ -1,0 +1,139 @@
+"""The pose estimator: where a toybox picture's thing is, how large, and how it is turned.
+
+One convolutional network, read picture by picture. A clip's path is read off its frames; only the azimuth, which can be
+mistaken by half a turn in a single picture, is followed through time. How far it is to be believed is in
+`weights/CARD.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
+from shared.toybox.motions.motion import PATH, Array
+from shared.toybox.motions.path_distance import UNITS
+
+_AZIMUTH = PATH.index("azimuth_deg")
+LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
+"""The columns of a path that are read as plain numbers, in the order of the network's outputs."""
+_PLACES = 32  # channels that are kept of them
+_STEP_DEG = 45.0  # how far a thing usually turns from frame to frame, at most
+
+
+class PoseConfig(BaseModel):
+    """The trunk, and into how many equal parts a turn is cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    trunk: TrunkConfig = TrunkConfig()
+    bins: int = 36
+
+
+@dataclass(frozen=True)
+class Poses:
+    """What is read off B pictures.
+
+    linear: `[B, 5]`, the columns `LINEAR`, in pictures, logarithms and degrees
+    azimuths: `[B, bins]`, the chance that the azimuth is within each part of a turn, the first centred on 0 (front)
+    """
+
+    linear: Tensor
+    azimuths: Tensor
+
+
+class PoseEstimator(nn.Module):
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> pose, of the one thing that they show."""
+
+    def __init__(self, config: PoseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config.trunk)
+        hidden = 256
+        self.places = nn.Conv2d(config.trunk.widths[self.trunk.looks], _PLACES, 1)
+        side = 64 // 2 ** (self.trunk.looks + 1)
+        features = self.trunk.features + _PLACES * side**2
+        self.neck = nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.linear = nn.Linear(hidden, len(LINEAR))
+        self.azimuth = nn.Linear(hidden, config.bins)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 5]`, the columns `LINEAR` in the units of `path_distance.UNITS`, and logits `[B, bins]` of the azimuth."""
+        maps = self.trunk.maps(pixels)
+        pooled, _ = self.trunk.pooled(maps)
+        places = torch.relu(self.places(maps[self.trunk.looks])).float().flatten(1)
+        hidden = self.neck(torch.cat([pooled, places], 1))
+        return self.linear(hidden), self.azimuth(hidden)
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
+        """`[B, 3, 64, 64]` in [0, 1] -> poses, on the CPU."""
+        check_pixels(pixels)
+        device = next(self.parameters()).device
+        parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
+        linear, logits = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        return Poses(linear * units(), logits.softmax(1))
+
+    def path(self, frames: Tensor) -> Array:
+        """A clip `[3, F, 64, 64]` in [-1, 1] -> float64 `[F, 6]`, the columns of `motion.PATH`."""
+        return path_of(self.read((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1)))
+
+
+def units() -> Tensor:
+    """`[5]`: what counts as one, column by column of `LINEAR`."""
+    return torch.tensor([UNITS[name] for name in LINEAR])
+
+
+def path_of(poses: Poses, follow: bool = True) -> Array:
+    """Poses of the F frames of a clip -> its path, float64 `[F, 6]`.
+
+    follow: whether the azimuth is followed through time, and goes on past 180 degrees; else each frame is read by itself
+    """
+    path = np.zeros((len(poses.linear), len(PATH)))
+    path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()
+    at = torch.from_numpy(followed(poses.azimuths.double().numpy())) if follow else poses.azimuths.argmax(1)
+    turned = _around(poses.azimuths, at).double().numpy()
+    path[:, _AZIMUTH] = np.degrees(np.unwrap(np.radians(turned))) if follow else turned
+    return path
+
+
+def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
+    """The most probable way through parts of a turn: chances `[F, bins]` -> int64 `[F]`.
+
+    Viterbi's algorithm; from frame to frame a thing turns by angles of a wrapped normal distribution whose standard
+    deviation is half of `step_deg`.
+    """
+    bins = chances.shape[1]
+    apart = np.abs((np.arange(bins) + bins // 2) % bins - bins // 2) * 360 / bins
+    far = -0.5 * (apart / (step_deg / 2)) ** 2
+    cost = far[(np.arange(bins)[:, None] - np.arange(bins)[None]) % bins]  # [from, to]
+    score, back = np.log(chances[0] + 1e-9), []
+    for seen in chances[1:]:
+        ways = score[:, None] + cost
+        back.append(ways.argmax(0))
+        score = ways.max(0) + np.log(seen + 1e-9)
+    way = [int(score.argmax())]
+    for before in reversed(back):
+        way.append(int(before[way[-1]]))
+    return np.array(way[::-1])
+
+
+def _around(chances: Tensor, at: Tensor) -> Tensor:
+    """`[B]` degrees: the mean direction of chances `[B, bins]` over the parts next to those `at` `[B]`."""
+    bins = chances.shape[1]
+    near = (at[:, None] + torch.arange(-2, 3)) % bins
+    weight = chances.gather(1, near) + 1e-9
+    angle = near * (2 * torch.pi / bins)
+    return torch.rad2deg(torch.atan2((weight * angle.sin()).sum(1), (weight * angle.cos()).sum(1)))
+
+
+@lru_cache(maxsize=4)
+def load_pose(folder: Path | str = WEIGHTS / "pose") -> PoseEstimator:
+    """The pose estimator in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    path, raw = read_config(folder, "pose")
+    return load_state(PoseEstimator(PoseConfig.model_validate(raw)), path)

@@ -1,0 +1,34 @@
+"""Captioned motions told apart by their paths: the nearest of many that were drawn from each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from shared.toybox.motions.captioned import MOTIONS
+from shared.toybox.motions.motion import Array, still
+from shared.toybox.motions.path_distance import distances
+from shared.toybox.motions.placing import sample_paths
+
+STILL = "still"
+_DRAWS = 64  # of each motion: its reach, its pace, its direction
+_SEED = 41
+
+
+@lru_cache(maxsize=8)
+def _known(frames: int) -> tuple[tuple[str, ...], Array]:
+    rng = np.random.default_rng(_SEED)
+    drawn = {name: sample_paths(rng, motion, _DRAWS, frames) for name, motion in MOTIONS.items()}
+    drawn[STILL] = still(frames)[None]
+    names = tuple(name for name, paths in drawn.items() for _ in paths)
+    return names, np.concatenate(list(drawn.values()))
+
+
+def nearest_captioned(path: Array) -> str:
+    """The captioned motion, or "still", whose paths come nearest to a path `[F, 6]` (`path_distance`).
+
+    An orbit of the camera and a spin are told apart by how far they turn: what the background does is no part of a path.
+    """
+    names, known = _known(len(path))
+    return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]
