@@ -1,4 +1,5 @@
-"""`pcs toybox train | evaluate | calibrate | sheet | motions | subjects`: the embedded world, its model, how both are made."""
+"""`pcs toybox train | evaluate | evaluate-clips | calibrate | sheet | motions | subjects`: the embedded world, its model, how
+both are made."""
 
 from __future__ import annotations
 
@@ -61,6 +62,25 @@ def evaluate(
     from shared.pretrain.toybox.evaluate_backbone import evaluate as measure
 
     for line in measure(JudgeSettings(pictures, guidance, steps, seed, backbone), out, card, overwrite):
+        print(line)
+
+
+@app.command()
+def evaluate_clips(
+    out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
+    clips: int = typer.Option(128, min=10, help="number of captions to generate clips for"),
+    guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
+    steps: int = typer.Option(25, min=1),
+    seed: int = typer.Option(0, min=0),
+    backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
+    work: Path = typer.Option(None, help="judge the motion module of a training in this folder", **PATH),
+    overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
+) -> None:
+    """Measure the motion module on random captions of clips."""
+    from shared.pretrain.toybox.evaluate_backbone import JudgeSettings
+    from shared.pretrain.toybox.evaluate_backbone import evaluate_clips as measure
+
+    for line in measure(JudgeSettings(clips, guidance, steps, seed, backbone), work, out, overwrite):
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""Measuring the toybox's model: `pcs toybox evaluate` and `curve`."""
+"""Measuring the toybox's model: `pcs toybox evaluate`, `evaluate-clips` and `curve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.config import expanded
 from shared.io.outputs import check_file, write_text
-from shared.toybox.weights import backbone_path, sampling_defaults
+from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_defaults
 
 
 def open_pipeline(folder: str | None) -> Any:
@@ -68,6 +68,45 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
     if card:
         write_card(judge=found)
         yield f"card written to {backbone_path().parent / 'CARD.md'}"
+
+
+def evaluate_clips(
+    settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
+) -> Iterator[str]:
+    """Judges the motion module on random captions of clips: the shipped one, or that of a training in `work`. Yields lines to
+    print.
+
+    ValueError when `out` exists, unless `overwrite`, and where there is no motion module.
+    """
+    from shared.pretrain.evaluators.judge_clips import judge_clips
+
+    if out is not None:
+        check_file(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
+    pipe = open_moving(settings.backbone, work)
+    found = judge_clips(pipe, settings.pictures, guidance, settings.steps, settings.seed)
+    yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, nothing selected"
+    yield from _lines(found)
+    yield f"  {'still':12} {found['scores']['still']:.3f}"
+    yield f"  commonest errors: {', '.join(found['confusions']) or 'none'}"
+    if out:
+        write_text(out, json.dumps(found, indent=1))
+
+
+def open_moving(backbone: str | None, work: Path | None) -> Any:
+    """An `AnimateDiffPipeline` of the toybox: with the shipped motion module, or with that which a training in `work` has
+    reached."""
+    from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
+
+    from shared.pretrain.toybox.motion_module import averaged
+
+    if work is not None:
+        pipe, adapter = averaged(work, expanded(backbone) if backbone is not None else backbone_path())
+    else:
+        adapter = MotionAdapter.from_pretrained(str(motion_adapter_path()), local_files_only=True)
+        pipe = open_pipeline(backbone)
+    return AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, adapter, pipe.scheduler)
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:

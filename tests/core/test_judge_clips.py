@@ -1,0 +1,40 @@
+"""The bars of the motion module: what they say of true clips, and of pictures that no motion module holds together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared.pretrain.evaluators.judge_clips import BARS, clip_captions, generate, judge_clips
+from shared.pretrain.toybox.evaluate_backbone import open_pipeline
+from shared.pretrain.toybox.motion_module import build_adapter
+from shared.toybox.motions.captioned import MOTIONS
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    from diffusers import AnimateDiffPipeline
+
+    torch.set_num_threads(1)
+    pipe = open_pipeline(None)
+    return AnimateDiffPipeline(
+        pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, build_adapter(pipe.unet), pipe.scheduler
+    )
+
+
+def test_true_clips_meet_the_bars_and_unrelated_frames_do_not(untrained):
+    found = judge_clips(untrained, 20, guidance=1.0, steps=2)
+    assert all(found["instrument"][name] >= bar for name, bar in BARS.items()), found["instrument"]
+    assert found["scores"]["motion"] <= 0.4 and not found["bars"]["motion"]["met"] and not found["met"], found
+    assert found["instrument"]["still"] == 0
+    with pytest.raises(ValueError, match="too few"):
+        judge_clips(untrained, 5)
+
+
+def test_captions_name_every_motion_and_clips_have_seeds_of_their_own(untrained):
+    moving, texts = clip_captions(2 * len(MOTIONS), 0)
+    assert [m.motion.name for m in moving[: len(MOTIONS)]] == list(MOTIONS)
+    assert "spinning" in texts[0] and "moving to the left" in texts[1]
+    together, single = (generate(untrained, texts[:2], 1.0, 1, 3, batch_size=size) for size in (2, 1))
+    assert together[0].shape == (16, 3, 64, 64) and not torch.equal(together[0], together[1])
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(together, single, strict=True))
