@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,6 +22,30 @@ WORDS = (
     *("toy", "person", "style", "red", "green", "blue", "yellow", "beach", "forest", "snow", "street", "sks", "ohwx"),
     *("zwx", "front", "side", "back", "above", "bad", "blurry", "teapot"),
 )
+
+
+@dataclass
+class Ran:
+    """One command line: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pcs(capsys) -> Callable[..., Ran]:
+    """`pcs("image", "generate", …)`; an exception that leaves it would be a traceback for a user, and fails the test."""
+
+    def call(*arguments: Any) -> Ran:
+        from shared.cli import build, run
+
+        capsys.readouterr()
+        code = run(build(), [str(a) for a in arguments])
+        done = capsys.readouterr()
+        return Ran(code, done.out, done.err)
+
+    return call
 
 
 def build_clip_tokenizer() -> Any:

@@ -183,12 +183,10 @@ def benchmark(
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copies, time."""
     from pcs_image.runner import ImageRunner
+    from shared.benchmark.experiment import failures_told
     from shared.benchmark.toybox import BenchmarkSettings, run
 
     settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(overrides))
     comparison = run(ImageRunner, recipes or [], settings)
     print(comparison.markdown())
-    if comparison.failures:
-        lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in comparison.failures.items()]
-        share = f"{len(lines)} of {len(lines) + len(comparison.reports)} cells failed"
-        raise ValueError("\n".join([f"{share} (run the same command again to retry them):", *lines]))
+    failures_told(comparison.failures, len(comparison.reports))

@@ -1,4 +1,4 @@
-"""`pcs video personalize | generate | evaluate`."""
+"""`pcs video personalize | generate | evaluate | benchmark`."""
 
 from __future__ import annotations
 
@@ -166,3 +166,38 @@ def evaluate(
     for score in report.scores:
         print(f"{score.title:34} {clip_score_line(score)}")
     print(f"{out / 'index.html'}")
+
+
+@app.command()
+def benchmark(
+    recipes: list[str] = typer.Argument(
+        None, help="recipes for motions to compare, by name or as YAML files; default: all shipped"
+    ),
+    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
+    motions: int = typer.Option(6, min=1, help="how many of the split's motions"),
+    subjects: int = typer.Option(4, min=0, help="how many of the split's things each motion is shown by; 0: none"),
+    subject_recipe: str = typer.Option("dreambooth_lora", help="the recipe by which things are learned, from pictures"),
+    limit: int = typer.Option(1, min=1, help="number of prompts"),
+    num: int = typer.Option(4, min=1, help="clips per prompt"),
+    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the motion's recipe"),
+    out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
+    overrides: list[str] = typer.Option(
+        [], "--set", help="key=value applied to every recipe for motions, for example train.steps=100"
+    ),
+    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the recipe for things"),
+    motion_adapter: Path = _MOTION,
+    device: str = _DEVICE,
+) -> None:
+    """Compare recipes for motions on the toybox's held-out motions and things: motion, identity, leakage, time."""
+    from pcs_video.recipe import VideoRecipe
+    from pcs_video.runner import VideoRunner
+    from shared.benchmark.experiment import failures_told
+    from shared.benchmark.toybox_clips import ClipBenchmarkSettings, run
+
+    settings = ClipBenchmarkSettings(
+        split, motions, subjects, subject_recipe, limit, num, out, device, tuple(overrides), tuple(subject_overrides),
+        steps, motion_adapter,
+    )  # fmt: skip
+    comparison = run(VideoRunner, VideoRecipe, recipes or [], settings)
+    print(comparison.markdown())
+    failures_told(comparison.failures, len(comparison.reports))

@@ -1,4 +1,4 @@
-"""Several recipes on several subjects: one report per cell, kept as it is made, then one table, plot and page.
+"""Several recipes on several subjects: one report per cell, kept as it is made, then one table and page.
 
 A cell that is on disk is not run again, so a comparison that was stopped goes on where it was.
 """
@@ -12,13 +12,28 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from pydantic import BaseModel
 
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
 from shared.io.outputs import write_text
 from shared.metrics.report import SCHEMA_VERSION, Report
 
-Run = Callable[[str, str, Path], Report]
+R = TypeVar("R", bound=BaseModel)
+Run = Callable[[str, str, Path], R]
+T = TypeVar("T", bound="Table")
+
+
+class Table(Protocol):
+    """Reports beside each other."""
+
+    def markdown(self) -> str: ...
+
+    def csv(self) -> str: ...
+
+    def html(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,6 @@ class Experiment:
     prompts: str
     seeds: Sequence[int]
     settings: Mapping[str, object] = field(default_factory=dict)
-    goal: Goal = field(default_factory=Goal)
 
     def __post_init__(self) -> None:
         if not self.recipes or not self.subjects or not self.seeds:
@@ -40,15 +54,30 @@ class Experiment:
                 raise ValueError(f"{what}: two of {', '.join(names)} would share a folder")
 
 
+@dataclass(frozen=True)
+class Reporting(Generic[R, T]):
+    """What the cells' reports are, and how they become a table: `table(reports, failures)`, both by (recipe, subject)."""
+
+    kind: type[R]
+    schema: int
+    table: Callable[[Mapping[tuple[str, str], R], Mapping[tuple[str, str], str]], T]
+
+
+def pictures(goal: Goal = Goal()) -> Reporting[Report, Comparison]:
+    """Reports of pictures."""
+    return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal))
+
+
 def benchmark(
-    run: Run,
+    run: Run[R],
     experiment: Experiment,
     out: Path | str,
+    reporting: Reporting[R, T],
     *,
     retry: bool = True,
     progress: Callable[[str, str, str], None] | None = None,
-) -> Comparison:
-    """Runs `run(recipe, subject, workdir) -> Report` for every cell that is not on disk, and writes the comparison to
+) -> T:
+    """Runs `run(recipe, subject, workdir) -> report` for every cell that is not on disk, and writes the comparison to
     `out`.
 
     Prompts, seeds, settings and what the recipe says are the cell's key: with others, a kept cell does not count, and is
@@ -59,74 +88,76 @@ def benchmark(
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
         "settings": dict(experiment.settings),
-        "schema": SCHEMA_VERSION,  # scores of another version mean something else
+        "schema": reporting.schema,  # scores of another version mean something else
     }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tell = progress or (lambda *_: None)
-    reports, failures = {}, {}
+    reports: dict[tuple[str, str], R] = {}
+    failures: dict[tuple[str, str], str] = {}
+    kept = _Kept(run, reporting.kind, retry, progress or (lambda *_: None))
     for recipe, content in experiment.recipes.items():
         key = {**shared, "recipe": content}
         for subject in experiment.subjects:
-            outcome = _cell_report(
-                run, recipe, subject, out / "cells" / _slug(recipe) / _slug(subject), key, retry, tell
-            )
-            if isinstance(outcome, Report):
-                reports[recipe, subject] = outcome
-            else:
+            outcome = kept.report(recipe, subject, out / cell_folder(recipe, subject), key)
+            if isinstance(outcome, str):
                 failures[recipe, subject] = outcome
-    comparison = compare(reports, failures, experiment.goal)
+            else:
+                reports[recipe, subject] = outcome
+    comparison = reporting.table(reports, failures)
     write_text(out / "comparison.md", comparison.markdown())
     write_text(out / "comparison.csv", comparison.csv())
     write_text(out / "index.html", comparison.html())
     return comparison
 
 
-def _cell_report(
-    run: Run,
-    recipe: str,
-    subject: str,
-    folder: Path,
-    key: Mapping[str, object],
-    retry: bool,
-    tell: Callable[[str, str, str], None],
-) -> Report | str:
-    """The cell's report, from disk or by running; or what went wrong."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept, mark = folder / "cell.json", hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    if kept.is_file():
-        cell = json.loads(kept.read_text(encoding="utf-8"))
-        if cell["key"] != mark:
-            raise ValueError(
-                f"{folder} holds this cell with other prompts, seeds, settings, recipe or instruments: choose another output, "
-                f"or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
-            )
-        if cell["error"] is None:
-            tell(recipe, subject, "kept")
-            return Report.model_validate(cell["report"])
-        if not retry:
-            return str(cell["error"])
-    tell(recipe, subject, "start")
-    work = folder / "work"
-    try:
-        report = run(recipe, subject, work)
-        report = report.model_copy(update={"recipe": recipe})
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        content = {
-            "key": mark,
-            "inputs": dict(key),
-            "error": message,
-            "traceback": traceback.format_exc(),
-            "report": None,
-        }
-        write_text(kept, json.dumps(content, indent=1, default=str))
-        tell(recipe, subject, f"failed: {message}")
-        return message
-    content = {"key": mark, "inputs": dict(key), "error": None, "report": report.model_dump(mode="json")}
-    write_text(kept, json.dumps(content, indent=1, ensure_ascii=False, default=str))
-    tell(recipe, subject, "done")
-    return report
+@dataclass(frozen=True)
+class _Kept(Generic[R]):
+    """The cells' reports, from disk or by running."""
+
+    run: Run[R]
+    kind: type[R]
+    retry: bool
+    tell: Callable[[str, str, str], None]
+
+    def report(self, recipe: str, subject: str, folder: Path, key: Mapping[str, object]) -> R | str:
+        """The cell's report, or what went wrong."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(key, sort_keys=True, default=str).encode()
+        kept, mark = folder / "cell.json", hashlib.sha256(content).hexdigest()
+        if kept.is_file():
+            cell = json.loads(kept.read_text(encoding="utf-8"))
+            if cell["key"] != mark:
+                raise ValueError(
+                    f"{folder} holds this cell with other prompts, seeds, settings, recipe or instruments: choose another "
+                    f"output, or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
+                )
+            if cell["error"] is None:
+                self.tell(recipe, subject, "kept")
+                return self.kind.model_validate(cell["report"])
+            if not self.retry:
+                return str(cell["error"])
+        self.tell(recipe, subject, "start")
+        try:
+            report = self.run(recipe, subject, folder / "work")
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            about = {"error": message, "traceback": traceback.format_exc(), "report": None}
+            write_text(kept, json.dumps({"key": mark, "inputs": dict(key), **about}, indent=1, default=str))
+            self.tell(recipe, subject, f"failed: {message}")
+            return message
+        about = {"error": None, "report": report.model_dump(mode="json")}
+        text = json.dumps({"key": mark, "inputs": dict(key), **about}, indent=1, ensure_ascii=False, default=str)
+        write_text(kept, text)
+        self.tell(recipe, subject, "done")
+        return report
+
+
+def failures_told(failures: Mapping[tuple[str, str], str], worked: int) -> None:
+    """ValueError that names the cells that failed, beside `worked` that did not; nothing where there are none."""
+    if failures:
+        lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in failures.items()]
+        share = f"{len(lines)} of {len(lines) + worked} cells failed"
+        raise ValueError("\n".join([f"{share} (run the same command again to retry them):", *lines]))
 
 
 def compare(
@@ -153,6 +184,11 @@ def compare(
         rows.append(aggregate(recipe, of_recipe, {s: e for (r, s), e in failures.items() if r == recipe}))
     rows.sort(key=lambda r: -1.0 if (v := r.value("trade_off")) is None else v, reverse=True)
     return Comparison(tuple(rows), reports, failures, goal, any(r.toybox for r in reports.values()))
+
+
+def cell_folder(recipe: str, subject: str) -> Path:
+    """Where a cell lies in the benchmark's folder; what it made is in `work` there."""
+    return Path("cells") / _slug(recipe) / _slug(subject)
 
 
 def _slug(name: str) -> str:

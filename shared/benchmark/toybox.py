@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.backbones import load_backbone
 from shared.benchmark.aggregate import Goal
 from shared.benchmark.comparison_table import Comparison
-from shared.benchmark.experiment import Experiment, benchmark
+from shared.benchmark.experiment import Experiment, benchmark, pictures
 from shared.concept import read
 from shared.config import unknown
 from shared.metrics.report import Report
@@ -53,7 +53,7 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 
     Raises ValueError for an unknown recipe or split. Goes on where an earlier call with the same arguments stopped.
     """
-    chosen = _named(recipes or list(recipe_files("image")))
+    chosen = named(recipes or list(recipe_files("image")))
     contents = {  # a wrong setting is an error now, not a failed cell
         name: dump(load(recipe, settings.overrides)) for name, recipe in chosen.items()
     }
@@ -66,16 +66,21 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
         "toybox",
         range(settings.num),
         {"limit": settings.limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
-        GOAL,
     )
 
     def cell(recipe: str, subject: str, workdir: Path) -> Report:
-        return _cell(runner, chosen[recipe], subject, workdir, settings)
+        report = _cell(runner, chosen[recipe], subject, workdir, settings)
+        return report.model_copy(update={"recipe": recipe})  # as the table calls it
 
-    return benchmark(cell, experiment, settings.out, progress=lambda *what: print(*what, file=sys.stderr, flush=True))
+    return benchmark(cell, experiment, settings.out, pictures(GOAL), progress=say)
 
 
-def _named(recipes: Sequence[str]) -> dict[str, str]:
+def say(*what: str) -> None:
+    """Tells on standard error how far a benchmark is."""
+    print(*what, file=sys.stderr, flush=True)
+
+
+def named(recipes: Sequence[str]) -> dict[str, str]:
     """What the table calls each recipe (a file by its stem) -> the recipe. ValueError where two have one name."""
     out: dict[str, str] = {}
     for recipe in recipes:
@@ -98,7 +103,7 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
         f"output={concept}",
     ]
     planned = plan(load(recipe, [*settings.overrides, *subject_overrides]), overwrite=True)
-    if not _learned(concept, planned, runner):
+    if not learned_before(concept, planned, runner):
         scorers = training_scorers(planned, runner.backbone, None, None)
         personalize(planned, runner, overwrite=True, scorers=scorers)
     name = next(iter(planned.subjects))
@@ -117,7 +122,7 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
         runner.unload(name)
 
 
-def _learned(concept: Path, planned: Plan, runner: Runner) -> bool:
+def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
     """Whether an earlier call left this very concept, to be scored anew; it is loaded then."""
     if not concept.is_dir():
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import Ran
+
 TINY = ("train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
 CLASS = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1")
-
-
-@dataclass
-class Ran:
-    """One command line: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("PCS_CACHE", str(tmp_path_factory.getbasetemp() / "pcs-cache"))
-
-
-@pytest.fixture
-def pcs(capsys) -> Callable[..., Ran]:
-    """`pcs("image", "generate", …)`; an exception that leaves it would be a traceback for a user, and fails the test."""
-
-    def call(*arguments: Any) -> Ran:
-        from shared.cli import build, run
-
-        capsys.readouterr()
-        code = run(build(), [str(a) for a in arguments])
-        done = capsys.readouterr()
-        return Ran(code, done.out, done.err)
-
-    return call
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.benchmark.aggregate import Goal
-from shared.benchmark.experiment import Experiment, benchmark, compare
+from shared.benchmark.experiment import Experiment, benchmark, compare, pictures
 from shared.config import validate
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
@@ -332,28 +332,27 @@ def _run(calls: list[tuple[str, str]], fail: set[tuple[str, str]]):
 def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     calls: list[tuple[str, str]] = []
     fail = {("bad", "s2")}
-    goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
-    both = Experiment({"bad": 1, "good": 2}, ["s1", "s2"], "two", [20, 21], goal=goal)
-    first = benchmark(_run(calls, fail), both, tmp_path / "b")
+    both = Experiment({"bad": 1, "good": 2}, ["s1", "s2"], "two", [20, 21])
+    first = benchmark(_run(calls, fail), both, tmp_path / "b", pictures())
     assert len(calls) == 4 and first.failures == {("bad", "s2"): "RuntimeError: the loss is not finite"}
     fail.clear()
-    second = benchmark(_run(calls, fail), both, tmp_path / "b")
+    second = benchmark(_run(calls, fail), both, tmp_path / "b", pictures())
     assert calls[4:] == [("bad", "s2")] and not second.failures
-    third = benchmark(_run(calls, fail), both, tmp_path / "b")
+    third = benchmark(_run(calls, fail), both, tmp_path / "b", pictures())
     assert len(calls) == 5 and third.markdown() == second.markdown() and third.csv() == second.csv()
     for other in (
         Experiment({"good": 2}, ["s1"], "two", [20]),
         Experiment({"good": 3}, ["s1"], "two", [20, 21]),
     ):
         with pytest.raises(ValueError, match="other prompts, seeds, settings"):
-            benchmark(_run(calls, fail), other, tmp_path / "b")
+            benchmark(_run(calls, fail), other, tmp_path / "b", pictures())
     assert len(calls) == 5
 
 
 def test_the_table_is_right_and_in_order(tmp_path: Path) -> None:
     goal = Goal(identity=0.7, over_floor=0.4, background=0.8)
-    both = Experiment({"bad": None, "good": None}, ["s1", "s2"], "two", [1], goal=goal)
-    comparison = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b")
+    both = Experiment({"bad": None, "good": None}, ["s1", "s2"], "two", [1])
+    comparison = benchmark(_run([], {("bad", "s2")}), both, tmp_path / "b", pictures(goal))
     good, bad = comparison.rows
     assert (good.recipe, bad.recipe) == ("good", "bad")
     assert good.value("identity") == 1 and good.base("identity") == 0 and bad.value("identity") == 0

@@ -35,6 +35,11 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
     ceiling: how many true clips of the motion are recognised
     """
     arms = _relative(arms)
+    return [_completed(s, arms, scorer, ceiling) for s in measured_scores(arms)]
+
+
+def measured_scores(arms: Arms) -> list[Score]:
+    """The scores of what was measured, in reading order; intervals draw whole prompts (`Arms.prompts`)."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -43,10 +48,11 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
         elif key in made.scores:
             floor = None if key in NO_BASE or key not in base.scores else base.mean(key)
             out.append(_score(key, made.mean(key), _span(key, made.scores[key], arms.prompts), floor))
-    spread, base_spread = (list(seed_spread(m.embeddings, arms.prompts).values()) for m in (made, base))
-    if spread:
-        out.append(_score("spread", _mean(spread), bootstrap(spread), _mean(base_spread)))
-    return [_completed(s, arms, scorer, ceiling) for s in out]
+    if len(made.embeddings):
+        spread, base_spread = (list(seed_spread(m.embeddings, arms.prompts).values()) for m in (made, base))
+        if spread:
+            out.append(_score("spread", _mean(spread), bootstrap(spread), _mean(base_spread)))
+    return out
 
 
 def _relative(arms: Arms) -> Arms:

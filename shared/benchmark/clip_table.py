@@ -1,0 +1,234 @@
+"""Recipes for motions compared in clips: reports pooled by recipe, as Markdown, CSV and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shared.benchmark.experiment import Reporting, cell_folder
+from shared.evaluation.clips.score_texts import ABOUT
+from shared.evaluation.clips.summary import Arms, measured_scores
+from shared.metrics.clips.report import SCHEMA_VERSION, ClipReport, ClipRow
+from shared.metrics.clips.scorer import MeasuredClips
+from shared.metrics.html import formatted, render, seconds
+from shared.metrics.report import Score
+
+COLUMNS = (
+    "motion_recognised", "identity", "both", "leakage", "motion_fidelity", "false_motion", "class", "background",
+    "dynamic_degree", "temporal_consistency", "score",
+)  # fmt: skip
+REPORT = "work/report"  # of a cell, in its folder
+RELATIVE = ("identity", "both")  # reports say these as a share of what true pictures pass
+
+
+@dataclass(frozen=True)
+class ClipGoal:
+    """What a recipe must reach; None leaves a part out. All in [0, 1]; `over_floor` in points of identity."""
+
+    motion: float | None = None
+    identity: float | None = None
+    over_floor: float | None = None
+    both: float | None = None
+
+    def met(self, row: ClipsRow) -> bool | None:
+        """Whether the row reaches it; None where the goal asks nothing."""
+        identity = row.scores.get("identity")
+        over = None if identity is None or None in (identity.value, identity.base) else identity.value - identity.base  # type: ignore[operator]
+        reached = {
+            "motion": row.value("motion_recognised"),
+            "identity": row.value("identity"),
+            "over_floor": over,
+            "both": row.value("both"),
+        }
+        asked = {name: limit for name in reached if (limit := getattr(self, name)) is not None}
+        if not asked:
+            return None
+        return all((found := reached[name]) is not None and found >= limit - 1e-9 for name, limit in asked.items())
+
+
+@dataclass(frozen=True)
+class ClipsRow:
+    """One recipe over all its cells: every clip counts once, intervals draw whole motions."""
+
+    recipe: str
+    motions: tuple[str, ...]
+    clips: int
+    scores: Mapping[str, Score]
+    training_seconds: float | None
+    seconds_per_clip: float | None
+    failed: Mapping[str, str] = field(default_factory=dict)  # cell -> what went wrong
+
+    def value(self, key: str) -> float | None:
+        return self.scores[key].value if key in self.scores else None
+
+
+def aggregate_clips(recipe: str, reports: Mapping[str, ClipReport], failed: Mapping[str, str]) -> ClipsRow:
+    """All clips of a recipe together."""
+    motions = tuple(dict.fromkeys(r.motion for r in reports.values()))
+    scores = (
+        {s.key: _beside(s, reports.values()) for s in measured_scores(_pooled(reports.values()))} if reports else {}
+    )
+    costs = [r.costs for r in reports.values()]
+    made = sum(len(r.of_kind("concept")) for r in reports.values())
+    return ClipsRow(
+        recipe,
+        motions,
+        made,
+        scores,
+        _average([c.training_seconds for c in costs]),
+        _average([c.seconds_per_clip for c in costs]),
+        dict(failed),
+    )
+
+
+def _pooled(reports: Iterable[ClipReport]) -> Arms:
+    """The arms of several reports as one; what is drawn together in intervals are the clips of one motion."""
+    listed = list(reports)
+    number = {name: i for i, name in enumerate(dict.fromkeys(r.motion for r in listed))}
+    made, base, unnamed = ([] for _ in range(3))
+    for report in listed:
+        made += _rows(report, report.of_kind("concept"))
+        base += _rows(report, report.of_kind("base"))
+        # A motion without words acts in every clip: its unnamed clips are those with it.
+        unnamed += _rows(report, report.of_kind("unnamed") or report.of_kind("concept"))
+    clusters = [number[r.motion] for r in listed for _ in r.of_kind("concept")]
+    said = any(r.score("false_motion") for r in listed)
+    return Arms(_measured(made), _measured(base), _measured(unnamed) if said else None, clusters)
+
+
+def _rows(report: ClipReport, rows: Sequence[ClipRow]) -> list[dict[str, float | None]]:
+    """The scores of clips, those of `RELATIVE` as the report says them."""
+    identity = report.score("identity")
+    least = identity.truth if identity is not None and identity.truth else 1.0
+    scaled = {key: least for key in RELATIVE}
+    return [
+        {k: None if v is None else v / scaled.get(k, 1.0) for k, v in row.scores.items() if k != "ceiling"}
+        for row in rows
+    ]
+
+
+def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
+    keys = dict.fromkeys(k for row in rows for k in row)
+    scores = {k: [float("nan") if (v := row.get(k)) is None else v for row in rows] for k in keys}
+    return MeasuredClips(scores, [{} for _ in rows], ["" for _ in rows], torch.zeros(0, 0, 0))
+
+
+def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
+    """With the means of what true clips or pictures and a guess get."""
+    found = [s for r in reports if (s := r.score(score.key))]
+    return score.model_copy(
+        update={"truth": _average([s.truth for s in found]), "chance": _average([s.chance for s in found])}
+    )
+
+
+@dataclass(frozen=True)
+class ClipComparison:
+    """The table, best product of subject, motion and freedom from leakage first, and the reports behind it."""
+
+    rows: tuple[ClipsRow, ...]
+    reports: Mapping[tuple[str, str], ClipReport]  # by (recipe, cell)
+    failures: Mapping[tuple[str, str], str]
+    goal: ClipGoal
+
+    @property
+    def columns(self) -> list[str]:
+        return [k for k in COLUMNS if any(k in r.scores for r in self.rows)]
+
+    @staticmethod
+    def place(recipe: str, name: str) -> str:
+        """Where a cell's own page is, from this one."""
+        return f"{cell_folder(recipe, name).as_posix()}/{REPORT}/index.html"
+
+    def met(self, row: ClipsRow) -> str:
+        """Yes or no, or a dash where nothing is asked."""
+        met = self.goal.met(row)
+        return "–" if met is None else "yes" if met else "no"
+
+    def markdown(self) -> str:
+        """One line per recipe and one for the base model, ready for a README."""
+        head = ["recipe", "motions", "clips", *(ABOUT[k].title for k in self.columns), "learning", "one clip", "goal"]
+        lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+        for r in self.rows:
+            count = f"{len(r.motions)}" + (f", {len(r.failed)} cells failed" if r.failed else "")
+            cells = [cell(r.scores.get(k)) for k in self.columns]
+            costs = [seconds(r.training_seconds), seconds(r.seconds_per_clip), self.met(r)]
+            lines.append("| " + " | ".join([r.recipe, count, str(r.clips), *cells, *costs]) + " |")
+        if self.rows and self.rows[0].scores:
+            known = [self.rows[0].scores.get(k) for k in self.columns]
+            floor = ["–" if s is None or s.base is None else formatted(s.base, s.unit) for s in known]
+            lines.append("| " + " | ".join(["base model", "", "", *floor, "", "", ""]) + " |")
+        toy = any(r.toybox for r in self.reports.values())
+        return "\n".join(lines) + "\n" + ("\nToy numbers: made and judged on the toybox.\n" if toy else "")
+
+    def csv(self) -> str:
+        """One line per recipe and one per cell (`cell` empty for the pooled line), numbers in full."""
+        out = io.StringIO()
+        keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
+        names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["recipe", "cell", "clips", *names, "training_seconds", "seconds_per_clip", "error"])
+        single = [(aggregate_clips(recipe, {name: r}, {}), name) for (recipe, name), r in self.reports.items()]
+        for row, name in [*((r, "") for r in self.rows), *single]:
+            numbers = [
+                getattr(row.scores[k], part) if k in row.scores else None
+                for k in keys
+                for part in ("value", "low", "high", "base")
+            ]
+            rest = [*numbers, row.training_seconds, row.seconds_per_clip]
+            writer.writerow([row.recipe, name, row.clips, *("" if v is None else v for v in rest), ""])
+        for (recipe, name), error in self.failures.items():
+            writer.writerow([recipe, name, 0, *([""] * (len(names) + 2)), error])
+        return out.getvalue()
+
+    def html(self) -> str:
+        """A self-contained page: the table, and each cell's scores with the way to its own report."""
+        first = next(iter(self.reports.values()), None)
+        return render(
+            "compare_clips.html.j2",
+            comparison=self,
+            columns=[(k, ABOUT[k]) for k in self.columns],
+            first=first,
+            cells=list(dict.fromkeys(name for _, name in [*self.reports, *self.failures])),
+            toybox=any(r.toybox for r in self.reports.values()),
+        )
+
+
+def compare_clips(
+    reports: Mapping[tuple[str, str], ClipReport],
+    failures: Mapping[tuple[str, str], str] | None = None,
+    goal: ClipGoal = ClipGoal(),
+) -> ClipComparison:
+    """The table of reports by (recipe, cell). ValueError when they were not measured with the same instruments."""
+    failures = failures or {}
+    tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
+    if len(tools) > 1:
+        listed = "; ".join(", ".join(t) for t in sorted(tools))
+        raise ValueError(f"reports measured with different instruments cannot share a table: {listed}")
+    rows = []
+    for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
+        of_recipe = {name: report for (r, name), report in reports.items() if r == recipe}
+        rows.append(aggregate_clips(recipe, of_recipe, {n: e for (r, n), e in failures.items() if r == recipe}))
+    rows.sort(key=lambda r: -1.0 if (v := r.value("score")) is None else v, reverse=True)
+    return ClipComparison(tuple(rows), reports, failures, goal)
+
+
+def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
+    """Reports of clips."""
+    return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))
+
+
+def cell(score: Score | None) -> str:
+    """Value and interval."""
+    if score is None or score.value is None:
+        return "–" if score is None else "not measured"
+    span = "" if score.low is None else f" ({formatted(score.low, score.unit)} to {formatted(score.high, score.unit)})"
+    return formatted(score.value, score.unit) + span
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [float(v) for v in values if v is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,157 @@
+"""Recipes for motions compared on the toybox's held-out motions, each shown by held-out things learned from pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.backbones import load_backbone
+from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
+from shared.benchmark.experiment import Experiment, benchmark
+from shared.benchmark.toybox import evaluators, learned_before, named, say
+from shared.concept import read
+from shared.config import unknown
+from shared.metrics.clips.report import ClipReport
+from shared.recipe.catalog import recipe_files
+from shared.recipe.resolve import load
+from shared.recipe.schema import Recipe, dump
+from shared.runner.base import Runner
+from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
+from shared.runner.learn import personalize
+from shared.runner.plan import plan
+from shared.sampling.settings import SamplingSettings
+from shared.toybox import reference_sets as album
+from shared.toybox.motions.held_out import held_out_motions
+from shared.toybox.motions.reference_clips import write_motion
+from shared.toybox.subjects import subjects as held_out
+from shared.train.device import pick_device
+
+PROMPTS = "toybox_motion"
+#: The figures that the project sets itself.
+GOAL = ClipGoal(motion=0.60, identity=0.60, over_floor=0.30, both=0.45)
+
+
+@dataclass(frozen=True)
+class ClipBenchmarkSettings:
+    """What is compared, on how much, and where it is kept."""
+
+    split: str = "development"  # of the held-out motions and things; "reporting" once, at the end
+    motions: int = 6  # the first of the split
+    subjects: int = 4  # the first of the split; 0: motions alone
+    subject_recipe: str = "dreambooth_lora"  # how things are learned, from pictures: once for all recipes
+    limit: int = 1  # prompts
+    num: int = 4  # clips per prompt
+    out: Path = Path("benchmark")
+    device: str | None = None  # None: the GPU where there is one
+    overrides: tuple[str, ...] = ()  # key=value laid on every recipe for motions
+    subject_overrides: tuple[str, ...] = ()  # key=value laid on the recipe for things
+    steps: int | None = None  # denoising steps; None: as the motion's recipe says
+    motion_adapter: Path | None = None  # a folder; None: the toybox's own
+
+
+def run(
+    kind: type[Runner], model: type[Recipe], recipes: Sequence[str], settings: ClipBenchmarkSettings
+) -> ClipComparison:
+    """Learn, generate and score every recipe for motions (shipped names and files of one's own; none: all that are shipped).
+
+    Each cell is a motion with a thing. Raises ValueError for an unknown recipe or split. Goes on where an earlier call with
+    the same arguments stopped.
+    """
+    chosen = named(recipes or _of_motions(model))
+    contents = {name: dump(_load(recipe, settings.overrides, model)) for name, recipe in chosen.items()}
+    subject = dump(load(settings.subject_recipe, settings.subject_overrides)) if settings.subjects else None
+    if settings.split not in album.SPLITS:
+        raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    device = pick_device(settings.device)
+    how = {} if settings.motion_adapter is None else {"motion_adapter": settings.motion_adapter}
+    runner = kind(kind.prepared(load_backbone("toybox", device=device), **how))
+    painter = Runner(load_backbone("toybox", device=device))
+    cells = _cells(settings)
+    about = {"limit": settings.limit, "steps": settings.steps, "subject": subject}
+    about |= {"checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
+    experiment = Experiment(contents, list(cells), PROMPTS, range(settings.num), about)
+    bench = _Bench(runner, painter, model, settings)
+
+    def cell(recipe: str, name: str, workdir: Path) -> ClipReport:
+        return bench.report(recipe, chosen[recipe], cells[name], workdir)
+
+    return benchmark(cell, experiment, settings.out, clips(GOAL), progress=say)
+
+
+def _of_motions(model: type[Recipe]) -> list[str]:
+    """The shipped recipes that learn motions."""
+    return [name for name in recipe_files("video") if _load(name, (), model).kind == "motion"]
+
+
+def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
+    return load(recipe, overrides, "video", model)
+
+
+def _cells(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
+    """What the table calls each cell -> (held-out motion, held-out thing or "")."""
+    motions = [f"{settings.split}-{m.name}" for m in held_out_motions(settings.split)][: settings.motions]
+    things = [h.name for h in held_out(settings.split)][: settings.subjects] or [""]
+    short = len(settings.split) + 1
+    return {
+        f"{m[short:]} with {t[short:]}" if t else m[short:]: (m, t)
+        for m in motions
+        for t in things
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Learns motions and things, each once, and judges them together."""
+
+    runner: Runner
+    painter: Runner  # of pictures
+    model: type[Recipe]
+    settings: ClipBenchmarkSettings
+
+    def report(self, name: str, recipe: str, cell: tuple[str, str], workdir: Path) -> ClipReport:
+        """One cell's report."""
+        motion, thing = cell
+        out = self.settings.out
+        references = out / "references" / motion
+        write_motion(motion, references, overwrite=True)
+        loaded = [self._motion(recipe, motion, references, out / "motions" / name / f"{motion}.concept")]
+        try:
+            if thing:
+                loaded.append(self._thing(thing, out / "references" / thing, out / "subjects" / f"{thing}.concept"))
+            judged = ClipEvaluationSettings(
+                PROMPTS, tuple(range(self.settings.num)), self.settings.limit,
+                SamplingSettings(steps=self.settings.steps),
+                references=references, pictures=out / "references" / thing if thing else None,
+                out=workdir / "report", overwrite=True,
+            )  # fmt: skip
+            return evaluate_clips_loaded(self.runner, judged)
+        finally:
+            for concept in loaded:
+                self.runner.unload(concept)
+
+    def _motion(self, recipe: str, motion: str, references: Path, concept: Path) -> str:
+        """The name of a motion, which is loaded."""
+        places = [f"subject.clips={references}", f"output={concept}"]
+        return _learned(self.runner, _load(recipe, [*self.settings.overrides, *places], self.model), concept)
+
+    def _thing(self, thing: str, references: Path, concept: Path) -> str:
+        """The name of a thing, which is loaded; it is learned without motion modules, as `pcs image` learns."""
+        album.write_album(thing, references, overwrite=True)
+        noun = album.held_out(thing).thing.class_name
+        places = [f"subject.images={references}", f"subject.class_noun={noun}", f"output={concept}"]
+        recipe = load(self.settings.subject_recipe, [*self.settings.subject_overrides, *places])
+        self.painter.unload(_learned(self.painter, recipe, concept))
+        kept = read(concept)
+        self.runner.load(kept)
+        return kept.meta.name
+
+
+def _learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
+    """The name of a concept that is loaded: learned now, or by an earlier call."""
+    concept.parent.mkdir(parents=True, exist_ok=True)
+    planned = plan(recipe, overwrite=True)
+    if not learned_before(concept, planned, runner):
+        scorers = runner.scorers(planned, runner.backbone, None, None)
+        personalize(planned, runner, overwrite=True, scorers=scorers)
+    return next(iter(planned.subjects))

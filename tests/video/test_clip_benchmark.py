@@ -1,0 +1,97 @@
+"""`pcs video benchmark` on the toybox with an untrained motion module and next to no training: cells, tables, going on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from shared.benchmark.clip_table import ClipGoal, aggregate_clips, compare_clips
+from shared.metrics.clips.report import ClipReport, ClipRow
+from shared.metrics.report import Score
+
+SMALL = (
+    "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1", "--set", "train.steps=1",
+    "--set", "preview.num=0", "--subject-recipe", "textual_inversion", "--set-subject", "train.steps=1", "--set-subject", "preview.num=0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from shared.pretrain.toybox.evaluate_backbone import open_pipeline
+    from shared.pretrain.toybox.motion_module import build_adapter
+
+    folder = tmp_path_factory.mktemp("motion_adapter")
+    build_adapter(open_pipeline(None).unet).save_pretrained(folder)
+    return folder
+
+
+def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path: Path, adapter: Path):
+    arguments = ("video", "benchmark", "motion_director", *SMALL, "--motion-adapter", adapter, "--out", tmp_path / "t")
+    ran = pcs(*arguments)
+    assert ran.code == 0, ran.err
+    assert "motion_director" in ran.out and "base model" in ran.out and "Toy numbers" in ran.out
+    (pooled, cell) = csv.DictReader((tmp_path / "t" / "comparison.csv").open())
+    assert pooled["clips"] == cell["clips"] == "1" and " with " in cell["cell"]
+    assert 0 <= float(pooled["motion_recognised"]) <= 1 and 0 <= float(pooled["identity"]) <= 1
+    page = (tmp_path / "t" / "index.html").read_text()
+    (report,) = (tmp_path / "t").rglob("report/index.html")
+    assert f'href="{report.relative_to(tmp_path / "t").as_posix()}"' in page
+    assert {p.parent.parent.name for p in (tmp_path / "t").rglob("concept.json")} == {"subjects", "motion_director"}
+    again = pcs(*arguments)
+    assert again.code == 0 and "kept" in again.err and "start" not in again.err and again.out == ran.out
+    concepts = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("concept.json")}
+    (kept,) = (tmp_path / "t").rglob("cell.json")
+    before = json.loads(kept.read_text())["report"]["scores"]
+    kept.unlink()
+    scored = pcs(*arguments)
+    assert scored.code == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("concept.json")} == concepts
+    assert json.loads(kept.read_text())["report"]["scores"] == before
+    other = pcs(*arguments, "--set", "train.batch_size=2")
+    assert other.code == 2 and "other prompts, seeds, settings, recipe or instruments" in other.err
+
+
+def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
+    for more, why in (
+        (("--set", "trian.steps=3"), "trian"),
+        (("--set-subject", "trian.steps=3"), "trian"),
+        (("--split", "testing"), "testing"),
+        (("--subject-recipe", "dreambooth_loar"), "dreambooth_lora"),
+    ):
+        ran = pcs("video", "benchmark", "motion_director", *more, "--out", tmp_path / "t")
+        assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
+
+
+def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
+    """Clips with these scores, and as many of the base model that show nothing."""
+    rows = [
+        ClipRow(
+            kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
+            scores={"motion_recognised": h * on, "identity": p * on, "both": h * p * on, "ceiling": truth},
+        )
+        for kind, on in (("concept", 1), ("base", 0))
+        for i, (h, p) in enumerate(zip(hits, identity, strict=True))
+    ]  # fmt: skip
+    scores = [Score(key="identity", title="", value=1.0, explanation="", truth=truth)]
+    return ClipReport(motion=motion, subject="dog", clips=rows, scores=scores)
+
+
+def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictures():
+    reports = {"a": report("a", (1, 1), (0.5, 0.25)), "b": report("b", (0, 1), (0.2, 0.2), truth=0.8)}
+    row = aggregate_clips("x", reports, {})
+    assert (row.motions, row.clips) == (("a", "b"), 4)
+    assert row.value("motion_recognised") == 0.75 and row.scores["motion_recognised"].base == 0
+    assert row.value("identity") == pytest.approx((1.0 + 0.5 + 0.25 + 0.25) / 4)
+    assert row.value("both") == pytest.approx((1.0 + 0.5 + 0 + 0.25) / 4)
+    # Drawn by motion: of two, both are a, both are b, or one of each.
+    assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
+
+
+def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
+    reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
+    table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
+    assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
+    assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
+    assert "1, 1 cells failed" in table.markdown() and "RuntimeError: no" in table.csv()
