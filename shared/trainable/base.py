@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from shared.backbones.protocol import Backbone
-from shared.config import NAME, KindPart
+from shared.backbones.module_roles import leaf_names
+from shared.backbones.protocol import Backbone, Group
+from shared.config import NAME, KindPart, unknown
+from shared.trainable.layer_choice import Projection, block_names, of_blocks, of_projections, parse_ranges
 
 MAIN = "main"  # the optimizer group of parts that name none
 
@@ -45,13 +47,67 @@ class TrainablePart(KindPart):
 
 
 class OnRoles(TrainablePart):
-    """Base of the parts that act on the modules of some roles."""
+    """Base of the parts that act on the modules of some roles; of all of them, or of those that the other fields choose.
+
+    Where one attention sees places and frames at once, no role is motion's alone, and what is learned of a motion is kept
+    apart from looks by such choices: queries and keys say where to look, values and outputs what is seen there (TAP+AH,
+    https://arxiv.org/abs/2501.16714).
+    """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
+    projections: tuple[Projection, ...] = ()  # of attention, these alone; (): all modules
+    blocks: str = ""  # "0-9,12": modules inside these blocks of each network, counted from 0; "": everywhere
+    networks: tuple[str, ...] = ()  # components ("transformer_2", an expert for low noise); (): all
+
+    @field_validator("blocks")
+    @classmethod
+    def _ranges(cls, blocks: str) -> str:
+        if blocks:
+            parse_ranges(blocks)
+        return blocks
 
     @property
     def places(self) -> tuple[str, ...]:
         return self.roles
+
+    def modules(self, backbone: Backbone, slot: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+        """Component -> dotted names of the chosen modules there, sorted; and a note for each port.
+
+        Raises ValueError for roles, blocks and networks that this backbone does not have, and for a role of which the
+        choice leaves nothing.
+        """
+        chosen = []
+        for role in self.roles:
+            groups = [group for group in backbone.group(role) if self._is_chosen(group.component, backbone, slot)]
+            kept = {group: self._chosen(group, backbone, slot) for group in groups}
+            if not any(kept.values()):
+                said = {k: v for k in ("projections", "blocks", "networks") if (v := getattr(self, k))}
+                asked = ", ".join(f"{k}={v if isinstance(v, str) else list(v)}" for k, v in said.items())
+                raise ValueError(f"trainable.{slot}: {asked} leaves nothing of the role {role!r}")
+            chosen += [(group, names) for group, names in kept.items() if names]
+        targets: dict[str, set[str]] = {}
+        for group, names in chosen:
+            targets.setdefault(group.component, set()).update(names)
+        ports = dict.fromkeys(f"{group.role}: {group.note}" for group, _ in chosen if group.resolution == "port")
+        return {component: sorted(names) for component, names in targets.items()}, tuple(ports)
+
+    def _is_chosen(self, component: str, backbone: Backbone, slot: str) -> bool:
+        for name in self.networks:
+            if name not in backbone.components:
+                raise ValueError(f"trainable.{slot}.networks: {unknown(name, backbone.components, 'network')}")
+        return not self.networks or component in self.networks
+
+    def _chosen(self, group: Group, backbone: Backbone, slot: str) -> list[str]:
+        names = list(group.modules)
+        if self.projections:
+            names = of_projections(names, self.projections)
+        if self.blocks:
+            blocks, numbers = block_names(leaf_names(backbone.components[group.component])), parse_ranges(self.blocks)
+            if numbers[-1] >= len(blocks):
+                there = f"{group.component} has {len(blocks)}, counted from 0"
+                raise ValueError(f"trainable.{slot}.blocks = {self.blocks!r}: there is no block {numbers[-1]}; {there}")
+            names = of_blocks(names, numbers, blocks)
+        return names
 
 
 @dataclass(frozen=True)
@@ -66,14 +122,3 @@ class TrainableGroup:
     group: str = MAIN  # of optimizers
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept
 
-
-def modules_of(backbone: Backbone, roles: Sequence[str]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """Component -> dotted names of the modules that the roles name there, sorted; and a note for each port."""
-    targets: dict[str, set[str]] = {}
-    notes = []
-    for role in roles:
-        for group in backbone.group(role):
-            targets.setdefault(group.component, set()).update(group.modules)
-            if group.resolution == "port":
-                notes.append(f"{role}: {group.note}")
-    return {component: sorted(modules) for component, modules in targets.items()}, tuple(notes)

@@ -11,7 +11,7 @@ from torch.nn.init import orthogonal_
 
 from shared.backbones.protocol import Backbone
 from shared.trainable.adapter import PeftAdapter
-from shared.trainable.base import OnRoles, TrainableGroup, modules_of
+from shared.trainable.base import OnRoles, TrainableGroup
 
 
 class Lora(OnRoles):
@@ -46,7 +46,7 @@ class Lora(OnRoles):
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Inject into every component that the roles reach and unfreeze the new weights."""
-        targets, ports = modules_of(backbone, self.roles)
+        targets, ports = self.modules(backbone, slot)
         text = sorted(c for c in targets if c.startswith("text_encoder"))
         if self.min_rank is not None and text:
             raise ValueError(f"trainable.{slot}.min_rank: {text[0]} sees no noise; adapt it by a part of its own")

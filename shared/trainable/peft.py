@@ -11,7 +11,7 @@ from torch import nn
 from shared.backbones.protocol import Backbone
 from shared.config import unknown
 from shared.trainable.adapter import PeftAdapter, config_from_dict
-from shared.trainable.base import OnRoles, TrainableGroup, modules_of
+from shared.trainable.base import OnRoles, TrainableGroup
 from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED, unsuited, why_not
 
 Plain = bool | int | float | str | dict[str, int | float]
@@ -53,7 +53,7 @@ class Peft(OnRoles):
 
         Raises ValueError for roles with layers that this method does not adapt, and for settings that do not fit them.
         """
-        targets, ports = modules_of(backbone, self.roles)
+        targets, ports = self.modules(backbone, slot)
         for component, modules in targets.items():
             network = backbone.components[component]
             bad = unsuited(self.type, {m: _kernel(network.get_submodule(m)) for m in modules})

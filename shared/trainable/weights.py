@@ -3,7 +3,7 @@ of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
-from shared.trainable.base import OnRoles, Rate, TrainableGroup, modules_of
+from shared.trainable.base import OnRoles, Rate, TrainableGroup
 from shared.trainable.delta import DeltaAdapter, find_parameter
 from shared.trainable.stack import Training, stack_of
 
@@ -34,7 +34,10 @@ class Weights(OnRoles):
 
         Raises ValueError when a role is unknown or holds no parameters, and when another slot trains them already.
         """
-        keys, ports = weights_of(backbone, self.roles)
+        targets, ports = self.modules(backbone, slot)
+        keys = weights_of(backbone, targets)
+        if not keys:
+            raise ValueError(f"roles={list(self.roles)}: their modules hold no parameters to train")
         adapter = TrainedWeights.inject_training(backbone, name, slot, keys)
         adapter.requires_grad_(True)
         return TrainableGroup(
@@ -47,9 +50,8 @@ class Weights(OnRoles):
         )
 
 
-def weights_of(backbone: Backbone, roles: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
-    """`{component}.{path}` of the parameters that the roles' modules hold themselves, and a note for each port."""
-    targets, ports = modules_of(backbone, roles)
+def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list[str]:
+    """`{component}.{path}` of the parameters that these modules (by component) hold themselves."""
     keys = []
     for component, paths in targets.items():
         for path in paths:
@@ -59,9 +61,7 @@ def weights_of(backbone: Backbone, roles: tuple[str, ...]) -> tuple[list[str], t
             keys += [
                 ".".join(p for p in (component, path, leaf) if p) for leaf, _ in module.named_parameters(recurse=False)
             ]
-    if not keys:
-        raise ValueError(f"roles={list(roles)}: their modules hold no parameters to train")
-    return keys, ports
+    return keys
 
 
 class TrainedWeights(DeltaAdapter):

@@ -1,0 +1,53 @@
+"""Some of the layers that a role names: by projection of attention, and by block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+Projection = Literal["q", "k", "v", "out"]
+
+#: The last part of a layer's name, by projection, in every family: diffusers' attention (of the text in joint attention,
+#: too), CLIP's and T5's.
+_LEAVES: dict[Projection, str] = {
+    "q": r"to_q|add_q_proj|q_proj|q",
+    "k": r"to_k|add_k_proj|k_proj|k",
+    "v": r"to_v|add_v_proj|v_proj|v",
+    "out": r"to_out\.0|to_add_out|out_proj|o",
+}
+_BLOCK = re.compile(r"((?:.*?\.)??(?:mid_block|(?:\w*blocks?|layers)\.\d+))\.")
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def of_projections(layers: Sequence[str], projections: Sequence[Projection]) -> list[str]:
+    """The layers that compute these projections; feed-forward layers and convolutions compute none."""
+    pattern = re.compile(rf"(.*\.)?({'|'.join(_LEAVES[p] for p in projections)})")
+    return [name for name in layers if pattern.fullmatch(name)]
+
+
+def block_names(layers: Sequence[str]) -> list[str]:
+    """The blocks that a network's layers are in, in the order of the forward pass: of transformers each block (of FLUX
+    those of two streams, then those of one), of U-Nets the levels down, the middle, the levels up."""
+    found = dict.fromkeys(match[1] for name in layers if (match := _BLOCK.match(name)))
+    order = ("down_blocks", "mid_block", "up_blocks")
+    return sorted(found, key=lambda name: next((i for i, part in enumerate(order) if name.startswith(part)), -1))
+
+
+def of_blocks(layers: Sequence[str], numbers: Sequence[int], blocks: Sequence[str]) -> list[str]:
+    """The layers inside the blocks of these numbers; a layer that is in no block is left out."""
+    inside = tuple(f"{blocks[n]}." for n in numbers)
+    return [name for name in layers if name.startswith(inside)]
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """`"0-9,12"` as numbers, sorted. ValueError when it is written in another way, or a range runs backwards."""
+    if not _RANGES.fullmatch(text):
+        raise ValueError(f"{text!r} names no blocks: write numbers and ranges, counted from 0, such as 0-9,12")
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"{text!r}: the range {part} runs backwards; write {last}-{first}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(numbers))
