@@ -7,22 +7,31 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pcs_video.motion.alternate import AlternateTask
 from pcs_video.motion.appearance_debias import AppearanceDebias
 from pcs_video.motion.clip_source import Clips
 from pcs_video.motion.dual_path import DualPathTask
+from pcs_video.motion.frozen_clips import FrozenClips
+from pcs_video.motion.generated_clips import GeneratedClips
+from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
-from shared.recipe.schema import Positive, Recipe, Sampling, SubjectSettings
+from shared.recipe.schema import Recipe, Sampling, SubjectSettings
 from shared.recipe.tasks import GenerateTask, TuneTask, named
 from shared.regularize import Regularizer
 from shared.sampling.settings import SamplingSettings
 from shared.sources import Source
+from shared.trainable import Trainable
 from shared.types import Subject
 
-ClipSource = Annotated[Source | Clips, Field(discriminator="kind")]
+ClipSource = Annotated[Source | Clips | FrozenClips | GeneratedClips, Field(discriminator="kind")]
 ClipRegularizer = Annotated[Regularizer | AppearanceDebias, Field(discriminator="kind")]
+ClipTrainable = Annotated[Trainable | MotionEmbeddings, Field(discriminator="kind")]
 ClipTask = Annotated[
-    TuneTask | GenerateTask | DualPathTask, Field(discriminator="kind"), default_kind("tune"), BeforeValidator(named)
+    TuneTask | GenerateTask | DualPathTask | AlternateTask,
+    Field(discriminator="kind"),
+    default_kind("tune"),
+    BeforeValidator(named),
 ]
 
 
@@ -49,7 +58,7 @@ class ClipSubject(SubjectSettings):
 class ClipSampling(Sampling):
     """How clips are made, while training and by default afterwards. None: the backbone's own."""
 
-    frames: Positive | None = None
+    frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
 
     def settings(self) -> SamplingSettings:
         """What a sampler is told, without the strength by step."""
@@ -63,6 +72,7 @@ class VideoRecipe(Recipe):
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
     motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: what the backbone has
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
+    trainable: Slot[ClipTrainable] = {}
     regularize: Slot[ClipRegularizer] = {}
     sampling: ClipSampling = ClipSampling()
     task: ClipTask = TuneTask()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.open_motion import with_motion_adapter
+from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.dual_path import DualPath, DualPathTask
 from shared.backbones import Backbone
 from shared.io.clips.read_clip import read_clip
@@ -25,7 +26,7 @@ __all__ = ["VideoRunner", "attached"]
 class VideoRunner(Runner):
     """One backbone and the concepts attached to it; what it makes are clips [N, 3, F, H, W] in [-1, 1]."""
 
-    tasks = {**Runner.tasks, DualPathTask: DualPath}
+    tasks = {**Runner.tasks, DualPathTask: DualPath, AlternateTask: Alternate}
     scorers = staticmethod(clip_training_scorers)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,9 +18,10 @@ class AppearanceDebias(Penalty):
     phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
     the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames an error that all frames share weighs 0.17
     of what it weighs in the plain loss, one that is each frame's own 2.8 times as much: what a clip looks like is learned
-    less than how it moves.
+    less than how it moves. Where masks or padding say that some places count less, they do here, too.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
     kind: Literal["appearance_debias"] = "appearance_debias"
     weight: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 1.0
@@ -32,7 +33,13 @@ class AppearanceDebias(Penalty):
         rows, frames = len(step.prediction), step.prediction.shape[2]
         draw = torch.Generator().manual_seed(step.index)
         anchors = torch.randint(frames, (rows,), generator=draw)
-        return self.weight * debiased_error(step.prediction - step.target, anchors, self.beta).mean()
+        error = debiased_error(step.prediction - step.target, anchors, self.beta)
+        weight: Tensor | None = step.need("loss_weight")
+        if weight is None:
+            return self.weight * error.mean()
+        weight = weight.to(error).expand_as(error)
+        each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
+        return self.weight * each.mean()
 
 
 def debiased_error(error: Tensor, anchors: Tensor, beta: float) -> Tensor:

@@ -26,6 +26,7 @@ class Clips(SourcePart):
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
     fit: ResizeMode = "cover"  # how frames that are not square become so
+    apart: bool = False  # each frame as a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
@@ -41,7 +42,7 @@ class Clips(SourcePart):
             for path in subject.clips:
                 caption = subject.captions.get(path, "")
                 for clip in read_windows(path, self.window, context.resolution, self.fit, subject.masks.get(path)):
-                    yield Example(
+                    whole = Example(
                         pixels=clip.frames,
                         caption=caption,
                         owners=(name,),
@@ -50,3 +51,4 @@ class Clips(SourcePart):
                         source=str(path),
                         user_caption=bool(caption),
                     )
+                    yield from whole.frames() if self.apart else (whole,)

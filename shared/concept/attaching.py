@@ -21,6 +21,7 @@ from shared.config import Part, validate
 from shared.io.adapter_settings import MIN_RANK, OWN, SEED
 from shared.modifiers import Modifier, PlainText
 from shared.trainable.adapter import PeftAdapter, config_from_dict
+from shared.trainable.branch import BranchAdapter
 from shared.trainable.delta import DeltaAdapter
 
 #: Attached names of styles that are ordinary words.
@@ -146,6 +147,23 @@ def _attach_adapters(concept: Concept, backbone: Backbone) -> None:
             f"for example {next(iter(left))!r}"
         )
     _attach_weights(concept, backbone)
+    _attach_branches(concept, backbone)
+
+
+def _attach_branches(concept: Concept, backbone: Backbone) -> None:
+    meta, left = concept.meta, dict(concept.of("branches"))
+    for slot, components in meta.branches.items():
+        for component, settings in components.items():
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for first in settings.layers:
+                prefix = f"{slot}.{component}.{first}."
+                tensors[first] = {k[len(prefix) :]: left.pop(k) for k in list(left) if k.startswith(prefix)}
+            adapter = BranchAdapter.inject(backbone, meta.name, slot, component, settings.form, tensors)
+            _ids[adapter] = meta.adapter_id
+    if left:
+        raise ValueError(
+            f"{len(left)} branch tensors of {meta.name!r} belong to no place, for example {next(iter(left))!r}"
+        )
 
 
 def _attach_weights(concept: Concept, backbone: Backbone) -> None:

@@ -20,6 +20,7 @@ from shared.concept.shared_adapter import unshared
 from shared.config import validate
 from shared.io.adapter_settings import recordable
 from shared.trainable.adapter import PeftAdapter, config_to_dict
+from shared.trainable.branch import BranchAdapter
 from shared.trainable.delta import DeltaAdapter
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -96,11 +97,12 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """("adapters" and "weights" of the description, tensors by kind). Two adapters of one slot and component stay two:
-    the second one's slot gets a number."""
+    """("adapters", "weights" and "branches" of the description, tensors by kind). Two adapters of one slot and
+    component stay two: the second one's slot gets a number."""
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
-    tensors: Tensors = {"adapter": {}, "weights": {}}
+    branches: dict[str, dict[str, Any]] = {}
+    tensors: Tensors = {"adapter": {}, "weights": {}, "branches": {}}
     for adapter in attached:
         if isinstance(adapter, PeftAdapter):
             slot = _free(adapter.slot, [s for s, parts in adapters.items() if adapter.component in parts])
@@ -112,9 +114,13 @@ def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any]
             for component, _, path in (key.partition(".") for key in sorted(state)):
                 weights.setdefault(slot, {}).setdefault(component, []).append(path)
             tensors["weights"].update({f"{slot}.{k}": v for k, v in state.items()})
+        elif isinstance(adapter, BranchAdapter):
+            slot = _free(adapter.slot, [s for s, parts in branches.items() if adapter.component in parts])
+            branches.setdefault(slot, {})[adapter.component] = adapter.settings.model_dump(mode="json")
+            tensors["branches"].update({f"{slot}.{k}": v for k, v in adapter.state_dict().items()})
         else:
             raise ValueError(f"{name!r} has a {type(adapter).__name__}, which a concept cannot hold")
-    return {"adapters": adapters, "weights": weights}, tensors
+    return {"adapters": adapters, "weights": weights, "branches": branches}, tensors
 
 
 def _free(slot: str, taken: Sequence[str]) -> str:
@@ -130,3 +136,5 @@ def _touched(adapters_info: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield from ((c, path) for c, settings in components.items() for path in settings["target_modules"])
     for components in adapters_info["weights"].values():
         yield from ((c, path) for c, paths in components.items() for path in paths)
+    for components in adapters_info["branches"].values():
+        yield from ((c, path) for c, settings in components.items() for path in settings["layers"])

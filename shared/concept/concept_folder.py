@@ -26,7 +26,7 @@ from shared.io.safetensors_files import read_safetensors_header, safe_load_safet
 META = "concept.json"
 PREVIEW = "preview.png"
 START = "start."  # before a key of "embeddings": what that tensor was before anything was learned
-KINDS = ("adapter", "weights", "embeddings")  # each is one file KIND.safetensors
+KINDS = ("adapter", "weights", "branches", "embeddings")  # each is one file KIND.safetensors
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 16 * 2**20  # bytes
@@ -48,8 +48,9 @@ class Concept:
     """A learned thing: its description and its tensors.
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
-    changes of weights) and "embeddings" (what the modifier learned, by its own keys; of learned tokens `{component}`:
-    vectors `[n, d]`; and under `start.{key}` what that started from), each a mapping from key to a float tensor on the CPU.
+    changes of weights), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned,
+    by its own keys; of learned tokens `{component}`: vectors `[n, d]`; and under `start.{key}` what that started from),
+    each a mapping from key to a float tensor on the CPU.
     """
 
     meta: ConceptMeta
@@ -82,10 +83,10 @@ def with_fields(part: Part, **changes: Any) -> Any:
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names, shapes and values of adapter and weight tensors: equal for concepts learned together."""
+    """sha256 over names, shapes and values of adapter, weight and branch tensors: equal for concepts learned together."""
     digest = hashlib.sha256()
     any_tensor = False
-    for kind in ("adapter", "weights"):
+    for kind in ("adapter", "weights", "branches"):
         for key, tensor in sorted(tensors.get(kind, {}).items()):
             any_tensor = True
             digest.update(f"{kind}/{key}{tuple(tensor.shape)}{tensor.dtype}".encode())

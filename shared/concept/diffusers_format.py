@@ -54,6 +54,11 @@ def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]
     """
     if concept.of("weights"):
         raise ValueError(f"{concept.name!r} holds changed weights, and diffusers' LoRA files have no place for them")
+    if concept.of("branches"):
+        kinds = sorted(
+            {s.form.kind.replace("_", " ") for parts in concept.meta.branches.values() for s in parts.values()}
+        )
+        raise ValueError(f"{concept.name!r} holds {', '.join(kinds)}, and diffusers' LoRA files have no place for them")
     layers: dict[str, dict[str, Layer]] = defaultdict(dict)
     for slot, components in concept.meta.adapters.items():
         for component, settings in components.items():

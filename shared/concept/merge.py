@@ -168,8 +168,9 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
             delta = concept.of("weights")[f"{slot}.{key}"].double()
             change[key] = change[key] + delta if key in change else delta
     other = [k for k in change if k.partition(".")[2] not in keys]
-    if concept.meta.adapters or other or not change:
-        what = f"changes {other[0]}" if other else "has adapters" if concept.meta.adapters else "has none"
+    adapted = concept.meta.adapters or concept.meta.branches
+    if adapted or other or not change:
+        what = f"changes {other[0]}" if other else "has adapters" if adapted else "has none"
         raise ValueError(
             f"{concept.name!r} {what}: what can be merged are changed keys and values of cross-attention, as the recipe "
             "custom_diffusion learns them"

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from shared.concept.learning_record import LearnedWith, learned_with
 from shared.config import NAME, Part, validate
 from shared.io.adapter_settings import check_adapter
+from shared.io.branch_settings import BranchSettings
 
 SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
@@ -69,6 +70,9 @@ class ConceptMeta(Part):
     weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
         default_factory=dict
     )  # slot -> component -> parameters
+    branches: dict[Name, dict[Name, BranchSettings]] = Field(
+        default_factory=dict
+    )  # slot -> component -> form and places
     layers: dict[Name, dict[LayerPath, Shape]] = Field(
         default_factory=dict
     )  # component -> what is touched -> base shape
@@ -99,6 +103,7 @@ class ConceptMeta(Part):
         touched = [
             *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
             *((c, p) for parts in weights.values() for c, paths in parts.items() for p in paths),
+            *((c, p) for parts in info.data.get("branches", {}).values() for c, s in parts.items() for p in s.layers),
         ]
         for component, path in touched:
             if path not in value.get(component, {}):

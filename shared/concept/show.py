@@ -26,6 +26,7 @@ def described(concept: Concept) -> list[tuple[str, str]]:
             "; ".join(f"{key}: {' × '.join(map(str, v.shape))}" for key, v in concept.learned_words.items()),
         ),
         ("weights", "; ".join(_weights(concept))),
+        ("branches", "; ".join(_branches(concept))),
         ("parameters", f"{parameters(concept):,}"),
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
         ("recipe", _recipe(meta.learned_with)),
@@ -102,6 +103,14 @@ def _weights(concept: Concept) -> list[str]:
         f"{slot}: {len(paths)} changed tensors of {component}"
         for slot, components in concept.meta.weights.items()
         for component, paths in components.items()
+    ]
+
+
+def _branches(concept: Concept) -> list[str]:
+    return [
+        f"{slot}: {settings.form.kind.replace('_', ' ')} at {len(settings.layers)} places of {component}"
+        for slot, components in concept.meta.branches.items()
+        for component, settings in components.items()
     ]
 
 

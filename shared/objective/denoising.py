@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
@@ -17,7 +17,8 @@ class Denoising(Part):
 
     `masked` keeps the loss to the subject: sum(m * e^2) / sum(m), so that a small subject weighs as much as a large one;
     by default wherever a picture came with a mask. `outside` is the weight of the background, which keeps it from being
-    learned as noise. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    learned as noise, `inside` that of the subject: with inside=0 and outside=1 all but the subject is learned, a motion
+    and not who makes it. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"
@@ -25,7 +26,19 @@ class Denoising(Part):
         None  # None: where masks are given; true: the same, and a warning where none are; false: never
     )
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
+    inside: Annotated[float, Field(ge=0, le=1)] = 1.0
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Denoising:
+        if self.masked is not False and not self.inside and not self.outside:
+            raise ValueError("inside = 0 and outside = 0: nothing would be learned; set one of the two to 1")
+        return self
+
+    @property
+    def inverts(self) -> bool:
+        """Whether a mask keeps the loss off what it marks."""
+        return self.masked is not False and self.inside < self.outside
 
     def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Mean squared error per example: [B, C, h, w] twice and a weight [B, 1, h, w] or None -> [B]."""
@@ -36,10 +49,16 @@ class Denoising(Part):
         return (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
 
     def weight(self, mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """[B, 1, h, w] per-pixel weight, or None where every pixel counts alike."""
+        """[B, 1, (f), h, w] per-pixel weight, or None where every pixel counts alike.
+
+        Args:
+            mask: [B, 1, (f), h, w]; an example that is all mask has no outside, and counts whole
+            valid: [B, 1, (f), h, w], 0 at padding
+        """
         weight = None
         if self.masked is not False and mask is not None:
-            weight = self.outside + (1 - self.outside) * mask
+            weight = self.outside + (self.inside - self.outside) * mask
+            weight = torch.where(mask.flatten(1).amin(1).view(-1, *[1] * (mask.ndim - 1)) >= 1, 1.0, weight)
         if valid is not None:
             weight = valid if weight is None else weight * valid
         return weight

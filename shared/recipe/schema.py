@@ -142,7 +142,7 @@ class Recipe(Part):
         if self.subject is not None and self.subjects:
             raise ValueError("give either subject.* or subjects.NAME.*, not both")
         needs = [k for k, r in self.regularize.items() if r.needs_class_examples]
-        if needs and not any(s.kind in ("generated", "folder") for s in self.sources.values()):
+        if needs and not any(source.gives == "prior" for source in self.sources.values()):
             raise ValueError(
                 f"regularize.{needs[0]} needs class pictures: add sources.class_pictures.kind=generated "
                 "(made by the base model) or =folder (your own)"

@@ -213,9 +213,10 @@ class Runner:
         guidance: float,
         steps: int,
         resolution: int,
+        frames: int = 0,
         progress: Steps | None = None,
     ) -> Tensor:
-        settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution, frames=0)
+        settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution, frames=frames)
         return self.make(prompts, seeds, settings, progress)
 
     def _made_now(self, progress: Progress | None) -> Callable[[Sequence[str], Sequence[int], Recipe], Tensor]:
@@ -269,7 +270,7 @@ class Runner:
             references=subject.files,
             ports=sorted(run.ports),
         )
-        return capture(self.backbone, name, provenance, adapter_sets=run.adapter_sets)
+        return capture(self.backbone, name, provenance, adapter_sets=run.kept_sets)
 
     def _forget(self, run: TrainingRun) -> None:
         for name in {*run.names, *run.sets_of_the_run}:

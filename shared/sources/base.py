@@ -7,11 +7,16 @@ from pathlib import Path
 
 from shared.config import KindPart
 from shared.sources.source_context import SourceContext
-from shared.types import Example, Subject
+from shared.types import Example, Role, Subject
 
 
 class SourcePart(KindPart):
     """Where examples come from."""
+
+    @property
+    def gives(self) -> Role:
+        """The role of its examples."""
+        return "instance"
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         """What can be known before a model is loaded.

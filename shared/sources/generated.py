@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from shared.io.contact_sheets import read_metadata, write_picture
 from shared.io.decode import read_picture
@@ -20,7 +21,7 @@ from shared.io.denoising_progress import named, part_of
 from shared.io.outputs import write_text
 from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
-from shared.types import Example, Subject
+from shared.types import Example, Role, Subject
 
 _SCHEME = 1  # raise it when the way that pictures are made changes
 
@@ -33,6 +34,7 @@ class Generated(SourcePart):
     one class share them. The caption is the prompt that they were made with.
     """
 
+    made: ClassVar[str] = "class pictures"
     kind: Literal["generated"] = "generated"
     num_images: int = Field(default=200, ge=1)
     prompt: str = "a photo of a {class_noun}"
@@ -49,6 +51,10 @@ class Generated(SourcePart):
             raise ValueError("class pictures are made before the concept is known: only plain words and {class_noun}")
         return prompt
 
+    @property
+    def gives(self) -> Role:
+        return "prior"
+
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         for name, subject in subjects.items():
             if "{class_noun}" in self.prompt and not subject.class_noun:
@@ -61,24 +67,47 @@ class Generated(SourcePart):
         for name, subject in context.subjects.items():
             prompt = self.prompt.replace("{class_noun}", subject.class_noun)
             for path in self._filled(context, prompt):
-                pixels = read_picture(path, min_side=1).pixels
-                yield Example(pixels, prompt, (name,), "prior", source=str(path), user_caption=True)
+                yield Example(self._read(path), prompt, (name,), "prior", source=str(path), user_caption=True)
 
     def key(self, context: SourceContext, prompt: str) -> str:
         """sha256 of all that the pictures depend on."""
         facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*facts, *self._more_facts()]).encode()).hexdigest()
+
+    # --- what one thing that is made is: here a picture ----------------------------------------------------------
+
+    def _more_facts(self) -> list[Any]:
+        """What it depends on besides."""
+        return []
+
+    def _size(self, side: int) -> tuple[int, ...]:
+        """(side, side), or (frames, side, side)."""
+        return side, side
+
+    def _file(self, folder: Path, number: int) -> Path:
+        return folder / f"{number:05d}.png"
+
+    def _read(self, path: Path) -> Tensor:
+        """[3, (F), H, W] in [-1, 1]. ValueError when it cannot be read."""
+        return read_picture(path, min_side=1).pixels
+
+    def _key_of(self, path: Path) -> str | None:
+        return read_metadata(path).get("key")
+
+    def _write(self, pixels: Tensor, path: Path, about: Mapping[str, str]) -> None:
+        write_picture(pixels, path, about)
+
+    # -------------------------------------------------------------------------------------------------------------
 
     def _filled(self, context: SourceContext, prompt: str) -> list[Path]:
         """The files of one prompt's pictures, after making those that are missing."""
         key = self.key(context, prompt)
         folder = context.cache_dir / "class" / key[:24]
-        paths = [folder / f"{i:05d}.png" for i in range(self.num_images)]
-        todo = [i for i, path in enumerate(paths) if not _whole(path, key)]
+        paths = [self._file(folder, i) for i in range(self.num_images)]
+        todo = [i for i, path in enumerate(paths) if not self._whole(path, key)]
         if todo and context.generate is None:
-            raise ValueError(
-                f"{len(todo)} class pictures of {prompt!r} are missing in {folder}, and this run cannot make pictures"
-            )
+            where, what = f"{prompt!r} are missing in {folder}", self.made.split()[-1]
+            raise ValueError(f"{len(todo)} {self.made} of {where}, and this run cannot make {what}")
         if todo:
             self._make(context, prompt, key, {i: paths[i] for i in todo})
         return paths
@@ -93,33 +122,34 @@ class Generated(SourcePart):
         for start in range(0, len(todo), self.batch_size):
             some = list(todo)[start : start + self.batch_size]
             seeds = [_seed(key, i) for i in some]
-            side = context.resolution
-            on_progress = named(context.progress, f"class pictures of {prompt!r}")
+            *frames, side, _ = size = self._size(context.resolution)
+            length: dict[str, int] = {"frames": frames[0]} if frames else {}
+            on_progress = named(context.progress, f"{self.made} of {prompt!r}")
             pixels = context.generate(
                 [prompt] * len(some),
                 seeds,
                 guidance=self.guidance,
                 steps=self.steps,
                 resolution=side,
+                **length,
                 progress=part_of(on_progress, start, len(some), len(todo)),
             )
-            if pixels.shape != (len(some), 3, side, side):
-                raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, side, side]}")
-            for i, seed, picture in zip(some, seeds, pixels, strict=True):
-                write_picture(picture, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
+            if pixels.shape != (len(some), 3, *size):
+                raise AssertionError(f"generate gave {list(pixels.shape)}, not {[len(some), 3, *size]}")
+            for i, seed, one in zip(some, seeds, pixels, strict=True):
+                self._write(one, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
+
+    def _whole(self, path: Path, key: str) -> bool:
+        """Whether a file of the cache is there, can be read, and was made with this key."""
+        if not path.is_file():
+            return False
+        try:
+            self._read(path)
+            return self._key_of(path) == key
+        except ValueError:
+            return False
 
 
 def _seed(key: str, index: int) -> int:
     """The seed of one picture: never one that a user would choose for a test."""
     return int.from_bytes(hashlib.sha256(f"{key}/{index}".encode()).digest()[:6], "big")
-
-
-def _whole(path: Path, key: str) -> bool:
-    """Whether a picture of the cache is there, can be read, and was made with this key."""
-    if not path.is_file():
-        return False
-    try:
-        read_picture(path, min_side=1)
-        return read_metadata(path).get("key") == key
-    except ValueError:
-        return False

@@ -23,6 +23,10 @@ class PhasePictures(SourcePart):
     phase: str
     role: Role = "instance"
 
+    @property
+    def gives(self) -> Role:
+        return self.role
+
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         if self.phase not in earlier:
             raise ValueError(f"phase_pictures: {unknown(self.phase, earlier, 'earlier phase that makes pictures')}")

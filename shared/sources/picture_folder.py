@@ -33,6 +33,10 @@ class Folder(SourcePart):
     fit: ResizeMode = "cover"
     limit: int = Field(default=0, ge=0)  # the first so many; 0: all
 
+    @property
+    def gives(self) -> Role:
+        return self.role
+
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         _, read = self._read(subjects)
         return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}

@@ -14,7 +14,7 @@ from shared.types import Subject
 
 
 class Generate(Protocol):
-    """Pictures of the model itself, without any concept; one seed per prompt."""
+    """Pictures or clips of the model itself, without any concept; one seed per prompt."""
 
     def __call__(
         self,
@@ -24,9 +24,11 @@ class Generate(Protocol):
         guidance: float,
         steps: int,
         resolution: int,
+        frames: int = 0,
         progress: Steps | None = None,
     ) -> Tensor:
-        """[N, 3, resolution, resolution] in [-1, 1]; `progress` is told of every denoising step."""
+        """[N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] where `frames` says
+        how long; `progress` is told of every denoising step."""
         ...
 
 

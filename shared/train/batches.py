@@ -15,7 +15,7 @@ from shared.prompts import expand
 from shared.recipe.schema import Recipe
 from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
-from shared.types import Batch, Example
+from shared.types import Batch, Example, Role
 
 _ENCODE_PIXELS = 2**18  # at most, per pass of the autoencoder while caching: one picture of 512x512
 #: Steps that never occur: streams for the order of epochs, for cached variants, and for what is done once.
@@ -68,10 +68,11 @@ class Data:
         if self.with_priors and not self.priors:
             raise ValueError("the recipe asks for class pictures, but its sources gave none")
         self.has_masks = any(e.masks for e in self.instances)
-        if recipe.objective.masked and not self.has_masks:
+        if (recipe.objective.masked or recipe.objective.inverts) and not self.has_masks:
             import warnings
 
-            warnings.warn("objective.masked is on, but no picture has a mask: the whole picture counts", stacklevel=2)
+            asked = "objective.inside is below outside" if recipe.objective.inverts else "objective.masked is on"
+            warnings.warn(f"{asked}, but no picture has a mask: the whole picture counts", stacklevel=2)
 
     @property
     def instances(self) -> list[Example]:
@@ -156,12 +157,15 @@ class Data:
 
     # --- drawing -------------------------------------------------------------------------------------------
 
-    def batch(self, step: int, micro: int) -> Batch:
-        """The examples of one micro-batch; the same for the same (seed, step, micro)."""
+    def batch(self, step: int, micro: int, role: Role | None = None) -> Batch:
+        """The examples of one micro-batch; the same for the same (seed, step, micro).
+
+        Args:
+            role: only those of this role; None: of the subject, and of the class where a penalty asks for them
+        """
         draw = generator(self.recipe.seed, step, micro)
-        drawn = self._draw("instance", step, micro, draw)
-        if self.with_priors:
-            drawn += self._draw("prior", step, micro, draw)
+        roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)
+        drawn = [one for r in roles if role in (None, r) for one in self._draw(r, step, micro, draw)]
         device = self.backbone.device
         if len({r.mean.shape for r in drawn}) > 1:
             raise ValueError(

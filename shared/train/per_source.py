@@ -1,4 +1,4 @@
-"""Adapters for single pictures or clips (`per_source`): what they are registered under."""
+"""Adapters that no concept keeps: those of single pictures or clips (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Su
     """File of any subject -> the adapter sets for it alone; empty where no part asks for such."""
     slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
     return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
+
+
+def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
+    """The adapter sets of temporary parts. ValueError where a part that stays shares one with them: they would leave
+    together."""
+    parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
+    sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
+    for slot, part in parts:
+        if part.adapter_set in sets and not part.temporary:
+            raise ValueError(
+                f"trainable.{slot}.adapter_set = {part.adapter_set!r}: temporary parts are switched by that name, and this "
+                "one is not temporary: choose another name"
+            )
+    return tuple(sets)
 
 
 def inject_each(

@@ -46,6 +46,7 @@ class PhaseContext:
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by subject
     progress: Callable[[str, int, int], None] | None = None
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> adapter sets for it alone
+    temporary: tuple[str, ...] = ()  # adapter sets that are on in training steps alone
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
 
     @property
@@ -69,19 +70,28 @@ class ConceptTask:
         return gather(self.context.backbone, list(self.context.subjects), self.context.adapter_sets)
 
     @contextmanager
-    def learning_from(self, sources: Sequence[str], strength: float = 1.0) -> Iterator[None]:
-        """Inside, the adapters that belong to these files alone are on, with this strength.
+    def learning_from(
+        self, sources: Sequence[str], strength: float = 1.0, resting: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """Inside, the adapters that belong to these files alone are on, with this strength, and temporary ones are on.
 
-        Raises ValueError for several files at once, where there are such adapters: they cannot act on rows of a batch.
+        Args:
+            resting: adapter sets that are off
+
+        Raises ValueError for several files at once, where some have adapters of their own: they cannot act on rows of a
+        batch.
         """
-        table, backbone = self.context.per_source, self.context.backbone
-        if not table:
+        context, backbone = self.context, self.context.backbone
+        now = {name: 1.0 for name in context.temporary if name in backbone.adapters}
+        if context.per_source:
+            if len(set(sources)) > 1:
+                raise ValueError("per_source: a batch holds one picture or clip; set train.batch_size=1")
+            now |= dict.fromkeys(context.per_source.get(sources[0], ()), strength)
+        now |= dict.fromkeys((name for name in resting if name in backbone.adapters), 0.0)
+        if not now:
             yield
             return
-        if len(set(sources)) > 1:
-            raise ValueError("per_source: a batch holds one picture or clip; set train.batch_size=1")
-        own = dict.fromkeys(table.get(sources[0], ()), strength)
-        with backbone.active({**backbone.strengths, **own}):
+        with backbone.active({**backbone.strengths, **now}):
             yield
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

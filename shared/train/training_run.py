@@ -26,7 +26,7 @@ from shared.train.learned_state import restore
 from shared.train.log import Log
 from shared.train.loop import Record
 from shared.train.memory import Offloaded
-from shared.train.per_source import inject_each, sets_by_file
+from shared.train.per_source import inject_each, sets_by_file, temporary_sets
 from shared.train.phase import Phase
 from shared.train.phase_context import MakeNow, PhaseContext, Score, TaskTable
 from shared.train.precision import resolve_precision
@@ -75,6 +75,7 @@ class TrainingRun:
         self.phases = list(expand_phases(self.recipe))
         named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
         self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
+        self.temporary = temporary_sets(self.phases)
         self.per_source = sets_by_file(self.phases, self.subjects)
         check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
@@ -182,6 +183,8 @@ class TrainingRun:
                     known = inject_each(part, self.backbone, slot, self.subjects, phase.seed)
                 else:
                     known = part.inject(self.backbone, part.adapter_set or self.run_name, slot, phase.seed)
+                if part.temporary:
+                    self.backbone.set_strength(part.adapter_set, 0.0)  # a training step switches it on
                 self.ports.update(known.ports)
             group = replace(known, lr=part.lr, weight_decay=part.weight_decay, group=part.group)
             for parameter in group.parameters:
@@ -194,6 +197,11 @@ class TrainingRun:
     def sets_of_the_run(self) -> tuple[str, ...]:
         """Every name that adapters in training are registered under: those of the concepts, and those of single files."""
         return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
+
+    @property
+    def kept_sets(self) -> tuple[str, ...]:
+        """The names that the concepts' adapters are registered under."""
+        return tuple(name for name in self.adapter_sets if name not in self.temporary)
 
     def _freeze(self) -> None:
         for group in self.trained.values():
@@ -212,6 +220,7 @@ class TrainingRun:
             subjects=self.subjects,
             adapter_sets=self.sets_of_the_run,
             per_source=self.per_source,
+            temporary=self.temporary,
             trained=trained,
             loaded_strengths=self.loaded_strengths,
             initial_parameters=self.initial_parameters,

@@ -65,6 +65,7 @@ class Tune(ConceptTask):
         return [
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
             Computed("example_loss", self._example_loss),  # [B], the objective of each example
+            Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], how much each place counts; or None
             Computed(
                 "class_prediction", self._class_prediction
             ),  # [I, C, h, w], of instance examples, prompted by class noun
@@ -84,25 +85,41 @@ class Tune(ConceptTask):
 
     def losses(self, state: Step) -> dict[str, Tensor]:
         """What the loss is made of: the objective on instance examples, and every penalty; scalars."""
+        return {"denoising": self.denoising(state), **self.penalties(state, self.recipe.regularize)}
+
+    def denoising(self, state: Step) -> Tensor:
+        """The objective on instance examples, a scalar."""
         losses = state.need("example_loss")
-        instance = state.batch.with_role("instance").to(losses.device)
-        parts: dict[str, Tensor] = {"denoising": losses[instance].mean()}
-        for name, penalty in self.recipe.regularize.items():
-            parts[name] = penalty(_for(penalty, state))
-        return parts
+        return losses[state.batch.with_role("instance").to(losses.device)].mean()
+
+    @staticmethod
+    def penalties(state: Step, parts: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What these penalties add; scalars."""
+        return {name: part(_for(part, state)) for name, part in parts.items()}
 
     @contextmanager
-    def state(self, step: int, micro: int, batch: Batch | None = None, own: float = 1.0) -> Iterator[Step]:
+    def state(
+        self,
+        step: int,
+        micro: int,
+        batch: Batch | None = None,
+        own: float = 1.0,
+        needs: frozenset[str] | None = None,
+        resting: Sequence[str] = (),
+    ) -> Iterator[Step]:
         """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it.
 
         Args:
             batch: the examples; None: those of this step
             own: the strength of adapters that belong to the example alone
+            needs: by name; None: those of all penalties
+            resting: adapter sets that are off
         """
         batch = self.data.batch(step, micro) if batch is None else batch
         with ExitStack() as stack:
-            active_needs = [self.served[name] for name in sorted(self.needs | {"example_loss"})]
-            stack.enter_context(self.learning_from(batch.sources, own))
+            asked = self.needs if needs is None else needs
+            active_needs = [self.served[name] for name in sorted(asked | {"example_loss"})]
+            stack.enter_context(self.learning_from(batch.sources, own, resting))
             entered = {n.name: stack.enter_context(n.around(self.backbone, batch)) for n in active_needs}
             state = self._predict(batch, step, micro)
             yield replace(state, lazy={n.name: cache(partial(n.value, state, entered[n.name])) for n in active_needs})
@@ -132,10 +149,12 @@ class Tune(ConceptTask):
                     kept[caption] = self.backbone.encode([caption])
         return Conditioning.cat([kept[c] for c in captions])
 
+    def _loss_weight(self, state: Step) -> Tensor | None:
+        return self.recipe.objective.weight(state.batch.mask, state.batch.valid)
+
     def _example_loss(self, state: Step) -> Tensor:
         objective = self.recipe.objective
-        weight = objective.weight(state.batch.mask, state.batch.valid)
-        losses = objective.example_losses(state.prediction, state.target, weight)
+        losses = objective.example_losses(state.prediction, state.target, self._loss_weight(state))
         return losses * objective.time_weight(self.backbone, state.t)
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:

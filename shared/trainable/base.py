@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -33,11 +32,14 @@ class TrainablePart(KindPart):
     per_source: bool = (
         False  # one adapter for each picture or clip, on while that one is learned; no part of the concept
     )
+    temporary: bool = False  # on in training steps alone, of this phase and later ones; no part of the concept
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
         if self.per_source and self.adapter_set:
             raise ValueError("per_source: each picture or clip has a set of its own; leave out adapter_set")
+        if self.temporary and not self.adapter_set:
+            raise ValueError("temporary: it is switched by a set of its own; say adapter_set=NAME")
         return self
 
     @property
@@ -121,4 +123,3 @@ class TrainableGroup:
     touches_text: bool = False  # the text context changes while training: do not cache it
     group: str = MAIN  # of optimizers
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept
-

@@ -1,0 +1,60 @@
+"""The thing and what the model knew of its class in turn, where the two do not fit one batch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from shared.config import NAME, unknown
+from shared.recipe.tasks import TuneTask
+from shared.train.phase_context import PhaseContext
+from shared.train.task import Update, Updates
+from shared.train.tune import Tune
+
+
+class AlternateTask(TuneTask):
+    """Every `every`-th step is one of preservation: it learns from class examples by the penalties that ask for them, the
+    other steps from the subject by all else. So pictures of a thing and clips that keep its motion can be learned in one
+    phase, as in MotionBooth (https://arxiv.org/abs/2406.17758, section 3.2).
+
+    `rest`: adapter sets that are off in steps of preservation, as Still-Moving's adapter for frozen clips.
+    """
+
+    kind: Literal["alternate"] = "alternate"  # pyright: ignore[reportIncompatibleVariableOverride]
+    every: Annotated[int, Field(ge=2)] = 2
+    rest: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
+
+
+class Alternate(Tune):
+    """See `AlternateTask`. Raises ValueError where no penalty asks for class examples, and for sets that are not there."""
+
+    def __init__(self, context: PhaseContext) -> None:
+        super().__init__(context)
+        task: Any = self.recipe.task
+        self.task: AlternateTask = task
+        parts = self.recipe.regularize
+        self.preserving = {name: part for name, part in parts.items() if part.needs_class_examples}
+        self.others = {name: part for name, part in parts.items() if name not in self.preserving}
+        if not self.preserving:
+            raise ValueError(
+                "task.kind=alternate: no penalty asks for class examples: add regularize.prior.kind=prior_preservation"
+            )
+        sets = [name for name in context.adapter_sets if name in self.backbone.adapters]
+        missing = next((name for name in task.rest if name not in sets), None)
+        if missing is not None:
+            raise ValueError(f"task.rest: {unknown(missing, sets, 'adapter set')}")
+
+    def updates(self, step: int, micro: int) -> Updates:
+        """One loss: of class examples, or of the subject."""
+        preserves = step % self.task.every == self.task.every - 1
+        penalties = self.preserving if preserves else self.others
+        batch = self.data.batch(step, micro, "prior" if preserves else "instance")
+        needs = frozenset[str]().union(*(part.needs for part in penalties.values()))
+        resting = self.task.rest if preserves else ()
+        with self.state(step, micro, batch, needs=needs, resting=resting) as state:
+            parts = {} if preserves else {"denoising": self.denoising(state)}
+            parts |= self.penalties(state, penalties)
+            loss = torch.stack(list(parts.values())).sum()
+            yield Update(loss, parts={k: v.detach() for k, v in parts.items()})

@@ -1,0 +1,41 @@
+"""Pictures as clips in which nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.config import default_kind
+from shared.sources import References, Source
+from shared.sources.base import SourcePart
+from shared.sources.source_context import SourceContext
+from shared.types import Example, Role, Subject
+
+
+class FrozenClips(SourcePart):
+    """Every picture of another source, `length` times in a row: a clip that stands still.
+
+    Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns from such clips both what "no motion" is and what a
+    thing looks like where the layers of motion act; CustomCrafter (https://arxiv.org/abs/2408.13239) the latter alone.
+    """
+
+    kind: Literal["frozen_clips"] = "frozen_clips"
+    length: int = Field(default=16, ge=2)  # frames
+    pictures: Annotated[Source, default_kind("references")] = References()
+    role: Role = "instance"  # of the clips, whatever that of the pictures is
+
+    @property
+    def gives(self) -> Role:
+        return self.role
+
+    def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
+        found = self.pictures.check(subjects, earlier)
+        return found if self.role == "instance" else {}
+
+    def examples(self, context: SourceContext) -> Iterator[Example]:
+        """Raises ValueError as the source of the pictures does."""
+        for picture in self.pictures.examples(context):
+            yield Example.clip([picture] * self.length).with_(role=self.role)

@@ -1,0 +1,67 @@
+"""A motion as vectors added where frames look at each other."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.backbones.attention_sites import Site
+from shared.backbones.protocol import Backbone
+from shared.io.branch_settings import FrameEmbeddingsForm, Values
+from shared.trainable.base import Rate, TrainableGroup, TrainablePart
+from shared.trainable.branch import BranchAdapter, place_of
+
+
+class MotionEmbeddings(TrainablePart):
+    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193, section 3.2) at temporal attention: one of each frame
+    for queries and keys, one of each frame and place for values; all start at 0.
+
+    They are made for clips of `frames` frames and pictures of `resolution` pixels, and resized for others. The values'
+    embeddings see places, and so what is where: outside of training they act by their differences from frame to frame.
+    """
+
+    taxonomy: ClassVar[str] = "motion embeddings"
+    kind: Literal["motion_embeddings"] = "motion_embeddings"
+    lr: Rate = 2e-2
+    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, the coarsest first; None: all
+    frames: Annotated[int, Field(ge=2)] | None = None  # None: the backbone's own
+    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; None: the backbone's own
+    values: Values = "differences"
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return ("temporal_attention",)
+
+    def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
+        """Hook the temporal attention layers and unfreeze the embeddings.
+
+        Raises ValueError where no layer attends between frames alone, and for frames or sides that do not fit.
+        """
+        side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
+        sites = [site for site in backbone.sites() if site.kind == "temporal"]
+        if not sites or not frames:
+            raise ValueError(
+                f"trainable.{slot}: motion embeddings are added where places look at their other frames, and {backbone.family} "
+                "has no attention for that alone; learn the motion as a LoRA on queries and keys (motion_director_joint)"
+            )
+        *_, length, height, width = backbone.latent_shape(side, side, frames)
+        scales = sorted({site.scale for site in sites}, reverse=True)[: self.coarsest]
+        (component,) = backbone.noise_ranges
+        network = backbone.components[component]
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for site in (s for s in sites if s.scale in scales):
+            first = f"{site.name}.to_q"
+            channels = place_of(network, first)[1].in_features
+            tensors[first] = _zeros(site, (height, width), length, channels)
+        form = FrameEmbeddingsForm(values=self.values)
+        adapter = BranchAdapter.inject(backbone, name, slot, component, form, tensors)
+        adapter.requires_grad_(True)
+        adapter.train(True)
+        return TrainableGroup(slot, list(adapter.parameters()), self.lr, self.weight_decay)
+
+
+def _zeros(site: Site, latent: tuple[int, int], frames: int, channels: int) -> dict[str, Tensor]:
+    return {"qk": torch.zeros(frames, channels), "v": torch.zeros(*site.grid(*latent), frames, channels)}

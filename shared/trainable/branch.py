@@ -1,0 +1,152 @@
+"""Branches: small functions with parameters of their own beside a network's layers, and taken away without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from shared.backbones.protocol import Backbone
+from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
+from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
+
+#: The first layer of a place: of attention, and of a feed-forward network.
+FIRST = (".to_q", ".net.0.proj")
+
+
+class BranchAdapter:
+    """Branches at some places of one component; satisfies `shared.backbones.protocol.Adapter`.
+
+    A place is an attention layer or a feed-forward network, named by its first layer (`….attn2.to_q`). Branches hook these
+    modules and are no part of them: names, repr and state of the network stay what they were. What a branch adds to the
+    input of a layer is seen by that layer's own weights alone, and not by another adapter on it.
+    """
+
+    def __init__(self, backbone: Backbone, component: str, slot: str, form: BranchForm) -> None:
+        self.component, self.slot, self.form = component, slot, form
+        self.model = backbone.components[component]
+        self.branches: dict[str, Branch] = {}
+        self._grid = Grid({site.name: site for site in backbone.sites()})
+        self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def inject(
+        cls,
+        backbone: Backbone,
+        name: str,
+        slot: str,
+        component: str,
+        form: BranchForm,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+    ) -> BranchAdapter:
+        """Hook the places and register the adapter under a concept's name; it starts frozen and active at 1.
+
+        Args:
+            tensors: first layer of each place -> what its branch starts from, by the form's own keys
+
+        Raises:
+            ValueError: when a place is not here, or tensors do not fit it
+        """
+        adapter = cls(backbone, component, slot, form)
+        make = Bottleneck if isinstance(form, BottleneckForm) else FrameEmbeddings
+        for first, state in tensors.items():
+            place, layer = place_of(adapter.model, first)
+            if layer is None:
+                raise ValueError(f"{slot}.{component}: there is no place {first!r} for a branch here")
+            branch = make(form, place, adapter._grid)  # type: ignore[arg-type]
+            branch.start(state, layer.in_features, layer.weight.device, f"{slot}.{component}.{first}")
+            adapter.branches[first] = branch
+        watched = adapter.model.register_forward_pre_hook(adapter._grid.look)
+        adapter._handles = [watched, *(h for first, b in adapter.branches.items() for h in adapter._hook(first, b))]
+        backbone.add_adapter(name, adapter)
+        return adapter
+
+    def _hook(self, first: str, branch: Branch) -> Iterator[RemovableHandle]:
+        place = self.model.get_submodule(branch.place)
+        yield from branch.hook(place, unwrapped)
+
+    @property
+    def settings(self) -> BranchSettings:
+        """What a file says of it besides its tensors."""
+        return BranchSettings(form=self.form, layers=tuple(self.branches))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for branch in self.branches.values():
+            yield from branch.parameters.values()
+
+    def requires_grad_(self, on: bool) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(on)
+
+    def train(self, mode: bool) -> None:
+        for branch in self.branches.values():
+            branch.training = mode
+
+    def set_strength(self, strength: float) -> None:
+        for branch in self.branches.values():
+            branch.strength = strength
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{self.component}.{first}.{key}": parameter.detach().float().cpu().contiguous().clone()
+            for first, branch in self.branches.items()
+            for key, parameter in branch.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        mine = {
+            f"{self.component}.{first}.{key}": parameter
+            for first, branch in self.branches.items()
+            for key, parameter in branch.parameters.items()
+        }
+        missing, extra = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        if missing or extra:
+            raise ValueError(
+                f"branches do not fit {self.component}: {len(missing)} tensors missing, {len(extra)} unknown, "
+                f"for example {(missing + extra)[0]!r}"
+            )
+        for key, tensor in state.items():
+            if tensor.shape != mine[key].shape:
+                raise ValueError(f"branch tensor {key!r} is {list(tensor.shape)}, here it is {list(mine[key].shape)}")
+            mine[key].copy_(tensor)
+
+    def eject(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.branches = [], {}
+
+
+class HasInput(Protocol):
+    """A linear layer."""
+
+    in_features: int
+    weight: Tensor
+
+
+def unwrapped(layer: Any) -> Any:
+    """The layer itself, also where adapters wrap it."""
+    while isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
+    return layer
+
+
+def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
+    """(name of the place, its first layer) where `first` names one; else ("", None)."""
+    end = next((end for end in FIRST if first.endswith(end)), None)
+    if end is None:
+        return "", None
+    try:
+        layer = unwrapped(model.get_submodule(first))
+    except AttributeError:
+        return "", None
+    return (first.removesuffix(end), layer) if isinstance(layer, nn.Linear) else ("", None)
+
+
+def places_among(layers: Sequence[str]) -> list[str]:
+    """Of a role's layers those that stand for a place: its first."""
+    return [name for name in layers if name.endswith(FIRST)]
