@@ -18,7 +18,8 @@ class AppearanceDebias(Penalty):
     phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
     the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames an error that all frames share weighs 0.17
     of what it weighs in the plain loss, one that is each frame's own 2.8 times as much: what a clip looks like is learned
-    less than how it moves. Where masks or padding say that some places count less, they do here, too.
+    less than how it moves. Where masks or padding say that some places count less, they do here, too: the difference of two
+    frames counts as much as the one that counts less there.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
@@ -37,7 +38,8 @@ class AppearanceDebias(Penalty):
         weight: Tensor | None = step.need("loss_weight")
         if weight is None:
             return self.weight * error.mean()
-        weight = weight.to(error).expand_as(error)
+        weight = weight.to(error)
+        weight = torch.minimum(weight, _anchor_of(weight, anchors)).expand_as(error)
         each = (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
         return self.weight * each.mean()
 
@@ -49,5 +51,9 @@ def debiased_error(error: Tensor, anchors: Tensor, beta: float) -> Tensor:
         anchors: [B], the number of the frame that each row's others are compared with
     """
     error = error.float()
-    anchor = error[torch.arange(len(error)), :, anchors].unsqueeze(2)
-    return ((beta**2 + 1) ** 0.5 * error - beta * anchor).square()
+    return ((beta**2 + 1) ** 0.5 * error - beta * _anchor_of(error, anchors)).square()
+
+
+def _anchor_of(clips: Tensor, anchors: Tensor) -> Tensor:
+    """[B, C, F, h, w] -> [B, C, 1, h, w]."""
+    return clips[torch.arange(len(clips)), :, anchors].unsqueeze(2)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config import merge, read_yaml
+from shared.config import merge, read_yaml, slots
 from shared.recipe.catalog import config_folder
+from shared.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class Rules:
 
     `common` lies under every recipe, `by_modality` under those of one, `by_trained` under what trains parts of a kind (the
     first kind of the file that is trained: `alone` for a recipe without phases, `phase` for one phase of several), `by_kind`
-    under every part of that kind (or of `kind.type`), and `recipes` under the shipped ones of that name.
+    under every part of that kind (or of `kind.type`), and `recipes` under the shipped ones of that name and what inherits
+    from them. No rule adds a part: one for a part that a recipe does not have, or has of another `kind` than the rule says,
+    is passed over.
     """
 
     file: Mapping[str, Any]
@@ -47,7 +50,7 @@ class Rules:
             trained = self._by_trained(merge(base, mapping(phase), self.kinds), "phase")
             out = merge(out, {"phases": {name: merge(trained, self._by_kind(mapping(phase)))}})
         for method in methods:
-            out = merge(out, mapping(self.file.get("recipes")).get(method, {}))
+            out = merge(out, _for_parts_of(data, mapping(mapping(self.file.get("recipes")).get(method))))
         return out
 
     def _by_kind(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +72,28 @@ class Rules:
         kinds = {part.get("kind", key) for key, part in parts.items() if isinstance(part, Mapping)}
         matching = (rules for kind, rules in self.file.get("by_trained", {}).items() if kind in kinds)
         return mapping(next(matching, {}).get(place))
+
+
+def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule without what it says of parts that the recipe, or the phase, does not have."""
+    out = dict(rule)
+    for slot in slots(Recipe):
+        if isinstance(rule.get(slot), Mapping):
+            there = mapping(data.get(slot))
+            out[slot] = {
+                name: part
+                for name, part in rule[slot].items()
+                if isinstance(there.get(name), Mapping)
+                and mapping(part).get("kind") in (None, there[name].get("kind", name))
+            }
+    phases = mapping(data.get("phases"))
+    if "phases" in rule:
+        out["phases"] = {
+            name: _for_parts_of(mapping(phases[name]), phase)
+            for name, phase in rule["phases"].items()
+            if name in phases
+        }
+    return out
 
 
 def unstated(

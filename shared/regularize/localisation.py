@@ -15,6 +15,8 @@ from shared.backbones.attention_maps_need import AttentionMaps
 from shared.regularize.base import Penalty
 from shared.types import Step
 
+Distance = Literal["squared", "cross_entropy"]
+
 
 class Localisation(Penalty):
     """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
@@ -22,7 +24,8 @@ class Localisation(Penalty):
 
     A is how the picture's places look at the concept's own tokens: the mean over heads, over the watched layers and over
     the tokens, divided by its greatest value, as the paper's code does. It is compared at 16×16 places, where the layers
-    of a full-size model see objects best. Needs a mask for each subject.
+    of a full-size model see objects best. Needs a mask for each subject. With `distance: cross_entropy` the map is read as
+    the chance that a place is the concept's (MotionBooth, https://arxiv.org/abs/2406.17758, eq. 4).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
@@ -31,6 +34,7 @@ class Localisation(Penalty):
     weight: Annotated[float, Field(ge=0)] = 1e-2
     scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the latents; default: the one that is nearest to 16×16
     normalize: Literal["max", "none"] = "max"
+    distance: Distance = "squared"
 
     @property
     def provides(self) -> tuple[AttentionMaps, ...]:
@@ -50,7 +54,9 @@ class Localisation(Penalty):
             grid = record.sites[name].grid(*step.x_t.shape[-2:])
             grids.setdefault(grid, []).append(record.text_map(name, length))
         losses = [
-            localisation_loss(torch.stack(maps).mean(0), grid, positions, masks, instance, self.normalize)
+            localisation_loss(
+                torch.stack(maps).mean(0), grid, positions, masks, instance, self.normalize, self.distance
+            )
             for grid, maps in grids.items()
         ]
         return self.weight * torch.stack(losses).mean()
@@ -63,8 +69,9 @@ def localisation_loss(
     masks: Mapping[str, Tensor],
     counted: Tensor,
     normalize: Literal["max", "none"] = "max",
+    distance: Distance = "squared",
 ) -> Tensor:
-    """Mean over examples of the sum over concepts of the mean squared distance between map and mask: a scalar.
+    """Mean over examples of the sum over concepts of the mean distance between map and mask: a scalar.
 
     A concept counts in the examples whose text names it and where its mask is not empty.
 
@@ -75,6 +82,7 @@ def localisation_loss(
         masks: concept -> [B, 1, h, w] in [0, 1]
         counted: bool [B], which examples count
         normalize: "max": each map is divided by its greatest value
+        distance: of a place's value to the mask's there, squared or as cross-entropy
     """
     total = maps.new_zeros(len(maps))
     for owner in sorted(positions.keys() & masks.keys()):
@@ -84,5 +92,15 @@ def localisation_loss(
         if normalize == "max":
             map_ = map_ / map_.amax(1, keepdim=True).clamp_min(torch.finfo(map_.dtype).tiny)
         target = F.adaptive_avg_pool2d(mask, grid).flatten(1)
-        total = total + ((map_ - target) ** 2).mean(1) * visible
+        total = (
+            total
+            + (_cross_entropy(map_, target) if distance == "cross_entropy" else (map_ - target) ** 2).mean(1) * visible
+        )
     return total[counted.to(total.device)].mean() if counted.any() else total.sum() * 0
+
+
+def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
+    """-target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; by hand, for what torch has
+    refuses autocast."""
+    chance = chance.float().clamp(1e-6, 1 - 1e-6)
+    return -(target * chance.log() + (1 - target) * (1 - chance).log())

@@ -51,6 +51,16 @@ def test_it_is_the_papers_loss() -> None:
     assert plain != got
 
 
+def test_the_distance_can_be_cross_entropy() -> None:
+    """As MotionBooth has it, against torch's own."""
+    maps, positions, masks, rows = example_inputs()
+    only, target = {"mug": positions["mug"]}, F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
+    got = localisation_loss(maps, (4, 4), only, masks, rows, "none", "cross_entropy")
+    assert torch.allclose(got, F.binary_cross_entropy(maps[..., 2], target), rtol=1e-5)
+    sure = localisation_loss(maps, (4, 4), only, masks, rows, "max", "cross_entropy")
+    assert torch.isfinite(sure), "a map that is divided by its maximum is 1 somewhere"
+
+
 def test_several_tokens_of_a_concept_count_together() -> None:
     maps, positions, masks, rows = example_inputs()
     positions["mug"][:, 3] = True

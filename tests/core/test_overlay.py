@@ -62,6 +62,21 @@ def test_each_medium_and_each_type_has_its_own() -> None:
     assert rules({}, methods=["a", "b"])["seed"] == 2 and rules({}, methods=["b"])["seed"] == 2
 
 
+def test_a_rule_for_a_method_brings_back_no_part_that_a_variant_took_away() -> None:
+    rule = {"trainable": {"lora": {"kind": "lora", "rank": 4}, "tokens": {"lr": 1}}, "train": {"steps": 7}}
+    file = {"recipes": {"a": {**rule, "phases": {"p": rule}}}}
+
+    def laid(data: dict[str, Any]) -> dict[str, Any]:
+        return Rules(file, "image", {}).of(data, ["a"])
+
+    assert laid({"trainable": {"lora": None}})["trainable"] == {}
+    assert laid({})["train"] == {"steps": 7}, "all else holds"
+    assert laid({"trainable": {"lora": {"kind": "peft"}}})["trainable"] == {}, "a part of another kind"
+    assert laid({"trainable": {"lora": {}}})["trainable"] == {"lora": {"kind": "lora", "rank": 4}}
+    phased = laid({"phases": {"p": {"trainable": {"tokens": {}}}}})
+    assert phased["trainable"] == {} and phased["phases"]["p"]["trainable"] == {"tokens": {"lr": 1}}
+
+
 def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
     stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}

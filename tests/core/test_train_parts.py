@@ -224,6 +224,27 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
     assert torch.allclose(plain.example_losses(prediction, target, None).double(), expected, rtol=1e-5)
 
 
+def test_the_loss_can_leave_the_subject_out():
+    """Of a motion: all but the one who makes it. An example without a mask, that is with 1 everywhere, counts whole."""
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 1, 5, 8, 8, generator=draw)
+    mask[1] = 1.0
+    valid = (torch.rand(3, 1, 5, 8, 8, generator=draw) > 0.2).float()
+    part = Denoising(inside=0.25, outside=1.0)
+    expected = 1 - 0.75 * mask
+    expected[1] = 1.0
+    assert part.inverts and torch.allclose(part.weight(mask, None), expected)
+    assert torch.allclose(part.weight(mask, valid), expected * valid)
+    assert not Denoising(inside=0.25, outside=1.0, masked=False).inverts and not Denoising(outside=1.0).inverts
+    with pytest.raises(ValueError, match="inside = 0 and outside = 0: nothing would be learned"):
+        Denoising(inside=0)
+
+
+def test_that_no_picture_has_a_mask_to_leave_out_is_said(sd):
+    with pytest.warns(UserWarning, match="objective.inside is below outside, but no picture has a mask"):
+        data(sd, pictures(2), objective={"inside": 0.0, "outside": 1.0})
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
 def test_min_snr_is_the_weight_of_the_loss_on_x0(request, family, gamma):

@@ -98,6 +98,31 @@ def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: 
         assert torch.equal(after[name], value), key
 
 
+def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
+    backbone: Any, longer_clips: Path, tmp_path: Path
+) -> None:
+    """MotionDirector's port trains where there is no layer for time alone: Q and K for the motion, in the blocks that are
+    asked for; what the clips look like elsewhere, and nothing of it in what is kept."""
+    settings = ("task.skip=0", "trainable.temporal.blocks=1", "noise.low=0.8", "trainable.spatial.rank=2")
+    run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director_joint", *settings)
+    finish(run)
+    touched = {m for a in backbone.adapters["m"] for m in a.modules()}
+    assert touched and all(".1.attn1.to_" in name and name[-1] in "qk" for name in touched)
+    looks = {m for name in run.per_source.values() for s in name for a in backbone.adapters[s] for m in a.modules()}
+    assert looks and not any("attn1" in name for name in looks)
+    moved = {
+        n for a in backbone.adapters["m"] for n, v in a.state_dict().items() if "lora_B" in n and v.abs().max() > 0
+    }
+    assert moved and all(n.startswith(networks(backbone)[0] + ".") for n in moved)  # the expert for much noise
+    assert any("self_attention" in note for note in run.ports)
+
+
+def test_a_motion_can_be_kept_to_one_expert() -> None:
+    backbone = FAMILIES["wan 2.2"]()
+    learn(backbone, networks=("transformer",))
+    assert {key.split(".")[0] for a in backbone.adapters["my-mug"] for key in a.state_dict()} == {"transformer"}
+
+
 def test_the_path_of_pictures_learns_the_frame_that_is_one(
     backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

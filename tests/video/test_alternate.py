@@ -1,0 +1,122 @@
+"""A thing and clips of its class in turn, and adapters that belong to the learning alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.train.training_run import TrainingRun
+from tests.core.runs import CLASS, paint
+from tests.core.runs import sample as sampled
+from tests.video.clip_models import build_animatediff
+
+
+@pytest.fixture
+def clips(make_tiny_sd: Callable[..., Any]) -> AnimateDiffBackbone:
+    return AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paint(tmp_path_factory.mktemp("given") / "photos")
+
+
+ALTERNATE = (
+    "task=alternate", "sources.class_pictures.kind=generated_clips", "sources.class_pictures.frames=4",
+    "sources.class_pictures.num_images=2", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=2",
+)  # fmt: skip
+TEMPORARY = (
+    "trainable.still.kind=lora", "trainable.still.roles=[temporal_attention]", "trainable.still.temporary=true",
+    "trainable.still.adapter_set=frozen", "trainable.still.rank=2",
+)  # fmt: skip
+
+
+def run(backbone: Any, photos: Path, folder: Path, *settings: str) -> TrainingRun:
+    fixed = ("backbone=tiny", "train.resolution=32", "train.steps=4", "train.batch_size=1")
+    recipe = load("subject_lora", [*fixed, *settings], "video", VideoRecipe)
+    subjects = {"mug": read_subject(photos, "mug")}
+
+    def made(prompts: Any, seeds: Any, *, resolution: int, frames: int = 0, progress: Any = None, **how: Any) -> Any:
+        return sampled(backbone, prompts, seeds=seeds, height=resolution, width=resolution, frames=frames, **how)
+
+    return TrainingRun(
+        backbone, recipe, subjects, folder / "run", folder / "cache", class_pictures=made, tensorboard=False,
+        tasks=VideoRunner.tasks,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
+    """Of each prediction with a gradient: axes of the latents, and the adapter sets that are on."""
+    out: list[tuple[int, set[str]]] = []
+    predict = AnimateDiffBackbone.predict
+
+    def watched(self: Any, x_t: Any, t: Any, conditioning: Any) -> Any:
+        if torch.is_grad_enabled():
+            out.append((x_t.ndim, {name for name, s in self.strengths.items() if s and name in self.adapters}))
+        return predict(self, x_t, t, conditioning)
+
+    monkeypatch.setattr(AnimateDiffBackbone, "predict", watched)
+    return out
+
+
+def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path, seen: Any) -> None:
+    records = [record for _, record in run(clips, photos, tmp_path, *ALTERNATE, "task.every=3").steps()]
+    assert [axes for axes, _ in seen] == [4, 4, 5, 4]
+    assert [set(record.parts) for record in records] == [{"denoising"}, {"denoising"}, {"prior"}, {"denoising"}]
+
+
+def test_what_is_temporary_acts_in_steps_alone_and_rests_where_it_is_told(
+    clips: Any, photos: Path, tmp_path: Path, seen: Any
+) -> None:
+    session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
+    assert session.kept_sets == ("mug",) and "frozen" in session.sets_of_the_run
+    for _ in session.steps():
+        assert clips.strengths["frozen"] == 0.0  # between steps, where pictures are made
+    assert [sets for _, sets in seen] == [{"mug", "frozen"}, {"mug"}] * 2
+
+
+def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) -> None:
+    frozen = ("sources.references.kind=frozen_clips", "sources.references.length=4")
+    no_prior = ("sources.class_pictures=null", "regularize.prior=null", "trainable.still.lr=0.01")
+    list(run(clips, photos, tmp_path, *frozen, *no_prior, *TEMPORARY).steps())
+    ups = [v for a in clips.adapters["frozen"] for k, v in a.state_dict().items() if "lora_B" in k]
+    assert ups and any(bool(v.abs().max() > 0) for v in ups)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("task=alternate", "regularize.prior=null", "sources.class_pictures=null"),
+            "no penalty asks for class examples",
+        ),
+        (
+            (*ALTERNATE, *TEMPORARY, "task.rest=[frozn]"),
+            r"task\.rest: unknown adapter set 'frozn'. Did you mean 'frozen'",
+        ),
+        (
+            (*CLASS, *TEMPORARY, "trainable.lora.adapter_set=frozen"),
+            r"trainable\.lora\.adapter_set = 'frozen': temporary parts are switched by that name",
+        ),
+    ],
+)
+def test_turns_that_cannot_be_are_refused(
+    clips: Any, photos: Path, tmp_path: Path, settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(run(clips, photos, tmp_path, *settings).steps())
+
+
+def test_a_temporary_part_needs_a_set_of_its_own() -> None:
+    with pytest.raises(ValueError, match="temporary: it is switched by a set of its own; say adapter_set=NAME"):
+        load("subject_lora", ["trainable.lora.temporary=true"], "video", VideoRecipe)

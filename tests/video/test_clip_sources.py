@@ -1,0 +1,89 @@
+"""Clips that nobody gave: pictures that stand still, frames apart, and clips of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcs_video.motion.clip_source import Clips
+from pcs_video.motion.frozen_clips import FrozenClips
+from pcs_video.motion.generated_clips import GeneratedClips
+from shared.config import validate
+from shared.io.clips.find_clips import find_clips
+from shared.io.clips.window import ClipWindow
+from shared.io.read_subject import read_subject
+from shared.sources import Generated, References, SourceContext
+from shared.types import Subject
+from tests.core.runs import paint
+
+
+def context(subject: Subject, cache: Path, generate: Any = None) -> SourceContext:
+    return SourceContext({"mug": subject}, 32, 0, cache, generate, "a model")
+
+
+def test_a_picture_stands_still_with_its_mask(tmp_path: Path) -> None:
+    subject = read_subject(paint(tmp_path / "photos"), "mug")
+    pictures = list(References().examples(context(subject, tmp_path)))
+    source = FrozenClips(length=3)
+    assert source.gives == "instance" and source.check({"mug": subject}, ()) == References().check({"mug": subject}, ())
+    clips = list(source.examples(context(subject, tmp_path)))
+    assert len(clips) == 3
+    for clip, picture in zip(clips, pictures, strict=True):
+        assert clip.pixels.shape == (3, 3, 32, 32) and (clip.owners, clip.source) == (picture.owners, picture.source)
+        assert all(torch.equal(frame.pixels, picture.pixels) for frame in clip.frames())
+        assert all(torch.equal(frame.masks["mug"], picture.masks["mug"]) for frame in clip.frames())
+
+
+def test_frames_apart_are_pictures(clip_folder: Path, tmp_path: Path) -> None:
+    found = find_clips(clip_folder)
+    subject = Subject(class_noun="mug", captions=found.captions, clips=found.clips)
+    whole = list(Clips(window=ClipWindow(length=4)).examples(context(subject, tmp_path)))
+    apart = list(Clips(window=ClipWindow(length=4), apart=True).examples(context(subject, tmp_path)))
+    assert len(apart) == 4 * len(whole)
+    assert torch.equal(torch.stack([e.pixels for e in apart[:4]], dim=1), whole[0].pixels)
+    assert {e.caption for e in apart[:4]} == {whole[0].caption}
+
+
+class Maker:
+    """Noise in place of a model's clips, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], **how: Any) -> Tensor:
+        self.asked += seeds
+        size = (3, how["frames"], how["resolution"], how["resolution"]) if how.get("frames") else (3, 32, 32)
+        return torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in seeds])
+
+
+def test_the_models_own_clips_are_made_once_and_kept_without_loss(tmp_path: Path) -> None:
+    make, subject = Maker(), Subject(class_noun="mug")
+    source = GeneratedClips(num_images=3, frames=4, steps=2)
+    first = list(source.examples(context(subject, tmp_path, make)))
+    assert len(make.asked) == len(set(make.asked)) == 3 and source.gives == "prior"
+    assert {(e.role, e.caption, e.owners) for e in first} == {("prior", "a photo of a mug", ("mug",))}
+    for example, seed in zip(first, make.asked, strict=True):
+        clip = torch.rand((3, 4, 32, 32), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        assert float((example.pixels - clip).abs().max()) <= 1.01 / 255  # eight bits
+    again = list(source.model_copy(update={"num_images": 4}).examples(context(subject, tmp_path, make)))
+    assert len(make.asked) == 4 and all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=False))
+    Path(first[1].source).write_bytes(b"damaged")
+    assert torch.equal(list(source.examples(context(subject, tmp_path, make)))[1].pixels, first[1].pixels)
+    assert len(make.asked) == 5
+    other = source.model_copy(update={"frames": 5})
+    assert source.key(context(subject, tmp_path), "a") != other.key(context(subject, tmp_path), "a")
+    with pytest.raises(ValueError, match=r"3 class clips of 'a photo of a mug' are missing .* cannot make clips"):
+        list(other.examples(context(subject, tmp_path)))
+
+
+def test_class_pictures_that_stand_still_are_of_the_role_that_is_asked_for(tmp_path: Path) -> None:
+    asked = {"kind": "frozen_clips", "length": 2, "role": "prior", "pictures": {"kind": "generated", "num_images": 2}}
+    source = validate(FrozenClips, asked)
+    assert isinstance(source.pictures, Generated) and source.gives == "prior"
+    examples = list(source.examples(context(Subject(class_noun="mug"), tmp_path, Maker())))
+    assert [(e.role, e.pixels.shape) for e in examples] == [("prior", (3, 2, 32, 32))] * 2
