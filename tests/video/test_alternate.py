@@ -31,7 +31,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ALTERNATE = (
-    "task=alternate", "sources.class_pictures.kind=generated_clips", "sources.class_pictures.frames=4",
+    "task.kind=alternate", "sources.class_pictures.kind=generated_clips", "sources.class_pictures.frames=4",
     "sources.class_pictures.num_images=2", "sources.class_pictures.steps=1", "sources.class_pictures.batch_size=2",
 )  # fmt: skip
 TEMPORARY = (
@@ -97,7 +97,7 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
     ("settings", "message"),
     [
         (
-            ("task=alternate", "regularize.prior=null", "sources.class_pictures=null"),
+            ("task.kind=alternate", "regularize.prior=null", "sources.class_pictures=null"),
             "no penalty asks for class examples",
         ),
         (

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
+from pcs_video.recipe import VideoRecipe
 from shared.backbones.attention_edits import At
 from shared.backbones.attention_sites import Where
 from shared.concept import Provenance, as_json, attach, capture, export, lines, read, save
+from shared.recipe.resolve import load
+from shared.runner.plan import plan
+from shared.train.training_run import TrainingRun
 from shared.trainable import Bottleneck, Lora
 from shared.trainable.branch_forms import differences, resized_frames, resized_places
 from tests.video.clip_models import build_animatediff
+from tests.video.conftest import FAST
 from tests.video.transformer_runs import FAMILIES
 
 
@@ -177,6 +182,37 @@ def test_a_concept_keeps_its_branches(make_tiny_sd: Callable[..., Any], tmp_path
     assert any("places of unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
     with pytest.raises(ValueError, match="holds .*, and diffusers' LoRA files have no place for them"):
         export(concept, tmp_path / "out", backbone=fresh)
+
+
+def test_a_bottleneck_learned_on_pictures_acts_in_clips(make_tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
+    from shared.backbones.stable_diffusion import StableDiffusionBackbone
+
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    learn(pictures, Bottleneck(width=4))
+    made = ask(pictures, 0)
+    save(capture(pictures, "m", Provenance()), tmp_path / "m.concept")
+    clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+    before = ask(clips)
+    attach(read(tmp_path / "m.concept"), clips)
+    assert torch.equal(ask(clips, 0), made) and not torch.allclose(ask(clips), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["motion_inversion", "dreamvideo_motion"])
+def test_recomputed_activations_change_nothing(
+    recipe: str, make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
+) -> None:
+    learned = []
+    for on in ("false", "true"):
+        folder = tmp_path / on
+        asked = [f"subject.clips={clip_folder}", f"output={folder / 'm.concept'}", *FAST]
+        planned = plan(load(recipe, [*asked, f"train.gradient_checkpointing={on}"], "video", VideoRecipe))
+        backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+        run = TrainingRun(backbone, planned.recipe, planned.subjects, planned.workdir, folder, tensorboard=False)
+        list(run.steps())
+        learned.append([p.detach() for a in backbone.adapters["m"] for p in a.parameters()])
+    assert any(bool(p.abs().max() > 0) for p in learned[0])
+    for plain, recomputed in zip(*learned, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_tiny_sd: Any, tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ SMALL: dict[str, tuple[str, ...]] = {
     "set_then_sequence": (SHORT,),
     "still_moving": (
         "phases.pictures.task.num=2",
-        *(f"phases.frozen.sources.class_pictures.{s}" for s in ("length=4", *_PICTURES)),
-        "phases.spatial.sources.references.length=4",
-        *(f"phases.spatial.sources.class_pictures.{s}" for s in _CLIPS),
+        *(f"sources.class_stills.{s}" for s in ("length=4", *_PICTURES)),
+        "sources.stills.length=4",
+        *(f"sources.class_clips.{s}" for s in _CLIPS),
         *CLASS,
     ),
     "subject_lora": CLASS,
