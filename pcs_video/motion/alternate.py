@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 
 from shared.config import NAME, unknown
 from shared.recipe.tasks import TuneTask
 from shared.train.phase_context import PhaseContext
-from shared.train.task import Update, Updates
+from shared.train.task import Updates
 from shared.train.tune import Tune
 
 
@@ -34,10 +33,7 @@ class Alternate(Tune):
         super().__init__(context)
         task: Any = self.recipe.task
         self.task: AlternateTask = task
-        parts = self.recipe.regularize
-        self.preserving = {name: part for name, part in parts.items() if part.needs_class_examples}
-        self.others = {name: part for name, part in parts.items() if name not in self.preserving}
-        if not self.preserving:
+        if not self.data.with_priors:
             raise ValueError(
                 "task.kind=alternate: no penalty asks for class examples: add regularize.prior.kind=prior_preservation"
             )
@@ -49,12 +45,5 @@ class Alternate(Tune):
     def updates(self, step: int, micro: int) -> Updates:
         """One loss: of class examples, or of the subject."""
         preserves = step % self.task.every == self.task.every - 1
-        penalties = self.preserving if preserves else self.others
         batch = self.data.batch(step, micro, "prior" if preserves else "instance")
-        needs = frozenset[str]().union(*(part.needs for part in penalties.values()))
-        resting = self.task.rest if preserves else ()
-        with self.state(step, micro, batch, needs=needs, resting=resting) as state:
-            parts = {} if preserves else {"denoising": self.denoising(state)}
-            parts |= self.penalties(state, penalties)
-            loss = torch.stack(list(parts.values())).sum()
-            yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
+        yield from self.of_one_role(step, micro, batch, resting=self.task.rest if preserves else ())

@@ -27,7 +27,8 @@ class DualPathTask(TuneTask):
     The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (where latents
     join frames, the first, which alone is a picture), with nothing else in training switched on. The temporal path: parts
     of the group `temporal` learn the whole clip, while the clip's own spatial adapters say what it looks like and stay as
-    they are. With the probability `skip` the spatial path and its adapters rest.
+    they are. With the probability `skip` the spatial path and its adapters rest. Where a penalty asks for class examples (the
+    base model's own clips), the temporal path learns from those, too, with no clip's spatial adapters on.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -54,8 +55,8 @@ class DualPath(Tune):
             raise ValueError(f"trainable.{shared}: a spatial part of dual_path is each clip's own: per_source=true")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Two losses: of one frame, then of the clip."""
-        batch = self.data.batch(step, micro)
+        """Two losses: of one frame, then of the clip; and one of class examples where a penalty asks for them."""
+        batch = self.data.batch(step, micro, "instance")
         if batch.latents.ndim != 5:
             raise ValueError("task.kind=dual_path learns from clips: give subject.clips=FOLDER")
         draw = generator(self.recipe.seed, _PATHS + step, micro)
@@ -64,7 +65,10 @@ class DualPath(Tune):
             with self._only(batch):
                 loss = self._of_one_frame(batch, step, micro, draw)
                 yield Update(loss, (self.task.spatial,), {"spatial": loss.detach()})
-        yield from self._of_the_clip(batch, step, micro, 0.0 if rests else 1.0)
+        temporal = (self.task.temporal,)
+        yield from self.of_one_role(step, micro, batch, 0.0 if rests else 1.0, groups=temporal)
+        if self.data.with_priors:
+            yield from self.of_one_role(step, micro, self.data.batch(step, micro, "prior"), groups=temporal)
 
     @contextmanager
     def _only(self, batch: Batch) -> Iterator[None]:
@@ -77,12 +81,6 @@ class DualPath(Tune):
         chosen = torch.randint(pictures, (), generator=draw)
         state = self._predict(one_frame(batch, int(chosen)), step, micro)
         return self._example_loss(state).mean()
-
-    def _of_the_clip(self, batch: Batch, step: int, micro: int, strength: float) -> Updates:
-        with self.state(step, micro, batch, strength) as state:
-            parts = self.losses(state)
-            loss = torch.stack(list(parts.values())).sum()
-            yield Update(loss, (self.task.temporal,), {k: v.detach() for k, v in parts.items()})
 
 
 def one_frame(batch: Batch, frame: int) -> Batch:

@@ -83,6 +83,31 @@ class Tune(ConceptTask):
             loss = torch.stack(list(parts.values())).sum()
             yield Update(loss, parts={k: v.detach() for k, v in parts.items()})
 
+    def of_one_role(
+        self,
+        step: int,
+        micro: int,
+        batch: Batch,
+        own: float = 1.0,
+        resting: Sequence[str] = (),
+        groups: tuple[str, ...] | None = None,
+    ) -> Updates:
+        """One loss, of examples of one role: of the subject by the objective and the penalties that ask for no class
+        examples, of the class by those that do. For what cannot share a batch, or not the adapters that are on.
+
+        Args:
+            own, resting: as of `state`
+            groups: the optimizer groups that it trains; None: all
+        """
+        of_class = "instance" not in batch.role
+        penalties = {k: part for k, part in self.recipe.regularize.items() if part.needs_class_examples == of_class}
+        needs = frozenset[str]().union(*(part.needs for part in penalties.values()))
+        with self.state(step, micro, batch, own, needs, resting) as state:
+            parts = {} if of_class else {"denoising": self.denoising(state)}
+            parts |= self.penalties(state, penalties)
+            loss = torch.stack(list(parts.values())).sum()
+            yield Update(loss, groups, {k: v.detach() for k, v in parts.items()})
+
     def losses(self, state: Step) -> dict[str, Tensor]:
         """What the loss is made of: the objective on instance examples, and every penalty; scalars."""
         return {"denoising": self.denoising(state), **self.penalties(state, self.recipe.regularize)}

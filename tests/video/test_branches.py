@@ -197,14 +197,17 @@ def test_a_bottleneck_learned_on_pictures_acts_in_clips(make_tiny_sd: Callable[.
     assert torch.equal(ask(clips, 0), made) and not torch.allclose(ask(clips), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", ["motion_inversion", "dreamvideo_motion"])
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [("motion_inversion", "trainable.embeddings.frames=4"), ("dreamvideo_motion", "trainable.temporal.width=4")],
+)
 def test_recomputed_activations_change_nothing(
-    recipe: str, make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
+    recipe: str, setting: str, make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
     learned = []
     for on in ("false", "true"):
         folder = tmp_path / on
-        asked = [f"subject.clips={clip_folder}", f"output={folder / 'm.concept'}", *FAST]
+        asked = [f"subject.clips={clip_folder}", f"output={folder / 'm.concept'}", *FAST, setting]
         planned = plan(load(recipe, [*asked, f"train.gradient_checkpointing={on}"], "video", VideoRecipe))
         backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
         run = TrainingRun(backbone, planned.recipe, planned.subjects, planned.workdir, folder, tensorboard=False)

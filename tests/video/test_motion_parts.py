@@ -114,6 +114,29 @@ def test_each_clip_has_spatial_adapters_of_its_own(
     steps.close()
 
 
+def test_class_clips_are_learned_without_any_clips_own_adapters(
+    clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, set[str]]] = []
+    predict = AnimateDiffBackbone.predict
+
+    def watched(self: Any, x_t: Any, t: Any, conditioning: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.append((x_t.ndim, {n for n, s in self.strengths.items() if s and n in self.adapters}))
+        return predict(self, x_t, t, conditioning)
+
+    monkeypatch.setattr(AnimateDiffBackbone, "predict", watched)
+    prior = {"kind": "generated_clips", "prompt": "a toy", "num_images": 1, "frames": 4, "steps": 1}
+    settings = [f"sources.moving.{key}={value}" for key, value in prior.items()]
+    settings += ["regularize.prior.kind=prior_preservation", "train.steps=1", "task.skip=0"]
+    session = run(clips, clip_folder, tmp_path, *settings)
+    session.class_pictures = lambda prompts, seeds, **how: torch.zeros(len(seeds), 3, 4, 32, 32)
+    ((_, record),) = session.steps()
+    (own,) = seen[0][1]
+    assert seen == [(4, {own}), (5, {own, "m"}), (5, {"m"})]
+    assert set(record.parts) == {"spatial", "denoising", "debias", "prior"}
+
+
 def test_the_spatial_path_rests_as_often_as_asked(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path
 ) -> None:
