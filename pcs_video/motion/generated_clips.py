@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,7 +37,10 @@ class GeneratedClips(Generated):
         return self.frames, side, side
 
     def _file(self, folder: Path, number: int) -> Path:
-        return folder / f"{number:05d}.webp"
+        return folder / f"{number:05d}"  # of frames: what players read merges frames that are alike
+
+    def _is_there(self, path: Path) -> bool:
+        return path.is_dir()
 
     def _read(self, path: Path) -> Tensor:
         return read_clip(path, ClipWindow(length=self.frames)).frames
@@ -45,4 +49,6 @@ class GeneratedClips(Generated):
         return read_clip_metadata(path).get("key")
 
     def _write(self, pixels: Tensor, path: Path, about: Mapping[str, str]) -> None:
-        write_clip(path, pixels, 8, about, enlarge=1)  # lossless
+        if path.is_dir():
+            shutil.rmtree(path)  # damaged
+        write_clip(path, pixels, 8, about)

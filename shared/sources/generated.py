@@ -87,6 +87,9 @@ class Generated(SourcePart):
     def _file(self, folder: Path, number: int) -> Path:
         return folder / f"{number:05d}.png"
 
+    def _is_there(self, path: Path) -> bool:
+        return path.is_file()
+
     def _read(self, path: Path) -> Tensor:
         """[3, (F), H, W] in [-1, 1]. ValueError when it cannot be read."""
         return read_picture(path, min_side=1).pixels
@@ -141,7 +144,7 @@ class Generated(SourcePart):
 
     def _whole(self, path: Path, key: str) -> bool:
         """Whether a file of the cache is there, can be read, and was made with this key."""
-        if not path.is_file():
+        if not self._is_there(path):
             return False
         try:
             self._read(path)

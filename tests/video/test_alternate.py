@@ -93,6 +93,33 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
     assert ups and any(bool(v.abs().max() > 0) for v in ups)
 
 
+def test_an_interrupted_run_equals_an_uninterrupted_one(
+    make_tiny_sd: Callable[..., Any], photos: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with turns, a temporary adapter and branches."""
+    settings = (*ALTERNATE, *TEMPORARY, "task.rest=[frozen]", "train.checkpoint_every=2")
+    settings += ("trainable.side.kind=bottleneck", "trainable.side.width=2", "trainable.side.lr=0.01")
+
+    def fresh(folder: str) -> TrainingRun:
+        backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+        return run(backbone, photos, tmp_path / folder, *settings)
+
+    whole = fresh("whole")
+    list(whole.steps())
+    steps = fresh("parts").steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    again = fresh("parts")
+    list(again.steps(resume=True))
+    for name in whole.sets_of_the_run:
+        for a, b in zip(whole.backbone.adapters[name], again.backbone.adapters[name], strict=True):
+            state = b.state_dict()
+            assert all(torch.equal(value, state[key]) for key, value in a.state_dict().items()), (name, a.slot)
+    side = next(a for a in whole.backbone.adapters["mug"] if a.slot == "side")
+    assert any(bool(v.abs().max() > 0) for k, v in side.state_dict().items() if k.endswith(".up"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
