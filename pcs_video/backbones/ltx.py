@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.transformer_attention import LTXProcessor, is_plain
-from pcs_video.backbones.video_transformer import VideoTransformerBackbone, transformer_roles
+from pcs_video.backbones.video_transformer import VideoTransformerBackbone, per_row, per_token, transformer_roles
 from shared.backbones.attention_processors import Processor
 from shared.types import Conditioning
 
@@ -31,6 +31,7 @@ class LTXBackbone(VideoTransformerBackbone):
     default_guidance = 3.0
     default_steps = 50
     masks_context = True
+    time_per_frame = True
     #: Frames per second that clips are made and learned at: the network knows when a frame is, not its number.
     frame_rate: float = 25.0
     #: The noise level that an autoencoder with a time of its own is told when it decodes.
@@ -103,11 +104,11 @@ class LTXBackbone(VideoTransformerBackbone):
     def _velocity(self, clips: Tensor, t: Tensor, conditioning: Conditioning, context: Tensor) -> Tensor:
         dtype, (frames, height, width) = self.transformer.dtype, clips.shape[2:]
         assert conditioning.context_mask is not None
-        with self._predictions.under_way(len(clips), t):
+        with self._predictions.under_way(len(clips), per_row(t)):
             out = self.transformer(
                 hidden_states=clips.flatten(2).transpose(1, 2).to(dtype),
                 encoder_hidden_states=context.to(dtype),
-                timestep=t,
+                timestep=t if t.ndim == 1 else per_token(t, frames, frames * height * width),
                 encoder_attention_mask=conditioning.context_mask,
                 num_frames=frames,
                 height=height,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pcs_video.backbones.causal_latents import CausalCodec
 from shared.backbones.attention_sites import Site
 from shared.backbones.base_backbone import BaseBackbone
-from shared.backbones.forward_process import FlowMatching, times
+from shared.backbones.forward_process import FlowMatching
 from shared.backbones.module_roles import RoleSpec
 from shared.types import Conditioning
 
@@ -86,7 +86,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
         Args:
             x_t: [B, C, f, h, w], or pictures [B, C, h, w]
-            t: [B] or a scalar
+            t: [B] or a scalar; [B, f] where the network is told a time for each token (`time_per_frame`)
 
         Raises:
             ValueError: for a context per site, image tokens, regions or size_ids; for shapes that do not agree
@@ -95,9 +95,20 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         if not isinstance(conditioning.context, Tensor):
             raise ValueError(f"{self.family}: {self.why_one_context}, so the context must be one tensor")
         clips = x_t if x_t.ndim == 5 else x_t[:, :, None]
-        out = self._velocity(clips, times(t, len(x_t), x_t.device), conditioning, conditioning.context)
+        out = self._velocity(clips, self._told(t, clips), conditioning, conditioning.context)
         return out if x_t.ndim == 5 else out[:, :, 0]
 
     def _velocity(self, clips: Tensor, t: Tensor, conditioning: Conditioning, context: Tensor) -> Tensor:
-        """Clips [B, C, f, h, w], t [B], context [B, L, D] -> [B, C, f, h, w]."""
+        """Clips [B, C, f, h, w], t [B] or [B, f], context [B, L, D] -> [B, C, f, h, w]."""
         raise NotImplementedError
+
+
+def per_row(t: Tensor) -> Tensor:
+    """[B] or [B, f] -> [B]: of each clip the noisiest frame's time, for what asks when a prediction is made."""
+    return t.amax(1) if t.ndim == 2 else t
+
+
+def per_token(t: Tensor, frames: int, tokens: int) -> Tensor:
+    """[B] or [B, f] -> [B, tokens]: of each token its frame's time; all frames have as many tokens."""
+    each = t if t.ndim == 2 else t[:, None].expand(-1, frames)
+    return each.repeat_interleave(tokens // frames, dim=1)

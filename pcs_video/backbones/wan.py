@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.transformer_attention import WanProcessor, is_plain
-from pcs_video.backbones.video_transformer import VideoTransformerBackbone, transformer_roles
+from pcs_video.backbones.video_transformer import VideoTransformerBackbone, per_row, per_token, transformer_roles
 from shared.backbones.attention_processors import Processor
-from shared.backbones.forward_process import times
 from shared.types import Conditioning
 
 
@@ -53,7 +52,7 @@ class WanBackbone(VideoTransformerBackbone):
         )
         self.experts: dict[str, Any] = experts
         self.boundary_ratio: float | None = boundary
-        self.time_per_token = bool(pipe.config.expand_timesteps)  # Wan 2.2 5B
+        self.time_per_token = self.time_per_frame = bool(pipe.config.expand_timesteps)  # Wan 2.2 5B
         self.role_table = transformer_roles(tuple(experts), r"blocks\.\d+\.", "ffn")
         self.frame_factor = self.vae.config.scale_factor_temporal
         self.latent_multiple = pipe.transformer.config.patch_size[1]
@@ -127,7 +126,7 @@ class WanBackbone(VideoTransformerBackbone):
     def _ask(self, expert: str, clips: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """One pass of one expert."""
         network = self.experts[expert]
-        with self._predictions.under_way(len(clips), t):
+        with self._predictions.under_way(len(clips), per_row(t)):
             return network(
                 hidden_states=clips.to(network.dtype),
                 timestep=self._per_token(t, clips) if self.time_per_token else t,
@@ -136,9 +135,8 @@ class WanBackbone(VideoTransformerBackbone):
             )[0]
 
     def _per_token(self, t: Tensor, clips: Tensor) -> Tensor:
-        """[B] -> [B, tokens]: nothing is given as clean here, so all tokens have one time."""
-        tokens = clips[0, 0].numel() // self.latent_multiple**2
-        return t[:, None].expand(-1, tokens)
+        """[B] or [B, f] -> [B, tokens]."""
+        return per_token(t, clips.shape[2], clips[0, 0].numel() // self.latent_multiple**2)
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
@@ -146,7 +144,7 @@ class WanBackbone(VideoTransformerBackbone):
         """Classifier-free guidance; with `low_noise_guidance`, that while the second expert predicts."""
         if self.low_noise_guidance is None or len(self.experts) == 1:
             return super().predict_guided(x_t, t, positive, negative, guidance)
-        high = times(t, len(x_t), x_t.device) >= self.boundary
+        high = per_row(self._told(t, x_t)) >= self.boundary
         strength: Any = torch.where(high, guidance, self.low_noise_guidance).view(-1, *[1] * (x_t.ndim - 1))
         return super().predict_guided(x_t, t, positive, negative, strength)
 

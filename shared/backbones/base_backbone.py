@@ -14,7 +14,7 @@ from shared.backbones.attending import Attending
 from shared.backbones.attention_rows import PredictionRows, Rows
 from shared.backbones.attention_sites import Site
 from shared.backbones.checkpoint_identity import checkpoint_identity
-from shared.backbones.forward_process import ForwardProcess, times
+from shared.backbones.forward_process import ForwardProcess, frame_times
 from shared.backbones.latents import LatentCodec
 from shared.backbones.module_roles import RoleSpec, resolve, there_are
 from shared.backbones.placement import Placement
@@ -41,6 +41,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     default_guidance: float = 7.5
     default_steps: int = 50
     discrete_time: bool = True  # trained on whole timesteps
+    time_per_frame: bool = False  # whether `predict` takes a time for each frame of a clip, t [B, f]
     world: World | None = None
     frames: int | None = None  # of a clip, where nobody says how many; None: it makes pictures
 
@@ -243,6 +244,16 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             why = "is missing: this network" if self.masks_context else "is for a network that"
             raise ValueError(f"{self.family}: context_mask {why} must know where the text is padding")
 
+    def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+        """The times that the network is told: [B], or [B, f] where it reads one for each frame. ValueError where frames
+        have times of their own and it does not."""
+        t = frame_times(t, x_t)
+        if t.ndim == 1 or self.time_per_frame:
+            return t
+        if not bool((t == t[:, :1]).all()):
+            raise ValueError(f"{self.family} reads one time for all frames of a clip, and these frames have several")
+        return t[:, 0]
+
     def needs_negative(self, guidance: float) -> bool:
         """Whether sampling with this guidance looks at the negative prompt."""
         return guidance > 1
@@ -254,10 +265,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
         Args:
             x_t: [B, C, h, w]
-            t: a scalar or [B]
+            t: a scalar or [B]; [B, f] where `time_per_frame`
             guidance: 1 is none; diffusers' convention, negative + guidance * (positive - negative)
         """
-        t = times(t, len(x_t), x_t.device)
+        t = self._told(t, x_t)
         if negative is None:
             return self.predict(x_t, t, positive)
         with self._predictions.holding(Rows.guided(len(x_t))):

@@ -21,7 +21,8 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Training times, one for each example: [B], whole ones staying whole; without `batch` as they are, a scalar or [B].
+    """Training times, one for each example: [B], whole ones staying whole; without `batch` as they are: a scalar, [B], or
+    [B, f] for each frame of clips.
 
     Args:
         t: a scalar or [B]
@@ -31,6 +32,8 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
         ValueError: for any other shape: it would broadcast against the examples in silence
     """
     t = torch.as_tensor(t, device=device)
+    if batch is None and t.ndim <= 2:
+        return t
     if t.ndim > 1 or (t.ndim == 1 and batch not in (None, len(t))):
         size = "B" if batch is None else batch
         raise ValueError(
@@ -39,29 +42,47 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
     return t if batch is None else t.expand(batch)
 
 
+def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
+    """Training times of `latents`: [B], or [B, f] where t has one for each frame of clips [B, C, f, h, w].
+
+    ValueError for any other shape, as in `times`.
+    """
+    t = torch.as_tensor(t, device=latents.device)
+    if t.ndim != 2 or latents.ndim != 5:
+        return times(t, len(latents), latents.device)
+    frames = (len(latents), latents.shape[2])
+    if t.shape != frames:
+        raise ValueError(
+            f"t is {list(t.shape)}, and must be a scalar or [{frames[0]}], or {list(frames)}: one for each frame of a clip"
+        )
+    return t
+
+
 class ForwardProcess:
     """The diffusion half of a backbone: a family says `prediction_type` and gives `alpha_sigma`."""
 
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t = alpha * x_0 + sigma * noise; both of the shape of `t`, a scalar or [B]. ValueError for other shapes."""
+        """x_t = alpha * x_0 + sigma * noise; both of the shape of `t`: a scalar, [B] or [B, f]. ValueError for other
+        shapes."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma shaped [B, 1, 1, 1…], at least float32, on the device of `like`."""
-        alpha, sigma = self.alpha_sigma(times(t, len(like), like.device))
+        """alpha and sigma shaped [B, 1, 1, 1…] or [B, 1, f, 1, 1], at least float32, on the device of `like`."""
+        t = frame_times(t, like)
+        alpha, sigma = self.alpha_sigma(t)
         wide = torch.promote_types(like.dtype, torch.float32)
-        shape = (-1, *([1] * (like.ndim - 1)))
+        shape = (len(t), 1, -1, 1, 1) if t.ndim == 2 else (-1, *([1] * (like.ndim - 1)))
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, h, w] at training times t: [B] or a scalar."""
+        """x_t [B, C, (f), h, w] at training times t: [B] or a scalar, of clips also [B, f]."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to predict: [B, C, h, w], as x0 and noise; t: [B] or a scalar."""
+        """What the network is trained to predict: [B, C, (f), h, w], as x0 and noise; t as of `add_noise`."""
         alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
@@ -72,7 +93,7 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction at x_t stands for; all [B, C, h, w], t: [B] or a scalar."""
+        """The clean latents that a prediction at x_t stands for; all [B, C, (f), h, w], t as of `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
             out = prediction
@@ -85,7 +106,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t stands for; all [B, C, h, w], t: [B] or a scalar."""
+        """The noise that a prediction at x_t stands for; all [B, C, (f), h, w], t as of `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction
@@ -105,7 +126,7 @@ class FlowMatching(ForwardProcess):
     discrete_time = False
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: [B] or a scalar."""
+        """x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: a scalar, [B] or [B, f]."""
         t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma

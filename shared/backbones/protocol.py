@@ -124,6 +124,7 @@ class Backbone(Protocol):
     frame_factor: int  # frames per latent frame; where it is not 1, the first frame is a latent frame alone
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
+    time_per_frame: bool  # True: `predict` takes a time for each frame of a clip, t [B, f]
     world: World | None  # a world of its own; None: the real one
     context_component: str  # the text encoder whose hidden states are the context
     vae: Any  # between pixels and latents; never trained
@@ -207,7 +208,8 @@ class Backbone(Protocol):
         the model needs, or it cannot make so many frames."""
         ...
 
-    # the forward process; every function takes t: [B] or a scalar, and raises ValueError for any other shape
+    # the forward process; every function takes t: [B] or a scalar, of clips also [B, f], one for each frame, and raises
+    # ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha * x_0 + sigma * noise."""
         ...
@@ -230,7 +232,7 @@ class Backbone(Protocol):
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when the
-        conditioning carries something that it does not read."""
+        conditioning carries something that it does not read, or frames have times of their own and it reads one."""
         ...
 
     @property

@@ -108,7 +108,7 @@ class StableDiffusionBackbone(BaseBackbone):
         """From the scheduler's table at whole times, exactly; between them alpha_bar is interpolated linearly.
 
         Args:
-            t: [B] or a scalar, in [0, 1000)
+            t: [B] or a scalar, in [0, 1000); [B, f] for frames of clips
         """
         t = times(t)
         table = self.alphas_cumprod.to(t.device)
@@ -138,7 +138,7 @@ class StableDiffusionBackbone(BaseBackbone):
         if not isinstance(context, Tensor):
             context = self._route(context)
         dtype = self.unet.dtype
-        t = times(t, len(x_t), x_t.device)
+        t = self._told(t, x_t)
         with self._predictions.under_way(len(x_t), t):
             return self._run_denoiser(x_t.to(dtype), t, context.to(dtype))
 

@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pydantic import field_validator
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.config import Part, validate
+
+if TYPE_CHECKING:
+    from shared.sampling.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -23,32 +26,68 @@ class DenoisingStep:
     steps: int  # calls of the scheduler (second-order ones call twice per step)
     t: Tensor  # scalar, in the model's training time
     backbone: Backbone
+    prompts: Sequence[str]  # B, expanded; within `during`, what hooks made of them
+    seeds: Sequence[int]  # B
+    noise: Tensor  # [B, C, (f), h, w], of unit variance: what sampling started from
+    scale: Tensor | float = 1.0  # latents times this are what the network sees; not 1 for schedulers of Karras et al.
 
     @property
     def fraction(self) -> float:
         """How much is done: 0 at the first step, towards 1 at the last."""
         return self.index / self.steps
 
+    @property
+    def last(self) -> bool:
+        return self.index + 1 == self.steps
+
+    def noised(self, x0: Tensor) -> Tensor:
+        """Clean latents [B or 1, C, (f), h, w] as they are at this step, with the noise that sampling started from, in
+        the scheduler's units: [B, C, (f), h, w]."""
+        return self.backbone.add_noise(x0.expand_as(self.noise), self.noise, self.t) / self.scale
+
 
 @runtime_checkable
 class SamplingHook(Protocol):
     """Something that happens between denoising steps. `SamplingHookBase` does nothing, to build on."""
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
+        """What acts in one call of the sampler: itself, or what it makes of files, once. ValueError where they do not fit
+        what is to be sampled."""
+        ...
+
+    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+        """What sampling starts from, [B, C, (f), h, w] of unit variance, in place of the noise (inversion)."""
+        ...
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         """The prompts from here on this step (delayed subjects)."""
         ...
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """The latents [B, C, h, w] before the prediction (layout gradients, inversion)."""
+        """The latents [B, C, (f), h, w] before the prediction (layout gradients, what is given)."""
+        ...
+
+    def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
+        """The times that the network is told: a scalar, or [B, f] where it reads one for each frame."""
         ...
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
         """What holds while this step is predicted (strengths, attention)."""
         ...
 
+    def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        """The latents [B, C, (f), h, w] that the step leaves."""
+        ...
+
 
 class SamplingHookBase(Part):
     """A change that hooks nothing."""
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
+        return self
+
+    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+        return noise
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return prompts
@@ -56,8 +95,14 @@ class SamplingHookBase(Part):
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents
 
+    def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
+        return t
+
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        return latents
 
 
 def check_points(text: str) -> str:

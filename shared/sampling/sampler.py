@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.io.denoising_progress import Steps, part_of
 from shared.sampling.hooks import DenoisingStep
+from shared.sampling.hooks_in_turn import InTurn
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings
 from shared.types import Conditioning
@@ -74,6 +74,7 @@ def sample_all(
     progress: Steps | None = None,
 ) -> Tensor:
     """What `sample` gives, on the CPU; as many at once as memory surely holds. One prompt for each seed."""
+    settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
     parts = []
@@ -90,6 +91,11 @@ def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ..
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     frames = backbone.frames if settings.frames is None else settings.frames
     return (frames, height, width) if frames else (height, width)
+
+
+def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
+    """The settings with hooks that have read what they need; done again, it changes nothing."""
+    return replace(settings, hooks=InTurn(settings.hooks).ready(backbone, settings).hooks)
 
 
 @torch.no_grad()
@@ -126,31 +132,33 @@ def denoise(
     guidance = backbone.default_guidance if settings.guidance is None else settings.guidance
     check_guidance(guidance)
     steps = backbone.default_steps if settings.steps is None else settings.steps
-    guided, hooks = backbone.needs_negative(guidance), settings.hooks
     texts, negatives = _requests(backbone, prompts, settings.negative, len(seeds), steps, guidance)
+    guided, hooks = backbone.needs_negative(guidance), InTurn(settings.hooks).ready(backbone, settings)
     *frames, height, width = output_size(backbone, settings)
     shape = backbone.latent_shape(height, width, *frames)
     solver = make_scheduler(backbone, settings.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     backbone.set_timesteps(solver, steps, shape)
     conditionings = _ConditioningCache(backbone, negatives if guided else None)
-    latents = _noise(backbone, shape, generators) * getattr(solver, "init_noise_sigma", 1.0)
+    noise = hooks.start(backbone, _noise(backbone, shape, generators))
+    latents = noise * getattr(solver, "init_noise_sigma", 1.0)
     options = _step_options(solver, generators)
     for i, t in enumerate(solver.timesteps):
-        step = DenoisingStep(i, len(solver.timesteps), t, backbone)
-        for hook in hooks:
-            latents = hook.latents(step, latents)
-        current: Sequence[str] = texts
-        for hook in hooks:
-            current = hook.prompts(step, current)
-        scaled = solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
-        with ExitStack() as stack:
-            for hook in hooks:
-                stack.enter_context(hook.during(step))
-            positive, unwanted = conditionings(current, t)
-            prediction = backbone.predict_guided(scaled, t, positive, unwanted, guidance)
-        latents = solver.step(prediction, t, latents, **options, return_dict=False)[0]
+        scale = _seen(solver, noise.new_ones(1), t)
+        step = DenoisingStep(i, len(solver.timesteps), t, backbone, texts, seeds, noise, scale)
+        latents = hooks.latents(step, latents)
+        step = replace(step, prompts=hooks.prompts(step, step.prompts))
+        scaled = _seen(solver, latents, t)
+        with hooks.during(step):
+            positive, unwanted = conditionings(step.prompts, t)
+            prediction = backbone.predict_guided(scaled, hooks.told(step, t), positive, unwanted, guidance)
+        latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])
         yield Denoised(i, len(solver.timesteps), t, latents)
+
+
+def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:
+    """The latents as the network sees them: some schedulers compute in units of their own."""
+    return solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
 
 
 class _ConditioningCache:

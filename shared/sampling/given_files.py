@@ -1,0 +1,57 @@
+"""Pictures and clips that sampling is given, in latents of the size that is sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.io.clips.clip_kinds import clip_kind
+from shared.io.clips.open_frames import open_frames
+from shared.io.clips.read_clip import Clip, read_clip
+from shared.io.clips.window import ClipWindow
+from shared.io.decode import read_picture
+from shared.io.resize import resize
+from shared.sources.to_example import load
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file or folder holds a clip; a picture otherwise. ValueError, naming it, where it is neither."""
+    if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
+        return False
+    open_frames(path)
+    return True
+
+
+def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Tensor:
+    """One picture in latents [1, C, h, w]; `size`: (height, width) in pixels, which it is cut to cover.
+
+    ValueError, naming it, when it cannot be read.
+    """
+    picture = resize(read_picture(path), size, "cover")
+    return encoded(backbone, picture.pixels)
+
+
+def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cut alike. ValueError when they are of other sizes."""
+    fitted = resize(load(path, mask), size, "cover")
+    assert fitted.mask is not None
+    return fitted.pixels, fitted.mask
+
+
+def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None = None) -> Clip:
+    """The first `frames` frames of a clip, cut to cover `size`. ValueError, naming it, when it is shorter."""
+    there = open_frames(path).count
+    if there < frames:
+        raise ValueError(f"{path} holds {there} frames, and {frames} are needed: ask for fewer, or give a longer clip")
+    return read_clip(path, ClipWindow(length=frames), size, "cover", mask)
+
+
+@torch.no_grad()
+def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """[3, (F), H, W] in [-1, 1] -> latents [1, C, (f), h, w], in the precision of sampling."""
+    given = pixels[None].to(backbone.device, backbone.dtype)
+    with torch.autocast(given.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
+        return backbone.encode_pixels(given).to(backbone.latent_dtype)

@@ -1,0 +1,127 @@
+"""What is there already: a first frame, a prefix of frames, or a region, kept while the rest is sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.config import PathText
+from shared.io.clips.open_frames import open_frames
+from shared.masks.pool import pool_masks
+from shared.sampling.given_files import encoded, is_clip, masked_picture, picture_latents, read_given
+from shared.sampling.hooks import DenoisingStep, SamplingHookBase
+from shared.sampling.sampler import output_size
+from shared.sampling.settings import SamplingSettings
+
+_MOST = 0.5  # of a latent cell must be marked for it to be kept
+
+
+class GivenFrames(SamplingHookBase):
+    """Frames, or a region of them, that what is sampled keeps. Several may be given.
+
+    A picture is the first frame. A clip is the frames to begin with; with a mask, the region that is to be kept of a clip
+    as long as what is made (or of a picture, where a picture is made). At each step what is kept is replaced by its own
+    latents with the noise of that step, and by the clean ones after the last (Lugmayr et al., RePaint, arXiv 2201.09865,
+    eq. 8, without resampling). A family that reads a time for each frame (`time_per_frame`) is instead given whole frames
+    without noise, and told so: t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103, section 2.5).
+    """
+
+    kind: Literal["given_frames"] = "given_frames"
+    path: PathText
+    mask: PathText | None = None  # white where the clip is kept: a mask for each frame, or one for all of them
+    frames: Annotated[int, Field(ge=1)] | None = None  # of a clip without a mask, only the first so many
+
+    def check(self) -> None:
+        """ValueError, naming the file, for what can be said before a model is loaded."""
+        clip = is_clip(self.path)
+        if self.mask is None and clip and self.frames is not None and self.frames > open_frames(self.path).count:
+            there = open_frames(self.path).count
+            raise ValueError(f"{self.path} holds {there} frames, and the first {self.frames} of them are asked for")
+        if not clip and self.frames is not None:
+            raise ValueError(f"{self.path} is one picture: a number of frames is for a clip")
+        if self.mask is not None and not self.mask.exists():
+            raise ValueError(f"{self.mask} does not exist")
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
+        """ValueError when frames or masks do not fit what is sampled, or nothing is left to make."""
+        self.check()
+        *frames, height, width = output_size(backbone, settings)
+        shape = backbone.latent_shape(height, width, *frames)
+        if self.mask is not None:
+            known, kept = self._region(backbone, frames, (height, width), shape)
+        elif frames:
+            known, kept = self._beginning(backbone, frames[0], (height, width), shape)
+        else:
+            raise ValueError(f"{self.path}: a picture is made, and all of it would be given: say with a mask what to keep")
+        if bool(kept.all()):
+            raise ValueError(f"{self.path} gives everything that is asked for: nothing is left to make")
+        return KeptLatents(known=known, kept=kept)
+
+    def _beginning(
+        self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [1, C, f, h, w], 0 where nothing is given, and bool [1, 1, f, h, w]."""
+        if is_clip(self.path):
+            count = self.frames or open_frames(self.path).count
+            if count >= frames:
+                raise ValueError(
+                    f"{self.path} gives {count} frames, and {frames} are asked for in all: make a longer clip, or give fewer"
+                )
+            if count > 1:
+                backbone.latent_shape(*size, count)  # a number of frames that does not fit is said by its name
+            pixels = read_given(self.path, count, size).frames
+            given = encoded(backbone, pixels) if count > 1 else encoded(backbone, pixels[:, 0])[:, :, None]
+        else:
+            given = picture_latents(backbone, self.path, size)[:, :, None]
+        known = given.new_zeros(1, *shape)
+        kept = torch.zeros(1, 1, *shape[1:], dtype=torch.bool, device=given.device)
+        known[:, :, : given.shape[2]], kept[:, :, : given.shape[2]] = given, True
+        return known, kept
+
+    def _region(
+        self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [1, C, (f), h, w] and bool [1, 1, (f), h, w]."""
+        assert self.mask is not None
+        if not frames:
+            pixels, mask = masked_picture(self.path, self.mask, size)
+            return encoded(backbone, pixels), _pooled(backbone, mask[:, None], (1, *shape[1:]))[:, :, 0]
+        clip = read_given(self.path, frames[0], size, self.mask)
+        assert clip.masks is not None
+        masks = clip.masks.expand(-1, frames[0], -1, -1)
+        return encoded(backbone, clip.frames), _pooled(backbone, masks, shape[1:])
+
+
+def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """[1, F, H, W] -> bool [1, 1, f, h, w]."""
+    return (pool_masks(masks[None], (grid[0], grid[1], grid[2])) >= _MOST).to(backbone.device)
+
+
+class KeptLatents(SamplingHookBase):
+    """Clean latents [1, C, (f), h, w], and where they are kept: bool [1, 1, (f), h, w]."""
+
+    known: Tensor
+    kept: Tensor
+
+    def _whole(self, backbone: Backbone) -> Tensor:
+        """Bool [1, 1, f, 1, 1]: the frames that are given whole to a network that can be told so; else none."""
+        whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
+        return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
+
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        given = torch.where(self._whole(step.backbone), self.known / step.scale, step.noised(self.known))
+        return torch.where(self.kept, given.to(latents.dtype), latents)
+
+    def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
+        whole = self._whole(step.backbone)
+        if not bool(whole.any()):
+            return t
+        each = t if t.ndim == 2 else t.expand(len(step.noise), self.kept.shape[2])
+        return torch.where(whole.view(1, -1), torch.zeros_like(each), each)
+
+    def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        return torch.where(self.kept, self.known.to(latents.dtype), latents) if step.last else latents

@@ -1,0 +1,175 @@
+"""A first frame, a prefix or a region of a clip that is kept: against diffusers' image-to-video pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXImageToVideoPipeline, WanImageToVideoPipeline
+from torch import Tensor
+
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.backbones.ltx import LTXBackbone
+from pcs_video.backbones.wan import WanBackbone
+from shared.io.clips.write_clip import write_clip
+from shared.io.decode import read_picture
+from shared.sampling import denoise
+from shared.sampling.given_files import encoded, picture_latents, read_given
+from shared.sampling.given_frames import GivenFrames
+from shared.sampling.settings import SamplingSettings
+from tests.core.runs import paint
+from tests.video.clip_models import build_animatediff
+from tests.video.conftest import moving_square
+from tests.video.transformer_models import build_ltx, build_wan
+from tests.video.transformer_runs import noise
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return paint(tmp_path / "photos") / "0.png"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Nine frames, lossless."""
+    write_clip(tmp_path / "clip", moving_square(0, 9), 8)
+    return tmp_path / "clip"
+
+
+def latents(backbone: Any, settings: SamplingSettings, prompt: str = "a red mug") -> Tensor:
+    *_, last = denoise(backbone, [prompt], seeds=[3], settings=settings)
+    return last.latents
+
+
+def test_ltx_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
+    """As `LTXImageToVideoPipeline`, which starts from the same latents."""
+    ltx = LTXBackbone(build_ltx(), "tiny")
+    given = GivenFrames(path=photo)
+    ours = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9, hooks=(given,)))
+    parts = {k: v for k, v in ltx.pipeline().components.items()}
+    pipe: Any = LTXImageToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    start = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    start[:, :, 0] = picture_latents(ltx, photo, (32, 32))
+    packed = pipe(
+        image=None, prompt="a red mug", negative_prompt="blurry", height=32, width=32, num_frames=9, guidance_scale=4.0,
+        num_inference_steps=4, latents=pipe._pack_latents(start), output_type="latent", max_sequence_length=48,
+    ).frames  # fmt: skip
+    torch.testing.assert_close(ours, pipe._unpack_latents(packed, 2, 4, 4), atol=2e-5, rtol=0)
+    plain = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9))
+    assert (ours - plain)[:, :, 1].abs().max() > 1e-3  # the other frames follow
+
+
+def test_wan_with_a_time_per_token_is_told_so_too(photo: Path) -> None:
+    wan = WanBackbone(build_wan(time_per_token=True), "tiny")
+    given = GivenFrames(path=photo)
+    ours = latents(wan, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=5, hooks=(given,)))
+    plain = wan.pipeline()
+    kept = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    parts = {k: v for k, v in plain.components.items() if k in kept}
+    pipe: Any = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    pixels, (text, unwanted) = (read_picture(photo).pixels + 1) / 2, (wan.encode([p]) for p in ("a red mug", "blurry"))
+    theirs = pipe(
+        pixels[None], None, None, 32, 32, 5, 4, 4.0, generator=[torch.Generator().manual_seed(3)], output_type="latent",
+        prompt_embeds=text.context, negative_prompt_embeds=unwanted.context,
+    ).frames  # fmt: skip
+    torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=0)
+
+
+FRAMES = {"animatediff": (6, 3, 3), "wan": (9, 5, 2), "ltx": (17, 9, 2)}  # of a clip; of a prefix, in latents
+
+
+def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
+    if family == "animatediff":
+        return AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+    return WanBackbone(build_wan(), "tiny") if family == "wan" else LTXBackbone(build_ltx(), "tiny")
+
+
+@pytest.mark.parametrize("family", FRAMES)
+def test_a_prefix_stays_and_what_follows_follows_it(family: str, clip: Path, make_tiny_sd: Any) -> None:
+    backbone, (frames, prefix, kept) = make(family, make_tiny_sd), FRAMES[family]
+    given = GivenFrames(path=clip, frames=prefix)
+    how = SamplingSettings("", 1.0, 3, height=32, width=32, frames=frames)
+    made = latents(backbone, SamplingSettings("", 1.0, 3, height=32, width=32, frames=frames, hooks=(given,)))
+    assert torch.equal(made[:, :, :kept], encoded(backbone, read_given(clip, prefix, (32, 32)).frames))
+    assert (made - latents(backbone, how))[:, :, kept:].abs().max() > 1e-3
+
+
+def test_a_region_of_a_clip_stays(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
+    """The upper half, in the second and third frame alone."""
+    backbone = make("animatediff", make_tiny_sd)
+    masks = torch.full((3, 9, 32, 32), -1.0)
+    masks[:, 1:3, :16] = 1
+    write_clip(tmp_path / "masks", masks, 8)
+    given = GivenFrames(path=clip, mask=tmp_path / "masks")
+    made = latents(backbone, SamplingSettings("", 1.0, 3, height=32, width=32, frames=6, hooks=(given,)))
+    same = made == encoded(backbone, read_given(clip, 6, (32, 32)).frames)
+    expected = torch.zeros_like(same)
+    expected[:, :, 1:3, :4] = True
+    assert torch.equal(same, expected)
+
+
+def test_a_first_frame_and_a_region_are_given_together(photo: Path, clip: Path, tmp_path: Path) -> None:
+    ltx = LTXBackbone(build_ltx(), "tiny")
+    mask = torch.full((3, 9, 32, 32), -1.0)
+    mask[:, 1:, :16] = 1
+    write_clip(tmp_path / "masks", mask, 8)
+    hooks = (GivenFrames(path=photo), GivenFrames(path=clip, mask=tmp_path / "masks"))
+    made = latents(ltx, SamplingSettings("", 1.0, 3, height=32, width=32, frames=9, hooks=hooks))
+    assert torch.equal(made[:, :, :1], picture_latents(ltx, photo, (32, 32))[:, :, None])
+    of_clip = encoded(ltx, read_given(clip, 9, (32, 32)).frames)
+    assert torch.equal(made[:, :, 1, :2], of_clip[:, :, 1, :2])
+    assert not torch.equal(made[:, :, 1, 2:], of_clip[:, :, 1, 2:])
+
+
+def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_path: Path) -> None:
+    wan = WanBackbone(build_wan(), "tiny")
+    write_clip(tmp_path / "short", moving_square(0, 3), 8)
+    for given, message in [
+        (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .* nearest is 1 and 5"),
+        (GivenFrames(path=clip), "clip gives 9 frames, and 9 are asked for in all"),
+        (GivenFrames(path=clip, frames=12), "clip holds 9 frames, and the first 12 of them are asked for"),
+        (GivenFrames(path=tmp_path / "short", mask=photo), "short holds 3 frames, and 9 are needed"),
+        (GivenFrames(path=clip, mask=tmp_path / "short"), "short holds 3 masks, and .*clip 9 frames"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            latents(wan, SamplingSettings("", 1.0, 2, height=32, width=32, frames=9, hooks=(given,)))
+
+
+# --- times of frames ------------------------------------------------------------------------------------------------
+
+
+def test_each_frame_has_its_own_time_where_the_network_reads_one(make_tiny_sd: Any) -> None:
+    ltx = LTXBackbone(build_ltx(), "tiny")
+    x0, eps = noise(2, 4, 3, 4, 4), noise(2, 4, 3, 4, 4, seed=1)
+    t = torch.tensor([[0.0, 500.0, 900.0], [0.0, 100.0, 100.0]])
+    x_t = ltx.add_noise(x0, eps, t)
+    assert torch.equal(x_t[:, :, 0], x0[:, :, 0])
+    for row in range(2):
+        for frame in range(3):
+            one = ltx.add_noise(x0[:, :, frame], eps[:, :, frame], t[row, frame])
+            assert torch.equal(x_t[row, :, frame], one[row])
+    v = ltx.target(x0, eps, t)
+    torch.testing.assert_close(ltx.to_x0(v, x_t, t), x0)
+    torch.testing.assert_close(ltx.to_eps(v, x_t, t), eps)
+    text = ltx.encode(["a mug", "a dog"])
+    with torch.no_grad():
+        alike = ltx.predict(x_t, torch.full((2, 3), 500.0), text)
+        torch.testing.assert_close(alike, ltx.predict(x_t, torch.tensor(500.0), text))
+        assert not torch.allclose(ltx.predict(x_t, t, text), alike, atol=1e-4)
+
+
+def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
+    clips = make("animatediff", make_tiny_sd)
+    x, text = noise(1, 4, 3, 8, 8), clips.encode(["a mug"])
+    with torch.no_grad():
+        alike = clips.predict(x, torch.full((1, 3), 300), text)
+    assert torch.equal(alike, clips.predict(x, torch.tensor(300), text).detach())
+    with pytest.raises(ValueError, match="animatediff reads one time for all frames of a clip"):
+        clips.predict(x, torch.tensor([[0, 300, 300]]), text)
+    with pytest.raises(ValueError, match=r"t is \[1, 2\], and must be a scalar or \[1\], or \[1, 3\]"):
+        clips.add_noise(x, x, torch.tensor([[0, 300]]))
