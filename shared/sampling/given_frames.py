@@ -56,7 +56,9 @@ class GivenFrames(SamplingHookBase):
         elif frames:
             known, kept = self._beginning(backbone, frames[0], (height, width), shape)
         else:
-            raise ValueError(f"{self.path}: a picture is made, and all of it would be given: say with a mask what to keep")
+            raise ValueError(
+                f"{self.path}: a picture is made, and all of it would be given: say with a mask what to keep"
+            )
         if bool(kept.all()):
             raise ValueError(f"{self.path} gives everything that is asked for: nothing is left to make")
         return KeptLatents(known=known, kept=kept)

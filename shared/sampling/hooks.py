@@ -55,7 +55,7 @@ class SamplingHook(Protocol):
         what is to be sampled."""
         ...
 
-    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         """What sampling starts from, [B, C, (f), h, w] of unit variance, in place of the noise (inversion)."""
         ...
 
@@ -86,7 +86,7 @@ class SamplingHookBase(Part):
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         return self
 
-    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         return noise
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:

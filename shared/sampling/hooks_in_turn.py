@@ -22,9 +22,9 @@ class InTurn:
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> InTurn:
         return InTurn(tuple(hook.ready(backbone, settings) for hook in self.hooks))
 
-    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         for hook in self.hooks:
-            noise = hook.start(backbone, noise)
+            noise = hook.initial_noise(backbone, noise)
         return noise
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:

@@ -135,5 +135,5 @@ class MixedNoise(SamplingHookBase):
     inverted: Tensor
     share: Share
 
-    def start(self, backbone: Backbone, noise: Tensor) -> Tensor:
+    def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
         return self.share**0.5 * self.inverted.to(noise) + (1 - self.share) ** 0.5 * noise

@@ -140,7 +140,7 @@ def denoise(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     backbone.set_timesteps(solver, steps, shape)
     conditionings = _ConditioningCache(backbone, negatives if guided else None)
-    noise = hooks.start(backbone, _noise(backbone, shape, generators))
+    noise = hooks.initial_noise(backbone, _noise(backbone, shape, generators))
     latents = noise * getattr(solver, "init_noise_sigma", 1.0)
     options = _step_options(solver, generators)
     for i, t in enumerate(solver.timesteps):

@@ -68,7 +68,7 @@ def test_the_mixture_keeps_the_variance() -> None:
     a, b = noise(1, 4, 64, 64), noise(3, 4, 64, 64, seed=1)
     backbone: Any = None
     for share in (0.0, 0.3, 1.0):
-        mixed = MixedNoise(inverted=a, share=share).start(backbone, b)
+        mixed = MixedNoise(inverted=a, share=share).initial_noise(backbone, b)
         assert mixed.shape == b.shape and mixed.var().item() == pytest.approx(1, abs=0.03)
         together = (mixed * a).mean().item()
         assert together == pytest.approx(share**0.5, abs=0.03)
@@ -84,7 +84,9 @@ class Kept(SamplingHookBase):
         return latents
 
 
-@pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])  # Euler's own first level is rounded
+@pytest.mark.parametrize(
+    ("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)]
+)  # Euler's own first level is rounded
 def test_a_picture_is_where_sampling_starts(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
     """In the scheduler's own units, and once for all pictures that are made together."""
     sd = StableDiffusionBackbone(tiny_sd)

@@ -1,0 +1,108 @@
+"""A camera that moves: latents are shifted from frame to frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from shared.backbones.protocol import Backbone
+from shared.sampling.box_tracks import Box, as_track, box_masks, check_frames, latent_frame_times
+from shared.sampling.hooks import DenoisingStep, SamplingHookBase
+from shared.sampling.sampler import output_size
+from shared.sampling.settings import SamplingSettings
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Distance = Annotated[float, Field(ge=-1, le=1)]
+_STREAM = 2**40  # of the draws that fill what comes into view, apart from the seeds of noise
+
+
+class CameraPan(SamplingHookBase):
+    """The camera control of MotionBooth (https://arxiv.org/abs/2406.17758, section 3.5), without training.
+
+    By the last frame the camera has moved by `right` of the picture's width and `down` of its height, evenly; what is
+    shown moves the other way. The latents of each frame are shifted by whole cells, a part of the way in each of the
+    steps between `start` and `end`. What comes into view is filled with values drawn from the same row (column, for a
+    vertical shift) outside of the `boxes` of subjects, so that its spread stays what the noise level asks for.
+    """
+
+    kind: Literal["camera_pan"] = "camera_pan"
+    right: Distance = 0.0
+    down: Distance = 0.0
+    start: Fraction = 0.1  # fractions of the steps: 5 to 15 of 50
+    end: Fraction = 0.3
+    boxes: Mapping[str, Mapping[int, Box]] = {}
+
+    @field_validator("boxes", mode="before")
+    @classmethod
+    def _tracks(cls, value: Any) -> Any:
+        return {str(name): as_track(track, str(name)) for name, track in dict(value).items()}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CameraPan:
+        if self.start >= self.end:
+            raise ValueError(f"start = {self.start} must be below end = {self.end}")
+        return self
+
+    def ready(self, backbone: Backbone, settings: SamplingSettings) -> CameraPan:
+        """ValueError where a picture is made, for frames that are not, and for a path shorter than one latent cell."""
+        *frames, height, width = output_size(backbone, settings)
+        if not frames:
+            raise ValueError("a camera moves in a clip, and a picture is made")
+        check_frames(self.boxes, frames[0])
+        _, _, rows, columns = backbone.latent_shape(height, width, *frames)
+        if (self.right or self.down) and not (round(self.right * columns) or round(self.down * rows)):
+            raise ValueError(
+                f"a camera that moves by {self.right:g} of the width and {self.down:g} of the height does not move by one "
+                f"of the {columns}x{rows} latent cells: ask for {max(1 / columns, 1 / rows):.2g} or more"
+            )
+        return self
+
+    def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        steps = [i for i in range(step.steps) if self.start <= i / step.steps < self.end]
+        if not steps:  # few steps: the one where the range begins
+            steps = [min(int(self.start * step.steps), step.steps - 1)]
+        if step.index not in steps:
+            return latents
+        turn, frames = steps.index(step.index), latents.shape[2]
+        out = latents.clone()
+        source = self._source(step, latents)
+        for frame in range(1, frames):
+            for axis, way in ((4, self.right), (3, self.down)):
+                total = way * latents.shape[axis] * frame / (frames - 1)
+                cells = round(total * (turn + 1) / len(steps)) - round(total * turn / len(steps))
+                if cells:
+                    for row, seed in enumerate(step.seeds):
+                        draw = torch.Generator().manual_seed((seed + _STREAM * (1 + 1000 * step.index + frame)) % 2**63)
+                        plane = out[row, :, frame]
+                        out[row, :, frame] = shifted(plane, cells, axis - 2, source[frame], draw)
+        return out
+
+    def _source(self, step: DenoisingStep, latents: Tensor) -> Tensor:
+        """Bool [f, h, w]: the cells that a fill may be drawn from."""
+        frames, height, width = latents.shape[2:]
+        times = latent_frame_times(frames, step.backbone.frame_factor)
+        free = torch.ones(frames, height, width, dtype=torch.bool)
+        for track in self.boxes.values():
+            free &= ~box_masks(track, times, height, width)
+        return free
+
+
+def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
+    """[C, h, w] seen by a camera that moved by so many cells along an axis (1 down, 2 right).
+
+    What comes into view is drawn, for each place, from the same row (axis 2) or column (axis 1) of `plane`, where
+    `source` [h, w] says that it may be; from anywhere in it where it may be nowhere.
+    """
+    size = plane.shape[axis]
+    cells = max(-size, min(size, cells))
+    lines = source if axis == 2 else source.T
+    lines = torch.where(lines.any(1, keepdim=True), lines, True).float()
+    chosen = torch.multinomial(lines, abs(cells), replacement=True, generator=draw).to(plane.device)
+    index = (chosen if axis == 2 else chosen.T).expand(len(plane), -1, -1)
+    fill = plane.gather(axis, index)
+    kept = plane.narrow(axis, max(cells, 0), size - abs(cells))
+    return torch.cat([kept, fill] if cells > 0 else [fill, kept], dim=axis)

@@ -1,0 +1,102 @@
+"""Where things are to be in a picture or clip: a box, or boxes at some frames and straight lines between them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.config import expanded
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the width and height
+Track = Mapping[int, Box]  # by frame
+
+
+def as_track(value: Any, name: str) -> dict[int, Box]:
+    """One box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError says what is wrong."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
+        value = {0: value}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"{name}: give a box [left, top, right, bottom], a list of them, or boxes by frame")
+    return {_frame(key, name): _box(box, f"{name}, frame {key}") for key, box in value.items()}
+
+
+def _frame(key: Any, name: str) -> int:
+    if not str(key).isdigit():
+        raise ValueError(f"{name}: {key!r} is no frame; frames are counted from 0")
+    return int(key)
+
+
+def _box(box: Any, where: str) -> Box:
+    numbers = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
+    if not numbers or not all(math.isfinite(x) and 0 <= x <= 1 for x in box):
+        raise ValueError(f"{where}: {box!r} is no box [left, top, right, bottom] in fractions between 0 and 1")
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"{where}: {list(box)} is empty: left is less than right, and top (0 is above) than bottom")
+    return box[0], box[1], box[2], box[3]
+
+
+def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
+    """A JSON file: name (or words of the prompt) -> what `as_track` reads. ValueError, naming it, where it is none."""
+    path = expanded(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path} is not readable JSON") from None
+    if not isinstance(data, dict) or not data:
+        raise ValueError(
+            f'{path}: write {{"NAME": [left, top, right, bottom]}}, or boxes by frame: {{"NAME": {{"0": …}}}}'
+        )
+    return {str(name): as_track(value, f"{path}: {name}") for name, value in data.items()}
+
+
+def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
+    """ValueError where a box is for a frame that is not made."""
+    for name, track in tracks.items():
+        if max(track) >= frames:
+            raise ValueError(
+                f"the boxes of {name!r} go up to frame {max(track)}, and {frames} frames are made (from 0 on)"
+            )
+
+
+def at(track: Track, frame: float) -> Box:
+    """The box at a frame: as given, on the line between its neighbours, and still before the first and after the last."""
+    before = max((f for f in track if f <= frame), default=min(track))
+    after = min((f for f in track if f >= frame), default=max(track))
+    if before >= after:
+        return track[min(before, max(track))]
+    share = (frame - before) / (after - before)
+    a, b = track[before], track[after]
+    return tuple(x + share * (y - x) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+def latent_frame_times(latents: int, factor: int) -> list[float]:
+    """The frame in the middle of what each latent frame stands for: the first alone, then groups of `factor`."""
+    return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
+
+
+def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
+    """Bool [f, h, w]: the cells whose middle lies in the box; at least one."""
+    out = torch.zeros(len(times), height, width, dtype=torch.bool)
+    for i, time in enumerate(times):
+        left, top, right, bottom = at(track, time)
+        rows, columns = _cells(top, bottom, height), _cells(left, right, width)
+        out[i, rows, columns] = True
+    return out
+
+
+def _cells(low: float, high: float, count: int) -> slice:
+    first = min(math.ceil(low * count - 0.5 - 1e-9), count - 1)
+    last = math.floor(high * count - 0.5 + 1e-9)
+    if last < first:  # narrower than a cell
+        first = last = min(int((low + high) / 2 * count), count - 1)
+    return slice(max(first, 0), last + 1)
