@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe, Sampling, SubjectSettings
 from shared.recipe.tasks import GenerateTask, TuneTask, named
 from shared.regularize import Regularizer
@@ -79,4 +81,26 @@ class VideoRecipe(Recipe):
 
     def opening(self) -> dict[str, Any]:
         """What a runner is told of the backbone besides its name."""
-        return {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
+        rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
+        how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
+        return {**how, "fps": rates.pop()} if len(rates) == 1 else how
+
+
+def clip_sources(recipe: Recipe) -> list[Clips]:
+    """The sources of a recipe's phases that read clips."""
+    return [part for _, phase in expand_phases(recipe) for part in phase.sources.values() if isinstance(part, Clips)]
+
+
+def check_lengths(recipe: Recipe, check: Callable[[int], None]) -> None:
+    """ValueError, naming the key, for a window or a clip to be made of a length that `check` refuses."""
+    for _, phase in expand_phases(recipe):
+        lengths = {
+            f"sources.{k}.window.length": p.window.length for k, p in phase.sources.items() if isinstance(p, Clips)
+        }
+        if isinstance(phase.sampling, ClipSampling) and phase.sampling.frames:
+            lengths["sampling.frames"] = phase.sampling.frames
+        for key, frames in lengths.items():
+            try:
+                check(frames)
+            except ValueError as error:
+                raise ValueError(f"{key} = {frames}: {error}") from None

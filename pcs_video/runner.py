@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pcs_video.backbones.frame_grid import frame_check
 from pcs_video.backbones.open_motion import with_motion_adapter
 from pcs_video.motion.alternate import Alternate, AlternateTask
 from pcs_video.motion.dual_path import DualPath, DualPathTask
+from pcs_video.recipe import check_lengths
 from shared.backbones import Backbone
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
@@ -18,6 +21,7 @@ from shared.metrics.clips.report import ClipReport
 from shared.runner.base import Runner, attached
 from shared.runner.clip_scorers import clip_training_scorers
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
+from shared.runner.plan import Plan
 from shared.types import Subject
 
 __all__ = ["VideoRunner", "attached"]
@@ -30,9 +34,37 @@ class VideoRunner(Runner):
     scorers = staticmethod(clip_training_scorers)
 
     @classmethod
-    def prepared(cls, backbone: Backbone, motion_adapter: str | Path | None = None) -> Backbone:
-        """The backbone as it is where it makes clips; else with a motion module: the folder's, or the toybox's own."""
-        return with_motion_adapter(backbone, motion_adapter)
+    def prepared(
+        cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
+    ) -> Backbone:
+        """The backbone as it is where it makes clips; else with a motion module: the folder's, or the toybox's own.
+
+        `fps`: frames per second of the clips, for a network that is told it; None: its own rate.
+        """
+        made = with_motion_adapter(backbone, motion_adapter)
+        if fps is not None and made.frame_rate is not None:
+            made.frame_rate = fps
+        return made
+
+    @classmethod
+    def check_frames(
+        cls, backbone: str | Path | None, motion_adapter: str | Path | None, frames: int | None, key: str = "--frames"
+    ) -> None:
+        """ValueError, naming the key, for a number of frames that the model's files refuse, before it is loaded."""
+        check = None if frames is None else frame_check(backbone, motion_adapter)
+        if check is not None and frames is not None:
+            try:
+                check(frames)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+    @classmethod
+    def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
+        """ValueError for windows and clips of lengths that the model cannot make, before it is loaded."""
+        recipe: Any = planned.recipe
+        check = frame_check(backbone, recipe.motion_adapter)
+        if check is not None:
+            check_lengths(planned.recipe, check)
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
         """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
@@ -48,3 +80,13 @@ class VideoRunner(Runner):
             return super().shown(subject, side)
         first = ClipWindow(length=4)
         return torch.cat([stills(read_clip(path, first, side).frames[None]) for path in subject.clips])
+
+
+def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
+    """What `open_runner` is told for `VideoRunner.prepared`: that which is said."""
+    return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
+
+
+def clip_rate(runner: VideoRunner, fps: float | None) -> float:
+    """Frames per second of files: as asked, else as the network is told, else 8."""
+    return fps or runner.backbone.frame_rate or 8.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from shared.commands import steering
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
@@ -58,6 +59,12 @@ def generate(
     strength: list[str] = typer.Option(
         [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
     ),
+    invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
+    invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
+    invert_prompt: str = typer.Option("", help=steering.PROMPT),
+    keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
+    keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
+    boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
     steps: int = typer.Option(None, min=1, help="denoising steps"),
@@ -85,11 +92,12 @@ def generate(
     from shared.sampling.settings import SamplingSettings
 
     loras = parse_loras(lora, token)
-    check_output(out, overwrite, [*read_by(concept, backbone), *(asked.path for asked in loras)])
+    steered = steering.Steering(invert, invert_share, invert_prompt, keep, keep_mask, boxes)
+    check_output(out, overwrite, [*read_by(concept, backbone), *(asked.path for asked in loras), *steered.files])
     check_guidance(guidance, "--guidance")
-    by_step = tuple(check_strengths(strength))
+    hooks = (*check_strengths(strength), *steered.hooks())
     runner = open_runner(ImageRunner, backbone, concept, device, check_precision(precision), download, loras)
-    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, hooks=by_step)
+    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, hooks=hooks)
     seeds = range(seed, seed + num)
     with Lines() as counter:
         on_progress = named(counter, "pictures")

@@ -64,14 +64,18 @@ class CausalCodec(LatentCodec):
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
-        more, rest = divmod(frames - 1, self.frame_factor)
-        if frames < 1 or rest:
-            r = self.frame_factor
-            nearest = f"{more * r + 1} and {(more + 1) * r + 1}" if frames > 0 else "1"
-            raise ValueError(
-                f"a clip of {frames} frames does not fit {self.family}, which makes {r}n + 1 frames: nearest is {nearest}"
-            )
-        return (channels, more + 1, *grid)
+        return (channels, check_causal_frames(self.family, frames, self.frame_factor), *grid)
+
+
+def check_causal_frames(family: str, frames: int, factor: int) -> int:
+    """The latent frames of a clip. ValueError, naming the nearest, when it is not `factor` n + 1 frames long."""
+    more, rest = divmod(frames - 1, factor)
+    if frames < 1 or rest:
+        nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"
+        raise ValueError(
+            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames: nearest is {nearest}"
+        )
+    return more + 1
 
 
 def _of_channels(values: Tensor) -> Tensor:

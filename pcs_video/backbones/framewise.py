@@ -57,13 +57,17 @@ class FramewiseCodec(LatentCodec):
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
-        if not 2 <= frames <= self.most_frames:
-            nearest = min(max(frames, 2), self.most_frames)
-            raise ValueError(
-                f"a clip of {frames} frames does not fit this {self.family}: it makes 2 to {self.most_frames}; the nearest "
-                f"is {nearest}"
-            )
+        check_framewise_frames(self.family, frames, self.most_frames)
         return (channels, frames, *grid)
+
+
+def check_framewise_frames(family: str, frames: int, most: int) -> None:
+    """ValueError, naming the nearest, for a clip of fewer than 2 frames, or of more than `most`."""
+    if not 2 <= frames <= most:
+        nearest = min(max(frames, 2), most)
+        raise ValueError(
+            f"a clip of {frames} frames does not fit this {family}: it makes 2 to {most}; the nearest is {nearest}"
+        )
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:

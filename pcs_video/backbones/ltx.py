@@ -33,7 +33,7 @@ class LTXBackbone(VideoTransformerBackbone):
     masks_context = True
     time_per_frame = True
     #: Frames per second that clips are made and learned at: the network knows when a frame is, not its number.
-    frame_rate: float = 25.0
+    frame_rate: float | None = 25.0
     #: The noise level that an autoencoder with a time of its own is told when it decodes.
     decode_time: float = 0.0
 
@@ -113,7 +113,11 @@ class LTXBackbone(VideoTransformerBackbone):
                 num_frames=frames,
                 height=height,
                 width=width,
-                rope_interpolation_scale=(self.frame_factor / self.frame_rate, self.vae_factor, self.vae_factor),
+                rope_interpolation_scale=(
+                    self.frame_factor / (self.frame_rate or 25.0),
+                    self.vae_factor,
+                    self.vae_factor,
+                ),
                 return_dict=False,
             )[0]
         return out.transpose(1, 2).unflatten(2, (frames, height, width))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import typer
 
+from shared.commands import steering
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized clips.", no_args_is_help=True)
 
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated")
 _SEEDS = 2**62
+_FPS = "frames per second; default: the model's own where it is told (LTX: 25), else 8"
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
 _DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
@@ -50,12 +52,22 @@ def generate(
     num: int = typer.Option(1, min=1, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; each further clip adds one"),
     frames: int = typer.Option(None, min=1, help="frames per clip; default: the model's own"),
-    fps: float = typer.Option(8.0, min=0.1, help="frames per second"),
+    fps: float = typer.Option(None, min=0.1, help=_FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, where `out` is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets motion be decided before the thing is"
     ),
+    first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
+    prefix: Path = typer.Option(None, help="a clip that the clip begins with, and continues", **PATH),
+    prefix_frames: int = typer.Option(None, min=1, help="frames of --prefix; default: all that it has"),
+    invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
+    invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
+    invert_prompt: str = typer.Option("", help=steering.PROMPT),
+    keep: Path = typer.Option(None, help=steering.KEEP, **PATH),
+    keep_mask: Path = typer.Option(None, help=steering.MASK, **PATH),
+    boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
+    pan: str = typer.Option("", help="RIGHT,DOWN: how far the camera moves, in fractions of width and height: 0.25,0"),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
     steps: int = typer.Option(None, min=1, help="denoising steps"),
@@ -74,20 +86,32 @@ def generate(
     """Generate clips with any number of concepts, subjects and motions together. Each file records what made it."""
     from pcs_video.clips import ClipFiles
     from pcs_video.clips import generate as film
-    from pcs_video.runner import VideoRunner
+    from pcs_video.runner import VideoRunner, clip_rate, opening
+    from pcs_video.steering import ClipSteering
     from shared.commands.progress import Lines
     from shared.io.denoising_progress import named
-    from shared.runner.open_runner import check_precision, check_strengths, open_runner, read_by
+    from shared.runner.open_runner import (
+        check_precision,
+        check_strengths,
+        model_asked_for,
+        open_runner,
+        read_by,
+    )
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
-    files = ClipFiles(out, fps, kind, sheet, overwrite)
-    files.check(len(prompts) * num, read_by(concept, backbone))
+    steered = ClipSteering(
+        invert, invert_share, invert_prompt, keep, keep_mask, boxes, first_frame, prefix, prefix_frames, pan
+    )
+    files = ClipFiles(out, fps or 1.0, kind, sheet, overwrite)
+    files.check(len(prompts) * num, [*read_by(concept, backbone), *steered.files])
     check_guidance(guidance, "--guidance")
-    by_step = tuple(check_strengths(strength))
-    how: dict[str, Any] = {} if motion_adapter is None else {"motion_adapter": motion_adapter}
+    hooks = (*check_strengths(strength), *steered.hooks())
+    VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
+    how = opening(motion_adapter, fps)
     runner = open_runner(VideoRunner, backbone, concept, device, check_precision(precision), download, **how)
-    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, frames, by_step)
+    settings = SamplingSettings(negative, guidance, steps, scheduler, height, width, frames, hooks)
+    files = replace(files, fps=clip_rate(runner, fps))
     with Lines() as counter:
         paths = film(runner, prompts, files, settings, seeds=range(seed, seed + num), progress=named(counter, "clips"))
     print("\n".join(map(str, paths)))
@@ -113,7 +137,7 @@ def evaluate(
     ),
     compensate_camera: bool = typer.Option(False, help="motion fidelity without the camera's own movement"),
     frames: int = typer.Option(None, min=2, help="frames per clip; default: the model's own"),
-    fps: float = typer.Option(8.0, min=0.1, help="frames per second of the clips in the report"),
+    fps: float = typer.Option(None, min=0.1, help=_FPS),
     steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the motion's recipe"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the motion's recipe"),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the motion's recipe"),
@@ -131,7 +155,7 @@ def evaluate(
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
     """Measure a motion, a subject, or one of each in clips: motion, leakage, identity, how much moves and how steady it is."""
-    from pcs_video.runner import VideoRunner
+    from pcs_video.runner import VideoRunner, clip_rate, opening
     from shared.commands.progress import Lines
     from shared.evaluation.clips.prompt_sets import load_clip_prompts
     from shared.io.outputs import check_output
@@ -142,7 +166,7 @@ def evaluate(
         clip_score_line,
         evaluate_clips_loaded,
     )
-    from shared.runner.open_runner import check_precision, open_runner, read_by
+    from shared.runner.open_runner import check_precision, model_asked_for, open_runner, read_by
     from shared.sampling.sampler import check_guidance
     from shared.sampling.settings import SamplingSettings
 
@@ -153,14 +177,16 @@ def evaluate(
     check_guidance(guidance, "--guidance")
     check_folders(clip, dino)
     load_clip_prompts(prompts)
-    how: dict[str, Any] = {} if motion_adapter is None else {"motion_adapter": motion_adapter}
+    VideoRunner.check_frames(model_asked_for(backbone, concept), motion_adapter, frames)
+    how = opening(motion_adapter, fps)
     settings = ClipEvaluationSettings(
         prompts, tuple(range(seed, seed + num)), limit,
         SamplingSettings("", guidance, steps, scheduler, height, width, frames),
         references, pictures, gallery, clip, dino, None,
-        check_false_motion(false_motion), compensate_camera, out, overwrite, fps,
+        check_false_motion(false_motion), compensate_camera, out, overwrite,
     )  # fmt: skip
     runner = open_runner(VideoRunner, backbone, concept, device, check_precision(precision), download, **how)
+    settings = replace(settings, fps=clip_rate(runner, fps))
     with Lines() as counter:
         report = evaluate_clips_loaded(runner, settings, counter)
     for score in report.scores:

@@ -44,6 +44,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     time_per_frame: bool = False  # whether `predict` takes a time for each frame of a clip, t [B, f]
     world: World | None = None
     frames: int | None = None  # of a clip, where nobody says how many; None: it makes pictures
+    frame_rate: float | None = None  # frames per second, where the network is told
 
     def __init__(
         self,

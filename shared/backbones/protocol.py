@@ -121,6 +121,7 @@ class Backbone(Protocol):
     checkpoint: str  # of the weights; differs between two checkpoints of one architecture
     resolution: int  # default picture size in pixels
     frames: int | None  # of a clip, where nobody says how many; None: it makes pictures
+    frame_rate: float | None  # frames per second of clips, where the network is told it; None: it is not
     frame_factor: int  # frames per latent frame; where it is not 1, the first frame is a latent frame alone
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps

@@ -41,7 +41,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders
     from shared.runner.learn import personalize
-    from shared.runner.open_runner import open_runner
+    from shared.runner.open_runner import model_asked_for, open_runner
     from shared.runner.plan import plan
     from shared.train import checkpoint
 
@@ -51,6 +51,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
         print("\n".join(f"already finished: <{name}> is in {path}" for name, path in planned.outputs.items()))
         return
     check_folders(asked.clip, asked.dino)
+    medium.runner.check_plan(planned, model_asked_for(resolved.backbone, asked.concepts))
     precision, how = resolved.train.mixed_precision, {**resolved.opening(), **asked.how}
     runner = open_runner(
         medium.runner, resolved.backbone, asked.concepts, asked.device, precision, asked.download, **how

@@ -25,7 +25,7 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
         return model
     info = concept.meta.backbone
     what = f"the concept {concept.name!r} was learned on {info.name} ({info.family})"
-    where = info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
+    where = where_learned(concept)
     available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not available:
         raise ValueError(
@@ -35,6 +35,12 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
         return load_backbone(where, **options)
     except ValueError as error:
         raise ValueError(f"{what}: {error} Say where that model is now with --backbone PATH") from error
+
+
+def where_learned(concept: Concept) -> str | Path:
+    """The model that a concept was learned on: the toybox, where one of its weights was last seen here, or its name."""
+    info = concept.meta.backbone
+    return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
 
 
 def _in_hub_cache(name: str) -> bool:

@@ -24,6 +24,7 @@ from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.judging import EvaluationSettings, evaluate_loaded, references, training_scorers
 from shared.runner.loaded_concepts import Loaded
+from shared.runner.plan import Plan
 from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.sampler import sample_all
 from shared.sampling.settings import SamplingSettings
@@ -58,6 +59,10 @@ class Runner:
     def prepared(cls, backbone: Backbone) -> Backbone:
         """What this runner works with, made of a backbone that was loaded. ValueError where it cannot be."""
         return backbone
+
+    @classmethod
+    def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
+        """ValueError for what a plan asks of a model that its files refuse, before it is loaded."""
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None

@@ -12,6 +12,7 @@ from shared.backbones import load_backbone
 from shared.concept import load_backbone_of, read
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_tensors import find_file
+from shared.concept.open_backbone import where_learned
 from shared.config import expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
@@ -100,6 +101,13 @@ def open_runner(
     for lora in loras:
         runner.load(import_lora(lora.path, model, lora.token, lora.class_noun), lora.strength)
     return runner
+
+
+def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
+    """What `open_runner` opens: `backbone`, or the model that the first concept was learned on; None: the toybox."""
+    if backbone or not concepts:
+        return backbone
+    return where_learned(read(parse_concept(concepts[0])[0]))
 
 
 def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:

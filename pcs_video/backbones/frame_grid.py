@@ -1,0 +1,62 @@
+"""How many frames a model can make, read from its folder: said before its gigabytes are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pcs_video.backbones.causal_latents import check_causal_frames
+from pcs_video.backbones.framewise import check_framewise_frames
+from shared.backbones.load import TOYBOX
+from shared.config import expanded
+
+Check = Callable[[int], None]  # ValueError for a number of frames that cannot be made
+
+
+def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
+    """What refuses a number of frames that the model cannot make, as its `latent_shape` does.
+
+    Args:
+        source: as of `load_backbone`; None: the toybox
+        motion_adapter: a folder with a diffusers `MotionAdapter`, for a model of pictures
+
+    None where the files do not say: a model that is not here yet, one file, a family of another package. Opening it will.
+    """
+    if source is None or str(source) == TOYBOX:
+        from shared.toybox.weights import backbone_path, motion_adapter_path
+
+        source = backbone_path()
+        motion_adapter = motion_adapter or motion_adapter_path()
+    folder = expanded(source)
+    kind = _json(folder / "model_index.json").get("_class_name")
+    if kind in ("WanPipeline", "LTXPipeline"):
+        vae = _json(folder / "vae" / "config.json")
+        factor = vae.get("scale_factor_temporal", 4) if kind == "WanPipeline" else _ltx_factor(vae)
+        family = kind.removesuffix("Pipeline").lower()
+        return lambda frames: check_causal_frames(family, frames, factor) and None
+    if kind == "AnimateDiffPipeline":
+        adapter = {**_json(folder / "motion_adapter" / "config.json"), **_json(folder / "unet" / "config.json")}
+    elif kind == "StableDiffusionPipeline" and motion_adapter is not None:
+        adapter = _json(expanded(motion_adapter) / "config.json")
+    else:
+        return None
+    most = adapter.get("motion_max_seq_length")
+    return None if most is None else lambda frames: check_framewise_frames("animatediff", frames, most)
+
+
+def _ltx_factor(vae: Mapping[str, Any]) -> int:
+    """As `AutoencoderKLLTXVideo` has it: stated, or of its patches and of the levels that halve time."""
+    stated = vae.get("temporal_compression_ratio")
+    halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
+    return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """What a configuration says; nothing where it cannot be read: opening the model says why."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}

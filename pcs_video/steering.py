@@ -1,0 +1,60 @@
+"""What the options of `pcs video generate` that steer a clip stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcs_video.motion.camera_pan import CameraPan
+from shared.commands.steering import Steering, checked
+from shared.config import validate
+from shared.sampling.given_files import is_clip
+from shared.sampling.given_frames import GivenFrames
+from shared.sampling.subject_boxes import SubjectBoxes
+
+
+@dataclass(frozen=True)
+class ClipSteering(Steering):
+    """A clip may also begin with what is given, and its camera may move."""
+
+    first_frame: Path | None = None
+    prefix: Path | None = None
+    prefix_frames: int | None = None
+    pan: str = ""
+
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, *(p for p in (self.first_frame, self.prefix) if p is not None)]
+
+    def hooks(self) -> list[Any]:
+        """ValueError, naming the option, before a model is loaded."""
+        if self.first_frame is not None and self.prefix is not None:
+            raise ValueError("--first-frame and --prefix both say how the clip begins: give one of them")
+        if self.prefix_frames is not None and self.prefix is None:
+            raise ValueError("--prefix-frames says how much of --prefix is used, and none is given")
+        made, boxes = super().hooks(), {}
+        for hook in made:
+            boxes = dict(hook.boxes) if isinstance(hook, SubjectBoxes) else boxes
+        if self.pan:
+            made.insert(len(made) - (self.keep is not None), parse_pan(self.pan, boxes))
+        for option, path in (("--first-frame", self.first_frame), ("--prefix", self.prefix)):
+            if path is None:
+                continue
+            hook = checked(option, GivenFrames(path=path, frames=self.prefix_frames))
+            if is_clip(path) != (option == "--prefix"):
+                other = "a clip: give it as --prefix" if option == "--first-frame" else "one picture: use --first-frame"
+                raise ValueError(f"{option}: {path} is {other}")
+            made.append(hook)
+        return made
+
+
+def parse_pan(text: str, boxes: Any = None) -> CameraPan:
+    """`RIGHT,DOWN`, in fractions of width and height. ValueError when it is written in another way."""
+    try:
+        right, down = (float(x) for x in text.split(","))
+        return validate(CameraPan, {"right": right, "down": down, "boxes": boxes or {}})
+    except ValueError:
+        raise ValueError(
+            f"--pan {text!r}: write RIGHT,DOWN, each between -1 and 1, in fractions of width and height: 0.25,0"
+        ) from None

@@ -1,0 +1,65 @@
+"""What the options of `generate` that steer sampling stand for, in pictures and in clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INVERT = "a clip (picture) whose inverted latents are part of the noise that sampling starts from"
+SHARE = "how much of the starting noise's variance comes from --invert: 1 is all of it"
+PROMPT = "what the inversion is told; usually nothing"
+KEEP = "a clip (picture) of which a region stays as it is: see --keep-mask"
+MASK = "white where --keep stays: a mask for each frame, or one picture for all of them"
+BOXES = 'JSON: where things are to be, {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Options that steer sampling, the same for every medium."""
+
+    invert: Path | None = None
+    invert_share: float = 0.3
+    invert_prompt: str = ""
+    keep: Path | None = None
+    keep_mask: Path | None = None
+    boxes: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read: no output may take its place."""
+        return [p for p in (self.invert, self.keep, self.keep_mask, self.boxes) if p is not None]
+
+    def hooks(self) -> list[Any]:
+        """Noise first, kept regions last. ValueError, naming the option, before a model is loaded."""
+        from shared.config import validate
+        from shared.sampling.box_tracks import read_tracks
+        from shared.sampling.given_frames import GivenFrames
+        from shared.sampling.inversion import NoisePrior
+        from shared.sampling.subject_boxes import SubjectBoxes
+
+        if (self.keep is None) != (self.keep_mask is None):
+            raise ValueError("--keep and --keep-mask are given together: what stays, and where")
+        made: list[Any] = []
+        if self.invert is not None:
+            how = {"path": self.invert, "share": self.invert_share, "prompt": self.invert_prompt}
+            made.append(checked("--invert", validate(NoisePrior, how)))
+        if self.boxes is not None:
+            made.append(SubjectBoxes(boxes=named("--boxes", lambda: read_tracks(self.boxes or Path()))))
+        if self.keep is not None:
+            made.append(checked("--keep", GivenFrames(path=self.keep, mask=self.keep_mask)))
+        return made
+
+
+def named(option: str, read: Any) -> Any:
+    """What `read()` gives; its ValueError names the option."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def checked(option: str, hook: Any) -> Any:
+    """The hook; ValueError, naming the option, for files that it cannot use."""
+    named(option, hook.check)
+    return hook
