@@ -91,7 +91,7 @@ def clip_sources(recipe: Recipe) -> list[Clips]:
     return [part for _, phase in expand_phases(recipe) for part in phase.sources.values() if isinstance(part, Clips)]
 
 
-def check_lengths(recipe: Recipe, check: Callable[[int], None]) -> None:
+def check_lengths(recipe: Recipe, check: Callable[[int], object]) -> None:
     """ValueError, naming the key, for a window or a clip to be made of a length that `check` refuses."""
     for _, phase in expand_phases(recipe):
         lengths = {

@@ -12,7 +12,7 @@ from pcs_video.backbones.framewise import check_framewise_frames
 from shared.backbones.load import TOYBOX
 from shared.config import expanded
 
-Check = Callable[[int], None]  # ValueError for a number of frames that cannot be made
+Check = Callable[[int], object]  # ValueError for a number of frames that cannot be made
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
@@ -35,7 +35,7 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
         vae = _json(folder / "vae" / "config.json")
         factor = vae.get("scale_factor_temporal", 4) if kind == "WanPipeline" else _ltx_factor(vae)
         family = kind.removesuffix("Pipeline").lower()
-        return lambda frames: check_causal_frames(family, frames, factor) and None
+        return lambda frames: check_causal_frames(family, frames, factor)
     if kind == "AnimateDiffPipeline":
         adapter = {**_json(folder / "motion_adapter" / "config.json"), **_json(folder / "unet" / "config.json")}
     elif kind == "StableDiffusionPipeline" and motion_adapter is not None:

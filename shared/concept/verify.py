@@ -184,7 +184,9 @@ def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, An
     """One call of a network that predicts, in the middle of its times, as the backbone makes it: arguments and output."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
-    noise = torch.randn(1, *backbone.latent_shape(side, side), generator=generator).to(backbone.device, backbone.dtype)
+    frames = None if backbone.frames is None else backbone.frame_factor + 1  # two latent ones: they see each other
+    shape = backbone.latent_shape(side, side, frames)
+    noise = torch.randn(1, *shape, generator=generator).to(backbone.device, backbone.dtype)
     middle = int(sum(backbone.noise_ranges[component]) / 2)
     with _watched(backbone.components[component]) as seen:
         backbone.predict(noise, torch.tensor([middle], device=backbone.device), conditioning)

@@ -1,0 +1,100 @@
+"""Subjects and a motion together, here and as files that diffusers' AnimateDiffPipeline loads beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.runner import VideoRunner
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.concept import Concept, Provenance, capture, read, save
+from shared.concept.export_formats import export
+from shared.modifiers import PlainText
+from shared.sampling.sampler import sample
+from shared.sampling.settings import SamplingSettings
+from shared.trainable.lora import Lora
+from tests.video.clip_models import build_animatediff
+
+SETTINGS = SamplingSettings("", 4.0, 3, height=32, width=32, frames=4)
+ROLES = {"mug": ("cross_attention", "self_attention"), "dog": ("cross_attention",), "spin": ("temporal_attention",)}
+
+
+def learned(backbone: Any, name: str, folder: Path, kind: str = "subject") -> Concept:
+    """A concept with a random LoRA, on disk; nothing of it stays on the backbone."""
+    noun = name if kind == "subject" else ""
+    PlainText().attach(backbone, name, noun)
+    group = Lora(roles=ROLES[name], rank=2, alpha=2).inject(backbone, name, "lora", 0)
+    draw = torch.Generator().manual_seed(len(name) + sum(name.encode()))
+    for parameter in group.parameters:
+        parameter.data = 0.4 * torch.randn(parameter.shape, generator=draw)
+    provenance = Provenance(class_noun=noun, kind=kind, modifier=PlainText())
+    concept = capture(backbone, name, provenance)
+    backbone.remove(name)
+    return read(save(concept, folder / f"{name}.concept").path)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def concepts(make_tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Concept]:
+    """Two things learned on the U-Net of pictures, and a motion learned on motion modules."""
+    folder = tmp_path_factory.mktemp("concepts")
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+    made = {name: learned(pictures, name, folder) for name in ("mug", "dog")}
+    return {**made, "spin": learned(clips, "spin", folder, "motion")}
+
+
+def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
+    runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
+    for concept in concepts.values():
+        runner.load(concept)
+
+    def ask(**strengths: float) -> Tensor:
+        for name in concepts:
+            runner.backbone.set_strength(name, strengths.get(name, 1.0))
+        return runner.generate(["a <mug> and a <dog> <spin>"], [3], SETTINGS)
+
+    together = ask()
+    for name in concepts:
+        assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
+    assert torch.equal(ask(), together)
+    with pytest.raises(ValueError, match="dog"):  # a thing that is loaded is named, a motion may go unnamed
+        runner.generate(["a <mug>"], [3], SETTINGS)
+    two = {"spin": 0.5}
+    assert (ask(**two) - together).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_diffusers_loads_a_motion_beside_a_subject(
+    concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path
+) -> None:
+    clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    reports = {
+        "mug": export(concepts["mug"], tmp_path / "mug", backbone=pictures),
+        "spin": export(concepts["spin"], tmp_path / "spin", backbone=clips),
+    }
+    runner = VideoRunner(clips)
+    for name, strength in (("mug", 1.0), ("spin", 0.7)):
+        runner.load(concepts[name], strength)
+    ours = sample(clips, ["a mug on a table"], seeds=[3], settings=SETTINGS)
+    runner.unload("mug")
+    runner.unload("spin")
+    plain = sample(clips, ["a mug on a table"], seeds=[3], settings=SETTINGS)
+    pipe = clips.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    for name, report in reports.items():
+        (file,) = report["lora"]["files"]
+        pipe.load_lora_weights(str(tmp_path / name), weight_name=file, adapter_name=name)
+    pipe.set_adapters(["mug", "spin"], [1.0, 0.7])
+    frames = pipe(
+        "a mug on a table", 4, 32, 32, 3, 4.0, negative_prompt="", output_type="pt",
+        generator=[torch.Generator().manual_seed(3)],
+    ).frames  # fmt: skip
+    theirs = torch.as_tensor(frames).transpose(1, 2).float() * 2 - 1
+    torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+    assert (ours - plain).abs().max() > 0.01
