@@ -263,7 +263,7 @@ class Step:
     backbone: Backbone
     conditioning: Conditioning
     noise: Tensor  # [B, C, (f), h, w]
-    t: Tensor  # [B]
+    t: Tensor  # [B]; [B, f] where frames of clips have times of their own
     x_t: Tensor  # [B, C, (f), h, w]
     prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
     target: Tensor  # [B, C, (f), h, w]

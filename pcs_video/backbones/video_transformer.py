@@ -103,11 +103,6 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         raise NotImplementedError
 
 
-def per_row(t: Tensor) -> Tensor:
-    """[B] or [B, f] -> [B]: of each clip the noisiest frame's time, for what asks when a prediction is made."""
-    return t.amax(1) if t.ndim == 2 else t
-
-
 def per_token(t: Tensor, frames: int, tokens: int) -> Tensor:
     """[B] or [B, f] -> [B, tokens]: of each token its frame's time; all frames have as many tokens."""
     each = t if t.ndim == 2 else t[:, None].expand(-1, frames)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.transformer_attention import WanProcessor, is_plain
-from pcs_video.backbones.video_transformer import VideoTransformerBackbone, per_row, per_token, transformer_roles
+from pcs_video.backbones.video_transformer import VideoTransformerBackbone, per_token, transformer_roles
 from shared.backbones.attention_processors import Processor
+from shared.backbones.forward_process import per_row
 from shared.types import Conditioning
 
 

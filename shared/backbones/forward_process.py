@@ -58,6 +58,11 @@ def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
     return t
 
 
+def per_row(t: Tensor) -> Tensor:
+    """[B] or [B, f] -> [B]: of each clip the noisiest frame's time, for what asks when a prediction is made."""
+    return t.amax(1) if t.ndim == 2 else t
+
+
 class ForwardProcess:
     """The diffusion half of a backbone: a family says `prediction_type` and gives `alpha_sigma`."""
 

@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class _Times(Part):
     low: Fraction = 0.0  # fraction of the whole time range: a stage trains on part of it
     high: Fraction = 1.0
+    clean_first_frame: Fraction = 0.0  # of clips: how often the first latent frame is given without noise
     offset: Annotated[float, Field(ge=0)] = 0.0  # noise offset: one shift per picture and channel
 
     @model_validator(mode="after")
@@ -32,6 +33,16 @@ class _Times(Part):
         """[count] in [0, 1000); whole numbers where the model was trained on timesteps."""
         t = 1000 * (self.low + (self.high - self.low) * self._fractions(count, generator))
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
+
+    def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """The times t [B] of `latents`; [B, f], where the first frame of some of these clips is given (t = 0), as LTX-Video
+        learns it (https://arxiv.org/abs/2501.00103, section 2.5)."""
+        if latents.ndim != 5 or not self.clean_first_frame:
+            return t
+        given = (torch.rand(len(t), generator=generator) < self.clean_first_frame).to(t.device)
+        each = t[:, None].repeat(1, latents.shape[2])
+        each[:, 0] = torch.where(given, torch.zeros_like(t), t)
+        return each
 
     def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         """Gaussian noise of the shape of `like` [B, C, h, w], drawn on the CPU so that devices agree."""

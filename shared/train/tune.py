@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.backbones.forward_process import per_row
 from shared.prompts import without
 from shared.train.batches import Data
 from shared.train.loop import generator
@@ -37,6 +38,11 @@ class Tune(ConceptTask):
         self.class_nouns = context.class_nouns
         words = {name: self.backbone.placeholders[name].words for name in self.class_nouns}
         self._name_of = {text: name for name, text in words.items()}
+        if self.recipe.noise.clean_first_frame and not self.backbone.time_per_frame:
+            raise ValueError(
+                f"noise.clean_first_frame = {self.recipe.noise.clean_first_frame:g}: {self.backbone.family} reads one time for "
+                "all frames of a clip, and cannot be told that the first has no noise; leave it out"
+            )
         parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
         self.served = needs_by_name(self._own_needs(), parts)
         self.needs = check_needs(parts, self.served)
@@ -154,8 +160,9 @@ class Tune(ConceptTask):
         draw = generator(recipe.seed, _NOISE + step, micro)
         noise = recipe.noise.draw_noise(batch.latents, draw)
         t = recipe.noise.draw_times(batch.size, draw, backbone.discrete_time).to(batch.latents.device)
-        x_t = backbone.add_noise(batch.latents, noise, t)
         conditioning = self.encode(batch.captions, t)
+        t = recipe.noise.of_frames(t, batch.latents, draw)
+        x_t = backbone.add_noise(batch.latents, noise, t)
         prediction = backbone.predict(x_t.to(backbone.dtype), t, conditioning)
         target = backbone.target(batch.latents, noise, t)
         return Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
@@ -175,12 +182,12 @@ class Tune(ConceptTask):
         return Conditioning.cat([kept[c] for c in captions])
 
     def _loss_weight(self, state: Step) -> Tensor | None:
-        return self.recipe.objective.weight(state.batch.mask, state.batch.valid)
+        return without_given(self.recipe.objective.weight(state.batch.mask, state.batch.valid), state.t)
 
     def _example_loss(self, state: Step) -> Tensor:
         objective = self.recipe.objective
         losses = objective.example_losses(state.prediction, state.target, self._loss_weight(state))
-        return losses * objective.time_weight(self.backbone, state.t)
+        return losses * objective.time_weight(self.backbone, per_row(state.t))
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
         """Noisy latents, times and class prompts of the instance examples."""
@@ -195,14 +202,14 @@ class Tune(ConceptTask):
 
     def _class_prediction(self, state: Step) -> Tensor:
         x_t, t, prompts = self._class_step(state)
-        return self.backbone.predict(x_t, t, self.encode(prompts, t))
+        return self.backbone.predict(x_t, t, self.encode(prompts, per_row(t)))
 
     def _base_class_prediction(self, state: Step) -> Tensor:
         x_t, t, prompts = self._class_step(state)
         with torch.no_grad(), self.backbone.active(self.context.loaded_strengths):
             if self.recipe.train.cache and not self.backbone.varies_with(prompts):
                 return self.backbone.predict(x_t, t, self._kept(prompts, self._base_text))
-            return self.backbone.predict(x_t, t, self.backbone.encode(prompts, t))
+            return self.backbone.predict(x_t, t, self.backbone.encode(prompts, per_row(t)))
 
     def _token_drift(self, state: Step) -> Tensor:
         initial = self.context.initial_parameters
@@ -219,6 +226,14 @@ class Tune(ConceptTask):
             if words:
                 caption = caption.replace(words, f"<{name}>")
         return without(caption, self.class_nouns)
+
+
+def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
+    """The weight [B, 1, (f), h, w] of an objective without the frames that are given: those at t = 0 of t [B, f]."""
+    if t.ndim < 2:
+        return weight
+    asked = (t != 0).float()[:, None, :, None, None]
+    return asked if weight is None else weight * asked
 
 
 def _for(part: Needing, state: Step) -> Step:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.video.clip_models import build_animatediff
+
 SCRIPT = Path(__file__).with_name("bench_step.py")
 
 
@@ -19,4 +21,17 @@ def test_the_benchmark_prints_the_split_of_a_step_and_both_speeds(make_tiny_sd, 
     for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
         assert f"  {name} " in ran.stdout
     for label in ("split of a step", "a plain loop without caches: "):
+        assert label in ran.stdout
+
+
+def test_the_benchmark_of_clips_prints_the_split_both_speeds_and_both_peaks(make_tiny_sd, tmp_path):
+    folder = tmp_path / "tiny-animatediff"
+    build_animatediff(make_tiny_sd()).save_pretrained(folder)
+    command = [sys.executable, SCRIPT.with_name("bench_clip_step.py"), "--steps", "2", "--backbone", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*command, "--frames", "4"], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for name in ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimizer"):
+        assert f"  {name} " in ran.stdout
+    for label in ("split of a step", "a plain loop without caches: ", "peak memory: ", "without caches"):
         assert label in ran.stdout

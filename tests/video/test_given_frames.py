@@ -16,15 +16,17 @@ from pcs_video.backbones.ltx import LTXBackbone
 from pcs_video.backbones.wan import WanBackbone
 from shared.io.clips.write_clip import write_clip
 from shared.io.decode import read_picture
+from shared.noise import Uniform
 from shared.sampling import denoise
 from shared.sampling.given_files import encoded, picture_latents, read_given
 from shared.sampling.given_frames import GivenFrames
 from shared.sampling.settings import SamplingSettings
-from tests.core.runs import paint
+from shared.train.tune import Tune, without_given
+from tests.core.runs import finish, paint
 from tests.video.clip_models import build_animatediff
 from tests.video.conftest import moving_square
 from tests.video.transformer_models import build_ltx, build_wan
-from tests.video.transformer_runs import noise
+from tests.video.transformer_runs import noise, run_on_clips
 
 
 @pytest.fixture
@@ -173,3 +175,37 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
         clips.predict(x, torch.tensor([[0, 300, 300]]), text)
     with pytest.raises(ValueError, match=r"t is \[1, 2\], and must be a scalar or \[1\], or \[1, 3\]"):
         clips.add_noise(x, x, torch.tensor([[0, 300]]))
+
+
+def test_a_first_frame_that_is_given_while_learning_has_no_noise_and_no_loss(tmp_path: Path) -> None:
+    """Of clips as often as asked; a network that reads one time refuses it."""
+    part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
+    t = part.draw_times(400, torch.Generator().manual_seed(0), False)
+    each = part.of_frames(t, x, torch.Generator().manual_seed(1))
+    assert each.shape == (400, 3) and 70 < int((each[:, 0] == 0).sum()) < 130
+    assert torch.equal(each[:, 1], t) and torch.equal(each[:, 2], t)
+    assert part.of_frames(t, x[:, :, 0], torch.Generator()) is t and Uniform().of_frames(t, x, torch.Generator()) is t
+    weight = without_given(None, each)
+    assert weight is not None and torch.equal(weight.flatten(1), (each > 0).float())
+    assert torch.equal(without_given(torch.full((400, 1, 3, 2, 2), 0.5), each)[:, 0, :, 0, 1], 0.5 * (each > 0))  # type: ignore[index]
+
+
+def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
+    """The whole step, against the loss of the noisy frame by hand."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    clip.rename(folder / "a")
+    ltx = LTXBackbone(build_ltx(), "tiny")
+    settings = ("noise.clean_first_frame=1", "train.steps=1")
+    run = run_on_clips(ltx, folder, tmp_path, 9, "animatediff_motion_lora", *settings)
+    run._attach_names()
+    task = Tune(run.context(0, run._unfreeze(run.phases[0][1])))
+    with torch.no_grad(), task.state(0, 0) as state:
+        assert state.t.shape == (1, 2) and state.t[0, 0] == 0 and state.t[0, 1] > 0
+        assert torch.equal(state.x_t[:, :, 0], state.batch.latents[:, :, 0])
+        by_hand = (state.prediction - state.target)[:, :, 1].square().mean()
+        torch.testing.assert_close(task.losses(state)["denoising"], by_hand)
+    clips = make("animatediff", make_tiny_sd)
+    run = run_on_clips(clips, folder, tmp_path / "other", 4, "animatediff_motion_lora", *settings)
+    with pytest.raises(ValueError, match="noise.clean_first_frame = 1: animatediff reads one time for all frames"):
+        finish(run)

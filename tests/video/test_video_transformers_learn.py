@@ -13,20 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pcs_video.recipe import VideoRecipe
-from pcs_video.runner import VideoRunner
 from shared.concept import Provenance, attach, capture, export, read, save
 from shared.io.clips.write_clip import write_clip
 from shared.modifiers import LearnableToken
 from shared.recipe.resolve import load
-from shared.runner.plan import plan
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
 from shared.train.batches import Data
-from shared.train.training_run import TrainingRun
 from shared.types import Example
 from tests.core.runs import finish, paint, session, small
-from tests.video.conftest import FAST, moving_square
-from tests.video.transformer_runs import FAMILIES, ask, frames_of, learn, networks, noise
+from tests.video.conftest import moving_square
+from tests.video.transformer_runs import FAMILIES, ask, frames_of, learn, networks, noise, run_on_clips
 
 
 @pytest.fixture(params=FAMILIES)
@@ -72,18 +69,6 @@ def test_a_step_on_pictures_changes_the_adapter_alone(backbone: Any, photos: Pat
     for key, value in before.items():
         name = key if key in after else ".base_layer.".join(key.rsplit(".", 1))
         assert torch.equal(after[name], value), key
-
-
-def run_on_clips(
-    backbone: Any, folder: Path, tmp_path: Path, length: int, recipe: str = "animatediff_motion_lora", *settings: str
-) -> TrainingRun:
-    asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
-    asked += [f"sources.clips.window.length={length}", "train.steps=1", *settings]
-    planned = plan(load(recipe, asked, "video", VideoRecipe))
-    return TrainingRun(
-        backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path / "cache", tensorboard=False,
-        tasks=VideoRunner.tasks,
-    )  # fmt: skip
 
 
 def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from pcs_video.backbones.ltx import LTXBackbone
 from pcs_video.backbones.wan import WanBackbone
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
+from shared.recipe.resolve import load
+from shared.runner.plan import plan
+from shared.train.training_run import TrainingRun
 from shared.trainable.lora import Lora
+from tests.video.conftest import FAST
 from tests.video.transformer_models import build_ltx, build_wan
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -45,6 +52,18 @@ def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", **settings: A
     draw = torch.Generator().manual_seed(1)
     for parameter in group.parameters:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
+
+
+def run_on_clips(
+    backbone: Any, folder: Path, tmp_path: Path, length: int, recipe: str = "animatediff_motion_lora", *settings: str
+) -> TrainingRun:
+    asked = [f"subject.clips={folder}", f"output={tmp_path / 'm.concept'}", *FAST, "trainable.temporal.rank=2"]
+    asked += [f"sources.clips.window.length={length}", "train.steps=1", *settings]
+    planned = plan(load(recipe, asked, "video", VideoRecipe))
+    return TrainingRun(
+        backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path / "cache", tensorboard=False,
+        tasks=VideoRunner.tasks,
+    )  # fmt: skip
 
 
 def nothing(site: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, rows: Any) -> Any:

@@ -1,0 +1,169 @@
+"""What users get wrong with clips: each time one clear message, exit code 2, no traceback, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pcs_video.runner import VideoRunner
+from shared.backbones import load as loading
+from shared.cli import build, run
+from shared.io.clips.write_clip import write_clip
+from shared.runner.open_runner import open_runner
+from shared.sampling.settings import SamplingSettings
+from tests.image.refusing import refusing
+from tests.video.conftest import FAST, moving_square
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The message of a command that must fail before a network is loaded, and leave everything as it was."""
+
+    def unexpected(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a network was loaded")
+
+    def pcs(*arguments: Any) -> Any:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "load_network", unexpected)
+            code = run(build(), [str(a) for a in arguments])
+        done = capsys.readouterr()
+        return type("Ran", (), {"code": code, "out": done.out, "err": " ".join(done.err.split())})
+
+    return refusing(pcs, tmp_path)
+
+
+@pytest.fixture
+def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
+    def call(clips: Path, *settings: str, recipe: str = "animatediff_motion_lora") -> str:
+        given = (f"backbone={clip_model}", f"subject.clips={clips}", f"output={tmp_path / 'm.concept'}")
+        return refused("video", "personalize", recipe, *FAST, *given, *settings)
+
+    return call
+
+
+def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) -> None:
+    """What `tests/core/test_clip_bad_files.py` says of each file is what a run says, at its beginning."""
+    cases: dict[str, Callable[[Path], Any]] = {
+        "is empty, 0 bytes": lambda f: (f / "a.mp4").write_bytes(b""),
+        "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
+        "holds 1 frame, and 4 are asked for": lambda f: write_clip(f / "a.gif", moving_square(0, 1), 8),
+        "holds 3 frames, and 4 are asked for": lambda f: write_clip(f / "a.mp4", moving_square(0, 3), 8),
+    }
+    for number, (message, write) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder)
+        assert message in learning(folder)
+    write_clip(tmp_path / "cut" / "a.mp4", moving_square(0, 40, 128), 8)
+    whole = (tmp_path / "cut" / "a.mp4").read_bytes()
+    (tmp_path / "cut" / "a.mp4").write_bytes(whole[: len(whole) // 2])
+    assert "a.mp4" in learning(tmp_path / "cut")
+
+
+def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -> None:
+    """Too few of them, or of another size: said at once, and not when the latents are made."""
+    folder = tmp_path / "clips"
+    write_clip(folder / "a.mp4", moving_square(0, 6), 8)
+    write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
+    write_clip(tmp_path / "small" / "a", moving_square(0, 6, 16).sign(), 8)
+    assert "holds 3 masks, and" in learning(folder, f"subject.masks={tmp_path / 'few'}")
+    message = learning(folder, f"subject.masks={tmp_path / 'small'}")
+    assert "16x16" in message and "a.mp4" in message
+
+
+# --- what does not go together ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def motion(clip_model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("motion") / "slide.concept"
+    settings = [*FAST, f"backbone={clip_model}", f"subject.clips={clip_folder}", f"output={path}", "preview.num=0"]
+    assert run(build(), ["video", "personalize", "animatediff_motion_lora", *settings]) == 0
+    return path
+
+
+def test_a_motion_is_refused_by_a_model_of_pictures(
+    motion: Path, picture_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = run(
+        build(),
+        [
+            "image",
+            "generate",
+            "a mug",
+            "--concept",
+            str(motion),
+            "--backbone",
+            str(picture_model),
+            "--out",
+            str(tmp_path / "o"),
+        ],
+    )
+    message = " ".join(capsys.readouterr().err.split())
+    assert code == 2 and "'slide' does not fit" in message and "it was learned on animatediff" in message
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_motions_at_once_add_up(motion: Path, clip_model: Path, tmp_path: Path) -> None:
+    """Allowed: each acts with its own strength, named or not; the same one twice is refused by its name."""
+    other = tmp_path / "spin.concept"
+    shutil.copytree(motion, other)
+    text = (other / "concept.json").read_text().replace('"slide"', '"spin"')
+    (other / "concept.json").write_text(text)
+    how = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
+
+    def made(*concepts: str) -> Any:
+        runner = open_runner(VideoRunner, str(clip_model), list(concepts), "cpu")
+        return runner.generate(["a mug"], [0], how)
+
+    both = made(f"{motion}:5", f"{other}:5")
+    assert (both - made(f"{motion}:10")).abs().max() < 1e-3  # adapters add up
+    assert not both.equal(made(f"{motion}:5"))
+    with pytest.raises(ValueError, match="a concept named 'slide' is attached already"):
+        made(str(motion), str(motion))
+
+
+# --- killed in mid-training --------------------------------------------------------------------------------------
+
+
+def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(
+    clip_model: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["train.steps=30", *FAST[1:], "train.checkpoint_every=1", "preview.num=0"]
+    given = [f"backbone={clip_model}", f"subject.clips={clip_folder}"]
+
+    def command(name: str) -> list[str]:
+        return ["video", "personalize", "motion_director", *settings, *given, f"output={tmp_path / name / 'm.concept'}"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how: dict[str, Any] = {"env": environment, "cwd": Path(__file__).parents[2], "stdout": subprocess.DEVNULL}
+    with (tmp_path / "stderr").open("w") as errors:
+        process = subprocess.Popen([sys.executable, "-m", "shared.cli", *command("cut")], stderr=errors, **how)
+        try:
+            end = time.monotonic() + 300
+            while not any(
+                p.name >= "checkpoint-00-0000003" for p in (tmp_path / "cut/m.training").glob("checkpoint-*")
+            ):
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "stderr").read_text()
+                time.sleep(0.02)
+        finally:
+            process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "cut" / "m.concept").exists()
+    assert run(build(), [*command("cut"), "--resume"]) == 0
+    assert run(build(), command("whole")) == 0
+    cut, whole = (
+        {p.name: p.read_bytes() for p in (tmp_path / n / "m.concept").glob("*.safetensors")} for n in ("cut", "whole")
+    )
+    assert cut == whole and cut

@@ -1,0 +1,163 @@
+"""`pcs video generate` with what steers a clip, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pcs_video.backbones.frame_grid import frame_check
+from pcs_video.recipe import VideoRecipe
+from pcs_video.runner import VideoRunner
+from shared.backbones import load as loading
+from shared.backbones import load_backbone
+from shared.cli import build, run
+from shared.io.clips.clip_metadata import read_clip_metadata
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+from shared.io.clips.write_clip import write_clip
+from shared.recipe.resolve import load
+from shared.runner.plan import plan
+from tests.core.runs import paint
+from tests.video.conftest import moving_square
+from tests.video.transformer_models import build_ltx, build_wan
+
+Ask = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """`pcs video generate …`: exit code and standard error."""
+
+    def call(*arguments: Any) -> tuple[int, str]:
+        capsys.readouterr()
+        code = run(build(), ["video", "generate", *map(str, arguments)])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture, a clip of 6 frames, masks for it, and boxes."""
+    folder = tmp_path_factory.mktemp("given")
+    paint(folder / "photos")
+    write_clip(folder / "clip", moving_square(0, 6), 8)
+    masks = moving_square(0, 6).sign()
+    write_clip(folder / "masks", masks, 8)
+    (folder / "boxes.json").write_text(json.dumps({"red mug": {"0": [0, 0, 0.5, 0.5], "3": [0.5, 0.5, 1, 1]}}))
+    return folder
+
+
+def test_a_clip_is_steered_by_every_means_at_once(ask: Ask, given: Path, clip_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one.mp4"
+    steered = ("--invert", given / "clip", "--invert-share", 0.5, "--boxes", given / "boxes.json", "--pan", "0.5,0")
+    code, error = ask(
+        "a red mug", "--backbone", clip_model, "--out", out, "--frames", 4, "--steps", 2, "--fps", 6, *steered,
+        "--first-frame", given / "photos" / "0.png", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, error
+    about = json.loads(read_clip_metadata(out)["pcs"])
+    assert [hook["kind"] for hook in about["hooks"]] == ["noise_prior", "subject_boxes", "camera_pan", "given_frames"]
+    assert about["hooks"][0]["share"] == 0.5 and about["hooks"][2]["boxes"]["red mug"]["3"] == [0.5, 0.5, 1.0, 1.0]
+    assert read_clip(out, ClipWindow(length=4)).fps == 6
+
+
+def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no clip")
+    (tmp_path / "boxes.json").write_text('{"mug": [0, 0, 5, 1]}')
+    clip, photo = given / "clip", given / "photos" / "0.png"
+    for options, message in [
+        (("--invert", tmp_path / "gone.mp4"), r"--invert: .*gone.mp4 does not exist"),
+        (("--keep", clip), "--keep and --keep-mask are given together"),
+        (("--keep", tmp_path / "text.txt", "--keep-mask", clip), "--keep: .*text.txt is not a clip"),
+        (("--keep", clip, "--keep-mask", tmp_path / "gone"), "--keep: .*gone does not exist"),
+        (("--boxes", tmp_path / "boxes.json"), "--boxes: .* is no box"),
+        (("--pan", "a,b"), "--pan 'a,b': write RIGHT,DOWN"),
+        (("--pan", "2,0"), "--pan '2,0': write RIGHT,DOWN, each between -1 and 1"),
+        (("--first-frame", clip), "--first-frame: .*clip is a clip: give it as --prefix"),
+        (("--prefix", photo), "--prefix: .*0.png is one picture: use --first-frame"),
+        (("--prefix", clip, "--first-frame", photo), "both say how the clip begins"),
+        (("--prefix-frames", 2), "--prefix-frames says how much of --prefix is used"),
+        (("--prefix", clip, "--prefix-frames", 9), "--prefix: .*clip holds 6 frames, and the first 9"),
+        (("--out", given / "clip", "--invert", given / "clip" / "0.png", "--overwrite"), "clip"),
+    ]:
+        code, error = ask("a mug", "--backbone", tmp_path / "no-model", *options)
+        assert code == 2 and "no-model" not in error.replace("\n", " "), (options, error)
+        assert re.search(message, " ".join(error.split())), (options, error)
+
+
+# --- numbers of frames ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Wan and LTX as folders."""
+    root = tmp_path_factory.mktemp("transformers")
+    for name, pipe in (("wan", build_wan()), ("ltx", build_ltx())):
+        pipe.save_pretrained(root / name)
+    return {name: root / name for name in ("wan", "ltx")}
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be loaded."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(loading, "load_network", refuse)
+
+
+def test_a_model_s_folder_says_what_it_can_make(
+    folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    """As the model itself, once it is loaded, says."""
+    cases = [(folders["wan"], None), (folders["ltx"], None), (clip_model, None), (picture_model, adapter_folder)]
+    for source, adapter in cases:
+        check = frame_check(source, adapter)
+        backbone = VideoRunner.prepared(load_backbone(source), adapter)
+        assert check is not None
+        for frames in (1, 2, 5, 8, 9, 16, 17, 33):
+            errors = []
+            for ask in (check, lambda f: backbone.latent_shape(32, 32, f)):
+                try:
+                    ask(frames)
+                    errors.append("")
+                except ValueError as error:
+                    errors.append(str(error))
+            assert errors[0] == errors[1]
+    assert frame_check(picture_model) is None and frame_check(tmp_path) is None and frame_check("owner/name") is None
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_windows_that_do_not_fit_are_refused_before_anything_is_loaded(
+    folders: dict[str, Path], clip_folder: Path, tmp_path: Path, ask: Ask
+) -> None:
+    for family, length, nearest in (("wan", 6, "5 and 9"), ("ltx", 6, "1 and 9")):
+        given = [f"backbone={folders[family]}", f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}"]
+        settings = [*given, f"sources.clips.window.length={length}"]
+        planned = plan(load("motion_director", settings, "video", VideoRecipe))
+        message = rf"sources\.clips\.window\.length = 6: a clip of 6 frames does not fit {family}.* {nearest}"
+        with pytest.raises(ValueError, match=message):
+            VideoRunner.check_plan(planned, str(folders[family]))
+        code = run(build(), ["video", "personalize", "motion_director", *settings])
+        assert code == 2 and not (tmp_path / "m.concept").exists()
+        code, error = ask("a mug", "--backbone", folders[family], "--frames", 16)
+        assert code == 2 and "--frames: a clip of 16 frames does not fit" in " ".join(error.split())
+
+
+def test_the_rate_of_frames_is_told_to_a_network_that_asks(folders: dict[str, Path], ask: Ask, tmp_path: Path) -> None:
+    how = ("--backbone", folders["ltx"], "--frames", 9, "--steps", 1, "--height", 32, "--width", 32, "--device", "cpu")
+    for name, fps in (("own.mp4", ()), ("said.mp4", ("--fps", 12))):
+        assert ask("a mug", *how, *fps, "--out", tmp_path / name)[0] == 0
+    own, said = (read_clip(tmp_path / name, ClipWindow(length=9)) for name in ("own.mp4", "said.mp4"))
+    assert (own.fps, said.fps) == (25, 12) and not own.frames.equal(said.frames)
+    recipe = load(
+        "motion_director", ["sources.clips.window.fps=24", "sources.clips.window.stride=2"], "video", VideoRecipe
+    )
+    assert recipe.opening() == {"fps": 12.0}
