@@ -97,20 +97,8 @@ def motion(clip_model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPat
 def test_a_motion_is_refused_by_a_model_of_pictures(
     motion: Path, picture_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    code = run(
-        build(),
-        [
-            "image",
-            "generate",
-            "a mug",
-            "--concept",
-            str(motion),
-            "--backbone",
-            str(picture_model),
-            "--out",
-            str(tmp_path / "o"),
-        ],
-    )
+    asked = ["image", "generate", "a mug", "--concept", motion, "--backbone", picture_model, "--out", tmp_path / "o"]
+    code = run(build(), [str(a) for a in asked])
     message = " ".join(capsys.readouterr().err.split())
     assert code == 2 and "'slide' does not fit" in message and "it was learned on animatediff" in message
     assert not (tmp_path / "o").exists()
@@ -163,7 +151,6 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "cut" / "m.concept").exists()
     assert run(build(), [*command("cut"), "--resume"]) == 0
     assert run(build(), command("whole")) == 0
-    cut, whole = (
-        {p.name: p.read_bytes() for p in (tmp_path / n / "m.concept").glob("*.safetensors")} for n in ("cut", "whole")
-    )
+    folders = [tmp_path / name / "m.concept" for name in ("cut", "whole")]
+    cut, whole = ({p.name: p.read_bytes() for p in folder.glob("*.safetensors")} for folder in folders)
     assert cut == whole and cut
