@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from shared.io.clips.mask_frames import open_masks
 from shared.io.clips.open_frames import open_frames
 from shared.io.clips.read_clip import read_windows
 from shared.io.clips.window import ClipWindow
@@ -32,8 +33,11 @@ class Clips(SourcePart):
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
         if not found:
             raise ValueError("there are no clips: give subject.clips=FOLDER")
-        for path in found:
-            self.window.picks(open_frames(path))  # one that is too short is said before a model is loaded
+        for path, mask in found.items():  # what is too short, or has other masks, is said before a model is loaded
+            clip = open_frames(path)
+            self.window.picks(clip)
+            if mask is not None:
+                open_masks(mask, clip)
         return found
 
     def examples(self, context: SourceContext) -> Iterator[Example]:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from pcs_video.backbones.animatediff import AnimateDiffBackbone
+from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, Provenance, capture, read, save
 from shared.concept.export_formats import export
 from shared.modifiers import PlainText
+from shared.recipe.resolve import load
+from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.sampler import sample
 from shared.sampling.settings import SamplingSettings
 from shared.trainable.lora import Lora
@@ -24,7 +27,7 @@ SETTINGS = SamplingSettings("", 4.0, 3, height=32, width=32, frames=4)
 ROLES = {"mug": ("cross_attention", "self_attention"), "dog": ("cross_attention",), "spin": ("temporal_attention",)}
 
 
-def learned(backbone: Any, name: str, folder: Path, kind: str = "subject") -> Concept:
+def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recipe: Any = None) -> Concept:
     """A concept with a random LoRA, on disk; nothing of it stays on the backbone."""
     noun = name if kind == "subject" else ""
     PlainText().attach(backbone, name, noun)
@@ -32,7 +35,7 @@ def learned(backbone: Any, name: str, folder: Path, kind: str = "subject") -> Co
     draw = torch.Generator().manual_seed(len(name) + sum(name.encode()))
     for parameter in group.parameters:
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=draw)
-    provenance = Provenance(class_noun=noun, kind=kind, modifier=PlainText())
+    provenance = Provenance(class_noun=noun, kind=kind, modifier=PlainText(), recipe=recipe)
     concept = capture(backbone, name, provenance)
     backbone.remove(name)
     return read(save(concept, folder / f"{name}.concept").path)  # type: ignore[arg-type]
@@ -66,6 +69,37 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
+
+
+def test_a_subject_is_weaker_while_the_motion_is_decided(
+    concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CustomCrafter's strengths by step, from a concept's own recipe of clips; what is said instead comes first."""
+    settings = ["sampling.strength=0.4@0,0.8@0.1", "subject.images=photos", "output=mug.concept", "backbone=tiny"]
+    recipe = load("subject_lora", settings, "video", VideoRecipe)
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    own = learned(pictures, "mug", tmp_path, recipe=recipe)
+    runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
+    runner.load(own)
+    runner.load(concepts["spin"])
+    seen: list[float] = []
+    predict = runner.backbone.predict_guided
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(runner.backbone.strengths["mug"])
+        return predict(*arguments)
+
+    monkeypatch.setattr(runner.backbone, "predict_guided", watched)
+
+    def made(*hooks: Any) -> Tensor:
+        seen.clear()
+        how = SamplingSettings("", 1.0, 10, height=32, width=32, frames=2, hooks=hooks)
+        return runner.generate(["a <mug>"], [3], how)
+
+    plain = made()
+    assert seen == [0.4, *[0.8] * 9] and runner.backbone.strengths == {"mug": 1.0, "spin": 1.0}
+    assert torch.equal(plain, made(StrengthSchedule.parse("mug=0.4@0,0.8@0.1")))
+    assert not torch.equal(plain, made(StrengthSchedule.parse("mug=1@0"))) and seen == [1.0] * 10
 
 
 @torch.no_grad()
