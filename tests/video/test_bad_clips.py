@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from pcs_video.runner import VideoRunner
 from shared.backbones import load as loading
 from shared.cli import build, run
 from shared.io.clips.write_clip import write_clip
-from shared.runner.open_runner import open_runner
-from shared.sampling.settings import SamplingSettings
 from tests.image.refusing import refusing
 from tests.video.conftest import FAST, moving_square
 
@@ -56,7 +52,7 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
 def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) -> None:
     """What `tests/core/test_clip_bad_files.py` says of each file is what a run says, at its beginning."""
     cases: dict[str, Callable[[Path], Any]] = {
-        "is empty, 0 bytes": lambda f: (f / "a.mp4").write_bytes(b""),
+        "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
         "holds 1 frame, and 4 are asked for": lambda f: write_clip(f / "a.gif", moving_square(0, 1), 8),
         "holds 3 frames, and 4 are asked for": lambda f: write_clip(f / "a.mp4", moving_square(0, 3), 8),
@@ -75,12 +71,12 @@ def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) ->
 def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -> None:
     """Too few of them, or of another size: said at once, and not when the latents are made."""
     folder = tmp_path / "clips"
-    write_clip(folder / "a.mp4", moving_square(0, 6), 8)
+    write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
     write_clip(tmp_path / "small" / "a", moving_square(0, 6, 16).sign(), 8)
     assert "holds 3 masks, and" in learning(folder, f"subject.masks={tmp_path / 'few'}")
     message = learning(folder, f"subject.masks={tmp_path / 'small'}")
-    assert "16x16" in message and "a.mp4" in message
+    assert "16x16" in message and "32x32" in message
 
 
 # --- what does not go together ---------------------------------------------------------------------------------
@@ -102,25 +98,6 @@ def test_a_motion_is_refused_by_a_model_of_pictures(
     message = " ".join(capsys.readouterr().err.split())
     assert code == 2 and "'slide' does not fit" in message and "it was learned on animatediff" in message
     assert not (tmp_path / "o").exists()
-
-
-def test_two_motions_at_once_add_up(motion: Path, clip_model: Path, tmp_path: Path) -> None:
-    """Allowed: each acts with its own strength, named or not; the same one twice is refused by its name."""
-    other = tmp_path / "spin.concept"
-    shutil.copytree(motion, other)
-    text = (other / "concept.json").read_text().replace('"slide"', '"spin"')
-    (other / "concept.json").write_text(text)
-    how = SamplingSettings("", 1.0, 2, height=32, width=32, frames=4)
-
-    def made(*concepts: str) -> Any:
-        runner = open_runner(VideoRunner, str(clip_model), list(concepts), "cpu")
-        return runner.generate(["a mug"], [0], how)
-
-    both = made(f"{motion}:5", f"{other}:5")
-    assert (both - made(f"{motion}:10")).abs().max() < 1e-3  # adapters add up
-    assert not both.equal(made(f"{motion}:5"))
-    with pytest.raises(ValueError, match="a concept named 'slide' is attached already"):
-        made(str(motion), str(motion))
 
 
 # --- killed in mid-training --------------------------------------------------------------------------------------

@@ -24,7 +24,13 @@ from shared.trainable.lora import Lora
 from tests.video.clip_models import build_animatediff
 
 SETTINGS = SamplingSettings("", 4.0, 3, height=32, width=32, frames=4)
-ROLES = {"mug": ("cross_attention", "self_attention"), "dog": ("cross_attention",), "spin": ("temporal_attention",)}
+_MOTION = ("temporal_attention",)
+ROLES = {
+    "mug": ("cross_attention", "self_attention"),
+    "dog": ("cross_attention",),
+    "spin": _MOTION,
+    "hop": _MOTION,
+}
 
 
 def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recipe: Any = None) -> Concept:
@@ -48,27 +54,45 @@ def concepts(make_tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
     made = {name: learned(pictures, name, folder) for name in ("mug", "dog")}
-    return {**made, "spin": learned(clips, "spin", folder, "motion")}
+    return {**made, "spin": learned(clips, "spin", folder, "motion"), "hop": learned(clips, "hop", folder, "motion")}
 
 
 def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
     runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
-    for concept in concepts.values():
-        runner.load(concept)
+    names = ("mug", "dog", "spin")
+    for name in names:
+        runner.load(concepts[name])
 
     def ask(**strengths: float) -> Tensor:
-        for name in concepts:
+        for name in names:
             runner.backbone.set_strength(name, strengths.get(name, 1.0))
         return runner.generate(["a <mug> and a <dog> <spin>"], [3], SETTINGS)
 
     together = ask()
-    for name in concepts:
+    for name in names:
         assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
     assert torch.equal(ask(), together)
     with pytest.raises(ValueError, match="dog"):  # a thing that is loaded is named, a motion may go unnamed
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
+
+
+def test_two_motions_at_once_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
+    """Allowed: each acts with its own strength, named or not, whichever came first; one of a name is refused."""
+
+    def made(**strengths: float) -> Tensor:
+        runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
+        for name, strength in strengths.items():
+            runner.load(concepts[name], strength)
+        with pytest.raises(ValueError, match="is attached already"):
+            runner.load(concepts["spin"])
+        return runner.generate(["a mug"], [3], SETTINGS)
+
+    both, spin = made(spin=1.0, hop=0.5), made(spin=1.0)
+    torch.testing.assert_close(both, made(hop=0.5, spin=1.0), atol=1e-4, rtol=0)
+    assert torch.equal(made(spin=1.0, hop=0.0), spin) and (both - spin).abs().max() > 1e-3
+    assert (both - made(spin=0.0, hop=0.5)).abs().max() > 1e-3
 
 
 def test_a_subject_is_weaker_while_the_motion_is_decided(
