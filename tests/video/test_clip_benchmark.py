@@ -13,8 +13,9 @@ from shared.metrics.clips.report import ClipReport, ClipRow
 from shared.metrics.report import Score
 
 SMALL = (
-    "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1", "--set", "train.steps=1",
-    "--set", "preview.num=0", "--subject-recipe", "textual_inversion", "--set-subject", "train.steps=1", "--set-subject", "preview.num=0",
+    "--motions", "1", "--subjects", "1", "--limit", "1", "--num", "1", "--steps", "1",
+    "--set", "train.steps=1", "--set", "preview.num=0", "--subject-recipe", "textual_inversion",
+    "--set-subject", "train.steps=1", "--set-subject", "preview.num=0",
 )  # fmt: skip
 
 

@@ -36,8 +36,7 @@ POSE = {
 }
 MOTIONS = """Place, size, azimuth (0 is the front; of what is seen from less than 50° above), elevation and tilt, picture by
 picture; of clips the path, the azimuth followed through time. Captioned motions: the nearest of 64 paths of each.
-Held-out ones:
-nearest among their look-alikes, the other motions of their split and standing still.
+Held-out ones: nearest among their look-alikes, the other motions of their split and standing still.
 """
 
 
