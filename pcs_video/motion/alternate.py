@@ -16,7 +16,7 @@ from shared.train.tune import Tune
 class AlternateTask(TuneTask):
     """Every `every`-th step is one of preservation: it learns from class examples by the penalties that ask for them, the
     other steps from the subject by all else. So pictures of a thing and clips that keep its motion can be learned in one
-    phase, as in MotionBooth (https://arxiv.org/abs/2406.17758, section 3.2).
+    phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
     `rest`: adapter sets that are off in steps of preservation, as Still-Moving's adapter for frozen clips.
     """

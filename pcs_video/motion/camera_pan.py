@@ -21,7 +21,7 @@ _STREAM = 2**40  # of the draws that fill what comes into view, apart from the s
 
 
 class CameraPan(SamplingHookBase):
-    """The camera control of MotionBooth (https://arxiv.org/abs/2406.17758, section 3.5), without training.
+    """The camera control of MotionBooth (https://arxiv.org/abs/2406.17758), without training.
 
     By the last frame the camera has moved by `right` of the picture's width and `down` of its height, evenly; what is
     shown moves the other way. The latents of each frame are shifted by whole cells, a part of the way in each of the

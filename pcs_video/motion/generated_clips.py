@@ -21,7 +21,7 @@ class GeneratedClips(Generated):
     """`num_images` clips of `frames` frames per subject, of role "prior", made once and kept as `Generated` keeps pictures.
 
     A model that learns a thing from pictures alone forgets how things move; its own clips, learned beside them, keep that
-    (MotionBooth, https://arxiv.org/abs/2406.17758, section 3.2, takes real clips of anything).
+    (MotionBooth, https://arxiv.org/abs/2406.17758, takes real clips of anything).
     """
 
     made: ClassVar[str] = "class clips"

@@ -16,7 +16,7 @@ from shared.trainable.branch import BranchAdapter, place_of
 
 
 class MotionEmbeddings(TrainablePart):
-    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193, section 3.2) at temporal attention: one of each frame
+    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one of each frame
     for queries and keys, one of each frame and place for values; all start at 0.
 
     They are made for clips of `frames` frames and pictures of `resolution` pixels, and resized for others. The values'

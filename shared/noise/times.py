@@ -36,7 +36,7 @@ class _Times(Part):
 
     def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
         """The times t [B] of `latents`; [B, f], where the first frame of some of these clips is given (t = 0), as LTX-Video
-        learns it (https://arxiv.org/abs/2501.00103, section 2.5)."""
+        learns it (https://arxiv.org/abs/2501.00103)."""
         if latents.ndim != 5 or not self.clean_first_frame:
             return t
         given = (torch.rand(len(t), generator=generator) < self.clean_first_frame).to(t.device)

@@ -27,7 +27,7 @@ class GivenFrames(SamplingHookBase):
     as long as what is made (or of a picture, where a picture is made). At each step what is kept is replaced by its own
     latents with the noise of that step, and by the clean ones after the last (Lugmayr et al., RePaint, arXiv 2201.09865,
     eq. 8, without resampling). A family that reads a time for each frame (`time_per_frame`) is instead given whole frames
-    without noise, and told so: t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103, section 2.5).
+    without noise, and told so: t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"

@@ -97,8 +97,8 @@ def _one_back(
 class NoisePrior(SamplingHookBase):
     """Sampling starts from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
 
-    With p = 1 it is Tune-A-Video's start (https://arxiv.org/abs/2212.11565, section 3.3); between 0.1 and 0.5
-    MotionDirector's for a motion of one clip (https://arxiv.org/abs/2310.08465, section 4.3), which keeps the clip's
+    With p = 1 it is Tune-A-Video's start (https://arxiv.org/abs/2212.11565); between 0.1 and 0.5
+    MotionDirector's for a motion of one clip (https://arxiv.org/abs/2310.08465), which keeps the clip's
     layout and movement without its looks. The clip is inverted by the model as it is, with the concepts that are loaded.
     """
 

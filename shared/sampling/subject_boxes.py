@@ -24,7 +24,7 @@ _NEVER = -1e4  # added to a score: nothing is left of it, in half precision too
 
 
 class SubjectBoxes(SamplingHookBase):
-    """The subject-motion control of MotionBooth (https://arxiv.org/abs/2406.17758, section 3.4), without training.
+    """The subject-motion control of MotionBooth (https://arxiv.org/abs/2406.17758), without training.
 
     In the first steps, while the layout is decided, cross-attention from places inside a thing's box (of their frame) to
     its words gets `strength` times the share of the picture that is outside of the box added to its scores before the
