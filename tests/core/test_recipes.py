@@ -10,6 +10,7 @@ import yaml
 
 import shared.recipe.overlay
 from shared.config import read_yaml, slots, validate
+from shared.noise.times import Uniform
 from shared.recipe.catalog import config_folder, recipe_files
 from shared.recipe.overlay import Rules
 from shared.recipe.phases import expand_phases
@@ -278,12 +279,8 @@ def test_the_user_outranks_the_file():
 
 
 def test_a_slot_of_one_part_needs_no_kind(user_recipe):
-    assert user_recipe("seed: 1", "noise.offset=0.1").noise.model_dump() == {
-        "kind": "uniform",
-        "low": 0.0,
-        "high": 1.0,
-        "offset": 0.1,
-    }
+    noise = user_recipe("seed: 1", "noise.offset=0.1").noise
+    assert noise == Uniform(offset=0.1)
     assert user_recipe("seed: 1", "modifier.token=ohwx").modifier.token == "ohwx"
     assert user_recipe("seed: 1", "noise.kind=logit_normal", "noise.shift=3").noise.shift == 3
 

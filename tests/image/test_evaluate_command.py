@@ -152,11 +152,11 @@ def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_pat
 
 def test_what_a_concept_is_told_from_passes_the_same_autoencoder(tiny_sd):
     from shared.backbones.stable_diffusion import StableDiffusionBackbone
-    from shared.runner.judging import _round_trip
+    from shared.runner.judging import round_trip
 
     pixels = torch.rand(5, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         expected = tiny_sd.vae.decode(tiny_sd.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     torch.testing.assert_close(
-        _round_trip(StableDiffusionBackbone(tiny_sd, "tiny"), pixels), expected, atol=1e-4, rtol=1e-4
+        round_trip(StableDiffusionBackbone(tiny_sd, "tiny"), pixels), expected, atol=1e-4, rtol=1e-4
     )
