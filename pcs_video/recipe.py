@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
@@ -80,9 +81,16 @@ class VideoRecipe(Recipe):
     task: ClipTask = TuneTask()
 
     def opening(self) -> dict[str, Any]:
-        """What a runner is told of the backbone besides its name."""
+        """What a runner is told of the backbone besides its name. Warns where clips of several rates are read: a network that
+        is told one keeps its own."""
         rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
         how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
+        if len(rates) > 1:
+            listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
+            warnings.warn(
+                f"clips of {listed} frames per second are read: a model that is told the rate keeps its own",
+                stacklevel=2,
+            )
         return {**how, "fps": rates.pop()} if len(rates) == 1 else how
 
 

@@ -26,15 +26,21 @@ class Goal:
 
     def met(self, row: Row) -> bool | None:
         """Whether the row reaches it; None where the goal asks nothing."""
-        identity, base, background = row.value("identity"), row.base("identity"), row.value("background")
-        asked: list[tuple[float | None, float]] = []
-        if self.identity is not None:
-            asked.append((identity, self.identity))
-        if self.over_floor is not None:
-            asked.append((None if identity is None or base is None else identity - base, self.over_floor))
-        if self.background is not None:
-            asked.append((background, self.background))
-        return all(v is not None and v >= limit - 1e-9 for v, limit in asked) if asked else None
+        identity, over = row.value("identity"), over_floor(row.scores.get("identity"))
+        return all_reached(
+            [(identity, self.identity), (over, self.over_floor), (row.value("background"), self.background)]
+        )
+
+
+def all_reached(parts: Sequence[tuple[float | None, float | None]]) -> bool | None:
+    """Whether each value reaches its limit, where one is set; what was not measured does not. None where none is."""
+    asked = [(value, limit) for value, limit in parts if limit is not None]
+    return all(value is not None and value >= limit - 1e-9 for value, limit in asked) if asked else None
+
+
+def over_floor(score: Score | None) -> float | None:
+    """By how much a score is above that of the base model; None where either was not measured."""
+    return None if score is None or score.value is None or score.base is None else score.value - score.base
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,9 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
         tuple(reports),
         len(made),
         scores,
-        _average([c.training_seconds for c in costs]),
-        _average([c.seconds_per_picture for c in costs]),
-        _average([c.concept_bytes for c in costs]),
+        average([c.training_seconds for c in costs]),
+        average([c.seconds_per_picture for c in costs]),
+        average([c.concept_bytes for c in costs]),
         dict(failed),
         {s: t for s, r in apart.items() if (i := r.score("identity")) and (t := i.truth) is not None},
     )
@@ -85,7 +91,7 @@ def _headline(reports: Mapping[str, Report]) -> list[Score]:
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
-    truth, chance = _average([i.truth for i in found]), _average([i.chance for i in found])
+    truth, chance = average([i.truth for i in found]), average([i.chance for i in found])
     beside = {"truth": truth, "chance": chance}
     return [s.model_copy(update=beside) if s.key == "identity" else s for s in headline(made, base, ranges)]
 
@@ -103,7 +109,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
             column, floor = ([_float(p.scores.get(key)) for _, p in of] for of in (made, base))
             base_value = None if key in NO_BASE else _mean(floor)
             found = [c for r in reports.values() if (i := r.score(key)) and (c := i.chance) is not None]
-            scores[key] = make_score(key, _mean(column), bootstrap(column, where), base_value, _average(found))
+            scores[key] = make_score(key, _mean(column), bootstrap(column, where), base_value, average(found))
     if drifts:
         values = [_float(p.scores.get("drift")) for _, p in drifts]
         scores["drift"] = make_score("drift", _mean(values), bootstrap(values, [(s, p.prompt) for s, p in drifts]))
@@ -125,7 +131,7 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
     for key in BESIDE:
         found = [s for r in reports.values() if (s := r.score(key)) and s.value is not None]
         if found:
-            value, base, truth = (_average([getattr(s, name) for s in found]) for name in ("value", "base", "truth"))
+            value, base, truth = (average([getattr(s, name) for s in found]) for name in ("value", "base", "truth"))
             score = make_score(key, value, bootstrap([_float(s.value) for s in found]), base)
             scores[key] = score.model_copy(update={"truth": truth})
     return scores
@@ -140,6 +146,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _average(values: Sequence[float | None]) -> float | None:
+def average(values: Sequence[float | None]) -> float | None:
+    """The mean of what was measured; None where nothing was."""
     known = [float(v) for v in values if v is not None]
     return sum(known) / len(known) if known else None

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shared.benchmark.experiment import Reporting, cell_folder
+from shared.benchmark.aggregate import all_reached, average, over_floor
+from shared.benchmark.comparison_table import cell
+from shared.benchmark.experiment import Reporting, cell_folder, check_instruments
 from shared.evaluation.clips.score_texts import ABOUT
 from shared.evaluation.clips.summary import Arms, measured_scores
 from shared.metrics.clips.report import SCHEMA_VERSION, ClipReport, ClipRow
@@ -36,18 +38,13 @@ class ClipGoal:
 
     def met(self, row: ClipsRow) -> bool | None:
         """Whether the row reaches it; None where the goal asks nothing."""
-        identity = row.scores.get("identity")
-        over = None if identity is None or None in (identity.value, identity.base) else identity.value - identity.base  # type: ignore[operator]
-        reached = {
+        found = {
             "motion": row.value("motion_recognised"),
             "identity": row.value("identity"),
-            "over_floor": over,
+            "over_floor": over_floor(row.scores.get("identity")),
             "both": row.value("both"),
         }
-        asked = {name: limit for name in reached if (limit := getattr(self, name)) is not None}
-        if not asked:
-            return None
-        return all((found := reached[name]) is not None and found >= limit - 1e-9 for name, limit in asked.items())
+        return all_reached([(value, getattr(self, name)) for name, value in found.items()])
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ def aggregate_clips(recipe: str, reports: Mapping[str, ClipReport], failed: Mapp
         motions,
         made,
         scores,
-        _average([c.training_seconds for c in costs]),
-        _average([c.seconds_per_clip for c in costs]),
+        average([c.training_seconds for c in costs]),
+        average([c.seconds_per_clip for c in costs]),
         dict(failed),
     )
 
@@ -118,11 +115,13 @@ def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
 
 
 def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
-    """With the means of what true clips or pictures and a guess get."""
-    found = [s for r in reports if (s := r.score(score.key))]
-    return score.model_copy(
-        update={"truth": _average([s.truth for s in found]), "chance": _average([s.chance for s in found])}
-    )
+    """With the means of what true clips or pictures and a guess get; of a single motion without an interval."""
+    listed = list(reports)
+    found = [s for r in listed if (s := r.score(score.key))]
+    beside = {"truth": average([s.truth for s in found]), "chance": average([s.chance for s in found])}
+    if len({r.motion for r in listed}) < 2:  # drawing whole motions says nothing about one
+        beside |= {"low": None, "high": None}
+    return score.model_copy(update=beside)
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class ClipComparison:
         head = ["recipe", "motions", "clips", *(ABOUT[k].title for k in self.columns), "learning", "one clip", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for r in self.rows:
-            count = f"{len(r.motions)}" + (f", {len(r.failed)} cells failed" if r.failed else "")
+            count = f"{len(r.motions)}" + (f", {len(r.failed)} failed" if r.failed else "")
             cells = [cell(r.scores.get(k)) for k in self.columns]
             costs = [seconds(r.training_seconds), seconds(r.seconds_per_clip), self.met(r)]
             lines.append("| " + " | ".join([r.recipe, count, str(r.clips), *cells, *costs]) + " |")
@@ -204,10 +203,7 @@ def compare_clips(
 ) -> ClipComparison:
     """The table of reports by (recipe, cell). ValueError when they were not measured with the same instruments."""
     failures = failures or {}
-    tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
-    if len(tools) > 1:
-        listed = "; ".join(", ".join(t) for t in sorted(tools))
-        raise ValueError(f"reports measured with different instruments cannot share a table: {listed}")
+    check_instruments(reports.values())
     rows = []
     for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
         of_recipe = {name: report for (r, name), report in reports.items() if r == recipe}
@@ -219,16 +215,3 @@ def compare_clips(
 def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
     """Reports of clips."""
     return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))
-
-
-def cell(score: Score | None) -> str:
-    """Value and interval."""
-    if score is None or score.value is None:
-        return "–" if score is None else "not measured"
-    span = "" if score.low is None else f" ({formatted(score.low, score.unit)} to {formatted(score.high, score.unit)})"
-    return formatted(score.value, score.unit) + span
-
-
-def _average(values: Sequence[float | None]) -> float | None:
-    known = [float(v) for v in values if v is not None]
-    return sum(known) / len(known) if known else None

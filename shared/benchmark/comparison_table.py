@@ -38,7 +38,7 @@ class Comparison:
         ]
         lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(head) - 1)) + "|"]
         for r in self.rows:
-            cells = [r.recipe, _count(r), *(_cell(r.scores.get(k)) for k in self._columns())]
+            cells = [r.recipe, _count(r), *(cell(r.scores.get(k)) for k in self._columns())]
             floor = r.scores.get("identity")
             cells += [
                 formatted(floor.base, floor.unit) if floor else "–",
@@ -100,7 +100,7 @@ class Comparison:
             has_goal=self._has_goal,
             first=first,
             subjects=sorted({s for _, s in [*self.reports, *self.failures]}),
-            cell=_cell,
+            cell=cell,
         )
 
     @property
@@ -127,7 +127,7 @@ class Comparison:
         return any(self.goal.met(r) is not None for r in self.rows)
 
 
-def _cell(score: Score | None) -> str:
+def cell(score: Score | None) -> str:
     """Value and interval."""
     if score is None:
         return "–"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
 from shared.io.outputs import write_text
+from shared.metrics.clips.report import ClipReport
 from shared.metrics.report import SCHEMA_VERSION, Report
 
 R = TypeVar("R", bound=BaseModel)
@@ -174,10 +175,7 @@ def compare(
             "reports whose trade-offs have other terms cannot share a table: "
             + "; ".join(", ".join(t) for t in sorted(terms))
         )
-    tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports.values()}
-    if len(tools) > 1:
-        listed = "; ".join(", ".join(t) for t in sorted(tools))
-        raise ValueError(f"reports measured with different instruments cannot share a table: {listed}")
+    check_instruments(reports.values())
     rows = []
     for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
         of_recipe = {s: rep for (r, s), rep in reports.items() if r == recipe}
@@ -189,6 +187,14 @@ def compare(
 def cell_folder(recipe: str, subject: str) -> Path:
     """Where a cell lies in the benchmark's folder; what it made is in `work` there."""
     return Path("cells") / _slug(recipe) / _slug(subject)
+
+
+def check_instruments(reports: Iterable[Report | ClipReport]) -> None:
+    """ValueError when reports were not measured with the same instruments."""
+    tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports}
+    if len(tools) > 1:
+        listed = "; ".join(", ".join(t) for t in sorted(tools))
+        raise ValueError(f"reports measured with different instruments cannot share a table: {listed}")
 
 
 def _slug(name: str) -> str:

@@ -67,7 +67,7 @@ def run(
     how = {} if settings.motion_adapter is None else {"motion_adapter": settings.motion_adapter}
     runner = kind(kind.prepared(load_backbone("toybox", device=device), **how))
     painter = Runner(load_backbone("toybox", device=device))
-    cells = _cells(settings)
+    cells = cells_of(settings)
     about = {"limit": settings.limit, "steps": settings.steps, "subject": subject}
     about |= {"checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     experiment = Experiment(contents, list(cells), PROMPTS, range(settings.num), about)
@@ -88,7 +88,7 @@ def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
     return load(recipe, overrides, "video", model)
 
 
-def _cells(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
+def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
     """What the table calls each cell -> (held-out motion, held-out thing or "")."""
     motions = [f"{settings.split}-{m.name}" for m in held_out_motions(settings.split)][: settings.motions]
     things = [h.name for h in held_out(settings.split)][: settings.subjects] or [""]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import Instruments
-from shared.metrics.report import APART, Costs, Instrument, Report
+from shared.metrics.report import APART, SCORE_COLUMNS, Costs, Instrument, Report
 from shared.metrics.scorer import Scorer
 from shared.metrics.true_thing import TrueThing
 from shared.train.costs import peak_memory
@@ -146,25 +146,13 @@ def truth_note(report: Report) -> str | None:
 
 
 def scores_csv(report: Report) -> str:
-    """The summary_scores scores, one a row, and what the concept cost; empty where something was not measured."""
+    """The headline scores, one a row, and what the concept cost; empty where something was not measured."""
     out = io.StringIO()
-    columns = (
-        "key",
-        "title",
-        "value",
-        "low",
-        "high",
-        "unit",
-        "better",
-        "base",
-        "chance",
-        "truth",
-        "among_low",
-        "among_high",
-    )
-    writer: Any = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer: Any = csv.DictWriter(out, SCORE_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: v for k, v in s.model_dump().items() if k in columns and v is not None} for s in report.scores)
+    writer.writerows(
+        {k: v for k, v in s.model_dump().items() if k in SCORE_COLUMNS and v is not None} for s in report.scores
+    )
     costs = report.costs.model_dump(exclude={"peak_memory_of"})
     units = {"seconds": "seconds", "memory": "bytes", "bytes": "bytes"}
     for key, value in costs.items():

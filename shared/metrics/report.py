@@ -20,11 +20,13 @@ Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
 APART = 0.5  # T below it: the instruments pass fewer than half of the true pictures, and the thing is shown apart
 
 
-class _Row(BaseModel):
+class Row(BaseModel):
+    """A part of a report."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Score(_Row):
+class Score(Row):
     """One headline number. `value` and what stands beside it share a unit: rates and scores on [0, 1], or a cosine."""
 
     key: str
@@ -42,18 +44,22 @@ class Score(_Row):
     explanation: str = ""
 
 
-class PictureRow(_Row):
-    """One picture and all that was measured on it."""
+#: Of a score, in tables of scores.
+SCORE_COLUMNS = (
+    "key", "title", "value", "low", "high", "unit", "better", "base", "chance", "truth", "among_low", "among_high",
+)  # fmt: skip
 
-    kind: Kind
-    prompt: int  # row of `prompts`; for drift pictures, number of the drift prompt
+
+class MadeRow(Row):
+    """A picture or a clip, and all that was measured on it."""
+
+    prompt: int  # row of the report's prompts
     text: str  # as the model was told
     seed: int
     file: str  # below the report's folder
     scores: dict[str, float | None] = {}
     expects: dict[str, str] = {}
-    seen: dict[str, str] = {}
-    nearest: str = ""
+    seen: dict[str, str] = {}  # of a clip: in most frames
     flags: list[str] = []  # what is wrong, in words
     failed: bool = False
 
@@ -63,7 +69,14 @@ class PictureRow(_Row):
         return {k: number(v) for k, v in value.items()}
 
 
-class PromptRow(_Row):
+class PictureRow(MadeRow):
+    """One picture; `prompt` of a drift picture is the number of the drift prompt."""
+
+    kind: Kind
+    nearest: str = ""
+
+
+class PromptRow(Row):
     """Means over the pictures of one prompt, with the concept and without (`base_…`)."""
 
     prompt: int
@@ -74,7 +87,7 @@ class PromptRow(_Row):
     scores: dict[str, float | None] = {}
 
 
-class Instrument(_Row):
+class Instrument(Row):
     """What was measured with, and its accuracy on fresh renders where a card says it."""
 
     name: str
@@ -83,7 +96,7 @@ class Instrument(_Row):
     accuracy: dict[str, float] = {}
 
 
-class Costs(_Row):
+class Costs(Row):
     """Time in seconds, memory and size in bytes; None where it was not measured."""
 
     seconds_per_picture: float | None = None

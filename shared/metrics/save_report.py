@@ -6,12 +6,15 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.io.outputs import atomic_folder, write_text
 from shared.io.safe_paths import safe_relative
 from shared.metrics.html import report_html
 from shared.metrics.report import HTML_FILE, REPORT_FILE, PictureRow, PromptRow, Report
+
+if TYPE_CHECKING:
+    from shared.metrics.clips.report import ClipRow
 
 
 def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
@@ -25,16 +28,25 @@ def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def pictures_csv(pictures: Sequence[PictureRow]) -> str:
-    """One row per picture: `score.*`, `expects.*` and `seen.*` as columns; flags joined with "; "."""
+def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
+    """One row per picture or clip, `last` being the column that only these have: `score.*`, `expects.*` and `seen.*` as
+    columns; flags joined with "; "."""
     rows = []
-    for p in pictures:
-        row: dict[str, Any] = {"kind": p.kind, "prompt": p.prompt, "text": p.text, "seed": p.seed, "file": p.file}
-        row |= {"failed": int(p.failed), "flags": "; ".join(p.flags), "nearest": p.nearest}
-        row |= {f"score.{k}": "" if v is None else v for k, v in p.scores.items()}
-        row |= {f"expects.{k}": v for k, v in p.expects.items()} | {f"seen.{k}": v for k, v in p.seen.items()}
+    for m in made:
+        row: dict[str, Any] = {"kind": m.kind, "prompt": m.prompt, "text": m.text, "seed": m.seed, "file": m.file}
+        row |= {"failed": int(m.failed), "flags": "; ".join(m.flags), last: getattr(m, last)}
+        row |= {f"score.{k}": "" if v is None else v for k, v in m.scores.items()}
+        row |= {f"expects.{k}": v for k, v in m.expects.items()} | {f"seen.{k}": v for k, v in m.seen.items()}
         rows.append(row)
-    return csv_table(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", "nearest"))
+    return csv_table(rows, ("kind", "prompt", "text", "seed", "file", "failed", "flags", last))
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """A report's files, by name below its folder. ValueError for a name that leads out of it."""
+    for name, data in files.items():
+        path = safe_relative(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def prompts_csv(prompts: Sequence[PromptRow]) -> str:
@@ -58,12 +70,9 @@ def save_report(report: Report, out: Path | str, overwrite: bool = False) -> Pat
     ValueError when `out` exists and is not empty, unless `overwrite`.
     """
     with atomic_folder(out, overwrite) as folder:
-        for name, data in report.thumbs.items():
-            path = safe_relative(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        write_files(report.thumbs, folder)
         write_text(folder / REPORT_FILE, report.to_json())
-        write_text(folder / "pictures.csv", pictures_csv(report.pictures))
+        write_text(folder / "pictures.csv", made_csv(report.pictures, "nearest"))
         write_text(folder / "prompts.csv", prompts_csv(report.prompts))
         write_text(folder / HTML_FILE, report_html(report))
     return Path(out) / HTML_FILE

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.benchmark.clip_table import ClipGoal, aggregate_clips, compare_clips
+from shared.benchmark.toybox_clips import ClipBenchmarkSettings, cells_of
 from shared.metrics.clips.report import ClipReport, ClipRow
 from shared.metrics.report import Score
 
@@ -65,6 +66,14 @@ def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), more
 
 
+def test_cells_are_motions_with_things_or_motions_alone():
+    of_four = cells_of(ClipBenchmarkSettings(motions=2, subjects=2))
+    assert of_four["zigzag with duck"] == ("development-zigzag", "development-duck") and len(of_four) == 4
+    assert cells_of(ClipBenchmarkSettings("reporting", motions=1, subjects=0)) == {
+        "staircase": ("reporting-staircase", "")
+    }
+
+
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
     """Clips with these scores, and as many of the base model that show nothing."""
     rows = [
@@ -94,5 +103,6 @@ def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
+    assert table.rows[0].scores["identity"].low is None, "one motion says nothing of how motions differ"
     assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
-    assert "1, 1 cells failed" in table.markdown() and "RuntimeError: no" in table.csv()
+    assert "1, 1 failed" in table.markdown() and "RuntimeError: no" in table.csv()

@@ -164,3 +164,7 @@ def test_the_rate_of_frames_is_told_to_a_network_that_asks(folders: dict[str, Pa
         "motion_director", ["sources.clips.window.fps=24", "sources.clips.window.stride=2"], "video", VideoRecipe
     )
     assert recipe.opening() == {"fps": 12.0}
+    rates = ["sources.clips.window.fps=24", "sources.more.kind=clips", "sources.more.window.fps=8"]
+    two = load("motion_director", rates, "video", VideoRecipe)
+    with pytest.warns(UserWarning, match="clips of 8, 24 frames per second"):
+        assert two.opening() == {}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.io.safe_paths import safe_relative
-from shared.metrics.report import REPORT_FILE, Instrument, Score, number
+from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 
 SCHEMA_VERSION = 1
 CLIPS = "clips"  # the folder of the clips
@@ -18,32 +17,14 @@ Kind = Literal["concept", "base", "unnamed"]
 """With all concepts as the prompt names them; without any; with the motion loaded, and not asked for."""
 
 
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ClipRow(_Row):
-    """One clip and all that was measured on it."""
+class ClipRow(MadeRow):
+    """One clip."""
 
     kind: Kind
-    prompt: int  # row of `prompts`
-    text: str  # as the model was told
-    seed: int
-    file: str  # below the report's folder
-    scores: dict[str, float | None] = {}
-    expects: dict[str, str] = {}
-    seen: dict[str, str] = {}  # in most frames
     moves_like: str = ""  # the motion that its path is nearest to
-    flags: list[str] = []  # what is wrong, in words
-    failed: bool = False
-
-    @field_validator("scores", mode="before")
-    @classmethod
-    def _no_nan(cls, value: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: number(v) for k, v in value.items()}
 
 
-class ClipCosts(_Row):
+class ClipCosts(Row):
     """Time in seconds, memory and size in bytes; None where it was not measured."""
 
     seconds_per_clip: float | None = None
