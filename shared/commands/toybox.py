@@ -31,7 +31,10 @@ def train(
     truth: bool = typer.Option(False, help="unet: what the renderer knows of the pictures teaches, too"),
     deep: bool = typer.Option(False, help="unet: two layers at each level instead of one"),
     more: int = typer.Option(None, min=1, help="unet: pictures beyond the shipped weights', the rate falling to 0"),
-    lr: float = typer.Option(None, min=0, help="unet: peak rate"),
+    lr: float = typer.Option(None, min=0, help="unet, motion: peak rate"),
+    batch: int = typer.Option(None, min=1, help="unet, motion: pictures or clips per step; more of them on a GPU"),
+    steps: int = typer.Option(None, min=1, help="motion: number of steps"),
+    compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
     """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
     from shared.config import unknown
@@ -41,8 +44,8 @@ def train(
         if name not in pipeline.STAGES:
             raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
-    unet = pipeline.UnetChoices(truth, deep, more, lr)
-    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, unet)
+    unet, pace = pipeline.UnetChoices(truth, deep, more), pipeline.Pace(batch, lr, steps, compiled)
+    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, unet, pace)
     pipeline.run(stage or list(pipeline.STAGES), given)
 
 

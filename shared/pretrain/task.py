@@ -20,10 +20,11 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a training computes, and whether in bf16."""
+    """Where a training computes, and whether in bf16 and with compiled blocks."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
+    compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast, or nothing. Autocast belongs to a thread: each enters its own."""

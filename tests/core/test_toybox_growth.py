@@ -104,12 +104,12 @@ def test_a_deep_run_begins_with_the_shipped_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-DEEP_CHOICE = stages.UnetChoices(deep=True, more=3200, lr=5e-4)
+DEEP_CHOICE = stages.UnetChoices(deep=True, more=3200)
 
 
 def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:
     first = adopted_steps()
-    work = stages.Work(Path("work"), 64, None, "cpu", 1, 0, unet=DEEP_CHOICE)
+    work = stages.Work(Path("work"), 64, None, "cpu", 1, 0, unet=DEEP_CHOICE, pace=stages.Pace(lr=5e-4))
     for minutes in (None, 5.0):  # minutes pause the round, and its rates do not know of it
         spend, settings = stages.unet_training(replace(work, minutes=minutes))
         assert (spend.steps, spend.minutes, settings.lr) == (first + 100, minutes, 5e-4)

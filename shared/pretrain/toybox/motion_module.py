@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared.optimizers import AdamW
 from shared.pretrain.batch_shares import BatchShares
+from shared.pretrain.prefetch import Prefetch
 from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute, PretrainTask, decay_groups
 from shared.pretrain.toybox import clip_dataset, models
@@ -163,8 +164,8 @@ class MotionTask(PretrainTask):
         self.net = MovingDenoiser(pipe, settings).to(compute.device)
         if compute.device.type == "cpu":
             self.net.text_encoder.set_attn_implementation("eager")
-            self.net.unet.set_attn_processor(models.PlainAttention())
-            self.net.unet.to(memory_format=torch.channels_last)
+        models.lay_out(self.net.unet, compute)
+        self.drawn = Prefetch(self.draw, compute.device)
         self.trained = {**self.net.motion_parameters(), "words": self.net.words}
         self.averages = Averages(self.trained, settings.ema)
         self.modules = {"model": _Named(self.trained)}
@@ -180,7 +181,7 @@ class MotionTask(PretrainTask):
 
     def updates(self, step: int, micro: int) -> Updates:
         """One loss."""
-        batch = self.draw(step)
+        batch = self.drawn(step)
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:

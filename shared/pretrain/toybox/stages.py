@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from shared.pretrain.run_task import RunSettings
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.models import UnetSize
+    from shared.pretrain.toybox.motion_module import MotionTraining
+
+T = TypeVar("T", "UnetTraining", "MotionTraining")
 
 #: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
@@ -33,13 +36,34 @@ class UnetChoices:
     truth: whether what the renderer knows of the pictures teaches, too (`truth_heads`)
     deep: whether each level has two layers instead of one
     more: pictures beyond those of the weights that it starts from, over the last `FALL` of which the rate falls to 0
-    lr: the peak rate; its usual one where None
     """
 
     truth: bool = False
     deep: bool = False
     more: int | None = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the networks that denoise learn; the usual pace, for a CPU, where None.
+
+    batch: pictures or clips of a step; the moving average then follows the square root of it
+    lr: the peak rate
+    steps: of the motion module
+    compiled: whether blocks are compiled (`RunSettings.compiled`)
+    """
+
+    batch: int | None = None
     lr: float | None = None
+    steps: int | None = None
+    compiled: bool = False
+
+    def of(self, usual: T) -> T:
+        """A training's usual settings at this pace."""
+        lr = usual.lr if self.lr is None else self.lr
+        if self.batch is None:
+            return replace(usual, lr=lr)
+        return replace(usual, lr=lr, batch=self.batch, ema=usual.ema ** (self.batch / usual.batch) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,7 @@ class Work:
     fresh: bool = False
     clips: int = 6_000
     unet: UnetChoices = UnetChoices()
+    pace: Pace = Pace()
 
     @property
     def data(self) -> Path:
@@ -69,7 +94,9 @@ class Work:
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None
-        return RunSettings(steps=own, minutes=self.minutes, threads=self.threads, device=self.device)
+        return RunSettings(
+            steps=own, minutes=self.minutes, threads=self.threads, device=self.device, compiled=self.pace.compiled
+        )
 
 
 def run(stages: Sequence[str], work: Work) -> None:
@@ -119,9 +146,7 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.initial_weights import adopted_steps
 
-    choices, settings = work.unet, UnetTraining(unet=_unet_size(work), seed=work.seed)
-    if choices.lr is not None:
-        settings = replace(settings, lr=choices.lr)
+    choices, settings = work.unet, work.pace.of(UnetTraining(unet=_unet_size(work), seed=work.seed))
     spend, decay = work.settings(UNET_STEPS), 0.2
     if choices.more is not None:
         first = 0 if work.fresh else adopted_steps()
@@ -188,8 +213,8 @@ def _motion(work: Work) -> str:
     from shared.pretrain.toybox.motion_module import MotionTraining, train_motion
     from shared.toybox.weights import backbone_path
 
-    spend = replace(work.settings(MOTION_STEPS), steps=MOTION_STEPS)  # minutes pause it
-    return str(train_motion(work.folder, backbone_path(), spend, MotionTraining(seed=work.seed)))
+    spend = replace(work.settings(MOTION_STEPS), steps=work.pace.steps or MOTION_STEPS)  # minutes pause it
+    return str(train_motion(work.folder, backbone_path(), spend, work.pace.of(MotionTraining(seed=work.seed))))
 
 
 def _assemble_motion(work: Work) -> str:

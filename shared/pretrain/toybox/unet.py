@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.optimizers import OptimizerPart
 from shared.pretrain.batch_shares import BatchShares
+from shared.pretrain.prefetch import Prefetch
 from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute, PretrainTask, decay_groups
 from shared.pretrain.toybox import latent_cache as cache
@@ -62,8 +63,8 @@ class UnetTask(PretrainTask):
         self.denoiser = models.build_denoiser(tokenizer, settings.sizes).to(compute.device).train()
         if compute.device.type == "cpu":
             self.denoiser.text_encoder.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-            self.denoiser.unet.set_attn_processor(models.PlainAttention())  # pyright: ignore[reportCallIssue]
-            self.denoiser.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        models.lay_out(self.denoiser.unet, compute)
+        self.drawn = Prefetch(self._draw, compute.device)
         self.ema = self.averages = Averages(dict(self.denoiser.named_parameters()), settings.ema)
         self.probe = reader.Probe(self.denoiser.unet).to(compute.device) if reads is not None else None
         self.heads = TruthHeads(self.denoiser.unet).to(compute.device) if data.truth is not None else None
@@ -87,8 +88,10 @@ class UnetTask(PretrainTask):
 
     def updates(self, step: int, micro: int) -> Updates:
         """One loss."""
-        batch = draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
-        yield Update(self.loss(batch, self.reading(step)))
+        yield Update(self.loss(self.drawn(step), self.reading(step)))
+
+    def _draw(self, step: int) -> DenoisingBatch:
+        return draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
 
     def reading(self, step: int) -> float:
         """The weight of what is read off the denoiser: 1 at the full rate, 0 where the rate is `read_until` of it."""

@@ -1,0 +1,33 @@
+"""Draws the next step's batch while a GPU computes this one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import torch
+
+B = TypeVar("B")
+
+
+class Prefetch(Generic[B]):
+    """`draw(step)`, where steps are asked for in order one step ahead, in a thread; the same batches either way.
+
+    Args:
+        draw: depends on the step alone
+        device: on a CPU nothing is drawn ahead, for both would share its cores
+    """
+
+    def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:
+        self.draw = draw
+        self.pool = ThreadPoolExecutor(1) if device.type != "cpu" else None
+        self.ahead: dict[int, Future[B]] = {}
+
+    def __call__(self, step: int) -> B:
+        """The batch of a step. What its drawing raises is raised here."""
+        if self.pool is None:
+            return self.draw(step)
+        found = self.ahead.pop(step, None)
+        self.ahead = {step + 1: self.pool.submit(self.draw, step + 1)}
+        return found.result() if found is not None else self.draw(step)
