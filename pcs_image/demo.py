@@ -1,83 +1,72 @@
-"""The demo: five pictures of a held-out toybox subject become a concept, new scenes, scores and a page."""
+"""Pictures in the demo: the thing becomes a concept, new scenes, scores and a report."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pcs_image.runner import ImageRunner
+from shared.demo import Asked, Bars, Exhibit
 from shared.evaluation.prompt_sets import load_prompts
 from shared.io.contact_sheets import contact_sheet
 from shared.io.decode import read_picture
-from shared.io.outputs import check_output
 from shared.io.resize import resize
 from shared.recipe.resolve import load
 from shared.runner.judging import EvaluationSettings, evaluate_loaded, score_line, training_scorers
 from shared.runner.learn import personalize
 from shared.runner.open_runner import open_runner
 from shared.runner.plan import plan
-from shared.toybox import reference_sets as album
 
 _SCENES = 8
 
 
-def run(
-    out: Path, subject: str, recipe: str, overwrite: bool, bar: Callable[[], Any], counter: Callable[[], Any]
-) -> Iterator[str]:
-    """Do it, yielding what was made. ValueError for an unknown subject or recipe, or an `out` that exists."""
-    check_output(out, overwrite)
-    held = album.held_out(subject)
-    name = f"my-{held.thing.class_name}"
-    settings = [
-        f"subject.images={out / 'references'}",
-        f"subject.class_noun={held.thing.class_name}",
-        f"output={out / name}.concept",
-    ]
-    resolved = load(recipe, settings)
-    if out.exists():
-        shutil.rmtree(out)
-    start = time.perf_counter()
-    files = album.write_album(subject, out / "references")
-    yield f"references   {len(files)} pictures of {subject} in {out / 'references'}"
-    planned = plan(resolved)
+def check(asked: Asked) -> None:
+    """ValueError for an unknown thing or recipe."""
+    load(asked.recipe, _settings(asked))
+
+
+def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
+    """Learns the thing, measures it, and shows its pictures beside those of the base model."""
+    start, noun = time.perf_counter(), asked.thing.thing.class_name
+    planned = plan(load(asked.recipe, _settings(asked)))
     runner = open_runner(ImageRunner, "toybox", [], "cpu")
     scorers = training_scorers(planned, runner.backbone, None, None)
-    with bar() as progress:
-        made = personalize(planned, runner, scorers=scorers, progress=progress)
-    yield f"concept      {made[name]} ({time.perf_counter() - start:.0f} s)"
-    with counter() as progress:
-        settings = EvaluationSettings(
-            "toybox", limit=10, references=out / "references", path=made[name], out=out / "report"
+    with bars.bar() as progress:
+        personalize(planned, runner, scorers=scorers, progress=progress)
+    yield f"concept      {asked.concept} ({time.perf_counter() - start:.0f} s)"
+    page = asked.out / "report" / "index.html"
+    with bars.counter() as progress:
+        judged = EvaluationSettings(
+            "toybox", limit=10, references=asked.references, path=asked.concept, out=page.parent
         )
-        report = evaluate_loaded(runner, name, settings, progress)
-    sheet = _sheet(report, out, held.thing.class_name)
+        report = evaluate_loaded(runner, asked.concept.stem, judged, progress)
+    sheet = _sheet(report, asked, noun)
     yield f"scenes       {sheet}"
-    for score in report.scores:
-        yield f"  {score.title:26} {score_line(score)}"
-    (out / "index.html").write_text(
-        '<!doctype html><meta charset="utf-8"><title>pcs demo</title>'
-        '<meta http-equiv="refresh" content="0; url=report/index.html">'
-        '<a href="report/index.html">the report</a>'
-    )
-    yield f"page         {out / 'index.html'}"
-    yield f"These are toy numbers, of the toybox. Done in {time.perf_counter() - start:.0f} s."
+    scores = [(score.title, score_line(score)) for score in report.scores]
+    yield from (f"  {title:26} {line}" for title, line in scores)
+    text = f"Learned from the pictures above by {asked.recipe}, in scenes that none of them shows."
+    yield Exhibit("New pictures", sheet, text, scores, {"the report": page})
 
 
-def _sheet(report: Any, out: Path, class_noun: str) -> Path:
+def _settings(asked: Asked) -> list[str]:
+    noun = asked.thing.thing.class_name
+    return [f"subject.images={asked.references}", f"subject.class_noun={noun}", f"output={asked.concept}"]
+
+
+def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
     """references | new scenes | the base model without the concept, for the first prompts."""
     prompts = load_prompts("toybox").prompts[:_SCENES]
 
     def first(kind: str) -> torch.Tensor:
         pictures = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(len(prompts))]
-        return torch.stack([resize(read_picture(out / "report" / r.file), 64).pixels for r in pictures])
+        return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in pictures])
 
-    references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted((out / "references").glob("*.png"))])
-    path = out / "contact-sheet.png"
+    references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
+    path = asked.out / "contact-sheet.png"
     contact_sheet(
         {
             "references": references,

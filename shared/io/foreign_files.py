@@ -25,7 +25,6 @@ _MADE = "pcs"  # the key in the PNG text of generated pictures
 _ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", "learned.safetensors", "optimizer.safetensors", "best.safetensors"}
-_DEMO_PAGE = b"<title>pcs demo</title>"
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
@@ -110,8 +109,6 @@ def _explained(folder: Path) -> set[str]:
         out |= (
             _CHECKPOINT_FILES  # also where its state.json is damaged: it can be neither resumed nor removed otherwise
         )
-    if _begins(folder / "index.html", _DEMO_PAGE):
-        out |= {"index.html", "contact-sheet.png"}
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
         out |= {"comparison.md", "comparison.csv", "index.html"}
     return out | _of_pictures(folder)
@@ -150,14 +147,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _begins(path: Path, text: bytes) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return text in stream.read(4096)
-    except OSError:
-        return False
 
 
 def _png_text(path: Path) -> set[str]:

@@ -135,14 +135,14 @@ def _is_small(report: Report) -> bool:
     return data is not None and max(Image.open(io.BytesIO(data)).size) <= 128
 
 
-def inline(png: bytes | None) -> str:
+def inline(png: bytes | None, largest: int = LARGEST) -> str:
     """A `data:` URL of a picture, scaled down to what a page needs; "" where there is none."""
     if png is None:
         return ""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    if max(picture.size) <= LARGEST:
+    if max(picture.size) <= largest:
         return "data:image/png;base64," + base64.b64encode(png).decode()
-    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

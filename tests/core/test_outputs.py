@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from shared.io.contact_sheets import write_picture
 from shared.io.find_pictures import list_pictures
-from shared.io.foreign_files import MARK, foreign_files
+from shared.io.foreign_files import MARK, claim, foreign_files
 from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output, write_text
 from shared.train import checkpoint
 from shared.train.log import Log
@@ -194,8 +194,9 @@ def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
     (demo / "report/report.json").write_text(json.dumps(rows))
     for name in ("pictures/0.png", "pictures/r.png", "index.html", "pictures.csv", "prompts.csv"):
         (demo / "report" / name).touch()
-    (demo / "index.html").write_text("<title>pcs demo</title>")
-    (demo / "contact-sheet.png").touch()
+    for name in ("index.html", "contact-sheet.png"):
+        claim(demo, name)
+        (demo / name).touch()
     assert check_output(demo, overwrite=True) == demo
     for mine in (
         "references/holiday.jpg",

@@ -1,0 +1,133 @@
+"""The demo: a held-out thing of the toybox, learned once, in everything that the installed packages make of it.
+
+A package offers its part by an entry point `pcs.demo`, named by the modality, whose value is a module with two functions:
+`check(asked)`, which refuses what cannot be done before anything is, and `show(asked, bars)`, which does it and yields lines
+to print and `Exhibit`s for the page. Parts come in the order of `ORDER`; a later one uses the concepts of an earlier one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from shared.config import unknown
+from shared.io.foreign_files import claim
+from shared.io.outputs import check_output
+from shared.metrics.clips.page import inline_clip
+from shared.metrics.html import inline, render
+from shared.toybox import reference_sets as album
+
+GROUP = "pcs.demo"
+ORDER = ("image", "video", "3d")
+_WIDEST = 1600  # pixels of a picture on the page
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is shown, and where it goes."""
+
+    out: Path
+    subject: str
+    recipe: str
+    motion: str
+    motion_recipe: str
+
+    @property
+    def thing(self) -> album.HeldOut:
+        return album.held_out(self.subject)
+
+    @property
+    def references(self) -> Path:
+        return self.out / "references"
+
+    @property
+    def concept(self) -> Path:
+        """Of the thing."""
+        return self.out / f"my-{self.thing.thing.class_name}.concept"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What shows the progress: `bar()` of a training, `counter()` of everything else."""
+
+    bar: Callable[[], Any]
+    counter: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """Something on the page: a PNG or an animated WebP, and the files of the demo's folder that say more about it."""
+
+    title: str
+    file: Path
+    text: str
+    scores: Sequence[tuple[str, str]] = ()
+    more: Mapping[str, Path] = field(default_factory=dict)  # what a link says -> where it leads
+
+
+class DemoPart(Protocol):
+    """What a package's module offers."""
+
+    def check(self, asked: Asked) -> None:
+        """ValueError for what is unknown."""
+        ...
+
+    def show(self, asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
+        """Does it; yields lines to print, and what the page shows."""
+        ...
+
+
+def parts(only: Sequence[str] = ()) -> Mapping[str, DemoPart]:
+    """The parts of the installed packages in order, or those of some modalities. ValueError for one that none offers."""
+    from importlib.metadata import entry_points
+
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    for name in only:
+        if name not in found:
+            raise ValueError(f"--only: {unknown(name, found, 'part')}")
+    return {name: found[name].load() for name in ORDER if name in found and (not only or name in only)}
+
+
+def run(asked: Asked, only: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
+    """Does all parts, yielding what was made. ValueError for what is unknown, or an `out` that exists."""
+    chosen = parts(only)
+    check_output(asked.out, overwrite)
+    for part in chosen.values():
+        part.check(asked)
+    if asked.out.exists():
+        shutil.rmtree(asked.out)
+    start = time.perf_counter()
+    files = album.write_album(asked.subject, asked.references)
+    yield f"references   {len(files)} pictures of {asked.subject} in {asked.references}"
+    exhibits: list[Exhibit] = []
+    for part in chosen.values():
+        for made in part.show(asked, bars):
+            if isinstance(made, Exhibit):
+                exhibits.append(made)
+                claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
+                _write_page(asked, exhibits)
+            else:
+                yield made
+    yield f"page         {asked.out / 'index.html'}"
+    yield f"These are toy numbers, of the toybox. Done in {time.perf_counter() - start:.0f} s."
+
+
+def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:
+    def shown(exhibit: Exhibit) -> dict[str, Any]:
+        moves, data = exhibit.file.suffix == ".webp", exhibit.file.read_bytes()
+        links = {text: path.relative_to(asked.out).as_posix() for text, path in exhibit.more.items()}
+        return {
+            "about": exhibit,
+            "src": inline_clip(data) if moves else inline(data, _WIDEST),
+            "moves": moves,
+            "links": links,
+        }
+
+    references = [inline(p.read_bytes()) for p in sorted(asked.references.glob("*.png"))]
+    page = render("demo.html.j2", subject=asked.subject, references=references, exhibits=[shown(e) for e in exhibits])
+    claim(asked.out, "index.html")
+    (asked.out / "index.html").write_text(page, encoding="utf-8")

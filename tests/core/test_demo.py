@@ -1,0 +1,75 @@
+"""The demo's parts, one after the other, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared import demo
+from shared.io.clips.write_clip import write_clip
+from shared.io.contact_sheets import write_picture
+
+ASKED = demo.Asked(Path(), "development-robot", "pivotal_tuning", "development-zigzag", "motion_director")
+BARS = demo.Bars(nullcontext, nullcontext)
+
+
+class Painter:
+    """A part that shows a picture of its own, or a clip."""
+
+    def __init__(self, ending: str, refused: str = "") -> None:
+        self.ending, self.refused = ending, refused
+
+    def check(self, asked: demo.Asked) -> None:
+        if asked.motion == self.refused:
+            raise ValueError(f"no motion {asked.motion}")
+
+    def show(self, asked: demo.Asked, bars: demo.Bars) -> Iterator[str | demo.Exhibit]:
+        file = asked.out / f"made{self.ending}"
+        if self.ending == ".png":
+            write_picture(torch.zeros(3, 8, 500), file)
+        else:
+            write_clip(file, torch.zeros(3, 2, 8, 8), 8)
+        yield f"made {self.ending}"
+        yield demo.Exhibit("Title", file, "<b> & text", [("identity", "0.91")], {"the report": file})
+
+
+def test_parts_share_a_thing_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "parts", lambda only: {"image": Painter(".png"), "video": Painter(".webp")})
+    asked = replace(ASKED, out=tmp_path / "demo")
+    lines = list(demo.run(asked, [], False, BARS))
+    assert [line for line in lines if line.startswith("made")] == ["made .png", "made .webp"]
+    page = (asked.out / "index.html").read_text("utf-8")
+    assert page.count("data:image/png") == 6 and page.count("data:image/webp") == 1  # five references, and a picture
+    assert "&lt;b&gt; &amp; text" in page and 'href="made.webp"' in page and "0.91" in page
+    assert asked.concept.name == "my-robot.concept"
+    with pytest.raises(ValueError, match="exists"):
+        next(demo.run(asked, [], False, BARS))
+
+
+def test_what_is_unknown_is_refused_before_anything_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "demo"
+    asked = replace(ASKED, out=kept)
+    monkeypatch.setattr(demo, "parts", lambda only: {"image": Painter(".png"), "video": Painter(".webp", "none")})
+    list(demo.run(asked, [], False, BARS))
+    before = sorted(p.name for p in kept.iterdir())
+    with pytest.raises(ValueError, match="no motion none"):
+        next(demo.run(replace(asked, motion="none"), [], True, BARS))
+    assert sorted(p.name for p in kept.iterdir()) == before
+
+
+def test_the_installed_packages_offer_their_parts() -> None:
+    found: Any = demo.parts()
+    assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo"]
+    assert list(demo.parts(["video"])) == ["video"]
+    with pytest.raises(ValueError, match=r"--only: .*imag.*image"):
+        demo.parts(["imag"])
+    for part in found.values():
+        part.check(ASKED)
+        with pytest.raises(ValueError, match="recipe"):
+            part.check(replace(ASKED, recipe="nonesuch", motion_recipe="nonesuch"))
