@@ -33,12 +33,10 @@ RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 class UnetChoices:
     """How the U-Net learns: the ways that are compared.
 
-    truth: whether what the renderer knows of the pictures teaches, too (`truth_heads`)
     deep: whether each level has two layers instead of one
     more: pictures beyond those of the weights that it starts from, over the last `FALL` of which the rate falls to 0
     """
 
-    truth: bool = False
     deep: bool = False
     more: int | None = None
 
@@ -138,7 +136,7 @@ def _unet(work: Work) -> str:
 
     _adopt_backbone("unet", work)
     spend, settings = unet_training(work)
-    return str(train_unet(work.data, work.run, spend, settings, work.unet.truth))
+    return str(train_unet(work.data, work.run, spend, settings))
 
 
 def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
