@@ -20,14 +20,19 @@ from shared.train.budget import Budget
 from tests.core.squares import Squares, same
 
 BACKBONE = weights.WEIGHTS / "backbone"
+WORK = stages.Work(Path("work"), 64, None, "cpu", 1, 0, more=3200, pace=stages.Pace(lr=5e-4))
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
-    shipped, settings = run_folder.frozen_vae(BACKBONE).float(), vae.shipped_training()
-    assert adopt_vae(tmp_path, settings) and not adopt_vae(tmp_path, settings), "a checkpoint of its own is left alone"
+    shipped, settings = run_folder.frozen_vae(BACKBONE).float(), vae.VaeTraining()
+    assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
     task = vae.VaeTask(settings, Squares(40), tmp_path, Compute())
     state = checkpoint.load(run_folder.training_folder(tmp_path, "vae"))
-    assert state is not None and state.step == 0
+    assert state is not None and state.step == 0 and state.info["facts"]["size"] == as_json(task.facts["size"])
     task.load_state_dict(state.learned)
     same(task.vae.state_dict(), shipped.state_dict())
     same(task.averages.state_dict(), dict(shipped.named_parameters()))
@@ -48,7 +53,7 @@ def test_the_unet_of_a_new_folder_is_the_shipped_one(tmp_path: Path) -> None:
     spend, settings = stages.unet_training(WORK)
     empty: Any = cache.Cache(*[torch.zeros(0)] * 4)  # pyright: ignore[reportArgumentType]
     task = unet.UnetTask(settings, empty, tmp_path, spend.budget(), Compute())
-    assert state.info["facts"]["sizes"] == json.loads(json.dumps(task.facts["sizes"]))
+    assert state.info["facts"]["sizes"] == as_json(task.facts["sizes"])
     task.load_state_dict(state.learned)
     shipped: Any = UNet2DConditionModel.from_pretrained(str(BACKBONE / "unet"), torch_dtype=torch.float32)
     same(task.denoiser.unet.state_dict(), shipped.state_dict())
@@ -64,9 +69,6 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(ValueError, match=f"reads 8 latent channels, .* {folder} has 4: .*--fresh"):
         adopt_backbone(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-WORK = stages.Work(Path("work"), 64, None, "cpu", 1, 0, more=3200, pace=stages.Pace(lr=5e-4))
 
 
 def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from shared.io.foreign_files import claim
 from shared.pretrain.run_task import checkpoint_info
 from shared.pretrain.task import state_of
-from shared.pretrain.toybox import extend_vae, models
+from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import (
     TOKENIZER_FOLDER,
     VAE_FOLDER,
@@ -24,13 +24,12 @@ from shared.pretrain.toybox.run_folder import (
     log_of,
     training_folder,
 )
-from shared.pretrain.toybox.vae import VaeTraining
 from shared.toybox import weights
 from shared.train import checkpoint
 
 
-def adopt_vae(out: Path, settings: VaeTraining) -> bool:
-    """Begins the checkpoint of a training with `settings` from the shipped autoencoder, extended to their size.
+def adopt_vae(out: Path) -> bool:
+    """Begins the checkpoint of a training in a run's folder from the shipped autoencoder.
 
     The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
     installation without weights, is left alone.
@@ -41,9 +40,7 @@ def adopt_vae(out: Path, settings: VaeTraining) -> bool:
     if checkpoint.load(folder) is not None or not (source / "config.json").is_file():
         return False
     vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
-    if extend_vae.size_of(vae) != settings.size:
-        vae = extend_vae.extend(vae, settings.size, settings.seed)
-    _write(folder, {"": vae}, checkpoint_info({"size": asdict(settings.size)}, pictures=0), step=0)
+    _write(folder, {"": vae}, checkpoint_info({"size": asdict(models.VaeSize())}, pictures=0), step=0)
     return True
 
 

@@ -107,12 +107,11 @@ def _data(work: Work) -> str:
 
 def _vae(work: Work) -> str:
     from shared.pretrain.toybox.initial_weights import adopt_vae
-    from shared.pretrain.toybox.vae import shipped_training, train_vae
+    from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
-    settings = shipped_training(work.seed, work.fresh)
-    if not work.fresh and adopt_vae(work.run, settings):
+    if not work.fresh and adopt_vae(work.run):
         print("vae: starts from the shipped weights", flush=True)
-    return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), settings))
+    return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
 def _decoder(work: Work) -> str:
