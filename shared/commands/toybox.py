@@ -28,8 +28,6 @@ def train(
     threads: int = typer.Option(2, min=1, help="CPU threads"),
     seed: int = typer.Option(0, min=0),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
-    truth: bool = typer.Option(False, help="unet: what the renderer knows of the pictures teaches, too"),
-    deep: bool = typer.Option(False, help="unet: two layers at each level instead of one"),
     more: int = typer.Option(None, min=1, help="unet: pictures beyond the shipped weights', the rate falling to 0"),
     lr: float = typer.Option(None, min=0, help="unet, motion: peak rate"),
     batch: int = typer.Option(None, min=1, help="unet, motion: pictures or clips per step; more of them on a GPU"),
@@ -44,8 +42,8 @@ def train(
         if name not in pipeline.STAGES:
             raise ValueError(unknown(name, pipeline.STAGES, "stage"))
     pick_device(device)  # before anything is written
-    unet, pace = pipeline.UnetChoices(truth, deep, more), pipeline.Pace(batch, lr, steps, compiled)
-    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, unet, pace)
+    pace = pipeline.Pace(batch, lr, steps, compiled)
+    given = pipeline.Work(work, pictures, minutes, device, threads, seed, fresh, clips, more, pace)
     pipeline.run(stage or list(pipeline.STAGES), given)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -16,9 +16,10 @@ from shared.toybox.backgrounds import PAINTERS, Canvas
 from shared.toybox.part_colors import SLOTS
 from shared.toybox.splat import FILL, Hits, Instances, groups, instances, turned, visible
 from shared.toybox.surfaces import FAR as FAR
-from shared.toybox.surfaces import SPACING, HitImage, by_chunks, halved, near_depth
+from shared.toybox.surfaces import SPACING, HitImage, halved, near_depth
 from shared.toybox.world import Scene
 
+_CHUNK = 32
 # Backgrounds without a floor to stand on take no shadow above their horizon; on these it falls everywhere.
 _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue studio")
 
@@ -46,9 +47,16 @@ class Rendered:
 
 
 def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Rendered:
-    """Pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU."""
+    """Pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU.
+
+    Raises:
+        ValueError: there are no scenes
+    """
+    if not scenes:
+        raise ValueError("there is nothing to draw: give at least one scene")
     where = torch.device(device)
-    return by_chunks(Rendered, scenes, lambda chunk: _chunk(chunk, size, where))
+    drawn = [_chunk(list(scenes[i : i + _CHUNK]), size, where) for i in range(0, len(scenes), _CHUNK)]
+    return Rendered(*(torch.cat([getattr(chunk, field.name) for chunk in drawn]) for field in fields(Rendered)))
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from shared.pretrain.toybox import models, run_folder, vae
 from shared.toybox import tokenizer as words
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
-TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16)
+TINY_SIZE = models.VaeSize((8, 8, 8), groups=4, sample_size=16, latent_channels=4)
+TINY_UNET_SIZE = models.UnetSize((8, 16, 16), 1, heads=2, groups=4, sample_size=4, latent_channels=4)
 TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4)
 
 

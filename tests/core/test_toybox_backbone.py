@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from shared.optimizers import AdamW
 from shared.pretrain.batch_shares import BatchShares
 from shared.pretrain.task import Compute, average_of
-from shared.pretrain.toybox import assemble, extend_vae, models, run_folder, unet, vae
+from shared.pretrain.toybox import assemble, models, run_folder, unet, vae
 from shared.pretrain.toybox import denoising_loss as denoising
 from shared.pretrain.toybox import latent_cache as cache
 from shared.toybox import tokenizer as words
@@ -25,10 +25,10 @@ from shared.train import checkpoint
 from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.loop import generator
-from tests.core.squares import TINY_VAE, Squares, same, tiny_run, train
+from tests.core.squares import TINY_UNET_SIZE, TINY_VAE, Squares, same, tiny_run, train
 
 TINY_UNET = denoising.UnetTraining(
-    models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=4),
+    TINY_UNET_SIZE,
     models.TextSize(hidden=16, layers=1, heads=2),
     batch=4,
     optimizer=AdamW(betas=(0.9, 0.99), warmup=2),
@@ -149,31 +149,6 @@ def test_adopted_weights_go_on_with_a_new_optimizer(tmp_path: Path, made: Path) 
     found = _state(tmp_path)
     assert (found.step, found.info["pictures"]) == (3, 12)
     assert float(found.optimizer["main.0.step"]) == 1, "of an optimizer that began with the third step"
-
-
-def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
-    from shared.pretrain.toybox.initial_weights import adopt_vae
-
-    shipped = run_folder.frozen_vae(weights.WEIGHTS / "backbone").float()
-    settings = vae.VaeTraining(extend_vae.size_of(shipped))
-    assert adopt_vae(tmp_path, settings) and not adopt_vae(tmp_path, settings), "a checkpoint of its own is left alone"
-    task = vae.VaeTask(settings, Squares(40), tmp_path, Compute())
-    state = checkpoint.load(run_folder.training_folder(tmp_path, "vae"))
-    assert state is not None and state.step == 0
-    task.load_state_dict(state.learned)
-    same(task.vae.state_dict(), shipped.state_dict())
-    same(task.averages.state_dict(), dict(shipped.named_parameters()))
-
-
-def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:
-    from shared.pretrain.toybox.initial_weights import adopt_backbone
-
-    shipped = json.loads((weights.WEIGHTS / "backbone" / "training.json").read_text())
-    assert adopt_backbone(tmp_path) and not adopt_backbone(tmp_path)
-    size = models.size_from(models.UnetSize, shipped["sizes"]["unet"])  # those of earlier versions do not say all
-    sizes = json.loads(json.dumps({**shipped["sizes"], "unet": asdict(size)}))
-    assert assemble.training_facts(tmp_path) == {**shipped, "sizes": sizes}
-    assert set(shipped["last"]) == {"vae", "decoder", "unet"}
 
 
 def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tmp_path: Path) -> None:

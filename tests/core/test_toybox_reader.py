@@ -23,7 +23,7 @@ from shared.train.budget import Budget
 from tests.core.squares import same, train
 
 TINY = denoising.UnetTraining(
-    models.UnetSize((8, 16, 16), heads=2, groups=4, sample_size=8),
+    models.UnetSize((8, 16, 16), 1, heads=2, groups=4, sample_size=8, latent_channels=4),
     models.TextSize(hidden=16, layers=1, heads=2),
     batch=8,
 )

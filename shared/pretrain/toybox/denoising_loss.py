@@ -27,8 +27,6 @@ class UnetTraining:
     ``reading``, ``probing``: the weights of class, view and accessory that must be seen in the guess and in the middle
     of the U-Net (`reader`), at the full learning rate; both fall to 0 with the rate, where it is ``read_until`` of its
     peak.
-    ``truth``: how much coverage, depth, normal, position and part of what is seen count, where the renderer's maps teach
-    (`truth_heads`); less under noise, and falling to 0 as those do.
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -43,7 +41,6 @@ class UnetTraining:
     reading: tuple[float, float, float] = (0.01, 0.04, 0.05)
     probing: tuple[float, float, float] = (0.05, 0.1, 0.08)
     read_until: float = 0.3
-    truth: tuple[float, float, float, float, float] = (0.1, 0.1, 0.05, 0.1, 0.1)
     ema: float = 0.999
     seed: int = 0
     snapshot_steps: int = 1500
@@ -66,12 +63,6 @@ class DenoisingBatch:
     caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for what is not named
     again: Tensor  # [B, C, H, W] noise that the guess gets before it is read
     level: Tensor  # [B] how much of it, as t
-    truth: Tensor | None = None  # int8 [B, 9, 2 H, 2 W] as `truth_maps`, where they teach
-
-    @property
-    def fields(self) -> tuple[Tensor | None, ...]:
-        """All of them, in order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device) -> DenoisingBatch:
         """The same on ``device``."""
@@ -82,7 +73,7 @@ class DenoisingBatch:
         return [self._of(lambda x, i=i: x[i::count]) for i in range(count)]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> DenoisingBatch:
-        return DenoisingBatch(*(x if x is None else change(x) for x in self.fields))  # pyright: ignore[reportArgumentType]
+        return DenoisingBatch(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
@@ -98,10 +89,7 @@ def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: i
     weight = 1 + (settings.thing_weight - 1) * torch.from_numpy(data.covered[index].astype(np.float32)) / 255
     times = draw_times(b, settings.t_uniform, settings.t_mean, g)
     named = torch.from_numpy(data.caption_attributes[index, variant].astype(np.int64)).masked_fill(dropped[:, None], -1)
-    truth = None if data.truth is None else torch.from_numpy(data.truth.take(index))
-    return DenoisingBatch(
-        latents, ids, noise, times, weight / weight.mean(), named, *reader.draw_noise(latents, g), truth
-    )
+    return DenoisingBatch(latents, ids, noise, times, weight / weight.mean(), named, *reader.draw_noise(latents, g))
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:

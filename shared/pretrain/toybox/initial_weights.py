@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import nn
 from shared.io.foreign_files import claim
 from shared.pretrain.run_task import checkpoint_info
 from shared.pretrain.task import state_of
-from shared.pretrain.toybox import extend_vae, models
-from shared.pretrain.toybox.grow_unet import grow
+from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import (
     TOKENIZER_FOLDER,
     VAE_FOLDER,
@@ -25,13 +24,12 @@ from shared.pretrain.toybox.run_folder import (
     log_of,
     training_folder,
 )
-from shared.pretrain.toybox.vae import VaeTraining
 from shared.toybox import weights
 from shared.train import checkpoint
 
 
-def adopt_vae(out: Path, settings: VaeTraining) -> bool:
-    """Begins the checkpoint of a training with `settings` from the shipped autoencoder, extended to their size.
+def adopt_vae(out: Path) -> bool:
+    """Begins the checkpoint of a training in a run's folder from the shipped autoencoder.
 
     The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
     installation without weights, is left alone.
@@ -42,27 +40,28 @@ def adopt_vae(out: Path, settings: VaeTraining) -> bool:
     if checkpoint.load(folder) is not None or not (source / "config.json").is_file():
         return False
     vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
-    if extend_vae.size_of(vae) != settings.size:
-        vae = extend_vae.extend(vae, settings.size, settings.seed)
-    _write(folder, {"": vae}, checkpoint_info({"size": asdict(settings.size)}, pictures=0), step=0)
+    _write(folder, {"": vae}, checkpoint_info({"size": asdict(models.VaeSize())}, pictures=0), step=0)
     return True
 
 
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
     """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and the averaged networks as a checkpoint.
 
-    The U-Net grows to `size`, and to the latent channels of an autoencoder that `out` has already (`grow_unet`). The
-    optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
+    The optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
     its own, or an installation without weights, is left alone.
+
+    Raises:
+        ValueError: the shipped U-Net is not of `size`, or does not read the latents of an autoencoder that `out` has
     """
     from diffusers import StableDiffusionPipeline
 
     source, folder = weights.WEIGHTS / "backbone", training_folder(out, "unet")
     if checkpoint.load(folder) is not None or not (source / "training.json").is_file():
         return False
+    facts = json.loads((source / "training.json").read_text(encoding="utf-8"))
+    _check_fits(models.size_from(models.UnetSize, facts["sizes"]["unet"]), size, out)
     out.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(str(source))
-    facts = json.loads((source / "training.json").read_text(encoding="utf-8"))
     shutil.copytree(source / "tokenizer", out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not has_vae(out):
         pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
@@ -70,10 +69,20 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    size = replace(size, latent_channels=int(frozen_vae(out).config["latent_channels"]))
-    info = checkpoint_info({"sizes": {**facts["sizes"], "unet": asdict(size)}}, facts["pictures"])
-    _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": grow(pipe.unet.float(), size)}, info, facts["step"])
+    info = checkpoint_info({"sizes": facts["sizes"]}, facts["pictures"])
+    _write(folder, {"text_encoder.": pipe.text_encoder, "unet.": pipe.unet}, info, facts["step"])
     return True
+
+
+def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> None:
+    if shipped != size:
+        raise ValueError(f"the shipped U-Net is {shipped}, and the run asks for {size}: begin it with --fresh")
+    channels = frozen_vae(out).config["latent_channels"] if has_vae(out) else shipped.latent_channels
+    if channels != shipped.latent_channels:
+        raise ValueError(
+            f"the shipped U-Net reads {shipped.latent_channels} latent channels, and the autoencoder in {out / VAE_FOLDER} "
+            f"has {channels}: train a U-Net for it with --fresh, or use another --work"
+        )
 
 
 def adopted_steps() -> int:

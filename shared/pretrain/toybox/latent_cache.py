@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shared.pretrain.toybox.truth_maps import TruthMaps
 from shared.pretrain.toybox.vae import Pictures, to_signed
 from shared.toybox.captions import caption_attributes
 from shared.toybox.tokenizer import MAX_LENGTH
@@ -34,7 +33,6 @@ class Cache:
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
     covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
     caption_attributes: np.ndarray  # int8 [N, V, 3], as `shared.toybox.captions.caption_attributes`
-    truth: TruthMaps | None = None  # what the renderer knows of the pictures, where it teaches
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from shared.pretrain.run_task import RunSettings
     from shared.pretrain.toybox.denoising_loss import UnetTraining
-    from shared.pretrain.toybox.models import UnetSize
     from shared.pretrain.toybox.motion_module import MotionTraining
 
 T = TypeVar("T", "UnetTraining", "MotionTraining")
@@ -27,20 +26,6 @@ IDENTITY_GROUPS = 4_500
 PICTURES_PER_GROUP = 24
 #: Pictures that go through the autoencoder for the evaluators, as many as there are at most.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
-
-
-@dataclass(frozen=True)
-class UnetChoices:
-    """How the U-Net learns: the ways that are compared.
-
-    truth: whether what the renderer knows of the pictures teaches, too (`truth_heads`)
-    deep: whether each level has two layers instead of one
-    more: pictures beyond those of the weights that it starts from, over the last `FALL` of which the rate falls to 0
-    """
-
-    truth: bool = False
-    deep: bool = False
-    more: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,11 @@ class Pace:
 
 @dataclass(frozen=True)
 class Work:
-    """One run: where its files lie and what it may spend."""
+    """One run: where its files lie and what it may spend.
+
+    more: pictures of the U-Net beyond those of the weights that it starts from, over the last `FALL` of which the rate
+        falls to 0
+    """
 
     folder: Path
     pictures: int
@@ -78,7 +67,7 @@ class Work:
     seed: int
     fresh: bool = False
     clips: int = 6_000
-    unet: UnetChoices = UnetChoices()
+    more: int | None = None
     pace: Pace = Pace()
 
     @property
@@ -118,12 +107,11 @@ def _data(work: Work) -> str:
 
 def _vae(work: Work) -> str:
     from shared.pretrain.toybox.initial_weights import adopt_vae
-    from shared.pretrain.toybox.vae import shipped_training, train_vae
+    from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
-    settings = shipped_training(work.seed, work.fresh)
-    if not work.fresh and adopt_vae(work.run, settings):
+    if not work.fresh and adopt_vae(work.run):
         print("vae: starts from the shipped weights", flush=True)
-    return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), settings))
+    return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
 def _decoder(work: Work) -> str:
@@ -138,7 +126,7 @@ def _unet(work: Work) -> str:
 
     _adopt_backbone("unet", work)
     spend, settings = unet_training(work)
-    return str(train_unet(work.data, work.run, spend, settings, work.unet.truth))
+    return str(train_unet(work.data, work.run, spend, settings))
 
 
 def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
@@ -146,11 +134,10 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.initial_weights import adopted_steps
 
-    choices, settings = work.unet, work.pace.of(UnetTraining(unet=_unet_size(work), seed=work.seed))
-    spend, decay = work.settings(UNET_STEPS), 0.2
-    if choices.more is not None:
+    settings, spend, decay = work.pace.of(UnetTraining(seed=work.seed)), work.settings(UNET_STEPS), 0.2
+    if work.more is not None:
         first = 0 if work.fresh else adopted_steps()
-        steps = first + max(1, choices.more // settings.batch)
+        steps = first + max(1, work.more // settings.batch)
         spend = replace(spend, steps=steps)  # minutes pause it
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
     if spend.steps is not None:  # with minutes alone the rate stays: the run shall go on later
@@ -159,16 +146,10 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
     return spend, settings
 
 
-def _unet_size(work: Work) -> UnetSize:
-    from shared.pretrain.toybox.models import DEEP, UnetSize
-
-    return DEEP if work.unet.deep else UnetSize()
-
-
 def _adopt_backbone(stage: str, work: Work) -> None:
     from shared.pretrain.toybox.initial_weights import adopt_backbone
 
-    if not work.fresh and adopt_backbone(work.run, _unet_size(work)):
+    if not work.fresh and adopt_backbone(work.run):
         print(f"{stage}: starts from the shipped weights", flush=True)
 
 

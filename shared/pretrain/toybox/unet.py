@@ -17,10 +17,9 @@ from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute, PretrainTask, decay_groups
 from shared.pretrain.toybox import latent_cache as cache
 from shared.pretrain.toybox import latent_reader as reader
-from shared.pretrain.toybox import models, truth_maps
+from shared.pretrain.toybox import models
 from shared.pretrain.toybox.denoising_loss import DenoisingBatch, UnetTraining, draw_batch, v_loss
 from shared.pretrain.toybox.run_folder import frozen_vae, save_snapshot, tokenizer_of, training_folder
-from shared.pretrain.toybox.truth_heads import TruthHeads
 from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.task import Update, Updates
@@ -34,13 +33,12 @@ class UnetTask(PretrainTask):
     """The denoiser's training.
 
     Args:
-        data: with truth maps, they teach, too
         budget: what the rates follow; the weight of reading follows the rates
         workers: threads that take equal shares of each batch; same bits only for the same number
         reads: teaches what the words for shape mean; None: the squared error alone
     """
 
-    helpers = frozenset({"probe", "heads"})
+    helpers = frozenset({"probe"})
 
     def __init__(
         self,
@@ -67,24 +65,18 @@ class UnetTask(PretrainTask):
         self.drawn = Prefetch(self._draw, compute.device)
         self.ema = self.averages = Averages(dict(self.denoiser.named_parameters()), settings.ema)
         self.probe = reader.Probe(self.denoiser.unet).to(compute.device) if reads is not None else None
-        self.heads = TruthHeads(self.denoiser.unet).to(compute.device) if data.truth is not None else None
-        self.taught = {name: net for name, net in (("probe", self.probe), ("heads", self.heads)) if net is not None}
-        self.modules = {"model": self.denoiser, **self.taught}
+        self.modules = {"model": self.denoiser, **({} if self.probe is None else {"probe": self.probe})}
         unclipped = settings.optimizer.model_copy(update={"max_grad_norm": None})
-        self.optimizers: dict[str, OptimizerPart] = {
-            **dict.fromkeys(self.taught, unclipped),
-            "main": settings.optimizer,
-        }
+        self.optimizers: dict[str, OptimizerPart] = {"probe": unclipped, "main": settings.optimizer}
         self.bars = models.alphas_bar().to(compute.device)
         self.empty = empty_prompt(tokenizer)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         settings = self.settings
         main = {"main": decay_groups(self.denoiser, settings.lr, settings.optimizer.weight_decay)}
-        helpers = {
-            name: [TrainableGroup(name, list(net.parameters()), settings.lr, 0.0)] for name, net in self.taught.items()
-        }
-        return {**helpers, **main}
+        if self.probe is None:
+            return main
+        return {"probe": [TrainableGroup("probe", list(self.probe.parameters()), settings.lr, 0.0)], **main}
 
     def updates(self, step: int, micro: int) -> Updates:
         """One loss."""
@@ -104,10 +96,7 @@ class UnetTask(PretrainTask):
 
         def of(share: DenoisingBatch) -> Tensor:
             with self.compute.autocast():
-                loss = v_loss(self.denoiser, share, self.bars, self.settings, self.reads, self.probe, reading)
-                if self.heads is None or share.truth is None or not reading:
-                    return loss
-                return loss + reading * self.heads.loss(share.truth, self.bars[share.t], self.settings.truth)
+                return v_loss(self.denoiser, share, self.bars, self.settings, self.reads, self.probe, reading)
 
         trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
@@ -124,13 +113,10 @@ def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
     return torch.from_numpy(cache.tokenize(tokenizer, [[""]])[0, 0].astype(np.int64))
 
 
-def train_unet(
-    data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining(), truth: bool = False
-) -> Path:
+def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining()) -> Path:
     """Trains text model and U-Net on the latents of the finished autoencoder in the run's folder `out`.
 
-    `run.threads` each take a share of the batch on a CPU: same bits only for the same number of them. With `truth`, what
-    the renderer knows of the pictures teaches, too; where the data set has none of it yet, it is rendered first.
+    `run.threads` each take a share of the batch on a CPU: same bits only for the same number of them.
 
     Returns:
         the training's folder; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder of it
@@ -145,8 +131,6 @@ def train_unet(
         workers = 1
     pictures, tokenizer = dataset.load(data), tokenizer_of(out)
     cached = cache.build(out / "latents", pictures, frozen_vae(out), tokenizer, compute.device)
-    if truth:
-        cached = replace(cached, truth=truth_maps.build(data, workers))
     reads = reader.train_reader(cached, out, replace(run, threads=None)) if any(settings.reading) else None
     budget, channels = run.budget(), cached.latents.shape[1]
     settings = replace(settings, unet=replace(settings.unet, latent_channels=channels))

@@ -5,9 +5,6 @@ what they were trained on, when measured), with L1 and squared errors of pixels,
 more where the thing is, whose pattern tells individuals apart, and a tiny KL. When the budget ends, the averaged weights are
 *normalised*: each latent channel is shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean
 and a common spread, whose inverse is the ``scaling_factor``.
-
-What is shipped was first an autoencoder of four channels. Its encoder is part of the larger one (`extend_vae`) and is held
-as it is, so that the first four channels are the latents on which earlier networks were trained.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from torch import Tensor
 from shared.optimizers import AdamW
 from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute, PretrainTask, decay_groups
-from shared.pretrain.toybox import extend_vae, models
+from shared.pretrain.toybox import models
 from shared.pretrain.toybox.run_folder import VAE_FOLDER, frozen_vae, has_vae, training_folder
 from shared.train import checkpoint
 from shared.train.averages import Averages
@@ -63,14 +60,10 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings of the autoencoder's training; ``lr`` is the peak rate.
-
-    ``held``: what of the encoder stays as it is; then there is no weight decay.
-    """
+    """Settings of the autoencoder's training; ``lr`` is the peak rate."""
 
     size: models.VaeSize = field(default_factory=models.VaeSize)
-    held: extend_vae.Held | None = None
-    batch: int = 8
+    batch: int = 6
     lr: float = 2e-3
     optimizer: AdamW = _ADAMW
     square_weight: float = 2.0
@@ -79,16 +72,6 @@ class VaeTraining:
     thing_weight: float = 3.0
     ema: float = 0.998
     seed: int = 0
-
-
-FIRST = extend_vae.Held(models.VaeSize((16, 32, 64), groups=8, latent_channels=4), scaling_factor=0.24161)
-"""The first autoencoder that was shipped, part of every later one."""
-
-
-def shipped_training(seed: int = 0, fresh: bool = False) -> VaeTraining:
-    """Of the autoencoder that is shipped. `fresh`: from nothing, so that there is nothing to hold."""
-    size = models.VaeSize((24, 48, 96), groups=12, latent_channels=8)
-    return VaeTraining(size, held=None if fresh else FIRST, batch=6, seed=seed)
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
@@ -162,17 +145,13 @@ class VaeTask(PretrainTask):
         self.seed, self.batch_size, self.among = settings.seed, settings.batch, train_count(pictures)
         torch.manual_seed(settings.seed)
         self.vae = models.build_vae(settings.size).to(compute.device)  # pyright: ignore[reportArgumentType]
-        if settings.held is not None:
-            extend_vae.hold(self.vae, settings.held.size)
         self.modules = {"model": self.vae}
         self.ema = self.averages = Averages(dict(self.vae.named_parameters()), settings.ema)
         self.optimizers = {"main": settings.optimizer}
-        held = None if settings.held is None else asdict(settings.held)
-        self.facts = {"seed": settings.seed, "batch": settings.batch, "size": asdict(settings.size), "held": held}
+        self.facts = {"seed": settings.seed, "batch": settings.batch, "size": asdict(settings.size)}
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        decay = self.settings.optimizer.weight_decay if self.settings.held is None else 0.0
-        return {"main": decay_groups(self.vae, self.settings.lr, decay)}
+        return {"main": decay_groups(self.vae, self.settings.lr, self.settings.optimizer.weight_decay)}
 
     def updates(self, step: int, micro: int) -> Updates:
         """One loss, on pictures drawn anew."""
@@ -201,7 +180,7 @@ class VaeTask(PretrainTask):
             return {}
         vae, rng = self.averaged(), np.random.default_rng(0)
         chosen = np.sort(rng.choice(self.among, min(2048, self.among), replace=False))
-        normalise(vae, self.pictures.pixels(chosen), held=self.settings.held)
+        normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
         checkpoint.clear(training_folder(self.out, "decoder"))  # of other latents
@@ -235,21 +214,18 @@ def train_count(pictures: Pictures) -> int:
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64, held: extend_vae.Held | None = None) -> None:
+def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
     """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``; pictures stay the same.
 
-    Folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``. The channels that are ``held``
-    and their scaling factor stay as they are; without any, the common spread is that of all channels.
+    Folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
     """
     device = next(vae.parameters()).device
     parts = [to_signed(pixels[i : i + batch]).to(device) for i in range(0, len(pixels), batch)]
     means: list[Any] = [vae.encode(x, return_dict=True) for x in parts]
     latents = torch.cat([m.latent_dist.mean for m in means]).double()
     shift, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    factor = round(float(1 / spread.square().mean().sqrt()), 5) if held is None else held.scaling_factor
+    factor = round(float(1 / spread.square().mean().sqrt()), 5)
     scale = spread * factor  # old = new * scale + shift
-    if held is not None:
-        shift[: held.size.latent_channels], scale[: held.size.latent_channels] = 0, 1
     c, before, after = len(shift), vae.quant_conv, vae.post_quant_conv
     assert before is not None and after is not None and before.bias is not None and after.bias is not None
     after.bias += (after.weight[:, :, 0, 0].double() @ shift).float()
