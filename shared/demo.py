@@ -81,20 +81,20 @@ class DemoPart(Protocol):
         ...
 
 
-def parts(only: Sequence[str] = ()) -> Mapping[str, DemoPart]:
-    """The parts of the installed packages in order, or those of some modalities. ValueError for one that none offers."""
+def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
+    """The parts of the installed packages in order, or the `chosen` ones. ValueError for one that none offers."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    for name in only:
+    for name in chosen:
         if name not in found:
-            raise ValueError(f"--only: {unknown(name, found, 'part')}")
-    return {name: found[name].load() for name in ORDER if name in found and (not only or name in only)}
+            raise ValueError(f"--part: {unknown(name, found, 'part')}")
+    return {name: found[name].load() for name in ORDER if name in found and (not chosen or name in chosen)}
 
 
-def run(asked: Asked, only: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Does all parts, yielding what was made. ValueError for what is unknown, or an `out` that exists."""
-    chosen = parts(only)
+def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
+    """Does the parts of these names, or all; yields what was made. ValueError for what is unknown, or an `out` that exists."""
+    chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
         part.check(asked)

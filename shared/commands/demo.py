@@ -9,7 +9,7 @@ import typer
 from shared.commands.paths import PATH
 
 app = typer.Typer(
-    help="Learn a toybox subject and a motion, show them in new pictures and clips, and measure them.",
+    help="Learn a toybox subject from five pictures, show it in new scenes and in clips, and measure it.",
     invoke_without_command=True,
 )
 
@@ -18,15 +18,15 @@ app = typer.Typer(
 def demo(
     out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes", **PATH),
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
-    recipe: str = typer.Option("pivotal_tuning", help="recipe to learn the subject with"),
+    recipe: str = typer.Option("t_lora", help="recipe to learn the subject with"),
     motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox motions`)"),
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
-    only: list[str] = typer.Option([], help="these parts alone: image, video; can be repeated"),
+    part: list[str] = typer.Option(["image"], help="image, video (which takes much longer); can be repeated"),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:
-    """Write references, concepts, a contact sheet, a clip, scores and a page that shows all of it."""
+    """Write references, concepts, a contact sheet, clips, scores and a page that shows all of it."""
     from shared.commands.progress import Bar, Lines
     from shared.demo import Asked, Bars, run
 
-    for line in run(Asked(out, subject, recipe, motion, motion_recipe), only, overwrite, Bars(Bar, Lines)):
+    for line in run(Asked(out, subject, recipe, motion, motion_recipe), part, overwrite, Bars(Bar, Lines)):
         print(line)

@@ -40,7 +40,7 @@ class Painter:
 
 
 def test_parts_share_a_thing_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "parts", lambda only: {"image": Painter(".png"), "video": Painter(".webp")})
+    monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp")})
     asked = replace(ASKED, out=tmp_path / "demo")
     lines = list(demo.run(asked, [], False, BARS))
     assert [line for line in lines if line.startswith("made")] == ["made .png", "made .webp"]
@@ -55,7 +55,7 @@ def test_parts_share_a_thing_and_a_page(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_unknown_is_refused_before_anything_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "demo"
     asked = replace(ASKED, out=kept)
-    monkeypatch.setattr(demo, "parts", lambda only: {"image": Painter(".png"), "video": Painter(".webp", "none")})
+    monkeypatch.setattr(demo, "parts", lambda names: {"image": Painter(".png"), "video": Painter(".webp", "none")})
     list(demo.run(asked, [], False, BARS))
     before = sorted(p.name for p in kept.iterdir())
     with pytest.raises(ValueError, match="no motion none"):
@@ -67,7 +67,7 @@ def test_the_installed_packages_offer_their_parts() -> None:
     found: Any = demo.parts()
     assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo"]
     assert list(demo.parts(["video"])) == ["video"]
-    with pytest.raises(ValueError, match=r"--only: .*imag.*image"):
+    with pytest.raises(ValueError, match=r"--part: .*imag.*image"):
         demo.parts(["imag"])
     for part in found.values():
         part.check(ASKED)

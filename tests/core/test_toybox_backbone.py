@@ -308,5 +308,5 @@ def test_assembled_weights_are_the_average_in_fp16(made: Path, tmp_path: Path) -
 
 def test_shipped_backbone_is_small_and_loads_at_64_pixels(tmp_path: Path) -> None:
     folder = weights.backbone_path()
-    assert sum(p.stat().st_size for p in folder.glob("**/*") if p.is_file()) < 28e6
+    assert sum(p.stat().st_size for p in folder.glob("**/*") if p.is_file()) < 40e6
     assert _load_elsewhere(folder, tmp_path)["size"] == [64, 64]

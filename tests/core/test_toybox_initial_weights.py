@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from shared.pretrain.task import Compute
-from shared.pretrain.toybox import assemble, models, run_folder, stages, unet, vae
+from shared.pretrain.toybox import assemble, models, run_folder, stages, unet
 from shared.pretrain.toybox import latent_cache as cache
 from shared.pretrain.toybox.initial_weights import adopt_backbone, adopt_vae, adopted_steps
 from shared.toybox import weights
 from shared.train import checkpoint
 from shared.train.budget import Budget
-from tests.core.squares import Squares, same
+from tests.core.squares import same
 
 BACKBONE = weights.WEIGHTS / "backbone"
 WORK = stages.Work(Path("work"), 64, None, "cpu", 1, 0, more=3200, pace=stages.Pace(lr=5e-4))
@@ -27,15 +27,13 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def test_the_shipped_autoencoder_is_what_a_new_folder_goes_on_from(tmp_path: Path) -> None:
-    shipped, settings = run_folder.frozen_vae(BACKBONE).float(), vae.VaeTraining()
-    assert adopt_vae(tmp_path) and not adopt_vae(tmp_path), "a checkpoint of its own is left alone"
-    task = vae.VaeTask(settings, Squares(40), tmp_path, Compute())
-    state = checkpoint.load(run_folder.training_folder(tmp_path, "vae"))
-    assert state is not None and state.step == 0 and state.info["facts"]["size"] == as_json(task.facts["size"])
-    task.load_state_dict(state.learned)
-    same(task.vae.state_dict(), shipped.state_dict())
-    same(task.averages.state_dict(), dict(shipped.named_parameters()))
+def test_the_shipped_autoencoder_stays_unless_a_run_trains_its_own(tmp_path: Path) -> None:
+    shipped = run_folder.frozen_vae(BACKBONE).float()
+    assert adopt_vae(tmp_path / "a") and adopt_vae(tmp_path / "a")
+    same(run_folder.frozen_vae(tmp_path / "a").state_dict(), shipped.state_dict())
+    own = run_folder.training_folder(tmp_path / "b", "vae")
+    checkpoint.save(own, checkpoint.State(0, 1, {"a": torch.zeros(1)}, info={}))
+    assert not adopt_vae(tmp_path / "b") and not run_folder.has_vae(tmp_path / "b")
 
 
 def test_a_new_folder_keeps_what_the_shipped_weights_say_of_their_trainings(tmp_path: Path) -> None:

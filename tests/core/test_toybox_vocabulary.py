@@ -9,6 +9,7 @@ import pytest
 import yaml
 from transformers import CLIPTokenizer
 
+from shared.pretrain.toybox.motion_words import motion_words
 from shared.toybox import captions, tokenizer
 from shared.toybox.weights import backbone_path
 
@@ -42,8 +43,11 @@ def shipped() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(backbone_path() / "tokenizer"))
 
 
-def test_the_shipped_tokenizer_is_the_one_that_is_built(shipped: CLIPTokenizer) -> None:
-    assert shipped.get_vocab() == tokenizer.build().get_vocab()
+def test_the_shipped_tokenizer_is_the_one_that_is_built_and_the_words_for_motions(shipped: CLIPTokenizer) -> None:
+    built, found = tokenizer.build().get_vocab(), shipped.get_vocab()
+    added = sorted(found.keys() - built.keys(), key=found.__getitem__)
+    assert added and set(added) <= set(motion_words())
+    assert found == built | {word: len(built) + i for i, word in enumerate(added)}
 
 
 @pytest.mark.parametrize("name", sorted(SHOWN))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,18 @@ from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Begins the checkpoint of a training in a run's folder from the shipped autoencoder.
+    """Puts the shipped autoencoder into a run's folder that trains none of its own and has none yet.
 
-    The optimizer starts anew. Returns whether it was adopted: a folder that has a checkpoint of its own, or an
-    installation without weights, is left alone.
+    Returns whether the run's autoencoder is (up to its decoder) the shipped one, which stays as it is: U-Net and motion
+    module know its latents.
     """
     from diffusers import AutoencoderKL
 
-    source, folder = weights.WEIGHTS / "backbone" / "vae", training_folder(out, "vae")
-    if checkpoint.load(folder) is not None or not (source / "config.json").is_file():
+    source = weights.WEIGHTS / "backbone" / "vae"
+    if checkpoint.load(training_folder(out, "vae")) is not None or not (source / "config.json").is_file():
         return False
-    vae: Any = AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32)
-    _write(folder, {"": vae}, checkpoint_info({"size": asdict(models.VaeSize())}, pictures=0), step=0)
+    if not has_vae(out):
+        AutoencoderKL.from_pretrained(str(source), torch_dtype=torch.float32).save_pretrained(str(out / VAE_FOLDER))
     return True
 
 

@@ -110,7 +110,7 @@ def _vae(work: Work) -> str:
     from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
     if not work.fresh and adopt_vae(work.run):
-        print("vae: starts from the shipped weights", flush=True)
+        return "the shipped one, whose latents the other networks know; --fresh trains another"
     return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
