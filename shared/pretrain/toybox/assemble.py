@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline
         tokenizer = tokenizer_of(out)
         vae = frozen_vae(out) if has_vae(out) else models.build_vae()
         average, facts = denoiser_average(out, snapshot) or ({}, {})
-        denoiser = models.build_denoiser(tokenizer, facts.get("sizes"))
+        untrained = replace(models.UnetSize(), latent_channels=int(vae.config["latent_channels"]))
+        denoiser = models.build_denoiser(tokenizer, facts.get("sizes", {"unet": asdict(untrained)}))
         if average:
             _write_average(denoiser, average)
     return StableDiffusionPipeline(
