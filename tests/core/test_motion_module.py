@@ -16,8 +16,10 @@ from shared.pretrain.task import Compute
 from shared.pretrain.toybox import assemble, clip_dataset, clip_latents, motion_module
 from shared.pretrain.toybox.assemble_motion import assemble_motion
 from shared.pretrain.toybox.motion_words import add_words, motion_words
+from shared.pretrain.toybox.visible_words import WordTraining, make_visible
 from shared.toybox import tokenizer as words
 from shared.toybox.motions.captioned import MOTIONS
+from shared.toybox.weights import backbone_path
 from tests.core.squares import Squares, tiny_run
 
 SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2)
@@ -61,11 +63,11 @@ def opened(folder: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
 
 
-def task(backbone: Path, work: Path, steps: int = 4, settings: Any = SETTINGS, workers: int = 1) -> Any:
+def task(backbone: Path, work: Path, steps: int = 4, settings: Any = SETTINGS, **how: Any) -> Any:
     pipe = opened(backbone)
     add_words(pipe.tokenizer, pipe.text_encoder)
     data = clip_latents.build(work / "clip-latents", SlidingSquares(), pipe.vae, pipe.tokenizer)  # type: ignore[arg-type]
-    return motion_module.MotionTask(settings, data, pipe, steps, Compute(), workers)
+    return motion_module.MotionTask(settings, data, pipe, steps, how.pop("compute", Compute()), **how)
 
 
 def train(made: Any, work: Path, steps: int, pause_at: int | None = None) -> None:
@@ -124,6 +126,53 @@ def test_what_moves_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
     before = error()
     train(made, tmp_path, 60)
     assert error() < 0.8 * before
+
+
+def test_in_half_precision_it_predicts_and_learns_alike(tiny_backbone: Path, tmp_path: Path) -> None:
+    whole, half = task(tiny_backbone, tmp_path / "a"), task(tiny_backbone, tmp_path / "b", compute=Compute(bf16=True))
+    assert whole.trained.keys() == half.trained.keys() and half.half is not None
+    assert all(p.dtype == torch.float32 for p in half.trained.values())
+    losses = [next(made.updates(0, 0)).loss for made in (whole, half)]
+    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=2e-2)
+    for loss in losses:
+        loss.backward()
+    for name in ("words", *[n for n in whole.trained if "proj_out.weight" in n]):
+        a, b = (made.trained[name].grad for made in (whole, half))
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95, name
+
+
+def test_what_changes_over_time_counts_more(tiny_backbone: Path, tmp_path: Path) -> None:
+    made = task(tiny_backbone, tmp_path)
+    batch = replace(made.draw(3), weight=torch.ones(2, 4, 4, 4))
+
+    def loss(error: Tensor) -> float:
+        bar = made.bars[batch.t].view(-1, 1, 1, 1, 1)
+        made._predict = lambda noisy, b: bar.sqrt() * b.noise - (1 - bar).sqrt() * b.latents + error
+        return float(made._loss(batch))
+
+    always = torch.ones(2, 4, 4, 4, 4)
+    at_times = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 1, 4, 1, 1).expand_as(always)
+    assert loss(always) == pytest.approx(1, rel=1e-4)
+    assert loss(at_times) == pytest.approx(made.settings.moving_weight, rel=1e-4)
+
+
+def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
+    pipe = opened(backbone_path())
+    ids = add_words(pipe.tokenizer, pipe.text_encoder)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():  # as those of a tokenizer that never saw them
+        table[ids] = table.mean(0) + 0.1 * table.std(0) * torch.randn(
+            len(ids), table.shape[1], generator=torch.Generator().manual_seed(0)
+        )
+    before = table.detach().clone()
+    latents = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+    log = make_visible(pipe, ids, latents, WordTraining(steps=16, batch=2, lr=3e-2))
+    assert log[0]["differ"] < 0.06 and np.mean([row["differ"] for row in log[-8:]]) > 0.2
+    assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # "red" for "blue" is 0.47
+    after = pipe.text_encoder.get_input_embeddings().weight
+    same = torch.ones(len(before), dtype=torch.bool)
+    same[ids] = False
+    assert torch.equal(after[same], before[same]) and not torch.equal(after[ids], before[ids])
 
 
 def test_short_clips_come_first_at_twice_the_number(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from shared.pretrain.toybox.clip_latents import ClipLatents
 from shared.pretrain.toybox.clip_latents import build as build_latents
 from shared.pretrain.toybox.denoising_loss import draw_times
 from shared.pretrain.toybox.motion_words import add_words
+from shared.pretrain.toybox.visible_words import WordTraining, make_visible
 from shared.train.averages import Averages
 from shared.train.loop import generator
 from shared.train.task import Update, Updates
@@ -30,26 +31,32 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=100, schedule="linear", decay=0.5)
+_WORDS = WordTraining()
 
 
 @dataclass(frozen=True)
 class MotionTraining:
     """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
 
+    ``words``: what is done to the words first. Their own rate is low: at ten times as much, those that help little yet wander
+    off to where the network does not see them.
     ``short``: the fraction of the steps on every second frame (8 of 16), at half the cost and twice the clips.
     ``t_uniform``, ``t_mean``: see `draw_times`; how a thing moves is decided in more noise than how it looks.
+    ``moving_weight``: how much more the loss counts what differs from a clip's mean over time.
     """
 
     batch: int = 4  # clips of 16 frames; of 8, twice as many
     heads: int = 4
     most_frames: int = 32
     lr: float = 1e-3
-    word_lr: float = 2e-3
+    word_lr: float = 1e-4
+    words: WordTraining = _WORDS
     optimizer: AdamW = _ADAMW
     caption_dropout: float = 0.1
-    t_uniform: float = 0.2
-    t_mean: float = 0.6
+    t_uniform: float = 0.25
+    t_mean: float = 1.0
     thing_weight: float = 3.0
+    moving_weight: float = 3.0
     short: float = 0.5
     ema: float = 0.999
     seed: int = 0
@@ -166,7 +173,12 @@ class MotionTask(PretrainTask):
             self.net.text_encoder.set_attn_implementation("eager")
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
-        self.trained = {**self.net.motion_parameters(), "words": self.net.words}
+        own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
+        # In bf16 as a whole: casts to and from fp32 around each norm take a GPU more time than all else.
+        self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
+        if self.half is not None:
+            self.net.to(torch.bfloat16).requires_grad_(False)
+        self.trained = {name.removeprefix("unet."): p for name, p in (self.half or own).items()}
         self.averages = Averages(self.trained, settings.ema)
         self.modules = {"model": _Named(self.trained)}
         self.optimizers = {"main": settings.optimizer}
@@ -175,8 +187,8 @@ class MotionTask(PretrainTask):
         self.pipe = pipe
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        modules = nn.ParameterList(self.net.motion_parameters().values())
-        words = TrainableGroup("words", [self.net.words], self.settings.word_lr, 0.0)
+        modules = nn.ParameterList(p for name, p in self.trained.items() if name != "words")
+        words = TrainableGroup("words", [self.trained["words"]], self.settings.word_lr, 0.0)
         return {"main": [*decay_groups(modules, self.settings.lr, self.settings.optimizer.weight_decay or 0.0), words]}
 
     def updates(self, step: int, micro: int) -> Updates:
@@ -203,13 +215,20 @@ class MotionTask(PretrainTask):
         return ClipBatch(*(value.to(self.compute.device) for value in vars(batch).values()))
 
     def _loss(self, batch: ClipBatch) -> Tensor:
-        with self.compute.autocast():
-            bar = self.bars[batch.t].view(-1, 1, 1, 1, 1)
-            alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
-            noisy = alpha * batch.latents + sigma * batch.noise
-            target = alpha * batch.noise - sigma * batch.latents
-            error = self.net(noisy, batch.t, batch.ids).float() - target
-            return (batch.weight[:, None] * error.square()).mean()
+        bar = self.bars[batch.t].view(-1, 1, 1, 1, 1)
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        noisy = alpha * batch.latents + sigma * batch.noise
+        target = alpha * batch.noise - sigma * batch.latents
+        error = self._predict(noisy, batch).float() - target
+        moving, weight = error - error.mean(2, keepdim=True), batch.weight[:, None]
+        more = self.settings.moving_weight - 1
+        return (weight * (error.square() + more * moving.square())).mean()
+
+    def _predict(self, noisy: Tensor, batch: ClipBatch) -> Tensor:
+        if self.half is None:
+            return self.net(noisy, batch.t, batch.ids)
+        cast = {name: p.bfloat16() for name, p in self.half.items()}
+        return torch.func.functional_call(self.net, cast, (noisy.bfloat16(), batch.t, batch.ids))
 
 
 class _Named(nn.Module):
@@ -245,6 +264,8 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     """
     from diffusers import StableDiffusionPipeline
 
+    from shared.train import checkpoint
+
     if run.steps is None:
         raise ValueError("the motion module's training needs a number of steps: 8 frames come first, then 16")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
@@ -257,9 +278,26 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     clips = clip_dataset.load(work / "clips")
     add_words(pipe.tokenizer, pipe.text_encoder)  # captions are tokenized with them
     data = build_latents(work / "clip-latents", clips, pipe.vae, pipe.tokenizer, compute.device)
+    if not (run.resume and checkpoint.load(folder) is not None):
+        _prepare_words(pipe, data, settings, compute)
     task = MotionTask(settings, data, pipe, run.steps, compute, workers)
     run_task(task, run, folder)
     return folder
+
+
+def _prepare_words(
+    pipe: StableDiffusionPipeline, data: ClipLatents, settings: MotionTraining, compute: Compute
+) -> None:
+    """Makes the words of motions visible on first frames of the data."""
+    pipe.unet.to(compute.device)
+    pipe.text_encoder.to(compute.device)
+    first = data.take(range(min(len(data), 500)))[0][:, :, 0]
+    log = make_visible(
+        pipe, add_words(pipe.tokenizer, pipe.text_encoder), torch.from_numpy(first).to(compute.device), settings.words
+    )
+    if log:
+        said = "  ".join(f"{name} {value:.3f}" for name, value in log[-1].items())
+        print(f"words: {len(log)} steps  {said}", flush=True)
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:

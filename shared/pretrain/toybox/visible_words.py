@@ -1,0 +1,134 @@
+"""Words of motions that the frozen U-Net lets through to the motion modules.
+
+The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
+passes over words that it never saw: "to the left" in place of "to the right" changes its features by 1 %, where "red" in
+place of "blue" changes them by 30 %. Modules that see no difference learn none, and rows that make none get no gradient. So
+before the modules learn, the rows are made to differ where the modules look, and as little as possible in the picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared.pretrain.toybox import models
+from shared.pretrain.toybox.latent_cache import tokenize
+from shared.toybox.captions import background_phrase, describe, opening
+from shared.toybox.motions.captioned import MOTIONS
+from shared.toybox.motions.clip_captions import PHRASES
+from shared.toybox.motions.clips import sample_moving
+from shared.toybox.world import Scene
+from shared.train.loop import generator
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class WordTraining:
+    """Settings. `differ`: by how much of their own size the features behind each cross-attention differ between two
+    motions, at least; `seen`: the weight of the squared relative change of the guess by a motion's words; `times`: the
+    range of timesteps."""
+
+    steps: int = 200
+    batch: int = 6
+    lr: float = 1e-2
+    differ: float = 0.2
+    seen: float = 60.0
+    times: tuple[int, int] = (400, 1000)
+    seed: int = 0
+
+
+def make_visible(
+    pipe: StableDiffusionPipeline, word_ids: list[int], latents: Tensor, settings: WordTraining = WordTraining()
+) -> list[dict[str, float]]:
+    """Trains rows `word_ids` of the text model's embedding in place; nothing else changes.
+
+    Args:
+        latents: [N, C, h, w], scaled, of any pictures of the world
+
+    Returns:
+        for each step the mean relative difference of the features between two motions (`differ`), the least of all
+        layers' means (`least`), and the relative change of the guess (`seen`)
+    """
+    unet: Any = pipe.unet.eval().requires_grad_(False)
+    text: Any = pipe.text_encoder.eval().requires_grad_(False)
+    table = text.get_input_embeddings()
+    rows = nn.Parameter(table.weight.detach()[word_ids].clone())
+    place = torch.full((len(table.weight),), -1, device=rows.device)
+    place[word_ids] = torch.arange(len(word_ids), device=rows.device)
+
+    def learned(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        at = place[args[0]]
+        return torch.where((at >= 0)[..., None], rows[at.clamp_min(0)], out)
+
+    features: list[Tensor] = []
+    hooks = [table.register_forward_hook(learned)]
+    for module in unet.modules():
+        if type(module).__name__ == "Transformer2DModel":
+            hooks.append(module.register_forward_hook(lambda m, a, out: features.append(out[0])))
+    optimizer = torch.optim.Adam([rows], lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, settings.steps)
+    bars, log = models.alphas_bar().to(rows.device), []
+    try:
+        for step in range(settings.steps):
+            g = generator(settings.seed, step)
+            ids = tokenize(pipe.tokenizer, [_texts(settings, step)]).reshape(3 * settings.batch, -1)
+            b = settings.batch
+            x = latents[torch.randint(len(latents), (b,), generator=g).to(latents.device)].float()
+            t = torch.randint(*settings.times, (b,), generator=g)
+            noise = torch.randn(x.shape, generator=g).to(x)
+            bar = bars[t].view(-1, 1, 1, 1)
+            noisy = bar.sqrt() * x + (1 - bar).sqrt() * noise
+            features.clear()
+            context = text(input_ids=torch.from_numpy(ids.astype(np.int64)).to(x.device)).last_hidden_state
+            guess = unet(noisy.repeat(3, 1, 1, 1), t.repeat(3).to(x.device), encoder_hidden_states=context).sample
+            apart = torch.stack([_relative(f[:b], f[b : 2 * b], f[2 * b :]) for f in features])  # [layers, B]
+            seen = torch.stack([_relative(guess[:b], guess[2 * b :]), _relative(guess[b : 2 * b], guess[2 * b :])])
+            loss = (settings.differ - apart).clamp_min(0).square().mean() * 100 + settings.seen * seen.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            layers = apart.detach().mean(1)
+            log.append(
+                {"differ": layers.mean().item(), "least": layers.min().item(), "seen": seen.detach().mean().item()}
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        table.weight[word_ids] = rows.to(table.weight)
+    return log
+
+
+def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """|a - b| / |base|, each row's: [B]."""
+    size = (b if base is None else base).flatten(1).norm(dim=1)
+    return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt() / size.detach()
+
+
+def _texts(settings: WordTraining, step: int) -> list[str]:
+    """3 B captions: B of one motion each, the same scenes with another motion, and without any."""
+    rng = np.random.default_rng([settings.seed, 17, step])
+    motions, columns = list(MOTIONS), ([], [], [])
+    for _ in range(settings.batch):
+        one, other = rng.choice(len(motions), 2, replace=False)
+        scene = sample_moving(rng, MOTIONS[motions[one]], 2).scene
+        for column, motion in zip(columns, (motions[one], motions[other], None), strict=True):
+            words = PHRASES[motion][int(rng.integers(len(PHRASES[motion])))] if motion else ""
+            column.append(_said(scene, words))
+    return [text for column in columns for text in column]
+
+
+def _said(scene: Scene, words: str) -> str:
+    """The plain caption of a scene with the words of a motion: behind the thing, or at the end after their comma."""
+    thing = f"{opening(scene.style)} {describe(scene.things[0], 'none')}"
+    place = background_phrase(scene.background)
+    if not words or words.startswith(","):
+        return f"{thing} {place}{words}"
+    return f"{thing} {words} {place}"
