@@ -1,0 +1,1 @@
+"""3D assets of things that were learned from pictures, by score distillation."""

@@ -1,0 +1,1 @@
+"""What is optimised: representations of a thing in space."""

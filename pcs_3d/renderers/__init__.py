@@ -1,0 +1,1 @@
+"""From a field and cameras to pictures."""

@@ -1,0 +1,52 @@
+"""What a renderer gives, and what it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Generator, Tensor
+
+from pcs_3d.cameras import Cameras
+
+Shading = Literal["albedo", "lambertian", "textureless", "normal"]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """B views of H×W pixels.
+
+    pixels: [B, K, H, W] in [0, 1], on the background; opacity: [B, 1, H, W] in [0, 1]; depth: [B, 1, H, W] from the camera,
+    expected over what is hit; normals: [B, 3, H, W] in world coordinates, of unit length where something is hit, 0 elsewhere;
+    None where they were not asked for. weights [B, H, W, S], distances [B, H, W, S]: of samples along rays, where rays are
+    marched, for penalties.
+    """
+
+    pixels: Tensor
+    opacity: Tensor
+    depth: Tensor
+    normals: Tensor | None = None
+    weights: Tensor | None = None
+    distances: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How a view is drawn.
+
+    background: [B, K, H, W] or [B, K, 1, 1] in [0, 1]. light: [B, 3] positions of a point light, for shading that has one.
+    """
+
+    height: int
+    width: int
+    background: Tensor
+    shading: Shading = "albedo"
+    light: Tensor | None = None
+    normals: bool = False
+    generator: Generator | None = None  # for jitter along rays; None: none
+
+
+class Renderer(Protocol):
+    """From a field to pictures, differentiable in the field."""
+
+    def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering: ...
