@@ -24,7 +24,7 @@ _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
 _ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
-_CHECKPOINT_FILES = {"state.json", "learned.safetensors", "optimizer.safetensors", "best.safetensors"}
+_CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:

@@ -45,7 +45,7 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
     A part that the recipe has and a phase does not want is set to null in the phase.
     """
     if not recipe.phases:
-        yield "tune", recipe
+        yield recipe.task.kind, recipe
         return
     base = dump(recipe)
     base.pop("phases")

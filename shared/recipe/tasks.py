@@ -18,6 +18,11 @@ class TuneTask(Part):
     kind: Literal["tune"] = "tune"
 
     @property
+    def optimizer_groups(self) -> frozenset[str]:
+        """Of what it trains besides the recipe's trainable parts."""
+        return frozenset()
+
+    @property
     def needs_scores(self) -> bool:
         """Whether something must score pictures for it."""
         return False
@@ -36,6 +41,11 @@ class GenerateTask(Part):
     num: Count = 8  # pictures per prompt and subject
     keep: Count | None = None  # of all pictures of a subject, the best so many by the scorers; None: all
     batch_size: Count = 4  # made at once
+
+    @property
+    def optimizer_groups(self) -> frozenset[str]:
+        """Of what it trains besides the recipe's trainable parts."""
+        return frozenset()
 
     @property
     def needs_scores(self) -> bool:

@@ -31,6 +31,7 @@ class State:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides
 
 
 def save(folder: Path, state: State) -> Path:
@@ -55,7 +56,7 @@ def save(folder: Path, state: State) -> Path:
 
 
 def _write(folder: Path, state: State) -> None:
-    for name in ("learned", "optimizer", "best"):
+    for name in ("learned", "optimizer", "best", "carried"):
         tensors = dict(getattr(state, name))
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")

@@ -23,7 +23,7 @@ class LastGood:
     def __init__(self, optimizers: Optimizers) -> None:
         self.optimizers = optimizers
         self.step: int | None = None  # steps done in the state that is kept; None: none is
-        self.small = sum(p.numel() for p in optimizers.parameters()) <= _MOST
+        self.small = self._is_small()
         self._lowest = math.inf
         self._kept: list[tuple[Tensor, dict[str, Any]]] = []
         self._progress: dict[str, Any] = {}
@@ -39,6 +39,14 @@ class LastGood:
             (p.detach().clone(), {k: _copied(v) for k, v in state.items()}) for p, state in self.optimizers.states()
         ]
         self._progress = self.optimizers.progress()
+
+    def forget(self) -> None:
+        """Nothing is kept any more: other parameters are trained now."""
+        self.step, self._kept, self._progress = None, [], {}
+        self.small = self._is_small()
+
+    def _is_small(self) -> bool:
+        return sum(p.numel() for p in self.optimizers.parameters()) <= _MOST
 
     @torch.no_grad()
     def put_back(self) -> int | None:

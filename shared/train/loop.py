@@ -7,7 +7,7 @@ equal k steps, stop, resume, m steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,10 @@ from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.task import Update, Updates, UpdateSource
+from shared.trainable import TrainableGroup
+
+#: Of a step: what is trained from there on, by optimizer group; None: as before.
+Regroup = Callable[[int], Mapping[str, Sequence[TrainableGroup]] | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Loop:
     Args:
         good: keeps the state to go back to when a loss or a gradient is no number
         averages: moving averages of what is trained, updated after each step
+        regroup: asked before each step; moments of parameters that stay are kept, and `good` begins anew
     """
 
     task: UpdateSource
@@ -55,6 +60,7 @@ class Loop:
     gradient_accumulation: int = 1
     good: LastGood | None = None
     averages: Averages | None = None
+    regroup: Regroup | None = None
 
     def run(self, start: int = 0) -> Iterator[Record]:
         """Yield a `Record` after each step, from `start` until the budget is spent.
@@ -69,6 +75,11 @@ class Loop:
 
     def _step(self, step: int) -> Record:
         done = _Sums(self.gradient_accumulation)
+        groups = self.regroup(step) if self.regroup else None
+        if groups is not None:
+            self.optimizers.regroup(groups, self.accelerator)
+            if self.good:
+                self.good.forget()
         self.optimizers.set_step(step, self.budget)
         for micro in range(self.gradient_accumulation):
             self._seed(step, micro)

@@ -37,8 +37,15 @@ class Optimizers:
         settings: Mapping[str, OptimizerPart],
         accelerator: Accelerator,
     ) -> None:
+        self.given = dict(settings)
+        self._build(groups, accelerator)
+        self._scaler: Any = accelerator.scaler
+        self.skipped = 0  # fp16: overflowing steps in a row
+        self.average(False)
+
+    def _build(self, groups: Mapping[str, Sequence[TrainableGroup]], accelerator: Accelerator) -> None:
         self.groups = {name: list(parts) for name, parts in groups.items()}
-        self.settings: dict[str, OptimizerPart] = {name: settings.get(name, AdamW()) for name in groups}
+        self.settings: dict[str, OptimizerPart] = {name: self.given.get(name, AdamW()) for name in groups}
         self.raw = {
             name: self.settings[name].build(
                 [
@@ -55,8 +62,19 @@ class Optimizers:
             for name, parts in groups.items()
         }
         self.prepared = {name: accelerator.prepare_optimizer(o, device_placement=False) for name, o in self.raw.items()}
-        self._scaler: Any = accelerator.scaler
-        self.skipped = 0  # fp16: overflowing steps in a row
+
+    def regroup(self, groups: Mapping[str, Sequence[TrainableGroup]], accelerator: Accelerator) -> None:
+        """From now on these are trained. What optimizers keep of parameters that stay goes on; others start anew."""
+        progress = self.progress()
+        before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
+        self.zero_grad()
+        self._build(groups, accelerator)
+        for optimizer in self.raw.values():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                known, state = before.get(id(parameter), (None, {}))
+                if known is parameter and state:
+                    optimizer.state[parameter].update(state)
+        self.load_progress(progress)
         self.average(False)
 
     @property

@@ -96,6 +96,7 @@ class Phase:
             owner.accelerator,
             recipe.train.gradient_accumulation,
             self.good,
+            regroup=self.task.regrouped,
         )
 
     def _after(self) -> None:
@@ -152,6 +153,7 @@ class Phase:
             self.task.load_state_dict(owner.best)
         owner.best, owner.best_score = {}, None
         self.task.result()
+        owner.carried |= self.task.carried()
         owner.save(checkpoint.State(self.index + 1, 0, self._learned()), {})
 
     def _learned(self) -> dict[str, Tensor]:

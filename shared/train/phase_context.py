@@ -47,6 +47,7 @@ class PhaseContext:
     progress: Callable[[str, int, int], None] | None = None
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> adapter sets for it alone
     temporary: tuple[str, ...] = ()  # adapter sets that are on in training steps alone
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides what they learned
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
 
     @property
@@ -106,6 +107,14 @@ class ConceptTask:
         for group in self.context.trained:
             out.setdefault(group.group, []).append(group)
         return out
+
+    def regrouped(self, step: int) -> dict[str, list[TrainableGroup]] | None:
+        """Nothing changes with time."""
+        return None
+
+    def carried(self) -> dict[str, Tensor]:
+        """Nothing: all that was learned is attached to the backbone."""
+        return {}
 
     def result(self) -> Any:
         """What was learned; it stays attached to the backbone."""

@@ -77,7 +77,7 @@ def check_masks(recipe: Recipe, has_masks: bool) -> None:
 
 
 def _check_optimizers(recipe: Recipe, where: str) -> None:
-    groups = {part.group for part in recipe.trainable.values()}
+    groups = {part.group for part in recipe.trainable.values()} | recipe.task.optimizer_groups
     for name in recipe.train.optimizers:
         if groups and name not in groups and name != MAIN:
             raise ValueError(f"{where}: {unknown(name, groups, 'group')} A part under trainable says its group.")

@@ -40,8 +40,8 @@ class UpdateSource(Protocol):
 
 class Task(UpdateSource, Protocol):
     """Something that spends compute in numbered steps. It knows its data and its losses; the loop knows time, gradients
-    and optimizers. Called in this order: `load_state_dict` (of a run that goes on) -> `groups` -> `updates`, step after
-    step -> `result`; `state_dict` at any time between two steps."""
+    and optimizers. Called in this order: `load_state_dict` (of a run that goes on) -> `groups` -> for each step `regrouped`,
+    then `updates` -> `result`; `state_dict` and `carried` at any time between two steps."""
 
     steps: int  # how many it takes
 
@@ -58,9 +58,18 @@ class Task(UpdateSource, Protocol):
         """Optimizer group -> what it trains; empty for a task that trains nothing."""
         ...
 
+    def regrouped(self, step: int) -> Mapping[str, Sequence[TrainableGroup]] | None:
+        """Before a step: what changes with time, and the groups where they are others now (a field has split, say); None
+        where they are as before. Asked again for the same step, it changes nothing more: a run may resume there."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that the task has made so far and cannot make again, fp32, on the CPU; what a checkpoint and the best state
         hold."""
+        ...
+
+    def carried(self) -> dict[str, Tensor]:
+        """What later phases find in `PhaseContext.carried` besides all that is attached to the backbone, fp32, on the CPU."""
         ...
 
     def result(self) -> Any:

@@ -84,6 +84,7 @@ class TrainingRun:
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
         self.trained: dict[str, TrainableGroup] = {}  # by slot: all that has been injected so far
         self.best: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}  # from phase to phase, besides what is attached to the backbone
         self.best_score: float | None = None
         self.ports: set[str] = set()
         self.final_scores: dict[str, float] = {}  # of the state that is returned, where it was scored
@@ -156,6 +157,7 @@ class TrainingRun:
         if self.recipe.train.mixed_precision == recipe["train"]["mixed_precision"]:
             same_precision(info.get("precision", self.precision), self.precision)
         self.best, self.best_score = dict(state.best), info.get("best_score")
+        self.carried = dict(state.carried)
         self.final_scores, self._peak = info.get("scores", {}), info.get("peak", 0)
         self.clock = Clock(info.get("seconds"))
 
@@ -230,6 +232,7 @@ class TrainingRun:
             make=self._made_now if self.make else None,
             scorers=self.scorers,
             progress=self.on_pictures,
+            carried=self.carried,
             resumed_step=resumed_step,
         )
 
@@ -289,7 +292,7 @@ class TrainingRun:
         }
         checkpoint.save(
             self.workdir,
-            checkpoint.State(state.phase, state.step, state.learned, state.optimizer, self.best, info),
+            checkpoint.State(state.phase, state.step, state.learned, state.optimizer, self.best, info, self.carried),
         )
 
     def begin(self) -> None:

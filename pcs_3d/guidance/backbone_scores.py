@@ -1,0 +1,117 @@
+"""A diffusion model with concepts as what guidance asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.guidance.camera_embedding import CameraAdapter
+from pcs_3d.guidance.perp_neg import PerpNeg
+from pcs_3d.guidance.prompt_cache import PromptCache
+from pcs_3d.guidance.scores import Adapters, Ask, Told
+from pcs_3d.guidance.student import STUDENT
+from pcs_3d.view_prompts import Mix, ScenePrompts, Views
+from shared.backbones.protocol import Backbone
+from shared.prompts import without
+from shared.types import Conditioning
+
+
+class BackboneScores:
+    """`Scores` of a backbone.
+
+    Adapters are switched by set alone: the teacher is the backbone with `concepts` at their strengths, the student that set
+    and `student`, the base neither. The base is asked with class nouns in the place of names.
+
+    Args:
+        concepts: name -> strength, of adapters and learned words
+        resolution: pixels of the shorter side that views are scaled to before they are encoded; None: as they are
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: ScenePrompts,
+        concepts: Mapping[str, float],
+        perp_neg: PerpNeg | None = None,
+        resolution: int | None = None,
+        text_on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.backbone, self.prompts, self.perp_neg, self.resolution = backbone, prompts, perp_neg, resolution
+        self.concepts = dict(concepts)
+        self.texts = PromptCache(backbone, text_on_device)
+        self.discrete_time = backbone.discrete_time
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backbone.alpha_sigma(t)
+
+    @contextmanager
+    def under(self, adapters: Adapters) -> Iterator[None]:
+        """Inside, exactly these adapters are on."""
+        sets: dict[Adapters, dict[str, float]] = {"base": {}, "teacher": self.concepts}
+        if adapters == "student":
+            if STUDENT not in self.backbone.adapters:
+                raise ValueError(
+                    "guidance.student: it has no adapters: add trainable.student_lora.kind=lora with "
+                    "adapter_set=student and group=student"
+                )
+            sets["student"] = {**self.concepts, STUDENT: 1.0}
+        with self.backbone.active(sets[adapters]):
+            yield
+
+    def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
+        """The noise for each ask; asks of one set of adapters are one pass of the network."""
+        known: dict[Ask, Tensor] = {}
+        for adapters in dict.fromkeys(ask.adapters for ask in asks):
+            mine = [ask for ask in asks if ask.adapters == adapters]
+            with torch.no_grad(), self.under(adapters):
+                many, times = torch.cat([z_t] * len(mine)), torch.cat([t] * len(mine))
+                prediction = self._predict(mine, many, times, views)
+                eps = self.backbone.to_eps(prediction.to(z_t), many, times)
+            known.update(zip(mine, eps.chunk(len(mine)), strict=True))
+        return [known[ask] for ask in asks]
+
+    def _predict(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> Tensor:
+        """For each ask in turn, all views: [A * B, C, h, w]."""
+        rows = [row for ask in asks for row in self._rows(ask, views)]
+        with ExitStack() as stack:
+            for adapter in self.backbone.adapters.get(STUDENT, []):
+                if isinstance(adapter, CameraAdapter):
+                    stack.enter_context(adapter.seeing(views.cameras, views.blind))
+            conditioning = self._conditioning(rows, t)
+            return self.backbone.predict(z_t.to(self.backbone.dtype), t, conditioning)
+
+    def _rows(self, ask: Ask, views: Views) -> list[Mix]:
+        told: Told = ask.told
+        by_perp_neg = self.perp_neg is not None and told in ("prompt", "away_near", "away_far")
+        source: Any = self.perp_neg.rows(told, self.prompts, views) if self.perp_neg and by_perp_neg else None
+        rows = source or self.prompts.rows(told, views)
+        if ask.adapters != "base":
+            return rows
+        nouns = self.prompts.class_nouns or {}
+        return [tuple((weight, without(text, nouns)) for weight, text in row) for row in rows]
+
+    def _conditioning(self, rows: Sequence[Mix], t: Tensor) -> Conditioning:
+        return self.texts.mixed(rows, t)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Through the autoencoder, in the precision it was loaded in; float32. ValueError for a size that does not fit."""
+        if self.resolution is not None:
+            factor = self.resolution / min(pixels.shape[-2:])
+            size = [round(side * factor) for side in pixels.shape[-2:]]
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.backbone.encode_pixels(2 * pixels.float() - 1).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return (self.backbone.decode(latents).float() + 1) / 2
+
+    def prediction_loss(self, ask: Ask, z: Tensor, noise: Tensor, t: Tensor, views: Views) -> Tensor:
+        z_t = self.backbone.add_noise(z, noise, t)
+        prediction = self._predict([ask], z_t, t, views)
+        return F.mse_loss(prediction.float(), self.backbone.target(z, noise, t).float())

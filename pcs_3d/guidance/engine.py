@@ -1,0 +1,142 @@
+"""The one engine behind every guidance: grad = w(t) (sum_i a_i eps_i - target)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from pcs_3d.guidance.noisers import Noised
+from pcs_3d.guidance.perp_neg import PerpNeg, perpendicular
+from pcs_3d.guidance.scores import Ask, Scores, coefficients, spread
+from pcs_3d.guidance.settings import Guidance, Term
+from pcs_3d.schedules import Moment
+from pcs_3d.view_prompts import ScenePrompts, Views
+
+_AWAY = (Ask("away_near"), Ask("away_far"))
+#: A point of evaluation and what is asked there.
+Place = tuple[str, Ask]
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The gradient [B, C, h, w] on a view's latents, and how it came about. eps: the guided prediction at (z_t, t); x0: the
+    clean latents that it stands for."""
+
+    grad: Tensor
+    noised: Noised
+    eps: Tensor
+    x0: Tensor
+
+
+@torch.no_grad()
+def guide(
+    settings: Guidance,
+    scores: Scores,
+    z: Tensor,
+    views: Views,
+    prompts: ScenePrompts,
+    moment: Moment,
+    generator: Generator,
+) -> Guided:
+    """The gradient of one step on clean latents z [B, C, h, w] of B views.
+
+    Raises:
+        ValueError: a schedule leaves its range
+    """
+    noised = settings.noiser(z, settings.times, scores, views, moment, generator)
+    weights = _weights(settings, noised, moment, z)
+    known = _predictions(settings, scores, noised, views, weights)
+    eps = sum((weight * known[_place(settings.terms[n])] for n, weight in weights.items()), torch.zeros_like(z))
+    if settings.perp_neg is not None:
+        scale = moment.of(settings.scale)
+        eps = eps + scale * _away(settings.perp_neg, known, prompts, views, z)
+    alpha, sigma = coefficients(scores, noised.t, z)
+    if settings.rescale:
+        plain = known["t", Ask("prompt")]
+        x0 = (noised.z_t - sigma * eps) / alpha
+        x0 = rescaled(x0, (noised.z_t - sigma * plain) / alpha, settings.rescale, settings.rescale_over)
+        eps = (noised.z_t - alpha * x0) / sigma
+    difference = eps - noised.target if settings.target == "noise" else eps
+    grad = moment.of(settings.weight) * time_weight(settings, scores, noised.t, z) * difference
+    if settings.clip is not None:
+        limit = moment.of(settings.clip)
+        grad = grad.clamp(-limit, limit)
+    if settings.normalize == "mean":
+        grad = grad / z[0].numel()
+    return Guided(grad, noised, eps, (noised.z_t - sigma * eps) / alpha)
+
+
+def surrogate(z: Tensor, grad: Tensor) -> Tensor:
+    """½ |z - sg(z - grad)|² / B: a scalar whose gradient in z [B, C, h, w] is grad / B. What z came from gets it; no
+    network between z and grad does."""
+    return 0.5 * (z - (z - grad).detach()).square().sum() / len(z)
+
+
+def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> Tensor:
+    """w(t), [B, 1, 1, 1]; see `Guidance`."""
+    alpha, sigma = coefficients(scores, t, like)
+    match settings.weighting:
+        case "sds":
+            return sigma**2
+        case "fantasia3d":
+            return alpha * sigma**2
+        case "noise_to_signal":
+            return sigma / alpha
+        case _:
+            return torch.ones_like(sigma)
+
+
+def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
+    """x0 [B, C, h, w] moved by `share` to the spread of the unguided `plain`, taken over each `together` views in turn.
+    ValueError where B is no multiple of it."""
+    if len(x0) % together:
+        raise ValueError(f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is no multiple of it")
+    groups = (-1, together, *x0.shape[1:])
+    factor = plain.reshape(groups).flatten(1).std(1) / x0.reshape(groups).flatten(1).std(1)
+    factor = spread(factor.repeat_interleave(together), x0)
+    return share * x0 * factor + (1 - share) * x0
+
+
+def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -> dict[str, Tensor]:
+    """Term -> its coefficient, [B, 1, 1, 1]; those that are 0 for every view are left out, and nobody is asked."""
+    scale, share = moment.of(settings.scale), noised.t.double() / 1000
+    out = {}
+    for name, term in settings.terms.items():
+        weight = moment.of(term.plain) + moment.of(term.scaled) * scale
+        inside = (share >= term.from_t) & (share < term.until_t)
+        needed = bool(settings.rescale and _place(term) == ("t", Ask("prompt")))
+        if (weight != 0 and bool(inside.any())) or needed or settings.perp_neg is not None:
+            out[name] = spread(weight * inside.double(), like)
+    return out
+
+
+def _place(term: Term) -> Place:
+    return term.at, term.ask
+
+
+def _predictions(
+    settings: Guidance, scores: Scores, noised: Noised, views: Views, weights: dict[str, Tensor]
+) -> dict[Place, Tensor]:
+    """Each prediction that is needed, once."""
+    known: dict[Place, Tensor] = {}
+    for point in ("t", "s"):
+        asks = [term.ask for name, term in settings.terms.items() if name in weights and term.at == point]
+        asks = list(dict.fromkeys([*asks, *(_AWAY if settings.perp_neg is not None and point == "t" else ())]))
+        if asks:
+            z_t, t = noised.at(point)
+            answers = scores.eps(asks, z_t, t, views)
+            known.update({(point, ask): eps for ask, eps in zip(asks, answers, strict=True)})
+    return known
+
+
+def _away(part: PerpNeg, known: dict[Place, Tensor], prompts: ScenePrompts, views: Views, like: Tensor) -> Tensor:
+    """sum_i w_i perp(e_i, e_pos)."""
+    nothing = known["t", Ask("null")]
+    positive = known["t", Ask("prompt")] - nothing
+    weights = part.weights(prompts, views.cameras)
+    parts = (
+        spread(weights[:, i], like) * perpendicular(known["t", ask] - nothing, positive) for i, ask in enumerate(_AWAY)
+    )
+    return sum(parts, torch.zeros_like(like))

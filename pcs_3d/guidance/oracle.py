@@ -1,0 +1,68 @@
+"""A teacher that knows a scene: the exact scores of Gaussians around the true view of each camera. What a guidance does is
+then known, and an asset that it makes can be compared with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.guidance.noisers import noised
+from pcs_3d.guidance.scores import Adapters, Ask, Told, coefficients
+from pcs_3d.view_prompts import Views
+
+#: Cameras of B views -> the mean of what is there, in latents [B, C, h, w].
+Means = Callable[[Cameras], Tensor]
+
+
+class OracleScores:
+    """`Scores` of a model that has learned p(z | camera) = N(mean, spread²) perfectly: the posterior mean of the noise is
+    sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
+
+    Args:
+        scene: mean and spread for what is told; what is not named there is as "prompt"
+        student: the means that the student has come to believe, of the spread of "prompt"; its parameters are the caller's
+    """
+
+    discrete_time = True
+
+    def __init__(self, scene: Mapping[Told, tuple[Means, float]], student: Means | None = None) -> None:
+        if "prompt" not in scene:
+            raise ValueError('scene: it says nothing of "prompt"')
+        self.scene, self.student = dict(scene), student
+        steps = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - steps**2, 0)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Stable Diffusion's schedule, in float64."""
+        bar = self.alphas_cumprod[t.long().cpu()].to(t.device)
+        return bar.sqrt(), (1 - bar).sqrt()
+
+    def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
+        with torch.no_grad():
+            return [self._eps(ask, z_t, t, views) for ask in asks]
+
+    def _eps(self, ask: Ask, z_t: Tensor, t: Tensor, views: Views) -> Tensor:
+        means, width = self.scene.get(ask.told, self.scene["prompt"])
+        if ask.adapters == "student":
+            if self.student is None:
+                raise ValueError("this oracle has no student")
+            means, width = self.student, self.scene["prompt"][1]
+        alpha, sigma = coefficients(self, t, z_t)
+        return sigma * (z_t - alpha * means(views.cameras).to(z_t)) / (alpha**2 * width**2 + sigma**2)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return 2 * pixels - 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (latents + 1) / 2
+
+    def prediction_loss(self, ask: Ask, z: Tensor, noise: Tensor, t: Tensor, views: Views) -> Tensor:
+        return (self._eps(ask, noised(self, z, noise, t), t, views) - noise).square().mean()
+
+    @contextmanager
+    def under(self, adapters: Adapters) -> Iterator[None]:
+        yield

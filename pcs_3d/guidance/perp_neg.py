@@ -1,0 +1,83 @@
+"""Perp-Neg: what speaks against other views, without what speaks for this one (https://arxiv.org/abs/2304.04968)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras, wrapped_deg
+from pcs_3d.view_prompts import Direction, Mix, ScenePrompts, Views
+from shared.config import Part
+
+Curve = tuple[float, float, float]
+
+
+class PerpNeg(Part):
+    """The prompt's embedding moves from one view's to the next with the azimuth; the views that it is not are negatives.
+
+    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (section 3.2 and 4.2). The weights are
+    -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves. `strength` scales them all; from
+    above there are none.
+    """
+
+    side_back: Curve = (1.0, 0.5, -0.606)
+    front_side_back: Curve = (1.0, 0.5, 0.967)
+    front_side: Curve = (4.0, 0.5, -2.426)
+    side_front: Curve = (4.0, 0.5, -2.426)
+    strength: float = 1.0
+
+    def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
+        """Of "prompt", "away_near" and "away_far": what each view's conditioning is mixed of. The near one is the view
+        that the camera moves away from, the far one the view beyond."""
+        return [
+            self._row(told, prompts, direction, around, nameless)
+            for direction, around, nameless in zip(
+                prompts.words.directions(views.cameras), _around(views.cameras), views.nameless, strict=True
+            )
+        ]
+
+    def _row(self, told: str, prompts: ScenePrompts, direction: Direction, around: float, nameless: bool) -> Mix:
+        def text(of: Direction) -> str:
+            return prompts.text(of, nameless)
+
+        front_half = around < 1
+        r = 1 - around if front_half else 2 - around
+        if direction == "overhead":
+            return ((1.0, text("overhead")),)
+        if told == "prompt":
+            first, second = ("front", "side") if front_half else ("side", "back")
+            return ((r, text(first)), (1 - r, text(second)))  # type: ignore[arg-type]
+        near, far = ("front", "side") if front_half else ("side", "front")
+        return ((1.0, text(near if told == "away_near" else far)),)  # type: ignore[arg-type]
+
+    def weights(self, prompts: ScenePrompts, cameras: Cameras) -> Tensor:
+        """[B, 2], not above 0: of the near and the far negative."""
+        rows = []
+        for direction, around in zip(prompts.words.directions(cameras), _around(cameras), strict=True):
+            r = 1 - around if around < 1 else 2 - around
+            pair = (
+                (_at(self.front_side, r), _at(self.side_front, 1 - r))
+                if around < 1
+                else (_at(self.side_back, r), _at(self.front_side_back, r))
+            )
+            rows.append((0.0, 0.0) if direction == "overhead" else tuple(-self.strength * max(0.0, w) for w in pair))
+        return torch.tensor(rows)
+
+
+def perpendicular(e: Tensor, to: Tensor) -> Tensor:
+    """The part of e [B, ...] that is perpendicular to another direction of the same shape, view by view."""
+    flat, other = e.flatten(1), to.flatten(1)
+    share = (flat * other).sum(1) / other.square().sum(1).clamp_min(torch.finfo(e.dtype).tiny)
+    return e - share.reshape(-1, *([1] * (e.ndim - 1))) * to
+
+
+def _around(cameras: Cameras) -> list[float]:
+    """0 at the front, 1 at a side, 2 behind."""
+    return (wrapped_deg(cameras.azimuth_deg).abs() / 90).tolist()
+
+
+def _at(curve: Curve, r: float) -> float:
+    a, b, c = curve
+    return a * math.exp(-b * r) + c

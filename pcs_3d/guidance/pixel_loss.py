@@ -1,0 +1,22 @@
+"""The loss on pixels beside the one on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pcs_3d.guidance.engine import Guided, surrogate, time_weight
+from pcs_3d.guidance.scores import Scores, coefficients
+from pcs_3d.guidance.settings import Guidance
+
+
+def pixel_loss(settings: Guidance, scores: Scores, guided: Guided, pixels: Tensor) -> Tensor:
+    """The surrogate of w(t) (alpha / sigma) (x - D(x0)) on views x [B, 3, H, W] in [0, 1]: a scalar."""
+    with torch.no_grad():
+        decoded = scores.decode(guided.x0).to(pixels)
+        alpha, sigma = coefficients(scores, guided.noised.t, pixels)
+        weight = time_weight(settings, scores, guided.noised.t, pixels) * alpha / sigma
+        grad = weight * (pixels - decoded.clamp(0, 1))
+        if settings.normalize == "mean":
+            grad = grad / pixels[0].numel()
+    return surrogate(pixels, grad)

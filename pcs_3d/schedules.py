@@ -1,0 +1,65 @@
+"""Numbers that change over a run, as a recipe writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+Number = int | float
+
+
+def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]:
+    if isinstance(schedule, int | float):
+        return schedule
+    if len(schedule) < 4 or len(schedule) % 2:
+        raise ValueError(
+            f"{list(schedule)} is no schedule: write one number, [from, value, value, to], or further pairs of a value and "
+            "when it is reached"
+        )
+    for kind in (int, float):
+        places = [p for p in _places(schedule) if type(p) is kind]
+        if places != sorted(places):
+            raise ValueError(f"{list(schedule)} is no schedule: what comes later must be written later")
+    if any(p < 0 or (isinstance(p, float) and p > 1) for p in _places(schedule)):
+        raise ValueError(f"{list(schedule)} is no schedule: times are steps, or shares of the run from 0.0 to 1.0")
+    return schedule
+
+
+#: One number throughout; or `[from, a, b, to]`: a until `from`, b after `to`, a straight line between them; further pairs
+#: `c, then` go on in the same way. Times are steps where they are whole numbers, and shares of the run where they have a
+#: point: `[0.0, 0.98, 0.5, 0.5]` falls over the first half.
+Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is: `step` of `steps`, from 0."""
+
+    step: int
+    steps: int
+
+    def of(self, schedule: Number | Sequence[Number]) -> float:
+        """A schedule's value now."""
+        if isinstance(schedule, int | float):
+            return float(schedule)
+        places = [p if isinstance(p, int) else p * self.steps for p in _places(schedule)]
+        values = [float(schedule[1]), *(float(v) for v in schedule[2::2])]
+        for (start, before), (end, after) in zip(
+            zip(places, values, strict=True), zip(places[1:], values[1:], strict=True), strict=False
+        ):
+            if self.step < end:
+                share = 0.0 if self.step <= start else (self.step - start) / (end - start)
+                return before + share * (after - before)
+        return values[-1]
+
+    @property
+    def share(self) -> float:
+        """How much of the run is behind, in [0, 1]."""
+        return min(1.0, self.step / max(1, self.steps))
+
+
+def _places(schedule: Sequence[Number]) -> list[Number]:
+    return [schedule[0], *schedule[3::2]]

@@ -1,0 +1,124 @@
+"""What the teacher is told of a view: the prompt with a word for the side that is seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator
+
+from pcs_3d.cameras import Cameras, wrapped_deg
+from shared.config import Part
+from shared.prompts import names_in, without
+
+Direction = Literal["front", "side", "back", "overhead"]
+DIRECTIONS: tuple[Direction, ...] = ("front", "side", "back", "overhead")
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ViewWords(Part):
+    """Words for directions, and which direction a camera looks from (DreamFusion, section 3.2).
+
+    `place: noun` puts them right behind the first `<name>` of the prompt (behind the whole prompt where it names none),
+    where they bind to the thing; `end` behind the whole prompt; a prompt that says `{view}` has them there.
+    """
+
+    front: str = "front view"
+    side: str = "side view"
+    back: str = "back view"
+    overhead: str = "overhead view"
+    place: Literal["noun", "end"] = "noun"
+    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 0
+    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 180
+    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation on
+    drop_subject: Share = 0.0  # how often a view from behind asks for the class alone: few pictures show the back
+
+    def directions(self, cameras: Cameras) -> list[Direction]:
+        """Of each camera."""
+        around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
+        above = cameras.elevation_deg.tolist()
+        return [self._direction(a, e) for a, e in zip(around, above, strict=True)]
+
+    def _direction(self, around: float, above: float) -> Direction:
+        if above >= self.overhead_deg:
+            return "overhead"
+        if around <= self.front_deg:
+            return "front"
+        return "back" if around >= 180 - self.back_deg else "side"
+
+    def said(self, prompt: str, direction: Direction | None) -> str:
+        """The prompt for a direction; for None without a word for it."""
+        words = getattr(self, direction) if direction else ""
+        if "{view}" in prompt:
+            return _tidy(prompt.replace("{view}", words))
+        if not words:
+            return prompt
+        named = names_in(prompt)
+        if self.place == "noun" and named:
+            name = f"<{named[0]}>"
+            before, after = prompt.split(name, 1)
+            return _tidy(f"{before}{name}, {words}{',' if after.strip() else ''}{after}")
+        return f"{prompt}, {words}"
+
+
+@dataclass(frozen=True)
+class Views:
+    """B views of one step: their cameras, and whether the subject's name is left out of each one's prompt. `blind`: the
+    model is not told the cameras."""
+
+    cameras: Cameras
+    nameless: tuple[bool, ...]
+    blind: bool = False
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+
+#: One prompt for a view, or several whose embeddings are mixed: (weight, text).
+Mix = tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class ScenePrompts:
+    """All that the teacher is asked about one asset. Texts name concepts as `<name>`.
+
+    class_nouns: concept -> its class, for views that leave the name out
+    """
+
+    prompt: str
+    negative: str = ""
+    words: ViewWords = field(default_factory=ViewWords)
+    class_nouns: Mapping[str, str] | None = None
+
+    def views(self, cameras: Cameras, generator: Generator) -> Views:
+        """The cameras of a step, with what is drawn for their prompts."""
+        coins = torch.rand(len(cameras), generator=generator).tolist()
+        behind = [d == "back" for d in self.words.directions(cameras)]
+        return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))
+
+    def text(self, direction: Direction | None, nameless: bool = False) -> str:
+        """The prompt for one direction."""
+        said = self.words.said(self.prompt, direction)
+        return without(said, self.class_nouns or {}) if nameless else said
+
+    def all_texts(self) -> list[str]:
+        """Every text that may be asked for."""
+        texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
+        return list(dict.fromkeys(texts))
+
+    def rows(self, kind: str, views: Views) -> list[Mix]:
+        """What a kind of conditioning is for each view: "prompt", "plain_prompt" (no word for the view), "negative",
+        "null"."""
+        if kind == "prompt":
+            directions = self.words.directions(views.cameras)
+            return [((1.0, self.text(d, n)),) for d, n in zip(directions, views.nameless, strict=True)]
+        texts = {"plain_prompt": self.text(None), "negative": self.negative, "null": ""}
+        return [((1.0, texts[kind]),)] * len(views)
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"\s+,", ",", re.sub(r"\s+", " ", text)).strip(" ,")
