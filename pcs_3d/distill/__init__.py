@@ -1,0 +1,1 @@
+"""Score distillation as a task on the core's loop."""

@@ -1,0 +1,239 @@
+"""Score distillation: a field learns that its renders look likely to a diffusion model (DreamFusion and what followed)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.fields.field import Field
+from pcs_3d.guidance.backbone_scores import BackboneScores
+from pcs_3d.guidance.engine import guide, surrogate
+from pcs_3d.guidance.pixel_loss import pixel_loss
+from pcs_3d.guidance.scores import Scores
+from pcs_3d.guidance.student import STUDENT
+from pcs_3d.renderers.rendering import Rendering, RenderSettings
+from pcs_3d.schedules import Moment
+from pcs_3d.view_prompts import ScenePrompts
+from shared.backbones.protocol import Backbone
+from shared.train.loop import generator
+from shared.train.phase_context import ConceptTask, PhaseContext
+from shared.train.task import Update, Updates
+from shared.trainable import TrainableGroup
+
+_VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # streams of draws of their own
+FIELD = "field/"  # before the names of its tensors in what is saved
+
+#: From a phase, its prompts and the concepts' strengths to what guides it.
+OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The views of one step, as penalties look at them."""
+
+    field: Any
+    cameras: Cameras
+    rendering: Rendering
+    settings: RenderSettings
+    moment: Moment
+    generator: Generator
+
+
+def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapping[str, float]) -> Scores:
+    """The run's own backbone."""
+    guidance = recipe_of(context).guidance
+    return BackboneScores(
+        context.backbone, prompts, concepts, guidance.perp_neg, guidance.resolution, context.text_on_device
+    )
+
+
+class Distill(ConceptTask):
+    """See `DistillTask`. An update of the field; with a student, one of the student in the same step, on the same views.
+
+    The field is the one of an earlier phase where there was one. What was learned before (loaded concepts, and those that
+    earlier phases of this run have learned) is the teacher's; the set `student` is the student's alone.
+
+    Raises:
+        ValueError: sizes, prompts, optimizer groups or parts do not fit together
+    """
+
+    def __init__(self, context: PhaseContext, scores: OpenScores = backbone_scores) -> None:
+        super().__init__(context)
+        self.recipe = recipe = recipe_of(context)
+        self.steps, self.guidance = recipe.train.steps, recipe.guidance
+        self.side = view_side(recipe, context.backbone)
+        channels = 3
+        if self.guidance.space == "latents":
+            channels = context.backbone.latent_shape(*(2 * [context.backbone.resolution]))[0]
+        elif context.backbone.vae is not None:
+            side = self.guidance.resolution or self.side
+            context.backbone.latent_shape(side, side)
+        self.field: Field = recipe.field.build(channels, recipe.seed).to(context.backbone.device)
+        before = _under(context.carried, FIELD)
+        if before:
+            self.field.load_state_dict(before)
+        self.prompts = scene_prompts(recipe, context.class_nouns)
+        on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name != STUDENT}
+        self.scores = scores(context, self.prompts, {**context.loaded_strengths, **on})
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        student, mine = self.guidance.student, super().groups()
+        if student is not None and student.group not in mine:
+            raise ValueError(
+                f"guidance.student: nothing is trained in the optimizer group {student.group!r}: give a part under "
+                f"trainable group={student.group} and adapter_set={STUDENT}"
+            )
+        allowed = {student.group} if student else set()
+        for name, parts in mine.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"trainable.{parts[0].slot}: a distill phase trains the field, and what it is guided by stays as it is; "
+                    "only a student (guidance.student) learns beside it"
+                )
+
+    # --- what the loop asks --------------------------------------------------------------------------------
+
+    @property
+    def networks_in_steps(self) -> frozenset[str]:
+        """The autoencoder, where views are encoded; texts are encoded once, where no name varies with time."""
+        vae = frozenset({"vae"}) if self.guidance.space == "pixels" else frozenset()
+        timed = any("time" in p.varies_with for p in self.context.backbone.placeholders.values())
+        return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        """The field's, and the student's."""
+        out = {name: list(parts) for name, parts in self.field.groups().items()}
+        for name, parts in super().groups().items():
+            out.setdefault(name, []).extend(parts)
+        return out
+
+    def regrouped(self, step: int) -> dict[str, list[TrainableGroup]] | None:
+        """The field as it is to be at this step; its groups where they are others now."""
+        return self.groups() if self.field.advance(step, self.steps) else None
+
+    def updates(self, step: int, micro: int) -> Updates:
+        """The guidance's loss and the penalties', for the field; then the student's."""
+        moment = Moment(step, self.steps)
+        noise = generator(self.recipe.seed, _NOISE + step, micro)
+        with self._drawn(moment, micro) as seen:
+            views = self.prompts.views(seen.cameras, noise)
+            z, pixels = self._latents(seen.rendering)
+            guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
+            parts = {"guidance": surrogate(z, guided.grad.to(z))}
+            weight = moment.of(self.guidance.pixel_weight)
+            if weight:
+                parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
+            for name, penalty in self.recipe.penalties.items():
+                parts[name] = penalty(seen)
+            loss = torch.stack(list(parts.values())).sum()
+            yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
+        student = self.guidance.student
+        if student is not None:
+            draw = generator(self.recipe.seed, _STUDENT + step, micro)
+            with self.scores.under(STUDENT):
+                loss = student.loss(self.scores, z.detach(), views, moment, draw)
+                yield Update(loss, (student.group,), {STUDENT: loss.detach()})
+
+    @contextmanager
+    def _drawn(self, moment: Moment, micro: int) -> Iterator[Seen]:
+        """The views of a step, drawn in full precision."""
+        recipe, draw = self.recipe, generator(self.recipe.seed, _VIEWS + moment.step, micro)
+        device = self.context.backbone.device
+        cameras = recipe.cameras.sample(recipe.train.batch_size, moment, draw)
+        shading, light = recipe.shading.draw(cameras, moment, draw)
+        channels = getattr(self.field, "channels", 3)
+        background = recipe.background.draw(len(cameras), channels, draw)
+        side = self.side
+        settings = RenderSettings(
+            side,
+            side,
+            background.to(device),
+            "albedo" if channels != 3 else shading,
+            light.to(device),
+            normals=any(getattr(p, "needs_normals", False) for p in recipe.penalties.values()),
+            generator=draw,
+        )
+        with torch.autocast(device.type, enabled=False):
+            rendering = recipe.renderer.render(self.field, cameras.to(device), settings)
+        yield Seen(self.field, cameras, rendering, settings, moment, draw)
+
+    def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
+        """What the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are there."""
+        pixels = rendering.pixels
+        return (pixels if self.guidance.space == "latents" else self.scores.encode(pixels)), pixels
+
+    # --- what is kept --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The field (`field/…`) and the adapters in training, the student's among them. Schedules are functions of the
+        step."""
+        return {**super().state_dict(), **self.carried()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when tensors are missing, left over or of another shape."""
+        mine = _under(state, FIELD)
+        super().load_state_dict({k: v for k, v in state.items() if not k.startswith(FIELD)})
+        if mine or self.context.resumed_step:
+            self.field.load_state_dict(mine)
+
+    def carried(self) -> dict[str, Tensor]:
+        """The field, for later phases and for whoever exports it."""
+        return {FIELD + key: value for key, value in self.field.state_dict().items()}
+
+    def result(self) -> Field:
+        """The finished field."""
+        return self.field
+
+    @torch.no_grad()
+    def picture(self, cameras: Cameras, side: int | None = None) -> Rendering:
+        """Views on white, without jitter; fields in latent space are decoded."""
+        return shown(self.recipe, self.field, cameras, side or self.side, self.scores.decode)
+
+
+@torch.no_grad()
+def shown(
+    recipe: DistillRecipe, field: Any, cameras: Cameras, side: int, decode: Callable[[Tensor], Tensor]
+) -> Rendering:
+    """A field's views on white, one at a time; pixels [B, 3, H, W] in [0, 1], on the CPU."""
+    from dataclasses import replace
+
+    channels = getattr(field, "channels", 3)
+    device = next(p for parts in field.groups().values() for part in parts for p in part.parameters).device
+    behind = torch.full((1, channels, 1, 1), 1.0 if channels == 3 else 0.0, device=device)
+    made = []
+    for i in range(len(cameras)):
+        one = recipe.renderer.render(field, cameras[i : i + 1].to(device), RenderSettings(side, side, behind))
+        made.append(replace(one, pixels=decode(one.pixels).clamp(0, 1)) if channels != 3 else one)
+    return Rendering(*(torch.cat([getattr(m, name) for m in made]).cpu() for name in ("pixels", "opacity", "depth")))
+
+
+def recipe_of(context: PhaseContext) -> DistillRecipe:
+    """The phase's recipe. AssertionError for one without the slots of an asset."""
+    recipe = context.recipe
+    assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} says nothing of fields and guidance"
+    return recipe
+
+
+def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str]) -> ScenePrompts:
+    """What a recipe says of its teacher's prompts."""
+    return ScenePrompts(recipe.prompt, recipe.negative, recipe.views, class_nouns)
+
+
+def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:
+    """Pixels, or latent cells, of a view's side: `train.resolution`, else the backbone's own."""
+    if recipe.train.resolution is not None:
+        return recipe.train.resolution
+    own = backbone.resolution
+    return backbone.latent_shape(own, own)[-1] if recipe.guidance.space == "latents" else own
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

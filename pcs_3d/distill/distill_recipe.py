@@ -1,0 +1,46 @@
+"""What a recipe of assets has besides that of pictures, whatever it is that is optimised."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from pcs_3d.backgrounds import Backgrounds
+from pcs_3d.camera_sampling import CameraSampling
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.guidance.camera_embedding import CameraEmbedding
+from pcs_3d.guidance.settings import Guidance
+from pcs_3d.shadings import Shadings
+from pcs_3d.view_prompts import ViewWords
+from shared.config import Slot, default_kind
+from shared.recipe.schema import Recipe
+from shared.recipe.tasks import GenerateTask, TuneTask, named
+from shared.sources import Source
+from shared.trainable import Trainable
+
+AssetTask = Annotated[
+    DistillTask | TuneTask | GenerateTask,
+    Field(discriminator="kind"),
+    default_kind("distill"),
+    BeforeValidator(named),
+]
+AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kind")]
+
+
+class DistillRecipe(Recipe):
+    """All but the field, the renderer and the penalties, which `Recipe3D` types."""
+
+    prompt: str = ""
+    negative: str = ""
+    views: ViewWords = ViewWords()
+    cameras: CameraSampling = CameraSampling()
+    background: Backgrounds = Backgrounds()
+    shading: Shadings = Shadings()
+    guidance: Guidance = Guidance()
+    field: Any = None
+    renderer: Any = None
+    penalties: dict[str, Any] = {}  # (views of a step) -> a scalar
+    sources: Slot[Source] = {}
+    trainable: Slot[AssetTrainable] = {}
+    task: AssetTask = DistillTask()

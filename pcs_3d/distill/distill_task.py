@@ -1,0 +1,19 @@
+"""Score distillation, as a recipe says it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shared.recipe.tasks import TuneTask
+from shared.trainable.base import MAIN
+
+
+class DistillTask(TuneTask):
+    """Grow an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
+
+    kind: Literal["distill"] = "distill"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def optimizer_groups(self) -> frozenset[str]:
+        """The field's."""
+        return frozenset({MAIN})
