@@ -72,9 +72,8 @@ class Distill(ConceptTask):
         channels = 3
         if self.guidance.space == "latents":
             channels = context.backbone.latent_shape(*(2 * [context.backbone.resolution]))[0]
-        elif context.backbone.vae is not None:
-            side = self.guidance.resolution or self.side
-            context.backbone.latent_shape(side, side)
+        elif self.guidance.resolution is not None:
+            context.backbone.latent_shape(self.guidance.resolution, self.guidance.resolution)
         self.field: Field = recipe.field.build(channels, recipe.seed).to(context.backbone.device)
         before = _under(context.carried, FIELD)
         if before:
@@ -224,7 +223,7 @@ def recipe_of(context: PhaseContext) -> DistillRecipe:
 
 def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str]) -> ScenePrompts:
     """What a recipe says of its teacher's prompts."""
-    return ScenePrompts(recipe.prompt, recipe.negative, recipe.views, class_nouns)
+    return ScenePrompts(f"{recipe.prompt} {recipe.setting}".strip(), recipe.negative, recipe.views, class_nouns)
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:

@@ -32,6 +32,9 @@ class DistillRecipe(Recipe):
     """All but the field, the renderer and the penalties, which `Recipe3D` types."""
 
     prompt: str = ""
+    setting: str = (
+        ""  # where the thing stands, said behind the prompt ("in a white studio"): a plain place keeps to the thing
+    )
     negative: str = ""
     views: ViewWords = ViewWords()
     cameras: CameraSampling = CameraSampling()

@@ -29,7 +29,7 @@ class BackboneScores:
 
     Args:
         concepts: name -> strength, of adapters and learned words
-        resolution: pixels of the shorter side that views are scaled to before they are encoded; None: as they are
+        resolution: pixels of the shorter side that views are scaled to before they are encoded; None: the backbone's own
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class BackboneScores:
         resolution: int | None = None,
         text_on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.backbone, self.prompts, self.perp_neg, self.resolution = backbone, prompts, perp_neg, resolution
+        self.backbone, self.prompts, self.perp_neg = backbone, prompts, perp_neg
+        self.resolution = backbone.resolution if resolution is None else resolution
         self.concepts = dict(concepts)
         self.texts = PromptCache(backbone, text_on_device)
         self.discrete_time = backbone.discrete_time
@@ -100,8 +101,8 @@ class BackboneScores:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Through the autoencoder, in the precision it was loaded in; float32. ValueError for a size that does not fit."""
-        if self.resolution is not None:
-            factor = self.resolution / min(pixels.shape[-2:])
+        factor = self.resolution / min(pixels.shape[-2:])
+        if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]
             pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
         with torch.autocast(pixels.device.type, enabled=False):

@@ -63,7 +63,9 @@ class Guidance(Part):
     student: StudentSettings | None = None
     pixel_weight: Schedule = 0.0  # HiFA's loss between the view and the decoded x0
     space: Literal["pixels", "latents"] = "pixels"  # what fields show: colours that are encoded, or latents
-    resolution: Annotated[int, Field(ge=8)] | None = None  # pixels that a view is scaled to before it is encoded
+    resolution: Annotated[int, Field(ge=8)] | None = (
+        None  # pixels that a view is scaled to and encoded; the backbone's own
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Guidance:

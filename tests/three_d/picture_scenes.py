@@ -1,0 +1,102 @@
+"""The simplest asset there is, for tests: a learnable picture for each of some views; and the truth that it is to become."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pcs_3d.cameras import Cameras, wrapped_deg
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.renderers.rendering import Rendering
+from shared.config import Part
+from shared.trainable import TrainableGroup
+
+VIEWS, SIDE = 4, 32
+
+
+def view_of(cameras: Cameras) -> Tensor:
+    """[B]: the number of the view that is nearest to each camera's azimuth."""
+    return ((wrapped_deg(cameras.azimuth_deg) + 180) / 360 * VIEWS).long().clamp_max(VIEWS - 1)
+
+
+@cache
+def true_pictures(side: int = SIDE) -> Tensor:
+    """[VIEWS, 3, S, S] in [-1, 1]: smooth colours, and a square elsewhere in each view."""
+    draw = torch.Generator().manual_seed(5)
+    ground = F.interpolate(torch.rand(VIEWS, 3, 4, 4, generator=draw), (side, side), mode="bilinear")
+    pictures = 0.1 + 0.8 * ground
+    for i in range(VIEWS):
+        first = 2 + i * side // 8
+        pictures[i, :, first : first + side // 4, side // 3 : side // 2] = torch.rand(3, 1, 1, generator=draw)
+    return 2 * pictures - 1
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
+    """In dB; for [-1, 1] the peak is 2."""
+    return float(10 * torch.log10(peak**2 / (a - b).square().mean()))
+
+
+class PicturesField(nn.Module):
+    """A picture for each view, [VIEWS, K, S, S], before the sigmoid. With `grows`, it begins at half the size and doubles
+    halfway through the run: other parameters."""
+
+    def __init__(self, side: int, channels: int, lr: float, seed: int, grows: bool) -> None:
+        super().__init__()
+        self.bound, self.channels, self.side, self.lr, self.grows = 1.0, channels, side, lr, grows
+        first = side // 2 if grows else side
+        draw = torch.Generator().manual_seed(seed)
+        self.raw = nn.Parameter(0.1 * torch.randn(VIEWS, channels, first, first, generator=draw))
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        return {"main": [TrainableGroup("pictures", [self.raw], self.lr)]}
+
+    def advance(self, step: int, steps: int) -> bool:
+        if not self.grows or 2 * step < steps or self.raw.shape[-1] == self.side:
+            return False
+        self.raw = nn.Parameter(F.interpolate(self.raw.detach(), scale_factor=2, mode="nearest"))
+        return True
+
+    def pictures(self) -> Tensor:
+        """[VIEWS, K, S, S]: in [0, 1], or latents as they are."""
+        whole = F.interpolate(self.raw, (self.side, self.side), mode="nearest")
+        return whole.sigmoid() if self.channels == 3 else whole
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        return {"raw": self.raw.detach().clone()}
+
+    def load_state_dict(self, state: Any, *_: Any, **__: Any) -> Any:
+        self.raw = nn.Parameter(state["raw"].clone())
+
+
+class Pictures(Part):
+    """The field's settings."""
+
+    kind: Literal["pictures"] = "pictures"
+    side: int = SIDE
+    lr: float = 0.1
+    grows: bool = False
+
+    def build(self, channels: int = 3, seed: int = 0) -> PicturesField:
+        return PicturesField(self.side, channels, self.lr, seed, self.grows)
+
+
+class Slides(Part):
+    """The renderer's settings: shows the picture of each camera's view."""
+
+    kind: Literal["slides"] = "slides"
+
+    def render(self, field: PicturesField, cameras: Cameras, settings: Any) -> Rendering:
+        shown = field.pictures()[view_of(cameras).to(field.raw.device)]
+        full = torch.ones_like(shown[:, :1])
+        return Rendering(shown, full, full)
+
+
+class PictureRecipe(DistillRecipe):
+    """A recipe of such an asset."""
+
+    field: Pictures = Pictures()
+    renderer: Slides = Slides()

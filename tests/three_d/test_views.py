@@ -1,0 +1,175 @@
+"""Where a thing is looked at from, what is behind it, and what the teacher is told of that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pcs_3d.backgrounds import Backgrounds
+from pcs_3d.camera_sampling import CameraSampling, moved
+from pcs_3d.cameras import Cameras
+from pcs_3d.guidance.engine import guide
+from pcs_3d.guidance.oracle import OracleScores
+from pcs_3d.guidance.perp_neg import PerpNeg, perpendicular
+from pcs_3d.guidance.scores import Ask
+from pcs_3d.schedules import Moment
+from pcs_3d.shadings import Shadings
+from pcs_3d.view_prompts import ScenePrompts, Views, ViewWords
+from shared.train.loop import generator
+from tests.three_d.test_guidance import looked, means, random, shipped
+
+NOW = Moment(5, 10)
+
+
+def sampled(count: int, moment: Moment = NOW, seed: int = 0, **settings) -> Cameras:
+    return CameraSampling(**settings).sample(count, moment, generator(seed, 1))
+
+
+# --- cameras ---------------------------------------------------------------------------------
+
+
+def test_azimuths_are_spread_over_the_batch():
+    cameras = sampled(8)
+    parts = ((cameras.azimuth_deg + 180) / 45).floor().sort().values
+    assert parts.tolist() == list(range(8))
+
+
+def test_elevations_are_half_uniform_in_the_angle_and_half_on_the_sphere():
+    cameras = sampled(20_000, elevation_deg=(0.0, 90.0))
+    above_60 = float((cameras.elevation_deg > 60).float().mean())
+    on_sphere = 1 - torch.deg2rad(torch.tensor(60.0)).sin()
+    assert above_60 == pytest.approx(float(0.5 / 3 + 0.5 * on_sphere), abs=0.01)
+    assert float(cameras.elevation_deg.min()) >= 0 and float(cameras.elevation_deg.max()) <= 90
+
+
+def test_the_distance_follows_from_how_much_is_filled():
+    cameras = sampled(64, fov_deg=(30.0, 60.0), fill=(0.5, 0.8))
+    fill = 1 / (cameras.distance * torch.tan(torch.deg2rad(cameras.fov_deg) / 2))
+    assert 0.5 <= float(fill.min()) < 0.55 and 0.75 < float(fill.max()) <= 0.8001
+    assert sampled(2, distance=(3.0, 3.0)).distance.tolist() == [3.0, 3.0]
+
+
+def test_ranges_grow_from_the_front():
+    how = {"grown": [0, 0.0, 1.0, 10], "elevation_deg": (0.0, 60.0)}
+    first, half = sampled(4, Moment(0, 10), **how), sampled(512, Moment(5, 10), **how)
+    assert first.azimuth_deg.abs().max() == 0 and first.elevation_deg.tolist() == pytest.approx([15.0] * 4)
+    assert 85 < float(half.azimuth_deg.abs().max()) <= 90 and float(half.elevation_deg.max()) <= 15 + 22.5 + 1e-4
+
+
+def test_a_ring_shares_all_but_its_azimuths():
+    cameras = sampled(8, ring=4, jitter=0.2, look_at=0.1)
+    for ring in (cameras[:4], cameras[4:]):
+        assert len(set(ring.elevation_deg.tolist())) == len(set(ring.distance.tolist())) == 1
+        turns = (ring.azimuth_deg - ring.azimuth_deg[0]) % 360
+        assert torch.allclose(turns, torch.tensor([0.0, 90, 180, 270]), atol=1e-3)
+    with pytest.raises(ValueError, match="must be a multiple of cameras.ring = 4"):
+        sampled(6, ring=4)
+
+
+def test_jitter_moves_the_camera_and_not_what_it_looks_at():
+    cameras = Cameras.of([30.0, -120.0], 20.0, 4.0, centre=torch.tensor([0.1, 0.0, -0.2]))
+    shift = torch.tensor([[0.3, -0.1, 0.2], [0.0, 0.0, 0.0]])
+    there = moved(cameras, shift)
+    assert torch.allclose(there.positions, cameras.positions + shift, atol=1e-5)
+    assert torch.equal(there.centre, cameras.centre) and torch.equal(there.azimuth_deg[1:], cameras.azimuth_deg[1:])
+
+
+def test_cameras_are_the_same_for_the_same_step_and_refused_where_they_see_nothing():
+    assert torch.equal(sampled(3).positions, sampled(3).positions)
+    assert not torch.equal(sampled(3).positions, sampled(3, seed=1).positions)
+    for wrong in ({"elevation_deg": (50.0, 20.0)}, {"fov_deg": (0.0, 40.0)}, {"fill": (0.0, 1.0)}, {"elevation_deg": (0.0, 91.0)}):  # fmt: skip
+        with pytest.raises(ValueError):
+            CameraSampling(**wrong)
+
+
+def test_backgrounds_and_shadings():
+    colors = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    drawn = Backgrounds(colors=colors, random=0.25).draw(4000, 3, generator(0, 0))
+    stated = ((drawn == 1).all(1) | (drawn == 0).all(1)).float().mean()
+    assert drawn.shape == (4000, 3, 1, 1) and float(stated) == pytest.approx(0.75, abs=0.03)
+    one = Backgrounds(same=True, random=1.0).draw(3, 3, generator(0, 0))
+    assert torch.equal(one[0], one[2]) and not Backgrounds().draw(2, 4, generator(0, 0)).any()
+    later = Shadings(lambertian=[0, 0.0, 1.0, 5], ambient=[0, 1.0, 0.0, 5])
+    cameras = sampled(3)
+    assert later.draw(cameras, Moment(0, 10), generator(0, 0))[0] == "albedo"
+    shading, light = later.draw(cameras, Moment(5, 10), generator(0, 0))
+    assert shading == "lambertian" and light.shape == (3, 3)
+    with pytest.raises(ValueError, match="no proportions"):
+        Shadings(ambient=0.0).draw(cameras, NOW, generator(0, 0))
+
+
+# --- what the teacher is told ----------------------------------------------------------------
+
+
+def test_directions_and_their_words_next_to_the_noun():
+    words = ViewWords(back="seen from behind")
+    cameras = Cameras.of([0.0, 44.0, 46.0, -134.0, 136.0, 180.0, 10.0], torch.tensor([0.0] * 6 + [61.0]))
+    assert words.directions(cameras) == ["front", "front", "side", "side", "back", "back", "overhead"]
+    assert words.said("a photo of a <my-mug> on a table", "side") == "a photo of a <my-mug>, side view, on a table"
+    assert words.said("a photo of a <my-mug>", "back") == "a photo of a <my-mug>, seen from behind"
+    assert words.said("a mug on a table", "front") == "a mug on a table, front view"
+    at_end = ViewWords(place="end")
+    assert at_end.said("a <my-mug> on a table", "overhead") == "a <my-mug> on a table, overhead view"
+    assert words.said("the {view} of a <mug>", "side") == "the side view of a <mug>"
+    assert words.said("the {view} of a <mug>", None) == "the of a <mug>"
+
+
+def test_some_views_from_behind_ask_for_the_class_alone():
+    words = ViewWords(drop_subject=0.5)
+    prompts = ScenePrompts("a <my-mug>", words=words, class_nouns={"my-mug": "mug"})
+    cameras = Cameras.of([0.0, 180.0] * 200, 0.0)
+    views = prompts.views(cameras, generator(0, 0))
+    texts = [row[0][1] for row in prompts.rows("prompt", views)]
+    assert set(texts[::2]) == {"a <my-mug>, front view"}
+    assert 70 < texts[1::2].count("a mug, back view") < 130 and "a <my-mug>, back view" in texts
+
+
+# --- Perp-Neg --------------------------------------------------------------------------------
+
+
+def test_the_perpendicular_part_is_perpendicular():
+    e, to = random(3, 4, 5, 5, seed=1), random(3, 4, 5, 5, seed=2)
+    left = perpendicular(e, to)
+    assert (left * to).flatten(1).sum(1).abs().max() < 1e-12
+    assert torch.allclose(perpendicular(left, to), left) and perpendicular(to, to).abs().max() < 1e-12
+
+
+def test_perp_neg_is_its_formula_for_every_view():
+    scene = {
+        "prompt": (means(1), 0.1),
+        "null": (means(4), 0.9),
+        "away_near": (means(5), 0.3),
+        "away_far": (means(6), 0.3),
+    }
+    scores = OracleScores(scene)  # type: ignore[arg-type]
+    settings = shipped("dreamfusion", "guidance.perp_neg={}", "guidance.terms.null={plain: 1.0, scaled: -1.0}",
+                       "guidance.terms.negative=null", "guidance.scale=7.5")  # fmt: skip
+    views, prompts = looked(20.0, 130.0), ScenePrompts("a mug")
+    z = random(2, 3, 4, 4, seed=9)
+    made = guide(settings, scores, z, views, prompts, NOW, generator(0, 0))
+    ask = lambda told: scores.eps([Ask(told)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
+    positive = ask("prompt") - ask("null")
+    weights = PerpNeg().weights(prompts, views.cameras).double()
+    away = sum(
+        weights[:, i, None, None, None] * perpendicular(ask(told) - ask("null"), positive)
+        for i, told in enumerate(("away_near", "away_far"))
+    )
+    assert torch.allclose(made.eps, ask("null") + 7.5 * (positive + away), rtol=1e-9)
+    assert (weights <= 0).all() and (weights < 0).any(1).all()
+
+
+def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
+    part, prompts = PerpNeg(), ScenePrompts("a <mug>")
+    views = Views(Cameras.of([0.0, 45.0, -90.0, 135.0, 180.0, 10.0], torch.tensor([0.0] * 5 + [80.0])), (False,) * 6)
+    rows = part.rows("prompt", prompts, views)
+    front, side, back = (f"a <mug>, {w} view" for w in ("front", "side", "back"))
+    assert rows[0] == ((1.0, front), (0.0, side)) and rows[1] == ((0.5, front), (0.5, side))
+    assert rows[2] == ((1.0, side), (0.0, back)) and rows[3] == ((0.5, side), (0.5, back))
+    assert rows[4] == ((0.0, side), (1.0, back)) and rows[5] == ((1.0, "a <mug>, overhead view"),)
+    weights = part.weights(prompts, views.cameras)
+    assert weights[5].tolist() == [0.0, 0.0]
+    assert float(weights[4, 1]) == pytest.approx(-(1.0 + 0.967), rel=1e-6), (
+        "behind, the front is kept away from the most"
+    )
+    assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
+    assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]
