@@ -44,6 +44,7 @@ class DistillRecipe(Recipe):
     field: Any = None
     renderer: Any = None
     penalties: dict[str, Any] = {}  # (views of a step) -> a scalar
+    export: Any = None  # how the field becomes files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}
     task: AssetTask = DistillTask()

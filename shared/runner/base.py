@@ -141,7 +141,7 @@ class Runner:
             tasks=self.tasks,
         )
         try:
-            with _own_randomness():
+            with own_randomness():
                 for phase, record in run.steps(resume):
                     if progress:
                         progress.step(phase, record, run.total_steps)
@@ -284,7 +284,7 @@ class Runner:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """The caller's global random state, of the CPU and of every GPU in use, is what it was afterwards."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):

@@ -1,0 +1,113 @@
+"""Assets as files: a recipe and a prompt become a folder with a mesh, renders and a turntable."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcs_3d.cameras import turntable
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.runner import Asset, Runner3D
+from shared.io.clips.write_clip import write_clip
+from shared.io.contact_sheets import write_picture
+from shared.io.outputs import atomic_folder, check_output, write_text
+from shared.recipe.schema import dump
+from shared.runner.base import Progress
+from shared.train import checkpoint
+from shared.train.log import check_log
+from shared.types import Subject
+
+#: (field, folder, settings): writes the mesh of a field into a folder.
+Export = Callable[[Any, Path, Any], Any]
+ABOUT = "asset.json"
+_FRAMES, _FPS, _SIDES = 48, 16.0, 8
+
+
+@dataclass(frozen=True)
+class AssetFiles:
+    """Where an asset goes, and the state of the run that makes it."""
+
+    out: Path
+    overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def workdir(self) -> Path:
+        return self.out.with_name(self.out.name + ".training")
+
+    def check(self) -> bool:
+        """Whether the asset is finished already. ValueError when something that is there would have to give way."""
+        anew = self.overwrite and not self.resume
+        begun = not anew and checkpoint.load(self.workdir) is not None
+        if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():
+            return True
+        check_output(self.out, self.overwrite or (self.resume and begun))
+        if begun and not self.resume:
+            raise ValueError(
+                f"{self.workdir} holds an interrupted run: continue it with --resume, or start over with --overwrite"
+            )
+        if begun:
+            check_log(self.workdir)
+            return False
+        check_output(self.workdir, overwrite=True)
+        if self.resume:
+            warnings.warn(f"{self.workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
+        return False
+
+
+def write_mesh(field: Any, folder: Path, settings: Any) -> None:
+    """The mesh with its texture, as the recipe's `export` says."""
+    from pcs_3d.export import write_asset  # pyright: ignore[reportMissingImports]
+
+    write_asset(field, folder, settings)
+
+
+def create(
+    runner: Runner3D,
+    recipe: DistillRecipe,
+    files: AssetFiles,
+    subjects: dict[str, Subject] | None = None,
+    progress: Progress | None = None,
+    export: Export = write_mesh,
+) -> Asset:
+    """Make an asset and write it. Its folder appears whole; the state of the run goes when it is there.
+
+    Raises:
+        ValueError: what is asked for does not fit, or the field is empty: the state of the run stays
+    """
+    asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
+    with atomic_folder(files.out, files.overwrite or files.resume) as folder:
+        write_views(asset, folder)
+        export(asset.field, folder, recipe.export)
+        write_text(folder / ABOUT, json.dumps(about(runner, recipe, asset), indent=1))
+    checkpoint.drop(files.workdir)
+    return asset
+
+
+@torch.no_grad()
+def write_views(asset: Asset, folder: Path) -> None:
+    """Renders from eight sides, and a turntable."""
+    around = asset.views(turntable(_SIDES)).pixels
+    for i, picture in enumerate(around):
+        write_picture(2 * picture - 1, folder / "renders" / f"{round(360 * i / _SIDES):03d}.png")
+    turning = asset.views(turntable(_FRAMES)).pixels
+    write_clip(folder / "turntable.mp4", (2 * turning - 1).transpose(0, 1), _FPS)
+
+
+def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset) -> dict[str, Any]:
+    """What made it: everything that is needed to make it again."""
+    backbone = runner.backbone
+    return {
+        "prompt": recipe.prompt,
+        "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
+        "backbone": backbone.name,
+        "checkpoint": backbone.checkpoint,
+        "recipe": dump(recipe),
+        "costs": dict(asset.costs),
+    }

@@ -1,0 +1,1 @@
+"""What `pcs 3d` does on a command line."""

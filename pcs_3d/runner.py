@@ -1,0 +1,147 @@
+"""The public face of `pcs_3d`: create an asset. Command line and Python are doors to this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras, turntable
+from pcs_3d.distill.distill import FIELD, Distill, scene_prompts, shown, view_side
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.fields.field import Field
+from pcs_3d.renderers.rendering import Rendering
+from shared.backbones import Backbone
+from shared.io.cache import cache_folder
+from shared.prompts import check_named, expand, names_in
+from shared.recipe.phases import expand_phases
+from shared.runner.base import Progress, Runner, attached, own_randomness
+from shared.train.phase_context import PhaseContext
+from shared.train.training_run import TrainingRun
+from shared.types import Subject
+
+__all__ = ["Asset", "Runner3D", "attached"]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A finished field, and how it came about. costs: time and memory (`TrainingRun.costs`)."""
+
+    field: Field
+    recipe: DistillRecipe  # of the phase that finished it
+    costs: Mapping[str, Any]
+    decode: Callable[[Tensor], Tensor]  # latents to pixels in [0, 1], for fields of latents
+    side: int  # pixels, or latent cells, of the views that it was made of
+
+    def views(self, cameras: Cameras, side: int | None = None) -> Rendering:
+        """Renders on white: pixels [B, 3, H, W] in [0, 1], on the CPU."""
+        return shown(self.recipe, self.field, cameras, side or self.side, self.decode)
+
+
+class Runner3D(Runner):
+    """One backbone and the concepts attached to it; what it makes are fields in space."""
+
+    tasks = {**Runner.tasks, DistillTask: Distill}
+
+    def create(
+        self,
+        recipe: DistillRecipe,
+        workdir: Path,
+        subjects: Mapping[str, Subject] | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+        tensorboard: bool = True,
+    ) -> Asset:
+        """Make what `recipe.prompt` says, with the loaded concepts.
+
+        Args:
+            workdir: training state, logs and sample renders
+            subjects: name -> pictures, for recipes that learn a thing on the way; nothing of them stays attached
+            resume: go on from the newest checkpoint in `workdir`
+
+        Raises:
+            ValueError: prompt, concepts or recipe do not fit
+            NotFinite, Interrupted: after the last good state was saved
+        """
+        subjects = subjects or {}
+        self.check_prompts(recipe, list(subjects))
+        last = next((p for _, p in reversed(list(expand_phases(recipe))) if isinstance(p.task, DistillTask)), None)
+        if last is None:
+            raise ValueError("no phase of the recipe makes an asset: one must say task: distill")
+        current = _Current(self)
+        run = TrainingRun(
+            self.backbone,
+            recipe,
+            subjects,
+            workdir,
+            cache_folder(),
+            class_pictures=self._class_pictures,
+            make=self._made_now(progress),
+            preview=current.preview(self._preview(subjects, recipe, {}, progress)),
+            loaded_strengths=self.strengths,
+            tensorboard=tensorboard,
+            on_pictures=progress.pictures if progress else None,
+            tasks={**self.tasks, DistillTask: current.build},
+        )
+        try:
+            with own_randomness():
+                for phase, record in run.steps(resume):
+                    if progress:
+                        progress.step(phase, record, run.total_steps)
+            return self._finished(run, last)
+        finally:
+            self._forget(run)
+
+    def _finished(self, run: TrainingRun, recipe: DistillRecipe) -> Asset:
+        side = view_side(recipe, self.backbone)
+        channels = 3
+        if recipe.guidance.space == "latents":
+            channels = self.backbone.latent_shape(self.backbone.resolution, self.backbone.resolution)[0]
+        field = recipe.field.build(channels, recipe.seed).to(self.backbone.device)
+        field.load_state_dict({k.removeprefix(FIELD): v for k, v in run.carried.items() if k.startswith(FIELD)})
+        return Asset(field, recipe, run.costs, decoder(self.backbone), side)
+
+    def check_prompts(self, recipe: DistillRecipe, learned: list[str]) -> None:
+        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there."""
+        for _, phase in expand_phases(recipe):
+            if not isinstance(phase.task, DistillTask):
+                continue
+            if not phase.prompt.strip():
+                raise ValueError('prompt is empty: say what is to be made, prompt="a photo of a <my-mug>"')
+            check_named(phase.prompt, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
+            check_named(phase.prompt, dict.fromkeys(learned, "subject"))
+            prompts = scene_prompts(phase, self.class_nouns)
+            for text in prompts.all_texts():
+                if not set(names_in(text)) & set(learned):  # those are no words yet
+                    self.backbone.check_prompt(expand(text, self.backbone.placeholders))
+
+
+class _Current:
+    """The task of the phase under way, for pictures of it."""
+
+    def __init__(self, runner: Runner3D) -> None:
+        self.build_task, self.task = runner.tasks[DistillTask], None
+
+    def build(self, context: PhaseContext) -> Any:
+        self.task: Any = self.build_task(context)
+        return self.task
+
+    def preview(self, of_pictures: Any) -> Any:
+        """Four sides of the field as it is; in other phases pictures, as always."""
+
+        def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
+            if self.task is None or self.task.context.name != phase:
+                return of_pictures(phase, step)
+            return 2 * self.task.picture(turntable(4)).pixels - 1, {}
+
+        return preview
+
+
+def decoder(backbone: Backbone) -> Callable[[Tensor], Tensor]:
+    """Latents to pixels in [0, 1]."""
+    return lambda latents: (backbone.decode(latents).float() + 1) / 2
