@@ -67,7 +67,8 @@ class BackboneScores:
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
         """The noise for each ask; asks of one set of adapters are one pass of the network."""
         known: dict[Ask, Tensor] = {}
-        for adapters in dict.fromkeys(ask.adapters for ask in asks):
+        used: list[Adapters] = list(dict.fromkeys(ask.adapters for ask in asks))
+        for adapters in used:
             mine = [ask for ask in asks if ask.adapters == adapters]
             with torch.no_grad(), self.under(adapters):
                 many, times = torch.cat([z_t] * len(mine)), torch.cat([t] * len(mine))
