@@ -16,6 +16,7 @@ from shared.io.temporary_names import beside
 from shared.optimizers.adamw import AdamW
 from shared.train import checkpoint
 from shared.train.budget import Budget
+from shared.train.last_good_state import LastGood
 from shared.train.log import Log
 from shared.train.loop import Loop
 from shared.train.optim import NotFinite, Optimizers
@@ -204,3 +205,43 @@ def test_tensorboard_events_are_written(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     assert len(events.Images("sample")) == 1
+
+
+# --- parameters that change -------------------------------------------------------------------
+
+
+def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_moments():
+    class Splits(Line):
+        """From step 3 on a second parameter is added to the first, and another optimizer group trains it."""
+
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.first, self.more = self.weight, nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        def groups(self, split: bool):
+            first = {"main": [TrainableGroup("line", [self.first], lr=0.1)]}
+            return {**first, "more": [TrainableGroup("more", [self.more], lr=0.01)]} if split else first
+
+        def updates(self, step, micro):
+            x, y = self.pieces[micro]
+            yield Update(((x @ (self.first + self.more) - y) ** 2).mean())
+
+    task, plain = Splits(), Line(1)
+    accelerator = Accelerator(cpu=True)
+    optimizers = Optimizers(task.groups(False), {"main": AdamW()}, accelerator)
+    good = LastGood(optimizers)
+    regroup = lambda step: task.groups(True) if step == 3 else None  # noqa: E731
+    loop = Loop(task, optimizers, Budget(steps=5), 0, accelerator, good=good, regroup=regroup)
+    records = []
+    for record in loop.run():
+        records.append(record)
+        if record.step == 3:
+            at_three = task.first.detach().clone()
+    trained(plain, 1, steps=3)
+    assert torch.equal(at_three, plain.weight), "up to there nothing is different"
+    moments = optimizers.state_dict()
+    assert float(moments["main.0.step"]) == 5 and float(moments["more.0.step"]) == 2
+    assert [set(r.lr) for r in records] == [{"line"}] * 3 + [{"line", "more"}] * 2 and task.more.abs().sum() > 0
+    assert good.put_back() == 4 and torch.equal(task.more, good._kept[1][0]), (
+        "and the state to go back to is of all of them"
+    )

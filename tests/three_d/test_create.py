@@ -1,0 +1,123 @@
+"""From a recipe and a prompt to files: the shipped recipes, the runner, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcs_3d.assets import ABOUT, AssetFiles, create
+from pcs_3d.distill.distill import Distill
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.runner import Runner3D
+from shared.config import read_yaml, validate
+from shared.io.clips.read_clip import read_clip
+from shared.recipe.catalog import recipe_files
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
+from shared.train import checkpoint
+from tests.three_d.distilling import finish, recipe, session
+from tests.three_d.picture_scenes import PictureRecipe
+
+SHIPPED = sorted(recipe_files("3d"))
+FEW = ("train.steps=2",)
+
+
+def wrote(field, folder: Path, settings) -> None:
+    (folder / "asset.txt").write_text(str(float(field.raw.sum())))
+
+
+# --- the shipped recipes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [[], ["backbone=some/folder"]], ids=["toybox", "elsewhere"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
+    found = load(name, place, "3d", PictureRecipe)
+    assert validate(PictureRecipe, json.loads(json.dumps(dump(found)))) == found
+    assert (found.setting != "") == (not place), "the small world's own words stay there"
+    lines = recipe_files("3d")[name].read_text().splitlines()
+    assert "https://" in lines[0] + lines[1]
+    assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name):
+    size = ("train.resolution=null", "field.side=8") if name == "sjc" else ()
+    run = session(sd, recipe(name, *FEW, *size), tmp_path / "run")
+    before = run.recipe.field.build(4 if size else 3, 0).state_dict()["raw"]  # type: ignore[attr-defined]
+    after = finish(run)["field/raw"]
+    assert after.shape == before.shape and not torch.equal(after, before) and bool(after.isfinite().all())
+
+
+# --- the runner and its files ----------------------------------------------------------------
+
+
+def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path):
+    how, runner = recipe("dreamfusion", *FEW, "train.validation.every=1"), Runner3D(sd)
+    asset = create(runner, how, AssetFiles(tmp_path / "asset"), export=wrote)
+    files = {str(p.relative_to(tmp_path / "asset")) for p in (tmp_path / "asset").rglob("*.*")}
+    assert {"turntable.mp4", "asset.txt", ABOUT, "renders/000.png", "renders/315.png"} <= files
+    about = json.loads((tmp_path / "asset" / ABOUT).read_text())
+    assert about["prompt"] == "a photo of a mug" and validate(PictureRecipe, about["recipe"]) == how
+    assert read_clip(tmp_path / "asset" / "turntable.mp4").frames.shape[1] == 48
+    assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
+    assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
+    assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders while it grows"
+    with pytest.raises(ValueError, match="exists"):
+        AssetFiles(tmp_path / "asset").check()
+    assert AssetFiles(tmp_path / "asset", resume=True).check(), "there is nothing left to do"
+
+
+def _start():
+    from pcs_3d.schedules import Moment
+
+    return Moment(0, 1)
+
+
+def test_an_export_that_fails_leaves_the_state_to_go_on_from(sd, tmp_path):
+    def empty(field, folder, settings) -> None:
+        raise ValueError("the field is empty")
+
+    how, files = recipe("prolificdreamer", *FEW), AssetFiles(tmp_path / "asset", resume=True)
+    with pytest.raises(ValueError, match="the field is empty"):
+        create(Runner3D(sd), how, files, export=empty)
+    assert not files.out.exists() and checkpoint.load(files.workdir) is not None
+    with pytest.raises(ValueError, match="holds an interrupted run"):
+        AssetFiles(tmp_path / "asset").check()
+    assert not files.check()
+    create(Runner3D(sd), how, files, export=wrote)
+    again = create(Runner3D(sd), how, AssetFiles(tmp_path / "other"), export=wrote)
+    assert (files.out / "asset.txt").read_text() == str(float(again.field.raw.sum()))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["prompt="], "prompt is empty"),
+        (["prompt=a photo of a <mug>"], "names <mug>, which is not loaded"),
+        (["prompt=" + "a mug and a dog and " * 12], "too long"),
+        (["task=tune"], "no phase of the recipe makes an asset"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused_before_anything_begins(sd, tmp_path, settings, why):
+    with pytest.raises(ValueError, match=why):
+        Runner3D(sd).create(recipe("dreamfusion", *FEW, *settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_runner_s_own_task_is_the_one_that_runs(sd, tmp_path):
+    seen = []
+
+    class Watched(Distill):
+        def updates(self, step, micro):
+            seen.append(step)
+            yield from super().updates(step, micro)
+
+    class Mine(Runner3D):
+        tasks = {**Runner3D.tasks, DistillTask: Watched}
+
+    Mine(sd).create(recipe("dreamfusion", *FEW), tmp_path / "run", tensorboard=False)
+    assert seen == [0, 1]
