@@ -86,13 +86,15 @@ Mix = tuple[tuple[float, str], ...]
 class ScenePrompts:
     """All that the teacher is asked about one asset. Texts name concepts as `<name>`.
 
-    class_nouns: concept -> its class, for views that leave the name out
+    class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ by more than
+    the word for the view
     """
 
     prompt: str
     negative: str = ""
     words: ViewWords = field(default_factory=ViewWords)
     class_nouns: Mapping[str, str] | None = None
+    by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
         """The cameras of a step, with what is drawn for their prompts."""
@@ -102,7 +104,8 @@ class ScenePrompts:
 
     def text(self, direction: Direction | None, nameless: bool = False) -> str:
         """The prompt for one direction."""
-        said = self.words.said(self.prompt, direction)
+        prompt = self.by_direction.get(direction, self.prompt) if direction else self.prompt
+        said = self.words.said(prompt, direction)
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:

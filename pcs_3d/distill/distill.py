@@ -223,7 +223,9 @@ def recipe_of(context: PhaseContext) -> DistillRecipe:
 
 def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str]) -> ScenePrompts:
     """What a recipe says of its teacher's prompts."""
-    return ScenePrompts(f"{recipe.prompt} {recipe.setting}".strip(), recipe.negative, recipe.views, class_nouns)
+    prompt = f"{recipe.prompt} {recipe.setting}".strip()
+    by_direction = recipe.debias.prompts(prompt, class_nouns) if recipe.debias else {}
+    return ScenePrompts(prompt, recipe.negative, recipe.views, class_nouns, by_direction)
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:

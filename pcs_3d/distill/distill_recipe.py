@@ -10,6 +10,7 @@ from pcs_3d.backgrounds import Backgrounds
 from pcs_3d.camera_sampling import CameraSampling
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.guidance.camera_embedding import CameraEmbedding
+from pcs_3d.guidance.prompt_debias import PromptDebias
 from pcs_3d.guidance.settings import Guidance
 from pcs_3d.shadings import Shadings
 from pcs_3d.view_prompts import ViewWords
@@ -37,6 +38,7 @@ class DistillRecipe(Recipe):
     )
     negative: str = ""
     views: ViewWords = ViewWords()
+    debias: PromptDebias | None = None  # words that the prompts of some views leave out
     cameras: CameraSampling = CameraSampling()
     background: Backgrounds = Backgrounds()
     shading: Shadings = Shadings()

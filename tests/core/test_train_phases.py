@@ -138,6 +138,12 @@ class Count(torch.nn.Module):
     def updates(self, step: int, micro: int):
         yield Update((self.weight - 10.0).abs().sum())
 
+    def regrouped(self, step: int) -> None:
+        return None
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def result(self) -> float:
         return float(self.weight.detach())
 

@@ -14,6 +14,7 @@ from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.runner import Runner3D
 from shared.config import read_yaml, validate
 from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
 from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
@@ -62,7 +63,7 @@ def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path):
     assert {"turntable.mp4", "asset.txt", ABOUT, "renders/000.png", "renders/315.png"} <= files
     about = json.loads((tmp_path / "asset" / ABOUT).read_text())
     assert about["prompt"] == "a photo of a mug" and validate(PictureRecipe, about["recipe"]) == how
-    assert read_clip(tmp_path / "asset" / "turntable.mp4").frames.shape[1] == 48
+    assert read_clip(tmp_path / "asset" / "turntable.mp4", ClipWindow(length=48)).frames.shape[1] == 48
     assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
     assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders while it grows"

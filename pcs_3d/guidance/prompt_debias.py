@@ -1,0 +1,74 @@
+"""Words that speak for one side of a thing, left out of the prompts of the others (D-SDS, arXiv 2303.15413, section 4.2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pcs_3d.view_prompts import DIRECTIONS, Direction
+from shared.config import Part, PathText
+from shared.prompts import names_in, without
+
+_QUESTION = "this image is depicting a {mask} view of {prompt}"
+
+
+class PromptDebias(Part):
+    """A masked language model says how likely a view is given the prompt, and given the prompt without a word. For a view,
+    the word goes where p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold` ("smiling", behind).
+
+    Concepts and their class nouns always stay: the language model knows nothing of what was learned. It reads class nouns
+    in the place of names.
+    """
+
+    model: PathText  # a local folder with a masked language model of transformers, BERT for example
+    threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
+
+    def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
+        """The prompt of each direction. ValueError where the folder holds no such model, or it does not know the views."""
+        reader = _Reader(self.model)
+        kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
+        words = prompt.split()
+        whole = reader.views(without(prompt, class_nouns))
+        out = {direction: list(words) for direction in DIRECTIONS}
+        for i, word in enumerate(words):
+            if re.sub(r"[^\w<>-]", "", word) in kept:
+                continue
+            part = reader.views(without(" ".join(words[:i] + words[i + 1 :]), class_nouns))
+            ratio = whole / torch.lerp(part, whole, 0.5)
+            for direction, value in zip(DIRECTIONS, ratio.tolist(), strict=True):
+                if value < self.threshold:
+                    out[direction][i] = ""
+        return {direction: " ".join(w for w in left if w) for direction, left in out.items()}
+
+
+class _Reader:
+    """A masked language model, asked about views."""
+
+    def __init__(self, folder: Any) -> None:
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model: Any = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"debias.model = {folder}: no masked language model: {str(error).splitlines()[0]}"
+            ) from None
+        pieces = {d: self.tokenizer.encode(d, add_special_tokens=False) for d in DIRECTIONS}
+        unknown = [d for d, ids in pieces.items() if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id]
+        if unknown:
+            raise ValueError(f"debias.model = {folder}: its tokenizer has no single word for {', '.join(unknown)}")
+        self.views_ids = [ids[0] for ids in pieces.values()]
+
+    @torch.no_grad()
+    def views(self, prompt: str) -> Tensor:
+        """[4]: how likely each direction is."""
+        text = _QUESTION.format(mask=self.tokenizer.mask_token, prompt=prompt)
+        inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
+        place = (inputs["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[0, 0]
+        return self.model(**inputs).logits[0, place, self.views_ids].softmax(-1)
