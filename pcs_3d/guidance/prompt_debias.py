@@ -43,7 +43,7 @@ class PromptDebias(Part):
             for direction, value in zip(DIRECTIONS, ratio.tolist(), strict=True):
                 if value < self.threshold:
                     out[direction][i] = ""
-        return {direction: " ".join(w for w in left if w) for direction, left in out.items()}
+        return {direction: " ".join(w for w in out[direction] if w) for direction in DIRECTIONS}
 
 
 class _Reader:
