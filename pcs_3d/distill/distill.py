@@ -36,14 +36,19 @@ OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
 
 @dataclass(frozen=True)
 class Seen:
-    """The views of one step, as penalties look at them."""
+    """The views of one step, as penalties look at them. draw: renders the field from other cameras, as the step does;
+    pictures, masks: of the thing, where they are known."""
 
     field: Any
     cameras: Cameras
     rendering: Rendering
-    settings: RenderSettings
-    moment: Moment
+    step: int
+    steps: int
     generator: Generator
+    draw: Callable[[Cameras, RenderSettings], Rendering]
+    settings: RenderSettings
+    pictures: Any = None
+    masks: Tensor | None = None
 
 
 def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapping[str, float]) -> Scores:
@@ -123,7 +128,7 @@ class Distill(ConceptTask):
         moment = Moment(step, self.steps)
         noise = generator(self.recipe.seed, _NOISE + step, micro)
         with self._drawn(moment, micro) as seen:
-            views = self.prompts.views(seen.cameras, noise)
+            views = self.prompts.views(seen.cameras.to("cpu"), noise)
             z, pixels = self._latents(seen.rendering)
             guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
             parts = {"guidance": surrogate(z, guided.grad.to(z))}
@@ -160,9 +165,13 @@ class Distill(ConceptTask):
             normals=any(getattr(p, "needs_normals", False) for p in recipe.penalties.values()),
             generator=draw,
         )
-        with torch.autocast(device.type, enabled=False):
-            rendering = recipe.renderer.render(self.field, cameras.to(device), settings)
-        yield Seen(self.field, cameras, rendering, settings, moment, draw)
+
+        def view(cameras: Cameras, settings: RenderSettings) -> Rendering:
+            with torch.autocast(device.type, enabled=False):
+                return recipe.renderer.render(self.field, cameras.to(device), settings)
+
+        rendering = view(cameras, settings)
+        yield Seen(self.field, cameras.to(device), rendering, moment.step, self.steps, draw, view, settings)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
         """What the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are there."""
