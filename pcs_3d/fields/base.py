@@ -1,0 +1,112 @@
+"""What the representations have in common: settings, what is trained at which rate, and how they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field as Setting
+from torch import Tensor, nn
+
+from pcs_3d.fields.field import Sample
+from pcs_3d.fields.starts import Blob, Start
+from shared.config import KindPart
+from shared.trainable import TrainableGroup
+from shared.trainable.base import MAIN, Rate
+
+Length = Annotated[float, Setting(gt=0, le=100)]
+
+
+class FieldPart(KindPart):
+    """Base of the settings of fields.
+
+    bound: half the side of the cube that the thing is in, in its radii. start: what is there before the first step. lr: of
+    the shape; lr_features: of the colours, None: as the shape's.
+    """
+
+    bound: Length = 1.1
+    start: Start = Blob()
+    lr: Rate = 1e-2
+    lr_features: Rate | None = None
+
+    @property
+    def feature_rate(self) -> float:
+        """The rate of the colours."""
+        return self.lr if self.lr_features is None else self.lr_features
+
+    def build(self, channels: int = 3, seed: int = 0) -> Any:
+        """The field that it describes, on the CPU. channels: 3 colours, or those of latents. ValueError for a file to start
+        from that cannot be read."""
+        raise NotImplementedError
+
+
+class BaseField(nn.Module):
+    """Base of the fields: parameters and buffers are its state."""
+
+    def __init__(self, bound: float, channels: int) -> None:
+        super().__init__()
+        self.bound, self.channels = bound, channels
+
+    def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
+        """What is trained: name, parameters, rate."""
+        raise NotImplementedError
+
+    def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
+        return {MAIN: [TrainableGroup(slot, list(many), rate) for slot, many, rate in self.trained()]}
+
+    def advance(self, step: int, steps: int) -> bool:
+        return False
+
+    def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
+        named = [*self.named_parameters(), *self.named_buffers()]
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in named}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
+        mine = dict([*self.named_parameters(), *self.named_buffers()])
+        if wrong := sorted(mine.keys() ^ state.keys()):
+            raise ValueError(f"the saved state is of another field: {', '.join(wrong)} is only in one of the two")
+        for name, value in mine.items():
+            if value.shape != state[name].shape:
+                raise ValueError(f"the saved {name} is {list(state[name].shape)}, and the field's {list(value.shape)}")
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(state[name])
+
+    def colored(self, raw: Tensor) -> Tensor:
+        """Values without bounds as features: colours in [0, 1]; latents as they are."""
+        return raw.sigmoid() if self.channels == 3 else raw
+
+    def inside(self, points: Tensor) -> Tensor:
+        """bool [...]: within the bound."""
+        return (points.abs() <= self.bound).all(-1)
+
+
+class BaseVolume(BaseField):
+    """Base of the fields that can be asked at any point."""
+
+    normal_step = 1e-2  # of finite differences, as a share of the bound
+
+    def at(self, points: Tensor) -> Sample:
+        raise NotImplementedError
+
+    def density(self, points: Tensor) -> Tensor:
+        return self.at(points).density
+
+    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        density = self.density(points)
+        return density, density
+
+    def normals(self, points: Tensor) -> Tensor:
+        """By differences at the corners of a tetrahedron: four questions instead of six, and no second derivative of the
+        field, which interpolation has none of."""
+        corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+        step = self.normal_step * self.bound
+        values = self.density(points[..., None, :] + step * corners)
+        return unit(-(values[..., None] * corners).sum(-2))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors [..., 3] of length 1; 0 stays 0, with a gradient of 0."""
+    squared = vectors.square().sum(-1, keepdim=True)
+    return torch.where(squared > 1e-24, vectors * squared.clamp_min(1e-24).rsqrt(), torch.zeros_like(vectors))

@@ -1,0 +1,71 @@
+"""A dense grid (DVGO, https://arxiv.org/abs/2111.11215): the fastest field on a CPU."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field as Setting
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pcs_3d.fields import grids
+from pcs_3d.fields.base import BaseVolume, FieldPart, unit
+from pcs_3d.fields.field import Sample
+from pcs_3d.fields.starts import first_grid
+from shared.trainable.base import Rate
+
+
+class Voxels(FieldPart):
+    """resolution³ nodes of density and colours, with what is between them interpolated before softplus and sigmoid, so that
+    surfaces may be sharper than cells."""
+
+    kind: Literal["voxels"] = "voxels"
+    resolution: Annotated[int, Setting(ge=4, le=512)] = 64
+    lr: Rate = 0.1
+
+    def build(self, channels: int = 3, seed: int = 0) -> VoxelField:
+        return VoxelField(self, channels)
+
+
+class VoxelField(BaseVolume):
+    """The grids [R, R, R, 1] and [R, R, R, K] of values before softplus and sigmoid."""
+
+    def __init__(self, part: Voxels, channels: int) -> None:
+        super().__init__(part.bound, channels)
+        first = first_grid(part.start, part.resolution, part.bound, channels)
+        self.part = part
+        self._cells: tuple[Any, Tensor] | None = None
+        self.raw_density = nn.Parameter(first[..., :1].clone())
+        self.raw_features = nn.Parameter(first[..., 1:].clone())
+
+    def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
+        return [
+            ("density", [self.raw_density], self.part.lr),
+            ("features", [self.raw_features], self.part.feature_rate),
+        ]
+
+    def at(self, points: Tensor) -> Sample:
+        both = torch.cat([self.raw_density, self.raw_features], -1)  # looked up once
+        raw = grids.trilinear(both, points, self.bound)
+        return Sample(F.softplus(raw[..., 0]) * self.inside(points), self.colored(raw[..., 1:]))
+
+    def density(self, points: Tensor) -> Tensor:
+        raw = grids.trilinear(self.raw_density, points, self.bound)[..., 0]
+        return F.softplus(raw) * self.inside(points)
+
+    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        version = self.raw_density._version, self.raw_density.data_ptr()
+        if self._cells is None or self._cells[0] != version:  # found again whenever the optimizer has moved the grid
+            raw = F.softplus(self.raw_density.detach()[..., 0])
+            self._cells = version, torch.stack([-grids.cell_maxima(-raw), grids.cell_maxima(raw)], -1)
+        least, most = grids.of_cells(self._cells[1], points, self.bound).unbind(-1)
+        return least, most
+
+    def normals(self, points: Tensor) -> Tensor:
+        slope = grids.slopes(self.raw_density[..., 0], self.bound)
+        return unit(-grids.trilinear(slope, points, self.bound))
+
+    def total_variation(self) -> Tensor:
+        """Of densities and of colours, as they are before softplus and sigmoid."""
+        return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

@@ -1,0 +1,117 @@
+"""Shapes as fields start from them: a signed distance and colours at any point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_RESOLUTION = 64  # cells along a side in which inside and outside are told apart
+_BOUND = 1.15  # of those cells; a shape has radius 1
+_SAMPLES = 200_000  # points on the surface of a mesh
+
+
+class Shape(Protocol):
+    """A thing of radius about 1 around the origin, x forward, y to its left, z up."""
+
+    def distance(self, points: Tensor) -> Tensor:
+        """[N, 3] -> [N]: to the surface, negative inside."""
+        ...
+
+    def colors(self, points: Tensor) -> Tensor | None:
+        """[N, 3] -> [N, 3] in [0, 1]: those of the nearest place on the surface; None where nothing is known of them."""
+        ...
+
+    def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count, 3], spread over the surface."""
+        ...
+
+
+@dataclass(frozen=True)
+class BallShape:
+    """A ball around the origin, without colours."""
+
+    radius: float
+
+    def distance(self, points: Tensor) -> Tensor:
+        return points.norm(dim=-1) - self.radius
+
+    def colors(self, points: Tensor) -> Tensor | None:
+        return None
+
+    def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.radius * F.normalize(torch.randn(count, 3, generator=generator), dim=-1)
+
+
+class SampledShape:
+    """A shape known by points on its surface.
+
+    What cannot be reached from outside without crossing cells that hold such points is inside: that needs no normals and no
+    closed surface, and an open or non-manifold mesh becomes a shell of one cell.
+
+    Args:
+        points: [N, 3] on the surface, within radius 1
+        colors: [N, 3] in [0, 1], or None
+    """
+
+    def __init__(self, points: np.ndarray, colors: np.ndarray | None) -> None:
+        from scipy import ndimage
+        from scipy.spatial import cKDTree
+
+        self.points, self.point_colors = points, colors
+        self._tree = cKDTree(points)
+        self._cell = _cell_size(points, self._tree)
+        size = round(2 * _BOUND / self._cell)
+        shell = np.zeros((size,) * 3, dtype=bool)
+        shell[tuple(((points + _BOUND) / self._cell).astype(int).clip(0, size - 1).T)] = True
+        filled = ndimage.binary_fill_holes(shell)
+        core = filled & ~shell  # type: ignore[operator]
+        to_core = ndimage.distance_transform_edt(~core) if core.any() else np.full(shell.shape, np.inf)
+        to_outside = ndimage.distance_transform_edt(filled)
+        self._thin = to_core > 2  # nothing but shell: walls and handles thinner than two cells
+        self._side = np.where(self._thin, 1.0, to_core - to_outside)  # positive outside
+
+    def distance(self, points: Tensor) -> Tensor:
+        from scipy import ndimage
+
+        asked = points.detach().cpu().numpy().astype(np.float64)
+        away, _ = self._tree.query(asked)
+        places = ((asked + _BOUND) / self._cell - 0.5).T
+        outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
+        thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
+        signed = np.where(outside, away, -away)
+        # What is thin is as thick as a cell: nothing would be inside of it.
+        return torch.from_numpy(np.where(thin, away - 0.6 * self._cell, signed)).float()
+
+    def colors(self, points: Tensor) -> Tensor | None:
+        if self.point_colors is None:
+            return None
+        _, nearest = self._tree.query(points.detach().cpu().numpy())
+        return torch.from_numpy(self.point_colors[nearest]).float()
+
+    def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(self.points), (count,), generator=generator)
+        return torch.from_numpy(self.points[chosen.numpy()]).float()
+
+
+def _cell_size(points: np.ndarray, tree: object) -> float:
+    """Cells so large that neighbouring points of the surface leave no gap between theirs."""
+    from scipy.spatial import cKDTree
+
+    assert isinstance(tree, cKDTree)
+    some = points[:: max(1, len(points) // 2000)]
+    spacing = float(np.quantile(tree.query(some, k=min(4, len(points)))[0][:, -1], 0.98)) if len(points) > 3 else 1.0
+    return float(np.clip(1.5 * spacing, 2 * _BOUND / _RESOLUTION, 2 * _BOUND / 8))
+
+
+def shape_of_file(path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> SampledShape:
+    """The shape in a GLB, OBJ or PLY file. ValueError as `read_mesh`."""
+    from pcs_3d.meshes.read_mesh import read_mesh, sampled
+
+    points, colors = sampled(read_mesh(path, up, azimuth_deg), _SAMPLES)
+    return SampledShape(points, colors)
