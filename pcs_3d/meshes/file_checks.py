@@ -1,0 +1,146 @@
+"""What is looked at in a file of somebody else's before it is decoded: sizes, and which other files it wants to read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from shared.io.decode import MAX_PIXELS
+from shared.io.safe_paths import safe_relative
+
+MAX_BYTES = 256 * 2**20
+MAX_POINTS = 5_000_000
+_MAX_HEADER = 2**16
+
+
+def check_size_of(path: Path) -> None:
+    """ValueError for a file that is none, is empty or is larger than 256 MB."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    size = path.stat().st_size
+    if not 0 < size <= MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes, and a mesh may have up to {MAX_BYTES}: simplify it first")
+
+
+def check_glb(path: Path) -> None:
+    """ValueError for a GLB whose parts do not fit each other, that holds too much, or that wants files beside it."""
+    data = path.read_bytes()
+    if len(data) < 20 or data[:4] != b"glTF" or data[16:20] != b"JSON":
+        raise ValueError(f"{path} is no GLB file")
+    (length,) = struct.unpack_from("<I", data, 12)
+    try:
+        tree = json.loads(data[20 : 20 + length])
+        binary = data[28 + length :]
+        _check_gltf(path, tree, binary)
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is no GLB file: what it says of its contents cannot be read") from None
+
+
+def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
+    if needed := tree.get("extensionsRequired"):
+        known = {"KHR_texture_transform", "KHR_materials_unlit", "KHR_mesh_quantization"}
+        if other := sorted(set(needed) - known):
+            raise ValueError(f"{path} needs the glTF extension {other[0]}, which is not read: export it without")
+    views, total = tree.get("bufferViews", []), 0
+    for item in [*tree.get("buffers", []), *tree.get("images", [])]:
+        if (uri := item.get("uri")) is not None and not str(uri).startswith("data:"):
+            raise ValueError(f"{path} refers to another file, {uri!r}: export it with everything inside")
+    for accessor in tree.get("accessors", []):
+        count = int(accessor["count"])
+        total += count
+        view = accessor.get("bufferView")
+        if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
+            raise ValueError(f"{path} says that it holds {count} values where there are not so many, or too many")
+    for image in tree.get("images", []):
+        if "uri" in image:
+            check_picture(path, _data_uri(path, image["uri"]))
+        else:
+            view = views[image["bufferView"]]
+            start = int(view.get("byteOffset", 0))
+            check_picture(path, binary[start : start + int(view["byteLength"])])
+
+
+def _data_uri(path: Path, uri: str) -> bytes:
+    try:
+        return base64.b64decode(uri.partition("base64,")[2], validate=True)
+    except binascii.Error:
+        raise ValueError(f"{path} holds a picture that cannot be read") from None
+
+
+def check_picture(path: Path, data: bytes) -> None:
+    """ValueError for a picture of too many pixels, by its head alone."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError, SyntaxError):
+        raise ValueError(f"{path} holds a texture that cannot be read as a picture") from None
+    if width * height > MAX_PIXELS // 4:
+        raise ValueError(f"{path} holds a texture of {width}×{height} pixels: make it smaller first")
+
+
+def check_ply(path: Path) -> None:
+    """ValueError for a PLY whose head promises more than the file can hold, or than is read."""
+    with path.open("rb") as stream:
+        head = stream.read(_MAX_HEADER)
+    end = head.find(b"end_header")
+    if head[:3] != b"ply" or end < 0:
+        raise ValueError(f"{path} is no PLY file")
+    for line in head[:end].decode("latin-1").splitlines():
+        words = line.split()
+        if words[:1] == ["element"] and (len(words) != 3 or not words[2].isdigit()):
+            raise ValueError(f"{path} is no PLY file: {line!r}")
+        if words[:1] == ["element"] and (count := int(words[2])) > min(path.stat().st_size, 2 * MAX_POINTS):
+            raise ValueError(f"{path} says that it holds {count} × {words[1]}, more than fit into it or are read")
+
+
+def check_obj(path: Path) -> None:
+    """ValueError for an OBJ that is no text, or has too many lines of points."""
+    count = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if b"\0" in line:
+                raise ValueError(f"{path} is no OBJ file")
+            count += line.startswith(b"v ")
+    if count > MAX_POINTS:
+        raise ValueError(f"{path} has {count} points, and up to {MAX_POINTS} are read: simplify it first")
+
+
+class FolderResolver:
+    """For trimesh: files beside a mesh (materials, textures), inside its folder alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.refused: list[str] = []  # trimesh swallows what is raised in here
+
+    def get(self, name: str) -> bytes:
+        """The content of the file `name`. ValueError when it leads out of the folder or is too large."""
+        try:
+            name = str(name).strip().removeprefix("./").removeprefix(".\\")
+            file = safe_relative(self.path.parent, name)
+            check_size_of(file)
+            data = file.read_bytes()
+            if file.suffix.lower() not in (".mtl", ".bin"):
+                check_picture(file, data)
+        except ValueError as error:
+            self.refused.append(str(error))
+            raise
+        return data
+
+    def get_many(self, names: list[str]) -> dict[str, bytes]:
+        return {name: self.get(name) for name in names}
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.get(name)
+
+    def keys(self) -> list[str]:
+        return []
+
+    def namespaced(self, namespace: str) -> FolderResolver:
+        return self

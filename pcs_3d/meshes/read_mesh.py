@@ -1,0 +1,175 @@
+"""Meshes and points from GLB, OBJ and PLY files, whatever is in them, brought to radius 1 around the origin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pcs_3d.meshes import file_checks
+from shared.config import expanded, unknown
+
+_CHECKS: dict[str, Callable[[Path], None]] = {
+    ".glb": file_checks.check_glb,
+    ".obj": file_checks.check_obj,
+    ".ply": file_checks.check_ply,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Triangles with one texture, or points: vertices [V, 3], faces [F, 3] (none: points); colours in [0, 1] per vertex
+    [V, 3], or a texture [H, W, 3] in 8 bits with uv [V, 2] (v up), or neither."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    colors: np.ndarray | None = None
+    uv: np.ndarray | None = None
+    texture: np.ndarray | None = None
+
+
+def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> list[Piece]:
+    """The pieces of a file, with x forward, y left, z up, together of radius 1 around the origin.
+
+    Points that are no numbers go, with the triangles they are in, and so do triangles without area. Raises ValueError for a
+    file that is none of these formats, holds or promises too much, refers to files outside of its folder, or has nothing
+    left.
+    """
+    path = expanded(path)
+    if path.suffix.lower() not in _CHECKS:
+        raise ValueError(f"{path}: " + unknown(path.suffix, _CHECKS, "format of a mesh"))
+    file_checks.check_size_of(path)
+    _CHECKS[path.suffix.lower()](path)
+    pieces = [p for p in map(_cleaned, _loaded(path)) if len(p.vertices)]
+    if not pieces:
+        raise ValueError(f"{path} holds no triangles and no points whose coordinates are numbers")
+    if any(len(p.faces) for p in pieces):
+        pieces = [p for p in pieces if len(p.faces)]
+    elif sum(len(p.vertices) for p in pieces) < 16:
+        raise ValueError(f"{path} has no triangles, and too few points to make a shape of")
+    return _normalised(path, pieces, up or ("z" if path.suffix.lower() == ".ply" else "y"), azimuth_deg)
+
+
+def _loaded(path: Path) -> list[Piece]:
+    import trimesh
+
+    resolver = file_checks.FolderResolver(path)
+    try:
+        with path.open("rb") as stream:
+            kind: Any = path.suffix.lower()[1:]
+            scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)  # type: ignore[arg-type]
+        pieces = []
+        for name in scene.graph.nodes_geometry:
+            matrix, geometry = scene.graph[name]
+            pieces.append(_piece(scene.geometry[geometry], np.asarray(matrix, dtype=np.float64)))
+    except Exception as error:  # whatever a parser makes of hostile bytes
+        raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
+    if resolver.refused:
+        raise ValueError(f"{path} refers to what is not read: {resolver.refused[0]}")
+    return pieces
+
+
+def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
+    vertices = np.asarray(geometry.vertices, dtype=np.float64).reshape(-1, 3)
+    with np.errstate(all="ignore"):
+        vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
+    faces = np.asarray(getattr(geometry, "faces", np.zeros((0, 3))), dtype=np.int64).reshape(-1, 3)
+    piece = Piece(vertices, faces)
+    visual = getattr(geometry, "visual", None)
+    if visual is None:  # points
+        colors = np.asarray(getattr(geometry, "colors", []))
+        return replace(piece, colors=colors[:, :3] / 255.0) if colors.shape[:1] == (len(vertices),) else piece
+    if visual.kind == "texture" and (found := _texture(visual)) is not None:
+        return replace(piece, texture=found, uv=np.asarray(visual.uv, dtype=np.float64))
+    if visual.kind == "texture":
+        plain = np.asarray(visual.material.main_color)[:3] / 255.0
+        return replace(piece, colors=np.tile(plain, (len(vertices), 1)))
+    if visual.kind is not None:
+        return replace(piece, colors=np.asarray(visual.vertex_colors)[:, :3] / 255.0)
+    return piece
+
+
+def _texture(visual: Any) -> np.ndarray | None:
+    material = visual.material
+    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+    if image is None or visual.uv is None:
+        return None
+    pixels = np.asarray(image.convert("RGB"))
+    factor = getattr(material, "baseColorFactor", None)
+    if factor is not None:
+        factor = np.asarray(factor, dtype=np.float64)[:3] / (255.0 if np.asarray(factor).dtype.kind in "ui" else 1.0)
+        pixels = (pixels * factor).clip(0, 255).astype(np.uint8)
+    return pixels
+
+
+def _cleaned(piece: Piece) -> Piece:
+    """Without points that are no numbers, and without triangles that refer to them, to none, or have no area."""
+    good = np.isfinite(piece.vertices).all(1) & (np.abs(piece.vertices) < 1e30).all(1)
+    if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
+        piece = replace(piece, uv=None, texture=None)
+    faces = piece.faces
+    if len(faces):
+        faces = faces[((faces >= 0) & (faces < len(good))).all(1)]
+        faces = faces[good[faces].all(1)]
+        size = np.ptp(piece.vertices[good], axis=0).max(initial=0) or 1.0
+        a, b, c = (piece.vertices[faces[:, i]] / size for i in range(3))
+        faces = faces[np.linalg.norm(np.cross(b - a, c - a), axis=1) > 1e-14]
+        if not len(faces):
+            return Piece(np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64))
+    kept = good if not len(faces) else np.isin(np.arange(len(good)), faces)
+    number = np.cumsum(kept) - 1
+    take = [None if v is None else v[kept] for v in (piece.colors, piece.uv)]
+    return Piece(piece.vertices[kept], number[faces] if len(faces) else faces, take[0], take[1], piece.texture)
+
+
+def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) -> list[Piece]:
+    every = np.concatenate([p.vertices for p in pieces])
+    centre = (every.min(0) + every.max(0)) / 2
+    radius = float(np.sqrt(((every - centre) ** 2).sum(1).max()))
+    if not radius > 1e-30:
+        raise ValueError(f"{path} has no extent: all its points are in one place")
+    turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # glTF: y up, z forward, x to the left
+    angle = math.radians(azimuth_deg)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ turn
+    return [replace(p, vertices=(p.vertices - centre) / radius @ turn.T) for p in pieces]
+
+
+def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Points [N, 3] spread evenly over triangles, or the points themselves, and their colours [N, 3] in [0, 1] where any piece
+    has some (grey elsewhere). The same pieces give the same points."""
+    rng = np.random.default_rng(0)
+    areas = [_areas(p) for p in pieces]
+    total = sum(a.sum() for a in areas)
+    points, colors = [], []
+    for piece, area in zip(pieces, areas, strict=True):
+        if not len(piece.faces):
+            points.append(piece.vertices)
+            colors.append(np.full((len(piece.vertices), 3), 0.5) if piece.colors is None else piece.colors)
+            continue
+        n = max(1, round(count * area.sum() / total))
+        corners = piece.faces[rng.choice(len(area), n, p=area / area.sum())]
+        share = rng.dirichlet((1, 1, 1), n)
+        points.append(np.einsum("nk,nkd->nd", share, piece.vertices[corners]))
+        colors.append(_colors_of(piece, corners, share))
+    known = any(p.colors is not None or p.texture is not None for p in pieces)
+    return np.concatenate(points), np.concatenate(colors) if known else None
+
+
+def _areas(piece: Piece) -> np.ndarray:
+    a, b, c = (piece.vertices[piece.faces[:, i]] for i in range(3))
+    return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+
+
+def _colors_of(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
+    if piece.texture is not None and piece.uv is not None:
+        u, v = np.einsum("nk,nkd->nd", share, piece.uv[corners]).T % 1.0
+        h, w = piece.texture.shape[:2]
+        return piece.texture[((1 - v) * h).astype(int).clip(0, h - 1), (u * w).astype(int).clip(0, w - 1)] / 255.0
+    if piece.colors is not None:
+        return np.einsum("nk,nkd->nd", share, piece.colors[corners])
+    return np.full((len(corners), 3), 0.5)
