@@ -1,1 +1,21 @@
 """What is optimised: representations of a thing in space. A new one is one file and one line in the union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pcs_3d.fields.frequency_mlp import FrequencyMlp
+from pcs_3d.fields.gaussians import Gaussians
+from pcs_3d.fields.hash_grid import HashGrid
+from pcs_3d.fields.tetrahedra import Tetrahedra
+from pcs_3d.fields.triplane import Triplane
+from pcs_3d.fields.voxels import Voxels
+from shared.config import default_kind
+
+FieldSettings = Annotated[
+    Voxels | Triplane | FrequencyMlp | HashGrid | Tetrahedra | Gaussians,
+    Field(discriminator="kind"),
+    default_kind("voxels"),
+]
+
+__all__ = ["FieldSettings", "FrequencyMlp", "Gaussians", "HashGrid", "Tetrahedra", "Triplane", "Voxels"]

@@ -48,6 +48,10 @@ class BaseField(nn.Module):
         super().__init__()
         self.bound, self.channels = bound, channels
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
         """What is trained: name, parameters, rate."""
         raise NotImplementedError

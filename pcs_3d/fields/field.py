@@ -51,6 +51,11 @@ class Field(Protocol):
     bound: float
     channels: int  # K: 3 colours, or the channels of latents
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
         """Optimizer group -> what it trains. They may change in `advance`, which the task then tells the loop."""
         ...

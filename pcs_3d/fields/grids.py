@@ -56,7 +56,9 @@ class _WeightedRows(torch.autograd.Function):
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
             flat, size = rows.reshape(-1), table.shape[0]
-            columns = [grad.new_zeros(size).scatter_add_(0, flat, (weights * g[:, None]).reshape(-1)) for g in grad.unbind(1)]
+            columns = [
+                grad.new_zeros(size).scatter_add_(0, flat, (weights * g[:, None]).reshape(-1)) for g in grad.unbind(1)
+            ]
             of_table = torch.stack(columns, 1)
         if ctx.needs_input_grad[2]:
             of_weights = (table[rows] * grad[:, None]).sum(-1)

@@ -15,8 +15,8 @@ from pcs_3d.fields.field import Surface, SurfaceField
 from pcs_3d.renderers.base import RendererPart
 from pcs_3d.renderers.rasterize import antialiased, barycentric, nearest_faces, silhouette_edges
 from pcs_3d.renderers.rendering import Rendering, RenderSettings
-from pcs_3d.renderers.shading import lamps, shaded
 from pcs_3d.renderers.screen import along_rays
+from pcs_3d.renderers.shading import lamps, shaded
 
 
 class Mesh(RendererPart):

@@ -49,7 +49,9 @@ def barycentric(corners: Tensor, points: Tensor) -> Tensor:
     """Shares [N, 3] of the corners [N, 3, 2] that make the points [N, 2]; all negative for a triangle without area."""
     a, b, c = corners.unbind(1)
     whole = cross(b - a, c - a)
-    parts = torch.stack([cross(b - points, c - points), cross(c - points, a - points), cross(a - points, b - points)], -1)
+    parts = torch.stack(
+        [cross(b - points, c - points), cross(c - points, a - points), cross(a - points, b - points)], -1
+    )
     flat = whole.abs() < 1e-12
     return torch.where(flat[:, None], -1.0, parts / torch.where(flat, torch.ones_like(whole), whole)[:, None])
 

@@ -23,9 +23,7 @@ def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
     return cameras.positions if settings.light is None else settings.light
 
 
-def shaded(
-    features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings
-) -> Tensor:
+def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
     """Features [N, K] of points [N, 3] with normals [N, 3], lit from lamp [N, 3] -> [N, K].
 
     lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7); textureless: the same of white;

@@ -71,7 +71,11 @@ class Splat(RendererPart):
         at = lists.clamp_min(0)
         away = pixels - places[at][:, None]  # [T, P, M, 2]
         a, b, c = (spread[at][:, None, :, i] for i in range(3))
-        power = -0.5 * (c * away[..., 0] ** 2 - 2 * b * away[..., 0] * away[..., 1] + a * away[..., 1] ** 2) / (a * c - b * b)
+        power = (
+            -0.5
+            * (c * away[..., 0] ** 2 - 2 * b * away[..., 0] * away[..., 1] + a * away[..., 1] ** 2)
+            / (a * c - b * b)
+        )
         alpha = (splats.opacities[at] * (lists >= 0))[:, None] * power.exp()
         alpha = torch.where(alpha > 1 / 512, alpha.clamp(max=0.995), torch.zeros_like(alpha))
         passed = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], -1), -1)[..., :-1]
@@ -83,9 +87,7 @@ class Splat(RendererPart):
         return drawn[..., :-2], opacity, drawn[..., -2:-1] / opacity.clamp_min(1e-6)
 
     @torch.no_grad()
-    def _lists(
-        self, places: Tensor, spread: Tensor, depth: Tensor, splats: Splats, size: tuple[int, int]
-    ) -> Tensor:
+    def _lists(self, places: Tensor, spread: Tensor, depth: Tensor, splats: Splats, size: tuple[int, int]) -> Tensor:
         """[T, M]: which Gaussians reach each tile, from near to far; -1 where there are fewer."""
         rows, columns = (-(-s // self.tile) for s in size)
         reach = torch.stack([spread[:, 0], spread[:, 2]], -1).sqrt() * 3

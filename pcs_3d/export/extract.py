@@ -1,0 +1,147 @@
+"""Triangles out of fields: densities on a grid, where the surface is, and what belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcs_3d.fields.field import SurfaceField, VolumeField
+from pcs_3d.fields.grids import by_chunks, nodes
+
+_CANDIDATES = 48  # thresholds tried
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """vertices: float64 [V, 3] in radii of the thing; faces: int64 [F, 3], counter-clockwise seen from outside; notes: what
+    was chosen and what was left out, as sentences."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
+    """Densities [R, R, R] at the nodes of a grid over the bound, on the CPU. ValueError where any is no number."""
+    places = nodes(resolution, field.bound).reshape(-1, 3)
+    grid = by_chunks(lambda p: field.density(p.to(field.device)).float().cpu(), places).view((resolution,) * 3)
+    if not bool(grid.isfinite().all()):
+        raise ValueError("the field holds densities that are not numbers (NaN or Inf): its training failed")
+    return grid
+
+
+def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
+    """The surface of a field: its own triangles, or where its density passes a threshold.
+
+    threshold: per radius; None: the one at which the outlines fit those that are seen (`automatic_threshold`). Unless
+    `all_parts`, only the largest connected part stays. Raises ValueError for a field without a surface.
+    """
+    if isinstance(field, SurfaceField):
+        with torch.no_grad():
+            surface = field.surface()
+        return _largest_faces(surface.vertices.double().cpu().numpy(), surface.faces.cpu().numpy(), all_parts)
+    grid = export_grid(field, resolution).numpy()
+    step = 2 * field.bound / (resolution - 1)
+    level = automatic_threshold(grid, step) if threshold is None else threshold
+    if not grid.max() > level:
+        raise ValueError(
+            f"the field is empty: its largest density is {grid.max():.3g}, and the surface is where it passes {level:.3g}. "
+            "Train it for longer, or with a larger guidance scale"
+        )
+    if not grid.min() < level:
+        raise ValueError(f"the field is solid everywhere: no density is below {level:.3g}")
+    notes = [f"threshold {level:.3g}"]
+    if not all_parts:
+        grid, left = _largest_part(grid, level)
+        notes += [f"{left:.1%} of the volume was not connected to the rest and left out"] * (left > 0)
+    vertices, faces = _marched(grid, level)
+    return Extracted(vertices * step - step - field.bound, faces, tuple(notes))
+
+
+def automatic_threshold(grid: np.ndarray, step: float) -> float:
+    """The density at which to cut: where the outlines of what is above it, seen along the three axes, overlap most with the
+    places that are more than half opaque; the middle of all that do so equally well. ValueError for an empty field."""
+    opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
+    largest = float(grid.max())
+    if not any(o.any() for o in opaque):
+        raise ValueError(
+            f"the field is empty: its largest density is {largest:.3g}, and no ray through it is more than half opaque. "
+            "Train it for longer, or with a larger guidance scale"
+        )
+    levels = np.geomspace(max(largest * 1e-4, 1e-6), largest * 0.95, _CANDIDATES)
+    fits = np.array([np.mean([_overlap(grid.max(a) > level, o) for a, o in enumerate(opaque)]) for level in levels])
+    best = levels[fits >= fits.max() - 2e-3]
+    return float((best.min() + best.max()) / 2)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max(1, (a | b).sum()))
+
+
+def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
+    """The grid without what is not connected to the largest part, and the share of the volume that this was."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(grid > level)  # type: ignore[misc]
+    if count < 2:
+        return grid, 0.0
+    sizes = np.bincount(labels.ravel())[1:]
+    others = (labels > 0) & (labels != 1 + sizes.argmax())
+    return np.where(others, 0.0, grid), float(1 - sizes.max() / sizes.sum())
+
+
+def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Marching cubes on a grid with a layer of nothing around it, so that what touches the bound is closed there."""
+    from skimage.measure import marching_cubes
+
+    vertices, faces, _, _ = marching_cubes(np.pad(grid, 1), level, gradient_direction="ascent")
+    return _welded(vertices.astype(np.float64), faces.astype(np.int64)[:, ::-1])
+
+
+def _welded(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Without vertices that lie on one another and triangles that have lost a corner to that."""
+    import trimesh
+
+    mesh = trimesh.Trimesh(vertices, faces, process=True, validate=False)
+    mesh.update_faces(mesh.nondegenerate_faces(height=1e-9))
+    mesh.remove_unreferenced_vertices()
+    if mesh.volume < 0:
+        mesh.invert()
+    return np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces, dtype=np.int64)
+
+
+def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> Extracted:
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ends = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
+    links = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(vertices),) * 2)
+    _, label = connected_components(links, directed=False)
+    of_face = label[faces[:, 0]]
+    sizes = np.bincount(of_face)
+    kept = faces if all_parts else faces[of_face == sizes.argmax()]
+    used, numbers = np.unique(kept, return_inverse=True)
+    left = len(faces) - len(kept)
+    notes = (f"{left} triangles were not connected to the rest and left out",) if left else ()
+    return Extracted(vertices[used], numbers.reshape(-1, 3), notes)
+
+
+def simplified(mesh: Extracted, faces: int) -> Extracted:
+    """At most about so many triangles, by quadric error (fast-simplification)."""
+    if len(mesh.faces) <= faces:
+        return mesh
+    try:
+        from fast_simplification import simplify
+    except ImportError:
+        note = f"{len(mesh.faces)} triangles were not made {faces}: pip install fast-simplification"
+        return Extracted(mesh.vertices, mesh.faces, (*mesh.notes, note))
+    vertices, triangles = simplify(
+        mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32), target_count=faces, agg=5
+    )
+    note = f"{len(mesh.faces)} triangles were simplified to {len(triangles)}"
+    return Extracted(*_welded(vertices.astype(np.float64), triangles.astype(np.int64)), (*mesh.notes, note))

@@ -1,0 +1,45 @@
+"""Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which viewers of splats read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pcs_3d.fields.field import Splats
+from shared.io.outputs import atomic_write
+
+_C0 = 0.28209479177387814  # the constant spherical harmonic
+_NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
+          "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")  # fmt: skip
+
+
+def write_gaussians(path: Path, splats: Splats) -> Path:
+    """Places, colours as harmonics of degree 0, opacities before sigmoid, logarithms of scales, quaternions w first. z up.
+    ValueError for latents, and where what is read back differs."""
+    if splats.features.shape[1] != 3:
+        raise ValueError(f"Gaussians of {splats.features.shape[1]} channels are latents, and a PLY file holds colours")
+    n = len(splats.means)
+    columns = [
+        splats.means, splats.means.new_zeros(n, 3), (splats.features - 0.5) / _C0,
+        splats.opacities.clamp(1e-6, 1 - 1e-6).logit()[:, None], splats.scales.log(), splats.rotations,
+    ]  # fmt: skip
+    table = np.concatenate([c.detach().float().cpu().numpy() for c in columns], 1).astype("<f4")
+    if not np.isfinite(table).all():
+        raise ValueError("the Gaussians hold values that are not numbers (NaN or Inf): their training failed")
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {n}", *(f"property float {k}" for k in _NAMES)]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes("\n".join([*head, "end_header\n"]).encode() + table.tobytes())
+        if not np.array_equal(read_gaussians(temporary), table):
+            raise ValueError(f"{path} does not hold the Gaussians that were written to it")
+    return path
+
+
+def read_gaussians(path: Path) -> np.ndarray:
+    """[N, 17]: the table of a PLY file, as trimesh reads it."""
+    import trimesh
+
+    with path.open("rb") as stream:
+        read = trimesh.load(stream, file_type="ply", process=False)  # type: ignore[arg-type]
+    data = read.metadata["_ply_raw"]["vertex"]["data"]
+    return np.stack([np.asarray(data[name]).reshape(-1) for name in _NAMES], 1)

@@ -1,0 +1,29 @@
+"""Penalties on a thing in space. A new one is one file (or a class beside its kin) and one line in the union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pcs_3d.regularize.base import GeometryPenalty, Pictures, Views, weight_at
+from pcs_3d.regularize.grids import Eikonal, Laplacian, TotalVariation
+from pcs_3d.regularize.normals import NormalConsistency, NormalImageSmoothness, NormalSmoothness, Orientation
+from pcs_3d.regularize.opacity import Opaque, Silhouette, Sparsity, ZVariance
+from pcs_3d.regularize.reference import ReferenceViews
+
+GeometryRegularizer = Annotated[
+    Sparsity
+    | Opaque
+    | Silhouette
+    | ZVariance
+    | Orientation
+    | NormalSmoothness
+    | NormalImageSmoothness
+    | NormalConsistency
+    | TotalVariation
+    | Eikonal
+    | Laplacian
+    | ReferenceViews,
+    Field(discriminator="kind"),
+]
+
+__all__ = ["GeometryPenalty", "GeometryRegularizer", "Pictures", "Views", "weight_at"]

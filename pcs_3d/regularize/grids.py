@@ -1,0 +1,57 @@
+"""Penalties on the values of grids."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pcs_3d.fields.field import GridField
+from pcs_3d.fields.tetrahedra import TetrahedraField
+from pcs_3d.regularize.base import GeometryPenalty, Views
+
+
+class TotalVariation(GeometryPenalty):
+    """The mean squared difference between neighbours in the field's grids."""
+
+    kind: Literal["total_variation"] = "total_variation"
+
+    def value(self, views: Views) -> Tensor:
+        if not isinstance(views.field, GridField):
+            raise self.missing("a field of grids: voxels, triplane or tetrahedra")
+        return views.field.total_variation()
+
+
+class Eikonal(GeometryPenalty):
+    """mean (|∇s| − 1)² near the surface: distances that are distances (https://arxiv.org/abs/2002.10099)."""
+
+    kind: Literal["eikonal"] = "eikonal"
+
+    def value(self, views: Views) -> Tensor:
+        field = _tetrahedra(self, views)
+        near = (field.distances.detach().abs() < 2.5).view(field.slopes().shape[:3])
+        lengths = (field.slopes().square().sum(-1) + 1e-12).sqrt()
+        return ((lengths - 1).square() * near).sum() / near.sum().clamp_min(1)
+
+
+class Laplacian(GeometryPenalty):
+    """The mean squared distance, in cells, of a mesh's vertices from the mean of their neighbours."""
+
+    kind: Literal["laplacian"] = "laplacian"
+
+    def value(self, views: Views) -> Tensor:
+        field = _tetrahedra(self, views)
+        surface = field.surface()
+        ends = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(
+            -1, 2
+        )  # each edge of a closed mesh comes once in each direction
+        summed = torch.zeros_like(surface.vertices).index_add(0, ends[:, 0], surface.vertices[ends[:, 1]])
+        count = torch.bincount(ends[:, 0], minlength=len(summed)).clamp_min(1)[:, None]
+        return ((summed / count - surface.vertices) / field.cell).square().sum(-1).mean()
+
+
+def _tetrahedra(penalty: GeometryPenalty, views: Views) -> TetrahedraField:
+    if not isinstance(views.field, TetrahedraField):
+        raise penalty.missing("field.kind=tetrahedra")
+    return views.field

@@ -1,0 +1,59 @@
+"""Penalties on how opaque pictures are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.regularize.base import GeometryPenalty, Views
+
+
+class Sparsity(GeometryPenalty):
+    """mean √(o² + 0.01): the thing is no larger than it has to be (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
+
+    kind: Literal["sparsity"] = "sparsity"
+
+    def value(self, views: Views) -> Tensor:
+        return (views.rendering.opacity.square() + 0.01).sqrt().mean()
+
+
+class Opaque(GeometryPenalty):
+    """The entropy of opacities, −o log o − (1 − o) log (1 − o): a pixel is covered or it is not (threestudio's `opaque`)."""
+
+    kind: Literal["opaque"] = "opaque"
+
+    def value(self, views: Views) -> Tensor:
+        opacity = views.rendering.opacity.clamp(1e-3, 1 - 1e-3)
+        return F.binary_cross_entropy(opacity, opacity)
+
+
+class Silhouette(GeometryPenalty):
+    """mean (o − mask)², where masks of these views are known."""
+
+    kind: Literal["silhouette"] = "silhouette"
+
+    def value(self, views: Views) -> Tensor:
+        if views.masks is None:
+            raise self.missing("masks of the views that are drawn")
+        return F.mse_loss(views.rendering.opacity, views.masks.to(views.rendering.opacity))
+
+
+class ZVariance(GeometryPenalty):
+    """The variance of depth along rays, where something is hit: surfaces instead of fog (HiFA,
+    https://arxiv.org/abs/2305.18766, eq. 9)."""
+
+    kind: Literal["z_variance"] = "z_variance"
+
+    def value(self, views: Views) -> Tensor:
+        weights, distances = views.rendering.weights, views.rendering.distances
+        if weights is None or distances is None:
+            raise self.missing("a renderer that marches rays (renderer.kind=volume)")
+        opacity = weights.sum(-1)
+        share = weights / opacity.clamp_min(1e-6)[..., None]
+        mean = (share * distances).sum(-1, keepdim=True)
+        variance = (share * (distances - mean).square()).sum(-1)
+        hit = (opacity.detach() > 0.5).to(variance)
+        return (variance * hit).sum() / torch.clamp_min(hit.sum(), 1)
