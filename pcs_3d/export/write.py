@@ -83,8 +83,9 @@ def _image(texture: np.ndarray) -> Any:
 def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, texture: np.ndarray | None) -> None:
     """ValueError where the file does not hold these triangles, in order, and this texture."""
     import trimesh
+    from trimesh.resolvers import FilePathResolver
 
-    resolver = trimesh.resolvers.FilePathResolver(str(file.parent))
+    resolver = FilePathResolver(str(file.parent))
     stream = io.BytesIO(file.read_bytes())
     scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)  # type: ignore[arg-type]
     (read,) = scene.geometry.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field as Setting
 from torch import Tensor, nn
@@ -59,13 +60,13 @@ class GaussianField(BaseVolume):
         draw, shape, n = torch.Generator().manual_seed(seed), part.start.shape(), part.count
         means = shape.surface_points(n, draw)
         if part.start.kind == "blob":  # within the ball, not on it
-            means = means * torch.rand(n, 1, generator=draw) ** (1 / 3)
+            means = 0.85 * means * torch.rand(n, 1, generator=draw) ** (1 / 3)
         colors = shape.colors(means) if channels == 3 else None
         features = torch.zeros(n, channels) if colors is None else colors.clamp(0.02, 0.98).logit()
-        size = float(means.norm(dim=-1).max()) * 1.5 / n ** (1 / 3)
+        size = _spacing(means)
         opacity = torch.full((n,), part.opacity).logit()
         turn = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
-        self._become([means, torch.full((n, 3), size).log(), turn, opacity, features])
+        self._become([means, size[:, None].expand(n, 3).log(), turn, opacity, features])
         self.rows = torch.arange(n)
 
     def _become(self, values: list[Tensor]) -> None:
@@ -142,6 +143,15 @@ class GaussianField(BaseVolume):
         density, features = (torch.cat(p)[order.argsort()] for p in zip(*parts, strict=True))
         inside = self.inside(points)
         return Sample(density.view(inside.shape) * inside, features.view(*inside.shape, -1))
+
+
+def _spacing(points: Tensor) -> Tensor:
+    """[N]: the mean distance of each point from its three nearest neighbours, as in 3DGS."""
+    from scipy.spatial import KDTree
+
+    table = points.numpy()
+    away, _ = KDTree(table).query(table, k=4)
+    return torch.from_numpy(np.asarray(away)[:, 1:].mean(1)).float().clamp_min(1e-3)
 
 
 def _local(splats: Splats, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from shared.config import KindPart, PathText, default_kind
 
 
 class StartPart(KindPart):
-    """Base of the starts. density: inside, per radius; softness: over how many radii it falls to nothing, about."""
+    """Base of the starts. density: inside, per radius; softness: within how many radii of the surface it is small: soft
+    things look as large as hard ones."""
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
@@ -61,7 +62,7 @@ def first_grid(start: StartPart, resolution: int, bound: float, channels: int) -
     Where a file has colours, and K is 3, they are there; else grey, or latents of 0.
     """
     shape, places = start.shape(), nodes(resolution, bound).reshape(-1, 3)
-    solid = torch.sigmoid(-shape.distance(places) / (start.softness / 2))
+    solid = torch.sigmoid(-4 * (shape.distance(places) / start.softness + 1))  # 2 % of it at the surface
     raw = inverse_softplus((start.density * solid).clamp_min(1e-4))
     features = torch.zeros(len(places), channels)
     if channels == 3 and (colors := shape.colors(places)) is not None:

@@ -108,7 +108,7 @@ def _texture(visual: Any) -> np.ndarray | None:
 
 def _cleaned(piece: Piece) -> Piece:
     """Without points that are no numbers, and without triangles that refer to them, to none, or have no area."""
-    good = np.isfinite(piece.vertices).all(1) & (np.abs(piece.vertices) < 1e30).all(1)
+    good: np.ndarray = np.asarray(np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1)
     if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
         piece = replace(piece, uv=None, texture=None)
     faces = piece.faces

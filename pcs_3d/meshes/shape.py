@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from scipy.spatial import KDTree
 
 _RESOLUTION = 64  # cells along a side in which inside and outside are told apart
 _BOUND = 1.15  # of those cells; a shape has radius 1
@@ -61,18 +64,18 @@ class SampledShape:
 
     def __init__(self, points: np.ndarray, colors: np.ndarray | None) -> None:
         from scipy import ndimage
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
 
         self.points, self.point_colors = points, colors
-        self._tree = cKDTree(points)
+        self._tree = KDTree(points)
         self._cell = _cell_size(points, self._tree)
         size = round(2 * _BOUND / self._cell)
         shell = np.zeros((size,) * 3, dtype=bool)
         shell[tuple(((points + _BOUND) / self._cell).astype(int).clip(0, size - 1).T)] = True
         filled = ndimage.binary_fill_holes(shell)
         core = filled & ~shell  # type: ignore[operator]
-        to_core = ndimage.distance_transform_edt(~core) if core.any() else np.full(shell.shape, np.inf)
-        to_outside = ndimage.distance_transform_edt(filled)
+        to_core = np.asarray(ndimage.distance_transform_edt(~core)) if core.any() else np.full(shell.shape, np.inf)
+        to_outside = np.asarray(ndimage.distance_transform_edt(filled))
         self._thin = to_core > 2  # nothing but shell: walls and handles thinner than two cells
         self._side = np.where(self._thin, 1.0, to_core - to_outside)  # positive outside
 
@@ -99,11 +102,8 @@ class SampledShape:
         return torch.from_numpy(self.points[chosen.numpy()]).float()
 
 
-def _cell_size(points: np.ndarray, tree: object) -> float:
+def _cell_size(points: np.ndarray, tree: KDTree) -> float:
     """Cells so large that neighbouring points of the surface leave no gap between theirs."""
-    from scipy.spatial import cKDTree
-
-    assert isinstance(tree, cKDTree)
     some = points[:: max(1, len(points) // 2000)]
     spacing = float(np.quantile(tree.query(some, k=min(4, len(points)))[0][:, -1], 0.98)) if len(points) > 3 else 1.0
     return float(np.clip(1.5 * spacing, 2 * _BOUND / _RESOLUTION, 2 * _BOUND / 8))

@@ -42,9 +42,10 @@ class Splat(RendererPart):
         if settings.normals or needs_normals(settings):
             normals, points = normals_of_distance(depth, opacity.detach(), cameras)
             lit = lamps(cameras, settings)[:, None, None].expand_as(points)
-            flat = (n.reshape(-1, 3) for n in (normals, points, lit))
+            normal, point, lamp = (n.reshape(-1, 3) for n in (normals, points, lit))
             # Colours are sums weighted by opacity; they are lit as one surface.
-            seen = shaded(colors.reshape(-1, colors.shape[-1]), *flat, settings).view(*normals.shape[:3], -1)
+            seen = shaded(colors.reshape(-1, colors.shape[-1]), normal, point, lamp, settings)
+            seen = seen.view(*normals.shape[:3], -1)
             own = settings.shading in ("textureless", "normal")
             colors = seen * opacity if own else seen
         seen = opacity.permute(0, 3, 1, 2)

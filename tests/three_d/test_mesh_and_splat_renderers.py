@@ -1,0 +1,118 @@
+"""Triangles and Gaussians: outlines and depths in closed form, gradients, occlusion, every batch size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.fields import Gaussians, Tetrahedra
+from pcs_3d.fields.starts import Blob
+from pcs_3d.renderers import Mesh, Splat
+from pcs_3d.renderers.rasterize import nearest_faces
+from tests.three_d.closed_forms import view
+
+CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
+
+
+def area(radius: float) -> float:
+    """The share of a picture that a ball of this radius covers."""
+    return math.pi * (math.tan(math.asin(radius / 5)) * float(CAMERAS.focal[0])) ** 2 / 4
+
+
+def ball(radius: float = 0.6):
+    return Tetrahedra(resolution=20, color_resolution=8, start=Blob(radius=radius)).build()
+
+
+def test_a_ball_of_triangles_covers_what_it_should_and_its_outline_has_the_right_gradient():
+    field = ball()
+    drawn = Mesh().render(field, CAMERAS, view(3, 48, normals=True))
+    assert torch.allclose(drawn.opacity.mean((1, 2, 3)), torch.tensor(area(0.6)).expand(3), rtol=0.02)
+    assert torch.allclose(drawn.depth[:, 0, 24, 24], torch.tensor(4.4).expand(3), atol=0.02)
+    middle = drawn.normals[:, :, 24, 24]
+    assert float((middle * CAMERAS.axes[:, 2]).sum(-1).min()) > 0.99
+    drawn.opacity.sum().backward()
+    grown = -float(field.distances.grad.sum()) / field.cell / 3 / 48**2  # all distances smaller: a larger ball
+    assert grown == pytest.approx((area(0.61) - area(0.59)) / 0.02, rel=0.08)
+
+
+def test_each_view_of_triangles_is_as_if_it_were_alone():
+    field = ball()
+    three = Mesh(finer=2).render(field, CAMERAS, view(3, 24, shading="lambertian"))
+    for i in range(3):
+        one = Mesh(finer=2).render(field, CAMERAS[i : i + 1], view(1, 24, shading="lambertian"))
+        assert torch.allclose(three.pixels[i], one.pixels[0], atol=1e-6)
+
+
+def test_the_nearest_triangle_is_seen_and_what_is_behind_the_camera_is_not():
+    whole = torch.tensor([[-10.0, -10.0], [40.0, -10.0], [-10.0, 40.0]])
+    small = torch.tensor([[2.0, 2.0], [6.0, 2.0], [2.0, 6.0]])
+    corners = torch.stack([whole, small, whole, small.flip(0), small[[0, 0, 1]]])
+    depths = torch.tensor([[4.0] * 3, [2.0] * 3, [-1.0] * 3, [3.0] * 3, [1.0] * 3])
+    face = nearest_faces(corners, depths, 10, 12)
+    assert face[3, 3] == 1 and face[8, 8] == 0 and set(face.unique().tolist()) == {0, 1}
+    assert int((face == 1).sum()) in (6, 10)  # half of 16 pixels, but for those whose middles lie on the edge
+
+
+def lone(opacity: float = 0.8, size: float = 0.25):
+    field = Gaussians(count=8).build()
+    field.load_state_dict({
+        "means": torch.zeros(1, 3), "log_scales": torch.full((1, 3), math.log(size)), "rotations": torch.tensor([[1.0, 0, 0, 0]]),
+        "raw_opacities": torch.full((1,), math.log(opacity / (1 - opacity))), "raw_features": torch.tensor([[5.0, -5, 0]]),
+        "pull": torch.zeros(1), "pulled": torch.zeros(1),
+    })  # fmt: skip
+    return field
+
+
+def test_one_gaussian_is_drawn_as_its_formula_says():
+    drawn = Splat(tile=8).render(lone(), CAMERAS, view(3, 32))
+    spread = 0.25 * float(CAMERAS.focal[0]) * 16 / 5
+    middles = torch.arange(32) + 0.5 - 16
+    squared = middles[:, None] ** 2 + middles**2
+    expected = 0.8 * torch.exp(-squared / (2 * (spread**2 + 0.3)))
+    assert (drawn.opacity - expected).abs().max() < 6e-3  # it is cut off at three deviations
+    assert torch.allclose(drawn.depth[:, 0, 16, 16], torch.tensor(5.0), atol=0.01)
+    red = 0.8 * torch.sigmoid(torch.tensor(5.0)) + 0.2 * 0.25
+    assert float(drawn.pixels[1, 0, 16, 16].detach()) == pytest.approx(float(red), abs=0.02)
+
+
+def test_gaussians_in_front_hide_those_behind_whatever_their_order():
+    field = lone(0.99)
+    one = field.state_dict()
+    two = {k: torch.cat([v, v]) for k, v in one.items()}
+    two["means"] = torch.tensor([[-0.5, 0, 0], [0.5, 0, 0]])
+    two["raw_features"] = torch.tensor([[-9.0, 9, -9], [9.0, -9, -9]])  # behind: green, in front: red
+    for order in ([0, 1], [1, 0]):
+        field.load_state_dict({k: v[order] for k, v in two.items()})
+        drawn = Splat(tile=8).render(field, Cameras.of([0.0, 180.0, 0.0], 0.0), view(3, 16))
+        assert drawn.pixels[0, :, 8, 8].argmax() == 0 and drawn.pixels[1, :, 8, 8].argmax() == 1
+        assert torch.allclose(drawn.pixels[0], drawn.pixels[2])
+
+
+def test_tiles_of_any_size_draw_the_same_picture_of_any_shape():
+    field = Gaussians(count=60).build()
+    pictures = [Splat(tile=t).render(field, CAMERAS, view(3, 20)).pixels for t in (3, 8, 32)]
+    assert torch.allclose(pictures[0], pictures[1], atol=5e-3) and torch.allclose(pictures[1], pictures[2], atol=5e-3)
+    with pytest.raises(ValueError, match=r"renderer\.engine"):
+        Splat(engine="gsplat").render(field, CAMERAS, view(3))
+
+
+def test_gradients_of_gaussians_are_those_of_differences():
+    field = Gaussians(count=12).build().double()
+    cameras = Cameras(*(value.double() for value in vars(CAMERAS[:1]).values()))
+    target = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1)).double()
+    field.raw_features.data.normal_(generator=torch.Generator().manual_seed(2))
+
+    def loss():
+        return ((Splat(tile=16).render(field, cameras, view(1, 12)).pixels - target) ** 2).sum()
+
+    loss().backward()
+    for parameter, index in ((field.means, (3, 1)), (field.log_scales, (5, 2)), (field.raw_opacities, (2,))):
+        value, sides = parameter.data[index].item(), []
+        for step in (1e-6, -1e-6):
+            parameter.data[index] = value + step
+            sides.append(loss().item())
+        parameter.data[index] = value
+        assert parameter.grad[index].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-3, abs=1e-6)
