@@ -53,8 +53,6 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
             f"the field is empty: its largest density is {grid.max():.3g}, and the surface is where it passes {level:.3g}. "
             "Train it for longer, or with a larger guidance scale"
         )
-    if not grid.min() < level:
-        raise ValueError(f"the field is solid everywhere: no density is below {level:.3g}")
     notes = [f"threshold {level:.3g}"]
     if not all_parts:
         grid, left = _largest_part(grid, level)

@@ -22,7 +22,8 @@ class Voxels(FieldPart):
 
     kind: Literal["voxels"] = "voxels"
     resolution: Annotated[int, Setting(ge=4, le=512)] = 64
-    lr: Rate = 0.1
+    lr: Rate = 0.2
+    lr_features: Rate | None = 0.1
 
     def build(self, channels: int = 3, seed: int = 0) -> VoxelField:
         return VoxelField(self, channels)

@@ -80,16 +80,17 @@ def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
     faces = np.asarray(getattr(geometry, "faces", np.zeros((0, 3))), dtype=np.int64).reshape(-1, 3)
     piece = Piece(vertices, faces)
     visual = getattr(geometry, "visual", None)
-    if visual is None:  # points
-        colors = np.asarray(getattr(geometry, "colors", []))
-        return replace(piece, colors=colors[:, :3] / 255.0) if colors.shape[:1] == (len(vertices),) else piece
-    if visual.kind == "texture" and (found := _texture(visual)) is not None:
-        return replace(piece, texture=found, uv=np.asarray(visual.uv, dtype=np.float64))
-    if visual.kind == "texture":
+    if getattr(visual, "kind", None) == "texture":
+        if (found := _texture(visual)) is not None:
+            return replace(piece, texture=found, uv=np.asarray(visual.uv, dtype=np.float64))
         plain = np.asarray(visual.material.main_color)[:3] / 255.0
         return replace(piece, colors=np.tile(plain, (len(vertices), 1)))
-    if visual.kind is not None:
-        return replace(piece, colors=np.asarray(visual.vertex_colors)[:, :3] / 255.0)
+    points = not len(faces)
+    colors = geometry.colors if points and hasattr(geometry, "colors") else getattr(visual, "vertex_colors", None)
+    known = points or getattr(visual, "kind", None) is not None  # trimesh makes up a grey where there is none
+    colors = np.asarray(colors if known and colors is not None else [])
+    if colors.ndim == 2 and len(colors) == len(vertices) and colors.shape[1] >= 3:
+        return replace(piece, colors=colors[:, :3] / 255.0)
     return piece
 
 
@@ -115,8 +116,8 @@ def _cleaned(piece: Piece) -> Piece:
     if len(faces):
         faces = faces[((faces >= 0) & (faces < len(good))).all(1)]
         faces = faces[good[faces].all(1)]
-        size = np.ptp(piece.vertices[good], axis=0).max(initial=0) or 1.0
-        a, b, c = (piece.vertices[faces[:, i]] / size for i in range(3))
+        size = float(np.ptp(piece.vertices[good], axis=0).max()) if good.any() else 1.0
+        a, b, c = (piece.vertices[faces[:, i]] / (size or 1.0) for i in range(3))
         faces = faces[np.linalg.norm(np.cross(b - a, c - a), axis=1) > 1e-14]
         if not len(faces):
             return Piece(np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64))

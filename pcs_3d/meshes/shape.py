@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _RESOLUTION = 64  # cells along a side in which inside and outside are told apart
 _BOUND = 1.15  # of those cells; a shape has radius 1
-_SAMPLES = 200_000  # points on the surface of a mesh
+_SAMPLES = 60_000  # points on the surface of a mesh
 
 
 class Shape(Protocol):

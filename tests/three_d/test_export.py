@@ -1,0 +1,177 @@
+"""Assets: a ball's volume, a closed surface, its colours in the files that are read back; and what cannot be exported."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.export import write
+from pcs_3d.export.asset import ExportSettings, export_asset, write_turntable
+from pcs_3d.export.extract import Extracted, automatic_threshold, export_grid, extract, simplified
+from pcs_3d.export.gaussian_ply import read_gaussians, write_gaussians
+from pcs_3d.export.texture import textured
+from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
+from pcs_3d.fields.starts import Blob
+from pcs_3d.renderers import Volume
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+from tests.three_d.closed_forms import Solid, view
+
+BALL = 4 / 3 * np.pi * 0.6**3
+SMALL = ExportSettings(resolution=28, texture=96, faces=100_000)
+
+
+class Striped(Solid):
+    """A ball with a soft edge whose left half is red and whose right half is blue."""
+
+    def at(self, points):
+        density = 40 * torch.sigmoid(50 * (self.size - points.norm(dim=-1)))
+        left = (points[..., 1:2] > 0).float()
+        colors = left * torch.tensor([1.0, 0, 0]) + (1 - left) * torch.tensor([0, 0, 1.0])
+        return SimpleNamespace(density=density, features=colors)
+
+
+def test_a_ball_becomes_a_closed_mesh_of_its_volume_whose_files_hold_its_colours(tmp_path):
+    made = export_asset(Striped(0.6), tmp_path, ExportSettings(resolution=28, texture=96, threshold=20))
+    assert made.watertight and made.volume == pytest.approx(BALL, rel=0.06)
+    assert [f.name for f in made.files] == ["asset.glb", "asset.obj", "asset.mtl", "asset.png", "asset.ply"]
+    assert all(f.is_file() for f in made.files) and any("threshold" in note for note in made.notes)
+    for name in ("asset.glb", "asset.obj"):
+        mesh = trimesh.load(tmp_path / name, force="mesh", process=False)
+        colors = np.asarray(mesh.visual.to_color().vertex_colors)[:, :3] / 255
+        left = mesh.vertices[:, 0]  # y up, front toward z, left along x
+        assert (colors[left > 0.1, 0] > 0.9).mean() > 0.98 and (colors[left < -0.1, 2] > 0.9).mean() > 0.98
+        assert np.abs(mesh.vertices).max(0) == pytest.approx([0.6] * 3, rel=0.05)
+        outward = (mesh.face_normals * mesh.triangles_center).sum(1)
+        assert (outward > 0).all()
+    ply = trimesh.load(tmp_path / "asset.ply", process=False)
+    assert ply.is_watertight and (ply.visual.vertex_colors[ply.vertices[:, 1] > 0.1, 0] == 255).all()
+
+
+def test_the_mesh_has_the_outline_that_is_seen():
+    field = Voxels(resolution=16, start=Blob(radius=0.7, softness=0.5, density=15)).build()
+    camera = Cameras.of([20.0], 30.0)
+    opacity = Volume(samples=64).render(field, camera, view(1)).opacity.detach()
+    found = extract(field, 40)
+    from pcs_3d.fields.field import Surface
+    from pcs_3d.renderers.mesh import on_screen
+    from pcs_3d.renderers.rasterize import nearest_faces
+
+    surface = Surface(torch.from_numpy(found.vertices).float(), torch.from_numpy(found.faces))
+    places, depth = on_screen(surface.vertices, camera, 32, 32)
+    covered = nearest_faces(places[surface.faces], depth[surface.faces], 32, 32) >= 0
+    seen = opacity[0, 0] > 0.5
+    assert float((covered & seen).sum() / (covered | seen).sum()) > 0.93
+
+
+def test_what_is_not_connected_is_left_out_and_said_to_be():
+    field = Voxels(resolution=24, start=Blob(radius=0.5, density=40)).build()
+    field.raw_density.data[20:23, 20:23, 20:23] = 40.0
+    found, whole = extract(field, 32), extract(field, 32, all_parts=True)
+    assert len(found.faces) < len(whole.faces) and any("not connected" in note for note in found.notes)
+    assert np.abs(found.vertices).max() < 0.7 < np.abs(whole.vertices).max()
+
+
+def test_a_thing_that_fills_the_bound_is_closed_there():
+    found = extract(Solid(5.0, 30.0, cube=True), 24)
+    mesh = trimesh.Trimesh(found.vertices, found.faces, process=False)
+    assert mesh.is_watertight and mesh.volume == pytest.approx(2.2**3, rel=0.3)
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-3])
+def test_an_empty_field_is_an_error_and_leaves_nothing(tmp_path, density):
+    with pytest.raises(ValueError, match="the field is empty: its largest density is"):
+        export_asset(Solid(0.6, density), tmp_path, SMALL)
+    with pytest.raises(ValueError, match="empty"):
+        extract(Solid(0.6, 2.0), 16, threshold=5.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_none_and_latents_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="NaN"):
+        export_asset(Solid(0.6, float("nan")), tmp_path, SMALL)
+    with pytest.raises(ValueError, match="latents of 4 channels"):
+        export_asset(Solid(0.6, 9.0, channels=4), tmp_path, SMALL)
+
+
+def test_the_threshold_is_the_middle_of_what_fits():
+    grid = np.zeros((20, 20, 20))
+    grid[5:15, 5:15, 5:15] = 50.0
+    grid += 0.01
+    assert 15 < automatic_threshold(grid, 0.1) < 35
+
+
+def test_the_grid_is_asked_at_its_nodes():
+    grid = export_grid(Solid(0.6, 7.0, cube=True), 23)  # nodes every 0.1
+    assert grid.shape == (23,) * 3 and int((grid > 0).sum()) in (11**3, 13**3)
+
+
+def test_simplifying_keeps_the_shape():
+    pytest.importorskip("fast_simplification")
+    found = extract(Striped(0.6), 28, 20.0)
+    fewer = simplified(found, 300)
+    mesh = trimesh.Trimesh(fewer.vertices, fewer.faces, process=False)
+    assert len(fewer.faces) <= 320 and mesh.is_watertight and mesh.volume == pytest.approx(BALL, rel=0.1)
+    assert "simplified" in fewer.notes[-1]
+
+
+def test_texture_has_no_seams_of_another_colour():
+    ball = trimesh.creation.icosphere(2)
+    mesh = Extracted(np.asarray(ball.vertices), np.asarray(ball.faces))
+    made = textured(mesh, lambda p: torch.full((len(p), 3), 0.6), 64)
+    assert (made.texture == 153).all() and made.uv.min() >= 0 and made.uv.max() <= 1
+    corners = made.vertices[made.faces].reshape(-1, 3)
+    assert np.allclose(np.sort(corners, 0), np.sort(mesh.vertices[mesh.faces].reshape(-1, 3), 0), atol=1e-6)
+
+
+def test_a_file_that_does_not_hold_its_mesh_is_refused_and_not_kept(tmp_path, monkeypatch):
+    ball = trimesh.creation.icosphere(1)
+    vertices, faces = np.asarray(ball.vertices), np.asarray(ball.faces)
+    box = trimesh.creation.box().export(file_type="ply")
+    monkeypatch.setattr(trimesh.Trimesh, "export", lambda self, file_type: box)
+    with pytest.raises(ValueError, match="does not hold the mesh"):
+        write.write_ply(tmp_path / "x.ply", vertices, faces, np.ones_like(vertices))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tetrahedra_and_gaussians_are_exported_too(tmp_path):
+    made = export_asset(
+        Tetrahedra(resolution=14, color_resolution=4, start=Blob(radius=0.6)).build(), tmp_path, SMALL, "t"
+    )
+    assert made.watertight and made.volume == pytest.approx(BALL, rel=0.1)
+    field = Gaussians(count=200, opacity=0.8, start=Blob(radius=0.6)).build()
+    made = export_asset(field, tmp_path, ExportSettings(resolution=24, texture=64), "g")
+    assert made.files[-1].name == "g.splats.ply" and made.volume == pytest.approx(BALL, rel=0.6)
+
+
+def test_gaussians_in_a_file_are_in_the_layout_of_3dgs(tmp_path):
+    field = Gaussians(count=9, opacity=0.25).build()
+    file = write_gaussians(tmp_path / "x.ply", field.splats())
+    table = read_gaussians(file)
+    head = file.read_bytes()[:600].decode("latin-1")
+    assert "element vertex 9" in head and head.index("f_dc_0") < head.index("opacity") < head.index(
+        "scale_0"
+    ) < head.index("rot_0")
+    assert np.allclose(table[:, :3], field.means.detach(), atol=1e-6) and np.allclose(
+        table[:, 9], np.log(1 / 3), atol=1e-5
+    )
+    assert np.allclose(table[:, 10:13], field.log_scales.detach(), atol=1e-5)
+
+
+def test_a_turntable_is_a_clip_that_begins_at_the_front(tmp_path):
+    field = Striped(0.6)
+    file = write_turntable(tmp_path / "turntable.mp4", field, Volume(samples=24), frames=4, size=32)
+    frames = read_clip(file, ClipWindow(length=4)).frames
+    assert frames.shape[1] == 4
+    front, back = frames[:, 0], frames[:, 2]
+    half = front.shape[-1] // 2
+    middle = slice(front.shape[-2] // 2 - 4, front.shape[-2] // 2 + 4)
+    right, left = slice(half + 8, half + 40), slice(half - 40, half - 8)
+    # Its left is on the picture's right, seen from the front, and the other way round from the back.
+    assert front[0, middle, right].mean() > front[2, middle, right].mean()
+    assert back[0, middle, left].mean() > back[2, middle, left].mean()

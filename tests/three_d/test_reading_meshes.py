@@ -1,0 +1,197 @@
+"""Files of others' making: what a field begins from, and what is refused before it is decoded."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
+from pcs_3d.meshes import file_checks
+from pcs_3d.meshes.read_mesh import read_mesh, sampled
+from pcs_3d.meshes.shape import shape_of_file
+
+PARTS = [
+    Voxels(resolution=24, bound=1.2),
+    Tetrahedra(resolution=18, color_resolution=12, bound=1.2),
+    Gaussians(count=200),
+]
+
+
+def ball(scale: float = 1.0) -> trimesh.Trimesh:
+    """A ball with a red left half (+x of the file: the thing's left) and a blue right one."""
+    mesh = trimesh.creation.icosphere(3)
+    red = np.asarray(mesh.vertices)[:, :1] > 0
+    mesh.visual.vertex_colors = np.where(red, [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8)
+    return mesh.apply_scale(scale)
+
+
+@pytest.mark.parametrize("name", ["x.glb", "x.obj", "x.ply"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e7])
+def test_a_ball_of_any_size_is_a_ball_of_radius_one(tmp_path, name, scale):
+    ball(scale).export(tmp_path / name, **({"digits": 12} if name == "x.obj" else {}))
+    shape = shape_of_file(tmp_path / name)
+    points = 2.4 * torch.rand(1500, 3, generator=torch.Generator().manual_seed(0)) - 1.2
+    assert (shape.distance(points) - (points.norm(dim=-1) - 1)).abs().max() < 0.06
+    left = 0 if name == "x.ply" else 1  # PLY: z up, as the world; else y up and x to the left
+    sides = torch.eye(3)[[left, left]] * torch.tensor([[1.0], [-1]])
+    assert shape.colors(sides).argmax(-1).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: p.kind)
+def test_fields_begin_as_the_thing_in_a_file(tmp_path, part):
+    ball().export(tmp_path / "x.glb")
+    field = (
+        type(part).model_validate({**part.model_dump(), "start": {"kind": "file", "path": tmp_path / "x.glb"}}).build()
+    )
+    right, left = torch.tensor([[0.0, -0.97, 0]]), torch.tensor([[0.0, 0.97, 0]])
+    ask = field.features_at if isinstance(part, Tetrahedra) else lambda p: field.at(p).features
+    assert ask(left).argmax() == 0 and ask(right).argmax() == 2
+    if isinstance(part, Tetrahedra):
+        assert torch.allclose(field.surface().vertices.norm(dim=-1).mean(), torch.tensor(1.0), atol=0.03)
+    if isinstance(part, Voxels):
+        assert float(field.density(torch.zeros(1, 3)).detach()) > 30 > 0.1 > float(field.density(1.15 * left).detach())
+    if isinstance(part, Gaussians):
+        assert torch.allclose(field.means.norm(dim=-1), torch.ones(200), atol=0.02)
+
+
+def test_points_without_triangles_are_filled(tmp_path):
+    points = trimesh.sample.sample_surface(ball(), 4000, seed=0)[0]
+    trimesh.PointCloud(points).export(tmp_path / "x.ply")
+    shape = shape_of_file(tmp_path / "x.ply")
+    assert float(shape.distance(torch.zeros(1, 3))) < -0.8 and float(shape.distance(torch.tensor([[1.15, 0, 0]]))) > 0.1
+    assert shape.colors(points := torch.zeros(1, 3)) is None or points is not None
+
+
+def test_open_and_non_manifold_meshes_are_shells(tmp_path):
+    plate = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 0.8]]
+    faces = [[0, 1, 2], [0, 2, 3], [0, 2, 4]]  # three triangles at one edge
+    (tmp_path / "x.obj").write_text(_obj(plate, faces))
+    surface = (
+        Tetrahedra(resolution=24, color_resolution=4, start={"kind": "file", "path": tmp_path / "x.obj"})
+        .build()
+        .surface()
+    )
+    assert len(surface.faces) > 50 and float(surface.vertices.detach().norm(dim=-1).max()) < 1.2
+
+
+def _obj(vertices, faces) -> str:
+    return "\n".join(
+        ["v " + " ".join(map(str, v)) for v in vertices] + ["f " + " ".join(str(i + 1) for i in f) for f in faces]
+    )
+
+
+def test_points_that_are_no_numbers_and_flat_triangles_go(tmp_path):
+    corners = [[0, 0, 0], [1, 0, 0], [0, 1, 0], ["nan", 0, 0], ["1e39", 0, 0], [2, 0, 0]]
+    (tmp_path / "x.obj").write_text(_obj(corners, [[0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 1, 5], [1, 1, 2]]))
+    (piece,) = read_mesh(tmp_path / "x.obj")
+    assert piece.faces.tolist() == [[0, 1, 2]] and np.isfinite(piece.vertices).all() and len(piece.vertices) == 3
+
+
+@pytest.mark.parametrize(
+    ("vertices", "faces", "why"),
+    [
+        ([["nan", 0, 0]] * 3, [[0, 1, 2]], "coordinates are numbers|cannot be read"),
+        ([[1, 1, 1]] * 3, [[0, 1, 2]], "coordinates are numbers"),
+        ([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [], "too few points|cannot be read|no triangles"),
+    ],
+)
+def test_what_has_nothing_in_it_is_said_to(tmp_path, vertices, faces, why):
+    (tmp_path / "x.obj").write_text(_obj(vertices, faces))
+    with pytest.raises(ValueError, match=why):
+        read_mesh(tmp_path / "x.obj")
+
+
+def textured_obj(folder, texture="t.png"):
+    folder.mkdir(exist_ok=True)
+    text = "mtllib m.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl a\nf 1/1 2/2 3/3\n"
+    (folder / "x.obj").write_text(text)
+    (folder / "m.mtl").write_text(f"newmtl a\nKd 1 1 1\nmap_Kd {texture}\n")
+    return folder / "x.obj"
+
+
+def test_textures_are_read_inside_the_folder_alone(tmp_path):
+    file = textured_obj(tmp_path / "in")
+    Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "in" / "t.png")
+    points, colors = sampled(read_mesh(file), 50)
+    assert len(points) == 50 and colors is not None and np.allclose(colors, [0, 1, 0])
+    Image.new("RGB", (4, 4), (0, 255, 0)).save(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        with pytest.raises(ValueError, match="is not a plain path inside"):
+            read_mesh(textured_obj(tmp_path / "in", name))
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="leads out of"):
+        read_mesh(textured_obj(tmp_path / "in", "link.png"))
+
+
+def test_a_texture_that_would_be_huge_is_refused_by_its_head(tmp_path):
+    file = textured_obj(tmp_path / "in")
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(head)) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    (tmp_path / "in" / "t.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(ValueError, match="texture"):
+        read_mesh(file)
+
+
+def glb(tree, binary=b"") -> bytes:
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    body = struct.pack("<I", len(text)) + b"JSON" + text + struct.pack("<I", len(binary)) + b"BIN\0" + binary
+    return b"glTF" + struct.pack("<II", 2, 12 + len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"glTF", "no GLB"),
+        (glb({"buffers": [{"uri": "../../etc/passwd", "byteLength": 4}]}), "refers to another file"),
+        (glb({"images": [{"uri": "/etc/passwd"}]}), "refers to another file"),
+        (glb({"images": [{"uri": "data:image/png;base64,!!!"}]}), "picture"),
+        (glb({"accessors": [{"count": 10**12}]}), "says that it holds"),
+        (
+            glb({"bufferViews": [{"byteLength": 12}], "accessors": [{"count": 10**6, "bufferView": 0}]}),
+            "says that it holds",
+        ),
+        (glb({"extensionsRequired": ["KHR_draco_mesh_compression"]}), "KHR_draco"),
+        (glb({"accessors": "many"}), "cannot be read"),
+        (glb({"asset": {"version": "2.0"}}), "no triangles|cannot be read"),
+        (glb([1, 2]), "cannot be read"),
+    ],
+)
+def test_hostile_glb_files_are_refused(tmp_path, content, why):
+    (tmp_path / "x.glb").write_bytes(content)
+    with pytest.raises(ValueError, match=why):
+        read_mesh(tmp_path / "x.glb")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("x.ply", b"ply\nformat ascii 1.0\nelement vertex 4000000000\nproperty float x\nend_header\n", "more than fit"),
+        ("x.ply", b"ply\nformat ascii 1.0\nelement vertex -4\nend_header\n", "no PLY"),
+        ("x.ply", b"ply\nformat ascii 1.0\n", "no PLY"),
+        ("x.obj", b"v 0 0 0\n\0\0", "no OBJ"),
+        ("x.obj", b"", "bytes"),
+        ("x.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 99\n", "no triangles|cannot be read|coordinates"),
+        ("x.stl", b"solid", "format of a mesh"),
+    ],
+)
+def test_other_bad_files_are_refused(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=why):
+        read_mesh(tmp_path / name)
+    with pytest.raises(ValueError, match="is no file"):
+        read_mesh(tmp_path / "missing.obj")
+
+
+def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_checks, "MAX_BYTES", 10)
+    (tmp_path / "x.obj").write_text("v 0 0 0\nv 1 0 0\n")
+    with pytest.raises(ValueError, match="simplify"):
+        read_mesh(tmp_path / "x.obj")
