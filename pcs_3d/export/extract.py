@@ -134,7 +134,7 @@ def simplified(mesh: Extracted, faces: int) -> Extracted:
     if len(mesh.faces) <= faces:
         return mesh
     try:
-        from fast_simplification import simplify
+        from fast_simplification import simplify  # pyright: ignore[reportMissingImports]
     except ImportError:
         note = f"{len(mesh.faces)} triangles were not made {faces}: pip install fast-simplification"
         return Extracted(mesh.vertices, mesh.faces, (*mesh.notes, note))

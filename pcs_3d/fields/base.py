@@ -63,11 +63,13 @@ class BaseField(nn.Module):
         return False
 
     def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
-        named = [*self.named_parameters(), *self.named_buffers()]
-        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in named}
+        return {name: value.to("cpu", torch.float32, copy=True) for name, value in self._kept().items()}
+
+    def _kept(self) -> dict[str, Tensor]:
+        return nn.Module.state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
-        mine = dict([*self.named_parameters(), *self.named_buffers()])
+        mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
             raise ValueError(f"the saved state is of another field: {', '.join(wrong)} is only in one of the two")
         for name, value in mine.items():

@@ -79,8 +79,8 @@ def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
         vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
     faces = np.asarray(getattr(geometry, "faces", np.zeros((0, 3))), dtype=np.int64).reshape(-1, 3)
     piece = Piece(vertices, faces)
-    visual = getattr(geometry, "visual", None)
-    if getattr(visual, "kind", None) == "texture":
+    visual: Any = getattr(geometry, "visual", None)
+    if visual is not None and getattr(visual, "kind", None) == "texture":
         if (found := _texture(visual)) is not None:
             return replace(piece, texture=found, uv=np.asarray(visual.uv, dtype=np.float64))
         plain = np.asarray(visual.material.main_color)[:3] / 255.0
@@ -109,7 +109,7 @@ def _texture(visual: Any) -> np.ndarray | None:
 
 def _cleaned(piece: Piece) -> Piece:
     """Without points that are no numbers, and without triangles that refer to them, to none, or have no area."""
-    good: np.ndarray = np.asarray(np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1)
+    good = np.asarray((np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1))
     if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
         piece = replace(piece, uv=None, texture=None)
     faces = piece.faces

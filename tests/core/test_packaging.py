@@ -50,7 +50,8 @@ def test_every_dependency_is_pinned_inside_its_range(python):
     for requirement in map(Requirement, PINS):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
             pins[requirement.name.lower()] = Version(next(iter(requirement.specifier)).version)
-    named = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    named = [*PROJECT["project"]["dependencies"], *(name for extra in extras for name in extra)]
     for requirement in map(Requirement, named):
         assert pins[requirement.name.lower()] in requirement.specifier, f"{requirement} on Python {python}"
 

@@ -52,7 +52,7 @@ def learned(field, steps: int, side: int = 32):
     groups = [{"params": g.parameters, "lr": g.lr} for g in field.groups()["main"]]
     optimizer = torch.optim.Adam(groups)
     draw = torch.Generator().manual_seed(0)
-    for step in range(steps):
+    for _ in range(steps):
         which = torch.randperm(len(cameras), generator=draw)[:2]
         drawn = renderer(field).render(field, cameras[which], view(2, side, background=0.5, generator=draw))
         loss = (drawn.pixels - truth.pixels[which]).square().mean()

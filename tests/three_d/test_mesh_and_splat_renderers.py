@@ -59,7 +59,8 @@ def test_the_nearest_triangle_is_seen_and_what_is_behind_the_camera_is_not():
 def lone(opacity: float = 0.8, size: float = 0.25):
     field = Gaussians(count=8).build()
     field.load_state_dict({
-        "means": torch.zeros(1, 3), "log_scales": torch.full((1, 3), math.log(size)), "rotations": torch.tensor([[1.0, 0, 0, 0]]),
+        "means": torch.zeros(1, 3), "log_scales": torch.full((1, 3), math.log(size)),
+        "rotations": torch.tensor([[1.0, 0, 0, 0]]),
         "raw_opacities": torch.full((1,), math.log(opacity / (1 - opacity))), "raw_features": torch.tensor([[5.0, -5, 0]]),
         "pull": torch.zeros(1), "pulled": torch.zeros(1),
     })  # fmt: skip

@@ -12,10 +12,13 @@ import torch
 import trimesh
 from PIL import Image
 
-from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
+from pcs_3d.cameras import Cameras
+from pcs_3d.fields import Gaussians, Tetrahedra, TexturedMesh, Voxels
+from pcs_3d.renderers import Mesh
 from pcs_3d.meshes import file_checks
 from pcs_3d.meshes.read_mesh import read_mesh, sampled
 from pcs_3d.meshes.shape import shape_of_file
+from tests.three_d.closed_forms import view
 
 PARTS = [
     Voxels(resolution=24, bound=1.2),
@@ -61,12 +64,25 @@ def test_fields_begin_as_the_thing_in_a_file(tmp_path, part):
         assert torch.allclose(field.means.norm(dim=-1), torch.ones(200), atol=0.02)
 
 
+def test_a_mesh_keeps_its_triangles_and_learns_other_colours(tmp_path):
+    ball().export(tmp_path / "x.glb")
+    field = TexturedMesh(start={"path": tmp_path / "x.glb"}, resolution=16, bound=1.2).build()
+    drawn = Mesh().render(field, Cameras.of([90.0, 270.0]), view(2, 24))
+    assert drawn.pixels[0, :, 12, 12].argmax() == 0 and drawn.pixels[1, :, 12, 12].argmax() == 2
+    drawn.pixels[:, 1].sum().backward()
+    assert float(field.raw_features.grad[..., 1].abs().max()) > 0 and list(field.state_dict()) == ["raw_features"]
+    assert len(field.surface().faces) == 1280
+    trimesh.PointCloud(np.asarray(ball().vertices)).export(tmp_path / "p.ply")
+    with pytest.raises(ValueError, match="points and no triangles"):
+        TexturedMesh(start={"path": tmp_path / "p.ply"}).build()
+
+
 def test_points_without_triangles_are_filled(tmp_path):
     points = trimesh.sample.sample_surface(ball(), 4000, seed=0)[0]
     trimesh.PointCloud(points).export(tmp_path / "x.ply")
     shape = shape_of_file(tmp_path / "x.ply")
     assert float(shape.distance(torch.zeros(1, 3))) < -0.8 and float(shape.distance(torch.tensor([[1.15, 0, 0]]))) > 0.1
-    assert shape.colors(points := torch.zeros(1, 3)) is None or points is not None
+    assert shape.colors(torch.zeros(1, 3)) is None
 
 
 def test_open_and_non_manifold_meshes_are_shells(tmp_path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.three_d.closed_forms import COLOR, Solid, view
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Tetrahedra, Voxels
 from pcs_3d.fields.starts import Blob
 from pcs_3d.renderers import Volume
 from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
+from tests.three_d.closed_forms import COLOR, Solid, view
 
 CAMERAS = Cameras.of([0.0, 77.0, 200.0], [5.0, 30.0, -20.0])
 
