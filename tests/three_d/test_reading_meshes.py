@@ -14,10 +14,10 @@ from PIL import Image
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Gaussians, Tetrahedra, TexturedMesh, Voxels
-from pcs_3d.renderers import Mesh
 from pcs_3d.meshes import file_checks
 from pcs_3d.meshes.read_mesh import read_mesh, sampled
 from pcs_3d.meshes.shape import shape_of_file
+from pcs_3d.renderers import Mesh
 from tests.three_d.closed_forms import view
 
 PARTS = [
