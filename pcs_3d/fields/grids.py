@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,14 @@ class _WeightedRows(torch.autograd.Function):
         return of_table, None, of_weights
 
 
-def of_cells(cells: Tensor, points: Tensor, bound: float) -> Tensor:
-    """The values of cells between nodes [R, R, R, C] that the points [..., 3] are in: [..., C]; 0 outside."""
-    size = cells.shape[0]
+def of_cells(cells: Sequence[Tensor], points: Tensor, bound: float) -> list[Tensor]:
+    """The values of cells between nodes, each [R, R, R], that the points [..., 3] are in: each [...]; 0 outside."""
+    size = len(cells[0])
     x, y, z = ((points + bound) * (size / (2 * bound))).long().unbind(-1)
-    number = ((x * size + y) * size + z).clamp_(0, size**3 - 1)
-    return cells.reshape(size**3, -1)[number] * (points.abs().amax(-1, keepdim=True) <= bound)
+    number = ((x * size + y) * size + z).clamp_(0, size**3 - 1).reshape(-1)
+    inside = points.abs().amax(-1) <= bound
+    # index_select: the same by brackets takes four times as long on a CPU
+    return [values.reshape(-1).index_select(0, number).view(inside.shape) * inside for values in cells]
 
 
 def cell_maxima(grid: Tensor) -> Tensor:

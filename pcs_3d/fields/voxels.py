@@ -36,7 +36,7 @@ class VoxelField(BaseVolume):
         super().__init__(part.bound, channels)
         first = first_grid(part.start, part.resolution, part.bound, channels)
         self.part = part
-        self._cells: tuple[Any, Tensor] | None = None
+        self._cells: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self.raw_density = nn.Parameter(first[..., :1].clone())
         self.raw_features = nn.Parameter(first[..., 1:].clone())
 
@@ -59,8 +59,8 @@ class VoxelField(BaseVolume):
         version = self.raw_density._version, self.raw_density.data_ptr()
         if self._cells is None or self._cells[0] != version:  # found again whenever the optimizer has moved the grid
             raw = F.softplus(self.raw_density.detach()[..., 0])
-            self._cells = version, torch.stack([-grids.cell_maxima(-raw), grids.cell_maxima(raw)], -1)
-        least, most = grids.of_cells(self._cells[1], points, self.bound).unbind(-1)
+            self._cells = version, (-grids.cell_maxima(-raw), grids.cell_maxima(raw))
+        least, most = grids.of_cells(self._cells[1], points, self.bound)
         return least, most
 
     def normals(self, points: Tensor) -> Tensor:

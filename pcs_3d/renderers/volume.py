@@ -63,7 +63,7 @@ class Volume(RendererPart):
         sample = field.at(points)
         density = sample.density.new_zeros(n * s).index_put((kept,), sample.density).view(n, s)
         weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], density)[0]
-        each = weights.view(-1)[kept]
+        each = weights.view(-1).index_select(0, kept)
         want = settings.normals or needs_normals(settings)
         normals = field.normals(points) if want else None
         seen = shaded(sample.features, normals, points, rays[ray, 6:], settings)
@@ -92,7 +92,7 @@ class Volume(RendererPart):
         kept = (weights > self.hidden).view(-1).nonzero()[:, 0]
         if not len(kept):
             kept = kept.new_zeros(1)  # one, so that a gradient of 0 reaches the field
-        return kept, points.view(-1, 3)[kept]
+        return kept, points.view(-1, 3).index_select(0, kept)
 
 
 def _first_look(field: VolumeField, rays: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
