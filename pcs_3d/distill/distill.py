@@ -24,7 +24,7 @@ from pcs_3d.view_prompts import ScenePrompts
 from shared.backbones.protocol import Backbone
 from shared.train.loop import generator
 from shared.train.phase_context import ConceptTask, PhaseContext
-from shared.train.task import Update, Updates
+from shared.train.task import Regrouped, Update, Updates
 from shared.trainable import TrainableGroup
 
 _VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # streams of draws of their own
@@ -119,9 +119,10 @@ class Distill(ConceptTask):
             out.setdefault(name, []).extend(parts)
         return out
 
-    def regrouped(self, step: int) -> dict[str, list[TrainableGroup]] | None:
+    def regrouped(self, step: int) -> Regrouped | None:
         """The field as it is to be at this step; its groups where they are others now."""
-        return self.groups() if self.field.advance(step, self.steps) else None
+        came_from = self.field.advance(step, self.steps)
+        return None if came_from is None else Regrouped(self.groups(), came_from)
 
     def updates(self, step: int, micro: int) -> Updates:
         """The guidance's loss and the penalties', for the field; then the student's."""

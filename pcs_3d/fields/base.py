@@ -9,7 +9,7 @@ import torch
 from pydantic import Field as Setting
 from torch import Tensor, nn
 
-from pcs_3d.fields.field import Sample
+from pcs_3d.fields.field import Replaced, Sample
 from pcs_3d.fields.starts import Blob, Start
 from shared.config import KindPart
 from shared.trainable import TrainableGroup
@@ -59,8 +59,8 @@ class BaseField(nn.Module):
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
         return {MAIN: [TrainableGroup(slot, list(many), rate) for slot, many, rate in self.trained()]}
 
-    def advance(self, step: int, steps: int) -> bool:
-        return False
+    def advance(self, step: int, steps: int) -> Replaced | None:
+        return None
 
     def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
         return {name: value.to("cpu", torch.float32, copy=True) for name, value in self._kept().items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.trainable import TrainableGroup
 
@@ -44,6 +44,10 @@ class Splats:
     features: Tensor
 
 
+#: A parameter that takes the place of another: which, and int64 [N], which of its rows each row was, -1: a new one.
+Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
+
+
 @runtime_checkable
 class Field(Protocol):
     """A thing in space, learned by gradients. The space is the cube [-bound, bound]³ around the origin; outside is nothing."""
@@ -57,11 +61,13 @@ class Field(Protocol):
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Optimizer group -> what it trains. They may change in `advance`, which the task then tells the loop."""
+        """Optimizer group -> what it trains. They may change in `advance`."""
         ...
 
-    def advance(self, step: int, steps: int) -> bool:
-        """What changes with time (finer levels, splitting, pruning), before step `step` of `steps`; whether `groups` did."""
+    def advance(self, step: int, steps: int) -> Replaced | None:
+        """What changes with time (finer levels, splitting, pruning), before step `step` of `steps`. Where `groups` are others
+        now, what their parameters came from; else None. Called again for the same step, also after the field was saved and
+        loaded, it changes nothing more."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

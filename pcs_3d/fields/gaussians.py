@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pcs_3d.fields.base import BaseVolume, FieldPart
-from pcs_3d.fields.field import Sample, Splats
+from pcs_3d.fields.field import Replaced, Sample, Splats
 from shared.trainable.base import Rate
 
 _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
@@ -42,8 +42,8 @@ class GaussianField(BaseVolume):
     """N Gaussians: means [N, 3], log_scales [N, 3], rotations [N, 4] (quaternions of any length), raw_opacities [N] and
     raw_features [N, K] before sigmoid.
 
-    `rows` says, after an `advance` that changed them, which of the former ones each is, -1: a new one, whose moments begin
-    anew.
+    pull, pulled [N]: the lengths of the gradients of each place since Gaussians were last split, and how many these were;
+    advanced: at which step that was, so that it happens once.
     """
 
     means: nn.Parameter
@@ -53,6 +53,7 @@ class GaussianField(BaseVolume):
     raw_features: nn.Parameter
     pull: Tensor
     pulled: Tensor
+    advanced: Tensor
 
     def __init__(self, part: Gaussians, channels: int, seed: int) -> None:
         super().__init__(part.bound, channels)
@@ -66,8 +67,8 @@ class GaussianField(BaseVolume):
         size = _spacing(means)
         opacity = torch.full((n,), part.opacity).logit()
         turn = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
+        self.register_buffer("advanced", torch.zeros((), dtype=torch.long))
         self._become([means, size[:, None].expand(n, 3).log(), turn, opacity, features])
-        self.rows = torch.arange(n)
 
     def _become(self, values: list[Tensor]) -> None:
         for name, value in zip(_TRAINED, values, strict=True):
@@ -79,7 +80,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        length = grad.detach().norm(dim=-1)
+        length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)  # of a step that the loop takes back
         self.pull += length
         self.pulled += length > 0
 
@@ -101,15 +102,21 @@ class GaussianField(BaseVolume):
             self.raw_opacities.sigmoid(), self.colored(self.raw_features),
         )  # fmt: skip
 
-    def advance(self, step: int, steps: int) -> bool:
+    def advance(self, step: int, steps: int) -> Replaced | None:
+        if step == 0:  # of a later phase, which counts anew
+            self.advanced.zero_()
         due = self.part.every and step and step % self.part.every == 0 and step <= self.part.until * steps
-        if due:
-            with torch.no_grad():
-                self._regroup(step)
-        return bool(due)
+        if not due or int(self.advanced) == step:
+            return None
+        former = [getattr(self, name) for name in _TRAINED]
+        with torch.no_grad():
+            rows = self._regroup(step)
+        self.advanced.fill_(step)
+        return {getattr(self, name): (old, rows) for name, old in zip(_TRAINED, former, strict=True)}
 
-    def _regroup(self, step: int) -> None:
-        """Large Gaussians whose places are pulled about become two, small ones are copied; what is hardly seen goes."""
+    def _regroup(self, step: int) -> Tensor:
+        """Large Gaussians whose places are pulled about become two, small ones are copied; what is hardly seen goes.
+        int64 [N]: which of the former ones each is, -1: a new one."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values = [getattr(self, name).detach() for name in _TRAINED]
         keep = values[3].sigmoid() >= self.part.prune
@@ -126,7 +133,7 @@ class GaussianField(BaseVolume):
         offset = torch.randn(len(more), 3, generator=draw).to(new[0]) * values[1][more].exp()
         new[0] = new[0] + torch.einsum("nij,nj->ni", rotation_matrices(F.normalize(new[2], dim=-1)), offset)
         self._become([torch.cat([v[keep], n]) for v, n in zip(values, new, strict=True)])
-        self.rows = torch.cat([rows[keep], torch.full_like(more, -1)])
+        return torch.cat([rows[keep], torch.full_like(more, -1)])
 
     def density(self, points: Tensor) -> Tensor:
         return self.at(points).density

@@ -10,6 +10,7 @@ from pydantic import Field as Setting
 from torch import Tensor, nn
 
 from pcs_3d.fields.base import FieldPart
+from pcs_3d.fields.field import Replaced
 from pcs_3d.fields.grids import weighted_rows
 from pcs_3d.fields.networks import NetworkField
 from shared.trainable.base import Rate
@@ -50,12 +51,12 @@ class HashField(NetworkField):
         growth = (part.finest / part.coarsest) ** (1 / max(1, part.levels - 1))
         self.sides = [round(part.coarsest * growth**i) for i in range(part.levels)]
 
-    def advance(self, step: int, steps: int) -> bool:
+    def advance(self, step: int, steps: int) -> Replaced | None:
         if self.part.unlock > 0:
             reached = 1 + (self.part.levels - 1) * step / max(1.0, self.part.unlock * steps)
             levels = torch.arange(self.part.levels, device=self.open_levels.device)
             self.open_levels.copy_((reached - levels).clamp(0, 1))
-        return False
+        return None
 
     def encoded(self, points: Tensor) -> Tensor:
         place = (points / self.bound + 1) / 2

@@ -7,7 +7,7 @@ equal k steps, stop, resume, m steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +18,10 @@ from shared.train.averages import Averages
 from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
-from shared.train.task import Update, Updates, UpdateSource
-from shared.trainable import TrainableGroup
+from shared.train.task import Regrouped, Update, Updates, UpdateSource
 
-#: Of a step: what is trained from there on, by optimizer group; None: as before.
-Regroup = Callable[[int], Mapping[str, Sequence[TrainableGroup]] | None]
+#: Of a step: what is trained from there on; None: as before.
+Regroup = Callable[[int], Regrouped | None]
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class Loop:
 
     def _step(self, step: int) -> Record:
         done = _Sums(self.gradient_accumulation)
-        groups = self.regroup(step) if self.regroup else None
-        if groups is not None:
-            self.optimizers.regroup(groups, self.accelerator)
+        regrouped = self.regroup(step) if self.regroup else None
+        if regrouped is not None:
+            self.optimizers.regroup(regrouped.groups, self.accelerator, regrouped.came_from)
             if self.good:
                 self.good.forget()
         self.optimizers.set_step(step, self.budget)

@@ -63,17 +63,26 @@ class Optimizers:
         }
         self.prepared = {name: accelerator.prepare_optimizer(o, device_placement=False) for name, o in self.raw.items()}
 
-    def regroup(self, groups: Mapping[str, Sequence[TrainableGroup]], accelerator: Accelerator) -> None:
-        """From now on these are trained. What optimizers keep of parameters that stay goes on; others start anew."""
+    def regroup(
+        self,
+        groups: Mapping[str, Sequence[TrainableGroup]],
+        accelerator: Accelerator,
+        came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] | None = None,
+    ) -> None:
+        """From now on these are trained. What optimizers keep of parameters that stay goes on, and row by row in those that
+        come from others (`shared.train.task.Regrouped`); others start anew."""
+        known = came_from or {}
         progress = self.progress()
         before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
         self.zero_grad()
         self._build(groups, accelerator)
         for optimizer in self.raw.values():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                known, state = before.get(id(parameter), (None, {}))
-                if known is parameter and state:
-                    optimizer.state[parameter].update(state)
+                former, rows = known.get(parameter, (parameter, None))
+                state = before.get(id(former), (former, {}))[1]
+                if state:
+                    kept = state if rows is None else {k: _rows_of(v, former, rows) for k, v in state.items()}
+                    optimizer.state[parameter].update(kept)
         self.load_progress(progress)
         self.average(False)
 
@@ -233,6 +242,14 @@ class Optimizers:
                 ):
                     raise ValueError(f"the optimizer state of {name} does not fit this recipe; start over")
             optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+
+
+def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
+    """What an optimizer kept of a parameter's rows for those that were left of them and new ones, which begin at 0."""
+    if not isinstance(value, Tensor) or value.shape != former.shape:  # a count of steps
+        return value
+    at = rows.to(value.device)
+    return value[at.clamp_min(0)] * (at >= 0).view(-1, *[1] * (value.ndim - 1)).to(value.dtype)
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:

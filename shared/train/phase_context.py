@@ -17,7 +17,7 @@ from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
 
 if TYPE_CHECKING:
-    from shared.train.task import Task
+    from shared.train.task import Regrouped, Task
 
 #: (prompts, already expanded; seeds) -> pictures [N, 3, H, W] in [-1, 1] of the model as it is now
 MakeNow = Callable[[Sequence[str], Sequence[int], Recipe], Tensor]
@@ -108,7 +108,7 @@ class ConceptTask:
             out.setdefault(group.group, []).append(group)
         return out
 
-    def regrouped(self, step: int) -> dict[str, list[TrainableGroup]] | None:
+    def regrouped(self, step: int) -> Regrouped | None:
         """Nothing changes with time."""
         return None
 

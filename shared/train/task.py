@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.trainable import TrainableGroup
 
@@ -18,6 +18,18 @@ class Update:
     loss: Tensor  # scalar
     groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """What is trained from a step on.
+
+    came_from: of a parameter that takes the place of another: which, and int64 [N], which of its rows each row was; -1: a
+    new row. What the optimizer keeps of a row goes with it, and begins anew for a new one.
+    """
+
+    groups: Mapping[str, Sequence[TrainableGroup]]
+    came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
 #: The losses of one micro-batch, in order. A generator: it is closed where it is left early.
@@ -58,7 +70,7 @@ class Task(UpdateSource, Protocol):
         """Optimizer group -> what it trains; empty for a task that trains nothing."""
         ...
 
-    def regrouped(self, step: int) -> Mapping[str, Sequence[TrainableGroup]] | None:
+    def regrouped(self, step: int) -> Regrouped | None:
         """Before a step: what changes with time, and the groups where they are others now (a field has split, say); None
         where they are as before. Asked again for the same step, it changes nothing more: a run may resume there."""
         ...

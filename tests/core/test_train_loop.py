@@ -20,7 +20,7 @@ from shared.train.last_good_state import LastGood
 from shared.train.log import Log
 from shared.train.loop import Loop
 from shared.train.optim import NotFinite, Optimizers
-from shared.train.task import Update
+from shared.train.task import Regrouped, Update
 from shared.trainable import TrainableGroup
 
 # --- the loop --------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_momen
     accelerator = Accelerator(cpu=True)
     optimizers = Optimizers(task.groups(False), {"main": AdamW()}, accelerator)
     good = LastGood(optimizers)
-    regroup = lambda step: task.groups(True) if step == 3 else None  # noqa: E731
+    regroup = lambda step: Regrouped(task.groups(True)) if step == 3 else None  # noqa: E731
     loop = Loop(task, optimizers, Budget(steps=5), 0, accelerator, good=good, regroup=regroup)
     records = []
     for record in loop.run():
@@ -245,3 +245,38 @@ def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_momen
     assert good.put_back() == 4 and torch.equal(task.more, good._kept[1][0]), (
         "and the state to go back to is of all of them"
     )
+
+
+def test_rows_that_stay_keep_their_moments_and_new_rows_begin_anew():
+    """As when Gaussians are split: what a row learns afterwards is what it would have learned alone."""
+
+    def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
+        for step, pull in enumerate(pulls):
+            optimizers.set_step(step, Budget(steps=10))
+            optimizers.backward((parameter * pull).sum(), None, accelerator)
+            optimizers.step("main", accelerator, step)
+
+    def groups(parameter: nn.Parameter) -> dict[str, list[TrainableGroup]]:
+        return {"main": [TrainableGroup("rows", [parameter], lr=0.1)]}
+
+    accelerator, draw = Accelerator(cpu=True), torch.Generator().manual_seed(0)
+    early, late = torch.randn(3, 4, 2, generator=draw), torch.randn(3, 5, 2, generator=draw)
+    first = nn.Parameter(torch.zeros(4, 2))
+    optimizers = Optimizers(groups(first), {"main": AdamW(max_grad_norm=None)}, accelerator)
+    steps(optimizers, first, early)
+    rows = torch.tensor([2, 0, -1, 3, -1])
+    second = nn.Parameter(first.detach()[rows.clamp_min(0)] * (rows >= 0)[:, None])
+    optimizers.regroup(groups(second), accelerator, {second: (first, rows)})
+    steps(optimizers, second, late)
+
+    alone = nn.Parameter(torch.zeros(3, 2))
+    reference = Optimizers(groups(alone), {"main": AdamW(max_grad_norm=None)}, accelerator)
+    kept = rows >= 0
+    steps(reference, alone, torch.cat([early[:, rows[kept]], late[:, kept]]))
+    assert torch.equal(second[kept], alone)
+    state = optimizers.raw["main"].state[second]
+    assert float(state["step"]) == 6 and state["exp_avg"].shape == second.shape
+    expected = torch.zeros(2)
+    for pull in late[:, 2]:
+        expected = 0.9 * expected + 0.1 * pull
+    assert torch.allclose(state["exp_avg"][2], expected)

@@ -54,11 +54,11 @@ class PicturesField(nn.Module):
     def groups(self) -> dict[str, list[TrainableGroup]]:
         return {"main": [TrainableGroup("pictures", [self.raw], self.lr)]}
 
-    def advance(self, step: int, steps: int) -> bool:
+    def advance(self, step: int, steps: int) -> dict[Any, Any] | None:
         if not self.grows or 2 * step < steps or self.raw.shape[-1] == self.side:
-            return False
+            return None
         self.raw = nn.Parameter(F.interpolate(self.raw.detach(), scale_factor=2, mode="nearest"))
-        return True
+        return {}
 
     def pictures(self) -> Tensor:
         """[VIEWS, K, S, S]: in [0, 1], or latents as they are."""

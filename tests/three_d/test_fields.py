@@ -104,7 +104,7 @@ def test_values_between_nodes_are_those_of_torch_with_both_gradients():
 def test_finer_levels_of_a_hash_grid_join_later():
     field = stirred(build("hash_grid", unlock=0.5))
     points = torch.rand(20, 3) - 0.5
-    assert field.advance(0, 100) is False
+    assert field.advance(0, 100) is None
     early = field.encoded(points)
     assert bool((early[:, 5:] == 0).all()) and bool((early[:, 3:5] != 0).any())
     field.advance(50, 100)
@@ -120,18 +120,31 @@ def test_gaussians_split_where_they_are_pulled_and_vanish_where_nothing_is_seen(
     weight[:6] = torch.tensor([5.0, 4, 3, 2, 1, 0.1])[:, None]
     (field.means * weight).sum().backward()
     field.raw_opacities.data[-2:] = -9.0
-    before, same = field.means.detach().clone(), part.build()
+    before, same = field.means, part.build()
     same.load_state_dict(field.state_dict())
-    assert field.advance(4, 100) is False and field.advance(5, 100) is True
-    assert len(field.means) == 33 and int((field.rows == -1).sum()) >= 5
-    old = field.rows >= 0
-    assert torch.equal(field.means[old], before[field.rows[old]]) and not bool((field.rows >= 28).any())
+    assert field.advance(4, 100) is None
+    came_from = field.advance(5, 100)
+    assert came_from is not None and len(came_from) == 5
+    former, rows = came_from[field.means]
+    assert former is before and len(field.means) == 33 and int((rows == -1).sum()) >= 5
+    old = rows >= 0
+    assert torch.equal(field.means[old], before[rows[old]]) and not bool((rows >= 28).any())
     assert [len(p) for group in field.groups()["main"] for p in group.parameters] == [33] * 5
     same.advance(5, 100)  # as a run that was resumed here does
     assert torch.equal(same.means, field.means)
-    fresh = part.build()
-    fresh.load_state_dict(field.state_dict())
-    assert torch.equal(fresh.means, field.means)
+
+
+def test_gaussians_split_once_at_a_step_also_when_a_run_resumes_there():
+    part = Gaussians(count=30, every=5, threshold=0.5)
+    field = part.build()
+    field.means.sum().backward()
+    field.advance(5, 100)
+    field.pull += 1  # the step that was taken back
+    again = part.build()
+    again.load_state_dict(field.state_dict())
+    assert torch.equal(again.means, field.means)
+    assert again.advance(5, 100) is None and len(again.means) == len(field.means) > 30
+    assert again.advance(0, 100) is None and again.advance(5, 100) is not None, "in a later phase, again"
 
 
 def test_a_surface_is_closed_and_turned_outward_even_where_it_meets_the_bound():
