@@ -13,6 +13,8 @@ import torch
 
 from pcs_3d.cameras import turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.export.asset import Exported, export_asset
+from pcs_3d.export.settings import ExportSettings
 from pcs_3d.runner import Asset, Runner3D
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
@@ -23,10 +25,10 @@ from shared.train import checkpoint
 from shared.train.log import check_log
 from shared.types import Subject
 
-#: (field, folder, settings): writes the mesh of a field into a folder.
-Export = Callable[[Any, Path, Any], Any]
+#: (field, folder, settings): writes the mesh of a field into a folder, and says what it is like.
+Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
-_FRAMES, _FPS, _SIDES = 48, 16.0, 8
+_SIDES, _SECONDS = 8, 3.0
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,13 @@ class AssetFiles:
         return False
 
 
-def write_mesh(field: Any, folder: Path, settings: Any) -> None:
-    """The mesh with its texture, as the recipe's `export` says."""
-    from pcs_3d.export import write_asset  # pyright: ignore[reportMissingImports]
-
-    write_asset(field, folder, settings)
-
-
 def create(
     runner: Runner3D,
     recipe: DistillRecipe,
     files: AssetFiles,
     subjects: dict[str, Subject] | None = None,
     progress: Progress | None = None,
-    export: Export = write_mesh,
+    export: Export = export_asset,
 ) -> Asset:
     """Make an asset and write it. Its folder appears whole; the state of the run goes when it is there.
 
@@ -83,25 +78,27 @@ def create(
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     with atomic_folder(files.out, files.overwrite or files.resume) as folder:
-        write_views(asset, folder)
-        export(asset.field, folder, recipe.export)
-        write_text(folder / ABOUT, json.dumps(about(runner, recipe, asset), indent=1))
+        how = asset.recipe.export
+        write_views(asset, folder, how)
+        made = None if how is None else export(asset.field, folder, how)
+        write_text(folder / ABOUT, json.dumps(about(runner, recipe, asset, made), indent=1))
     checkpoint.drop(files.workdir)
     return asset
 
 
 @torch.no_grad()
-def write_views(asset: Asset, folder: Path) -> None:
-    """Renders from eight sides, and a turntable."""
-    around = asset.views(turntable(_SIDES)).pixels
+def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
+    """Renders from eight sides, and a turntable; of the size that the asset was made at where nothing is said."""
+    side, frames = (None, 48) if how is None else (how.picture, how.frames)
+    around = asset.views(turntable(_SIDES), side).pixels
     for i, picture in enumerate(around):
         write_picture(2 * picture - 1, folder / "renders" / f"{round(360 * i / _SIDES):03d}.png")
-    turning = asset.views(turntable(_FRAMES)).pixels
-    write_clip(folder / "turntable.mp4", (2 * turning - 1).transpose(0, 1), _FPS)
+    turning = asset.views(turntable(frames), side).pixels
+    write_clip(folder / "turntable.mp4", (2 * turning - 1).transpose(0, 1), frames / _SECONDS)
 
 
-def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset) -> dict[str, Any]:
-    """What made it: everything that is needed to make it again."""
+def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:
+    """What it is, and what made it: everything that is needed to make it again."""
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,
@@ -110,4 +107,5 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset) -> dict[str, An
         "checkpoint": backbone.checkpoint,
         "recipe": dump(recipe),
         "costs": dict(asset.costs),
+        "mesh": None if made is None else {k: getattr(made, k) for k in ("faces", "watertight", "volume", "notes")},
     }

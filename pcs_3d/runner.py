@@ -69,7 +69,7 @@ class Runner3D(Runner):
             NotFinite, Interrupted: after the last good state was saved
         """
         subjects = subjects or {}
-        self.check_prompts(recipe, list(subjects))
+        self.check(recipe, subjects)
         last = next((p for _, p in reversed(list(expand_phases(recipe))) if isinstance(p.task, DistillTask)), None)
         if last is None:
             raise ValueError("no phase of the recipe makes an asset: one must say task: distill")
@@ -106,13 +106,17 @@ class Runner3D(Runner):
         field.load_state_dict({k.removeprefix(FIELD): v for k, v in run.carried.items() if k.startswith(FIELD)})
         return Asset(field, recipe, run.costs, decoder(self.backbone), side)
 
-    def check_prompts(self, recipe: DistillRecipe, learned: list[str]) -> None:
-        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there."""
+    def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
+        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there; and
+        for pictures to compare with that do not fit their cameras."""
+        learned = list(subjects)
         for _, phase in expand_phases(recipe):
             if not isinstance(phase.task, DistillTask):
                 continue
             if not phase.prompt.strip():
                 raise ValueError('prompt is empty: say what is to be made, prompt="a photo of a <my-mug>"')
+            if phase.references is not None:
+                phase.references.check(subjects, any(p.needs_masks for p in phase.penalties.values()))
             check_named(phase.prompt, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
             check_named(phase.prompt, dict.fromkeys(learned, "subject"))
             prompts = scene_prompts(phase, self.class_nouns)

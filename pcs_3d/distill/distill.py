@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from pcs_3d.cameras import Cameras
+from pcs_3d.cameras import Cameras, turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.fields.field import Field
 from pcs_3d.guidance.backbone_scores import BackboneScores
@@ -18,6 +17,7 @@ from pcs_3d.guidance.engine import guide, surrogate
 from pcs_3d.guidance.pixel_loss import pixel_loss
 from pcs_3d.guidance.scores import Scores
 from pcs_3d.guidance.student import STUDENT
+from pcs_3d.regularize.base import Seen
 from pcs_3d.renderers.rendering import Rendering, RenderSettings
 from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts
@@ -32,23 +32,6 @@ FIELD = "field/"  # before the names of its tensors in what is saved
 
 #: From a phase, its prompts and the concepts' strengths to what guides it.
 OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The views of one step, as penalties look at them. draw: renders the field from other cameras, as the step does;
-    pictures, masks: of the thing, where they are known."""
-
-    field: Any
-    cameras: Cameras
-    rendering: Rendering
-    step: int
-    steps: int
-    generator: Generator
-    draw: Callable[[Cameras, RenderSettings], Rendering]
-    settings: RenderSettings
-    pictures: Any = None
-    masks: Tensor | None = None
 
 
 def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapping[str, float]) -> Scores:
@@ -86,7 +69,11 @@ class Distill(ConceptTask):
         self.prompts = scene_prompts(recipe, context.class_nouns)
         on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name != STUDENT}
         self.scores = scores(context, self.prompts, {**context.loaded_strengths, **on})
+        self.pictures = None
+        if recipe.references is not None and any(p.needs_pictures for p in recipe.penalties.values()):
+            self.pictures = recipe.references.pictures(context.subjects, self.side).to(context.backbone.device)
         self._check_groups()
+        self._try()
 
     def _check_groups(self) -> None:
         student, mine = self.guidance.student, super().groups()
@@ -102,6 +89,16 @@ class Distill(ConceptTask):
                     f"trainable.{parts[0].slot}: a distill phase trains the field, and what it is guided by stays as it is; "
                     "only a student (guidance.student) learns beside it"
                 )
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """ValueError where field, renderer and penalties do not go together, also for those whose weight is 0 at first."""
+        draw, device, side = generator(self.recipe.seed, _VIEWS), self.field.device, 16
+        behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
+        settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
+        seen = self._seen(turntable(1).to(device), settings, Moment(0, self.steps))
+        for penalty in self.recipe.penalties.values():
+            penalty.value(seen)
 
     # --- what the loop asks --------------------------------------------------------------------------------
 
@@ -128,18 +125,18 @@ class Distill(ConceptTask):
         """The guidance's loss and the penalties', for the field; then the student's."""
         moment = Moment(step, self.steps)
         noise = generator(self.recipe.seed, _NOISE + step, micro)
-        with self._drawn(moment, micro) as seen:
-            views = self.prompts.views(seen.cameras.to("cpu"), noise)
-            z, pixels = self._latents(seen.rendering)
-            guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
-            parts = {"guidance": surrogate(z, guided.grad.to(z))}
-            weight = moment.of(self.guidance.pixel_weight)
-            if weight:
-                parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
-            for name, penalty in self.recipe.penalties.items():
-                parts[name] = penalty(seen)
-            loss = torch.stack(list(parts.values())).sum()
-            yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
+        seen = self._drawn(moment, micro)
+        views = self.prompts.views(seen.cameras.to("cpu"), noise)
+        z, pixels = self._latents(seen.rendering)
+        guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
+        parts = {"guidance": surrogate(z, guided.grad.to(z))}
+        weight = moment.of(self.guidance.pixel_weight)
+        if weight:
+            parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
+        with torch.autocast(z.device.type, enabled=False):
+            parts |= {name: penalty(seen) for name, penalty in self.recipe.penalties.items()}
+        loss = torch.stack(list(parts.values())).sum()
+        yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
         student = self.guidance.student
         if student is not None:
             draw = generator(self.recipe.seed, _STUDENT + step, micro)
@@ -147,32 +144,37 @@ class Distill(ConceptTask):
                 loss = student.loss(self.scores, z.detach(), views, moment, draw)
                 yield Update(loss, (student.group,), {STUDENT: loss.detach()})
 
-    @contextmanager
-    def _drawn(self, moment: Moment, micro: int) -> Iterator[Seen]:
-        """The views of a step, drawn in full precision."""
+    def _drawn(self, moment: Moment, micro: int) -> Seen:
+        """The views of a step."""
         recipe, draw = self.recipe, generator(self.recipe.seed, _VIEWS + moment.step, micro)
-        device = self.context.backbone.device
+        device, channels = self.context.backbone.device, self.field.channels
         cameras = recipe.cameras.sample(recipe.train.batch_size, moment, draw)
         shading, light = recipe.shading.draw(cameras, moment, draw)
-        channels = getattr(self.field, "channels", 3)
         background = recipe.background.draw(len(cameras), channels, draw)
-        side = self.side
         settings = RenderSettings(
-            side,
-            side,
+            self.side,
+            self.side,
             background.to(device),
             "albedo" if channels != 3 else shading,
             light.to(device),
-            normals=any(getattr(p, "needs_normals", False) for p in recipe.penalties.values()),
+            normals=self._normals,
             generator=draw,
         )
+        return self._seen(cameras.to(device), settings, moment)
+
+    @property
+    def _normals(self) -> bool:
+        return any(penalty.needs_normals for penalty in self.recipe.penalties.values())
+
+    def _seen(self, cameras: Cameras, settings: RenderSettings, moment: Moment) -> Seen:
+        """Views drawn in full precision."""
 
         def view(cameras: Cameras, settings: RenderSettings) -> Rendering:
-            with torch.autocast(device.type, enabled=False):
-                return recipe.renderer.render(self.field, cameras.to(device), settings)
+            with torch.autocast(self.field.device.type, enabled=False):
+                return self.recipe.renderer.render(self.field, cameras, settings)
 
         rendering = view(cameras, settings)
-        yield Seen(self.field, cameras.to(device), rendering, moment.step, self.steps, draw, view, settings)
+        return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
         """What the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are there."""
@@ -212,10 +214,7 @@ def shown(
     recipe: DistillRecipe, field: Any, cameras: Cameras, side: int, decode: Callable[[Tensor], Tensor]
 ) -> Rendering:
     """A field's views on white, one at a time; pixels [B, 3, H, W] in [0, 1], on the CPU."""
-    from dataclasses import replace
-
-    channels = getattr(field, "channels", 3)
-    device = next(p for parts in field.groups().values() for part in parts for p in part.parameters).device
+    channels, device = field.channels, field.device
     behind = torch.full((1, channels, 1, 1), 1.0 if channels == 3 else 0.0, device=device)
     made = []
     for i in range(len(cameras)):

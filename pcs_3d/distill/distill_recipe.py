@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pcs_3d.backgrounds import Backgrounds
 from pcs_3d.camera_sampling import CameraSampling
@@ -12,6 +12,8 @@ from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.guidance.camera_embedding import CameraEmbedding
 from pcs_3d.guidance.prompt_debias import PromptDebias
 from pcs_3d.guidance.settings import Guidance
+from pcs_3d.references import References
+from pcs_3d.regularize import GeometryRegularizer
 from pcs_3d.shadings import Shadings
 from pcs_3d.view_prompts import ViewWords
 from shared.config import Slot, default_kind
@@ -30,7 +32,7 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """All but the field, the renderer and the penalties, which `Recipe3D` types."""
+    """All but the field, the renderer and the export, which `Recipe3D` types."""
 
     prompt: str = ""
     setting: str = (
@@ -45,8 +47,21 @@ class DistillRecipe(Recipe):
     guidance: Guidance = Guidance()
     field: Any = None
     renderer: Any = None
-    penalties: dict[str, Any] = {}  # (views of a step) -> a scalar
+    penalties: Slot[GeometryRegularizer] = {}
+    references: References | None = None  # from where the subject's pictures were taken, for penalties that compare
     export: Any = None  # how the field becomes files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}
     task: AssetTask = DistillTask()
+
+    @model_validator(mode="after")
+    def _knows_its_pictures(self) -> DistillRecipe:
+        for name, penalty in self.penalties.items():
+            if penalty.needs_pictures and self.guidance.space == "latents":
+                raise ValueError(f"penalties.{name} compares with pictures, and guidance.space = latents shows none")
+            if penalty.needs_pictures and self.references is None:
+                raise ValueError(
+                    f"penalties.{name} compares with the subject's pictures: say from where they were taken, "
+                    "references.azimuth_deg=[0,90,…] in the order of their names"
+                )
+        return self

@@ -134,10 +134,11 @@ def simplified(mesh: Extracted, faces: int) -> Extracted:
     if len(mesh.faces) <= faces:
         return mesh
     try:
-        from fast_simplification import simplify  # pyright: ignore[reportMissingImports]
+        import fast_simplification
     except ImportError:
         note = f"{len(mesh.faces)} triangles were not made {faces}: pip install fast-simplification"
         return Extracted(mesh.vertices, mesh.faces, (*mesh.notes, note))
+    simplify: Any = fast_simplification.simplify
     vertices, triangles = simplify(
         mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32), target_count=faces, agg=5
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field as Setting
@@ -25,6 +25,7 @@ class FieldPart(KindPart):
     the shape; lr_features: of the colours, None: as the shape's.
     """
 
+    drawn_by: ClassVar[str] = "volume"  # the kind of renderer
     bound: Length = 1.1
     start: Start = Blob()
     lr: Rate = 1e-2
@@ -34,6 +35,10 @@ class FieldPart(KindPart):
     def feature_rate(self) -> float:
         """The rate of the colours."""
         return self.lr if self.lr_features is None else self.lr_features
+
+    def check(self) -> None:
+        """ValueError for a file to start from that cannot be read."""
+        self.start.shape()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
         """The field that it describes, on the CPU. channels: 3 colours, or those of latents. ValueError for a file to start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ class Gaussians(FieldPart):
     share of the steps; threshold: of the mean length of the gradient of a place, above which a Gaussian is split or copied;
     prune: less opaque ones vanish; most: there are never more."""
 
+    drawn_by: ClassVar[str] = "splat"
     kind: Literal["gaussians"] = "gaussians"
     count: Annotated[int, Setting(ge=8, le=2_000_000)] = 1000
     opacity: Annotated[float, Setting(gt=0, lt=1)] = 0.3

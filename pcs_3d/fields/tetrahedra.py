@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import permutations
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field as Setting
@@ -23,6 +23,7 @@ class Tetrahedra(FieldPart):
     """resolution³ nodes with a signed distance and a place that may move by almost half a cell; colours on a grid of so many
     nodes. lr: of distances, in cells; lr_places: of the places."""
 
+    drawn_by: ClassVar[str] = "mesh"
     kind: Literal["tetrahedra"] = "tetrahedra"
     resolution: Annotated[int, Setting(ge=4, le=256)] = 32
     color_resolution: Annotated[int, Setting(ge=4, le=512)] = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from shared.trainable.base import Rate
 class TexturedMesh(FieldPart):
     """The triangles of a file (`start`), and colours on a grid of so many nodes around them, which are the file's at first."""
 
+    drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"
     start: MeshFile  # type: ignore[assignment]
     resolution: Annotated[int, Setting(ge=4, le=512)] = 96

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pcs_3d.regularize.base import GeometryPenalty, Pictures, Views, weight_at
+from pcs_3d.regularize.base import GeometryPenalty, Pictures, Seen
 from pcs_3d.regularize.grids import Eikonal, Laplacian, TotalVariation
 from pcs_3d.regularize.normals import NormalConsistency, NormalImageSmoothness, NormalSmoothness, Orientation
-from pcs_3d.regularize.opacity import Opaque, Silhouette, Sparsity, ZVariance
-from pcs_3d.regularize.reference import ReferenceViews
+from pcs_3d.regularize.opacity import Opaque, Sparsity, ZVariance
+from pcs_3d.regularize.reference import ReferenceViews, Silhouette
 
 GeometryRegularizer = Annotated[
     Sparsity
@@ -26,4 +26,4 @@ GeometryRegularizer = Annotated[
     Field(discriminator="kind"),
 ]
 
-__all__ = ["GeometryPenalty", "GeometryRegularizer", "Pictures", "Views", "weight_at"]
+__all__ = ["GeometryPenalty", "GeometryRegularizer", "Pictures", "Seen"]

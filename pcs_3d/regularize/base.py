@@ -1,7 +1,8 @@
-"""What penalties on a thing in space see, and how their weights change over a run."""
+"""What penalties on a thing in space see, and what they have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Generator, Tensor
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields.field import VolumeField
 from pcs_3d.renderers.rendering import Rendering, RenderSettings
+from pcs_3d.schedules import Moment, Schedule
 from shared.config import KindPart
 
 
@@ -23,87 +25,77 @@ class Pictures:
     cameras: Cameras
     masks: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Pictures:
+        """The same on a device."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return Pictures(self.pixels.to(device), self.cameras.to(device), masks)
+
+
+_ONLY = Moment(0, 1)
+
 
 @dataclass(frozen=True)
-class Views:
-    """What a step has drawn. draw: renders the field from other cameras, as the step does; pictures: of the thing; masks
-    [B, 1, H, W]: where the thing should be in these views, if that is known; generator: of this step."""
+class Seen:
+    """The views of one step, as penalties look at them. draw: renders the field from other cameras, as the step does;
+    settings: how these were drawn; pictures: of the thing; generator: of this step."""
 
     field: Any
     cameras: Cameras
     rendering: Rendering
-    step: int = 0
-    steps: int = 1
+    moment: Moment = _ONLY
     generator: Generator | None = None
-    draw: Any = None  # (Cameras, RenderSettings) -> Rendering
+    draw: Callable[[Cameras, RenderSettings], Rendering] | None = None
     settings: RenderSettings | None = None
     pictures: Pictures | None = None
-    masks: Tensor | None = None
 
 
-def _schedule(value: Any) -> Any:
-    if isinstance(value, tuple):
-        start, _, _, end = value
-        if not 0 <= start < end:
-            raise ValueError(
-                "a schedule is [first step, weight there, weight at the last step, last step], in this order"
-            )
-    elif value < 0:
+def _not_negative(schedule: Any) -> Any:
+    values = (schedule,) if isinstance(schedule, int | float) else (schedule[1], *schedule[2::2])
+    if min(values) < 0:
         raise ValueError("a weight is not negative")
-    return value
+    return schedule
 
 
-#: A weight, or [first step, weight up to it, weight from the last step on, last step], linear between; both ends as numbers
-#: of steps where the last is above 1, else as shares of all steps.
-Weight = Annotated[float | tuple[float, float, float, float], AfterValidator(_schedule)]
-
-
-def weight_at(weight: Any, step: int, steps: int) -> float:
-    """A weight at a step."""
-    if not isinstance(weight, tuple):
-        return float(weight)
-    start, first, last, end = weight
-    scale = steps if end <= 1 else 1
-    share = (step - start * scale) / ((end - start) * scale)
-    return first + (last - first) * min(1.0, max(0.0, share))
+Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 
 
 class GeometryPenalty(KindPart):
     """A scalar added to the loss of a step: its weight at that step times its value."""
 
     needs_normals: ClassVar[bool] = False  # views are drawn with normals
-    needs_pictures: ClassVar[bool] = False  # pictures with cameras are given
+    needs_pictures: ClassVar[bool] = False  # pictures of the thing, with their cameras (`references`)
+    needs_masks: ClassVar[bool] = False  # and all of them have masks
     weight: Weight = 1.0
 
-    def __call__(self, views: Views) -> Tensor:
+    def __call__(self, seen: Seen) -> Tensor:
         """The weighted scalar; 0 without a look at anything where the weight is 0."""
-        weight = weight_at(self.weight, views.step, views.steps)
+        weight = seen.moment.of(self.weight)
         if weight == 0:
-            return views.rendering.pixels.new_zeros(())
-        return weight * self.value(views)
+            return seen.rendering.pixels.new_zeros(())
+        return weight * self.value(seen)
 
-    def value(self, views: Views) -> Tensor:
+    def value(self, seen: Seen) -> Tensor:
         """The scalar. ValueError for a field or a renderer that has not what it looks at."""
         raise NotImplementedError
 
     def missing(self, what: str) -> ValueError:
         """The error for what is not there."""
-        return ValueError(f"regularize: {self.kind} needs {what}")
+        return ValueError(f"penalties: {self.kind} needs {what}")
 
 
-def seen_points(penalty: GeometryPenalty, views: Views, count: int) -> tuple[Tensor, Tensor]:
+def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
     """Points [count, 3] drawn from what the views show, each sample of a ray as probable as it weighs, and the unit directions
     [count, 3] they are seen along. Without gradient. None of an empty view: [0, 3]."""
-    rendering = views.rendering
-    if rendering.weights is None or rendering.distances is None or not isinstance(views.field, VolumeField):
+    rendering = seen.rendering
+    if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
         raise penalty.missing("a field that rays are marched through (renderer.kind=volume)")
     weights = rendering.weights.detach().reshape(-1)
-    origins, directions = (r.reshape(-1, 3) for r in views.cameras.rays(*rendering.pixels.shape[-2:]))
+    origins, directions = (r.reshape(-1, 3) for r in seen.cameras.rays(*rendering.pixels.shape[-2:]))
     total = weights.cumsum(0)
     if not total[-1] > 0:
         return origins[:0], directions[:0]
     drawn = torch.rand(
-        count, generator=views.generator, device="cpu" if views.generator is None else views.generator.device
+        count, generator=seen.generator, device="cpu" if seen.generator is None else seen.generator.device
     )
     which = torch.searchsorted(total, drawn.to(total) * total[-1]).clamp(max=len(weights) - 1)
     ray = which // rendering.weights.shape[-1]

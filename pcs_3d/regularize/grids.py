@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pcs_3d.fields.field import GridField
 from pcs_3d.fields.tetrahedra import TetrahedraField
-from pcs_3d.regularize.base import GeometryPenalty, Views
+from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class TotalVariation(GeometryPenalty):
@@ -17,10 +17,10 @@ class TotalVariation(GeometryPenalty):
 
     kind: Literal["total_variation"] = "total_variation"
 
-    def value(self, views: Views) -> Tensor:
-        if not isinstance(views.field, GridField):
+    def value(self, seen: Seen) -> Tensor:
+        if not isinstance(seen.field, GridField):
             raise self.missing("a field of grids: voxels, triplane or tetrahedra")
-        return views.field.total_variation()
+        return seen.field.total_variation()
 
 
 class Eikonal(GeometryPenalty):
@@ -28,8 +28,8 @@ class Eikonal(GeometryPenalty):
 
     kind: Literal["eikonal"] = "eikonal"
 
-    def value(self, views: Views) -> Tensor:
-        field = _tetrahedra(self, views)
+    def value(self, seen: Seen) -> Tensor:
+        field = _tetrahedra(self, seen)
         near = (field.distances.detach().abs() < 2.5).view(field.slopes().shape[:3])
         lengths = (field.slopes().square().sum(-1) + 1e-12).sqrt()
         return ((lengths - 1).square() * near).sum() / near.sum().clamp_min(1)
@@ -40,8 +40,8 @@ class Laplacian(GeometryPenalty):
 
     kind: Literal["laplacian"] = "laplacian"
 
-    def value(self, views: Views) -> Tensor:
-        field = _tetrahedra(self, views)
+    def value(self, seen: Seen) -> Tensor:
+        field = _tetrahedra(self, seen)
         surface = field.surface()
         ends = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(
             -1, 2
@@ -51,7 +51,7 @@ class Laplacian(GeometryPenalty):
         return ((summed / count - surface.vertices) / field.cell).square().sum(-1).mean()
 
 
-def _tetrahedra(penalty: GeometryPenalty, views: Views) -> TetrahedraField:
-    if not isinstance(views.field, TetrahedraField):
+def _tetrahedra(penalty: GeometryPenalty, seen: Seen) -> TetrahedraField:
+    if not isinstance(seen.field, TetrahedraField):
         raise penalty.missing("field.kind=tetrahedra")
-    return views.field
+    return seen.field

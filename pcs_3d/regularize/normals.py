@@ -9,7 +9,7 @@ from pydantic import Field as Setting
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.regularize.base import GeometryPenalty, Views, seen_points
+from pcs_3d.regularize.base import GeometryPenalty, Seen, seen_points
 
 
 class Orientation(GeometryPenalty):
@@ -19,12 +19,12 @@ class Orientation(GeometryPenalty):
     kind: Literal["orientation"] = "orientation"
     points: Annotated[int, Setting(ge=16)] = 1024
 
-    def value(self, views: Views) -> Tensor:
-        points, directions = seen_points(self, views, self.points)
+    def value(self, seen: Seen) -> Tensor:
+        points, directions = seen_points(self, seen, self.points)
         if not len(points):
-            return views.rendering.pixels.new_zeros(())
-        behind = (views.field.normals(points) * directions).sum(-1).clamp_min(0).square()
-        return behind.mean() * views.rendering.opacity.detach().mean()
+            return seen.rendering.pixels.new_zeros(())
+        behind = (seen.field.normals(points) * directions).sum(-1).clamp_min(0).square()
+        return behind.mean() * seen.rendering.opacity.detach().mean()
 
 
 class NormalSmoothness(GeometryPenalty):
@@ -34,13 +34,13 @@ class NormalSmoothness(GeometryPenalty):
     points: Annotated[int, Setting(ge=16)] = 1024
     reach: Annotated[float, Setting(gt=0, le=1)] = 0.02
 
-    def value(self, views: Views) -> Tensor:
-        points, _ = seen_points(self, views, self.points)
+    def value(self, seen: Seen) -> Tensor:
+        points, _ = seen_points(self, seen, self.points)
         if not len(points):
-            return views.rendering.pixels.new_zeros(())
-        where = points.device if views.generator is None else views.generator.device
-        moved = points + self.reach * torch.randn(points.shape, generator=views.generator, device=where).to(points)
-        return (views.field.normals(points) - views.field.normals(moved)).square().sum(-1).mean()
+            return seen.rendering.pixels.new_zeros(())
+        where = points.device if seen.generator is None else seen.generator.device
+        moved = points + self.reach * torch.randn(points.shape, generator=seen.generator, device=where).to(points)
+        return (seen.field.normals(points) - seen.field.normals(moved)).square().sum(-1).mean()
 
 
 class NormalImageSmoothness(GeometryPenalty):
@@ -49,11 +49,11 @@ class NormalImageSmoothness(GeometryPenalty):
     needs_normals: ClassVar[bool] = True
     kind: Literal["normal_image_smoothness"] = "normal_image_smoothness"
 
-    def value(self, views: Views) -> Tensor:
-        normals = views.rendering.normals
+    def value(self, seen: Seen) -> Tensor:
+        normals = seen.rendering.normals
         if normals is None:
             raise self.missing("views that are drawn with normals")
-        hit = (views.rendering.opacity.detach() > 0.5).to(normals)
+        hit = (seen.rendering.opacity.detach() > 0.5).to(normals)
         total, count = normals.new_zeros(()), normals.new_zeros(())
         for axis in (-1, -2):
             n = normals.shape[axis] - 1
@@ -68,12 +68,12 @@ class NormalConsistency(GeometryPenalty):
 
     kind: Literal["normal_consistency"] = "normal_consistency"
 
-    def value(self, views: Views) -> Tensor:
+    def value(self, seen: Seen) -> Tensor:
         from pcs_3d.fields.field import SurfaceField
 
-        if not isinstance(views.field, SurfaceField):
+        if not isinstance(seen.field, SurfaceField):
             raise self.missing("a field that is drawn as triangles")
-        surface = views.field.surface()
+        surface = seen.field.surface()
         a, b, c = surface.vertices[surface.faces].unbind(1)
         normals = F.normalize(torch.linalg.cross(b - a, c - a, dim=-1), dim=-1, eps=1e-12)
         edges = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).sort(-1).values

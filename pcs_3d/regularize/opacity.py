@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.regularize.base import GeometryPenalty, Views
+from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class Sparsity(GeometryPenalty):
@@ -16,8 +16,8 @@ class Sparsity(GeometryPenalty):
 
     kind: Literal["sparsity"] = "sparsity"
 
-    def value(self, views: Views) -> Tensor:
-        return (views.rendering.opacity.square() + 0.01).sqrt().mean()
+    def value(self, seen: Seen) -> Tensor:
+        return (seen.rendering.opacity.square() + 0.01).sqrt().mean()
 
 
 class Opaque(GeometryPenalty):
@@ -25,20 +25,9 @@ class Opaque(GeometryPenalty):
 
     kind: Literal["opaque"] = "opaque"
 
-    def value(self, views: Views) -> Tensor:
-        opacity = views.rendering.opacity.clamp(1e-3, 1 - 1e-3)
+    def value(self, seen: Seen) -> Tensor:
+        opacity = seen.rendering.opacity.clamp(1e-3, 1 - 1e-3)
         return F.binary_cross_entropy(opacity, opacity)
-
-
-class Silhouette(GeometryPenalty):
-    """mean (o − mask)², where masks of these views are known."""
-
-    kind: Literal["silhouette"] = "silhouette"
-
-    def value(self, views: Views) -> Tensor:
-        if views.masks is None:
-            raise self.missing("masks of the views that are drawn")
-        return F.mse_loss(views.rendering.opacity, views.masks.to(views.rendering.opacity))
 
 
 class ZVariance(GeometryPenalty):
@@ -47,8 +36,8 @@ class ZVariance(GeometryPenalty):
 
     kind: Literal["z_variance"] = "z_variance"
 
-    def value(self, views: Views) -> Tensor:
-        weights, distances = views.rendering.weights, views.rendering.distances
+    def value(self, seen: Seen) -> Tensor:
+        weights, distances = seen.rendering.weights, seen.rendering.distances
         if weights is None or distances is None:
             raise self.missing("a renderer that marches rays (renderer.kind=volume)")
         opacity = weights.sum(-1)

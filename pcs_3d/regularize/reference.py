@@ -10,7 +10,10 @@ from pydantic import Field as Setting
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.regularize.base import GeometryPenalty, Views
+from pcs_3d.regularize.base import GeometryPenalty, Pictures, Seen
+from pcs_3d.renderers.rendering import Rendering
+
+Count = Annotated[int, Setting(ge=1)]
 
 
 class ReferenceViews(GeometryPenalty):
@@ -20,26 +23,45 @@ class ReferenceViews(GeometryPenalty):
 
     needs_pictures: ClassVar[bool] = True
     kind: Literal["reference_views"] = "reference_views"
-    count: Annotated[int, Setting(ge=1)] = 1
+    count: Count = 1
     mask_weight: Annotated[float, Setting(ge=0)] = 0.5
 
-    def value(self, views: Views) -> Tensor:
-        pictures = views.pictures
-        if pictures is None or views.draw is None or views.settings is None:
-            raise self.missing("pictures of the thing whose cameras are known")
-        where = "cpu" if views.generator is None else views.generator.device
-        order = torch.randperm(len(pictures.pixels), generator=views.generator, device=where)
-        chosen = order[: self.count].to(pictures.pixels.device)
-        target = pictures.pixels[chosen]
-        height, width = target.shape[-2:]
-        grey = target.new_full((len(chosen), target.shape[1], 1, 1), 0.5)
-        settings = replace(
-            views.settings, height=height, width=width, background=grey, shading="albedo", light=None, normals=False
-        )
-        drawn = views.draw(pictures.cameras[chosen], settings)
-        if pictures.masks is None:
-            return F.mse_loss(drawn.pixels, target)
-        mask = pictures.masks[chosen]
-        return F.mse_loss(drawn.pixels, target * mask + 0.5 * (1 - mask)) + self.mask_weight * F.mse_loss(
-            drawn.opacity, mask
-        )
+    def value(self, seen: Seen) -> Tensor:
+        drawn, chosen = _drawn(self, seen, self.count)
+        if chosen.masks is None:
+            return F.mse_loss(drawn.pixels, chosen.pixels)
+        mask = chosen.masks
+        on_grey = chosen.pixels * mask + 0.5 * (1 - mask)
+        return F.mse_loss(drawn.pixels, on_grey) + self.mask_weight * F.mse_loss(drawn.opacity, mask)
+
+
+class Silhouette(GeometryPenalty):
+    """mean (o − mask)² of opacities, seen from where pictures with masks were taken: the outline alone."""
+
+    needs_pictures: ClassVar[bool] = True
+    needs_masks: ClassVar[bool] = True
+    kind: Literal["silhouette"] = "silhouette"
+    count: Count = 1
+
+    def value(self, seen: Seen) -> Tensor:
+        drawn, chosen = _drawn(self, seen, self.count)
+        if chosen.masks is None:
+            raise self.missing("pictures of the thing that all have masks")
+        return F.mse_loss(drawn.opacity, chosen.masks)
+
+
+def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
+    """The field on grey from where `count` of the pictures, drawn at random, were taken; and these pictures."""
+    pictures = seen.pictures
+    if pictures is None or seen.draw is None or seen.settings is None:
+        raise penalty.missing("pictures of the thing whose cameras are known (references)")
+    where = "cpu" if seen.generator is None else seen.generator.device
+    order = torch.randperm(len(pictures.pixels), generator=seen.generator, device=where)
+    at = order[:count].to(pictures.pixels.device)
+    height, width = pictures.pixels.shape[-2:]
+    chosen = Pictures(pictures.pixels[at], pictures.cameras[at], None if pictures.masks is None else pictures.masks[at])
+    grey = chosen.pixels.new_full((len(at), chosen.pixels.shape[1], 1, 1), 0.5)
+    settings = replace(
+        seen.settings, height=height, width=width, background=grey, shading="albedo", light=None, normals=False
+    )
+    return seen.draw(chosen.cameras, settings), chosen

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from nerfacc import accumulate_along_rays, render_transmittance_from_density, render_weight_from_density
 from pydantic import Field as Setting
 from torch import Generator, Tensor
 
@@ -54,6 +53,8 @@ class Volume(RendererPart):
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
         """Of rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and places."""
+        from nerfacc import accumulate_along_rays, render_weight_from_density
+
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
@@ -75,6 +76,8 @@ class Volume(RendererPart):
         return colors, opacity, depth, facing, weights, middles
 
     def _edges(self, field: VolumeField, rays: Tensor, generator: Generator | None) -> Tensor:
+        from nerfacc import render_weight_from_density
+
         near, far = through_cube(rays[:, :3], rays[:, 3:6], field.bound)
         far = torch.maximum(near, far)  # of a ray that misses the cube all intervals have no length, and weigh nothing
         edges = stratified(near, far, self.samples, generator)
@@ -86,6 +89,8 @@ class Volume(RendererPart):
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples may weigh more than `hidden`, as numbers in [N · S], and their points."""
+        from nerfacc import render_transmittance_from_density
+
         least, most, points = _first_look(field, rays, edges)
         passed, _ = render_transmittance_from_density(edges[:, :-1], edges[:, 1:], least)
         weights = passed * -torch.expm1(-most * (edges[:, 1:] - edges[:, :-1]))

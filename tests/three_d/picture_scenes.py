@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.export.settings import ExportSettings
 from pcs_3d.renderers.rendering import Rendering
 from shared.config import Part
 from shared.trainable import TrainableGroup
@@ -50,6 +51,10 @@ class PicturesField(nn.Module):
         first = side // 2 if grows else side
         draw = torch.Generator().manual_seed(seed)
         self.raw = nn.Parameter(0.1 * torch.randn(VIEWS, channels, first, first, generator=draw))
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         return {"main": [TrainableGroup("pictures", [self.raw], self.lr)]}
@@ -100,3 +105,4 @@ class PictureRecipe(DistillRecipe):
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()
+    export: ExportSettings | None = ExportSettings(picture=SIDE)

@@ -11,15 +11,13 @@ import trimesh
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.export import write
-from pcs_3d.export.asset import ExportSettings, export_asset, write_turntable
+from pcs_3d.export.asset import ExportSettings, export_asset
 from pcs_3d.export.extract import Extracted, automatic_threshold, export_grid, extract, simplified
 from pcs_3d.export.gaussian_ply import read_gaussians, write_gaussians
 from pcs_3d.export.texture import textured
 from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
 from pcs_3d.fields.starts import Blob
 from pcs_3d.renderers import Volume
-from shared.io.clips.read_clip import read_clip
-from shared.io.clips.window import ClipWindow
 from tests.three_d.closed_forms import Solid, view
 
 BALL = 4 / 3 * np.pi * 0.6**3
@@ -161,17 +159,3 @@ def test_gaussians_in_a_file_are_in_the_layout_of_3dgs(tmp_path):
         table[:, 9], np.log(1 / 3), atol=1e-5
     )
     assert np.allclose(table[:, 10:13], field.log_scales.detach(), atol=1e-5)
-
-
-def test_a_turntable_is_a_clip_that_begins_at_the_front(tmp_path):
-    field = Striped(0.6)
-    file = write_turntable(tmp_path / "turntable.mp4", field, Volume(samples=24), frames=4, size=32)
-    frames = read_clip(file, ClipWindow(length=4)).frames
-    assert frames.shape[1] == 4
-    front, back = frames[:, 0], frames[:, 2]
-    half = front.shape[-1] // 2
-    middle = slice(front.shape[-2] // 2 - 4, front.shape[-2] // 2 + 4)
-    right, left = slice(half + 8, half + 40), slice(half - 40, half - 8)
-    # Its left is on the picture's right, seen from the front, and the other way round from the back.
-    assert front[0, middle, right].mean() > front[2, middle, right].mean()
-    assert back[0, middle, left].mean() > back[2, middle, left].mean()

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields import Gaussians, Tetrahedra, Voxels
 from pcs_3d.fields.starts import Blob
-from pcs_3d.regularize import GeometryRegularizer, Pictures, Views, weight_at
+from pcs_3d.regularize import GeometryRegularizer, Pictures, Seen
 from pcs_3d.renderers import Mesh, Splat, Volume
 from pcs_3d.renderers.rendering import Rendering
+from pcs_3d.schedules import Moment
 from shared.config import Part, validate
 from tests.three_d.closed_forms import view
 
@@ -25,18 +26,18 @@ def penalty(kind: str, **changes):
     return TypeAdapter(GeometryRegularizer).validate_python({"kind": kind, **changes})
 
 
-def drawn(field, renderer=None, side: int = 16, **changes) -> Views:
+def drawn(field, renderer=None, side: int = 16, **changes) -> Seen:
     renderer = renderer or Volume(samples=32)
     settings = view(3, side, normals=True)
     rendering = renderer.render(field, CAMERAS, settings)
     draw = lambda cameras, how: renderer.render(field, cameras, how)  # noqa: E731
     generator = torch.Generator().manual_seed(0)
-    return Views(field, CAMERAS, rendering, generator=generator, draw=draw, settings=settings, **changes)
+    return Seen(field, CAMERAS, rendering, generator=generator, draw=draw, settings=settings, **changes)
 
 
-def of_opacity(*values: float) -> Views:
+def of_opacity(*values: float) -> Seen:
     opacity = torch.tensor(values).view(1, 1, 1, -1).requires_grad_()
-    return Views(None, CAMERAS, Rendering(opacity, opacity, opacity))
+    return Seen(None, CAMERAS, Rendering(opacity, opacity, opacity))
 
 
 def test_penalties_on_opacity_are_their_formulas():
@@ -44,10 +45,6 @@ def test_penalties_on_opacity_are_their_formulas():
     assert float(penalty("sparsity").value(views)) == pytest.approx((0.1 + math.sqrt(0.26) + math.sqrt(1.01)) / 3)
     assert float(penalty("opaque").value(of_opacity(0.5))) == pytest.approx(math.log(2))
     assert float(penalty("opaque").value(of_opacity(0.0, 1.0))) < 0.01
-    masked = replace(views, masks=torch.tensor([0.0, 1.0, 1.0]).view(1, 1, 1, 3))
-    assert float(penalty("silhouette", weight=2.0)(masked)) == pytest.approx(2 * 0.25 / 3)
-    with pytest.raises(ValueError, match="silhouette needs masks"):
-        penalty("silhouette")(views)
 
 
 def test_depth_of_fog_varies_and_that_of_a_surface_does_not():
@@ -55,7 +52,7 @@ def test_depth_of_fog_varies_and_that_of_a_surface_does_not():
     fog, wall = torch.full((1, 1, 1, 3), 1 / 3), torch.tensor([0.0, 1, 0]).view(1, 1, 1, 3)
     one = torch.ones(1, 1, 1, 1)
     values = [
-        float(penalty("z_variance").value(Views(None, CAMERAS, Rendering(one, one, one, None, w, distances))))
+        float(penalty("z_variance").value(Seen(None, CAMERAS, Rendering(one, one, one, None, w, distances))))
         for w in (fog, wall, 0.3 * fog)
     ]
     assert values == pytest.approx([2 / 3, 0, 0])  # the last one hits nothing
@@ -98,6 +95,12 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
     assert float(part(drawn(field, pictures=Pictures(truth.pixels, CAMERAS)))) < 1e-9
     masked = Pictures(truth.pixels, CAMERAS, (truth.opacity > 0.5).float())
     assert float(part(drawn(field, pictures=masked))) < 0.03
+    outline = penalty("silhouette", count=3, weight=2.0)
+    assert float(outline(drawn(field, pictures=pictures))) < 1e-9
+    empty = Pictures(truth.pixels, CAMERAS, torch.zeros_like(truth.opacity))
+    assert float(outline(drawn(field, pictures=empty))) == pytest.approx(2 * float(truth.opacity.square().mean()))
+    with pytest.raises(ValueError, match="silhouette needs pictures of the thing that all have masks"):
+        outline(drawn(field, pictures=Pictures(truth.pixels, CAMERAS)))
     field.raw_features.data += 3
     worse = part(drawn(field, pictures=pictures))
     worse.backward()
@@ -122,16 +125,12 @@ def test_what_a_penalty_cannot_look_at_is_said(kind, field, renderer, why):
     assert float(penalty(kind, weight=0.0)(drawn(field.build(), renderer))) == 0
 
 
-def test_weights_change_between_their_steps():
-    weights = [weight_at((10, 1.0, 3.0, 20), step, 100) for step in (0, 10, 15, 20, 99)]
-    assert weights == pytest.approx([1, 1, 2, 3, 3])
-    assert weight_at((0.0, 0.0, 4.0, 0.5), 25, 100) == pytest.approx(2) and weight_at(0.7, 3, 9) == 0.7
-
+def test_weights_are_schedules_that_are_not_negative():
     class Holder(Part):
         part: GeometryRegularizer
 
     part = validate(Holder, {"part": {"kind": "sparsity", "weight": [0, 0, 10, 100]}}).part
-    assert float(part(replace(of_opacity(0.0), step=50, steps=100))) == pytest.approx(0.5)
-    for bad in (-1.0, [20, 1.0, 1.0, 10]):
+    assert float(part(replace(of_opacity(0.0), moment=Moment(50, 100)))) == pytest.approx(0.5)
+    for bad in (-1.0, [0, 1.0, -1.0, 10], [20, 1.0, 1.0, 10]):
         with pytest.raises(ValueError, match="weight"):
             validate(Holder, {"part": {"kind": "sparsity", "weight": bad}})

@@ -1,0 +1,14 @@
+"""The libraries that assets need and pictures do not."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "trimesh": "trimesh", "xatlas": "xatlas"}
+
+
+def check_installed() -> None:
+    """ValueError that names those that are missing."""
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"assets need {', '.join(missing)}: pip install 'personalization-suite[3d]'")

@@ -1,0 +1,192 @@
+"""Assets of every kind of field: grown, interrupted, and written as files that other programs open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import trimesh
+from PIL import Image
+from torch import Tensor
+
+from pcs_3d.assets import ABOUT, AssetFiles, create
+from pcs_3d.fields.gaussians import GaussianField
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.runner import Runner3D
+from shared.config import validate
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.recipe.schema import dump
+from shared.train import checkpoint
+from shared.train.training_run import TrainingRun
+from tests.three_d.distilling import SMALL, finish, session
+
+TINY = (*SMALL, "train.batch_size=1", "train.resolution=16", "guidance.resolution=32", "setting=", "shading.lambertian=0",
+        "shading.textureless=0", "cameras.fill=[0.9, 0.95]", "export.resolution=20", "export.texture=64", "export.picture=16",
+        "export.frames=8", "export.faces=400")  # fmt: skip
+FIELDS = {
+    "voxels": ("field.resolution=12", "renderer.samples=16", "penalties.sparsity.weight=[0, 0.1, 1.0, 4]",
+               "penalties.orientation={}", "penalties.normal_image_smoothness={}"),
+    "triplane": ("field.resolution=8", "field.features=4", "field.width=8", "renderer.samples=16",
+                 "field.start.radius=0.8", "penalties.total_variation={}"),
+    "tetrahedra": ("field.resolution=8", "field.color_resolution=8", "penalties.normal_consistency={}"),
+    "gaussians": ("field.count=60", "field.every=2", "field.threshold=1e-9", "field.most=80", "field.opacity=0.9",
+                  "field.start.radius=0.7", "penalties.opaque={}"),
+}  # fmt: skip
+
+
+def recipe(kind: str, *settings: str) -> Recipe3D:
+    return load("dreamfusion", [*TINY, f"field.kind={kind}", *FIELDS.get(kind, ()), *settings], "3d", Recipe3D)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def run_of(backbone, how: Recipe3D, folder: Path) -> TrainingRun:
+    return session(backbone, how, folder)  # type: ignore[arg-type]
+
+
+# --- from a prompt to files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
+    how, out = recipe(kind, "train.steps=3"), tmp_path / "asset"
+    before = how.field.build(3, how.seed)
+    asset = create(Runner3D(sd), how, AssetFiles(out))
+    assert not same(before.state_dict(), asset.field.state_dict()), "it has learned"
+    files = {str(p.relative_to(out)) for p in out.rglob("*.*")}
+    assert {
+        "asset.glb",
+        "asset.obj",
+        "asset.mtl",
+        "asset.png",
+        "asset.ply",
+        "turntable.mp4",
+        "renders/045.png",
+    } <= files
+    assert ("asset.splats.ply" in files) == (kind == "gaussians")
+    mesh = trimesh.load(out / "asset.glb", force="mesh")
+    about = json.loads((out / ABOUT).read_text())
+    assert about["mesh"]["faces"] == len(mesh.faces) > 20 and mesh.visual.material.baseColorTexture is not None
+    assert validate(Recipe3D, about["recipe"]) == how
+    clip = read_clip(out / "turntable.mp4", ClipWindow(length=8)).frames
+    assert clip.shape[:2] == (3, 8) and float(clip.std()) > 0.05
+    assert checkpoint.load(tmp_path / "asset.training") is None
+
+
+def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path):
+    how = recipe("voxels", "train.steps=1", "field.start.density=0.001")
+    with pytest.raises(ValueError, match="the field is empty"):
+        create(Runner3D(sd), how, AssetFiles(tmp_path / "asset"))
+    assert not (tmp_path / "asset").exists() and checkpoint.load(tmp_path / "asset.training") is not None
+
+
+# --- interruption ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "stop"), [("voxels", 2), ("gaussians", 3), ("gaussians", 2)])
+def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, stop):
+    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is a split that is about to
+    be made, or one that has been made."""
+    settings = ("train.steps=5", f"train.checkpoint_every={stop}")
+    whole = finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "whole"))
+    steps = run_of(new_sd(), recipe(kind, *settings), tmp_path / "run").steps()
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    state = checkpoint.load(tmp_path / "run")
+    assert state is not None and state.step == stop
+    if kind == "gaussians":
+        assert (len(state.learned["field/means"]) == 60) == (stop == 2) and len(whole["field/means"]) == 80
+    assert same(finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "run"), resume=True), whole)
+
+
+def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
+    """The first step after a split moves those that stayed as Adam does that remembers, and not as one that begins."""
+    kept = []
+
+    class Watched(GaussianField):
+        def advance(self, step: int, steps: int):
+            found = super().advance(step, steps)
+            if found is not None:
+                kept.append((found, {name: p.detach().clone() for name, p in self.named_parameters()}))
+            return found
+
+    run = run_of(new_sd(), recipe("gaussians", "train.steps=3"), tmp_path / "run")
+    part = run.recipe.field  # type: ignore[attr-defined]
+    object.__setattr__(part, "build", lambda channels, seed: Watched(part, channels, seed))
+    after = finish(run)
+    (found, at_split), *_ = kept
+    rows = next(iter(found.values()))[1]
+    moved = (after["field/raw_features"] - at_split["raw_features"])[rows >= 0].abs()
+    fresh = part.feature_rate  # what a first step of Adam is long, whatever the gradient
+    assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
+
+
+# --- what belongs together -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*FIELDS, "frequency_mlp", "hash_grid"])
+def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind):
+    how = recipe(kind)
+    assert how.renderer.kind == how.field.drawn_by
+    assert validate(Recipe3D, json.loads(json.dumps(dump(how)))) == how
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians is drawn by splat"),
+        (["guidance.space=latents", "guidance.resolution=null"], "no colours that files could hold: set export=null"),
+        (["penalties.silhouette={}"], "penalties.silhouette compares with the subject's pictures"),
+        (["penalties.sparsity.weight=-1"], "a weight is not negative"),
+        (["penalties.sparsty={}"], "Did you mean 'sparsity'"),
+    ],
+)
+def test_what_does_not_go_together_is_said_by_the_recipe(settings, why):
+    with pytest.raises(ValueError, match=why):
+        load("dreamfusion", [*TINY, *settings], "3d", Recipe3D)
+
+
+def test_a_penalty_that_wakes_late_is_refused_before_the_first_step(sd, tmp_path):
+    how = recipe("voxels", "penalties.eikonal.weight=[4, 0.0, 1.0, 5]")
+    with pytest.raises(ValueError, match=r"penalties: eikonal needs field.kind=tetrahedra"):
+        finish(run_of(sd, how, tmp_path / "run"))
+    assert checkpoint.load(tmp_path / "run") is None
+
+
+# --- pictures of the thing -------------------------------------------------------------------
+
+
+def red_pictures(folder: Path) -> Path:
+    """Two pictures of a red square on green, with masks."""
+    for name in ("a", "b"):
+        picture, mask = Image.new("RGB", (64, 64), (0, 200, 0)), Image.new("L", (64, 64))
+        picture.paste((230, 0, 0), (20, 20, 44, 44))
+        mask.paste(255, (20, 20, 44, 44))
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}.png")
+        mask.save(folder / "masks" / f"{name}.png")
+    return folder
+
+
+def test_the_field_comes_to_look_like_the_pictures_from_where_they_were_taken(sd, tmp_path):
+    subject = read_subject(red_pictures(tmp_path / "photos"), "mug", masks=tmp_path / "photos" / "masks")
+    references = ("references.azimuth_deg=[0, 90]", "penalties.reference_views={count: 2, weight: 100}",
+                  "penalties.silhouette.weight=100", "guidance.weight=0.0")  # fmt: skip
+    how = recipe("voxels", "train.steps=8", "prompt=a photo of a <mug>", *references)
+    asset = Runner3D(sd).create(how, tmp_path / "run", {"mug": subject}, tensorboard=False)
+    assert how.references is not None
+    seen = asset.views(how.references.cameras())
+    middle = seen.pixels[:, :, 6:10, 6:10].mean((0, 2, 3))
+    assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "red, and not the green behind it"
+    with pytest.raises(ValueError, match=r"references.azimuth_deg: 3 for 2 pictures.* a.png, b.png"):
+        more = recipe("voxels", "prompt=a photo of a <mug>", *references[1:], "references.azimuth_deg=[0, 90, 180]")
+        Runner3D(sd).create(more, tmp_path / "other", {"mug": subject})
+    assert not (tmp_path / "other").exists()
