@@ -27,7 +27,7 @@ FEW = ("train.steps=2",)
 
 
 def wrote(field, folder: Path, settings) -> None:
-    (folder / "asset.txt").write_text(str(float(field.raw.sum())))
+    (folder / "asset.txt").write_text(str(field.raw.sum().item()))
 
 
 # --- the shipped recipes ---------------------------------------------------------------------

@@ -62,7 +62,7 @@ def lone(opacity: float = 0.8, size: float = 0.25):
         "means": torch.zeros(1, 3), "log_scales": torch.full((1, 3), math.log(size)),
         "rotations": torch.tensor([[1.0, 0, 0, 0]]),
         "raw_opacities": torch.full((1,), math.log(opacity / (1 - opacity))), "raw_features": torch.tensor([[5.0, -5, 0]]),
-        "pull": torch.zeros(1), "pulled": torch.zeros(1),
+        "pull": torch.zeros(1), "pulled": torch.zeros(1), "advanced": torch.zeros(()),
     })  # fmt: skip
     return field
 
@@ -82,11 +82,12 @@ def test_one_gaussian_is_drawn_as_its_formula_says():
 def test_gaussians_in_front_hide_those_behind_whatever_their_order():
     field = lone(0.99)
     one = field.state_dict()
+    once = {"advanced": one.pop("advanced")}
     two = {k: torch.cat([v, v]) for k, v in one.items()}
     two["means"] = torch.tensor([[-0.5, 0, 0], [0.5, 0, 0]])
     two["raw_features"] = torch.tensor([[-9.0, 9, -9], [9.0, -9, -9]])  # behind: green, in front: red
     for order in ([0, 1], [1, 0]):
-        field.load_state_dict({k: v[order] for k, v in two.items()})
+        field.load_state_dict({**once, **{k: v[order] for k, v in two.items()}})
         drawn = Splat(tile=8).render(field, Cameras.of([0.0, 180.0, 0.0], 0.0), view(3, 16))
         assert drawn.pixels[0, :, 8, 8].argmax() == 0 and drawn.pixels[1, :, 8, 8].argmax() == 1
         assert torch.allclose(drawn.pixels[0], drawn.pixels[2])

@@ -70,14 +70,14 @@ class Taught(Distill):
     """With the student of an oracle, which learns a picture for each view."""
 
     def __init__(self, context, pictures: nn.Parameter) -> None:
-        self.pictures = pictures
+        self.learned = pictures
         super().__init__(context, lambda *_: oracle(student=lambda cameras: pictures[view_of(cameras)]))
 
     def _check_groups(self) -> None:
         """The student is no part of the backbone here."""
 
     def groups(self):
-        return {**self.field.groups(), "student": [TrainableGroup("student", [self.pictures], 0.02)]}
+        return {**self.field.groups(), "student": [TrainableGroup("student", [self.learned], 0.02)]}
 
 
 def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, tmp_path):
