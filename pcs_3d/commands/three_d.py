@@ -42,6 +42,8 @@ def create(
 
     check_installed()
     resolved = load(recipe, settings or [], "3d", Recipe3D)
+    if resolved.output is not None:
+        raise ValueError(f"output = {resolved.output}: the folder of an asset is given by --out")
     for _, phase in expand_phases(resolved):
         phase.field.check()
     files = AssetFiles(out, overwrite, resume)

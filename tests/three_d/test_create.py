@@ -122,3 +122,20 @@ def test_a_runner_s_own_task_is_the_one_that_runs(sd, tmp_path):
 
     Mine(sd).create(recipe("dreamfusion", *FEW), tmp_path / "run", tensorboard=False)
     assert seen == [0, 1]
+
+
+def test_the_command_refuses_a_concept_s_output_and_names_its_own(tmp_path):
+    from typer.testing import CliRunner
+
+    from pcs_3d.commands.three_d import app
+
+    asked = [
+        "create",
+        "dreamfusion",
+        "prompt=a photo of a mug",
+        f"output={tmp_path / 'a'}",
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code and "--out" in str(result.exception) and not list(tmp_path.iterdir())
