@@ -35,6 +35,7 @@ class Asked:
     recipe: str
     motion: str
     motion_recipe: str
+    asset_recipe: str
 
     @property
     def thing(self) -> album.HeldOut:

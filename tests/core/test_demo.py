@@ -15,7 +15,7 @@ from shared import demo
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
 
-ASKED = demo.Asked(Path(), "development-robot", "pivotal_tuning", "development-zigzag", "motion_director")
+ASKED = demo.Asked(Path(), "development-robot", "pivotal_tuning", "development-zigzag", "motion_director", "hifa")
 BARS = demo.Bars(nullcontext, nullcontext)
 
 
@@ -65,11 +65,11 @@ def test_what_is_unknown_is_refused_before_anything_is_lost(tmp_path: Path, monk
 
 def test_the_installed_packages_offer_their_parts() -> None:
     found: Any = demo.parts()
-    assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo"]
+    assert [part.__name__ for part in found.values()] == ["pcs_image.demo", "pcs_video.demo", "pcs_3d.demo"]
     assert list(demo.parts(["video"])) == ["video"]
     with pytest.raises(ValueError, match=r"--part: .*imag.*image"):
         demo.parts(["imag"])
     for part in found.values():
         part.check(ASKED)
         with pytest.raises(ValueError, match="recipe"):
-            part.check(replace(ASKED, recipe="nonesuch", motion_recipe="nonesuch"))
+            part.check(replace(ASKED, recipe="nonesuch", motion_recipe="nonesuch", asset_recipe="nonesuch"))
