@@ -106,7 +106,7 @@ def test_a_motion_is_refused_by_a_model_of_pictures(
 def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(
     clip_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    settings = ["train.steps=30", *FAST[1:], "train.checkpoint_every=1", "preview.num=0"]
+    settings = ["train.steps=10", *FAST[1:], "train.checkpoint_every=1", "preview.num=0"]
     given = [f"backbone={clip_model}", f"subject.clips={clip_folder}"]
 
     def command(name: str) -> list[str]:
