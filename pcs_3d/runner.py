@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras, turntable
-from pcs_3d.distill.distill import FIELD, Distill, scene_prompts, shown, view_side
+from pcs_3d.distill.distill import Distill, scene_prompts, shown, view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.distill.hand_over import FIELD, check_fields, restored, under
 from pcs_3d.fields.field import Field
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
@@ -102,13 +103,13 @@ class Runner3D(Runner):
         channels = 3
         if recipe.guidance.space == "latents":
             channels = self.backbone.latent_shape(self.backbone.resolution, self.backbone.resolution)[0]
-        field = recipe.field.build(channels, recipe.seed).to(self.backbone.device)
-        field.load_state_dict({k.removeprefix(FIELD): v for k, v in run.carried.items() if k.startswith(FIELD)})
-        return Asset(field, recipe, run.costs, decoder(self.backbone), side)
+        field = restored(recipe.field, channels, recipe.seed, under(run.carried, FIELD))
+        return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
-        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there; and
-        for pictures to compare with that do not fit their cameras."""
+        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there; for
+        fields that cannot follow one another or start as they are to; and for pictures to compare with that do not fit their cameras."""
+        check_fields(recipe)
         learned = list(subjects)
         for _, phase in expand_phases(recipe):
             if not isinstance(phase.task, DistillTask):

@@ -30,12 +30,12 @@ def create(
     """Make a 3D asset of a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles
     from pcs_3d.assets import create as make
+    from pcs_3d.distill.hand_over import check_fields
     from pcs_3d.extra import check_installed
     from pcs_3d.recipe import Recipe3D
     from pcs_3d.runner import Runner3D
     from shared.commands.progress import Bar
     from shared.io.outputs import check_output
-    from shared.recipe.phases import expand_phases
     from shared.recipe.resolve import load
     from shared.runner.open_runner import open_runner, read_by
     from shared.train import checkpoint
@@ -44,8 +44,7 @@ def create(
     resolved = load(recipe, settings or [], "3d", Recipe3D)
     if resolved.output is not None:
         raise ValueError(f"output = {resolved.output}: the folder of an asset is given by --out")
-    for _, phase in expand_phases(resolved):
-        phase.field.check()
+    check_fields(resolved)
     files = AssetFiles(out, overwrite, resume)
     if files.check():
         print(f"already finished: {out}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcs_3d.cameras import Cameras, turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.hand_over import FIELD, first_field, under
 from pcs_3d.fields.field import Field
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.guidance.engine import guide, surrogate
@@ -28,7 +29,6 @@ from shared.train.task import Regrouped, Update, Updates
 from shared.trainable import TrainableGroup
 
 _VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # streams of draws of their own
-FIELD = "field/"  # before the names of its tensors in what is saved
 
 #: From a phase, its prompts and the concepts' strengths to what guides it.
 OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
@@ -45,7 +45,7 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 class Distill(ConceptTask):
     """See `DistillTask`. An update of the field; with a student, one of the student in the same step, on the same views.
 
-    The field is the one of an earlier phase where there was one. What was learned before (loaded concepts, and those that
+    The field goes on from that of an earlier phase where there was one (`first_field`). What was learned before (loaded concepts, and those that
     earlier phases of this run have learned) is the teacher's; the set `student` is the student's alone.
 
     Raises:
@@ -62,10 +62,8 @@ class Distill(ConceptTask):
             channels = context.backbone.latent_shape(*(2 * [context.backbone.resolution]))[0]
         elif self.guidance.resolution is not None:
             context.backbone.latent_shape(self.guidance.resolution, self.guidance.resolution)
-        self.field: Field = recipe.field.build(channels, recipe.seed).to(context.backbone.device)
-        before = _under(context.carried, FIELD)
-        if before:
-            self.field.load_state_dict(before)
+        field = first_field(recipe, channels, context.earlier, context.carried, context.resumed_step > 0)
+        self.field: Field = field.to(context.backbone.device)
         self.prompts = scene_prompts(recipe, context.class_nouns)
         on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name != STUDENT}
         self.scores = scores(context, self.prompts, {**context.loaded_strengths, **on})
@@ -97,8 +95,11 @@ class Distill(ConceptTask):
         behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
         settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
         seen = self._seen(turntable(1).to(device), settings, Moment(0, self.steps))
-        for penalty in self.recipe.penalties.values():
-            penalty.value(seen)
+        for name, penalty in self.recipe.penalties.items():
+            try:
+                penalty.value(seen)
+            except ValueError as error:
+                raise ValueError(f"{error}; without it: penalties.{name}=null") from None
 
     # --- what the loop asks --------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class Distill(ConceptTask):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when tensors are missing, left over or of another shape."""
-        mine = _under(state, FIELD)
+        mine = under(state, FIELD)
         super().load_state_dict({k: v for k, v in state.items() if not k.startswith(FIELD)})
         if mine or self.context.resumed_step:
             self.field.load_state_dict(mine)
@@ -243,7 +244,3 @@ def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:
         return recipe.train.resolution
     own = backbone.resolution
     return backbone.latent_shape(own, own)[-1] if recipe.guidance.space == "latents" else own
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

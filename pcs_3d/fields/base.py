@@ -38,7 +38,7 @@ class FieldPart(KindPart):
 
     def check(self) -> None:
         """ValueError for a file to start from that cannot be read."""
-        self.start.shape()
+        self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
         """The field that it describes, on the CPU. channels: 3 colours, or those of latents. ValueError for a file to start

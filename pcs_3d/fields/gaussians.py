@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pcs_3d.fields.base import BaseVolume, FieldPart
 from pcs_3d.fields.field import Replaced, Sample, Splats
+from pcs_3d.fields.starts import raw_colors
 from shared.trainable.base import Rate
 
 _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
@@ -64,7 +65,7 @@ class GaussianField(BaseVolume):
         if part.start.kind == "blob":  # within the ball, not on it
             means = 0.85 * means * torch.rand(n, 1, generator=draw) ** (1 / 3)
         colors = shape.colors(means) if channels == 3 else None
-        features = torch.zeros(n, channels) if colors is None else colors.clamp(0.02, 0.98).logit()
+        features = torch.zeros(n, channels) if colors is None else raw_colors(colors)
         size = _spacing(means)
         opacity = torch.full((n,), part.opacity).logit()
         turn = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)

@@ -1,14 +1,18 @@
-"""What a field holds before its first step: a blob, or what is in a file."""
+"""What a field holds before its first step: a blob, what is in a file, or what an earlier phase has made."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field as Setting
 from torch import Tensor
 
-from pcs_3d.fields.grids import nodes
+from pcs_3d.fields.field import Surface, VolumeField
+from pcs_3d.fields.grids import by_chunks, nodes
+from pcs_3d.meshes.read_mesh import read_mesh
 from pcs_3d.meshes.shape import BallShape, Shape, shape_of_file
 from shared.config import KindPart, PathText, default_kind
 
@@ -21,8 +25,28 @@ class StartPart(KindPart):
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
 
     def shape(self) -> Shape:
-        """How far each point is from the surface, and its colours there."""
+        """How far each point is from the surface, and its colours there. ValueError where that cannot be known."""
         raise NotImplementedError
+
+    def triangles(self) -> Surface:
+        """Its triangles. ValueError where it has none."""
+        raise ValueError(f"field.start.kind = {self.kind} has no triangles: start from a file, or from an earlier phase")
+
+    def check(self) -> None:
+        """ValueError for a file that cannot be read."""
+        self.shape()
+
+    def values(self, places: Tensor, channels: int) -> Tensor:
+        """[N, 1 + K] at [N, 3]: of the density before softplus, and `features`."""
+        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % of it at the surface
+        raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
+        return torch.cat([raw[:, None], self.features(places, channels)], 1)
+
+    def features(self, places: Tensor, channels: int) -> Tensor:
+        """[N, K] at [N, 3]: the colours of the nearest place on the surface, before sigmoid, where K is 3 and they are known;
+        else grey, or latents of 0."""
+        colors = self.shape().colors(places) if channels == 3 else None
+        return torch.zeros(len(places), channels) if colors is None else raw_colors(colors)
 
 
 class Blob(StartPart):
@@ -45,29 +69,107 @@ class MeshFile(StartPart):
     kind: Literal["file"] = "file"
     density: Annotated[float, Setting(gt=0, le=1000)] = 40.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.03
-    path: PathText
+    path: PathText | None = None
     up: Literal["y", "z"] | None = None
     azimuth_deg: float = 0.0
 
     def shape(self) -> Shape:
-        return shape_of_file(self.path, self.up, self.azimuth_deg)
+        return shape_of_file(self._named(), self.up, self.azimuth_deg)
+
+    def triangles(self) -> Surface:
+        pieces = [p for p in read_mesh(self._named(), self.up, self.azimuth_deg) if len(p.faces)]
+        if not pieces:
+            raise ValueError(f"field.start.path: {self.path} has points and no triangles, which are needed here")
+        offsets = np.cumsum([0, *(len(p.vertices) for p in pieces)])
+        faces = np.concatenate([p.faces + offset for p, offset in zip(pieces, offsets[:-1], strict=True)])
+        # What a file has once for each side of a seam of its texture is one place, and one corner of the surface.
+        places, number = np.unique(np.concatenate([p.vertices for p in pieces]), axis=0, return_inverse=True)
+        return Surface(torch.from_numpy(places).float(), torch.from_numpy(number.reshape(-1)[faces]))
+
+    def _named(self) -> Path:
+        if self.path is None:
+            raise ValueError("field.start.path is not said: name a mesh (GLB, OBJ or PLY), field.start.path=thing.glb")
+        return self.path
 
 
-Start = Annotated[Blob | MeshFile, Setting(discriminator="kind"), default_kind("blob")]
+class PhaseStart(StartPart):
+    """What an earlier phase of the recipe has made, whatever kind of field that was: a volume takes densities and colours from
+    a volume as they are; all else starts from the surface.
+
+    resolution: nodes along a side of the grid on which a surface is looked for; threshold: of the density there, None: found
+    automatically; faces: the most triangles; all_parts: also what is not connected to the largest part.
+    """
+
+    kind: Literal["phase"] = "phase"
+    density: Annotated[float, Setting(gt=0, le=1000)] = 40.0
+    softness: Annotated[float, Setting(gt=0, le=1)] = 0.03
+    resolution: Annotated[int, Setting(ge=8, le=512)] = 96
+    threshold: Annotated[float, Setting(gt=0)] | None = None
+    faces: Annotated[int, Setting(ge=16)] = 50_000
+    all_parts: bool = False
+
+    def shape(self) -> Shape:
+        raise ValueError("field.start.kind = phase: there is no earlier phase that makes an asset")
+
+    def check(self) -> None:
+        """There is nothing to look at before that phase has ended."""
+
+
+class Handed(StartPart):
+    """What an earlier phase has made; stands in no recipe.
+
+    surface: its triangles; known: how far from it a point is, and its colours, or latents; volume: the field itself, where it
+    is one.
+    """
+
+    kind: Literal["handed"] = "handed"
+    density: float = 40.0
+    softness: float = 0.03
+    surface: Any  # Surface
+    known: Any  # Shape
+    volume: Any = None  # VolumeField
+
+    def shape(self) -> Shape:
+        return self.known
+
+    def triangles(self) -> Surface:
+        return self.surface
+
+    @torch.no_grad()
+    def values(self, places: Tensor, channels: int) -> Tensor:
+        volume: VolumeField | None = self.volume
+        if volume is None:
+            return super().values(places, channels)
+
+        def asked(points: Tensor) -> Tensor:
+            there = volume.at(points.to(volume.device))
+            features = raw_colors(there.features) if channels == 3 else there.features
+            return torch.cat([inverse_softplus(there.density.clamp_min(1e-4))[..., None], features], -1).float().cpu()
+
+        return by_chunks(asked, places)
+
+    def features(self, places: Tensor, channels: int) -> Tensor:
+        return super().features(places, channels) if channels == 3 else self.known.colors(places)
+
+
+Start = Annotated[Blob | MeshFile | PhaseStart, Setting(discriminator="kind"), default_kind("blob")]
 
 
 def first_grid(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """[R, R, R, 1 + K] values without bounds at nodes: of the density before softplus and of the colours before sigmoid.
+    """[R, R, R, 1 + K] values without bounds at nodes (`StartPart.values`)."""
+    places = nodes(resolution, bound).reshape(-1, 3)
+    return start.values(places, channels).reshape(resolution, resolution, resolution, -1)
 
-    Where a file has colours, and K is 3, they are there; else grey, or latents of 0.
-    """
-    shape, places = start.shape(), nodes(resolution, bound).reshape(-1, 3)
-    solid = torch.sigmoid(-4 * (shape.distance(places) / start.softness + 1))  # 2 % of it at the surface
-    raw = inverse_softplus((start.density * solid).clamp_min(1e-4))
-    features = torch.zeros(len(places), channels)
-    if channels == 3 and (colors := shape.colors(places)) is not None:
-        features = colors.clamp(0.02, 0.98).logit()
-    return torch.cat([raw[:, None], features], 1).reshape(resolution, resolution, resolution, -1)
+
+def first_features(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
+    """[R, R, R, K] at nodes (`StartPart.features`): for fields whose shape is not on the grid."""
+    places = nodes(resolution, bound).reshape(-1, 3)
+    return start.features(places, channels).reshape(resolution, resolution, resolution, -1)
+
+
+def raw_colors(colors: Tensor) -> Tensor:
+    """What sigmoid makes colours in [0, 1] of; never quite 0 or 1."""
+    return colors.clamp(0.02, 0.98).logit()
 
 
 def inverse_softplus(value: Tensor) -> Tensor:

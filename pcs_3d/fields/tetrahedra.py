@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pcs_3d.fields import grids
 from pcs_3d.fields.base import BaseField, FieldPart
 from pcs_3d.fields.field import Surface
-from pcs_3d.fields.starts import first_grid
+from pcs_3d.fields.starts import first_features
 from shared.trainable.base import Rate
 
 _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
@@ -47,7 +47,7 @@ class TetrahedraField(BaseField):
         places = grids.nodes(part.resolution, part.bound).reshape(-1, 3)
         self.distances = nn.Parameter((part.start.shape().distance(places) / self.cell).clamp(-3, 3))
         self.moves = nn.Parameter(torch.zeros_like(places))
-        features = first_grid(part.start, part.color_resolution, part.bound, channels)[..., 1:]
+        features = first_features(part.start, part.color_resolution, part.bound, channels)
         self.raw_features = nn.Parameter(features.contiguous())
         self.places, self.tets = places, tetrahedra(part.resolution)  # not state: the settings say them
 

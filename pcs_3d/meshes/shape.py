@@ -58,18 +58,22 @@ class SampledShape:
     closed surface, and an open or non-manifold mesh becomes a shell of one cell.
 
     Args:
-        points: [N, 3] on the surface, within radius 1
+        points: [N, 3] on the surface, within a cube of half the side `reach`
         colors: [N, 3] in [0, 1], or None
+        normals: [N, 3], unit, outward, of a closed surface, where they are known for certain: distances close to it are
+            along them, to less than a cell
     """
 
-    def __init__(self, points: np.ndarray, colors: np.ndarray | None) -> None:
+    def __init__(
+        self, points: np.ndarray, colors: np.ndarray | None, normals: np.ndarray | None = None, reach: float = 1.0
+    ) -> None:
         from scipy import ndimage
         from scipy.spatial import KDTree
 
-        self.points, self.point_colors = points, colors
+        self.points, self.point_colors, self.point_normals = points, colors, normals
         self._tree = KDTree(points, balanced_tree=False)
-        self._cell = _cell_size(points, self._tree)
-        size = math.ceil(2 / self._cell) + 4  # outside all around
+        self._cell = _cell_size(points, self._tree, reach)
+        size = math.ceil(2 * reach / self._cell) + 4  # outside all around
         self._half = size * self._cell / 2
         shell = np.zeros((size,) * 3, dtype=bool)
         shell[tuple(((points + self._half) / self._cell).astype(int).clip(0, size - 1).T)] = True
@@ -84,13 +88,17 @@ class SampledShape:
         from scipy import ndimage
 
         asked = points.detach().cpu().numpy().astype(np.float64)
-        away, _ = self._tree.query(asked)
+        away, nearest = self._tree.query(asked)
         places = ((asked + self._half) / self._cell - 0.5).T
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
         signed = np.where(outside, away, -away)
         # What is thin is as thick as a cell: nothing would be inside of it.
-        return torch.from_numpy(np.where(thin, away - 0.6 * self._cell, signed)).float()
+        signed = np.where(thin, away - 0.6 * self._cell, signed)
+        if self.point_normals is not None:
+            along = ((asked - self.points[nearest]) * self.point_normals[nearest]).sum(-1)
+            signed = np.where(away < 1.5 * self._cell, along, signed)
+        return torch.from_numpy(signed).float()
 
     def colors(self, points: Tensor) -> Tensor | None:
         if self.point_colors is None:
@@ -103,12 +111,12 @@ class SampledShape:
         return torch.from_numpy(self.points[chosen.numpy()]).float()
 
 
-def _cell_size(points: np.ndarray, tree: KDTree) -> float:
+def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
     """Cells so large that hardly any that the surface crosses is without a point: 14 on average, where they lie at random.
     One hole, and the inside would be outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
-    return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 / _RESOLUTION, 2 / 7))
+    return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))
 
 
 def shape_of_file(path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> SampledShape:

@@ -153,7 +153,9 @@ class Phase:
             self.task.load_state_dict(owner.best)
         owner.best, owner.best_score = {}, None
         self.task.result()
-        owner.carried |= self.task.carried()
+        carried = self.task.carried()
+        anew = {key.split("/")[0] for key in carried}
+        owner.carried = {k: v for k, v in owner.carried.items() if k.split("/")[0] not in anew} | carried
         owner.save(checkpoint.State(self.index + 1, 0, self._learned()), {})
 
     def _learned(self) -> dict[str, Tensor]:

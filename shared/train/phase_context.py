@@ -48,6 +48,7 @@ class PhaseContext:
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> adapter sets for it alone
     temporary: tuple[str, ...] = ()  # adapter sets that are on in training steps alone
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides what they learned
+    earlier: Sequence[Recipe] = ()  # those of the phases before this one, in order
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
 
     @property

@@ -81,7 +81,8 @@ class Task(UpdateSource, Protocol):
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """What later phases find in `PhaseContext.carried` besides all that is attached to the backbone, fp32, on the CPU."""
+        """What later phases find in `PhaseContext.carried` besides all that is attached to the backbone, fp32, on the CPU. What
+        an earlier phase left under the same first name (up to the "/") goes."""
         ...
 
     def result(self) -> Any:

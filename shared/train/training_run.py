@@ -233,6 +233,7 @@ class TrainingRun:
             scorers=self.scorers,
             progress=self.on_pictures,
             carried=self.carried,
+            earlier=[recipe for _, recipe in self.phases[:index]],
             resumed_step=resumed_step,
         )
 

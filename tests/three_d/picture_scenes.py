@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.export.settings import ExportSettings
+from pcs_3d.fields.base import FieldPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.config import Part
 from shared.trainable import TrainableGroup
+from shared.trainable.base import Rate
 
 VIEWS, SIDE = 4, 32
 
@@ -77,12 +79,12 @@ class PicturesField(nn.Module):
         self.raw = nn.Parameter(state["raw"].clone())
 
 
-class Pictures(Part):
+class Pictures(FieldPart):
     """The field's settings."""
 
     kind: Literal["pictures"] = "pictures"
     side: int = SIDE
-    lr: float = 0.1
+    lr: Rate = 0.1
     grows: bool = False
 
     def build(self, channels: int = 3, seed: int = 0) -> PicturesField:

@@ -1,0 +1,150 @@
+"""From one phase's field to the next one's, also where that is of another kind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.export.asset import surface_colors
+from pcs_3d.export.extract import extract, simplified
+from pcs_3d.fields.base import FieldPart
+from pcs_3d.fields.field import Field, SplatField, Surface, VolumeField
+from pcs_3d.fields.grids import by_chunks
+from pcs_3d.fields.starts import Handed, PhaseStart
+from pcs_3d.fields.textured_mesh import TexturedMesh
+from pcs_3d.meshes.shape import BallShape, SampledShape
+from shared.recipe.phases import expand_phases
+from shared.recipe.schema import Recipe
+
+FIELD = "field/"  # before the names of its tensors in what is saved
+_SAMPLES = 120_000  # points on a surface that is handed over
+
+
+def check_fields(recipe: DistillRecipe) -> None:
+    """ValueError where a phase's field cannot be what its settings say: a file that cannot be read, a start from an earlier
+    phase where there is none, or a field that is of another kind than the earlier phase's and does not start from it."""
+    earlier: DistillRecipe | None = None
+    for name, phase in expand_phases(recipe):
+        if isinstance(phase.task, DistillTask):
+            where = f"phases.{name}.field" if recipe.phases else "field"
+            _check_start(where, phase, earlier)
+            phase.field.check()
+            earlier = phase
+
+
+def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None) -> None:
+    mine: FieldPart = phase.field
+    if earlier is None:
+        if isinstance(mine.start, PhaseStart):
+            raise ValueError(
+                f"{where}.start.kind = phase: no earlier phase makes an asset: start from a blob, or from a file"
+            )
+        return
+    before: FieldPart = earlier.field
+    if earlier.guidance.space != phase.guidance.space:
+        raise ValueError(
+            f"{where}: the earlier phase's field shows {earlier.guidance.space} and this one {phase.guidance.space}: say the "
+            "same guidance.space in both"
+        )
+    if before.kind != mine.kind and not isinstance(mine.start, PhaseStart):
+        raise ValueError(
+            f"{where}.kind = {mine.kind}: the earlier phase's field is of kind {before.kind}: to start from what it has made, "
+            f"set {where}.start.kind=phase"
+        )
+
+
+def first_field(
+    recipe: DistillRecipe, channels: int, earlier: Iterable[Recipe], carried: Mapping[str, Tensor], resumed: bool = False
+) -> Field:
+    """The field that a phase begins with, on the CPU.
+
+    One of the same kind as the earlier phase's goes on as it is, unless its settings are others (rates apart) and it starts
+    from a phase; then it is built on what that phase's field shows.
+
+    Args:
+        earlier: recipes of the phases before
+        carried: what they have left (`field/...`)
+        resumed: the state comes from a checkpoint anyway
+
+    Raises:
+        ValueError: there is no earlier field, it is empty, or it is another than this one
+    """
+    part, state = recipe.field, under(carried, FIELD)
+    if resumed:
+        return blank(part, channels, recipe.seed)
+    made = [r for r in earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]
+    if not state or not made:
+        return part.build(channels, recipe.seed)
+    before = made[-1]
+    if isinstance(part.start, PhaseStart) and _settings(part) != _settings(before.field):
+        found = restored(before.field, channels, before.seed, state)
+        start = handed(found, part.start, recipe.seed)
+        return part.model_copy(update={"start": start}).build(channels, recipe.seed)
+    return restored(part, channels, recipe.seed, state)
+
+
+def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tensor]) -> Field:
+    """The field that was saved, on the CPU. ValueError where it is another."""
+    field = blank(part, channels, seed)
+    field.load_state_dict(state)
+    return field
+
+
+def blank(part: FieldPart, channels: int, seed: int) -> Field:
+    """A field whose state is yet to come: where it starts from an earlier phase, it is built on a stand-in."""
+    if isinstance(part.start, PhaseStart):
+        corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+        sides = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+        part = part.model_copy(update={"start": Handed(surface=Surface(corners, sides), known=BallShape(0.5))})
+    return part.build(channels, seed)
+
+
+def _settings(part: FieldPart) -> dict[str, Any]:
+    """All but where it starts and how fast it learns."""
+    return {k: v for k, v in dict(part).items() if k != "start" and not k.startswith("lr")}
+
+
+def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
+    """What a field has made, for another to start from. ValueError for an empty one."""
+    try:
+        found = extract(field, start.resolution, start.threshold, start.all_parts)
+    except ValueError as error:
+        raise ValueError(f"field.start.kind = phase: there is nothing to start from in the earlier phase: {error}") from None
+    mesh = simplified(found, start.faces)
+    left = [note for note in mesh.notes if not note.startswith("threshold")]
+    if left:
+        warnings.warn(f"field.start.kind = phase: {'; '.join(left)}", stacklevel=2)
+    points, normals = _spread(mesh.vertices, mesh.faces, seed)
+    colors = by_chunks(surface_colors(field), torch.from_numpy(points).float()).double().numpy()
+    sure = None if isinstance(getattr(field, "part", None), TexturedMesh) else normals
+    surface = Surface(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
+    return Handed(
+        density=start.density,
+        softness=start.softness,
+        surface=surface,
+        known=SampledShape(points, colors, sure, field.bound),
+        volume=field if isinstance(field, VolumeField) and not isinstance(field, SplatField) else None,
+    )
+
+
+def _spread(vertices: np.ndarray, faces: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points [N, 3] spread evenly over triangles, and the unit normals [N, 3] there."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    normals = np.cross(b - a, c - a)
+    size = np.linalg.norm(normals, axis=1)
+    which = rng.choice(len(faces), _SAMPLES, p=size / size.sum())
+    points = np.einsum("nk,nkd->nd", rng.dirichlet((1, 1, 1), len(which)), np.stack([a, b, c], 1)[which])
+    return points, normals[which] / size[which, None]
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What is saved under a prefix, without it."""
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
