@@ -25,14 +25,17 @@ class Rules:
     file: Mapping[str, Any]
     modality: str
     kinds: Mapping[str, Any]  # which kind is meant where none is said, as for `merge`
+    slots: Sequence[str] = slots(Recipe)  # what holds parts under free names, those of the modality's own among them
 
     @classmethod
-    def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any]) -> Rules:
+    def read(
+        cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe
+    ) -> Rules:
         """The rules of `configs/overlays/NAME-MODALITY.yaml`, else of `NAME.yaml`; none where there is neither, or no name."""
         folder = config_folder() / "overlays"
         path = folder / f"{name}-{modality}.yaml"
         path = path if path.is_file() else folder / f"{name}.yaml"
-        return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds)
+        return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds, slots(model))
 
     def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:
         """What they change in the recipe `data`.
@@ -50,7 +53,7 @@ class Rules:
             trained = self._by_trained(merge(base, mapping(phase), self.kinds), "phase")
             out = merge(out, {"phases": {name: merge(trained, self._by_kind(mapping(phase)))}})
         for method in methods:
-            out = merge(out, _for_parts_of(data, mapping(mapping(self.file.get("recipes")).get(method))))
+            out = merge(out, _for_parts_of(data, mapping(mapping(self.file.get("recipes")).get(method)), self.slots))
         return out
 
     def _by_kind(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,10 +77,10 @@ class Rules:
         return mapping(next(matching, {}).get(place))
 
 
-def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
+def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
     """A rule without what it says of parts that the recipe, or the phase, does not have."""
     out = dict(rule)
-    for slot in slots(Recipe):
+    for slot in slots:
         if isinstance(rule.get(slot), Mapping):
             there = mapping(data.get(slot))
             out[slot] = {
@@ -89,7 +92,7 @@ def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str,
     phases = mapping(data.get("phases"))
     if "phases" in rule:
         out["phases"] = {
-            name: _for_parts_of(mapping(phases[name]), phase)
+            name: _for_parts_of(mapping(phases[name]), phase, slots)
             for name, phase in rule["phases"].items()
             if name in phases
         }

@@ -45,7 +45,7 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     full = _lay(files, changes, model)
     world = WORLDS.get(str(full.get("backbone", model.model_fields["backbone"].default)))
     shipped = [layer.name for layer in layers if layer.shipped]
-    rules = Rules.read(world and world.overlay, modality, default_kinds(model)).of(full, shipped)
+    rules = Rules.read(world and world.overlay, modality, default_kinds(model), model).of(full, shipped)
     stated = [*(layer.data for layer in layers if not layer.shipped), changes]
     try:
         resolved = validate(model, merge(full, unstated(rules, stated, full, _kinds(model)), _kinds(model)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,8 +105,13 @@ class Slides(Part):
 
 
 class PictureRecipe(DistillRecipe):
-    """A recipe of such an asset."""
+    """A recipe of such an asset, without the penalties that shipped recipes have: pictures have no shape."""
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()
     export: ExportSettings | None = ExportSettings(picture=SIDE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_shape(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k != "penalties"} if isinstance(data, Mapping) else data

@@ -11,6 +11,7 @@ import torch
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.distill.distill import Distill
 from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.config import read_yaml, validate
 from shared.io.clips.read_clip import read_clip
@@ -24,6 +25,7 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
+OF_A_KIND = {"dream_gaussian", "magic3d", "realfusion", "texture_personalization"}  # see test_hand_over.py
 
 
 def wrote(field, folder: Path, settings) -> None:
@@ -36,15 +38,15 @@ def wrote(field, folder: Path, settings) -> None:
 @pytest.mark.parametrize("place", [[], ["backbone=some/folder"]], ids=["toybox", "elsewhere"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
-    found = load(name, place, "3d", PictureRecipe)
-    assert validate(PictureRecipe, json.loads(json.dumps(dump(found)))) == found
+    found = load(name, place, "3d", Recipe3D)
+    assert validate(Recipe3D, json.loads(json.dumps(dump(found)))) == found
     assert (found.setting != "") == (not place), "the small world's own words stay there"
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_A_KIND])
 def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name):
     size = ("train.resolution=null", "field.side=8") if name == "sjc" else ()
     run = session(sd, recipe(name, *FEW, *size), tmp_path / "run")
