@@ -61,7 +61,11 @@ def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None
 
 
 def first_field(
-    recipe: DistillRecipe, channels: int, earlier: Iterable[Recipe], carried: Mapping[str, Tensor], resumed: bool = False
+    recipe: DistillRecipe,
+    channels: int,
+    earlier: Iterable[Recipe],
+    carried: Mapping[str, Tensor],
+    resumed: bool = False,
 ) -> Field:
     """The field that a phase begins with, on the CPU.
 
@@ -116,7 +120,9 @@ def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
     try:
         found = extract(field, start.resolution, start.threshold, start.all_parts)
     except ValueError as error:
-        raise ValueError(f"field.start.kind = phase: there is nothing to start from in the earlier phase: {error}") from None
+        raise ValueError(
+            f"field.start.kind = phase: there is nothing to start from in the earlier phase: {error}"
+        ) from None
     mesh = simplified(found, start.faces)
     left = [note for note in mesh.notes if not note.startswith("threshold")]
     if left:

@@ -30,7 +30,9 @@ class StartPart(KindPart):
 
     def triangles(self) -> Surface:
         """Its triangles. ValueError where it has none."""
-        raise ValueError(f"field.start.kind = {self.kind} has no triangles: start from a file, or from an earlier phase")
+        raise ValueError(
+            f"field.start.kind = {self.kind} has no triangles: start from a file, or from an earlier phase"
+        )
 
     def check(self) -> None:
         """ValueError for a file that cannot be read."""

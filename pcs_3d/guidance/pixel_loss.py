@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pcs_3d.guidance.engine import Guided, surrogate, time_weight
 from pcs_3d.guidance.scores import Scores, coefficients
@@ -14,6 +15,8 @@ def pixel_loss(settings: Guidance, scores: Scores, guided: Guided, pixels: Tenso
     """The surrogate of w(t) (alpha / sigma) (x - D(x0)) on views x [B, 3, H, W] in [0, 1]: a scalar."""
     with torch.no_grad():
         decoded = scores.decode(guided.x0).to(pixels)
+        if decoded.shape[-2:] != pixels.shape[-2:]:  # views are scaled to what the model knows
+            decoded = F.interpolate(decoded, pixels.shape[-2:], mode="bilinear", antialias=True)
         alpha, sigma = coefficients(scores, guided.noised.t, pixels)
         weight = time_weight(settings, scores, guided.noised.t, pixels) * alpha / sigma
         grad = weight * (pixels - decoded.clamp(0, 1))

@@ -28,9 +28,7 @@ class Rules:
     slots: Sequence[str] = slots(Recipe)  # what holds parts under free names, those of the modality's own among them
 
     @classmethod
-    def read(
-        cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe
-    ) -> Rules:
+    def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe) -> Rules:
         """The rules of `configs/overlays/NAME-MODALITY.yaml`, else of `NAME.yaml`; none where there is neither, or no name."""
         folder = config_folder() / "overlays"
         path = folder / f"{name}-{modality}.yaml"

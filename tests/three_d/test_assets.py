@@ -33,9 +33,10 @@ FIELDS = {
                "penalties.orientation={}", "penalties.normal_image_smoothness={}"),
     "triplane": ("field.resolution=8", "field.features=4", "field.width=8", "renderer.samples=16",
                  "field.start.radius=0.8", "penalties.total_variation={}"),
-    "tetrahedra": ("field.resolution=8", "field.color_resolution=8", "penalties.normal_consistency={}"),
+    "tetrahedra": ("field.resolution=8", "field.color_resolution=8", "penalties.normal_consistency={}",
+                   "penalties.orientation=null"),
     "gaussians": ("field.count=60", "field.every=2", "field.threshold=1e-9", "field.most=80", "field.opacity=0.9",
-                  "field.start.radius=0.7", "penalties.opaque={}"),
+                  "field.start.radius=0.7", "penalties.opaque={}", "penalties.orientation=null"),
 }  # fmt: skip
 
 

@@ -70,7 +70,11 @@ def test_a_mesh_keeps_its_triangles_and_learns_other_colours(tmp_path):
     drawn = Mesh().render(field, Cameras.of([90.0, 270.0]), view(2, 24))
     assert drawn.pixels[0, :, 12, 12].argmax() == 0 and drawn.pixels[1, :, 12, 12].argmax() == 2
     drawn.pixels[:, 1].sum().backward()
-    assert float(field.raw_features.grad[..., 1].abs().max()) > 0 and set(field.state_dict()) == {"raw_features", "vertices", "faces"}
+    assert float(field.raw_features.grad[..., 1].abs().max()) > 0 and set(field.state_dict()) == {
+        "raw_features",
+        "vertices",
+        "faces",
+    }
     assert len(field.surface().faces) == 1280
     trimesh.PointCloud(np.asarray(ball().vertices)).export(tmp_path / "p.ply")
     with pytest.raises(ValueError, match="points and no triangles"):
