@@ -108,7 +108,8 @@ class Runner3D(Runner):
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
         """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there; for
-        fields that cannot follow one another or start as they are to; and for pictures to compare with that do not fit their cameras."""
+        fields that cannot follow one another or start as they are to; and for pictures to compare with that do not fit
+        their cameras."""
         check_fields(recipe)
         learned = list(subjects)
         for _, phase in expand_phases(recipe):

@@ -45,8 +45,9 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 class Distill(ConceptTask):
     """See `DistillTask`. An update of the field; with a student, one of the student in the same step, on the same views.
 
-    The field goes on from that of an earlier phase where there was one (`first_field`). What was learned before (loaded concepts, and those that
-    earlier phases of this run have learned) is the teacher's; the set `student` is the student's alone.
+    The field goes on from that of an earlier phase where there was one (`first_field`). What was learned before
+    (loaded concepts, and those that earlier phases of this run have learned) is the teacher's; the set `student` is the
+    student's alone.
 
     Raises:
         ValueError: sizes, prompts, optimizer groups or parts do not fit together

@@ -36,7 +36,8 @@ class TexturedMesh(FieldPart):
 
 
 class TexturedMeshField(BaseField):
-    """vertices [V, 3], faces [F, 3]: not trained, but kept, so that the state says what the colours are on; colours [R, R, R, K] before sigmoid."""
+    """vertices [V, 3], faces [F, 3]: not trained, but part of the state; colours [R, R, R, K] before
+    sigmoid."""
 
     faces: Tensor
     vertices: Tensor

@@ -22,12 +22,16 @@ def demo(
     motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox motions`)"),
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("hifa", help="recipe to make the asset with"),
-    part: list[str] = typer.Option(["image"], help="image, video, 3d (the last two take minutes more); can be repeated"),
+    part: list[str] = typer.Option(
+        ["image"], help="image, video, 3d (the last two take minutes more); can be repeated"
+    ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:
     """Write references, concepts, a contact sheet, clips, a mesh, scores and a page that shows all of it."""
     from shared.commands.progress import Bar, Lines
     from shared.demo import Asked, Bars, run
 
-    for line in run(Asked(out, subject, recipe, motion, motion_recipe, asset_recipe), part, overwrite, Bars(Bar, Lines)):
+    for line in run(
+        Asked(out, subject, recipe, motion, motion_recipe, asset_recipe), part, overwrite, Bars(Bar, Lines)
+    ):
         print(line)
