@@ -156,7 +156,7 @@ def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | N
         corners = piece.faces[rng.choice(len(area), n, p=area / area.sum())]
         share = rng.dirichlet((1, 1, 1), n)
         points.append(np.einsum("nk,nkd->nd", share, piece.vertices[corners]))
-        colors.append(_colors_of(piece, corners, share))
+        colors.append(colors_on(piece, corners, share))
     known = any(p.colors is not None or p.texture is not None for p in pieces)
     return np.concatenate(points), np.concatenate(colors) if known else None
 
@@ -166,7 +166,8 @@ def _areas(piece: Piece) -> np.ndarray:
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 
 
-def _colors_of(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
+def colors_on(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] in [0, 1] at shares [N, 3] of the vertices `corners` [N, 3] of triangles; grey where there are none."""
     if piece.texture is not None and piece.uv is not None:
         u, v = np.einsum("nk,nkd->nd", share, piece.uv[corners]).T % 1.0
         h, w = piece.texture.shape[:2]

@@ -1,0 +1,90 @@
+"""A mesh brought over its truth: by scale and translation alone. A thing whose front is elsewhere stays so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.evaluation.views import PaintedMesh, silhouettes
+_SIDE = 64  # pixels of the outlines that are compared
+_MOMENTS = 4  # times that size and middle are brought over those of the truth
+_STEPS = (0.06, 0.03, 0.015, 0.0075)  # of the search for the best overlap: shares of the size, and radii
+_LIMITS = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class _Outlines:
+    """Of silhouettes [B, H, W]: areas [B] and middles [B, 2] (x right, y up, -1 to 1)."""
+
+    areas: Tensor
+    middles: Tensor
+
+    @staticmethod
+    def of(masks: Tensor) -> _Outlines:
+        side = masks.shape[-1]
+        at = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1
+        solid = masks.double()
+        areas = solid.sum((1, 2))
+        x = (solid.sum(1) * at).sum(1) / areas.clamp_min(1)
+        y = -(solid.sum(2) * at).sum(1) / areas.clamp_min(1)
+        return _Outlines(areas, torch.stack([x, y], -1))
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [B] of silhouettes bool [B, H, W]; 1 where both are empty."""
+    both, either = (a & b).sum((1, 2)), (a | b).sum((1, 2))
+    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(either)).double()
+
+
+def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
+    """The mesh at the size and place at which its outlines overlap most with those of the truth.
+
+    truth: bool [B, 64, 64], seen by the same cameras. Areas and middles of all views give a first guess, a search by
+    coordinates the rest; one size and one place in space hold for all views. Its turn is never touched.
+    """
+    mesh = _by_moments(mesh, truth, around)
+    best = float(iou(silhouettes(mesh, around, _SIDE), truth).mean())
+    for step in _STEPS:
+        for axis in range(4):
+            for sign in (1, -1):
+                moved = _moved(mesh, axis, sign * step)
+                found = float(iou(silhouettes(moved, around, _SIDE), truth).mean())
+                if found > best:
+                    mesh, best = moved, found
+                    break
+    return mesh
+
+
+def outlines_of(masks: Tensor) -> Tensor:
+    """Silhouettes [B, H, W] as `aligned` wants them: bool [B, 64, 64]."""
+    shares = torch.nn.functional.adaptive_avg_pool2d(masks.float()[:, None], _SIDE)
+    return shares[:, 0] >= 0.5
+
+
+def _moved(mesh: PaintedMesh, axis: int, by: float) -> PaintedMesh:
+    offset = list(mesh.offset)
+    if axis == 3:
+        return mesh.placed(mesh.scale * (1 + by), mesh.offset)
+    offset[axis] += by
+    return mesh.placed(mesh.scale, (offset[0], offset[1], offset[2]))
+
+
+def _by_moments(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
+    wanted = _Outlines.of(truth)
+    axes = around.axes[:, :2].double()  # right and up of each view
+    for _ in range(_MOMENTS):
+        found = _Outlines.of(silhouettes(mesh, around, _SIDE))
+        if not bool(found.areas.sum() > 0) or not bool(wanted.areas.sum() > 0):
+            break
+        larger = math.sqrt(float(wanted.areas.sum() / found.areas.sum()))
+        scale = min(max(mesh.scale * larger, _LIMITS[0]), _LIMITS[1])
+        # A picture's half is so many radii wide at the thing.
+        width = (around.distance / around.focal).double()[:, None]
+        shift = torch.linalg.lstsq(axes.reshape(-1, 3), ((wanted.middles - found.middles) * width).reshape(-1, 1))
+        x, y, z = (torch.tensor(mesh.offset, dtype=torch.float64) + shift.solution[:, 0]).tolist()
+        mesh = mesh.placed(scale, (x, y, z))
+    return mesh

@@ -1,0 +1,65 @@
+"""Is the thing seen from where the camera is? The many-faced thing (Janus problem) shows its front on several sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import wrapped_deg
+from shared.metrics.encoders import resize01
+
+EDGES_DEG = (45.0, 135.0)
+_QUARTERS = (0.0, 90.0, 180.0, 270.0)
+
+
+@dataclass(frozen=True)
+class ReadViews:
+    """azimuths [B] in degrees, 0 at the front, as they are read off B pictures; names: front, side, back or above, as the
+    recognizer says."""
+
+    azimuths: Tensor
+    names: tuple[str, ...]
+
+
+def read_views(pixels: Tensor) -> ReadViews:
+    """What the toybox's pose estimator and its recognizer say of pictures [B, 3, H, W] in [-1, 1], one by one."""
+    from shared.toybox.evaluators.pose import load_pose, path_of
+    from shared.toybox.evaluators.recognizer import load_recognizer
+    from shared.toybox.motions.motion import PATH
+
+    small = resize01(pixels, 64)
+    path = path_of(load_pose().read(small), follow=False)
+    names = tuple(load_recognizer().predict(small)["view"])
+    return ReadViews(torch.from_numpy(path[:, PATH.index("azimuth_deg")]).float(), names)
+
+
+def sectors(azimuth_deg: float) -> set[str]:
+    """front within 45 degrees of it, back from 135 on, side between; both on the border of two."""
+    turn = abs((azimuth_deg + 180) % 360 - 180)
+    low, high = EDGES_DEG
+    within = {"front": turn <= low, "side": low <= turn <= high, "back": turn >= high}
+    return {name for name, yes in within.items() if yes}
+
+
+def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]:
+    """Whether the sectors read off each view are among those that its camera is in."""
+    return [bool(seen & sectors(azimuth)) for seen, azimuth in zip(named, azimuths, strict=True)]
+
+
+def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
+    """In how many of the four quarters around a thing (front, left, back, right) most views look like its front: 1 for a
+    thing with one front, 4 for one that looks at everyone. Views on the border of two quarters are left out."""
+    count = 0
+    for middle in _QUARTERS:
+        apart = [abs((a - middle + 180) % 360 - 180) for a in azimuths]
+        inside = ["front" in s for s, far in zip(seen, apart, strict=True) if far < EDGES_DEG[0]]
+        count += 2 * sum(inside) > len(inside)
+    return count
+
+
+def turned_by(read: Tensor, azimuths: Tensor) -> Tensor:
+    """[B]: degrees between what is read and the camera, 0 to 180."""
+    return wrapped_deg(read - azimuths).abs()

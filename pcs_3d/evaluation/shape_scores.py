@@ -1,0 +1,113 @@
+"""How much an asset's outlines and colours are those of its truth, and what kind of mesh it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.evaluation.alignment import aligned, iou, outlines_of
+from pcs_3d.evaluation.views import PaintedMesh, Views, draw
+
+BEST_DB = 60.0  # of colours that are equal
+_BEHIND = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A mesh over its truth: per view overlap of the outlines (0 to 1) and PSNR of the colours in dB, [B]; PSNR over all
+    views; and at which size and place, as `aligned` finds them."""
+
+    iou: Tensor
+    psnr: Tensor
+    psnr_of_all: float
+    mesh: PaintedMesh
+    views: Views
+
+
+def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
+    """Aligned in scale and translation alone, and compared view by view."""
+    placed = aligned(mesh, outlines_of(truth.masks), around)
+    views = draw(placed, around, truth.masks.shape[-1])
+    errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
+    of_all = torch.cat(errors)
+    return Compared(
+        iou(views.masks, truth.masks),
+        torch.tensor([_decibels(e) for e in errors], dtype=torch.float64),
+        _decibels(of_all),
+        placed,
+        views,
+    )
+
+
+def _each(views: Views) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(views.pixels, views.masks, strict=True))
+
+
+def _errors(view: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Tensor:
+    """Squared errors of pixels that either of the two covers, on black and on white alike: what is missing must not pass
+    for a thing of the background's colour."""
+    (pixels, mask), (wanted, true_mask) = view, truth
+    parts = []
+    for level in _BEHIND:
+        behind = torch.full((), level)
+        mine, true = torch.where(mask, pixels, behind), torch.where(true_mask, wanted, behind)
+        parts.append((mine - true).double().square()[:, mask | true_mask].flatten())
+    return torch.cat(parts)
+
+
+def _decibels(errors: Tensor) -> float:
+    if not len(errors):
+        return math.nan
+    return min(BEST_DB, -10 * math.log10(max(float(errors.mean()), 1e-12)))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a mesh of radius 1, its equal corners taken for one: numbers of triangles and vertices, whether it is closed, its
+    connected parts and the largest one's share of the triangles, volume in radii³ and its share of the box around it
+    (None: it is not closed, and holds none)."""
+
+    faces: int
+    vertices: int
+    watertight: bool
+    components: int
+    largest_component: float
+    volume: float | None
+    share_of_box: float | None
+
+
+def geometry(mesh: PaintedMesh) -> Geometry:
+    """What a mesh is like. Seams of textures, along which files list corners twice, are no edges."""
+    import trimesh
+
+    corners = mesh.vertices.double().numpy()
+    _, number = np.unique(np.round(corners / 1e-5).astype(np.int64), axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    places = np.zeros((int(number.max()) + 1, 3))
+    places[number] = corners
+    faces = number[mesh.faces.numpy()]
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    solid = trimesh.Trimesh(places, faces, process=False)
+    parts = trimesh.graph.connected_component_labels(_pairs(faces), node_count=len(places))[faces[:, 0]]
+    counts = np.unique(parts, return_counts=True)[1]
+    closed = bool(solid.is_watertight)
+    volume = abs(float(solid.volume)) if closed else None
+    box = float(np.prod(np.ptp(places[np.unique(faces)], axis=0)))
+    return Geometry(
+        faces=len(mesh.faces),
+        vertices=len(np.unique(faces)),
+        watertight=closed,
+        components=len(counts),
+        largest_component=float(counts.max() / counts.sum()),
+        volume=volume,
+        share_of_box=None if volume is None or box <= 0 else volume / box,
+    )
+
+
+def _pairs(faces: np.ndarray) -> np.ndarray:
+    return np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]]])

@@ -1,0 +1,90 @@
+"""What an asset is compared with: a held-out thing of the toybox, or a mesh in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.evaluation.views import SIDE, PaintedMesh, Views, draw, painted_mesh
+from shared.config import expanded
+from shared.toybox.reference_sets import held_out
+from shared.toybox.render import render
+from shared.toybox.subjects import HeldOut
+from shared.toybox.world import Camera, Scene
+
+_MESHES = (".glb", ".obj", ".ply")
+
+
+class Truth(Protocol):
+    """The thing as it truly is."""
+
+    name: str
+
+    def views(self, around: Cameras, side: int = SIDE) -> Views:
+        """As these cameras see it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrueMesh:
+    """The mesh in a file."""
+
+    name: str
+    mesh: PaintedMesh
+
+    def views(self, around: Cameras, side: int = SIDE) -> Views:
+        return draw(self.mesh, around, side)
+
+
+@dataclass(frozen=True)
+class TrueToy:
+    """A held-out thing of the toybox, which draws it with light on it, cut out and put on white."""
+
+    held: HeldOut
+
+    @property
+    def name(self) -> str:
+        return self.held.name
+
+    @property
+    def class_noun(self) -> str:
+        return self.held.thing.class_name
+
+    def views(self, around: Cameras, side: int = SIDE) -> Views:
+        return self.lit(around, [0] * len(around), side)
+
+    def lit(self, around: Cameras, seeds: Sequence[int], side: int = SIDE) -> Views:
+        """One view for each camera and seed of the light. The cameras' distance and field of view must be the toybox's."""
+        angles = zip(around.azimuth_deg.tolist(), around.elevation_deg.tolist(), seeds, strict=True)
+        scenes = [Scene((self.held.thing,), "white studio", (Camera(a, e),), "photo", s) for a, e, s in angles]
+        drawn = render(scenes, side)
+        masks = drawn.mask[:, 0] >= 0.5
+        return Views(torch.where(masks[:, None], drawn.pixels, torch.ones(())), masks)
+
+
+def read_truth(name: str) -> Truth:
+    """The truth that a user names: a subject of the toybox ("development-car"), or a mesh file.
+
+    Raises ValueError for a file that is not there or is no mesh, and for an unknown subject, with those that there are.
+    """
+    if Path(name).suffix.lower() in _MESHES or "/" in name or expanded(name).exists():
+        path = expanded(name)
+        if not path.is_file():
+            raise ValueError(f"--truth {name}: there is no such file")
+        return TrueMesh(path.name, painted_mesh(path))
+    try:
+        return TrueToy(held_out(name))
+    except ValueError as error:
+        raise ValueError(f"--truth: {error} Or name a mesh file ({', '.join(_MESHES)}).") from None
+
+
+def mean_color(views: Views) -> Tensor:
+    """[3]: of all that the thing covers."""
+    inside = views.pixels.permute(0, 2, 3, 1)[views.masks]
+    return inside.mean(0) if len(inside) else torch.full((3,), 0.5)

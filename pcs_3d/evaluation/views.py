@@ -1,0 +1,125 @@
+"""Meshes with the colours of their file, and how they look from all around."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.cameras import Cameras, turntable
+from pcs_3d.meshes.read_mesh import Piece, colors_on, read_mesh
+from pcs_3d.renderers.mesh import on_screen
+from pcs_3d.renderers.rasterize import barycentric, nearest_faces
+
+VIEWS, SIDE = 16, 128
+_FINER = 2  # each pixel is drawn as so many by so many, and averaged
+
+
+@dataclass(frozen=True)
+class Views:
+    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the thing covers half a pixel or more."""
+
+    pixels: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class PaintedMesh:
+    """Triangles with one texture or colours at vertices: pieces as `read_mesh` gives them, each with faces; then made
+    larger by `scale` and moved by `offset`."""
+
+    pieces: tuple[Piece, ...]
+    scale: float = 1.0
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def vertices(self) -> Tensor:
+        """[V, 3], of all pieces, x forward, y left, z up."""
+        every = np.concatenate([p.vertices for p in self.pieces])
+        return (torch.from_numpy(every) * self.scale + torch.tensor(self.offset, dtype=torch.float64)).float()
+
+    @property
+    def faces(self) -> Tensor:
+        """int64 [F, 3], of all pieces."""
+        starts = np.cumsum([0, *(len(p.vertices) for p in self.pieces)])
+        return torch.from_numpy(np.concatenate([p.faces + s for p, s in zip(self.pieces, starts, strict=False)]))
+
+    def placed(self, scale: float, offset: tuple[float, float, float]) -> PaintedMesh:
+        """The same mesh, elsewhere and of another size."""
+        return replace(self, scale=scale, offset=offset)
+
+    def colors(self, faces: Tensor, shares: Tensor) -> Tensor:
+        """[N, 3] in [0, 1] at shares [N, 3] of the corners of triangles [N], as the file has them."""
+        out, first = torch.zeros(len(faces), 3), 0
+        for piece in self.pieces:
+            mine = (faces >= first) & (faces < first + len(piece.faces))
+            corners = piece.faces[(faces[mine] - first).numpy()]
+            out[mine] = torch.from_numpy(colors_on(piece, corners, shares[mine].double().numpy())).float()
+            first += len(piece.faces)
+        return out
+
+
+def cameras() -> Cameras:
+    """The cameras that every asset is judged from: once around, the first at the front."""
+    return turntable(VIEWS)
+
+
+def painted_mesh(path: Path) -> PaintedMesh:
+    """The mesh in a GLB, OBJ or PLY file, of radius 1 around the origin. ValueError as `read_mesh`, and for points alone."""
+    pieces = tuple(p for p in read_mesh(path) if len(p.faces))
+    if not pieces:
+        raise ValueError(f"{path} has points and no faces: only meshes can be evaluated")
+    return PaintedMesh(pieces)
+
+
+def sphere(color: Tensor) -> PaintedMesh:
+    """The generic thing: a ball of radius 1 in one colour [3]."""
+    import trimesh
+
+    ball = trimesh.creation.icosphere(3)
+    vertices = np.asarray(ball.vertices, dtype=np.float64)
+    colors = np.tile(color.double().numpy(), (len(vertices), 1))
+    return PaintedMesh((Piece(vertices, np.asarray(ball.faces, dtype=np.int64), colors),))
+
+
+def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
+    """A mesh in its own colours, without light, on white."""
+    vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
+    pixels = []
+    for i in range(len(around)):
+        places, depth = on_screen(vertices, around[i : i + 1], fine, fine)
+        face = nearest_faces(places[faces], depth[faces], fine, fine)
+        y, x = (face >= 0).nonzero(as_tuple=True)
+        chosen = face[y, x]
+        shares = barycentric(places[faces[chosen]], torch.stack([x, y], -1) + 0.5) / depth[faces[chosen]]
+        picture = torch.cat([torch.ones(3, fine, fine), torch.zeros(1, fine, fine)])
+        picture[:3, y, x] = mesh.colors(chosen, shares / shares.sum(-1, keepdim=True)).T
+        picture[3, y, x] = 1.0
+        pixels.append(picture)
+    drawn = F.avg_pool2d(torch.stack(pixels), _FINER)
+    return Views(drawn[:, :3], drawn[:, 3] >= 0.5)
+
+
+def silhouettes(mesh: PaintedMesh, around: Cameras, side: int) -> Tensor:
+    """bool [B, side, side]: which pixels' middles a mesh covers."""
+    vertices, faces = mesh.vertices, mesh.faces
+    out = []
+    for i in range(len(around)):
+        places, depth = on_screen(vertices, around[i : i + 1], side, side)
+        out.append(nearest_faces(places[faces], depth[faces], side, side) >= 0)
+    return torch.stack(out)
+
+
+def as_model_pixels(views: Views) -> Tensor:
+    """[B, 3, H, W] in [-1, 1], as instruments take pictures."""
+    return 2 * views.pixels - 1
+
+
+def angle_name(azimuth_deg: float) -> str:
+    """What a view's file is called: "022" of 22.5 degrees."""
+    return f"{math.floor(azimuth_deg):03d}"
