@@ -1,4 +1,4 @@
-"""`pcs 3d create`."""
+"""`pcs 3d create | evaluate`."""
 
 from __future__ import annotations
 
@@ -63,3 +63,41 @@ def create(
                 typer.echo(f"the state is in {files.workdir}: continue with --resume", err=True)
             raise
     print(out)
+
+
+@app.command()
+def evaluate(
+    asset: Path = typer.Argument(help="a folder that `create` wrote, or a GLB, OBJ or PLY file", **PATH),
+    truth: str = typer.Option(None, help="the true thing: a toybox subject (development-car) or a mesh file"),
+    references: Path = typer.Option(None, help="a folder of pictures of the thing", **PATH),
+    prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
+    class_noun: str = typer.Option("", help="what a learned name in the prompt is (mug); default: the truth's class"),
+    out: Path = typer.Option(
+        Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
+    ),
+    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
+    device: str = typer.Option("cpu", help="where --clip and --dino run"),
+    overwrite: bool = typer.Option(False, help="replace an existing report"),
+) -> None:
+    """Measure an asset from 16 sides: shape and colour against the truth, identity, prompt, views, geometry."""
+    from pcs_3d.evaluation.asset_report import save_asset_report
+    from pcs_3d.evaluation.evaluate import Against
+    from pcs_3d.evaluation.evaluate import evaluate as measure
+    from pcs_3d.extra import check_installed
+    from shared.config import expanded
+    from shared.io.outputs import check_output
+    from shared.runner.judging import check_folders, score_line
+
+    check_installed()
+    file = expanded(truth) if truth else None
+    read = [p for p in (references, clip, dino, file if file and file.exists() else None) if p is not None]
+    check_output(out, overwrite, [asset, *read])
+    check_folders(clip, dino)
+    report = measure(asset, Against(truth, references, prompt, class_noun, clip, dino, device))
+    page = save_asset_report(report, out, overwrite)
+    for score in report.scores:
+        print(f"{score.title:40} {score_line(score, 'true thing', of_base='sphere')}")
+    for note in report.notes:
+        typer.echo(note, err=True)
+    print(page)

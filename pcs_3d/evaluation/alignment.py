@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.views import PaintedMesh, silhouettes
+
 _SIDE = 64  # pixels of the outlines that are compared
 _MOMENTS = 4  # times that size and middle are brought over those of the truth
 _STEPS = (0.06, 0.03, 0.015, 0.0075)  # of the search for the best overlap: shares of the size, and radii

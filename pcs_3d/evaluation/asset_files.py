@@ -1,0 +1,66 @@
+"""What is judged: a folder that `pcs 3d create` wrote, or a mesh of any origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pcs_3d.assets import ABOUT
+from pcs_3d.evaluation.views import PaintedMesh, painted_mesh
+from shared.config import expanded
+
+MESH = "asset.glb"
+_LARGEST = 1 << 24  # bytes of an asset.json
+
+
+@dataclass(frozen=True)
+class Judged:
+    """name; file of the mesh; the mesh; what its asset.json says (empty for a bare mesh)."""
+
+    name: str
+    file: Path
+    mesh: PaintedMesh
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def said(self, key: str) -> str:
+        """A text of asset.json; "" where it has none."""
+        value = self.about.get(key)
+        return value if isinstance(value, str) else ""
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """Time and memory of making it; empty where it does not say."""
+        value = self.about.get("costs")
+        return dict(value) if isinstance(value, Mapping) else {}
+
+
+def read_judged(path: Path | str) -> Judged:
+    """The asset in a folder, or the mesh in a file.
+
+    Raises ValueError for what is not there, a folder without an asset, a file that is no mesh, and a mesh without faces.
+    """
+    path = expanded(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such folder or file")
+    if path.is_file():
+        return Judged(path.name, path, painted_mesh(path))
+    if not (path / MESH).is_file():
+        what = "an asset without a mesh (export was null)" if (path / ABOUT).is_file() else "no asset"
+        raise ValueError(f"{path} holds {what}: {MESH}, which `pcs 3d create` writes, is not in it")
+    about = _about(path / ABOUT) if (path / ABOUT).is_file() else {}
+    return Judged(path.resolve().name, path / MESH, painted_mesh(path / MESH), about)
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError("it is too large")
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error)[:200]}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{file} is not what `pcs 3d create` writes: it holds no table")
+    return about

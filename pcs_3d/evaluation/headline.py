@@ -1,0 +1,135 @@
+"""The numbers of a report: means of what was measured view by view, beside the truth and the generic thing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pcs_3d.evaluation.asset_report import Curve
+from pcs_3d.evaluation.looks import Looks
+from pcs_3d.evaluation.shape_scores import BEST_DB, Geometry
+from shared.metrics.report import Score, number
+
+Unit = Literal["rate", "score", "cosine", "count", "share"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All that was measured on one thing: by view, shape included, and the PSNR over all views (NaN: no truth)."""
+
+    looks: Looks
+    psnr: float = math.nan
+
+    def mean(self, key: str) -> float | None:
+        """The mean over views; None where it was not measured."""
+        values = [v for v in self.looks.scores.get(key, []) if not math.isnan(v)]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The asset; where there are any, the true thing and a sphere in its mean colour."""
+
+    asset: Arm
+    truth: Arm | None = None
+    sphere: Arm | None = None
+    chance: float | None = None  # of a guess among look-alikes
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score that each view has."""
+
+    title: str
+    unit: Unit
+    better: Literal["higher", "lower"] = "higher"
+    explanation: str = ""
+
+
+MEASURES: Mapping[str, Measure] = {
+    "iou": Measure("Silhouette IoU", "score", explanation="Overlap of the outlines with the truth's, after scale and translation "
+                   "were aligned and the turn was not."),
+    "psnr": Measure("Colour PSNR (dB)", "count", explanation="Inside either outline, after the same alignment, over all views at "
+                    f"once; at most {BEST_DB:.0f}. Colours are compared without light; a true thing of the toybox has light on it."),
+    "verified": Measure("Identity", "rate", explanation="Views that are recognised among look-alikes and at least as like the "
+                        "references as 95 % of true renders are."),
+    "recognised": Measure("Recognised among look-alikes", "rate", explanation="Retrieval: nearer to the thing than to any other of "
+                          "its class and colours."),
+    "likeness": Measure("Likeness to references", "cosine", explanation="Mean cosine with the two most alike reference pictures."),
+    "likeness_true": Measure("Likeness to the truth from the same side", "cosine"),
+    "clip_t": Measure("Prompt (CLIP-T)", "cosine", explanation="Cosine of a render with the prompt in plain words."),
+    "clip_i": Measure("References (CLIP-I)", "cosine"),
+    "dino_i": Measure("References (DINO-I)", "cosine"),
+    "identity_i": Measure("References (identity encoder)", "cosine"),
+    "view": Measure("View agreement", "rate", explanation="Janus score: views in which the pose estimator sees the side that the "
+                    "camera looks at (front, side, back). A guess that is always “front” gets 31 %, “side” 62 %."),
+    "view_recognizer": Measure("View agreement (recognizer)", "rate"),
+    "azimuth_error": Measure("Azimuth error (degrees)", "count", "lower", "Between the camera and what the pose estimator reads; "
+                             "90 where nothing is known."),
+}  # fmt: skip
+
+
+def headline(arms: Arms, shape: Geometry) -> list[Score]:
+    """Every score that was measured; `base` is the sphere's, `truth` the true thing's."""
+    scores = []
+    for key, measure in MEASURES.items():
+        if (value := _of(arms.asset, key)) is None:
+            continue
+        scores.append(_score(key, measure, value, _of(arms.truth, key), _of(arms.sphere, key)))
+        if key == "recognised":
+            scores[-1] = scores[-1].model_copy(update={"chance": arms.chance})
+        if key == "verified":
+            scores.append(_relative(scores[-1]))
+    if arms.asset.looks.fronts is not None:
+        both = [arm and arm.looks.fronts for arm in (arms.truth, arms.sphere)]
+        fronts = Measure(
+            "Fronts", "count", "lower", "Quarters around the thing in which most views look like its front: 1 is right."
+        )
+        scores.append(_score("fronts", fronts, arms.asset.looks.fronts, *both))
+    return [*scores, *_geometry(shape)]
+
+
+def _of(arm: Arm | None, key: str) -> float | None:
+    if arm is None:
+        return None
+    return number(arm.psnr) if key == "psnr" else arm.mean(key)
+
+
+def _score(key: str, what: Measure, value: float, truth: float | None = None, sphere: float | None = None) -> Score:
+    more: dict[str, Any] = {"unit": what.unit, "better": what.better, "explanation": what.explanation}
+    return Score(key=key, title=what.title, value=number(value), truth=truth, base=sphere, **more)
+
+
+def _relative(identity: Score) -> Score:
+    passed = identity.truth
+    title, explanation = (
+        "Identity, relative",
+        "Identity, divided by the share of true renders from the same cameras that pass.",
+    )
+    value = None if not passed or identity.value is None else min(1.0, identity.value / passed)
+    return Score(key="identity_relative", title=title, value=value, unit="rate", explanation=explanation)
+
+
+def _geometry(shape: Geometry) -> list[Score]:
+    rows: list[tuple[str, str, float | None, Unit]] = [
+        ("faces", "Triangles", shape.faces, "count"),
+        ("watertight", "Watertight", float(shape.watertight), "rate"),
+        ("components", "Connected parts", shape.components, "count"),
+        ("volume", "Volume (radii³)", shape.volume, "count"),
+        ("share_of_box", "Share of the bounding box", shape.share_of_box, "share"),
+    ]
+    return [Score(key=key, title=title, value=value, unit=unit) for key, title, value, unit in rows]
+
+
+def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
+    """Every score by azimuth, of all things that have it."""
+    found = []
+    for key, measure in MEASURES.items():
+        if key not in arms.asset.looks.scores:
+            continue
+        of = {n: arm and arm.looks.scores.get(key) for n, arm in vars(arms).items() if isinstance(arm, Arm)}
+        values = {name: [number(v) for v in column] for name, column in of.items() if column}
+        found.append(Curve(key=key, title=measure.title, azimuth_deg=list(azimuths), **values))
+    return found

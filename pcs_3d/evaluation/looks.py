@@ -1,0 +1,112 @@
+"""What instruments for pictures say of an asset's renders, one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.evaluation.janus import agreeing, fronts, read_views, sectors, turned_by
+from pcs_3d.evaluation.truths import TrueToy
+from pcs_3d.evaluation.views import Views, as_model_pixels
+from shared.metrics.encoders import DinoEncoder, Instruments
+from shared.metrics.scores import clip_i, clip_t
+from shared.metrics.verification import PASSING, Verifier
+from shared.toybox import reference_sets
+
+_ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # of the true renders that set the bar
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Of B views of one thing: scores by name, [B] each, NaN where one does not apply; names of what was seen; fronts, how
+    many were found (None: nothing reads views)."""
+
+    scores: Mapping[str, list[float]]
+    seen: list[dict[str, str]] = field(default_factory=list)
+    fronts: int | None = None
+
+
+class Judge:
+    """Looks at renders of one thing after the other with the same instruments.
+
+    Args:
+        instruments: what there is to measure with
+        around: the cameras of all renders
+        prompt: in plain words; "" where none is known
+        references: [R, 3, H, W] in [-1, 1], or None
+        toy: the true thing, where it is one of the toybox: only then is it told from look-alikes
+    """
+
+    def __init__(
+        self, instruments: Instruments, around: Cameras, prompt: str = "", references: Tensor | None = None,
+        toy: TrueToy | None = None,
+    ) -> None:  # fmt: skip
+        self.tools, self.around, self.prompt, self.references = instruments, around, prompt, references
+        self.true: Tensor | None = None  # embeddings of the true renders, for likeness from the same side
+        self.verifier, self.least = None, math.nan
+        if toy is not None and instruments.identity is not None:
+            self._know(toy)
+
+    def _know(self, toy: TrueToy) -> None:
+        """Look-alikes, and how alike the references true renders are: 95 % of them pass."""
+        held = toy.held
+        shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
+        shown = shown if self.references is None else self.references
+        self.verifier = Verifier(
+            shown, self.tools, toy.class_noun, reference_sets.gallery(held), reference_sets.fresh(held)
+        )
+        likeness = []
+        for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
+            raised = Cameras.of(self.around.azimuth_deg, elevation)
+            views = toy.lit(raised, [number] * len(raised))
+            likeness.append(self.verifier.look(as_model_pixels(views)).likeness)
+        self.least = float(torch.quantile(torch.cat(likeness), 1 - PASSING))
+
+    def look(self, views: Views, true: Views | None = None) -> Looks:
+        """Everything that can be measured. true: the true thing from the same cameras."""
+        pixels, scores = as_model_pixels(views), dict[str, list[float]]()
+        tools = self.tools
+        if tools.text_image is not None:
+            whole = tools.text_image.images(pixels)
+            if self.prompt:
+                texts = tools.text_image.texts([self.prompt] * len(pixels))
+                scores["clip_t"] = clip_t(whole, texts).tolist()
+            if self.references is not None:
+                scores["clip_i"] = clip_i(whole, tools.text_image.images(self.references)).tolist()
+        if tools.identity is not None and tools.identity is not tools.text_image:
+            key = "dino_i" if isinstance(tools.identity, DinoEncoder) else "identity_i"
+            if self.references is not None:
+                who = tools.identity.images(pixels)
+                scores[key] = clip_i(who, tools.identity.images(self.references)).tolist()
+        if tools.identity is not None and true is not None:
+            both = tools.identity.images(pixels), tools.identity.images(as_model_pixels(true))
+            scores["likeness_true"] = clip_t(*both).tolist()
+        self._identity(pixels, scores)
+        return self._views(pixels, scores)
+
+    def _identity(self, pixels: Tensor, scores: dict[str, list[float]]) -> None:
+        if self.verifier is None:
+            return
+        look = self.verifier.look(pixels)
+        assert look.retrieved is not None
+        scores["verified"] = look.passes([self.least] * len(pixels)).double().tolist()
+        scores["recognised"] = look.retrieved.hits.double().tolist()
+        scores["likeness"] = look.likeness.tolist()
+
+    def _views(self, pixels: Tensor, scores: dict[str, list[float]]) -> Looks:
+        if self.tools.attributes is None:  # only the toybox's own instruments read views
+            return Looks(scores)
+        azimuths = self.around.azimuth_deg
+        read = read_views(pixels)
+        named = [sectors(a) for a in read.azimuths.tolist()]
+        scores["view"] = [float(v) for v in agreeing(named, azimuths.tolist())]
+        scores["view_recognizer"] = [float(v) for v in agreeing([{n} for n in read.names], azimuths.tolist())]
+        scores["azimuth_error"] = turned_by(read.azimuths, azimuths).tolist()
+        degrees = [str(round(a % 360)) for a in read.azimuths.tolist()]
+        seen = [{"azimuth_deg": a, "view": n} for a, n in zip(degrees, read.names, strict=True)]
+        return Looks(scores, seen, fronts(named, azimuths.tolist()))

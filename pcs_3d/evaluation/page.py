@@ -1,0 +1,89 @@
+"""The page of an asset's report: renders around it, scores, and every score by azimuth; nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from pcs_3d.evaluation.asset_report import ARMS, AssetReport, Curve
+from shared.metrics.html import inline, render
+from shared.metrics.plots import COLORS
+
+NAMES = {"asset": "the asset", "truth": "the true thing", "sphere": "a sphere in its mean colour"}
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 150, 38, 8, 10, 24
+_DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
+
+
+def asset_html(report: AssetReport) -> str:
+    """The page, self-contained."""
+    shown = [
+        {
+            "row": view,
+            "src": inline(report.files.get(view.file)),
+            "truth": inline(report.files.get(view.truth_file)) if view.truth_file else "",
+        }
+        for view in report.views
+    ]
+    return render(
+        "asset.html.j2",
+        report=report,
+        views=shown,
+        references=[inline(report.files.get(name)) for name in report.references],
+        plots=[(curve.title, curve_svg(curve)) for curve in report.curves],
+        names={arm: name for arm, name in NAMES.items() if any(getattr(c, arm) for c in report.curves)},
+        colors=dict(zip(ARMS, COLORS, strict=False)),
+    )
+
+
+def curve_svg(curve: Curve) -> str:
+    """One score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around."""
+    columns = {arm: values for arm in ARMS if (values := getattr(curve, arm))}
+    known = [v for values in columns.values() for v in values if v is not None]
+    if not known:
+        return ""
+    low, high = min(0.0, *known), max(1.0, *known) if max(known) <= 1 else 1.05 * max(known)
+    parts = [_axes(low, high)]
+    for number, arm in enumerate(ARMS):
+        if arm in columns:
+            line = _line([*curve.azimuth_deg, 360.0], [*columns[arm], columns[arm][0]], low, high)
+            dash = f' stroke-dasharray="{_DASHES[arm]}"' if _DASHES[arm] else ""
+            parts.append(f'<path d="{line}" fill="none" stroke="{COLORS[number]}" stroke-width="1.8"{dash}/>')
+    name = escape(f"{curve.title} by azimuth", quote=True)
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" class="plot" aria-label="{name}"><title>{name}</title>'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _place(azimuth: float, value: float, low: float, high: float) -> tuple[float, float]:
+    x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * azimuth / 360
+    return x, _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
+
+
+def _line(azimuths: Sequence[float], values: Sequence[float | None], low: float, high: float) -> str:
+    """A path that breaks where nothing was measured."""
+    out, pen = [], "M"
+    for azimuth, value in zip(azimuths, values, strict=True):
+        if value is None:
+            pen = "M"
+            continue
+        x, y = _place(azimuth, value, low, high)
+        out.append(f"{pen}{x:.1f} {y:.1f}")
+        pen = "L"
+    return "".join(out)
+
+
+def _axes(low: float, high: float) -> str:
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        x, y = _place(0, value, low, high)
+        parts.append(
+            f'<path d="M{x} {y:.1f}H{_WIDTH - _RIGHT}" stroke="currentColor" opacity=".18"/>'
+            f'<text x="{x - 4}" y="{y + 3:.1f}" font-size="9" text-anchor="end">{value:.3g}</text>'
+        )
+    for azimuth, name in ((0, "front"), (90, "left"), (180, "back"), (270, "right"), (360, "front")):
+        x, y = _place(azimuth, low, low, high)
+        anchor = {0: "start", 360: "end"}.get(azimuth, "middle")
+        parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" font-size="9" text-anchor="{anchor}">{name}</text>')
+    return "".join(parts)
