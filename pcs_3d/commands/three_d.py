@@ -84,10 +84,11 @@ def evaluate(
     from pcs_3d.evaluation.asset_report import save_asset_report
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
+    from pcs_3d.evaluation.headline import line
     from pcs_3d.extra import check_installed
     from shared.config import expanded
     from shared.io.outputs import check_output
-    from shared.runner.judging import check_folders, score_line
+    from shared.runner.judging import check_folders
 
     check_installed()
     file = expanded(truth) if truth else None
@@ -97,7 +98,7 @@ def evaluate(
     report = measure(asset, Against(truth, references, prompt, class_noun, clip, dino, device))
     page = save_asset_report(report, out, overwrite)
     for score in report.scores:
-        print(f"{score.title:40} {score_line(score, 'true thing', of_base='sphere')}")
+        print(f"{score.title:40} {line(score)}")
     for note in report.notes:
         typer.echo(note, err=True)
     print(page)

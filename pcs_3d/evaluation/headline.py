@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pcs_3d.evaluation.asset_report import Curve
 from pcs_3d.evaluation.looks import Looks
 from pcs_3d.evaluation.shape_scores import BEST_DB, Geometry
+from shared.metrics.html import formatted
 from shared.metrics.report import Score, number
 
 Unit = Literal["rate", "score", "cosine", "count", "share"]
@@ -48,27 +49,41 @@ class Measure:
     explanation: str = ""
 
 
+_ALIGNED = "Overlap of the outlines with the truth's, after scale and translation were aligned and the turn was not."
+_COLORS = (
+    f"Inside either outline, after the same alignment, over all views at once; at most {BEST_DB:.0f}. Colours are compared "
+    "without light; a true thing of the toybox has light on it."
+)
+_VERIFIED = (
+    "Views that are recognised among look-alikes and at least as like the references as 95 % of true renders are."
+)
+_RETRIEVED = (
+    "Retrieval: nearer to the thing than to any other of its class and colours. A sphere may pass: see identity."
+)
+_JANUS = (
+    "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
+    "A guess that is always “front” gets 31 %, “side” 62 %."
+)
+_ERROR = "Between the camera and what the pose estimator reads; 90 where nothing is known."
+_FRONTS = "Quarters around the thing in which most views look like its front: 1 is right."
+
 MEASURES: Mapping[str, Measure] = {
-    "iou": Measure("Silhouette IoU", "score", explanation="Overlap of the outlines with the truth's, after scale and translation "
-                   "were aligned and the turn was not."),
-    "psnr": Measure("Colour PSNR (dB)", "count", explanation="Inside either outline, after the same alignment, over all views at "
-                    f"once; at most {BEST_DB:.0f}. Colours are compared without light; a true thing of the toybox has light on it."),
-    "verified": Measure("Identity", "rate", explanation="Views that are recognised among look-alikes and at least as like the "
-                        "references as 95 % of true renders are."),
-    "recognised": Measure("Recognised among look-alikes", "rate", explanation="Retrieval: nearer to the thing than to any other of "
-                          "its class and colours."),
-    "likeness": Measure("Likeness to references", "cosine", explanation="Mean cosine with the two most alike reference pictures."),
+    "iou": Measure("Silhouette IoU", "score", explanation=_ALIGNED),
+    "psnr": Measure("Colour PSNR (dB)", "count", explanation=_COLORS),
+    "verified": Measure("Identity", "rate", explanation=_VERIFIED),
+    "recognised": Measure("Recognised among look-alikes", "rate", explanation=_RETRIEVED),
+    "likeness": Measure(
+        "Likeness to references", "cosine", explanation="Mean cosine with the two most alike pictures."
+    ),
     "likeness_true": Measure("Likeness to the truth from the same side", "cosine"),
     "clip_t": Measure("Prompt (CLIP-T)", "cosine", explanation="Cosine of a render with the prompt in plain words."),
     "clip_i": Measure("References (CLIP-I)", "cosine"),
     "dino_i": Measure("References (DINO-I)", "cosine"),
     "identity_i": Measure("References (identity encoder)", "cosine"),
-    "view": Measure("View agreement", "rate", explanation="Janus score: views in which the pose estimator sees the side that the "
-                    "camera looks at (front, side, back). A guess that is always “front” gets 31 %, “side” 62 %."),
+    "view": Measure("View agreement", "rate", explanation=_JANUS),
     "view_recognizer": Measure("View agreement (recognizer)", "rate"),
-    "azimuth_error": Measure("Azimuth error (degrees)", "count", "lower", "Between the camera and what the pose estimator reads; "
-                             "90 where nothing is known."),
-}  # fmt: skip
+    "azimuth_error": Measure("Azimuth error (degrees)", "count", "lower", _ERROR),
+}
 
 
 def headline(arms: Arms, shape: Geometry) -> list[Score]:
@@ -84,9 +99,7 @@ def headline(arms: Arms, shape: Geometry) -> list[Score]:
             scores.append(_relative(scores[-1]))
     if arms.asset.looks.fronts is not None:
         both = [arm and arm.looks.fronts for arm in (arms.truth, arms.sphere)]
-        fronts = Measure(
-            "Fronts", "count", "lower", "Quarters around the thing in which most views look like its front: 1 is right."
-        )
+        fronts = Measure("Fronts", "count", "lower", _FRONTS)
         scores.append(_score("fronts", fronts, arms.asset.looks.fronts, *both))
     return [*scores, *_geometry(shape)]
 
@@ -133,3 +146,20 @@ def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
         values = {name: [number(v) for v in column] for name, column in of.items() if column}
         found.append(Curve(key=key, title=measure.title, azimuth_deg=list(azimuths), **values))
     return found
+
+
+def said(score: Score, value: float | None) -> str:
+    """A value of a score for people."""
+    if value is not None and score.key == "watertight":
+        return "yes" if value else "no"
+    if value is not None and score.unit == "count" and float(value).is_integer():
+        return f"{value:.0f}"
+    return formatted(value, score.unit)
+
+
+def line(score: Score) -> str:
+    """A headline score as one line, with what stands beside it."""
+    beside = {"true thing": score.truth, "sphere": score.base, "chance": score.chance}
+    return "   ".join(
+        [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
+    )

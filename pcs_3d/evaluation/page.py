@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from pcs_3d.evaluation.asset_report import ARMS, AssetReport, Curve
+from pcs_3d.evaluation.headline import said
 from shared.metrics.html import inline, render
 from shared.metrics.plots import COLORS
 
@@ -29,6 +30,7 @@ def asset_html(report: AssetReport) -> str:
         report=report,
         views=shown,
         references=[inline(report.files.get(name)) for name in report.references],
+        rows=[(s, *(said(s, v) for v in (s.value, s.truth, s.base, s.chance))) for s in report.scores],
         plots=[(curve.title, curve_svg(curve)) for curve in report.curves],
         names={arm: name for arm, name in NAMES.items() if any(getattr(c, arm) for c in report.curves)},
         colors=dict(zip(ARMS, COLORS, strict=False)),

@@ -225,14 +225,13 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
 
 
 def score_line(
-    score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves",
-    of_base: str = "base model",
-) -> str:  # fmt: skip
-    """A headline score as one line: value, interval, and the floor (`of_base`) beside it; what else is known in these words."""
+    score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
+) -> str:
+    """A headline score as one line: value, interval, and the base model beside it; what else is known in these words."""
     if score.value is None:
         return "not measured"
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
-    base = f"   {of_base} {score.base:.3f}" if score.base is not None else ""
+    base = f"   base model {score.base:.3f}" if score.base is not None else ""
     chance = f"   chance {score.chance:.3f}" if score.chance is not None else ""
     truth = f"   {true_ones} {score.truth:.3f}" if score.truth is not None else ""
     among = ""

@@ -1,0 +1,223 @@
+"""Assets measured: the truth is like itself and nothing else is, and nothing is ever turned to fit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+from typer.testing import CliRunner
+
+from pcs_3d.commands.three_d import app
+from pcs_3d.evaluation.asset_report import save_asset_report
+from pcs_3d.evaluation.evaluate import Against, evaluate, plain
+from pcs_3d.evaluation.janus import agreeing, fronts, read_views, sectors
+from pcs_3d.evaluation.looks import Judge
+from pcs_3d.evaluation.shape_scores import BEST_DB, compared, geometry
+from pcs_3d.evaluation.truths import TrueToy, read_truth
+from pcs_3d.evaluation.views import Views, as_model_pixels, cameras, draw, painted_mesh, sphere
+from shared.metrics.instruments import load_instruments
+from shared.toybox.reference_sets import held_out
+from shared.toybox.shapes import cloud
+from shared.toybox.subjects import HeldOut
+from shared.toybox.world import Thing
+
+AROUND = cameras()
+AZIMUTHS = AROUND.azimuth_deg.tolist()
+PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # its shape is the class's own
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    """A box, long from front to back, of which every side has another colour."""
+    mesh = trimesh.creation.box((1, 1, 1)).subdivide().apply_scale((0.4, 0.5, 1.4))  # glTF: z is forward
+    mesh.unmerge_vertices()
+    side = np.asarray(mesh.face_normals).round() @ np.array([1, 2, 3]) + 3
+    colors = np.random.default_rng(0).integers(0, 255, (7, 4)).astype(np.uint8)
+    mesh.visual.vertex_colors = np.repeat(colors[side.astype(int)], 3, 0)
+    path = tmp_path_factory.mktemp("box") / "asset.glb"
+    mesh.export(path)
+    return path
+
+
+def turned(path, out, degrees):
+    mesh = trimesh.load_mesh(path, process=False)
+    mesh.apply_transform(trimesh.transformations.rotation_matrix(np.radians(degrees), [0, 1, 0]))
+    mesh.export(out)
+    return out
+
+
+@pytest.mark.parametrize("scale, offset", [(1.0, (0, 0, 0)), (0.6, (0.2, -0.15, 0.1)), (1.3, (-0.05, 0.1, -0.1))])
+def test_a_mesh_is_like_itself_wherever_it_stands_and_however_large(box, scale, offset):
+    mesh = painted_mesh(box)
+    found = compared(mesh.placed(scale, offset), draw(mesh, AROUND), AROUND)
+    assert found.iou.min() > 0.97 and found.psnr_of_all > 22
+    if scale == 1:
+        assert found.iou.min() == 1 and found.psnr_of_all == BEST_DB
+
+
+def test_a_turned_mesh_is_not_turned_back(box, tmp_path):
+    truth, mesh = draw(painted_mesh(box), AROUND), painted_mesh(turned(box, tmp_path / "t.glb", 90))
+    found = compared(mesh, truth, AROUND)
+    assert found.iou.mean() < 0.65  # the best that size and place can do
+    assert compared(mesh, Views(truth.pixels.roll(4, 0), truth.masks.roll(4, 0)), AROUND).iou.min() > 0.97
+
+
+def test_what_is_missing_does_not_pass_for_a_white_thing():
+    white = draw(sphere(torch.ones(3)), AROUND[:2])
+    missing = compared(sphere(torch.ones(3)).placed(0.1, (9.0, 0.0, 0.0)), white, AROUND[:2])
+    assert missing.psnr_of_all > 15  # found and brought there
+    empty = Views(torch.ones_like(white.pixels), torch.zeros_like(white.masks))
+    gone = compared(sphere(torch.ones(3)), empty, AROUND[:2])
+    assert gone.iou.max() == 0 and gone.psnr_of_all < 4  # half of the errors, on black, are 1
+
+
+def test_true_views_of_the_toybox_are_those_of_the_same_cameras():
+    views = PLAIN_CAR.views(AROUND[2:15:4])
+    places, _ = AROUND[2:15:4].project(torch.from_numpy(cloud("car").points))
+    column, row = ((places[..., 0] + 1) * 64).long(), ((1 - places[..., 1]) * 64).long()
+    for mask, x, y in zip(views.masks, column, row, strict=True):
+        seen = torch.zeros_like(mask)
+        seen[y, x] = True
+        assert mask[y, x].float().mean() > 0.99  # no point of the shape is outside
+        grown = torch.nn.functional.max_pool2d(seen[None].float(), 5, 1, 2)[0] > 0
+        assert grown[mask].float().mean() > 0.99  # and nothing is drawn where there are none
+
+
+def test_a_thing_with_four_fronts_is_found_out():
+    toy = TrueToy(held_out("development-robot"))
+    for views, expected, least, most in (
+        (toy.views(AROUND), 1, 14, 16),
+        (toy.views(replace(AROUND, azimuth_deg=(AROUND.azimuth_deg + 45) % 90 - 45)), 4, 0, 8),
+    ):
+        named = [sectors(a) for a in read_views(as_model_pixels(views)).azimuths.tolist()]
+        assert fronts(named, AZIMUTHS) == expected
+        assert least <= sum(agreeing(named, AZIMUTHS)) <= most
+
+
+def test_sectors_and_fronts_are_counted_around_the_circle():
+    assert (
+        sectors(-20) == {"front"}
+        and sectors(340) == {"front"}
+        and sectors(190) == {"back"}
+        and sectors(270) == {"side"}
+    )
+    assert sectors(45) == {"front", "side"} and sectors(225) == {"side", "back"}
+    assert sum(agreeing([{"front"}] * 16, AZIMUTHS)) == 5 and sum(agreeing([{"side"}] * 16, AZIMUTHS)) == 10
+    assert fronts([{"front"}] * 16, AZIMUTHS) == 4 and fronts([{"back"}] * 16, AZIMUTHS) == 0
+    two = [{"front"} if abs((a + 180) % 360 - 180) < 30 or abs(a - 180) < 30 else {"side"} for a in AZIMUTHS]
+    assert fronts(two, AZIMUTHS) == 2
+
+
+def test_geometry_of_closed_open_and_scattered_meshes(tmp_path):
+    cube = trimesh.creation.box((1, 1, 1))
+    cube.unmerge_vertices()  # as files with texture seams are
+    cube.export(tmp_path / "a.glb")
+    found = geometry(painted_mesh(tmp_path / "a.glb"))
+    assert (found.faces, found.vertices, found.components, found.watertight) == (12, 8, 1, True)
+    assert found.volume == pytest.approx((2 / 3**0.5) ** 3, rel=1e-3) and found.share_of_box == pytest.approx(
+        1, rel=1e-3
+    )
+    trimesh.Trimesh(cube.vertices, cube.faces[1:], process=False).export(tmp_path / "b.glb")
+    open_one = geometry(painted_mesh(tmp_path / "b.glb"))
+    assert not open_one.watertight and open_one.volume is None and open_one.share_of_box is None
+    far = trimesh.creation.icosphere(1).apply_translation((5, 0, 0))
+    trimesh.util.concatenate([cube, far]).export(tmp_path / "c.glb")
+    assert geometry(painted_mesh(tmp_path / "c.glb")).components == 2
+
+
+def test_true_renders_are_verified_and_a_sphere_is_not():
+    toy = TrueToy(held_out("development-car"))
+    judge = Judge(load_instruments(evaluators="toybox"), AROUND, "a photo of a car", None, toy)
+    true = toy.views(AROUND)
+    looks = judge.look(true, true)
+    assert np.mean(looks.scores["verified"]) > 0.85 and min(looks.scores["likeness_true"]) > 0.999
+    ball = judge.look(draw(sphere(torch.tensor([0.8, 0.1, 0.1])), AROUND), true)
+    assert sum(ball.scores["verified"]) == 0
+    assert np.mean(ball.scores["clip_t"]) < np.mean(looks.scores["clip_t"]) - 0.05
+
+
+def test_the_command_writes_a_whole_report(box, tmp_path):
+    folder = tmp_path / "asset"
+    folder.mkdir()
+    (folder / "asset.glb").write_bytes(box.read_bytes())
+    about = {"prompt": "a photo of a <my-box>", "backbone": "toybox", "costs": {"seconds": 3.5}}
+    (folder / "asset.json").write_text(json.dumps(about))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "seen.png")
+    out = tmp_path / "report"
+    asked = [
+        "evaluate",
+        str(folder),
+        "--truth",
+        str(box),
+        "--out",
+        str(out),
+        "--references",
+        str(tmp_path / "seen.png"),
+    ]
+    done = CliRunner().invoke(app, [*asked, "--class-noun", "house"], catch_exceptions=False)
+    assert done.exit_code == 0 and "Silhouette IoU" in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    scores = {s["key"]: s for s in report["scores"]}
+    assert scores["iou"]["value"] == 1 and scores["iou"]["base"] < 0.6 and scores["psnr"]["value"] == BEST_DB
+    assert report["prompt"] == "a photo of a house" and report["costs"] == {"seconds": 3.5}
+    curves = {c["key"]: c for c in report["curves"]}
+    assert {"iou", "psnr", "clip_t", "clip_i", "view", "azimuth_error", "likeness_true"} <= curves.keys()
+    assert curves["clip_t"]["azimuth_deg"] == AZIMUTHS and len(curves["clip_t"]["sphere"]) == 16
+    assert scores["clip_t"]["value"] == pytest.approx(np.mean(curves["clip_t"]["asset"]))
+    rows = list(csv.DictReader((out / "report.csv").open()))
+    assert [float(r["azimuth_deg"]) for r in rows] == AZIMUTHS and float(rows[0]["score.iou"]) == 1
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == len(curves) and page.count("data:image/png") == 33 and "http" not in page
+    assert len(list((out / "renders").iterdir())) == 16 and (out / "scores.csv").is_file()
+    again = CliRunner().invoke(app, asked)
+    assert isinstance(again.exception, ValueError) and "exists already" in str(again.exception)
+
+
+def test_a_bare_mesh_says_what_was_not_measured(box, tmp_path):
+    report = evaluate(box, Against())
+    assert {s.key for s in report.scores} == {"faces", "watertight", "components", "volume", "share_of_box"}
+    assert any("--truth" in n for n in report.notes) and any("--clip" in n for n in report.notes)
+    assert save_asset_report(report, tmp_path / "r").is_file()
+
+
+def test_learned_names_are_read_as_what_they_are():
+    assert plain("a photo of a <my-mug>", "mug") == "a photo of a mug"
+    assert plain("a <my-x> in the snow", "owl") == "an owl in the snow"
+
+
+def test_what_cannot_be_judged_is_refused(box, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "meshless").mkdir()
+    (tmp_path / "meshless" / "asset.json").write_text("{}")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "asset.glb").write_bytes(box.read_bytes())
+    (tmp_path / "torn" / "asset.json").write_text("[" * 100_000)
+    (tmp_path / "no.glb").write_bytes(b"glTF and nothing else")
+    (tmp_path / "no.txt").write_text("no mesh")
+    trimesh.PointCloud(np.random.default_rng(0).normal(size=(50, 3))).export(tmp_path / "points.ply")
+    for path, said in (
+        ("nowhere", "no such folder"),
+        ("empty", "holds no asset"),
+        ("meshless", "without a mesh"),
+        ("torn", "cannot be read"),
+        ("no.glb", "no.glb"),
+        ("no.txt", "format of a mesh"),
+        ("points.ply", "no faces"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(tmp_path / path, Against())
+    for truth, said in (
+        ("development-cat-9", "Did you mean"),
+        ("gone/x.glb", "no such file"),
+        ("x.glb", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_truth(truth)
+    with pytest.raises(ValueError, match="no faces"):
+        read_truth(str(tmp_path / "points.ply"))
