@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras
-from pcs_3d.evaluation.alignment import aligned, iou, outlines_of
+from pcs_3d.evaluation.alignment import aligned, iou
 from pcs_3d.evaluation.views import PaintedMesh, Views, draw
 
 BEST_DB = 60.0  # of colours that are equal
@@ -31,7 +31,7 @@ class Compared:
 
 def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
     """Aligned in scale and translation alone, and compared view by view."""
-    placed = aligned(mesh, outlines_of(truth.masks), around)
+    placed = aligned(mesh, truth.masks, around)
     views = draw(placed, around, truth.masks.shape[-1])
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     of_all = torch.cat(errors)

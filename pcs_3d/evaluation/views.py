@@ -106,13 +106,19 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 
 
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int) -> Tensor:
-    """bool [B, side, side]: which pixels' middles a mesh covers."""
-    vertices, faces = mesh.vertices, mesh.faces
-    out = []
+    """bool [B, side, side]: `draw(...).masks`, for much less: the views are drawn below each other in one tall picture, each
+    with half a picture of room above and below for what reaches out of it; what reaches further is squeezed into it."""
+    vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
+    corners, depths = [], []
     for i in range(len(around)):
-        places, depth = on_screen(vertices, around[i : i + 1], side, side)
-        out.append(nearest_faces(places[faces], depth[faces], side, side) >= 0)
-    return torch.stack(out)
+        places, depth = on_screen(vertices, around[i : i + 1], fine, fine)
+        top, bottom = 2 * fine * i + 0.5, 2 * fine * (i + 1) - 0.5
+        down = (places[:, 1:] + (2 * i + 0.5) * fine).clamp(top, bottom)
+        corners.append(torch.cat([places[:, :1], down], 1)[faces])
+        depths.append(depth[faces])
+    found = nearest_faces(torch.cat(corners), torch.cat(depths), 2 * fine * len(around), fine) >= 0
+    inside = found.view(len(around), 2 * fine, fine)[:, fine // 2 : fine // 2 + fine]
+    return F.avg_pool2d(inside[:, None].float(), _FINER)[:, 0] >= 0.5
 
 
 def as_model_pixels(views: Views) -> Tensor:
