@@ -81,10 +81,10 @@ def evaluate(
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
     """Measure an asset from 16 sides: shape and colour against the truth, identity, prompt, views, geometry."""
-    from pcs_3d.evaluation.asset_report import save_asset_report
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
+    from pcs_3d.evaluation.save_asset_report import save_asset_report
     from pcs_3d.extra import check_installed
     from shared.config import expanded
     from shared.io.outputs import check_output

@@ -63,7 +63,8 @@ def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
 
 
 def _overlap(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> float:
-    return float(iou(silhouettes(mesh, around, truth.shape[-1]), truth).mean())
+    side = truth.shape[-1]
+    return float(iou(silhouettes(mesh, around, side, 1 if side == _SIDE else 2), truth).mean())
 
 
 def _searched(mesh: PaintedMesh, truth: Tensor, around: Cameras, steps: Sequence[float]) -> PaintedMesh:
@@ -95,7 +96,7 @@ def _by_moments(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMes
     wanted = _Outlines.of(truth)
     axes = around.axes[:, :2].double()  # right and up of each view
     for _ in range(_MOMENTS):
-        found = _Outlines.of(silhouettes(mesh, around, _SIDE))
+        found = _Outlines.of(silhouettes(mesh, around, _SIDE, 1))
         if not bool(found.areas.sum() > 0) or not bool(wanted.areas.sum() > 0):
             break
         larger = math.sqrt(float(wanted.areas.sum() / found.areas.sum()))

@@ -105,10 +105,10 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
     return Views(drawn[:, :3], drawn[:, 3] >= 0.5)
 
 
-def silhouettes(mesh: PaintedMesh, around: Cameras, side: int) -> Tensor:
+def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
     """bool [B, side, side]: `draw(...).masks`, for much less: the views are drawn below each other in one tall picture, each
     with half a picture of room above and below for what reaches out of it; what reaches further is squeezed into it."""
-    vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
+    vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
     for i in range(len(around)):
         places, depth = on_screen(vertices, around[i : i + 1], fine, fine)
@@ -118,7 +118,7 @@ def silhouettes(mesh: PaintedMesh, around: Cameras, side: int) -> Tensor:
         depths.append(depth[faces])
     found = nearest_faces(torch.cat(corners), torch.cat(depths), 2 * fine * len(around), fine) >= 0
     inside = found.view(len(around), 2 * fine, fine)[:, fine // 2 : fine // 2 + fine]
-    return F.avg_pool2d(inside[:, None].float(), _FINER)[:, 0] >= 0.5
+    return F.avg_pool2d(inside[:, None].float(), finer)[:, 0] >= 0.5
 
 
 def as_model_pixels(views: Views) -> Tensor:
