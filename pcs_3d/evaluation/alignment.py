@@ -18,7 +18,7 @@ _MOMENTS = 4  # times that size and middle are brought over those of the truth
 _EVERY = 2  # only every second view is looked at
 _COARSE, _FINE = (
     (0.06, 0.03, 0.015),
-    (0.005,),
+    (0.006, 0.003),
 )  # steps of the search for the best overlap: shares of the size, and radii
 _LIMITS = (0.1, 10.0)
 

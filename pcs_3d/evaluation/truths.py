@@ -24,7 +24,10 @@ _MESHES = (".glb", ".obj", ".ply")
 class Truth(Protocol):
     """The thing as it truly is."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in a report."""
+        ...
 
     def views(self, around: Cameras, side: int = SIDE) -> Views:
         """As these cameras see it."""
