@@ -76,8 +76,8 @@ class Rules:
 
 
 def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
-    """A rule without what it says of parts that the recipe, or the phase, does not have."""
-    out = dict(rule)
+    """A rule without what it says of parts that the recipe, or the phase, does not have, or has of another kind."""
+    out = {key: part for key, part in rule.items() if not _of_another_kind(part, data.get(key))}
     for slot in slots:
         if isinstance(rule.get(slot), Mapping):
             there = mapping(data.get(slot))
@@ -95,6 +95,11 @@ def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Seque
             if name in phases
         }
     return out
+
+
+def _of_another_kind(rule: Any, part: Any) -> bool:
+    said = mapping(rule).get("kind")
+    return said != mapping(part).get("kind", said)
 
 
 def unstated(

@@ -77,6 +77,13 @@ def test_a_rule_for_a_method_brings_back_no_part_that_a_variant_took_away() -> N
     assert phased["trainable"] == {} and phased["phases"]["p"]["trainable"] == {"tokens": {"lr": 1}}
 
 
+def test_a_rule_for_one_kind_of_a_single_part_is_passed_over_for_another() -> None:
+    rule = {"field": {"kind": "voxels", "resolution": 24}}
+    file = {"recipes": {"a": rule}}
+    for data, laid in (({}, rule), ({"field": {"bound": 1}}, rule), ({"field": {"kind": "gaussians"}}, {})):
+        assert Rules(file, "3d", {}).of(data, ["a"]) == laid, data
+
+
 def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
     stated = [{"x": {"a": 1, "b": 2}}]
     rule = {"x": {"a": 10, "b": 10, "c": 10}}
