@@ -23,7 +23,7 @@ def untrained():
 
 
 def test_true_clips_meet_the_bars_and_unrelated_frames_do_not(untrained):
-    found = judge_clips(untrained, 20, guidance=1.0, steps=2)
+    found = judge_clips(untrained, 20, guidance=1.0, steps=1)
     assert all(found["instrument"][name] >= bar for name, bar in BARS.items()), found["instrument"]
     assert found["scores"]["motion"] <= 0.4 and not found["bars"]["motion"]["met"] and not found["met"], found
     assert found["instrument"]["still"] == 0

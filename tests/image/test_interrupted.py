@@ -17,6 +17,14 @@ from shared.cli import build, run
 STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.checkpoint_every=1", "train.batch_size=1")
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_are_heard():
+    """Processes inherit what is ignored, and under nohup the signal of a closed terminal is."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def started(arguments: list[str], tmp_path: Path, before: Sequence[str] = (), **how) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.DEVNULL, "stderr": (tmp_path / "stderr").open("w"), **how}
