@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pcs_3d.evaluation.shape_scores import Geometry
 from shared.metrics.report import Instrument, Row, Score, number
 
 REPORT_FILE, CSV_FILE, SCORES_FILE, HTML_FILE = "report.json", "report.csv", "scores.csv", "report.html"
@@ -48,18 +49,6 @@ class Placed(Row):
     offset: tuple[float, float, float]
 
 
-class GeometryRow(Row):
-    """As `shape_scores.Geometry`."""
-
-    faces: int
-    vertices: int
-    watertight: bool
-    components: int
-    largest_component: float
-    volume: float | None
-    share_of_box: float | None
-
-
 class AssetReport(BaseModel):
     """The whole evaluation of one asset. `files` (bytes by name) are kept beside the JSON."""
 
@@ -76,7 +65,7 @@ class AssetReport(BaseModel):
     scores: list[Score] = []
     views: list[ViewRow] = []
     curves: list[Curve] = []
-    geometry: GeometryRow
+    geometry: Geometry
     placed: Placed | None = None
     references: list[str] = []  # files below the report's folder
     instruments: list[Instrument] = []

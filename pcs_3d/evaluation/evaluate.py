@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.asset_files import Judged, read_judged
-from pcs_3d.evaluation.asset_report import RENDERS, TRUTH, AssetReport, GeometryRow, Placed, ViewRow
+from pcs_3d.evaluation.asset_report import RENDERS, TRUTH, AssetReport, Placed, ViewRow
 from pcs_3d.evaluation.headline import Arm, Arms, curves, headline
 from pcs_3d.evaluation.looks import Judge, Looks
 from pcs_3d.evaluation.shape_scores import BEST_DB, Compared, compared, geometry
@@ -80,7 +80,7 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
         scores=headline(arms, shape),
         views=rows,
         curves=curves(arms, around.azimuth_deg.tolist()),
-        geometry=GeometryRow(**asdict(shape)),
+        geometry=shape,
         placed=None if placed is None else Placed(scale=placed.mesh.scale, offset=placed.mesh.offset),
         references=list(pictures),
         instruments=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(p
     assert {p.parent.parent.name for p in (tmp_path / "t").rglob("concept.json")} == {"subjects", "motion_director"}
     again = pcs(*arguments)
     assert again.code == 0 and "kept" in again.err and "start" not in again.err and again.out == ran.out
+    concepts = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("concept.json")}
+    (kept,) = (tmp_path / "t").rglob("cell.json")
+    before = json.loads(kept.read_text())["report"]["scores"]
+    kept.unlink()
+    scored = pcs(*arguments)
+    assert scored.code == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("concept.json")} == concepts
+    assert json.loads(kept.read_text())["report"]["scores"] == before
     other = pcs(*arguments, "--set", "train.batch_size=2")
     assert other.code == 2 and "other prompts, seeds, settings, recipe or instruments" in other.err
 

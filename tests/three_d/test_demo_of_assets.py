@@ -1,0 +1,33 @@
+"""The demo's part for assets: from the toybox to a mesh and its turntable on the page."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from pcs_3d import demo
+from shared.demo import Asked, Bars, Exhibit
+from shared.io.clips.read_clip import read_clip
+from shared.io.clips.window import ClipWindow
+
+QUICK = """
+base: hifa
+field: {resolution: 12}
+train: {steps: 1, batch_size: 1}
+export: {resolution: 24, picture: 32, frames: 8, texture: 64}
+"""
+
+
+def test_a_thing_becomes_a_mesh_and_one_whole_turn(tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    recipe = str(tmp_path / "quick.yaml")
+    asked = Asked(tmp_path, "development-robot", "t_lora", "development-zigzag", "motion_director", recipe)
+    demo.check(asked)
+    line, shown = demo.show(asked, Bars(nullcontext, nullcontext))
+    assert isinstance(line, str) and "asset.glb" in line
+    assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text  # nothing was learned: its class
+    assert all(file.is_file() for file in shown.more.values())
+    turn = read_clip(shown.file, ClipWindow(length=24)).frames
+    assert turn.shape[1] == 24
+    first, half, last = (turn[:, i] for i in (0, 12, 23))
+    assert (first - half).abs().mean() > (first - last).abs().mean()  # the last is a step before the first
