@@ -13,6 +13,7 @@ from pcs_3d.guidance.oracle import OracleScores
 from shared.train.training_run import TASKS, TrainingRun
 from shared.trainable import TrainableGroup
 from tests.three_d.distilling import finish, recipe, session
+from tests.three_d.oracle_runs import reconstructed
 from tests.three_d.picture_scenes import VIEWS, psnr, true_pictures, view_of
 
 LONG = (
@@ -94,3 +95,10 @@ def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, 
     assert fidelity(run.carried) > 25
     assert sum(losses[-50:]) < sum(losses[:50])
     assert psnr(pictures.detach(), true_pictures()) > 20, "the student knows what the renders have come to be"
+
+
+def test_a_thing_in_space_is_found_again_from_sides_that_were_never_seen(sd, tmp_path):
+    """Shape and colours, by a field, a renderer and cameras as users have them; `bench_oracle.py` runs every guidance so."""
+    found = reconstructed(sd, "dreamfusion", tmp_path)
+    assert found.iou > 0.9
+    assert found.psnr > 25

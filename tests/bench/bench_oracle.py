@@ -1,0 +1,36 @@
+"""Score distillation against the truth: each guidance, through the whole engine, from the exact scores of a known thing.
+
+    python tests/bench/bench_oracle.py [GUIDANCE …]
+
+Prints the overlap of outlines (IoU) and the PSNR of renders over 16 views that no step had seen. Aims: 0.9 and 25 dB. A few
+minutes of one core.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.conftest import build_sd
+from tests.three_d.oracle_runs import GUIDANCES, reconstructed
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{'guidance':<18} {'IoU':>6} {'PSNR':>6} {'seconds':>8}")
+    for name in sys.argv[1:] or GUIDANCES:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found = reconstructed(StableDiffusionBackbone(build_sd(), "tiny"), name, Path(folder))
+        print(f"{name:<18} {found.iou:6.3f} {found.psnr:6.1f} {time.perf_counter() - start:8.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

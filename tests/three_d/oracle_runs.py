@@ -1,0 +1,122 @@
+"""A field of real density and colour, optimised by the whole engine under a teacher that knows a solid thing exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.distill.distill import Distill, shown
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.distill.hand_over import FIELD, restored, under
+from pcs_3d.guidance.oracle import OracleScores
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.renderers.rendering import RenderSettings
+from shared.recipe.resolve import load
+from shared.train.training_run import TASKS, TrainingRun
+from shared.trainable import TrainableGroup
+from tests.three_d.picture_scenes import psnr
+from tests.three_d.solid_scenes import overlap, true_views, unseen_cameras
+
+SIDE = 32
+COMMON = (
+    "backbone=tiny",
+    "prompt=a photo of a mug",
+    "train.steps=150",
+    "train.batch_size=4",
+    f"train.resolution={SIDE}",
+    "train.mixed_precision=no",
+    "train.checkpoint_every=0",
+    "train.optimizers.main.schedule=cosine",
+    "field={resolution: 24, lr: 0.2, lr_features: 0.1}",
+    "background.random=0",
+    "shading={lambertian: 0, textureless: 0, ambient: 1}",
+    "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
+)
+#: Guidance -> what is set besides: no pure noise where a schedule's steps count from thousands, a sum over a view where the
+#: recipe has a mean, and pixels in place of latents, of which any shape can show the same.
+GUIDANCES: dict[str, tuple[str, ...]] = {
+    "dreamfusion": (),
+    "csd": (),
+    "nfsd": (),
+    "hifa": (),
+    "lucid_dreamer": ("guidance.times.high=0.98",),
+    "sdi": ("guidance.normalize=sum",),
+    "sjc": ("guidance.space=pixels",),
+    "prolificdreamer": ("guidance.times.high=0.98",),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well a thing was found again, over 16 views that no step had seen."""
+
+    iou: float
+    psnr: float  # dB
+
+
+def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Found:
+    """Runs a shipped recipe's guidance, without its penalties: the weights of those belong to a model's scores."""
+    how = load(name, [*COMMON, *GUIDANCES[name], *settings], "3d", Recipe3D)
+    how = how.model_copy(update={"penalties": {}})
+    seen = _remembered(lambda cameras: 2 * true_views(cameras, SIDE).pixels - 1)
+
+    def distill(context: Any) -> Distill:
+        if how.guidance.student is not None:
+            return _Taught(context, seen)
+        return Distill(context, lambda *_: _oracle(seen))
+
+    run = TrainingRun(
+        backbone, how, {}, folder, folder / "cache", tensorboard=False, tasks={**TASKS, DistillTask: distill}
+    )
+    for _ in run.steps():
+        pass
+    field = restored(how.field, 3, how.seed, under(run.carried, FIELD))
+    cameras = unseen_cameras()
+    made, truth = shown(how, field, cameras, SIDE, lambda z: z), true_views(cameras, SIDE)
+    return Found(overlap(made.opacity, truth.coverage), psnr(made.pixels, truth.pixels, peak=1.0))
+
+
+def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tensor]:
+    """Of the last cameras asked for: a step asks several times."""
+    last: list[Any] = [None, None]
+
+    def of(cameras: Cameras) -> Tensor:
+        key = torch.cat([v.reshape(-1) for v in vars(cameras).values()])
+        if last[0] is None or not torch.equal(last[0], key):
+            last[:] = [key, means(cameras)]
+        return last[1]
+
+    return of
+
+
+def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
+    """The prompt knows each view; what is asked without it knows it less surely."""
+    scene = {"prompt": (seen, 0.05), "plain_prompt": (seen, 0.05)}
+    scene |= {told: (seen, 0.7) for told in ("negative", "null", "away_near", "away_far")}
+    return OracleScores(scene, **more)  # type: ignore[arg-type]
+
+
+class _Taught(Distill):
+    """With a student that is a field too: it learns what the asset looks like by now, from any side."""
+
+    def __init__(self, context: Any, seen: Callable[[Cameras], Tensor]) -> None:
+        recipe = context.recipe
+        self.learned = recipe.field.build()
+
+        def believed(cameras: Cameras) -> Tensor:
+            view = RenderSettings(SIDE, SIDE, torch.ones(len(cameras), 3, 1, 1))
+            return 2 * recipe.renderer.render(self.learned, cameras, view).pixels - 1
+
+        super().__init__(context, lambda *_: _oracle(seen, student=believed))
+
+    def _check_groups(self) -> None:
+        """The student is no part of the backbone here."""
+
+    def groups(self) -> dict[str, list[TrainableGroup]]:
+        return {**self.field.groups(), "student": self.learned.groups()["main"]}
