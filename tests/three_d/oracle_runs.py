@@ -119,4 +119,4 @@ class _Taught(Distill):
         """The student is no part of the backbone here."""
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        return {**self.field.groups(), "student": self.learned.groups()["main"]}
+        return {**self.field.groups(), "student": list(self.learned.groups()["main"])}
