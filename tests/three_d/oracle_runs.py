@@ -119,4 +119,5 @@ class _Taught(Distill):
         """The student is no part of the backbone here."""
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        return {**self.field.groups(), "student": list(self.learned.groups()["main"])}
+        mine = {name: list(parts) for name, parts in self.field.groups().items()}
+        return {**mine, "student": list(self.learned.groups()["main"])}
