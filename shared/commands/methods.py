@@ -1,4 +1,4 @@
-"""`pcs methods`: the recipes there are, in the survey's taxonomy."""
+"""`pcs methods`: the recipes there are, by families, in the survey's taxonomy."""
 
 from __future__ import annotations
 
@@ -23,39 +23,42 @@ def methods(
     context: typer.Context,
     long: bool = typer.Option(False, "--long", help="every recipe's whole place in the taxonomy"),
 ) -> None:
-    """List every recipe and what it trains."""
+    """List the families of methods with their recipes."""
     if context.invoked_subcommand:
         return
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
-    from shared.recipe.catalog import recipe_files
+    from shared.recipe.families import families
     from shared.recipe.resolve import model_of, written
     from shared.recipe.taxonomy import taxonomy_of
 
     console = Console(highlight=False)
     for modality in ("image", "video", "3d"):
-        by_scheme: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
-        for name in recipe_files(modality):
-            recipe = written(name, modality, model_of(modality))
-            place = taxonomy_of(recipe)
-            values = {words: getattr(place, key) for key, words in _COLUMNS.items() if getattr(place, key)}
-            by_scheme.setdefault(place.scheme, []).append((name, recipe.title, values))
-        for scheme, entries in by_scheme.items():
-            console.print(f"[bold]{modality}: {scheme}[/]\n")
-            table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), show_header=not long)
-            for column in ("recipe", "method", "trains"):
-                table.add_column("" if long else column, overflow="fold", no_wrap=column == "recipe")
-            for name, title, values in entries:
+        for family in families(modality).values():
+            places = {name: taxonomy_of(written(name, modality, model_of(modality))) for name in family.recipes}
+            schemes = ", ".join(dict.fromkeys(place.scheme for place in places.values()))
+            console.print(f"[bold]{modality}: {family.title}[/] ({schemes})\n")
+            about = {"": family.equation, "use": family.use, "cost": family.cost}
+            settings = family.settings if long else {}
+            for words, text in (about | settings).items():
+                console.print(Padding(f"{words}: {text}" if words else text, (0, 0, 0, 2)), markup=False)
+            table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+            for column in ("recipe", "what", "how"):
+                table.add_column(column, overflow="fold", no_wrap=column == "recipe")
+            for name, place in places.items():
+                title = written(name, modality, model_of(modality)).title
+                values = {words: getattr(place, key) for key, words in _COLUMNS.items() if getattr(place, key)}
                 if long:
                     table.add_row(name, "method", title)
                     for words, value in values.items():
                         table.add_row("", words, value)
                 else:
                     table.add_row(name, title, values.get("trains", ""))
-            console.print(table)
-    more = "" if long else "pcs methods --long prints every recipe's place in the taxonomy.\n"
-    print(f"\n{more}pcs methods show NAME prints one whole recipe, with its papers.")
+            console.print(Padding(table, (1, 0, 1, 2)))
+    more = "" if long else "pcs methods --long adds the settings that matter and the place in the taxonomy.\n"
+    print(f"{more}pcs methods show NAME explains one recipe, setting by setting, with its papers.")
 
 
 @app.command()
@@ -64,10 +67,9 @@ def show(
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
     modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
 ) -> None:
-    """Print the resolved recipe, as it would run (on the toybox, unless backbone=… says otherwise)."""
-    import yaml
-
+    """Explain a recipe: everything it sets, resolved as it would run (on the toybox, unless backbone=… says otherwise)."""
     from shared.recipe.catalog import recipe_files
+    from shared.recipe.explain import explained
     from shared.recipe.resolve import load, model_of
     from shared.recipe.schema import dump
     from shared.recipe.taxonomy import taxonomy_of
@@ -78,4 +80,4 @@ def show(
     for key, words in _COLUMNS.items():
         if getattr(place, key):
             print(f"# {words}: {getattr(place, key)}")
-    print(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True, width=120))
+    print(explained(recipe, dump(recipe)))

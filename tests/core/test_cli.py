@@ -104,7 +104,7 @@ def test_methods_can_be_read_at_80_columns(capsys, monkeypatch, long):
     output = capsys.readouterr().out
     lines = output.splitlines()
     assert "test-time fine-tuning" in output and "…" not in output and max(map(len, lines)) <= 80
-    starts = {line.split()[0]: i for i, line in enumerate(lines) if line and not line.startswith(" ")}
+    starts = {line.split()[0]: i for i, line in enumerate(lines) if line[:2] == "  " and line[2:3].strip()}
     for name in recipe_files("image"):
         recipe = written(name, "image")
         place = taxonomy_of(recipe)

@@ -1,0 +1,75 @@
+"""A resolved recipe as YAML that explains itself: what a part is stands above it, what a setting is stands behind it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import tokenize
+from collections.abc import Iterator, Mapping
+from functools import cache
+from textwrap import dedent, wrap
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+_WIDTH = 120
+
+
+def explained(recipe: BaseModel, data: Mapping[str, Any]) -> str:
+    """YAML of `data` (the dump of `recipe`), with the documentation of the parts' classes as comments."""
+    return "\n".join(_lines(recipe, data, 0)) + "\n"
+
+
+def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
+    notes = comments(type(model)) if isinstance(model, BaseModel) else {}
+    pad = "  " * depth
+    for key, value in data.items():
+        part = model.get(key) if isinstance(model, Mapping) else getattr(model, key, None)
+        if isinstance(value, Mapping) and value and isinstance(part, BaseModel | Mapping):
+            yield f"{pad}{key}:"
+            if isinstance(part, BaseModel):
+                yield from (f"{pad}  # {line}".rstrip() for line in _documentation(type(part), _WIDTH - 4 - 2 * depth))
+            yield from _lines(part, value, depth + 1)
+            continue
+        flow = None if isinstance(value, list | dict) else False  # a list in one line, below its key
+        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH, default_flow_style=flow)
+        first, *rest = text.rstrip("\n").split("\n")
+        yield f"{pad}{first}" + (f"  # {notes[key]}" if key in notes and not rest else "")
+        yield from (f"{pad}{line}" for line in rest)
+
+
+def _documentation(part: type[BaseModel], width: int) -> Iterator[str]:
+    """Its docstring, in lines."""
+    for paragraph in inspect.cleandoc(part.__doc__ or "").split("\n\n"):
+        yield from wrap(" ".join(paragraph.split()), max(40, width))
+
+
+@cache
+def comments(part: type[BaseModel]) -> dict[str, str]:
+    """Setting -> the comment behind it in the source of its class, those of its bases too. Empty where there is no source."""
+    out: dict[str, str] = {}
+    for base in reversed(part.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            out |= _own_comments(base)
+    return out
+
+
+def _own_comments(part: type[BaseModel]) -> dict[str, str]:
+    try:
+        source = dedent(inspect.getsource(part))
+    except (OSError, TypeError):
+        return {}
+    said = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
+            if t.type == tokenize.COMMENT}  # fmt: skip
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    out = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            words = [said[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in said]
+            words = [w for w in words if not w.startswith(("type:", "noqa", "fmt:"))]
+            if words:
+                out[node.target.id] = " ".join(words)
+    return out

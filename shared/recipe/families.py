@@ -1,0 +1,28 @@
+"""The families that methods belong to: one equation each, the settings that matter, when to use one, what it costs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import yaml
+from pydantic import Field
+
+from shared.config import Part
+from shared.recipe.catalog import config_folder
+
+
+class Family(Part):
+    """Methods that optimise the same thing."""
+
+    title: str
+    equation: str
+    settings: dict[str, str]  # a key of its recipes -> what it does
+    use: str
+    cost: str
+    recipes: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def families(modality: str) -> dict[str, Family]:
+    """The families of a modality ("image", "video", "3d") by name, as `configs/families.yaml` has them."""
+    known = yaml.safe_load((config_folder() / "families.yaml").read_text("utf-8"))
+    return {name: Family(**entry) for name, entry in known[modality].items()}
