@@ -5,7 +5,7 @@ from __future__ import annotations
 from shared.sampling.hooks import DenoisingStep, SamplingHook, SamplingHookBase, StrengthSchedule
 from shared.sampling.sampler import Denoised, denoise, sample
 from shared.sampling.schedulers import make_scheduler, scheduler_names
-from shared.sampling.settings import SamplingSettings
+from shared.sampling.settings import SamplingSettings, Start
 
 __all__ = [
     "Denoised",
@@ -13,6 +13,7 @@ __all__ = [
     "SamplingHook",
     "SamplingHookBase",
     "SamplingSettings",
+    "Start",
     "StrengthSchedule",
     "denoise",
     "make_scheduler",

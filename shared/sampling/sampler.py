@@ -20,7 +20,7 @@ from shared.io.denoising_progress import Steps, part_of
 from shared.sampling.hooks import DenoisingStep
 from shared.sampling.hooks_in_turn import InTurn
 from shared.sampling.schedulers import make_scheduler
-from shared.sampling.settings import SamplingSettings
+from shared.sampling.settings import SamplingSettings, Start
 from shared.types import Conditioning
 
 DECODE_PIXELS = 2**18  # one picture of 512x512: the autoencoder's activations are the largest of all
@@ -81,7 +81,8 @@ def sample_all(
     for start in range(0, max(1, len(prompts)), at_once):
         some = slice(start, start + at_once)
         on_progress = part_of(progress, start, len(prompts[some]), len(prompts))
-        made = sample(backbone, prompts[some], seeds=seeds[some], settings=settings, progress=on_progress)
+        how = settings if settings.start is None else replace(settings, start=settings.start[some])
+        made = sample(backbone, prompts[some], seeds=seeds[some], settings=how, progress=on_progress)
         parts.append(made.cpu())
     return torch.cat(parts)
 
@@ -141,11 +142,11 @@ def denoise(
     backbone.set_timesteps(solver, steps, shape)
     conditionings = _ConditioningCache(backbone, negatives if guided else None)
     noise = hooks.initial_noise(backbone, _noise(backbone, shape, generators))
-    latents = noise * getattr(solver, "init_noise_sigma", 1.0)
+    times, latents = _begun(solver, noise, settings.start, steps)
     options = _step_options(solver, generators)
-    for i, t in enumerate(solver.timesteps):
+    for i, t in enumerate(times):
         scale = _seen(solver, noise.new_ones(1), t)
-        step = DenoisingStep(i, len(solver.timesteps), t, backbone, texts, seeds, noise, scale)
+        step = DenoisingStep(i, len(times), t, backbone, texts, seeds, noise, scale)
         latents = hooks.latents(step, latents)
         step = replace(step, prompts=hooks.prompts(step, step.prompts))
         scaled = _seen(solver, latents, t)
@@ -153,7 +154,26 @@ def denoise(
             positive, unwanted = conditionings(step.prompts, t)
             prediction = backbone.predict_guided(scaled, hooks.told(step, t), positive, unwanted, guidance)
         latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])
-        yield Denoised(i, len(solver.timesteps), t, latents)
+        yield Denoised(i, len(times), t, latents)
+
+
+def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
+    """The times [n] that are left, and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units.
+    ValueError for a start of another shape, or one that leaves no step."""
+    if start is None:
+        return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
+    if start.latents.shape != noise.shape:
+        raise ValueError(f"start: latents are {list(start.latents.shape)}, and what is sampled is {list(noise.shape)}")
+    taken = int(steps * start.strength)
+    if not taken:
+        raise ValueError(f"strength = {start.strength:g} of {steps} steps is none: take more steps, or a larger strength")
+    first = (steps - taken) * getattr(solver, "order", 1)
+    times, clean = solver.timesteps[first:], start.latents.to(noise)
+    if hasattr(solver, "set_begin_index"):  # those that count their calls
+        solver.set_begin_index(first)
+    at = times[:1].repeat(len(noise))
+    flows = hasattr(solver, "scale_noise")
+    return times, solver.scale_noise(clean, at, noise) if flows else solver.add_noise(clean, noise, at)
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Sampling that starts from pictures, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from shared.backbones.flux import FluxBackbone
+from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from shared.sampling import Start
+from shared.sampling.sampler import denoise, sample_all
+from shared.sampling.schedulers import DIFFUSION
+from shared.sampling.settings import SamplingSettings
+
+PROMPTS, SEEDS = ["a mug", "a red dog"], [1, 2]
+
+
+def clean(backbone: Any, count: int = 2) -> torch.Tensor:
+    shape = backbone.latent_shape(32, 32)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    ("version", "scheduler", "strength"),
+    [("tiny_sd", None, 0.5), ("tiny_sd", "ddim", 1.0), ("tiny_sd", "pndm", 0.6), ("tiny_sd", "euler", 0.5),
+     ("tiny_sd", "heun", 0.75), ("tiny_sd", "dpm++", 0.5), ("tiny_sd_v", "euler_a", 0.5)],
+)  # fmt: skip
+def test_equal_to_the_img2img_pipeline(version: str, scheduler: str | None, strength: float, request: Any) -> None:
+    pipe = request.getfixturevalue(version)
+    backbone = StableDiffusionBackbone(pipe)
+    start = Start(clean(backbone), strength)
+    how = SamplingSettings("bad", 5.0, 4, scheduler, height=32, width=32, start=start)
+    ours = sample_all(backbone, PROMPTS, seeds=SEEDS, settings=how)
+    if scheduler:
+        kind, settings = DIFFUSION[scheduler]
+        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    theirs = other(
+        prompt=PROMPTS, negative_prompt=["bad"] * 2, image=start.latents, strength=strength, guidance_scale=5.0,
+        num_inference_steps=4, generator=[torch.Generator().manual_seed(s) for s in SEEDS], output_type="pt",
+    ).images * 2 - 1  # fmt: skip
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> None:
+    """x_t = (1 - t) x_0 + t noise, at the first time that is left; half of the steps are taken."""
+    backbone = FluxBackbone(tiny_flux)
+    start = Start(clean(backbone, 1), 0.5)
+    seen: list[Any] = []
+
+    class Watching:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backbone, name)
+
+        def predict_guided(self, x_t: Any, t: Any, *rest: Any) -> Any:
+            seen.append((x_t.clone(), float(t) / 1000))
+            return backbone.predict_guided(x_t, t, *rest)
+
+    how = SamplingSettings("", 1.0, 4, height=32, width=32, start=start)
+    steps = list(denoise(Watching(), ["a mug"], seeds=[3], settings=how))  # type: ignore[arg-type]
+    noise = torch.randn(1, *start.latents.shape[1:], generator=torch.Generator().manual_seed(3))
+    (x_t, t), *_ = seen
+    assert len(steps) == 2 and 0 < t < 1
+    assert torch.allclose(x_t, (1 - t) * start.latents + t * noise, atol=1e-5)
+
+
+def test_a_start_that_does_not_fit_is_refused(tiny_sd: Any) -> None:
+    backbone = StableDiffusionBackbone(tiny_sd)
+    for latents, strength, why in (
+        (clean(backbone, 1), 0.5, "what is sampled is"),
+        (clean(backbone), 0.1, "strength = 0.1 of 4 steps is none"),
+    ):
+        how = SamplingSettings("", 5.0, 4, height=32, width=32, start=Start(latents, strength))
+        with pytest.raises(ValueError, match=why):
+            next(denoise(backbone, PROMPTS, seeds=SEEDS, settings=how))
+    with pytest.raises(ValueError, match="at most 1"):
+        Start(clean(backbone), 1.5)
