@@ -14,6 +14,8 @@ from pcs_3d.distill.distill import Distill, scene_prompts, shown, view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, check_fields, restored, under
+from pcs_3d.distill.pseudo_views import PseudoViews
+from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
 from pcs_3d.fields.field import Field
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
@@ -46,7 +48,7 @@ class Asset:
 class Runner3D(Runner):
     """One backbone and the concepts attached to it; what it makes are fields in space."""
 
-    tasks = {**Runner.tasks, DistillTask: Distill}
+    tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews}
 
     def create(
         self,
@@ -111,14 +113,17 @@ class Runner3D(Runner):
         fields that cannot follow one another or start as they are to; and for pictures to compare with that do not fit
         their cameras."""
         check_fields(recipe)
-        learned = list(subjects)
-        for _, phase in expand_phases(recipe):
-            if not isinstance(phase.task, DistillTask):
+        learned, views = list(subjects), list[str]()
+        for name, phase in expand_phases(recipe):
+            if isinstance(phase.task, PseudoViewsTask):
+                views.append(name)
+            if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
             if not phase.prompt.strip():
                 raise ValueError('prompt is empty: say what is to be made, prompt="a photo of a <my-mug>"')
-            if phase.references is not None:
-                phase.references.check(subjects, any(p.needs_masks for p in phase.penalties.values()))
+            if phase.references is not None and isinstance(phase.task, DistillTask):
+                masks = any(p.needs_masks for p in phase.penalties.values())
+                phase.references.check(subjects, masks, views)
             check_named(phase.prompt, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
             check_named(phase.prompt, dict.fromkeys(learned, "subject"))
             prompts = scene_prompts(phase, self.class_nouns)

@@ -66,11 +66,13 @@ class Distill(ConceptTask):
         field = first_field(recipe, channels, context.earlier, context.carried, context.resumed_step > 0)
         self.field: Field = field.to(context.backbone.device)
         self.prompts = scene_prompts(recipe, context.class_nouns)
-        on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name != STUDENT}
+        off = {STUDENT, *recipe.task.off}
+        on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name not in off}
         self.scores = scores(context, self.prompts, {**context.loaded_strengths, **on})
         self.pictures = None
         if recipe.references is not None and any(p.needs_pictures for p in recipe.penalties.values()):
-            self.pictures = recipe.references.pictures(context.subjects, self.side).to(context.backbone.device)
+            known = recipe.references.pictures(context.subjects, self.side, context.phase_folders)
+            self.pictures = known.to(context.backbone.device)
         self._check_groups()
         self._try()
 

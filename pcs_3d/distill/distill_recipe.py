@@ -9,10 +9,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from pcs_3d.backgrounds import Backgrounds
 from pcs_3d.camera_sampling import CameraSampling
 from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
 from pcs_3d.guidance.camera_embedding import CameraEmbedding
 from pcs_3d.guidance.prompt_debias import PromptDebias
 from pcs_3d.guidance.settings import Guidance
-from pcs_3d.references import References
+from pcs_3d.references import KnownViews
 from pcs_3d.regularize import GeometryRegularizer
 from pcs_3d.shadings import Shadings
 from pcs_3d.view_prompts import ViewWords
@@ -23,7 +24,7 @@ from shared.sources import Source
 from shared.trainable import Trainable
 
 AssetTask = Annotated[
-    DistillTask | TuneTask | GenerateTask,
+    DistillTask | TuneTask | GenerateTask | PseudoViewsTask,
     Field(discriminator="kind"),
     default_kind("distill"),
     BeforeValidator(named),
@@ -48,7 +49,7 @@ class DistillRecipe(Recipe):
     field: Any = None
     renderer: Any = None
     penalties: Slot[GeometryRegularizer] = {}
-    references: References | None = None  # from where the subject's pictures were taken, for penalties that compare
+    references: KnownViews | None = None  # pictures of the thing whose cameras are known, for penalties that compare
     export: Any = None  # how the field becomes files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}

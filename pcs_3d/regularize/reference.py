@@ -19,7 +19,7 @@ Count = Annotated[int, Setting(ge=1)]
 class ReferenceViews(GeometryPenalty):
     """The field, seen from where pictures of the thing were taken, looks like them: the mean squared error of pixels, on a grey
     background, and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures a step,
-    drawn at random. Without masks all pixels count; with them those of the thing."""
+    drawn at random. Without masks all pixels count, and the field stands on the colour of each picture's border."""
 
     needs_pictures: ClassVar[bool] = True
     kind: Literal["reference_views"] = "reference_views"
@@ -51,7 +51,8 @@ class Silhouette(GeometryPenalty):
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """The field on grey from where `count` of the pictures, drawn at random, were taken; and these pictures."""
+    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or on the colour of
+    a picture's border where there are no masks."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
         raise penalty.missing("pictures of the thing whose cameras are known (references)")
@@ -60,8 +61,15 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
     at = order[:count].to(pictures.pixels.device)
     height, width = pictures.pixels.shape[-2:]
     chosen = Pictures(pictures.pixels[at], pictures.cameras[at], None if pictures.masks is None else pictures.masks[at])
-    grey = chosen.pixels.new_full((len(at), chosen.pixels.shape[1], 1, 1), 0.5)
+    behind = border_color(chosen.pixels)
+    behind = behind if chosen.masks is None else torch.full_like(behind, 0.5)
     settings = replace(
-        seen.settings, height=height, width=width, background=grey, shading="albedo", light=None, normals=False
+        seen.settings, height=height, width=width, background=behind, shading="albedo", light=None, normals=False
     )
     return seen.draw(chosen.cameras, settings), chosen
+
+
+def border_color(pixels: Tensor) -> Tensor:
+    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: what is behind a thing in a plain place."""
+    rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
+    return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

@@ -62,7 +62,8 @@ class Bar(Lines):
 
     def __init__(self) -> None:
         super().__init__()
-        self.done, self.loss = 0, 0.0
+        self.done = 0
+        self.loss: float | None = None  # smoothed; None: no step has had one
         self.first = self.printed_at = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -74,13 +75,15 @@ class Bar(Lines):
         if not self.done:  # how long the first one took is not known: class pictures may have come before it
             self.first = now
         self.done += 1
-        self.loss = record.loss if self.done == 1 else 0.95 * self.loss + 0.05 * record.loss
-        self._show("", phase, self.done, total, f"loss {self.loss:.4f}")
+        if record.loss is not None:  # steps that make pictures have none
+            self.loss = record.loss if self.loss is None else 0.95 * self.loss + 0.05 * record.loss
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}"
+        self._show("", phase, self.done, total, loss)
         if self.progress.disable and now - self.printed_at > _EVERY:
             self.printed_at = now
             speed = f", {(self.done - 1) / (now - self.first):.1f} steps/s" if self.done > 1 else ""
             print(
-                f"{phase}: step {record.step}, {self.done} of {total} done, loss {self.loss:.4f}{speed}",
+                f"{phase}: step {record.step}, {self.done} of {total} done{', ' if loss else ''}{loss}{speed}",
                 file=sys.stderr,
                 flush=True,
             )

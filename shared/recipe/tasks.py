@@ -7,15 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from shared.config import Part, default_kind
+from shared.config import NAME, Part, default_kind
 
 Count = Annotated[int, Field(ge=1)]
 
 
 class TuneTask(Part):
-    """Learn from what the phase's sources give."""
+    """Learn from what the phase's sources give. off: adapter sets of this run that are off in this phase."""
 
     kind: Literal["tune"] = "tune"
+    off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
@@ -41,6 +42,7 @@ class GenerateTask(Part):
     num: Count = 8  # pictures per prompt and subject
     keep: Count | None = None  # of all pictures of a subject, the best so many by the scorers; None: all
     batch_size: Count = 4  # made at once
+    off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
     @property
     def optimizer_groups(self) -> frozenset[str]:

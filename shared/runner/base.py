@@ -27,9 +27,9 @@ from shared.runner.loaded_concepts import Loaded
 from shared.runner.plan import Plan
 from shared.sampling.hooks import StrengthSchedule
 from shared.sampling.sampler import sample_all
-from shared.sampling.settings import SamplingSettings
+from shared.sampling.settings import SamplingSettings, Start
 from shared.train.loop import Record
-from shared.train.phase_context import TaskTable
+from shared.train.phase_context import MakeNow, TaskTable
 from shared.train.training_run import TASKS, TrainingRun
 from shared.types import Subject
 
@@ -224,9 +224,13 @@ class Runner:
         settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution, frames=frames)
         return self.make(prompts, seeds, settings, progress)
 
-    def _made_now(self, progress: Progress | None) -> Callable[[Sequence[str], Sequence[int], Recipe], Tensor]:
+    def _made_now(self, progress: Progress | None) -> MakeNow:
         on_progress = named(progress.pictures if progress else None, "a batch of pictures")
-        return lambda prompts, seeds, recipe: self.make(prompts, seeds, self._as_trained(recipe), on_progress)
+
+        def made(prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None) -> Tensor:
+            return self.make(prompts, seeds, replace(self._as_trained(recipe), start=start), on_progress)
+
+        return made
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
         """How a recipe says that pictures are made while training: in the size that it learns."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shared.io.contact_sheets import read_metadata, write_picture
 from shared.io.decode import read_picture
@@ -22,11 +23,14 @@ from shared.train.task import Updates
 
 
 @dataclass(frozen=True)
-class _Shot:
+class Shot:
+    """A picture that is to be made. about: what a later phase is to know of it besides."""
+
     file: str
     owner: str
     prompt: str  # with {concept}
     seed: int
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Generate(ConceptTask):
@@ -42,18 +46,35 @@ class Generate(ConceptTask):
         assert isinstance(self.settings, GenerateTask)
         if context.make is None:
             raise ValueError(f"phase {context.name}: this run cannot make pictures")
-        self.shots = list(self._shots())
+        self.shots = list(self.planned())
         self.steps = self.settings.count(context.recipe.train.steps, len(context.subjects))
         self._key = ""
 
-    def _shots(self) -> Iterator[_Shot]:
-        names, seed = list(self.context.subjects), self.context.recipe.seed
+    def planned(self) -> Iterator[Shot]:
+        """Every picture of the phase, in order."""
+        names = list(self.context.subjects)
         for number, (name, prompt) in enumerate((n, p) for n in names for p in self.settings.prompts):
             for i in range(self.settings.num):
-                mixed = int.from_bytes(
-                    hashlib.sha256(f"{seed}/{self.context.name}/{number}/{i}".encode()).digest()[:6], "big"
-                )
-                yield _Shot(f"{name}-{number:03d}-{i:04d}.png", name, prompt, mixed)
+                yield Shot(f"{name}-{number:03d}-{i:04d}.png", name, prompt, self.seed(f"{number}/{i}"))
+
+    def seed(self, of: str) -> int:
+        """The seed of one picture of this phase."""
+        text = f"{self.context.recipe.seed}/{self.context.name}/{of}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def pictures(self, shots: Sequence[Shot]) -> Tensor:
+        """[N, 3, H, W] in [-1, 1]."""
+        assert self.context.make is not None
+        return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
+
+    def texts(self, shots: Sequence[Shot]) -> list[str]:
+        """Their prompts, expanded."""
+        placeholders = self.context.backbone.placeholders
+        return [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in shots]
+
+    def depends_on(self) -> Mapping[str, Tensor]:
+        """The tensors that a picture depends on."""
+        return self.state_dict()
 
     def updates(self, step: int, micro: int) -> Updates:
         """Makes the pictures of this step; there is no loss."""
@@ -65,18 +86,14 @@ class Generate(ConceptTask):
         yield from ()
 
     @torch.no_grad()
-    def _paint(self, shots: list[_Shot]) -> None:
+    def _paint(self, shots: list[Shot]) -> None:
         context, folder = self.context, self.context.folder
         missing = [shot for shot in shots if not self._made(shot)]
         if not missing:
             return
-        assert context.make is not None
         folder.mkdir(parents=True, exist_ok=True)
-        placeholders = context.backbone.placeholders
-        texts = [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in missing]
-        pixels = context.make(texts, [s.seed for s in missing], context.recipe)
-        for shot, picture in zip(missing, pixels, strict=True):
-            about = {"prompt": shot.prompt, "seed": shot.seed, "phase": context.name}
+        for shot, picture in zip(missing, self.pictures(missing), strict=True):
+            about = {"prompt": shot.prompt, "seed": shot.seed, "phase": context.name, **shot.about}
             write_picture(picture, folder / shot.file, {"pcs": json.dumps(about), "key": self.key})
 
     @property
@@ -86,12 +103,12 @@ class Generate(ConceptTask):
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())
             digest.update(f"{recipe.sampling!r}{recipe.train.resolution}{self.settings!r}{recipe.seed}".encode())
-            for name, tensor in sorted(self.state_dict().items()):
+            for name, tensor in sorted(self.depends_on().items()):
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
             self._key = digest.hexdigest()
         return self._key
 
-    def _made(self, shot: _Shot) -> bool:
+    def _made(self, shot: Shot) -> bool:
         path = self.context.folder / shot.file
         try:
             return path.is_file() and read_metadata(path).get("key") == self.key
@@ -113,8 +130,8 @@ class Generate(ConceptTask):
         write_text(self.context.folder / KEPT, text)
         return kept
 
-    def _scored(self, shot: _Shot) -> dict[str, Any]:
-        entry: dict[str, Any] = {"file": shot.file, "owner": shot.owner, "caption": shot.prompt, "score": None}
+    def _scored(self, shot: Shot) -> dict[str, Any]:
+        entry: dict[str, Any] = {"file": shot.file, "owner": shot.owner, "caption": shot.prompt, "score": None, **shot.about}
         if shot.owner in self.context.scorers:
             pixels = read_picture(self.context.folder / shot.file, min_side=1).pixels[None]
             plain = without(shot.prompt.replace("{concept}", f"<{shot.owner}>"), self.context.class_nouns)

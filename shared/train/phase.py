@@ -79,6 +79,9 @@ class Phase:
     def _enter(self, stack: ExitStack) -> None:
         """What holds while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
+        off = dict.fromkeys((name for name in self.recipe.task.off if name in backbone.adapters), 0.0)
+        if off:
+            stack.enter_context(backbone.active({**backbone.strengths, **off}))
         stack.enter_context(recomputed(backbone, self.recipe.train.gradient_checkpointing))
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)

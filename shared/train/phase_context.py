@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.recipe.schema import Recipe
+from shared.sampling.settings import Start
 from shared.train.learned_state import gather, restore
 from shared.trainable import TrainableGroup
 from shared.types import Example, Subject
@@ -19,8 +20,19 @@ from shared.types import Example, Subject
 if TYPE_CHECKING:
     from shared.train.task import Regrouped, Task
 
-#: (prompts, already expanded; seeds) -> pictures [N, 3, H, W] in [-1, 1] of the model as it is now
-MakeNow = Callable[[Sequence[str], Sequence[int], Recipe], Tensor]
+class MakeNow(Protocol):
+    """Pictures of the model as it is now."""
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None) -> Tensor:
+        """[N, 3, H, W] in [-1, 1], in the size that the recipe learns, on the CPU.
+
+        Args:
+            prompts: already expanded
+            start: what sampling starts from
+        """
+        ...
+
+
 #: (pictures [N, 3, H, W], plain prompts) -> scores with the key "score": the higher the better
 Score = Callable[[Tensor, Sequence[str]], Mapping[str, float]]
 
@@ -49,6 +61,7 @@ class PhaseContext:
     temporary: tuple[str, ...] = ()  # adapter sets that are on in training steps alone
     carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides what they learned
     earlier: Sequence[Recipe] = ()  # those of the phases before this one, in order
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # of the phases before this one, what each made
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
 
     @property

@@ -11,6 +11,7 @@ from shared.config import unknown
 from shared.io.read_subject import transparent
 from shared.masks import no_mask
 from shared.prompts import expand
+from shared.recipe.phases import expand_phases
 from shared.recipe.schema import MAIN, Recipe
 from shared.sampling.sampler import check_guidance
 from shared.sampling.schedulers import make_scheduler
@@ -31,6 +32,7 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
                 "this is the same in all phases; say it outside of them (train.mixed_precision)"
             )
+        _check_off(f"phases.{name}.task.off" if recipe.phases else "task.off", phase, recipe)
         if phase.task.needs_scores and not scored:
             raise ValueError(
                 f"phases.{name}.task.keep chooses the best pictures by score, and nothing can score them here: "
@@ -43,6 +45,14 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
             make_scheduler(backbone, part.sampling.scheduler)
         except ValueError as error:
             raise ValueError(f"{place}sampling.scheduler: {error}") from None
+
+
+def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
+    """ValueError for adapter sets that are to be off and that no part of the run is in."""
+    sets = {part.adapter_set for _, p in expand_phases(recipe) for part in p.trainable.values() if part.adapter_set}
+    for name in phase.task.off:
+        if name not in sets:
+            raise ValueError(f"{where}: {unknown(name, sets, 'adapter set')} A part under trainable says its adapter_set.")
 
 
 def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> None:

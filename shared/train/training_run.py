@@ -17,6 +17,7 @@ from shared.concept.confusable import confusable
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe, dump
 from shared.recipe.tasks import GenerateTask, TuneTask
+from shared.sampling.settings import Start
 from shared.sources.source_context import Generate as ClassPictures
 from shared.sources.source_context import SourceContext
 from shared.train import checkpoint
@@ -229,6 +230,7 @@ class TrainingRun:
             examples=lambda: self.examples(phase),
             text_on_device=self.offloaded.on_device,
             folder=self.folder(name),
+            phase_folders={n: self.folder(n) for n, _ in self.phases[:index]},
             make=self._made_now if self.make else None,
             scorers=self.scorers,
             progress=self.on_pictures,
@@ -272,10 +274,10 @@ class TrainingRun:
         with self.backbone.active(self.loaded_strengths), self.accelerator.autocast():
             return self.class_pictures(prompts, seeds, **how)
 
-    def _made_now(self, prompts: Any, seeds: Any, recipe: Recipe) -> Tensor:
+    def _made_now(self, prompts: Any, seeds: Any, recipe: Recipe, start: Start | None = None) -> Tensor:
         assert self.make is not None
         with self.offloaded.on_device(), self.accelerator.autocast(), self.clock.on("pictures"):
-            return self.make(prompts, seeds, recipe)
+            return self.make(prompts, seeds, recipe, start)
 
     def save(self, state: checkpoint.State, scaler: Mapping[str, float], not_finite: bool = False) -> None:
         """Write a checkpoint of a task's state, with what the run knows besides."""
