@@ -10,13 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras, turntable
-from pcs_3d.distill.distill import Distill, scene_prompts, shown, view_side
+from pcs_3d.distill.distill import Distill, shown, view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, check_fields, restored, under
 from pcs_3d.distill.pseudo_views import PseudoViews
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from pcs_3d.distill.regional import scene_prompts
 from pcs_3d.fields.field import Field
+from pcs_3d.regions import RegionPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
 from shared.io.cache import cache_folder
@@ -105,7 +107,7 @@ class Runner3D(Runner):
         channels = 3
         if recipe.guidance.space == "latents":
             channels = self.backbone.latent_shape(self.backbone.resolution, self.backbone.resolution)[0]
-        field = restored(recipe.field, channels, recipe.seed, under(run.carried, FIELD))
+        field = restored(recipe.made, channels, recipe.seed, under(run.carried, FIELD))
         return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
@@ -124,12 +126,16 @@ class Runner3D(Runner):
             if phase.references is not None and isinstance(phase.task, DistillTask):
                 masks = any(p.needs_masks for p in phase.penalties.values())
                 phase.references.check(subjects, masks, views)
-            check_named(phase.prompt, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
-            check_named(phase.prompt, dict.fromkeys(learned, "subject"))
-            prompts = scene_prompts(phase, self.class_nouns)
-            for text in prompts.all_texts():
-                if not set(names_in(text)) & set(learned):  # those are no words yet
-                    self.backbone.check_prompt(expand(text, self.backbone.placeholders))
+            regions: Mapping[str, RegionPart] = phase.guidance.regions
+            said = " / ".join(dict.fromkeys([phase.prompt, *(r.prompt for r in regions.values() if r.prompt)]))
+            check_named(said, {name: loaded.concept.meta.kind for name, loaded in self.loaded.items()})
+            check_named(said, dict.fromkeys(learned, "subject"))
+            for region in (None, *regions.values()):
+                if region is not None:
+                    region.check()
+                for text in scene_prompts(phase, self.class_nouns, region).all_texts():
+                    if not set(names_in(text)) & set(learned):  # those are no words yet
+                        self.backbone.check_prompt(expand(text, self.backbone.placeholders))
 
 
 class _Current:

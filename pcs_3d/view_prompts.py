@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Generator
+from torch import Generator, Tensor
 
 from pcs_3d.cameras import Cameras, wrapped_deg
 from shared.config import Part
@@ -68,11 +68,12 @@ class ViewWords(Part):
 @dataclass(frozen=True)
 class Views:
     """B views of one step: their cameras, and whether the subject's name is left out of each one's prompt. `blind`: the
-    model is not told the cameras."""
+    model is not told the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
 
     cameras: Cameras
     nameless: tuple[bool, ...]
     blind: bool = False
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.cameras)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from pcs_3d.cameras import Cameras, turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.hand_over import FIELD, first_field, under
+from pcs_3d.distill.regional import ShownRegions, regional_scores, scene_prompts
 from pcs_3d.fields.field import Field
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.guidance.engine import guide, surrogate
@@ -66,9 +68,11 @@ class Distill(ConceptTask):
         field = first_field(recipe, channels, context.earlier, context.carried, context.resumed_step > 0)
         self.field: Field = field.to(context.backbone.device)
         self.prompts = scene_prompts(recipe, context.class_nouns)
+        self.regions = ShownRegions(recipe.guidance.regions)
         off = {STUDENT, *recipe.task.off}
         on = {name: 1.0 for name in context.adapter_sets if name in context.backbone.adapters and name not in off}
-        self.scores = scores(context, self.prompts, {**context.loaded_strengths, **on})
+        strengths = {**context.loaded_strengths, **on}
+        self.scores = regional_scores(recipe, context.class_nouns, strengths, partial(scores, context))
         self.pictures = None
         if recipe.references is not None and any(p.needs_pictures for p in recipe.penalties.values()):
             known = recipe.references.pictures(context.subjects, self.side, context.phase_folders)
@@ -132,6 +136,7 @@ class Distill(ConceptTask):
         seen = self._drawn(moment, micro)
         views = self.prompts.views(seen.cameras.to("cpu"), noise)
         z, pixels = self._latents(seen.rendering)
+        views = replace(views, regions=self.regions.of(seen, (z.shape[-2], z.shape[-1])))
         guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
         parts = {"guidance": surrogate(z, guided.grad.to(z))}
         weight = moment.of(self.guidance.pixel_weight)
@@ -232,13 +237,6 @@ def recipe_of(context: PhaseContext) -> DistillRecipe:
     recipe = context.recipe
     assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} says nothing of fields and guidance"
     return recipe
-
-
-def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str]) -> ScenePrompts:
-    """What a recipe says of its teacher's prompts."""
-    prompt = f"{recipe.prompt} {recipe.setting}".strip()
-    by_direction = recipe.debias.prompts(prompt, class_nouns) if recipe.debias else {}
-    return ScenePrompts(prompt, recipe.negative, recipe.views, class_nouns, by_direction)
 
 
 def view_side(recipe: DistillRecipe, backbone: Backbone) -> int:

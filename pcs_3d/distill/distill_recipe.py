@@ -55,6 +55,11 @@ class DistillRecipe(Recipe):
     trainable: Slot[AssetTrainable] = {}
     task: AssetTask = DistillTask()
 
+    @property
+    def made(self) -> Any:
+        """The settings of the field, with what the guidance says of regions."""
+        return self.field.within(self.guidance.regions)
+
     @model_validator(mode="after")
     def _knows_its_pictures(self) -> DistillRecipe:
         for name, penalty in self.penalties.items():

@@ -35,12 +35,12 @@ def check_fields(recipe: DistillRecipe) -> None:
         if isinstance(phase.task, DistillTask):
             where = f"phases.{name}.field" if recipe.phases else "field"
             _check_start(where, phase, earlier)
-            phase.field.check()
+            phase.made.check()
             earlier = phase
 
 
 def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None) -> None:
-    mine: FieldPart = phase.field
+    mine: FieldPart = phase.made
     if earlier is None:
         if isinstance(mine.start, PhaseStart):
             raise ValueError(
@@ -80,15 +80,15 @@ def first_field(
     Raises:
         ValueError: there is no earlier field, it is empty, or it is another than this one
     """
-    part, state = recipe.field, under(carried, FIELD)
+    part, state = recipe.made, under(carried, FIELD)
     if resumed:
         return blank(part, channels, recipe.seed)
     made = [r for r in earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]
     if not state or not made:
         return part.build(channels, recipe.seed)
     before = made[-1]
-    if isinstance(part.start, PhaseStart) and _settings(part) != _settings(before.field):
-        found = restored(before.field, channels, before.seed, state)
+    if isinstance(part.start, PhaseStart) and _settings(part) != _settings(before.made):
+        found = restored(before.made, channels, before.seed, state)
         start = handed(found, part.start, recipe.seed)
         return part.model_copy(update={"start": start}).build(channels, recipe.seed)
     return restored(part, channels, recipe.seed, state)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras
-from pcs_3d.distill.distill import recipe_of, scene_prompts, shown
+from pcs_3d.distill.distill import recipe_of, shown
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, restored, under
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from pcs_3d.distill.regional import scene_prompts
 from shared.sampling.settings import Start
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
@@ -45,7 +46,7 @@ class PseudoViews(Generate):
             channels = 3
             if by.guidance.space == "latents":
                 channels = backbone.latent_shape(backbone.resolution, backbone.resolution)[0]
-            found = restored(by.field, channels, by.seed, under(self.context.carried, FIELD))
+            found = restored(by.made, channels, by.seed, under(self.context.carried, FIELD))
             self._field = found.to(backbone.device)
         return self._field
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from pcs_3d.fields.frequency_mlp import FrequencyMlp
 from pcs_3d.fields.gaussians import Gaussians
 from pcs_3d.fields.hash_grid import HashGrid
+from pcs_3d.fields.local_edit import LocalEdit
 from pcs_3d.fields.tetrahedra import Tetrahedra
 from pcs_3d.fields.textured_mesh import TexturedMesh
 from pcs_3d.fields.triplane import Triplane
@@ -14,9 +15,19 @@ from pcs_3d.fields.voxels import Voxels
 from shared.config import default_kind
 
 FieldSettings = Annotated[
-    Voxels | Triplane | FrequencyMlp | HashGrid | Tetrahedra | TexturedMesh | Gaussians,
+    Voxels | Triplane | FrequencyMlp | HashGrid | Tetrahedra | TexturedMesh | Gaussians | LocalEdit,
     Field(discriminator="kind"),
     default_kind("voxels"),
 ]
 
-__all__ = ["FieldSettings", "FrequencyMlp", "Gaussians", "HashGrid", "Tetrahedra", "TexturedMesh", "Triplane", "Voxels"]
+__all__ = [
+    "FieldSettings",
+    "FrequencyMlp",
+    "Gaussians",
+    "HashGrid",
+    "LocalEdit",
+    "Tetrahedra",
+    "TexturedMesh",
+    "Triplane",
+    "Voxels",
+]

@@ -36,6 +36,10 @@ class FieldPart(KindPart):
         """The rate of the colours."""
         return self.lr if self.lr_features is None else self.lr_features
 
+    def within(self, regions: Mapping[str, Any]) -> FieldPart:
+        """The same where the guidance has these regions, by name: itself, unless it asks where they are."""
+        return self
+
     def check(self) -> None:
         """ValueError for a file to start from that cannot be read."""
         self.start.check()

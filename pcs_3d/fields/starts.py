@@ -62,7 +62,7 @@ class Blob(StartPart):
 
 
 class MeshFile(StartPart):
-    """A mesh or points: GLB, OBJ or PLY, brought to radius 1 around the origin.
+    """A mesh or points: GLB, OBJ or PLY, brought to one radius (1: what cameras are made for) around the origin.
 
     up: which of the file's axes is up; None: z in PLY, y elsewhere, as the formats have it. azimuth_deg: the thing is turned
     so far to its left, for files whose front is elsewhere.
@@ -74,9 +74,10 @@ class MeshFile(StartPart):
     path: PathText | None = None
     up: Literal["y", "z"] | None = None
     azimuth_deg: float = 0.0
+    radius: Annotated[float, Setting(gt=0, le=10)] = 1.0
 
     def shape(self) -> Shape:
-        return shape_of_file(self._named(), self.up, self.azimuth_deg)
+        return shape_of_file(self._named(), self.up, self.azimuth_deg, self.radius)
 
     def triangles(self) -> Surface:
         pieces = [p for p in read_mesh(self._named(), self.up, self.azimuth_deg) if len(p.faces)]
@@ -86,7 +87,7 @@ class MeshFile(StartPart):
         faces = np.concatenate([p.faces + offset for p, offset in zip(pieces, offsets[:-1], strict=True)])
         # What a file has once for each side of a seam of its texture is one place, and one corner of the surface.
         places, number = np.unique(np.concatenate([p.vertices for p in pieces]), axis=0, return_inverse=True)
-        return Surface(torch.from_numpy(places).float(), torch.from_numpy(number.reshape(-1)[faces]))
+        return Surface(torch.from_numpy(self.radius * places).float(), torch.from_numpy(number.reshape(-1)[faces]))
 
     def _named(self) -> Path:
         if self.path is None:

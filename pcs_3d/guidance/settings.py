@@ -11,6 +11,7 @@ from pcs_3d.guidance.perp_neg import PerpNeg
 from pcs_3d.guidance.scores import Adapters, Ask, Told
 from pcs_3d.guidance.student import StudentSettings
 from pcs_3d.guidance.times import Times
+from pcs_3d.regions import Region
 from pcs_3d.schedules import Schedule
 from shared.config import Part, Slot
 
@@ -59,6 +60,7 @@ class Guidance(Part):
     clip: Schedule | None = None  # elementwise, of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
     rescale: Share = 0.0  # of x0 to its spread without guidance (https://arxiv.org/abs/2305.08891, eq. 15)
     rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is taken together: those of a ring
+    regions: Slot[Region] = {}  # parts of space that are asked for something of their own
     perp_neg: PerpNeg | None = None
     student: StudentSettings | None = None
     pixel_weight: Schedule = 0.0  # HiFA's loss between the view and the decoded x0

@@ -119,9 +119,11 @@ def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))
 
 
-def shape_of_file(path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> SampledShape:
-    """The shape in a GLB, OBJ or PLY file. ValueError as `read_mesh`."""
+def shape_of_file(
+    path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0, radius: float = 1.0
+) -> SampledShape:
+    """The shape in a GLB, OBJ or PLY file, of this radius. ValueError as `read_mesh`."""
     from pcs_3d.meshes.read_mesh import read_mesh, sampled
 
     points, colors = sampled(read_mesh(path, up, azimuth_deg), _SAMPLES)
-    return SampledShape(points, colors)
+    return SampledShape(radius * points, colors, reach=max(1.0, radius))

@@ -1,0 +1,74 @@
+"""Regions of a phase: what guides each of them, and where views show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.guidance.regional_scores import RegionalScores
+from pcs_3d.guidance.scores import Scores
+from pcs_3d.regions import Inside, RegionPart, seen
+from pcs_3d.regularize.base import Seen
+from pcs_3d.view_prompts import ScenePrompts
+from shared.config import unknown
+
+#: From a scene's prompts and the concepts' strengths to what guides it.
+Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
+
+
+def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None) -> ScenePrompts:
+    """What a recipe says of its teacher's prompts; of those of a region, which says its own or leaves the recipe's."""
+    said = (region.prompt if region else "") or recipe.prompt
+    negative = (region.negative if region else "") or recipe.negative
+    prompt = f"{said} {recipe.setting}".strip()
+    by_direction = recipe.debias.prompts(prompt, class_nouns) if recipe.debias else {}
+    return ScenePrompts(prompt, negative, recipe.views, class_nouns, by_direction)
+
+
+def regional_scores(
+    recipe: DistillRecipe, class_nouns: Mapping[str, str], strengths: Mapping[str, float], opened: Opened
+) -> Scores:
+    """What guides a phase: one for the whole, and one for each region with its own prompts and concepts.
+
+    Args:
+        strengths: of all concepts that have adapters
+
+    Raises:
+        ValueError: a region names a concept that is not there
+    """
+    parts: Mapping[str, RegionPart] = recipe.guidance.regions
+    owned = {concept for part in parts.values() for concept in part.concepts or ()}
+    for name, part in parts.items():
+        for concept in part.concepts or ():
+            if concept not in strengths:
+                raise ValueError(
+                    f"guidance.regions.{name}.concepts: {unknown(concept, strengths, 'concept with adapters')} Learned words "
+                    "act where a prompt says them."
+                )
+    shared = {name: strength for name, strength in strengths.items() if name not in owned}
+    whole = opened(scene_prompts(recipe, class_nouns), shared)
+    regions = {
+        name: opened(
+            scene_prompts(recipe, class_nouns, part),
+            shared if part.concepts is None else {n: strengths[n] for n in part.concepts},
+        )
+        for name, part in parts.items()
+    }
+    return RegionalScores(whole, regions) if regions else whole
+
+
+class ShownRegions:
+    """The regions of a phase in its views."""
+
+    def __init__(self, parts: Mapping[str, RegionPart]) -> None:
+        self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items()}
+
+    def of(self, views: Seen, cells: tuple[int, int]) -> dict[str, Tensor]:
+        """How much of each cell shows each region, [B, 1, h, w]."""
+        depth, opacity, reach = views.rendering.depth, views.rendering.opacity.detach(), views.field.bound
+        return {
+            name: seen(inside, views.cameras, depth.detach(), opacity, cells, reach)
+            for name, inside in self.regions.items()
+        }

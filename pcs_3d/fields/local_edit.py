@@ -1,0 +1,110 @@
+"""A thing of which only some regions may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field as Setting
+from torch import Tensor, nn
+
+from pcs_3d.fields.base import BaseVolume, unit
+from pcs_3d.fields.field import Replaced, Sample
+from pcs_3d.fields.grids import nodes
+from pcs_3d.fields.starts import MeshFile, Start, inverse_softplus
+from pcs_3d.fields.voxels import VoxelField, Voxels
+from pcs_3d.regions import Inside, Region, RegionPart, together
+from shared.config import Slot
+from shared.trainable import TrainableGroup
+
+
+class LocalEdit(Voxels):
+    """Two grids that begin alike: the start, which stays as it is, and what is learned, which is seen inside the regions alone.
+    Outside of them the field is the start, bit for bit (as the separate fields of FocalDreamer,
+    https://arxiv.org/abs/2308.10608).
+
+    regions: where it may change; none: the regions of the guidance. fill: the density there at first, per radius, where the start
+    has less: a fog that something can grow from.
+    """
+
+    kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
+    start: Start = MeshFile()
+    regions: Slot[Region] = {}
+    fill: Annotated[float, Setting(ge=0, le=1000)] = 2.0
+
+    def within(self, regions: Mapping[str, Any]) -> LocalEdit:
+        return self if self.regions else self.model_copy(update={"regions": dict(regions)})
+
+    def check(self) -> None:
+        if not self.regions:
+            raise ValueError(
+                "field.kind = local_edit: say where it may change: guidance.regions.hat.kind=box guidance.regions.hat.lo=[…] "
+                "guidance.regions.hat.hi=[…], in radii of the thing"
+            )
+        super().check()
+
+    def build(self, channels: int = 3, seed: int = 0) -> LocalEditField:
+        return LocalEditField(self, channels)
+
+
+class LocalEditField(BaseVolume):
+    """(1 - w) kept + w learned, with w in [0, 1] of how much a point is inside the regions."""
+
+    def __init__(self, part: LocalEdit, channels: int) -> None:
+        super().__init__(part.bound, channels)
+        self.part = part
+        parts: Mapping[str, RegionPart] = part.regions
+        self.regions: dict[str, Inside] = {name: region.build() for name, region in parts.items()}
+        self.kept, self.learned = VoxelField(part, channels), VoxelField(part, channels)
+        self.kept.requires_grad_(False)
+        with torch.no_grad():
+            share = together(self.regions, nodes(part.resolution, part.bound))[..., None]
+            fog = inverse_softplus((part.fill * share).clamp_min(1e-4))
+            anew = fog > self.learned.raw_density
+            self.learned.raw_density.copy_(torch.where(anew, fog, self.learned.raw_density))
+            self.learned.raw_features.masked_fill_(anew, 0.0)  # grey
+
+    def _kept(self) -> dict[str, Tensor]:
+        return {f"{n}.{k}": v for n in ("kept", "learned") for k, v in getattr(self, n)._kept().items()}
+
+    def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
+        return self.learned.groups()
+
+    def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
+        return self.learned.trained()
+
+    def advance(self, step: int, steps: int) -> Replaced | None:
+        return self.learned.advance(step, steps)
+
+    def at(self, points: Tensor) -> Sample:
+        flat = points.reshape(-1, 3)
+        old, share = self.kept.at(flat), together(self.regions, flat)
+        some = share.nonzero()[:, 0]
+        new, part = self.learned.at(flat[some]), share[some]
+        density = old.density.index_put((some,), torch.lerp(old.density[some], new.density, part))
+        features = old.features.index_put((some,), torch.lerp(old.features[some], new.features, part[:, None]))
+        return Sample(density.reshape(points.shape[:-1]), features.reshape(*points.shape[:-1], -1))
+
+    def density(self, points: Tensor) -> Tensor:
+        flat = points.reshape(-1, 3)
+        density, share = self.kept.density(flat), together(self.regions, flat)
+        some = share.nonzero()[:, 0]
+        mixed = torch.lerp(density[some], self.learned.density(flat[some]), share[some])
+        return density.index_put((some,), mixed).reshape(points.shape[:-1])
+
+    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        (least, most), (low, high) = self.kept.between(points), self.learned.between(points)
+        changed = together(self.regions, points) > 0
+        return (
+            torch.where(changed, torch.minimum(least, low), least),
+            torch.where(changed, torch.maximum(most, high), most),
+        )
+
+    def normals(self, points: Tensor) -> Tensor:
+        share = together(self.regions, points)[..., None]
+        return unit(torch.lerp(self.kept.normals(points), self.learned.normals(points), share))
+
+    def total_variation(self) -> Tensor:
+        """Of what is learned."""
+        return self.learned.total_variation()

@@ -1,0 +1,34 @@
+"""A box along the axes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from pcs_3d.regions.base import Inside, RegionPart
+
+Corner = tuple[float, float, float]
+
+
+class Box(RegionPart):
+    """Between the corners lo and hi, as boxes that a user draws (https://arxiv.org/abs/2303.12218, section 4)."""
+
+    kind: Literal["box"] = "box"
+    lo: Corner
+    hi: Corner
+
+    @model_validator(mode="after")
+    def _has_a_volume(self) -> Box:
+        if any(a >= b for a, b in zip(self.lo, self.hi, strict=True)):
+            raise ValueError(f"lo = {list(self.lo)} must be below hi = {list(self.hi)} along every axis")
+        return self
+
+    def build(self) -> Inside:
+        def inside(points: Tensor) -> Tensor:
+            lo, hi = (torch.tensor(c, device=points.device, dtype=points.dtype) for c in (self.lo, self.hi))
+            return self.faded(torch.minimum(points - lo, hi - points).amin(-1))
+
+        return inside

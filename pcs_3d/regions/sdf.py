@@ -1,0 +1,53 @@
+"""A ball, or the inside of a mesh: a region known by its signed distance."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.meshes.shape import BallShape, shape_of_file
+from pcs_3d.regions.base import Inside, RegionPart
+from shared.config import PathText
+
+_CELLS, _REACH = 64, 1.5  # of the grid that a mesh's distances are kept on, in its own radii
+
+
+class Sdf(RegionPart):
+    """Where a signed distance is negative: of a mesh in a file, brought to so large a radius around the centre, or without a file
+    of a ball. grown: what is so close to it, in radii of the thing, is inside, too."""
+
+    kind: Literal["sdf"] = "sdf"
+    path: PathText | None = None
+    center: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    radius: Annotated[float, Field(gt=0, le=10)] = 0.5
+    up: Literal["y", "z"] | None = None  # as of `field.start`
+    azimuth_deg: float = 0.0
+    grown: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def build(self) -> Inside:
+        grid = None if self.path is None else self._grid()
+
+        def inside(points: Tensor) -> Tensor:
+            own = (points - torch.tensor(self.center, device=points.device, dtype=points.dtype)) / self.radius
+            distance = BallShape(1.0).distance(own) if grid is None else _asked(grid.to(points), own)
+            return self.faded(self.grown - self.radius * distance)
+
+        return inside
+
+    def _grid(self) -> Tensor:
+        """[1, 1, z, y, x] signed distances."""
+        assert self.path is not None
+        line = torch.linspace(-_REACH, _REACH, _CELLS)
+        z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+        places = torch.stack([x, y, z], -1).reshape(-1, 3)
+        return shape_of_file(self.path, self.up, self.azimuth_deg).distance(places).reshape(1, 1, _CELLS, _CELLS, _CELLS)
+
+
+def _asked(grid: Tensor, own: Tensor) -> Tensor:
+    """Distances [...] at [..., 3]; what is beyond the grid is at least as far as its border."""
+    place = own.reshape(1, -1, 1, 1, 3) / _REACH
+    return F.grid_sample(grid, place, padding_mode="border", align_corners=True).reshape(own.shape[:-1])
