@@ -40,7 +40,13 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
     """The run's own backbone."""
     guidance = recipe_of(context).guidance
     return BackboneScores(
-        context.backbone, prompts, concepts, guidance.perp_neg, guidance.resolution, context.text_on_device
+        context.backbone,
+        prompts,
+        concepts,
+        guidance.perp_neg,
+        guidance.resolution,
+        context.text_on_device,
+        guidance.joint_views,
     )
 
 

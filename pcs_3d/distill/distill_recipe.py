@@ -61,6 +61,16 @@ class DistillRecipe(Recipe):
         return self.field.within(self.guidance.regions)
 
     @model_validator(mode="after")
+    def _in_rings(self) -> DistillRecipe:
+        joint, ring = self.guidance.joint_views, self.cameras.ring
+        if joint > 1 and ring != joint:
+            raise ValueError(
+                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, and cameras.ring = "
+                f"{ring}; say the same in both"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _knows_its_pictures(self) -> DistillRecipe:
         for name, penalty in self.penalties.items():
             if penalty.needs_pictures and self.guidance.space == "latents":

@@ -24,8 +24,8 @@ class LocalEdit(Voxels):
     Outside of them the field is the start, bit for bit (as the separate fields of FocalDreamer,
     https://arxiv.org/abs/2308.10608).
 
-    regions: where it may change; none: the regions of the guidance. fill: the density there at first, per radius, where the start
-    has less: a fog that something can grow from.
+    regions: where it may change; none: those of the guidance. fill: the density there at first, per radius, where the start has
+    less: a grey fog that something can grow from.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pcs_3d.guidance.camera_embedding import CameraAdapter
+from pcs_3d.guidance.joint_views import SELF, JointViews
 from pcs_3d.guidance.perp_neg import PerpNeg
 from pcs_3d.guidance.prompt_cache import PromptCache
 from pcs_3d.guidance.scores import Adapters, Ask, Told
 from pcs_3d.guidance.student import STUDENT
 from pcs_3d.view_prompts import Mix, ScenePrompts, Views
+from shared.backbones.attention_edits import At
 from shared.backbones.protocol import Backbone
 from shared.prompts import without
 from shared.types import Conditioning
@@ -30,6 +32,7 @@ class BackboneScores:
     Args:
         concepts: name -> strength, of adapters and learned words
         resolution: pixels of the shorter side that views are scaled to before they are encoded; None: the backbone's own
+        joint_views: so many views in turn attend to each other
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class BackboneScores:
         perp_neg: PerpNeg | None = None,
         resolution: int | None = None,
         text_on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        joint_views: int = 1,
     ) -> None:
         self.backbone, self.prompts, self.perp_neg = backbone, prompts, perp_neg
+        self.joint_views = joint_views
         self.resolution = backbone.resolution if resolution is None else resolution
         self.concepts = dict(concepts)
         self.texts = PromptCache(backbone, text_on_device)
@@ -84,6 +89,8 @@ class BackboneScores:
             for adapter in self.backbone.adapters.get(STUDENT, []):
                 if isinstance(adapter, CameraAdapter):
                     stack.enter_context(adapter.seeing(views.cameras, views.blind))
+            if self.joint_views > 1:
+                stack.enter_context(self.backbone.attending(At(JointViews(self.joint_views), SELF)))
             conditioning = self._conditioning(rows, t)
             return self.backbone.predict(z_t.to(self.backbone.dtype), t, conditioning)
 

@@ -61,6 +61,7 @@ class Guidance(Part):
     rescale: Share = 0.0  # of x0 to its spread without guidance (https://arxiv.org/abs/2305.08891, eq. 15)
     rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is taken together: those of a ring
     regions: Slot[Region] = {}  # parts of space that are asked for something of their own
+    joint_views: Annotated[int, Field(ge=1)] = 1  # views of a ring that attend to each other (`JointViews`)
     perp_neg: PerpNeg | None = None
     student: StudentSettings | None = None
     pixel_weight: Schedule = 0.0  # HiFA's loss between the view and the decoded x0

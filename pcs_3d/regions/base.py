@@ -20,8 +20,8 @@ Inside = Callable[[Tensor], Tensor]
 class RegionPart(KindPart):
     """A part of space, in radii of the thing (x forward, y to its left, z up), with what is asked for there.
 
-    prompt, negative: instead of the recipe's; "": the recipe's. concepts: loaded concepts whose adapters are on there and nowhere
-    else; None: those of the rest, too. softness: radii over which the region fades in behind its border, all of them inside.
+    prompt, negative: instead of the recipe's; "": the recipe's. concepts: those whose adapters are on there, and nowhere else;
+    None: those of the rest. softness: radii over which the region fades in behind its border, all of them inside.
     """
 
     prompt: str = ""

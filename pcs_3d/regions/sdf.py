@@ -13,12 +13,12 @@ from pcs_3d.meshes.shape import BallShape, shape_of_file
 from pcs_3d.regions.base import Inside, RegionPart
 from shared.config import PathText
 
-_CELLS, _REACH = 64, 1.5  # of the grid that a mesh's distances are kept on, in its own radii
+_CELLS, _REACH = 40, 1.5  # of the grid that a mesh's distances are kept on, in its own radii
 
 
 class Sdf(RegionPart):
-    """Where a signed distance is negative: of a mesh in a file, brought to so large a radius around the centre, or without a file
-    of a ball. grown: what is so close to it, in radii of the thing, is inside, too."""
+    """Where a signed distance is negative: of a mesh in a file, brought to this radius around the centre; without a file, of a
+    ball. grown: what is so close to it, in radii of the thing, is inside, too."""
 
     kind: Literal["sdf"] = "sdf"
     path: PathText | None = None

@@ -51,8 +51,8 @@ class Silhouette(GeometryPenalty):
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or on the colour of
-    a picture's border where there are no masks."""
+    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or without masks on
+    the colour of each picture's border."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
         raise penalty.missing("pictures of the thing whose cameras are known (references)")
@@ -70,6 +70,7 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
 
 
 def border_color(pixels: Tensor) -> Tensor:
-    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: what is behind a thing in a plain place."""
+    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: what is behind a thing where that is
+    plain."""
     rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
     return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

@@ -56,9 +56,9 @@ def session(backbone: Any, recipe: Recipe, photos: Path, workdir: Path, **change
             backbone, prompts, seeds=seeds, guidance=guidance, steps=steps, height=resolution, width=resolution
         )
 
-    def make(prompts, seeds, recipe: Recipe) -> Tensor:
-        how = recipe.sampling
-        return sample(backbone, prompts, seeds=seeds, guidance=how.guidance, steps=how.steps, height=32, width=32)
+    def make(prompts, seeds, recipe: Recipe, start=None) -> Tensor:
+        how = {"guidance": recipe.sampling.guidance, "steps": recipe.sampling.steps, "start": start}
+        return sample(backbone, prompts, seeds=seeds, height=32, width=32, **how)
 
     subjects = {"mug": read_subject(photos, "mug")}
     cache = workdir.parent / "cache"

@@ -25,7 +25,15 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
-OF_A_KIND = {"dream_gaussian", "magic3d", "realfusion", "texture_personalization"}  # see test_hand_over.py
+OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py
+    "dream_gaussian",
+    "dreambooth3d",
+    "local_editing",
+    "magic3d",
+    "mv_dreambooth",
+    "realfusion",
+    "texture_personalization",
+}
 
 
 def wrote(field, folder: Path, settings) -> None:

@@ -1,0 +1,34 @@
+"""Views of one thing that attend to each other, as in a model of several views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shared.backbones.attention_rows import Rows
+from shared.backbones.attention_sites import Site, Where
+
+SELF = Where(kinds=frozenset({"self"}))
+
+
+@dataclass(frozen=True)
+class JointViews:
+    """Self-attention over `count` views in turn together: each place attends to all places of all of them (MVDream,
+    https://arxiv.org/abs/2308.16512, section 3.1, where the weights of a model of pictures are what its training starts from).
+    An edit for `Backbone.attending`."""
+
+    count: int
+
+    def __call__(
+        self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """k and v become [B, H, count · L, d]. ValueError where B is no multiple of `count`."""
+        if len(k) % self.count:
+            raise ValueError(f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is no multiple of it")
+        return q, self._joined(k), self._joined(v), bias
+
+    def _joined(self, values: Tensor) -> Tensor:
+        b, heads, places, width = values.shape
+        groups = values.reshape(b // self.count, self.count, heads, places, width).transpose(1, 2)
+        return groups.reshape(-1, heads, self.count * places, width).repeat_interleave(self.count, 0)
