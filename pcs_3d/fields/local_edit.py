@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -56,7 +57,8 @@ class LocalEditField(BaseVolume):
         self.part = part
         parts: Mapping[str, RegionPart] = part.regions
         self.regions: dict[str, Inside] = {name: region.build() for name, region in parts.items()}
-        self.kept, self.learned = VoxelField(part, channels), VoxelField(part, channels)
+        self.kept = VoxelField(part, channels)
+        self.learned = copy.deepcopy(self.kept)
         self.kept.requires_grad_(False)
         with torch.no_grad():
             share = together(self.regions, nodes(part.resolution, part.bound))[..., None]
@@ -80,7 +82,7 @@ class LocalEditField(BaseVolume):
     def at(self, points: Tensor) -> Sample:
         flat = points.reshape(-1, 3)
         old, share = self.kept.at(flat), together(self.regions, flat)
-        some = share.nonzero()[:, 0]
+        some = _somewhere(share)
         new, part = self.learned.at(flat[some]), share[some]
         density = old.density.index_put((some,), torch.lerp(old.density[some], new.density, part))
         features = old.features.index_put((some,), torch.lerp(old.features[some], new.features, part[:, None]))
@@ -89,7 +91,7 @@ class LocalEditField(BaseVolume):
     def density(self, points: Tensor) -> Tensor:
         flat = points.reshape(-1, 3)
         density, share = self.kept.density(flat), together(self.regions, flat)
-        some = share.nonzero()[:, 0]
+        some = _somewhere(share)
         mixed = torch.lerp(density[some], self.learned.density(flat[some]), share[some])
         return density.index_put((some,), mixed).reshape(points.shape[:-1])
 
@@ -102,9 +104,15 @@ class LocalEditField(BaseVolume):
         )
 
     def normals(self, points: Tensor) -> Tensor:
-        share = together(self.regions, points)[..., None]
-        return unit(torch.lerp(self.kept.normals(points), self.learned.normals(points), share))
+        share, kept = together(self.regions, points)[..., None], self.kept.normals(points)
+        return torch.where(share > 0, unit(torch.lerp(kept, self.learned.normals(points), share)), kept)
 
     def total_variation(self) -> Tensor:
         """Of what is learned."""
         return self.learned.total_variation()
+
+
+def _somewhere(share: Tensor) -> Tensor:
+    """int64: the points that are in a region; one that is not where there are none, so that a gradient of 0 reaches the field."""
+    some = share.nonzero()[:, 0]
+    return some if len(some) else some.new_zeros(min(1, len(share)))
