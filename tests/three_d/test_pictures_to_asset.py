@@ -1,0 +1,187 @@
+"""Recipes that learn a thing from pictures and make an asset of it in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcs_3d.distill.distill import shown
+from pcs_3d.distill.hand_over import FIELD, restored, under
+from pcs_3d.distill.pseudo_views import PseudoViews
+from pcs_3d.guidance.backbone_scores import BackboneScores
+from pcs_3d.guidance.scores import Ask
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.regularize.reference import border_color
+from pcs_3d.runner import Runner3D
+from pcs_3d.view_prompts import ScenePrompts, Views
+from pcs_3d.cameras import turntable
+from shared.io.decode import read_picture
+from shared.io.read_subject import read_subject
+from shared.recipe.phases import expand_phases
+from shared.recipe.resolve import load
+from shared.sources.phase_pictures import read_kept
+from shared.train import checkpoint
+from shared.train.learned_state import gather
+from shared.train.training_run import TrainingRun
+from tests.core.runs import paint
+
+SMALL = ("backbone=tiny", "prompt=a photo of a <mug>", "train.mixed_precision=no", "train.checkpoint_every=0",
+         "field.resolution=10", "renderer.samples=16", "guidance.resolution=32", "sampling.steps=4", "setting=")  # fmt: skip
+TUNED = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1", "phases.partial.train.steps=2",
+         "phases.full.train.steps=1", "phases.final.train.steps=1", "phases.views.task.num=4", "phases.views.task.batch_size=3",
+         *(f"phases.{p}.train.resolution=32" for p in ("partial", "full", "views", "final")),
+         *(f"phases.{p}.train={{steps: 1, batch_size: 1, resolution: 16}}" for p in ("first", "second")))  # fmt: skip
+LORAS = tuple(f"phases.{p}.trainable.{n}.rank=2" for p, n in (("partial", "partial"), ("full", "full"), ("final", "partial")))
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> dict[str, Any]:
+    return {"mug": read_subject(paint(tmp_path / "photos"), "mug")}
+
+
+def dreambooth3d(*more: str) -> Recipe3D:
+    return load("dreambooth3d", [*SMALL, *TUNED, *LORAS, *more], "3d", Recipe3D)
+
+
+class Watched(PseudoViews):
+    """Remembers what sampling started from."""
+
+    seen: list[Any] = []
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        make = context.make
+
+        def watched(texts: Any, seeds: Any, recipe: Any, start: Any = None) -> Tensor:
+            self.seen.append((context, texts, start, dict(context.backbone.strengths)))
+            return make(texts, seeds, recipe, start)
+
+        object.__setattr__(context, "make", watched)
+
+
+def runner(backbone: Any, watch: type[PseudoViews] = PseudoViews) -> Runner3D:
+    made = Runner3D(backbone)
+    tasks = {k: watch if v is PseudoViews else v for k, v in made.tasks.items()}
+    made.tasks = tasks  # type: ignore[misc]
+    return made
+
+
+def test_the_phases_of_dreambooth3d(new_sd, tmp_path, subject):
+    """Views start from the asset's renders, seen by cameras that the last phase compares them with; the adapter of what was
+    learned fully is on while they are made, and off where the asset is finished."""
+    how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
+    asset = runner(backbone, Watched).create(how, tmp_path / "run", subject, tensorboard=False)
+    phases = dict(expand_phases(how))
+    assert [len(texts) for _, texts, _, _ in Watched.seen] == [3, 1]
+    context, texts, start, strengths = Watched.seen[0]
+    assert texts[0] == "a photo of a sks mug, front view" and texts[1] == "a photo of a sks mug, side view"
+    assert strengths["full"] == 1.0 and strengths["mug"] == 1.0
+    field = restored(phases["first"].field, 3, how.seed, under(context.carried, FIELD))
+    cameras = phases["views"].task.cameras()  # type: ignore[attr-defined]
+    renders = shown(phases["first"], field, cameras, 32, lambda latents: latents).pixels
+    with torch.no_grad():
+        assert torch.equal(start.latents, backbone.encode_pixels(2 * renders[:3] - 1)) and start.strength == 0.5
+    folder = tmp_path / "run" / "phases" / "views"
+    kept = read_kept(folder)
+    assert [entry["caption"] for entry in kept][:2] == [
+        "a photo of a {concept}, front view",
+        "a photo of a {concept}, side view",
+    ]
+    second = phases["second"]
+    assert second.references is not None and second.task.off == ("full",)
+    known = second.references.pictures(subject, 32, {"views": folder})
+    assert all(torch.equal(a, b) for a, b in zip(vars(known.cameras).values(), vars(cameras).values(), strict=True))
+    for entry, pixels in zip(kept, known.pixels, strict=True):
+        assert torch.equal((read_picture(folder / entry["file"]).pixels + 1) / 2, pixels)
+    assert bool(asset.field.raw_density.isfinite().all())
+    assert not backbone.adapters and not backbone.placeholders
+
+
+def state_of(run: TrainingRun, resume: bool = False) -> dict[str, Tensor]:
+    for _ in run.steps(resume):
+        pass
+    return {**run.carried, **gather(run.backbone, run.names, run.adapter_sets)}
+
+
+def run_of(backbone: Any, how: Recipe3D, folder: Path, subjects: dict[str, Any]) -> TrainingRun:
+    owner = Runner3D(backbone)
+    return TrainingRun(
+        backbone, how, subjects, folder, folder.parent / "cache", class_pictures=owner._class_pictures,
+        make=owner._made_now(None), tensorboard=False, tasks=owner.tasks,
+    )  # fmt: skip
+
+
+def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
+    """Interrupted after the first views, and in the phase after them, a run ends as the uninterrupted does, bit for bit."""
+    how = dreambooth3d("phases.views.task.batch_size=2", "phases.final.train.steps=2", "train.checkpoint_every=1")
+    whole = state_of(run_of(new_sd(), how, tmp_path / "whole", subject))
+    assert {key.split("/")[0] for key in whole} == {"field", "adapter"}
+    stops = {"views": 1, "final": 1}
+    for _ in list(stops):
+        steps = run_of(new_sd(), how, tmp_path / "run", subject).steps(checkpoint.load(tmp_path / "run") is not None)
+        for phase, record in steps:
+            if stops.get(phase) == record.step:
+                del stops[phase]
+                break
+        steps.close()
+    again = state_of(run_of(new_sd(), how, tmp_path / "run", subject), resume=True)
+    assert whole.keys() == again.keys() and all(torch.equal(v, again[k]) for k, v in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["phases.second.task.off=[ful]"], r"phases.second.task.off: .*'ful'.* full"),
+        (["phases.second.references.phase=first"], r"references.phase: .*'first'.* views"),
+        (["phases.first.task=tune"], r"trains nothing|no earlier phase makes an asset"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(sd, tmp_path, subject, settings, why):
+    with pytest.raises(ValueError, match=why):
+        Runner3D(sd).create(dreambooth3d(*settings), tmp_path / "run", subject, tensorboard=False)
+
+
+def test_without_masks_a_field_is_compared_on_the_colour_around_each_picture():
+    pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
+    pictures[1, :, 0, :6] = 0.9  # a part of the thing may touch the border
+    assert torch.equal(border_color(pictures), torch.full((2, 3, 1, 1), 0.25))
+
+
+# --- multi-view DreamBooth -------------------------------------------------------------------
+
+
+def test_views_of_a_ring_attend_to_each_other_and_to_no_others(sd):
+    """Equal views see nothing new; another view in the ring changes a view; another ring does not."""
+    prompts = ScenePrompts("a photo of a mug")
+    plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
+    z = torch.randn(4, *sd.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    t, asks = torch.full((4,), 500), [Ask("prompt"), Ask("null")]
+
+    def asked(scores: BackboneScores, z: Tensor) -> list[Tensor]:
+        return scores.eps(asks, z, t[: len(z)], Views(turntable(4)[: len(z)], (False,) * len(z)))
+
+    alone, together = asked(plain, z), asked(joint, z)
+    for a, b in zip(alone, together, strict=True):
+        assert float((a - b).abs().max()) > 1e-3
+    apart = [torch.cat(pair) for pair in zip(asked(joint, z[:2]), asked(joint, z[2:]), strict=True)]
+    # the second pair has other words for its views: compare what is told nothing
+    assert torch.allclose(apart[1], together[1], atol=1e-5)
+    twice = z[[0, 0, 1, 1]]
+    assert torch.allclose(asked(joint, twice)[1], asked(plain, twice)[1], atol=1e-5)
+    with pytest.raises(ValueError, match="joint_views = 2: a step has 3 views"):
+        joint.eps([Ask("prompt")], z[:3], t[:3], Views(turntable(3), (False,) * 3))
+
+
+def test_multi_view_dreambooth_takes_two_steps_a_phase(sd, tmp_path, subject):
+    few = ("phases.learn.train.steps=2", "phases.learn.train.resolution=32", "phases.learn.trainable.lora.rank=2",
+           "phases.grow.train={steps: 2, batch_size: 4, resolution: 16}")  # fmt: skip
+    how = load("mv_dreambooth", [*SMALL, *few, "negative="], "3d", Recipe3D)
+    asset = Runner3D(sd).create(how, tmp_path / "run", subject, tensorboard=False)
+    assert not torch.equal(asset.field.raw_density, how.field.build().raw_density)
+    with pytest.raises(ValueError, match="joint_views = 4: .* cameras.ring = 2"):
+        load("mv_dreambooth", [*SMALL, "cameras.ring=2"], "3d", Recipe3D)
