@@ -30,7 +30,7 @@ def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str], region:
 def regional_scores(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], strengths: Mapping[str, float], opened: Opened
 ) -> Scores:
-    """What guides a phase: one for the whole, and one for each region with its own prompts and concepts.
+    """What guides a phase: one for the whole, and one for each region that has a prompt or concepts of its own.
 
     Args:
         strengths: of all concepts that have adapters
@@ -55,15 +55,16 @@ def regional_scores(
             shared if part.concepts is None else {n: strengths[n] for n in part.concepts},
         )
         for name, part in parts.items()
+        if part.is_told_more
     }
     return RegionalScores(whole, regions) if regions else whole
 
 
 class ShownRegions:
-    """The regions of a phase in its views."""
+    """The regions of a phase that are told something of their own, in its views."""
 
     def __init__(self, parts: Mapping[str, RegionPart]) -> None:
-        self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items()}
+        self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}
 
     def of(self, views: Seen, cells: tuple[int, int]) -> dict[str, Tensor]:
         """How much of each cell shows each region, [B, 1, h, w]."""

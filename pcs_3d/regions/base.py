@@ -29,6 +29,11 @@ class RegionPart(KindPart):
     concepts: tuple[Annotated[str, Field(pattern=NAME)], ...] | None = None
     softness: Annotated[float, Field(ge=0, le=1)] = 0.05
 
+    @property
+    def is_told_more(self) -> bool:
+        """Whether what guides it is not what guides the rest."""
+        return bool(self.prompt or self.negative) or self.concepts is not None
+
     def check(self) -> None:
         """ValueError for a file that cannot be read."""
         self.build()
