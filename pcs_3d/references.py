@@ -74,7 +74,9 @@ class PhaseViews(KindPart):
         if self.phase not in earlier:
             raise ValueError(f"references.phase: {unknown(self.phase, earlier, 'earlier phase that makes views')}")
         if masks:
-            raise ValueError(f"a penalty needs masks of all pictures, and the views of the phase {self.phase} have none")
+            raise ValueError(
+                f"a penalty needs masks of all pictures, and the views of the phase {self.phase} have none"
+            )
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
         """The views, side×side pixels, with their cameras. ValueError where they cannot be read."""

@@ -65,8 +65,8 @@ class DistillRecipe(Recipe):
         joint, ring = self.guidance.joint_views, self.cameras.ring
         if joint > 1 and ring != joint:
             raise ValueError(
-                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, and cameras.ring = "
-                f"{ring}; say the same in both"
+                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, and "
+                f"cameras.ring = {ring}; say the same in both"
             )
         return self
 

@@ -30,7 +30,6 @@ class PseudoViewsTask(GenerateTask):
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
     strength: Annotated[float, Field(gt=0, le=1)] = 0.5
 
-
     def count(self, steps: int, subjects: int) -> int:
         """How many steps it takes: one for each batch of pictures."""
         return -(-self.num * max(1, len(self.prompts)) // self.batch_size)

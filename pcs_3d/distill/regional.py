@@ -18,7 +18,9 @@ from shared.config import unknown
 Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 
 
-def scene_prompts(recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None) -> ScenePrompts:
+def scene_prompts(
+    recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None
+) -> ScenePrompts:
     """What a recipe says of its teacher's prompts; of those of a region, which says its own or leaves the recipe's."""
     said = (region.prompt if region else "") or recipe.prompt
     negative = (region.negative if region else "") or recipe.negative

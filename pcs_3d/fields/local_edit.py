@@ -113,6 +113,6 @@ class LocalEditField(BaseVolume):
 
 
 def _somewhere(share: Tensor) -> Tensor:
-    """int64: the points that are in a region; one that is not where there are none, so that a gradient of 0 reaches the field."""
+    """int64: the points in a region; where there are none one that is not, so that a gradient of 0 reaches the field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

@@ -25,7 +25,9 @@ class JointViews:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """k and v become [B, H, count · L, d]. ValueError where B is no multiple of `count`."""
         if len(k) % self.count:
-            raise ValueError(f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is no multiple of it")
+            raise ValueError(
+                f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is no multiple of it"
+            )
         return q, self._joined(k), self._joined(v), bias
 
     def _joined(self, values: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def seen(inside: Inside, cameras: Cameras, depth: Tensor, opacity: Tensor, cells: tuple[int, int], reach: float) -> Tensor:
+def seen(
+    inside: Inside, cameras: Cameras, depth: Tensor, opacity: Tensor, cells: tuple[int, int], reach: float
+) -> Tensor:
     """How much of each cell shows a region, [B, 1, h, w] in [0, 1]: rays pass through it before they reach what is there.
 
     Args:

@@ -44,7 +44,9 @@ class Sdf(RegionPart):
         line = torch.linspace(-_REACH, _REACH, _CELLS)
         z, y, x = torch.meshgrid(line, line, line, indexing="ij")
         places = torch.stack([x, y, z], -1).reshape(-1, 3)
-        return shape_of_file(self.path, self.up, self.azimuth_deg).distance(places).reshape(1, 1, _CELLS, _CELLS, _CELLS)
+        return (
+            shape_of_file(self.path, self.up, self.azimuth_deg).distance(places).reshape(1, 1, _CELLS, _CELLS, _CELLS)
+        )
 
 
 def _asked(grid: Tensor, own: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class Silhouette(GeometryPenalty):
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or without masks on
-    the colour of each picture's border."""
+    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or without masks
+    on the colour of each picture's border."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
         raise penalty.missing("pictures of the thing whose cameras are known (references)")

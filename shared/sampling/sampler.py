@@ -166,7 +166,9 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
         raise ValueError(f"start: latents are {list(start.latents.shape)}, and what is sampled is {list(noise.shape)}")
     taken = int(steps * start.strength)
     if not taken:
-        raise ValueError(f"strength = {start.strength:g} of {steps} steps is none: take more steps, or a larger strength")
+        raise ValueError(
+            f"strength = {start.strength:g} of {steps} steps is none: take more steps, or a larger strength"
+        )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
     if hasattr(solver, "set_begin_index"):  # those that count their calls

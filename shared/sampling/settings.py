@@ -23,7 +23,9 @@ class Start:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(f"strength = {self.strength:g}: it is more than 0, where nothing would change, and at most 1")
+            raise ValueError(
+                f"strength = {self.strength:g}: it is more than 0, where nothing would change, and at most 1"
+            )
 
     def __getitem__(self, rows: slice) -> Start:
         return Start(self.latents[rows], self.strength)

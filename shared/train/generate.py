@@ -131,7 +131,13 @@ class Generate(ConceptTask):
         return kept
 
     def _scored(self, shot: Shot) -> dict[str, Any]:
-        entry: dict[str, Any] = {"file": shot.file, "owner": shot.owner, "caption": shot.prompt, "score": None, **shot.about}
+        entry: dict[str, Any] = {
+            "file": shot.file,
+            "owner": shot.owner,
+            "caption": shot.prompt,
+            "score": None,
+            **shot.about,
+        }
         if shot.owner in self.context.scorers:
             pixels = read_picture(self.context.folder / shot.file, min_side=1).pixels[None]
             plain = without(shot.prompt.replace("{concept}", f"<{shot.owner}>"), self.context.class_nouns)

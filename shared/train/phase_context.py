@@ -20,10 +20,13 @@ from shared.types import Example, Subject
 if TYPE_CHECKING:
     from shared.train.task import Regrouped, Task
 
+
 class MakeNow(Protocol):
     """Pictures of the model as it is now."""
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None
+    ) -> Tensor:
         """[N, 3, H, W] in [-1, 1], in the size that the recipe learns, on the CPU.
 
         Args:

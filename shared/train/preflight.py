@@ -52,7 +52,9 @@ def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
     sets = {part.adapter_set for _, p in expand_phases(recipe) for part in p.trainable.values() if part.adapter_set}
     for name in phase.task.off:
         if name not in sets:
-            raise ValueError(f"{where}: {unknown(name, sets, 'adapter set')} A part under trainable says its adapter_set.")
+            raise ValueError(
+                f"{where}: {unknown(name, sets, 'adapter set')} A part under trainable says its adapter_set."
+            )
 
 
 def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> None:

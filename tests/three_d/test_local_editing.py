@@ -85,7 +85,9 @@ def test_only_what_is_seen_in_the_region_is_learned_and_it_starts_as_a_fog():
     assert torch.allclose(field.density(at[:1]), torch.tensor([2.0]), atol=1e-3)
     assert torch.equal(field.density(at[1:]), field.kept.density(at[1:]))
     (group,) = field.groups()["main"][:1]
-    assert not any(p.requires_grad for p in field.kept.parameters()) and group.parameters[0] is field.learned.raw_density
+    assert (
+        not any(p.requires_grad for p in field.kept.parameters()) and group.parameters[0] is field.learned.raw_density
+    )
     assert torch.equal(field.at(at[2:]).features, field.kept.at(at[2:]).features), "no point is in a region"
     drawn = Volume(samples=24).render(field, turntable(2), view(2, 16))
     drawn.pixels.square().mean().backward()
@@ -129,7 +131,11 @@ def test_what_the_teacher_knows_of_the_region_grows_there(sd, tmp_path):
     red = 2 * torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 24, 24) - 1
 
     def opened(_context, prompts, _concepts):
-        means = (lambda c: 2 * shown(truth, c) - 1) if "green" in prompts.prompt else (lambda c: red.expand(len(c), -1, -1, -1))
+        means = (
+            (lambda c: 2 * shown(truth, c) - 1)
+            if "green" in prompts.prompt
+            else (lambda c: red.expand(len(c), -1, -1, -1))
+        )
         return OracleScores({"prompt": (means, 0.05), "negative": (means, 0.7)})
 
     tasks = {**TASKS, DistillTask: lambda context: Distill(context, opened)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pcs_3d.cameras import turntable
 from pcs_3d.distill.distill import shown
 from pcs_3d.distill.hand_over import FIELD, restored, under
 from pcs_3d.distill.pseudo_views import PseudoViews
@@ -18,7 +19,6 @@ from pcs_3d.recipe import Recipe3D
 from pcs_3d.regularize.reference import border_color
 from pcs_3d.runner import Runner3D
 from pcs_3d.view_prompts import ScenePrompts, Views
-from pcs_3d.cameras import turntable
 from shared.io.decode import read_picture
 from shared.io.read_subject import read_subject
 from shared.recipe.phases import expand_phases
@@ -35,7 +35,9 @@ TUNED = ("sources.class_pictures.num_images=2", "sources.class_pictures.steps=1"
          "phases.full.train.steps=1", "phases.final.train.steps=1", "phases.views.task.num=4", "phases.views.task.batch_size=3",
          *(f"phases.{p}.train.resolution=32" for p in ("partial", "full", "views", "final")),
          *(f"phases.{p}.train={{steps: 1, batch_size: 1, resolution: 16}}" for p in ("first", "second")))  # fmt: skip
-LORAS = tuple(f"phases.{p}.trainable.{n}.rank=2" for p, n in (("partial", "partial"), ("full", "full"), ("final", "partial")))
+LORAS = tuple(
+    f"phases.{p}.trainable.{n}.rank=2" for p, n in (("partial", "partial"), ("full", "full"), ("final", "partial"))
+)
 
 
 @pytest.fixture
