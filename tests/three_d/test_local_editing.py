@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from pcs_3d.cameras import Cameras, turntable
 from pcs_3d.distill.distill import Distill
 from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.distill.regional import regional_scores
 from pcs_3d.export.extract import extract
 from pcs_3d.fields import LocalEdit, Voxels
 from pcs_3d.fields.local_edit import LocalEditField
@@ -119,7 +122,7 @@ def recipe(*more: str) -> Recipe3D:
 def test_what_the_teacher_knows_of_the_region_grows_there(sd, tmp_path):
     """The teacher of the whole knows the start in red, which the field cannot become; that of the region knows a green
     block there."""
-    settings = ("train.steps=60", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
+    settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
     how = recipe(*settings)
@@ -155,6 +158,23 @@ def test_what_the_teacher_knows_of_the_region_grows_there(sd, tmp_path):
 def shown(field: LocalEditField, cameras: Cameras) -> Tensor:
     with torch.no_grad():
         return Volume(samples=32).render(field, cameras, view(len(cameras), 24, background=1.0)).pixels
+
+
+def test_a_region_s_concepts_are_on_there_and_nowhere_else():
+    more = ("guidance.regions.hat.concepts=[b]", "guidance.regions.like={kind: sdf}", "negative=dull",
+            "guidance.regions.bow={kind: sdf, prompt: a bow, negative: ugly}")  # fmt: skip
+    asked: list[Any] = []
+
+    def opened(prompts: Any, strengths: Any) -> OracleScores:
+        asked.append((prompts.prompt, prompts.negative, dict(strengths)))
+        return OracleScores({"prompt": (lambda c: torch.zeros(len(c), 3, 4, 4), 0.1)})
+
+    scores: Any = regional_scores(recipe(*more), {}, {"a": 1.0, "b": 0.5}, opened)
+    said = "a photo of a ball with a hat"
+    assert asked == [(said, "dull", {"a": 1.0}), (said, "dull", {"b": 0.5}), ("a bow", "ugly", {"a": 1.0})]
+    assert set(scores.regions) == {"hat", "bow"}, "one that is told nothing of its own is as the rest"
+    with pytest.raises(ValueError, match=r"regions.hat.concepts: .*'c'.* a, b"):
+        regional_scores(recipe("guidance.regions.hat.concepts=[c]"), {}, {"a": 1.0, "b": 0.5}, opened)
 
 
 def test_an_edit_takes_steps_and_equals_its_resumed_run(new_sd, tmp_path):

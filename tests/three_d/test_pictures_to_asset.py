@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from pcs_3d.cameras import turntable
-from pcs_3d.distill.distill import shown
+from pcs_3d.distill.distill import Distill, shown
+from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, restored, under
 from pcs_3d.distill.pseudo_views import PseudoViews
+from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.guidance.scores import Ask
 from pcs_3d.recipe import Recipe3D
@@ -23,10 +25,12 @@ from shared.io.decode import read_picture
 from shared.io.read_subject import read_subject
 from shared.recipe.phases import expand_phases
 from shared.recipe.resolve import load
+from shared.recipe.tasks import TuneTask
 from shared.sources.phase_pictures import read_kept
 from shared.train import checkpoint
 from shared.train.learned_state import gather
 from shared.train.training_run import TrainingRun
+from shared.train.tune import Tune
 from tests.core.runs import paint
 
 SMALL = ("backbone=tiny", "prompt=a photo of a <mug>", "train.mixed_precision=no", "train.checkpoint_every=0",
@@ -65,23 +69,39 @@ class Watched(PseudoViews):
         object.__setattr__(context, "make", watched)
 
 
-def runner(backbone: Any, watch: type[PseudoViews] = PseudoViews) -> Runner3D:
+def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]]:
+    """A runner, and by phase the adapters that were on in it."""
+    on: dict[str, dict[str, float]] = {}
+
+    class Tuned(Tune):
+        def updates(self, step: int, micro: int) -> Any:
+            on[self.context.name] = {k: v for k, v in self.backbone.strengths.items() if v}
+            yield from super().updates(step, micro)
+
+    class Grown(Distill):
+        def updates(self, step: int, micro: int) -> Any:
+            with self.scores.under("teacher"):
+                on[self.context.name] = {k: v for k, v in self.context.backbone.strengths.items() if v}
+            yield from super().updates(step, micro)
+
     made = Runner3D(backbone)
-    tasks = {k: watch if v is PseudoViews else v for k, v in made.tasks.items()}
-    made.tasks = tasks  # type: ignore[misc]
-    return made
+    made.tasks = {**made.tasks, TuneTask: Tuned, DistillTask: Grown, PseudoViewsTask: Watched}  # type: ignore[misc]
+    return made, on
 
 
 def test_the_phases_of_dreambooth3d(new_sd, tmp_path, subject):
     """Views start from the asset's renders, seen by cameras that the last phase compares them with; the adapter of what was
     learned fully is on while they are made, and off where the asset is finished."""
     how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
-    asset = runner(backbone, Watched).create(how, tmp_path / "run", subject, tensorboard=False)
+    watched, on = watched_runner(backbone)
+    asset = watched.create(how, tmp_path / "run", subject, tensorboard=False)
     phases = dict(expand_phases(how))
+    both, one = {"mug": 1.0, "full": 1.0}, {"mug": 1.0}
+    assert on == {"partial": one, "first": one, "full": both, "final": one, "second": one}
     assert [len(texts) for _, texts, _, _ in Watched.seen] == [3, 1]
     context, texts, start, strengths = Watched.seen[0]
     assert texts[0] == "a photo of a sks mug, front view" and texts[1] == "a photo of a sks mug, side view"
-    assert strengths["full"] == 1.0 and strengths["mug"] == 1.0
+    assert strengths == both
     field = restored(phases["first"].field, 3, how.seed, under(context.carried, FIELD))
     cameras = phases["views"].task.cameras()  # type: ignore[attr-defined]
     renders = shown(phases["first"], field, cameras, 32, lambda latents: latents).pixels
@@ -119,7 +139,8 @@ def run_of(backbone: Any, how: Recipe3D, folder: Path, subjects: dict[str, Any])
 
 def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
     """Interrupted after the first views, and in the phase after them, a run ends as the uninterrupted does, bit for bit."""
-    how = dreambooth3d("phases.views.task.batch_size=2", "phases.final.train.steps=2", "train.checkpoint_every=1")
+    how = dreambooth3d("phases.views.task={num: 2, batch_size: 1}", "phases.final.train.steps=2", "sampling.steps=2",
+                       "phases.views.train.checkpoint_every=1", "phases.final.train.checkpoint_every=1")  # fmt: skip
     whole = state_of(run_of(new_sd(), how, tmp_path / "whole", subject))
     assert {key.split("/")[0] for key in whole} == {"field", "adapter"}
     stops = {"views": 1, "final": 1}
