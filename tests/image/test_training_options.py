@@ -217,6 +217,19 @@ def test_the_speed_of_training_is_that_of_the_steps_whose_time_is_known(capsys, 
     ]
 
 
+def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
+    with Bar() as bar:
+        for step, loss in enumerate((None, 0.5, None), 1):
+            now[0] += 20.0
+            bar.step("views", Record(step, loss, {}, {}, 1.0), 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "views: step 1, 1 of 3 done",
+        *(f"views: step {n}, {n} of 3 done, loss 0.5000, 0.1 steps/s" for n in (2, 3)),
+    ]
+
+
 def test_a_job_that_is_done_again_is_told_of_again(capsys):
     tenths = Tenths()
     for _ in range(2):
