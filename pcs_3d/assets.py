@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from pcs_3d.cameras import turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.export.asset import Exported, export_asset
+from pcs_3d.export.page import PAGE, page_html
 from pcs_3d.export.settings import ExportSettings
 from pcs_3d.runner import Asset, Runner3D
+from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import atomic_folder, check_output, write_text
@@ -29,6 +31,7 @@ from shared.types import Subject
 Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
+_REFERENCES, _REFERENCE = 8, 96  # pictures of a subject on the page, and their pixels
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def create(
         how = asset.recipe.export
         write_views(asset, folder, how)
         made = None if how is None else export(asset.field, folder, how)
-        write_text(folder / ABOUT, json.dumps(about(runner, recipe, asset, made), indent=1))
+        told = about(runner, recipe, asset, made)
+        write_text(folder / ABOUT, json.dumps(told, indent=1))
+        write_text(folder / PAGE, page_html(folder, told, asset.recipe, known(runner, subjects or {})))
     checkpoint.drop(files.workdir)
     return asset
 
@@ -95,6 +100,17 @@ def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
         write_picture(2 * picture - 1, folder / "renders" / f"{round(360 * i / _SIDES):03d}.png")
     turning = asset.views(turntable(frames), side).pixels
     write_clip(folder / "turntable.mp4", (2 * turning - 1).transpose(0, 1), frames / _SECONDS)
+
+
+def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, bytes]]:
+    """What the model was taught, for people: previews of the loaded concepts, and the pictures of subjects that were
+    learned on the way."""
+    previews = [(name, loaded.concept.preview) for name, loaded in runner.loaded.items()]
+    out = [(f"concept {name}", path.read_bytes()) for name, path in previews if path is not None and path.is_file()]
+    for name, subject in subjects.items():
+        pictures = pngs(runner.shown(subject, _REFERENCE))[:_REFERENCES]
+        out += [(f"{name}, picture {i + 1}", png) for i, png in enumerate(pictures)]
+    return out
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class AssetReport(BaseModel):
     costs: dict[str, Any] = {}  # of making it, as it says itself
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
+    viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh
 
     def value(self, key: str) -> float | None:
         """The value of a headline score; None when it was not measured."""

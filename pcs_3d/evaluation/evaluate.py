@@ -19,6 +19,7 @@ from pcs_3d.evaluation.looks import Judge, Looks
 from pcs_3d.evaluation.shape_scores import BEST_DB, Compared, compared, geometry
 from pcs_3d.evaluation.truths import TrueToy, Truth, mean_color, read_truth
 from pcs_3d.evaluation.views import Views, angle_name, as_model_pixels, cameras, draw, sphere
+from pcs_3d.meshes.viewer import viewer_html
 from shared.backbones.load import TOYBOX, WORLDS
 from shared.evaluation.picture_rows import pngs
 from shared.io.read_subject import read_subject
@@ -90,6 +91,7 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
         costs=judged.costs,
         notes=_notes(tools, judged, truth, prompt, judge),
         files={**files, **pictures},
+        viewer=viewer_html(judged.mesh.pieces),
     )
 
 

@@ -28,6 +28,7 @@ def asset_html(report: AssetReport) -> str:
     return render(
         "asset.html.j2",
         report=report,
+        viewer=report.viewer,
         views=shown,
         references=[inline(report.files.get(name)) for name in report.references],
         rows=[(s, *(said(s, v) for v in (s.value, s.truth, s.base, s.chance))) for s in report.scores],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -15,15 +16,18 @@ from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.fields.gaussians import GaussianField
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
+from shared.concept import Provenance, capture
 from shared.config import validate
 from shared.io.clips.read_clip import read_clip
 from shared.io.clips.window import ClipWindow
 from shared.io.read_subject import read_subject
+from shared.modifiers.learnable import LearnableToken
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.train import checkpoint
 from shared.train.training_run import TrainingRun
 from tests.three_d.distilling import SMALL, finish, session
+from tests.three_d.pages import viewer_of
 
 TINY = (*SMALL, "train.batch_size=1", "train.resolution=16", "guidance.resolution=32", "setting=", "shading.lambertian=0",
         "shading.textureless=0", "cameras.fill=[0.9, 0.95]", "export.resolution=20", "export.texture=64", "export.picture=16",
@@ -70,6 +74,7 @@ def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
         "asset.ply",
         "turntable.mp4",
         "renders/045.png",
+        "report.html",
     } <= files
     assert ("asset.splats.ply" in files) == (kind == "gaussians")
     mesh = trimesh.load(out / "asset.glb", force="mesh")
@@ -79,6 +84,25 @@ def test_a_field_of_each_kind_becomes_an_asset(sd, tmp_path, kind):
     clip = read_clip(out / "turntable.mp4", ClipWindow(length=8)).frames
     assert clip.shape[:2] == (3, 8) and float(clip.std()) > 0.05
     assert checkpoint.load(tmp_path / "asset.training") is None
+    _, shown = viewer_of((out / "report.html").read_text())
+    assert len(shown.faces) == len(mesh.faces) and shown.visual.material.baseColorTexture is not None
+
+
+def test_the_page_says_what_was_known_asked_and_spent(sd, tmp_path):
+    preview = tmp_path / "preview.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(preview)
+    token = LearnableToken(vectors=1)
+    token.attach(sd, "mug", "mug", 0)
+    runner, how = Runner3D(sd), recipe("voxels", "train.steps=1", "prompt=a photo & <mug>", "export=null")
+    taught = capture(sd, "mug", Provenance("subject", "mug", token, preview=preview))
+    sd.remove("mug")
+    runner.load(taught, 0.7)
+    create(runner, how, AssetFiles(tmp_path / "asset"))
+    page = (tmp_path / "asset" / "report.html").read_text()
+    assert "a photo &amp; &lt;mug&gt;" in page and "<iframe" not in page
+    assert base64.b64encode(preview.read_bytes()).decode() in page and "mug: 0.7" in page
+    assert "data:video/mp4;base64," in page and page.count("data:image/png") == 5, "the preview, and four sides"
+    assert "of the process" in page and "default-src 'none'" in page
 
 
 def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path):

@@ -27,6 +27,7 @@ from shared.toybox.reference_sets import held_out
 from shared.toybox.shapes import cloud
 from shared.toybox.subjects import HeldOut
 from shared.toybox.world import Thing
+from tests.three_d.pages import viewer_of
 
 AROUND = cameras()
 AZIMUTHS = AROUND.azimuth_deg.tolist()
@@ -178,7 +179,9 @@ def test_the_command_writes_a_whole_report(box, tmp_path):
     rows = list(csv.DictReader((out / "report.csv").open()))
     assert [float(r["azimuth_deg"]) for r in rows] == AZIMUTHS and float(rows[0]["score.iou"]) == 1
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == len(curves) and page.count("data:image/png") == 33 and "://" not in page
+    assert page.count("<svg") == len(curves) and page.count("data:image/png") == 33
+    outside, shown = viewer_of(page)
+    assert "://" not in outside and len(shown.faces) == 12
     assert len(list((out / "renders").iterdir())) == 16 and (out / "scores.csv").is_file()
     again = CliRunner().invoke(app, asked)
     assert isinstance(again.exception, ValueError) and "exists already" in str(again.exception)

@@ -1,0 +1,73 @@
+"""The page of an asset: the mesh to turn, what was asked, what it took; one file, which loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pcs_3d.meshes.read_mesh import read_mesh
+from pcs_3d.meshes.viewer import viewer_html
+from shared.metrics.html import inline, render, seconds, size
+
+PAGE = "report.html"
+_STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # of the renders
+_LARGEST = 448  # pixels of a picture of what was known
+
+
+def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:
+    """The page of the asset in a folder.
+
+    Args:
+        about: what its asset.json holds
+        recipe: of the phase that finished it
+        known: label and PNG of what the model was taught
+    """
+    mesh = folder / "asset.glb"
+    return render(
+        "created.html.j2",
+        about=about,
+        recipe=about["recipe"],
+        known=[(label, inline(png, _LARGEST)) for label, png in known],
+        viewer=viewer_html(read_mesh(mesh)) if mesh.is_file() else "",
+        turntable="data:video/mp4;base64," + base64.b64encode((folder / "turntable.mp4").read_bytes()).decode(),
+        stills=[(label, inline((folder / "renders" / f"{name}.png").read_bytes())) for name, label in _STILLS.items()],
+        asked=_asked(recipe, about),
+        spent=_spent(about["costs"]),
+    )
+
+
+def _asked(recipe: Any, about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    train, guidance = recipe.train, recipe.guidance
+    micro = train.gradient_accumulation
+    side = f" of {train.resolution}×{train.resolution}" if train.resolution else ""
+    rows = [
+        ("Prompt", f"{recipe.prompt} {recipe.setting}".strip()),
+        ("Negative prompt", recipe.negative),
+        ("Concepts", ", ".join(f"{name}: {strength:g}" for name, strength in about["concepts"].items()) or "none"),
+        ("Recipe", " ".join([recipe.title or recipe.method, *recipe.papers])),
+        ("Phases", ", ".join(about["recipe"].get("phases") or {})),
+        ("Steps", f"{train.steps}, with {train.batch_size * micro} views{side} each"),
+        ("Guidance scale", str(guidance.scale)),
+        ("Field", f"{recipe.field.kind}, drawn by {recipe.renderer.kind}"),
+        ("Penalties", ", ".join(recipe.penalties) or "none"),
+        ("Model", f"{about['backbone']} ({about['checkpoint'][:12]}…)"),
+        ("Seed", str(recipe.seed)),
+    ]
+    return [(what, value) for what, value in rows if value]
+
+
+def _spent(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "training_seconds": "Optimisation",
+        "validation_seconds": "Pictures on the way",
+        "class_pictures_seconds": "Reading and making pictures to learn from",
+    }
+    rows = [(name, seconds(costs[key])) for key, name in names.items() if costs.get(key)]
+    if "training_peak_memory" in costs:
+        of = "all of the process" if costs.get("training_peak_memory_of") == "process" else "tensors on the GPU"
+        rows.append((f"Peak memory ({of})", size(costs["training_peak_memory"])))
+    if "estimated_memory" in costs:
+        rows.append(("Estimated before", f"{size(costs['estimated_memory'])}, of {size(costs['memory_budget'])}"))
+    return [*rows, ("Precision", str(costs.get("mixed_precision", "")))]

@@ -1,0 +1,63 @@
+"""A mesh as a page to turn it on: three.js and the mesh in one file, which loads nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pcs_3d.meshes.read_mesh import Piece
+
+_FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # as the toybox's cameras, with some room to turn
+_AMBIENT, _LAMP = 0.75, 0.45  # most of the light comes from everywhere: textures have their shading in them
+_MARK = "init();"  # with which trimesh's page begins to draw; it makes the renderer at once, and reads the mesh later
+
+#: What trimesh's viewer leaves out: textures are sRGB, and its only lamp is at the camera.
+_LIGHT = f"""
+if (typeof renderer !== "undefined" && renderer) {{
+  renderer.outputEncoding = THREE.sRGBEncoding;
+  tracklight.intensity = {_LAMP};
+  scene.add(new THREE.AmbientLight(0xffffff, {_AMBIENT}));
+}}
+"""
+
+
+def viewer_html(pieces: Sequence[Piece]) -> str:
+    """A page of its own that shows the pieces (of `read_mesh`: x forward, y left, z up, radius 1) from the front, and turns
+    them as a mouse or a finger drags: trimesh's viewer, with its textures as bright as they are."""
+    import trimesh
+    from trimesh.scene.cameras import Camera
+    from trimesh.viewer.notebook import scene_to_html
+
+    scene = trimesh.Scene({f"piece-{i}": _geometry(piece) for i, piece in enumerate(pieces)})
+    scene.camera = Camera(fov=(_FOV_DEG, _FOV_DEG))
+    up = math.radians(_ELEVATION_DEG)
+    place = trimesh.transformations.rotation_matrix(-up, [1, 0, 0])  # a camera looks along its -z
+    distance = 1 / (_FILL * math.sin(math.radians(_FOV_DEG) / 2))
+    place[:3, 3] = distance * np.array([0.0, math.sin(up), math.cos(up)])
+    scene.camera_transform = place
+    page = scene_to_html(scene)
+    head, mark, tail = page.rpartition(_MARK)
+    assert mark, "trimesh's viewer begins in another way"
+    return head + mark + _LIGHT + tail
+
+
+def _geometry(piece: Piece) -> Any:
+    """For trimesh, with y up and the front toward +z."""
+    import trimesh
+    from PIL import Image
+    from trimesh.visual import TextureVisuals
+    from trimesh.visual.material import PBRMaterial
+
+    visual = None
+    if piece.texture is not None and piece.uv is not None:
+        material = PBRMaterial(
+            baseColorTexture=Image.fromarray(piece.texture), metallicFactor=0.0, roughnessFactor=1.0, doubleSided=True
+        )
+        visual = TextureVisuals(uv=piece.uv, material=material)
+    made = trimesh.Trimesh(piece.vertices[:, [1, 2, 0]], piece.faces, visual=visual, process=False)
+    if visual is None and piece.colors is not None:
+        made.visual.vertex_colors = (piece.colors.clip(0, 1) * 255).round().astype(np.uint8)
+    return made
