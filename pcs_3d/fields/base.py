@@ -108,8 +108,8 @@ class BaseVolume(BaseField):
     def density(self, points: Tensor) -> Tensor:
         return self.at(points).density
 
-    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        density = self.density(points)
+    def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+        density = self.density(origins[:, None] + distances[..., None] * directions[:, None])
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:

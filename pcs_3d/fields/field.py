@@ -95,9 +95,9 @@ class VolumeField(Field, Protocol):
         """[..., 3] -> [...]: `at(points).density`, for less where the field can."""
         ...
 
-    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., 3] -> two densities [...] that `density` lies between, for less where the field can: what is empty or hidden
-        for certain is not asked again."""
+    def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Along rays [N, 3], [N, 3] at distances [N, S]: two densities [N, S] that `density` lies between, for less where the
+        field can: what is empty or hidden for certain is not asked again."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:

@@ -65,14 +65,26 @@ class _WeightedRows(torch.autograd.Function):
         return of_table, None, of_weights
 
 
-def of_cells(cells: Sequence[Tensor], points: Tensor, bound: float) -> list[Tensor]:
-    """The values of cells between nodes, each [R, R, R], that the points [..., 3] are in: each [...]; 0 outside."""
+def of_cells(
+    cells: Sequence[Tensor], origins: Tensor, directions: Tensor, distances: Tensor, bound: float
+) -> tuple[list[Tensor], Tensor]:
+    """The values of cells between nodes, each [R, R, R], that rays [N, 3], [N, 3] are in at distances [N, S]: each [N, S]; and
+    bool [N, S]: within the bound, beyond which values are some cell's or other.
+
+    One axis after the other, each contiguous, and numbers of 32 bits: a third of the time of doing so with points [N, S, 3].
+    """
     size = len(cells[0])
-    x, y, z = ((points + bound) * (size / (2 * bound))).long().unbind(-1)
-    number = ((x * size + y) * size + z).clamp_(0, size**3 - 1).reshape(-1)
-    inside = points.abs().amax(-1) <= bound
+    scale = size / (2 * bound)
+    start, along = (origins + bound) * scale, directions * scale
+    number = torch.zeros(distances.shape, dtype=torch.int32, device=distances.device)
+    inside = torch.ones(distances.shape, dtype=torch.bool, device=distances.device)
+    for axis in range(3):
+        place = torch.addcmul(start[:, axis, None], along[:, axis, None], distances)
+        inside &= (place >= 0) & (place <= size)
+        number.mul_(size).add_(place.clamp_(0, size - 1).int())
+    row = number.view(-1)
     # index_select: the same by brackets takes four times as long on a CPU
-    return [values.reshape(-1).index_select(0, number).view(inside.shape) * inside for values in cells]
+    return [values.reshape(-1).index_select(0, row).view(distances.shape) for values in cells], inside
 
 
 def cell_maxima(grid: Tensor) -> Tensor:

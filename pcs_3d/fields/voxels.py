@@ -55,13 +55,13 @@ class VoxelField(BaseVolume):
         raw = grids.trilinear(self.raw_density, points, self.bound)[..., 0]
         return F.softplus(raw) * self.inside(points)
 
-    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
         version = self.raw_density._version, self.raw_density.data_ptr()
         if self._cells is None or self._cells[0] != version:  # found again whenever the optimizer has moved the grid
             raw = F.softplus(self.raw_density.detach()[..., 0])
             self._cells = version, (-grids.cell_maxima(-raw), grids.cell_maxima(raw))
-        least, most = grids.of_cells(self._cells[1], points, self.bound)
-        return least, most
+        (least, most), inside = grids.of_cells(self._cells[1], origins, directions, distances, self.bound)
+        return least * inside, most
 
     def normals(self, points: Tensor) -> Tensor:
         slope = grids.slopes(self.raw_density[..., 0], self.bound)

@@ -53,23 +53,24 @@ class Volume(RendererPart):
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
         """Of rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and places."""
-        from nerfacc import accumulate_along_rays, render_weight_from_density
+        from nerfacc import accumulate_along_rays
 
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
-            kept, points = self._worthwhile(field, rays, edges)
+            kept, hit = self._worthwhile(field, rays, edges, middles)
         n, s = middles.shape
         ray = kept // s
+        away = middles.view(-1).index_select(0, kept)[:, None]
+        points = torch.addcmul(rays[ray, :3], away, rays[ray, 3:6])
         sample = field.at(points)
-        density = sample.density.new_zeros(n * s).index_put((kept,), sample.density).view(n, s)
-        weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], density)[0]
+        weights = _weights(edges, sample.density, kept, hit)
         each = weights.view(-1).index_select(0, kept)
         want = settings.normals or needs_normals(settings)
         normals = field.normals(points) if want else None
         seen = shaded(sample.features, normals, points, rays[ray, 6:], settings)
         opacity = weights.sum(-1, keepdim=True)
-        depth = (weights * middles).sum(-1, keepdim=True) / opacity.clamp_min(1e-6)
+        depth = accumulate_along_rays(each, away, ray, n) / opacity.clamp_min(1e-6)
         facing = opacity.new_zeros(n, 3) if normals is None else accumulate_along_rays(each, normals, ray, n)
         colors = accumulate_along_rays(each, seen, ray, n)
         facing = torch.where(opacity > 1e-3, unit(facing), torch.zeros_like(facing))
@@ -83,25 +84,39 @@ class Volume(RendererPart):
         edges = stratified(near, far, self.samples, generator)
         if not self.importance:
             return edges
-        least, most, _ = _first_look(field, rays, edges)
+        least, most = field.between(rays[:, :3], rays[:, 3:6], (edges[:, 1:] + edges[:, :-1]) / 2)
         weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], (least + most) / 2)[0]
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
-    def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples may weigh more than `hidden`, as numbers in [N · S], and their points."""
+    def _worthwhile(
+        self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which samples may weigh more than `hidden`, as numbers in [N · S], and which rays [M] have some."""
         from nerfacc import render_transmittance_from_density
 
-        least, most, points = _first_look(field, rays, edges)
-        passed, _ = render_transmittance_from_density(edges[:, :-1], edges[:, 1:], least)
-        weights = passed * -torch.expm1(-most * (edges[:, 1:] - edges[:, :-1]))
-        kept = (weights > self.hidden).view(-1).nonzero()[:, 0]
+        least, most = field.between(rays[:, :3], rays[:, 3:6], middles)
+        most = most * (edges[:, 1:] - edges[:, :-1])
+        hit = (most > self.hidden).any(-1).nonzero()[:, 0]  # a sample weighs no more than that
+        if not len(hit):
+            hit = hit.new_zeros(1)
+        edges = edges[hit]
+        passed, _ = render_transmittance_from_density(edges[:, :-1], edges[:, 1:], least[hit])
+        kept = (passed * -torch.expm1(-most[hit]) > self.hidden).nonzero()
+        kept = hit[kept[:, 0]] * middles.shape[1] + kept[:, 1]
         if not len(kept):
-            kept = kept.new_zeros(1)  # one, so that a gradient of 0 reaches the field
-        return kept, points.view(-1, 3).index_select(0, kept)
+            kept = hit[:1] * middles.shape[1]  # one, so that a gradient of 0 reaches the field
+        return kept, hit
 
 
-def _first_look(field: VolumeField, rays: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Densities [N, S] that those in the middles of intervals lie between, and these points [N, S, 3]."""
-    middles = (edges[:, 1:] + edges[:, :-1]) / 2
-    points = rays[:, None, :3] + middles[..., None] * rays[:, None, 3:6]
-    return *field.between(points), points
+def _weights(edges: Tensor, density: Tensor, kept: Tensor, hit: Tensor) -> Tensor:
+    """Of samples [N, S] between edges [N, S + 1] in their pixels, where those numbered `kept` have a density and all others have
+    none; only the rays `hit` have any."""
+    from nerfacc import render_weight_from_density
+
+    n, s = len(edges), edges.shape[1] - 1
+    place = torch.zeros(n, dtype=torch.long, device=edges.device).index_put((hit,), torch.arange(len(hit)).to(hit))
+    numbers = place[kept // s] * s + kept % s
+    dense = density.new_zeros(len(hit) * s).index_put((numbers,), density).view(-1, s)
+    own = edges[hit]
+    weights = render_weight_from_density(own[:, :-1], own[:, 1:], dense)[0]
+    return weights.new_zeros(n, s).index_copy(0, hit, weights)

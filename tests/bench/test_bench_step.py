@@ -35,3 +35,15 @@ def test_the_benchmark_of_clips_prints_the_split_both_speeds_and_both_peaks(make
         assert f"  {name} " in ran.stdout
     for label in ("split of a step", "a plain loop without caches: ", "peak memory: ", "without caches"):
         assert label in ran.stdout
+
+
+def test_the_benchmark_of_assets_prints_the_split_of_an_iteration_and_the_views_per_second(make_tiny_sd, tmp_path):
+    folder = tmp_path / "tiny-sd"
+    make_tiny_sd().save_pretrained(folder)
+    command = [sys.executable, SCRIPT.with_name("bench_asset_step.py"), "--steps", "1", "--backbone", folder]
+    command += ["--side", "16", "--set", "guidance.resolution=32", "--set", "field.resolution=8"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for name in ("render", "encode", "teacher", "backward", "optimizer", "rest"):
+        assert f"  {name} " in ran.stdout
+    assert "rendered views per second of optimisation: " in ran.stdout

@@ -78,12 +78,13 @@ def test_densities_lie_between_what_their_cells_say():
     field = Voxels(resolution=9).build()
     field.raw_density.data.normal_(generator=torch.Generator().manual_seed(0))
     points = 2.4 * torch.rand(2000, 3, generator=torch.Generator().manual_seed(1)) - 1.2
-    least, most = field.between(points)
+    rays = points, torch.zeros_like(points), torch.zeros(len(points), 1)
+    least, most = (bound[:, 0] for bound in field.between(*rays))
     density = field.density(points)
     assert bool((least <= density + 1e-5).all() and (density <= most + 1e-5).all())
     field.raw_density.data.add_(5)
     field.raw_density.data = field.raw_density.data.clone()  # a new tensor, as `to` makes one
-    assert bool((field.density(points) <= field.between(points)[1] + 1e-5).all())
+    assert bool((field.density(points) <= field.between(*rays)[1][:, 0] + 1e-5).all())
 
 
 def test_importance_puts_edges_where_the_weight_is():

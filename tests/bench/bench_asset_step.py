@@ -1,0 +1,117 @@
+"""Where an iteration of score distillation spends its time, and how many rendered views a second it optimises.
+
+    python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
+
+Prints the split of an iteration (render, encode, teacher, backward, optimizer, the rest) and rendered views per second of
+optimisation, with a concept loaded: a learned word and a LoRA on all attention layers, which are random, for what they say
+costs nothing. Views are counted per second on the clock, and per second of processor time: that is one core's rate, also
+where other programs take turns on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step import Clock
+
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.runner import Runner3D
+from shared.modifiers.learnable import LearnableToken
+from shared.recipe.resolve import load
+from shared.runner.open_runner import open_runner
+from shared.train.last_good_state import LastGood
+from shared.train.loop import Loop
+from shared.train.budget import Budget
+from shared.train.optim import Optimizers
+from shared.train.training_run import TrainingRun
+from shared.trainable import Lora
+
+SHOWN = ("render", "encode", "teacher", "backward", "optimizer", "rest")
+NAME = "bench"
+
+
+class Stepping:
+    """A run of one phase at the point where it would start stepping, with a concept loaded."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        settings = [f"prompt=a photo of a <{NAME}>", f"train.resolution={options.side}", f"train.steps={10**6}"]
+        settings += [f"backbone={options.backbone}"] if options.backbone else []
+        recipe = load(options.recipe, [*settings, *options.set], "3d", Recipe3D)
+        runner = open_runner(Runner3D, options.backbone, [], **recipe.opening())
+        backbone = runner.backbone
+        LearnableToken(vectors=2).attach(backbone, NAME, "robot", 0)
+        part = Lora(roles=("cross_attention", "self_attention"), rank=8)
+        for parameter in part.inject(backbone, NAME, "lora", 0).parameters:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+            parameter.requires_grad_(False)
+        self.run = TrainingRun(
+            backbone, recipe, {}, folder / "run", folder / "cache", loaded_strengths=runner.strengths,
+            tensorboard=False, tasks=Runner3D.tasks,
+        )  # fmt: skip
+        phase = self.run.phases[0][1]
+        task: Any = self.run.tasks[type(phase.task)]
+        self.task: Any = task(self.run.context(0, self.run._unfreeze(phase)))
+        self.optimizers = Optimizers(self.task.groups(), phase.train.optimizers, self.run.accelerator)
+        self.views = phase.train.batch_size * phase.train.gradient_accumulation
+        self.loop = Loop(
+            self.task, self.optimizers, Budget(steps=self.task.steps), phase.seed, self.run.accelerator,
+            phase.train.gradient_accumulation, LastGood(self.optimizers), regroup=self.task.regrouped,
+        )  # fmt: skip
+
+    def split(self, steps: int) -> Clock:
+        """Seconds by what they were spent on, over so many steps of the loop."""
+        clock = Clock()
+        clock.seconds = dict.fromkeys(SHOWN, 0.0)
+        for owner, method, name in (
+            (self.task, "_drawn", "render"),
+            (self.task.scores, "encode", "encode"),
+            (self.task.scores, "eps", "teacher"),
+            (self.optimizers, "backward", "backward"),
+            (self.optimizers, "step", "optimizer"),
+        ):
+            clock.wrap(owner, method, name)
+        with clock.of("rest"):
+            self.steps(1000, steps)
+        return clock
+
+    def steps(self, first: int, count: int) -> float:
+        """Takes so many steps; the seconds that they took."""
+        self.loop.budget = Budget(steps=first + count)
+        start = time.perf_counter()
+        for _ in self.loop.run(first):
+            pass
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="dreamfusion")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--backbone")
+    parser.add_argument("--set", action="append", default=[], help="key=value of the recipe; can be repeated")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        stepping = Stepping(options, Path(temporary))
+        stepping.steps(0, 3)  # texts are encoded, kernels warm up
+        turns = max(2, options.steps // 5)
+        begun = time.process_time()
+        rates = [5 * stepping.views / stepping.steps(10 + 5 * turn, 5) for turn in range(turns)]
+        busy = (time.process_time() - begun) / (5 * turns * stepping.views)
+        clock = stepping.split(options.steps)
+    total = sum(clock.seconds.values())
+    kind, side = stepping.task.recipe.field.kind, options.side
+    print(f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; split:")
+    for name in SHOWN:
+        print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
+    print(f"rendered views per second of optimisation: {statistics.median(rates):.2f}; per second of processor time: {1 / busy:.2f}")
+
+
+if __name__ == "__main__":
+    main()
