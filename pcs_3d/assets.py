@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from pcs_3d.cameras import turntable
 from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.memory_plan import MemoryPlan
 from pcs_3d.export.asset import Exported, export_asset
 from pcs_3d.export.page import PAGE, page_html
 from pcs_3d.export.settings import ExportSettings
@@ -73,13 +74,18 @@ def create(
     subjects: dict[str, Subject] | None = None,
     progress: Progress | None = None,
     export: Export = export_asset,
+    plan: MemoryPlan | None = None,
 ) -> Asset:
     """Make an asset and write it. Its folder appears whole; the state of the run goes when it is there.
+
+    plan: where the recipe was made to fit into some memory; the asset says so.
 
     Raises:
         ValueError: what is asked for does not fit, or the field is empty: the state of the run stays
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
+    if plan is not None:
+        asset = replace(asset, costs={**asset.costs, **plan.costs})
     with atomic_folder(files.out, files.overwrite or files.resume) as folder:
         how = asset.recipe.export
         write_views(asset, folder, how)

@@ -14,6 +14,7 @@ from pcs_3d.distill.distill import Distill, shown, view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, check_fields, restored, under
+from pcs_3d.distill.memory_plan import MemoryPlan, plan_memory
 from pcs_3d.distill.pseudo_views import PseudoViews
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
 from pcs_3d.distill.regional import scene_prompts
@@ -99,6 +100,35 @@ class Runner3D(Runner):
                     if progress:
                         progress.step(phase, record, run.total_steps)
             return self._finished(run, last)
+        finally:
+            self._forget(run)
+
+    def fit(
+        self,
+        recipe: DistillRecipe,
+        workdir: Path,
+        subjects: Mapping[str, Subject] | None = None,
+        *,
+        memory: int,
+        sides_fixed: bool = False,
+    ) -> MemoryPlan:
+        """The recipe so that making an asset with it stays within so many bytes (`plan_memory`): of the device, or on a CPU of
+        the process. ValueError where nothing does, naming the least that would; and as `create`."""
+        subjects = subjects or {}
+        self.check(recipe, subjects)
+        run = TrainingRun(
+            self.backbone,
+            recipe,
+            subjects,
+            workdir,
+            cache_folder(),
+            loaded_strengths=self.strengths,
+            tensorboard=False,
+            tasks=self.tasks,
+        )
+        try:
+            with own_randomness():
+                return plan_memory(run, recipe, memory, sides_fixed)
         finally:
             self._forget(run)
 

@@ -25,22 +25,31 @@ def create(
     resume: bool = typer.Option(False, help="resume an interrupted run"),
     overwrite: bool = typer.Option(False, help="replace an existing asset, and the state of an interrupted run"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
+    vram: str = typer.Option(
+        None,
+        help="memory to stay within, 8G or 512M: of the GPU, on a CPU of the whole process; fewer views at a time, "
+        "activations computed again, smaller renders where train.resolution is not said",
+    ),
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
 ) -> None:
     """Make a 3D asset of a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles
     from pcs_3d.assets import create as make
     from pcs_3d.distill.hand_over import check_fields
+    from pcs_3d.distill.memory_plan import as_begun
     from pcs_3d.extra import check_installed
     from pcs_3d.recipe import Recipe3D
     from pcs_3d.runner import Runner3D
     from shared.commands.progress import Bar
     from shared.io.outputs import check_output
+    from shared.metrics.html import size
     from shared.recipe.resolve import load
     from shared.runner.open_runner import open_runner, read_by
     from shared.train import checkpoint
+    from shared.train.measure_memory import parse_bytes
 
     check_installed()
+    memory = None if vram is None else parse_bytes(vram, "--vram")
     resolved = load(recipe, settings or [], "3d", Recipe3D)
     if resolved.output is not None:
         raise ValueError(f"output = {resolved.output}: the folder of an asset is given by --out")
@@ -55,13 +64,25 @@ def create(
         subjects = {resolved.name or "subject": resolved.subject.read()}
     precision = resolved.train.mixed_precision
     runner = open_runner(Runner3D, resolved.backbone, concept, device, precision, download, **resolved.opening())
+    plan = None
+    begun = checkpoint.load(files.workdir) if resume and memory is not None else None
+    if begun is not None:
+        resolved = as_begun(resolved, begun.info["recipe"])
+    elif memory is not None:
+        sides_fixed = any("train.resolution=" in s for s in settings or [])
+        plan = runner.fit(resolved, files.workdir, subjects, memory=memory, sides_fixed=sides_fixed)
+        resolved = plan.recipe
+        print(plan)
     with Bar() as bar:
         try:
-            make(runner, resolved, files, subjects, bar)
+            asset = make(runner, resolved, files, subjects, bar, plan=plan)
         except KeyboardInterrupt:
             if checkpoint.load(files.workdir) is not None:
                 typer.echo(f"the state is in {files.workdir}: continue with --resume", err=True)
             raise
+    if memory is not None:
+        used = size(asset.costs["training_peak_memory"])
+        print(f"memory: {used} at the most" + ("" if plan is None else f", where {size(plan.estimate)} was estimated"))
     print(out)
 
 

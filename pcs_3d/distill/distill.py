@@ -26,6 +26,7 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts
 from shared.backbones.protocol import Backbone
 from shared.train.loop import generator
+from shared.train.memory import recomputed_encoder
 from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Regrouped, Update, Updates
 from shared.trainable import TrainableGroup
@@ -194,7 +195,10 @@ class Distill(ConceptTask):
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
         """What the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are there."""
         pixels = rendering.pixels
-        return (pixels if self.guidance.space == "latents" else self.scores.encode(pixels)), pixels
+        if self.guidance.space == "latents":
+            return pixels, pixels
+        with recomputed_encoder(self.context.backbone.vae, self.recipe.train.gradient_checkpointing):
+            return self.scores.encode(pixels), pixels
 
     # --- what is kept --------------------------------------------------------------------------------------
 

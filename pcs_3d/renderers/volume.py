@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field as Setting
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pcs_3d.cameras import Cameras
 from pcs_3d.fields.base import unit
@@ -20,7 +22,8 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 class Volume(RendererPart):
     """samples: along each ray, between where it enters and leaves the field's bound; importance: so many more where a first
     look finds something, all of them there; hidden: samples that certainly weigh less in their pixel are left out, gradient
-    and all, for most lie in empty cells or behind the surface; rays: drawn at a time."""
+    and all, for most lie in empty cells or behind the surface; rays: drawn at a time; recompute: what is known of samples is not
+    kept but computed again in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
 
     draws: ClassVar[type] = VolumeField
     kind: Literal["volume"] = "volume"
@@ -28,6 +31,7 @@ class Volume(RendererPart):
     importance: Annotated[int, Setting(ge=0, le=4096)] = 0
     hidden: Annotated[float, Setting(ge=0, lt=0.1)] = 5e-4
     rays: Annotated[int, Setting(ge=256)] = 16384
+    recompute: bool = False
 
     def render(self, field: VolumeField, cameras: Cameras, settings: RenderSettings) -> Rendering:
         self.check(field, cameras, settings)
@@ -53,12 +57,22 @@ class Volume(RendererPart):
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
         """Of rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and places."""
-        from nerfacc import accumulate_along_rays
-
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
             kept, hit = self._worthwhile(field, rays, edges, middles)
+        draw = partial(self._drawn, field, rays, settings, edges, (kept, hit))
+        if self.recompute and torch.is_grad_enabled():  # where samples are was drawn above, and is not drawn again
+            return checkpoint(draw, use_reentrant=False, preserve_rng_state=False)
+        return draw()
+
+    def _drawn(
+        self, field: VolumeField, rays: Tensor, settings: RenderSettings, edges: Tensor, chosen: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What is seen of the samples that are worthwhile (`_worthwhile`)."""
+        from nerfacc import accumulate_along_rays
+
+        (kept, hit), middles = chosen, (edges[:, 1:] + edges[:, :-1]) / 2
         n, s = middles.shape
         ray = kept // s
         away = middles.view(-1).index_select(0, kept)[:, None]

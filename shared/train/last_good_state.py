@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.train.optim import Optimizers
 
-_MOST = 2**26  # numbers in training; more than that are not copied, the last checkpoint stays
+MOST = 2**26  # numbers in training; more than that are not copied, the last checkpoint stays
 _WILD = 1000.0  # a loss so many times the lowest one is no longer called good
 
 
@@ -46,7 +46,7 @@ class LastGood:
         self.small = self._is_small()
 
     def _is_small(self) -> bool:
-        return sum(p.numel() for p in self.optimizers.parameters()) <= _MOST
+        return sum(p.numel() for p in self.optimizers.parameters()) <= MOST
 
     @torch.no_grad()
     def put_back(self) -> int | None:

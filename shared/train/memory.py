@@ -33,6 +33,18 @@ def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
             network.disable_gradient_checkpointing()
 
 
+@contextmanager
+def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
+    """What is encoded inside has an autoencoder whose activations are computed again in the backward pass, block by block."""
+    if on:
+        vae.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            vae.disable_gradient_checkpointing()
+
+
 class Offloaded:
     """Networks of a GPU that wait in main memory while nobody needs them; elsewhere (`on` is False) nothing moves.
 

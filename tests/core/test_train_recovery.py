@@ -158,7 +158,7 @@ def test_a_state_on_its_way_to_no_number_is_not_good():
 
 
 def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
-    monkeypatch.setattr("shared.train.last_good_state._MOST", 3)
+    monkeypatch.setattr("shared.train.last_good_state.MOST", 3)
     small_one, large = (LastGood(Standing(n)) for n in (3, 4))  # type: ignore[arg-type]
     for good in (small_one, large):
         good.keep(1, 0.5)
@@ -166,7 +166,7 @@ def test_what_is_too_large_to_copy_is_not_copied(monkeypatch):
 
 
 def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.train.last_good_state._MOST", 0)
+    monkeypatch.setattr("shared.train.last_good_state.MOST", 0)
     broken_at(monkeypatch, 3)
     for every, message in ((2, "the state of step 2"), (0, "no good state is left")):
         recipe = small("textual_inversion", "train.steps=5", f"train.checkpoint_every={every}")

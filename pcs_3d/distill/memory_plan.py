@@ -1,0 +1,238 @@
+"""How a run fits into so much memory: measured on one small step, and made smaller until it does."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pcs_3d.distill.distill import view_side
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.distill_task import DistillTask
+from shared.config import validate
+from shared.metrics.html import size
+from shared.recipe.schema import dump
+from shared.train.last_good_state import MOST
+from shared.train.measure_memory import in_use, peak_during
+from shared.train.training_run import TrainingRun
+
+_SMALL = 128  # pixels: up to so many, a step is tried at full size
+_LEAST = 16  # pixels of the smallest renders
+_MOMENTS = 2  # numbers of Adam per parameter
+#: Where a plan changes a recipe.
+_PLANNED = {
+    "train": ("batch_size", "gradient_accumulation", "gradient_checkpointing", "resolution"),
+    "renderer": ("recompute",),
+}
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What takes less memory. views: of one pass through networks, of `of` per step; recompute: 0: nothing; 1: activations of
+    networks; 2: those of the renderer, too; side: pixels of a view, None: as asked."""
+
+    views: int
+    of: int
+    recompute: int = 0
+    side: int | None = None
+
+    def changes(self, phase: DistillRecipe) -> dict[str, Any]:
+        """Of a phase's recipe."""
+        train: dict[str, Any] = {
+            "batch_size": self.views,
+            "gradient_accumulation": phase.train.gradient_accumulation * (self.of // self.views),
+        }
+        if self.recompute:
+            train["gradient_checkpointing"] = True
+        if self.side is not None:
+            train["resolution"] = self.side
+        out: dict[str, Any] = {"train": train}
+        if self.recompute > 1 and "recompute" in type(phase.renderer).model_fields:
+            out["renderer"] = {"recompute": True}
+        return out
+
+    def __str__(self) -> str:
+        parts = [f"{self.views} of {self.of} views at a time" if self.views < self.of else f"{self.of} views at once"]
+        parts += ["activations of networks are computed again"] if self.recompute == 1 else []
+        parts += ["activations of networks and renderer are computed again"] if self.recompute > 1 else []
+        parts += [f"renders of {self.side}×{self.side}"] if self.side is not None else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A recipe that fits. estimate, budget: bytes; how: by phase."""
+
+    recipe: Any
+    budget: int
+    estimate: int
+    how: Mapping[str, Levers]
+    of: str  # what is counted: "gpu" or "process"
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """For what is told of an asset."""
+        return {"memory_budget": self.budget, "estimated_memory": self.estimate}
+
+    def __str__(self) -> str:
+        where = "of the GPU" if self.of == "gpu" else "of main memory, all of this process"
+        how = "; ".join(f"{name}: {levers}" if len(self.how) > 1 else str(levers) for name, levers in self.how.items())
+        return f"memory: about {size(self.estimate)} of {size(self.budget)} ({where}): {how}"
+
+
+def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
+    """The recipe, so that each phase that makes an asset stays within `budget` bytes.
+
+    What is there already (networks; without a GPU all of the process) is counted as it is, the field with gradients, moments
+    and the copy that is kept, and of a step what one view takes, measured at two small sizes. Fewer views go through the
+    networks at once, which changes nothing but the order of draws; then activations are computed again; then, unless
+    `sides_fixed`, renders are smaller.
+
+    Args:
+        run: of this recipe, not begun; names and adapters that it attaches are left to whoever made it
+
+    Raises:
+        ValueError: there is no such way; names the least that would do
+    """
+    run._attach_names()
+    how: dict[str, Levers] = {}
+    estimate = 0
+    for index, (name, phase) in enumerate(run.phases):
+        trained = run._unfreeze(phase)
+        if not isinstance(phase.task, DistillTask):
+            continue
+        tries = _Tries(run, index, trained)
+        how[name], needed = _fitting(tries, budget, sides_fixed)
+        estimate = max(estimate, needed)
+    run._freeze()
+    data = dump(recipe)
+    for name, levers in how.items():
+        changes = levers.changes(dict(run.phases)[name])  # type: ignore[arg-type]
+        if data["phases"]:
+            data["phases"][name] = _laid(data["phases"][name] or {}, changes)
+        else:
+            data = _laid(data, changes)
+    of = "gpu" if run.backbone.device.type == "cuda" else "process"
+    return MemoryPlan(validate(type(recipe), data), budget, estimate, how, of)
+
+
+def _fitting(tries: _Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
+    least: tuple[int, Levers] | None = None
+    for levers in tries.ladder(sides_fixed):
+        fixed, per_view = tries.costs(levers)
+        for views in range(levers.of, 0, -1):
+            if levers.of % views:
+                continue
+            needed, now = fixed + views * per_view, replace(levers, views=views)
+            if needed <= budget:
+                return now, needed
+            if least is None or needed < least[0]:
+                least = needed, now
+    assert least is not None
+    raise ValueError(
+        f"--vram {size(budget)}: this takes at least about {size(least[0])} ({least[1]}): give --vram "
+        f"{-(-least[0] // 2**20)}M or more, choose a smaller model, or a smaller field (field.resolution)"
+    )
+
+
+class _Tries:
+    """Small steps of one phase, to see what they take."""
+
+    def __init__(self, run: TrainingRun, index: int, trained: Any) -> None:
+        self.run, self.index, self.trained = run, index, trained
+        recipe = run.phases[index][1]
+        assert isinstance(recipe, DistillRecipe)
+        self.recipe = recipe
+        self.device = run.backbone.device
+        self.side = view_side(recipe, run.backbone)
+        own = run.backbone.resolution
+        self.seen = self.side if recipe.guidance.space == "latents" else recipe.guidance.resolution or own
+        self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
+
+    def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
+        """Ways to take less, the dearest in time and quality last."""
+        views = self.recipe.train.batch_size
+        for recompute in range(3):
+            yield Levers(views, views, recompute)
+        side = self.side // 2
+        while not sides_fixed and side >= _LEAST and self.recipe.guidance.space == "pixels":
+            yield Levers(views, views, 2, side)
+            side //= 2
+
+    def costs(self, levers: Levers) -> tuple[int, int]:
+        """Bytes of all that is there whatever the number of views, and of one more view."""
+        key = levers.recompute, levers.side
+        if key not in self._known:
+            large = 1.0 if self.seen <= _SMALL else 0.5
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._peak(levers, large / 2)  # libraries are imported, kernels and texts cached
+                state, more = self._peak(levers, large)
+                less = self._peak(levers, large / 2)[1]
+            gc.collect()
+            share = large**2 - (large / 2) ** 2
+            per_view = max(0, round((more - less) / share))
+            fixed = max(0, round(more - per_view * large**2))
+            self._known[key] = in_use(self.device) + state + fixed, per_view
+        return self._known[key]
+
+    def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
+        """Bytes of the field with what is kept of it, and of one step on one view whose sides have this share of the pixels."""
+        unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
+        changes = replace(levers, views=1, of=1).changes(self.recipe)
+        side = max(_LEAST // 2, round((levers.side or self.side) * share))
+        changes["train"] |= {"resolution": side, "gradient_accumulation": 1}
+        if self.recipe.guidance.space == "pixels":
+            changes["guidance"] = {"resolution": max(unit, round(self.seen * share / unit) * unit)}
+        recipe = validate(type(self.recipe), _laid(dump(self.recipe), changes))
+        context = replace(self.run.context(self.index, self.trained, resumed_step=1), recipe=recipe)
+        task: Any = self.run.tasks[DistillTask](context)
+        parts = [p for groups in task.groups().values() for group in groups for p in group.parameters]
+        numbers = sum(p.numel() for p in parts)
+        copies = 1 + _MOMENTS + (1 + _MOMENTS if numbers <= MOST else 0)
+        peak = peak_during(lambda: _step(self.run, task), self.device)
+        for parameter in parts:
+            parameter.grad = None
+        return 4 * numbers * copies, peak
+
+
+def _step(run: TrainingRun, task: Any) -> None:
+    updates = task.updates(max(0, task.steps - 1), 0)
+    while True:
+        with run.accelerator.autocast():
+            update = next(updates, None)
+        if update is None:
+            return
+        update.loss.backward()
+
+
+def _laid(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Data with changes laid over it, also inside mappings."""
+    out = dict(data)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
+    """The recipe with what a plan changed in the one that an interrupted run was begun with: measured again, it could come
+    out otherwise."""
+    data = dump(recipe)
+
+    def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+        for section, keys in _PLANNED.items():
+            known = {k: theirs[section][k] for k in keys if k in (theirs.get(section) or {})}
+            if known:
+                mine = _laid(mine, {section: known})
+        return mine
+
+    data = copied(data, saved)
+    for name, overlay in (saved.get("phases") or {}).items():
+        if name in data["phases"]:
+            data["phases"][name] = copied(data["phases"][name] or {}, overlay or {})
+    return validate(type(recipe), data)
