@@ -12,7 +12,8 @@ from pcs_3d.cameras import Cameras, wrapped_deg
 from pcs_3d.schedules import Moment, Schedule
 from shared.config import Part
 
-NotNegative = Annotated[float, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -21,7 +22,7 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Range = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 
 
 class CameraSampling(Part):

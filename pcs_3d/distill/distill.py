@@ -62,6 +62,8 @@ class Distill(ConceptTask):
         ValueError: sizes, prompts, optimizer groups or parts do not fit together
     """
 
+    rate_key = "field.lr"
+
     def __init__(self, context: PhaseContext, scores: OpenScores = backbone_scores) -> None:
         super().__init__(context)
         self.recipe = recipe = recipe_of(context)

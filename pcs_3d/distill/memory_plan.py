@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +23,12 @@ from shared.train.training_run import TrainingRun
 
 _SMALL = 128  # pixels: up to so many, a step is tried at full size
 _LEAST = 16  # pixels of the smallest renders
+_RAYS = 2048  # drawn at a time, where they are drawn again
 _MOMENTS = 2  # numbers of Adam per parameter
 #: Where a plan changes a recipe.
 _PLANNED = {
     "train": ("batch_size", "gradient_accumulation", "gradient_checkpointing", "resolution"),
-    "renderer": ("recompute",),
+    "renderer": ("recompute", "rays"),
 }
 
 
@@ -52,7 +54,7 @@ class Levers:
             train["resolution"] = self.side
         out: dict[str, Any] = {"train": train}
         if self.recompute > 1 and "recompute" in type(phase.renderer).model_fields:
-            out["renderer"] = {"recompute": True}
+            out["renderer"] = {"recompute": True, "rays": min(phase.renderer.rays, _RAYS)}
         return out
 
     def __str__(self) -> str:
@@ -105,7 +107,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
         trained = run._unfreeze(phase)
         if not isinstance(phase.task, DistillTask):
             continue
-        tries = _Tries(run, index, trained)
+        tries = Tries(run, index, trained)
         how[name], needed = _fitting(tries, budget, sides_fixed)
         estimate = max(estimate, needed)
     run._freeze()
@@ -120,12 +122,12 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
     return MemoryPlan(validate(type(recipe), data), budget, estimate, how, of)
 
 
-def _fitting(tries: _Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
+def _fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)
         for views in range(levers.of, 0, -1):
-            if levers.of % views:
+            if levers.of % views or views % tries.together:
                 continue
             needed, now = fixed + views * per_view, replace(levers, views=views)
             if needed <= budget:
@@ -139,7 +141,7 @@ def _fitting(tries: _Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int
     )
 
 
-class _Tries:
+class Tries:
     """Small steps of one phase, to see what they take."""
 
     def __init__(self, run: TrainingRun, index: int, trained: Any) -> None:
@@ -151,6 +153,9 @@ class _Tries:
         self.side = view_side(recipe, run.backbone)
         own = run.backbone.resolution
         self.seen = self.side if recipe.guidance.space == "latents" else recipe.guidance.resolution or own
+        rescaled = recipe.guidance.rescale_over if recipe.guidance.rescale else 1
+        self.together = math.lcm(recipe.cameras.ring, rescaled)  # views that cannot be parted
+        self._warm = False
         self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
 
     def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
@@ -170,20 +175,23 @@ class _Tries:
             large = 1.0 if self.seen <= _SMALL else 0.5
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._peak(levers, large / 2)  # libraries are imported, kernels and texts cached
+                if not self._warm:
+                    self._peak(levers, large / 2)  # libraries are imported, kernels and texts cached
+                    self._warm = True
                 state, more = self._peak(levers, large)
                 less = self._peak(levers, large / 2)[1]
             gc.collect()
             share = large**2 - (large / 2) ** 2
-            per_view = max(0, round((more - less) / share))
-            fixed = max(0, round(more - per_view * large**2))
+            together = max(0, round((more - less) / share))
+            fixed, per_view = max(0, round(more - together * large**2)), together // self.together
             self._known[key] = in_use(self.device) + state + fixed, per_view
         return self._known[key]
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
-        """Bytes of the field with what is kept of it, and of one step on one view whose sides have this share of the pixels."""
+        """Bytes of the field with what is kept of it, and of one step on the fewest views, whose sides have this share of the
+        pixels."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
-        changes = replace(levers, views=1, of=1).changes(self.recipe)
+        changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))
         changes["train"] |= {"resolution": side, "gradient_accumulation": 1}
         if self.recipe.guidance.space == "pixels":
@@ -194,13 +202,14 @@ class _Tries:
         parts = [p for groups in task.groups().values() for group in groups for p in group.parameters]
         numbers = sum(p.numel() for p in parts)
         copies = 1 + _MOMENTS + (1 + _MOMENTS if numbers <= MOST else 0)
-        peak = peak_during(lambda: _step(self.run, task), self.device)
+        peak = peak_during(lambda: step_once(self.run, task), self.device)
         for parameter in parts:
             parameter.grad = None
         return 4 * numbers * copies, peak
 
 
-def _step(run: TrainingRun, task: Any) -> None:
+def step_once(run: TrainingRun, task: Any) -> None:
+    """The gradients of a run's last step, added to what is there."""
     updates = task.updates(max(0, task.steps - 1), 0)
     while True:
         with run.accelerator.autocast():

@@ -75,6 +75,8 @@ class PhaseContext:
 class ConceptTask:
     """What tasks on a concept have in common: their state is what has been learned so far."""
 
+    rate_key = "trainable.*.lr"  # where a recipe says how fast is learned
+
     def __init__(self, context: PhaseContext) -> None:
         self.context = context
 

@@ -1,0 +1,103 @@
+"""Runs that fit into so much memory: what is estimated is what is used, and what takes less gives the same field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pcs_3d.assets import ABOUT, AssetFiles, create
+from pcs_3d.distill.distill import Distill
+from pcs_3d.distill.memory_plan import Levers, Tries, as_begun, step_once
+from pcs_3d.runner import Runner3D
+from shared.recipe.schema import dump
+from shared.train.measure_memory import parse_bytes, peak_during
+from tests.three_d.distilling import finish
+from tests.three_d.test_assets import recipe, run_of, same
+
+CPU = torch.device("cpu")
+RENDERS = ("train.resolution=32", "renderer.samples=48", "field.start.radius=0.8", "train.batch_size=8", "train.steps=2",
+           "penalties.orientation=null", "penalties.normal_image_smoothness=null", "penalties.sparsity=null")  # fmt: skip
+
+CHUNKS = ("train.batch_size=2", "renderer.rays=1024")
+AGAIN = ("train.gradient_checkpointing=true", "renderer.recompute=true", "renderer.rays=1024")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8G", 8 * 2**30), ("1.5 GiB", 3 * 2**29), ("512m", 2**29), ("64KB", 2**16), ("77", 77)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_bytes(text, "--vram") == size
+
+
+@pytest.mark.parametrize("text", ["", "8 giga", "-1G", "0", "nan", "G"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="--vram .* is no size"):
+        parse_bytes(text, "--vram")
+
+
+def test_the_peak_is_that_of_what_is_there_at_once():
+    def work():
+        for _ in range(3):
+            first = torch.zeros(1000, 1000)
+            del first
+        return torch.ones(1000, 1000) + 1
+
+    assert 8e6 <= peak_during(work, CPU) < 8.1e6
+
+
+def actual(backbone, folder, *settings):
+    """Bytes of a step of all views."""
+    run = run_of(backbone, recipe("voxels", *RENDERS, *settings), folder)
+    task = Distill(run.context(0, run._unfreeze(run.phases[0][1])))
+    step_once(run, task)
+    return peak_during(lambda: step_once(run, task), CPU)
+
+
+def test_the_estimate_is_what_a_step_takes(sd, tmp_path):
+    run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
+    tries = Tries(run, 0, [])
+    eight, four = (actual(sd, tmp_path / "run", f"train.batch_size={n}") for n in (8, 4))
+    assert tries.costs(Levers(8, 8))[1] == pytest.approx((eight - four) / 4, rel=0.33)
+    less = actual(sd, tmp_path / "run", *AGAIN)
+    assert less < 0.8 * eight and less < tries.costs(Levers(8, 8, 2))[1] * 8 + 2**20
+
+
+def test_what_is_computed_again_gives_the_same_field(new_sd, tmp_path):
+    plain, less = (
+        finish(run_of(new_sd(), recipe("voxels", *RENDERS, *CHUNKS, *how), tmp_path / str(len(how))))
+        for how in ((), AGAIN)
+    )
+    assert same(plain, less)
+
+
+def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
+    runner, how = Runner3D(sd), recipe("voxels", *RENDERS)
+    all_at_once = runner.fit(how, tmp_path / "run", memory=2**40)
+    assert all_at_once.recipe == how and "8 views at once" in str(all_at_once)
+    with pytest.raises(ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"):
+        runner.fit(how, tmp_path / "run", memory=2**20)
+    run = run_of(sd, how, tmp_path / "run")
+    fixed, one_more = Tries(run, 0, []).costs(Levers(8, 8))
+    fewer = runner.fit(how, tmp_path / "run", memory=fixed + 5 * one_more)
+    train = fewer.recipe.train
+    assert train.batch_size * train.gradient_accumulation == 8 and 1 < train.gradient_accumulation < 8
+    assert as_begun(how, dump(fewer.recipe)) == fewer.recipe and not (tmp_path / "run").exists()
+    create(runner, fewer.recipe, AssetFiles(tmp_path / "asset"), plan=fewer)
+    costs = json.loads((tmp_path / "asset" / ABOUT).read_text())["costs"]
+    assert costs["estimated_memory"] == fewer.estimate <= costs["memory_budget"]
+    assert 2 / 3 < fewer.estimate / costs["training_peak_memory"] < 3 / 2
+    assert "Estimated before" in (tmp_path / "asset" / "report.html").read_text()
+
+
+def test_renders_are_smaller_where_nothing_else_helps_and_nobody_says_how_large(sd, tmp_path):
+    run = run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run")
+    tries = Tries(run, 0, [])
+    assert [level.side for level in tries.ladder(True)] == [None] * 3
+    assert [level.side for level in tries.ladder(False)] == [None] * 3 + [16]
+    changed = Levers(2, 8, 2, 16).changes(tries.recipe)
+    assert changed == {
+        "train": {"batch_size": 2, "gradient_accumulation": 4, "gradient_checkpointing": True, "resolution": 16},
+        "renderer": {"recompute": True, "rays": 2048},
+    }
