@@ -33,6 +33,8 @@ def check_glb(path: Path) -> None:
     if len(data) < 20 or data[:4] != b"glTF" or data[16:20] != b"JSON":
         raise ValueError(f"{path} is no GLB file")
     (length,) = struct.unpack_from("<I", data, 12)
+    if 20 + length > len(data):
+        raise ValueError(f"{path} is cut off: it says that it begins with {length} bytes, and holds {len(data) - 20}")
     try:
         tree = json.loads(data[20 : 20 + length])
         binary = data[28 + length :]
@@ -50,6 +52,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
     for item in [*tree.get("buffers", []), *tree.get("images", [])]:
         if (uri := item.get("uri")) is not None and not str(uri).startswith("data:"):
             raise ValueError(f"{path} refers to another file, {uri!r}: export it with everything inside")
+    _check_views(path, tree, binary)
     for accessor in tree.get("accessors", []):
         count = int(accessor["count"])
         total += count
@@ -63,6 +66,15 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
             view = views[image["bufferView"]]
             start = int(view.get("byteOffset", 0))
             check_picture(path, binary[start : start + int(view["byteLength"])])
+
+
+def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
+    buffers = tree.get("buffers", [])
+    for view in tree.get("bufferViews", []):
+        start, size, buffer = int(view.get("byteOffset", 0)), int(view["byteLength"]), int(view.get("buffer", 0))
+        inside = not buffers or "uri" not in buffers[buffer]
+        if start < 0 or size < 0 or (inside and start + size > len(binary)):
+            raise ValueError(f"{path} says that a part of it ends at byte {start + size}, and holds {len(binary)}")
 
 
 def _data_uri(path: Path, uri: str) -> bytes:

@@ -142,15 +142,11 @@ class Phase:
             self.step = newest.step
             checkpoint.amend(owner.workdir, not_finite=True)
         else:
-            return f"no good state is left. Lower the learning rate ({self._rate_key}), and start over."
+            return f"no good state is left. Lower the learning rate ({self.task.rate_key}), and start over."
         return (
             f"the state of step {self.step}, before it went wrong, is kept in {owner.workdir}. Lower the learning rate "
-            f"({self._rate_key}), or set train.mixed_precision=no, and continue with --resume."
+            f"({self.task.rate_key}), or set train.mixed_precision=no, and continue with --resume."
         )
-
-    @property
-    def _rate_key(self) -> str:
-        return getattr(self.task, "rate_key", "trainable.*.lr")
 
     def _finish(self) -> None:
         """End of a phase: back to its best state when one was kept; the next phase starts from there."""

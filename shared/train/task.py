@@ -56,6 +56,7 @@ class Task(UpdateSource, Protocol):
     then `updates` -> `result`; `state_dict` and `carried` at any time between two steps."""
 
     steps: int  # how many it takes
+    rate_key: str  # where a recipe says how fast is learned
 
     @property
     def networks_in_steps(self) -> frozenset[str]:

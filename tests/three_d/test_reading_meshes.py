@@ -145,6 +145,13 @@ def test_textures_are_read_inside_the_folder_alone(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(ValueError, match="is not a plain path inside"):
             read_mesh(textured_obj(tmp_path / "in", name))
+    textured_obj(tmp_path / "in")
+    (tmp_path / "m.mtl").write_text("newmtl a\nKd 1 1 1\n")
+    for name in ("../m.mtl", str(tmp_path / "m.mtl")):
+        file.write_text(file.read_text().replace("mtllib m.mtl", f"mtllib {name}"))
+        with pytest.raises(ValueError, match="is not a plain path inside"):
+            read_mesh(file)
+        textured_obj(tmp_path / "in")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="leads out of"):
         read_mesh(textured_obj(tmp_path / "in", "link.png"))
@@ -166,6 +173,16 @@ def glb(tree, binary=b"") -> bytes:
     return b"glTF" + struct.pack("<II", 2, 12 + len(body)) + body
 
 
+TRIANGLE = {
+    "asset": {"version": "2.0"},
+    "buffers": [{"byteLength": 36}],
+    "accessors": [{"count": 3, "bufferView": 0, "componentType": 5126, "type": "VEC3"}],
+    "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
+    "nodes": [{"mesh": 0}],
+    "scenes": [{"nodes": [0]}],
+}
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -175,9 +192,12 @@ def glb(tree, binary=b"") -> bytes:
         (glb({"images": [{"uri": "data:image/png;base64,!!!"}]}), "picture"),
         (glb({"accessors": [{"count": 10**12}]}), "says that it holds"),
         (
-            glb({"bufferViews": [{"byteLength": 12}], "accessors": [{"count": 10**6, "bufferView": 0}]}),
+            glb({"bufferViews": [{"byteLength": 12}], "accessors": [{"count": 10**6, "bufferView": 0}]}, bytes(12)),
             "says that it holds",
         ),
+        (glb({"asset": {"version": "2.0"}})[:12] + struct.pack("<I", 2**31) + b"JSON{}  ", "is cut off"),
+        (glb(TRIANGLE | {"bufferViews": [{"buffer": 0, "byteLength": 2**40}]}, bytes(36)), "ends at byte"),
+        (glb(TRIANGLE | {"bufferViews": [{"buffer": 0, "byteLength": 36, "byteOffset": 2**40}]}, bytes(36)), "ends at byte"),
         (glb({"extensionsRequired": ["KHR_draco_mesh_compression"]}), "KHR_draco"),
         (glb({"accessors": "many"}), "cannot be read"),
         (glb({"asset": {"version": "2.0"}}), "no triangles|cannot be read"),
