@@ -22,7 +22,7 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 class Volume(RendererPart):
     """samples: along each ray, between where it enters and leaves the field's bound; importance: so many more where a first
     look finds something, all of them there; hidden: samples that certainly weigh less in their pixel are left out, gradient
-    and all, for most lie in empty cells or behind the surface; rays: drawn at a time; recompute: what is known of samples is not
+    and all, for most lie in empty cells or behind the surface; rays: drawn at a time; recompute: what samples hold is not
     kept but computed again in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
 
     draws: ClassVar[type] = VolumeField
@@ -102,9 +102,7 @@ class Volume(RendererPart):
         weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], (least + most) / 2)[0]
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
-    def _worthwhile(
-        self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples may weigh more than `hidden`, as numbers in [N · S], and which rays [M] have some."""
         from nerfacc import render_transmittance_from_density
 
@@ -123,8 +121,8 @@ class Volume(RendererPart):
 
 
 def _weights(edges: Tensor, density: Tensor, kept: Tensor, hit: Tensor) -> Tensor:
-    """Of samples [N, S] between edges [N, S + 1] in their pixels, where those numbered `kept` have a density and all others have
-    none; only the rays `hit` have any."""
+    """Of samples [N, S] between edges [N, S + 1] in their pixels, where those numbered `kept` have a density and all others
+    have none; only the rays `hit` have any."""
     from nerfacc import render_weight_from_density
 
     n, s = len(edges), edges.shape[1] - 1

@@ -25,9 +25,9 @@ from pcs_3d.runner import Runner3D
 from shared.modifiers.learnable import LearnableToken
 from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
+from shared.train.budget import Budget
 from shared.train.last_good_state import LastGood
 from shared.train.loop import Loop
-from shared.train.budget import Budget
 from shared.train.optim import Optimizers
 from shared.train.training_run import TrainingRun
 from shared.trainable import Lora
@@ -107,10 +107,14 @@ def main() -> None:
         clock = stepping.split(options.steps)
     total = sum(clock.seconds.values())
     kind, side = stepping.task.recipe.field.kind, options.side
-    print(f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; split:")
+    print(
+        f"{options.recipe}, {kind}, {stepping.views} views of {side}×{side}, {torch.get_num_threads()} threads; split:"
+    )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
-    print(f"rendered views per second of optimisation: {statistics.median(rates):.2f}; per second of processor time: {1 / busy:.2f}")
+    print(
+        f"rendered views per second of optimisation: {statistics.median(rates):.2f}; per second of processor time: {1 / busy:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
     runner, how = Runner3D(sd), recipe("voxels", *RENDERS)
     all_at_once = runner.fit(how, tmp_path / "run", memory=2**40)
     assert all_at_once.recipe == how and "8 views at once" in str(all_at_once)
-    with pytest.raises(ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"):
+    with pytest.raises(
+        ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"
+    ):
         runner.fit(how, tmp_path / "run", memory=2**20)
     run = run_of(sd, how, tmp_path / "run")
     fixed, one_more = Tries(run, 0, []).costs(Levers(8, 8))

@@ -197,7 +197,10 @@ TRIANGLE = {
         ),
         (glb({"asset": {"version": "2.0"}})[:12] + struct.pack("<I", 2**31) + b"JSON{}  ", "is cut off"),
         (glb(TRIANGLE | {"bufferViews": [{"buffer": 0, "byteLength": 2**40}]}, bytes(36)), "ends at byte"),
-        (glb(TRIANGLE | {"bufferViews": [{"buffer": 0, "byteLength": 36, "byteOffset": 2**40}]}, bytes(36)), "ends at byte"),
+        (
+            glb(TRIANGLE | {"bufferViews": [{"buffer": 0, "byteLength": 36, "byteOffset": 2**40}]}, bytes(36)),
+            "ends at byte",
+        ),
         (glb({"extensionsRequired": ["KHR_draco_mesh_compression"]}), "KHR_draco"),
         (glb({"accessors": "many"}), "cannot be read"),
         (glb({"asset": {"version": "2.0"}}), "no triangles|cannot be read"),

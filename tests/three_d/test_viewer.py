@@ -21,7 +21,7 @@ def pieces() -> list[Piece]:
     texture[:, 2:] = (0, 255, 0)
     painted = Piece(corners, np.asarray(ball.faces), uv=(corners[:, [1, 2]] + 1) / 2, texture=texture)
     red = np.tile([1.0, 0, 0], (len(nose.vertices), 1))
-    return [painted, Piece(np.asarray(nose.vertices) + [0.8, 0, 0], np.asarray(nose.faces), colors=red)]
+    return [painted, Piece(np.asarray(nose.vertices) + np.array([0.8, 0, 0]), np.asarray(nose.faces), colors=red)]
 
 
 def test_the_viewer_holds_the_mesh_and_looks_at_its_front():
@@ -36,7 +36,9 @@ def test_the_viewer_holds_the_mesh_and_looks_at_its_front():
     shown = np.abs([right, up]) / (depth * np.tan(np.radians(scene.camera.fov[:, None]) / 2))
     assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "all of it is in the picture, and fills it"
     (nose,) = [g for name, g in scene.geometry.items() if kinds[name] == "vertex"]
-    assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, "the front is toward the camera"
+    assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, (
+        "the front is toward the camera"
+    )
     assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up is up, and the camera a little above"
 
 
