@@ -108,7 +108,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
         if not isinstance(phase.task, DistillTask):
             continue
         tries = Tries(run, index, trained)
-        how[name], needed = _fitting(tries, budget, sides_fixed)
+        how[name], needed = fitting(tries, budget, sides_fixed)
         estimate = max(estimate, needed)
     run._freeze()
     data = dump(recipe)
@@ -122,7 +122,8 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
     return MemoryPlan(validate(type(recipe), data), budget, estimate, how, of)
 
 
-def _fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
+def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
+    """What takes no more than the budget, and how much that is, in bytes. ValueError names the least that there is."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)

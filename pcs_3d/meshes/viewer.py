@@ -59,5 +59,6 @@ def _geometry(piece: Piece) -> Any:
         visual = TextureVisuals(uv=piece.uv, material=material)
     made = trimesh.Trimesh(piece.vertices[:, [1, 2, 0]], piece.faces, visual=visual, process=False)
     if visual is None and piece.colors is not None:
-        made.visual.vertex_colors = (piece.colors.clip(0, 1) * 255).round().astype(np.uint8)
+        colors: Any = made.visual
+        colors.vertex_colors = (piece.colors.clip(0, 1) * 255).round().astype(np.uint8)
     return made

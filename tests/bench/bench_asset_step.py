@@ -112,9 +112,8 @@ def main() -> None:
     )
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
-    print(
-        f"rendered views per second of optimisation: {statistics.median(rates):.2f}; per second of processor time: {1 / busy:.2f}"
-    )
+    print(f"rendered views per second of optimisation: {statistics.median(rates):.2f}")
+    print(f"  per second of processor time: {1 / busy:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.distill.distill import Distill
-from pcs_3d.distill.memory_plan import Levers, Tries, as_begun, step_once
+from pcs_3d.distill.memory_plan import Levers, Tries, as_begun, fitting, step_once
 from pcs_3d.runner import Runner3D
 from shared.recipe.schema import dump
 from shared.train.measure_memory import parse_bytes, peak_during
@@ -17,7 +17,7 @@ from tests.three_d.distilling import finish
 from tests.three_d.test_assets import recipe, run_of, same
 
 CPU = torch.device("cpu")
-RENDERS = ("train.resolution=32", "renderer.samples=48", "field.start.radius=0.8", "train.batch_size=8", "train.steps=2",
+RENDERS = ("train.resolution=32", "renderer.samples=32", "field.start.radius=0.8", "train.batch_size=8", "train.steps=2",
            "penalties.orientation=null", "penalties.normal_image_smoothness=null", "penalties.sparsity=null")  # fmt: skip
 
 CHUNKS = ("train.batch_size=2", "renderer.rays=1024")
@@ -73,24 +73,30 @@ def test_what_is_computed_again_gives_the_same_field(new_sd, tmp_path):
 
 
 def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
-    runner, how = Runner3D(sd), recipe("voxels", *RENDERS)
-    all_at_once = runner.fit(how, tmp_path / "run", memory=2**40)
-    assert all_at_once.recipe == how and "8 views at once" in str(all_at_once)
+    tries = Tries(run_of(sd, recipe("voxels", *RENDERS), tmp_path / "run"), 0, [])
+    fixed, one_more = tries.costs(Levers(8, 8))
+    assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)
+    assert fitting(tries, fixed + 5 * one_more, True) == (Levers(4, 8), fixed + 4 * one_more)
     with pytest.raises(
         ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"
     ):
-        runner.fit(how, tmp_path / "run", memory=2**20)
-    run = run_of(sd, how, tmp_path / "run")
-    fixed, one_more = Tries(run, 0, []).costs(Levers(8, 8))
-    fewer = runner.fit(how, tmp_path / "run", memory=fixed + 5 * one_more)
-    train = fewer.recipe.train
-    assert train.batch_size * train.gradient_accumulation == 8 and 1 < train.gradient_accumulation < 8
-    assert as_begun(how, dump(fewer.recipe)) == fewer.recipe and not (tmp_path / "run").exists()
-    create(runner, fewer.recipe, AssetFiles(tmp_path / "asset"), plan=fewer)
+        fitting(tries, 2**20, True)
+
+
+def test_an_asset_says_what_was_estimated_and_what_was_used(sd, tmp_path):
+    runner, how = Runner3D(sd), recipe("voxels", *RENDERS)
+    plan = runner.fit(how, tmp_path / "run", memory=2**40)
+    assert plan.recipe == how and "8 views at once" in str(plan) and not list(tmp_path.iterdir())
+    create(runner, plan.recipe, AssetFiles(tmp_path / "asset"), plan=plan)
     costs = json.loads((tmp_path / "asset" / ABOUT).read_text())["costs"]
-    assert costs["estimated_memory"] == fewer.estimate <= costs["memory_budget"]
-    assert 2 / 3 < fewer.estimate / costs["training_peak_memory"] < 3 / 2
+    assert costs["estimated_memory"] == plan.estimate <= costs["memory_budget"] == 2**40
     assert "Estimated before" in (tmp_path / "asset" / "report.html").read_text()
+
+
+def test_a_run_that_was_fitted_resumes_as_it_was_begun():
+    how = recipe("voxels", *RENDERS)
+    fitted = recipe("voxels", *RENDERS, *AGAIN, "train.batch_size=2", "train.gradient_accumulation=4")
+    assert as_begun(how, dump(fitted)) == fitted != how
 
 
 def test_renders_are_smaller_where_nothing_else_helps_and_nobody_says_how_large(sd, tmp_path):
