@@ -95,9 +95,10 @@ class LocalEditField(BaseVolume):
         mixed = torch.lerp(density[some], self.learned.density(flat[some]), share[some])
         return density.index_put((some,), mixed).reshape(points.shape[:-1])
 
-    def between(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        (least, most), (low, high) = self.kept.between(points), self.learned.between(points)
-        changed = together(self.regions, points) > 0
+    def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+        rays = origins, directions, distances
+        (least, most), (low, high) = self.kept.between(*rays), self.learned.between(*rays)
+        changed = together(self.regions, origins[:, None] + distances[..., None] * directions[:, None]) > 0
         return (
             torch.where(changed, torch.minimum(least, low), least),
             torch.where(changed, torch.maximum(most, high), most),
