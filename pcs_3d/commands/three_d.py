@@ -1,4 +1,4 @@
-"""`pcs 3d create | evaluate`."""
+"""`pcs 3d create | evaluate | threestudio`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import typer
 
+from pcs_3d.commands import threestudio
 from shared.commands.paths import PATH
 
 app = typer.Typer(help="Personalized 3D assets.", no_args_is_help=True)
+app.add_typer(threestudio.app, name="threestudio")
 
 
 @app.callback()

@@ -1,0 +1,56 @@
+"""`pcs 3d threestudio install | doctor | run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from shared.commands.paths import PATH
+
+app = typer.Typer(
+    help="Concepts in threestudio (https://github.com/threestudio-project/threestudio).", no_args_is_help=True
+)
+_CHECKOUT = typer.Argument(help="the folder of a threestudio checkout", **PATH)
+
+
+@app.command()
+def install(
+    checkout: Path = _CHECKOUT,
+    overwrite: bool = typer.Option(False, help="replace files of an earlier installation that were changed"),
+) -> None:
+    """Write an extension and a configuration into a checkout: its launch.py then knows pcs-guidance and what belongs to it."""
+    from pcs_3d.extra import check_installed
+    from pcs_3d.threestudio.checkout import install as write
+
+    check_installed()
+    for path in write(checkout, overwrite):
+        print(path)
+    typer.echo("what works with it here: pcs 3d threestudio doctor " + str(checkout), err=True)
+
+
+@app.command()
+def doctor(checkout: Path = _CHECKOUT) -> None:
+    """Say what of a checkout works on this machine, and how to mend what does not. Exits with 1 when something must be."""
+    from pcs_3d.threestudio.doctor import findings
+
+    bad = False
+    for works, what in findings(checkout):
+        print({True: "  ok  ", False: "BROKEN", None: "  --  "}[works], what, flush=True)
+        bad |= works is False
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    checkout: Path = _CHECKOUT,
+    arguments: list[str] = typer.Argument(None, help="of launch.py: --config configs/pcs-dreamfusion.yaml --train …"),
+    cpu: bool = typer.Option(False, "--cpu", help="train on the CPU, in full precision"),
+) -> None:
+    """Run a checkout's launch.py where packages that it imports, or a GPU, are not there."""
+    from pcs_3d.extra import check_installed
+    from pcs_3d.threestudio.checkout import check_checkout
+    from pcs_3d.threestudio.launch import launch
+
+    check_installed()
+    launch(check_checkout(checkout), arguments or [], cpu)

@@ -1,0 +1,95 @@
+"""What of a threestudio checkout works on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
+from pcs_3d.threestudio.stand_ins import REPLACEABLE, absent
+
+#: Module -> package, of what threestudio imports and nothing can stand in for.
+NEEDED = {
+    "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "jaxtyping": "jaxtyping",
+    "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf", "pytorch_lightning": "lightning",
+    "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics", "trimesh": "trimesh",
+    "typeguard": "typeguard",
+}  # fmt: skip
+_PATIENCE = 600  # seconds, for an import that reads from a cold disk
+#: Whether something works (None: it need not), and what it is.
+Finding = tuple[bool | None, str]
+
+
+def findings(folder: Path) -> Iterator[Finding]:
+    """What works, what does not, and how to mend it, one after the other. ValueError for a folder that is no checkout."""
+    folder = check_checkout(folder)
+    yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
+    wrong = differing(folder)
+    for name in WRITTEN:
+        if name not in wrong:
+            yield True, f"{name} is as this program writes it"
+        elif not wrong[name]:
+            yield False, f"{name} is missing: pcs 3d threestudio install {folder}"
+        else:
+            theirs = name.endswith(".yaml")  # a configuration is there to be changed
+            yield (
+                (None if theirs else False),
+                (f"{name} differs from what this program writes: pcs 3d threestudio install {folder} --overwrite"),
+            )
+    missing = [module for module in NEEDED if find_spec(module) is None]
+    if missing:
+        yield False, f"missing: pip install {' '.join(NEEDED[m] for m in missing)}"
+    gone = absent()
+    for package, purpose in REPLACEABLE.items():
+        yield (None, f"{package} is absent: {purpose}") if package in gone else (True, f"{package} is installed")
+    if not missing:
+        yield from _tried(folder)
+    yield _how_to_start(folder, gone)
+
+
+def _tried(folder: Path) -> Iterator[Finding]:
+    """Imports threestudio and the extension in a process of their own."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-W", "ignore", "-m", "pcs_3d.threestudio.probe", str(folder)]
+    try:
+        ran = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        yield False, f"importing threestudio took more than {_PATIENCE} seconds"
+        return
+    last = ran.stdout.strip().splitlines()[-1:] or ["{}"]
+    try:
+        found = json.loads(last[0])
+    except ValueError:
+        found = {}
+    if "classes" not in found:
+        why = found.get("error") or (ran.stderr.strip().splitlines() or ["it stopped without a word"])[-1]
+        yield False, f"threestudio does not import: {why}"
+        return
+    yield True, f"threestudio imports: {found['classes']} classes of its own"
+    if found.get("error"):
+        yield False, f"custom/pcs does not import: {found['error']}"
+    elif found["ours"]:
+        yield True, f"registered: {', '.join(found['ours'])}"
+
+
+def _how_to_start(folder: Path, gone: list[str]) -> Finding:
+    gpu = torch.cuda.is_available()
+    if gpu and not gone:
+        return True, "start it as ever: python launch.py --config configs/pcs-dreamfusion.yaml --train"
+    why = " and ".join(["packages are absent"] * bool(gone) + ["there is no GPU"] * (not gpu))
+    cpu = "" if gpu else " --cpu"
+    return None, (
+        f"{why}, so launch.py cannot start by itself: pcs 3d threestudio run {folder}{cpu} "
+        "--config configs/pcs-dreamfusion.yaml --train; hash grids, rasterizers and what else is named above as absent "
+        "stop with an error there when they are used"
+    )

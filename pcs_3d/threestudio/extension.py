@@ -1,0 +1,154 @@
+"""What threestudio finds in its registry: `pcs-prompt-processor`, `pcs-guidance`, `pcs-volume-renderer`, `pcs-exporter`.
+
+Imported by `custom/pcs` of a checkout when its `launch.py` starts; outside of one there is no threestudio to import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import threestudio  # pyright: ignore[reportMissingImports]
+import torch
+from threestudio.models.exporters.base import Exporter, ExporterOutput  # pyright: ignore[reportMissingImports]
+from threestudio.models.renderers.base import VolumeRenderer  # pyright: ignore[reportMissingImports]
+from threestudio.utils.base import BaseObject  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from pcs_3d.export.asset import export_asset
+from pcs_3d.export.settings import ExportSettings
+from pcs_3d.schedules import Moment
+from pcs_3d.threestudio.guide import cameras_of, losses
+from pcs_3d.threestudio.lifted import Lifted
+from pcs_3d.threestudio.march import March, Parts, Rays
+from pcs_3d.threestudio.teacher import Asked, Prompts, Teacher, open_teacher
+
+NAMES = ("pcs-prompt-processor", "pcs-guidance", "pcs-volume-renderer", "pcs-exporter")
+
+
+def _teacher(cfg: Any, device: torch.device) -> Teacher:
+    return open_teacher(Asked.of(cfg.backbone, cfg.concepts, cfg.recipe, cfg.settings, str(device), cfg.precision))
+
+
+@threestudio.register("pcs-prompt-processor")
+class PersonalizedPromptProcessor(BaseObject):
+    """A prompt that names concepts as `<name>`, with the recipe's words for views. Encodings are kept in memory alone, by the
+    content of concepts. threestudio's own guidance can ask it, too: of words, not of LoRA or weights."""
+
+    @dataclass
+    class Config(BaseObject.Config):
+        prompt: str = ""
+        negative_prompt: str | None = None  # the recipe's
+        backbone: str = ""
+        concepts: dict[str, float] = field(default_factory=dict)
+        recipe: str = "dreamfusion"
+        settings: list[str] = field(default_factory=list)
+        precision: str = "auto"
+
+    cfg: Config
+
+    def configure(self) -> None:
+        self.prompts = Prompts(_teacher(self.cfg, self.device), self.cfg.prompt, self.cfg.negative_prompt)
+
+    def __call__(self) -> Prompts:
+        return self.prompts
+
+
+@threestudio.register("pcs-guidance")
+class PersonalizedGuidance(BaseObject):
+    """Any guidance of one phase and without a student, as a recipe of `pcs methods` says it; concepts folder -> strength.
+    `steps` is how long the run is, for what changes over it."""
+
+    @dataclass
+    class Config(BaseObject.Config):
+        backbone: str = ""  # a folder, a file or a hub id; else what the first concept was learned on, else the toybox
+        concepts: dict[str, float] = field(default_factory=dict)
+        recipe: str = "dreamfusion"
+        settings: list[str] = field(default_factory=list)  # over the recipe: guidance.scale=50
+        precision: str = "auto"
+        steps: int = 10000
+        seed: int = 0
+
+    cfg: Config
+
+    def configure(self) -> None:
+        self.teacher = _teacher(self.cfg, self.device)
+        self.step = 0
+
+    def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
+        self.step = global_step
+
+    def __call__(
+        self,
+        rgb: Tensor,
+        prompt_utils: Prompts,
+        elevation: Tensor,
+        azimuth: Tensor,
+        camera_distances: Tensor,
+        rgb_as_latents: bool = False,
+        guidance_eval: bool = False,
+        **batch: Any,
+    ) -> dict[str, Any]:
+        if guidance_eval:
+            raise ValueError("freq.guidance_eval: pcs-guidance has no pictures of its own to show: set it to 0")
+        cameras = cameras_of(elevation, azimuth, camera_distances, batch.get("fovy"))
+        moment = Moment(self.step, self.cfg.steps)
+        return losses(self.teacher, prompt_utils, rgb, cameras, moment, self.cfg.seed, rgb_as_latents)
+
+
+@threestudio.register("pcs-volume-renderer")
+class BatchedVolumeRenderer(VolumeRenderer):
+    """Marches any geometry with a density, on any device."""
+
+    @dataclass
+    class Config(VolumeRenderer.Config):
+        samples: int = 64
+        importance: int = 0
+        chunk: int = 4096
+
+    cfg: Config
+
+    def forward(
+        self,
+        rays_o: Tensor,
+        rays_d: Tensor,
+        light_positions: Tensor,
+        bg_color: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if bg_color is not None and bg_color.ndim == 2:
+            bg_color = bg_color[:, None, None]
+        if bg_color is not None and bg_color.shape[:-1] == (rays_d[..., 0].numel(),):
+            bg_color = bg_color.reshape(*rays_d.shape[:3], -1)
+        how = March(self.cfg.radius, self.cfg.samples, self.cfg.importance, self.cfg.chunk)
+        parts = Parts(self.geometry, self.material, self.background, kwargs if self.training else {})
+        draw = None
+        if self.training:  # from the seed that launch.py has set
+            draw = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return how.render(parts, Rays(rays_o, rays_d, light_positions, bg_color), self.training, draw)
+
+
+@threestudio.register("pcs-exporter")
+class AssetExporter(Exporter):
+    """GLB, OBJ with MTL and PNG, and PLY, each read back and compared; needs no rasterizer."""
+
+    @dataclass
+    class Config(Exporter.Config):
+        save_name: str = "asset"
+        resolution: int = 96
+        threshold: float | None = None  # found by itself
+        faces: int = 20_000
+        texture: int = 512
+
+    cfg: Config
+
+    def __call__(self) -> list[Any]:
+        cfg = self.cfg
+        how = ExportSettings(resolution=cfg.resolution, threshold=cfg.threshold, faces=cfg.faces, texture=cfg.texture)
+        self.folder = TemporaryDirectory()  # threestudio copies from it when this has returned
+        made = export_asset(Lifted(self.geometry, self.material), Path(self.folder.name), how, cfg.save_name)
+        for note in made.notes:
+            threestudio.info(note)
+        return [ExporterOutput(f.name, "file", {"src_path": str(f)}) for f in made.files]

@@ -1,0 +1,63 @@
+"""One step of guidance on the views that a system of threestudio has rendered."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.guidance.engine import guide, surrogate
+from pcs_3d.guidance.pixel_loss import pixel_loss
+from pcs_3d.schedules import Moment
+from pcs_3d.threestudio.teacher import Prompts, Teacher
+from shared.train.loop import generator
+
+
+def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tensor | None = None) -> Cameras:
+    """From threestudio's batch: degrees, and `fovy` in radians. Its world is this package's: x is the front, z is up."""
+    fov_deg = torch.full_like(distances, 45.0) if fovy is None else fovy * (180 / math.pi)
+    return Cameras.of(azimuth.cpu(), elevation.cpu(), distances.cpu(), fov_deg.cpu())
+
+
+def losses(
+    teacher: Teacher, prompts: Any, rgb: Tensor, cameras: Cameras, moment: Moment, seed: int, latents: bool = False
+) -> dict[str, Any]:
+    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log.
+
+    Args:
+        rgb: [B, H, W, 3] in [0, 1]; with `latents` [B, h, w, C], which are taken as they are
+
+    Raises:
+        ValueError: prompts of another processor or of another teacher, latents of other channels
+    """
+    if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
+        raise ValueError(
+            "prompt_processor: pcs-guidance needs pcs-prompt-processor with the same backbone, concepts, recipe and "
+            "settings; in YAML: concepts: ${system.guidance.concepts}"
+        )
+    settings, scores, draw = teacher.recipe.guidance, prompts.scores, generator(seed, moment.step)
+    with torch.autocast(rgb.device.type, enabled=False):
+        pixels = rgb.permute(0, 3, 1, 2).float()
+        z = _as_latents(pixels, teacher) if latents else scores.encode(pixels)
+        views = prompts.scene.views(cameras, draw)
+        guided = guide(settings, scores, z.detach(), views, prompts.scene, moment, draw)
+        loss = surrogate(z, guided.grad.to(z))
+        weight = moment.of(settings.pixel_weight)
+        if weight and not latents:
+            loss = loss + weight * pixel_loss(settings, scores, guided, pixels)
+    return {"loss_sds": loss, "grad_norm": guided.grad.norm(), "noise_level": guided.noised.t.float().mean() / 1000}
+
+
+def _as_latents(given: Tensor, teacher: Teacher) -> Tensor:
+    backbone = teacher.runner.backbone
+    channels, *size = backbone.latent_shape(backbone.resolution, backbone.resolution)
+    if given.shape[1] != channels:
+        raise ValueError(
+            f"the renderer gives latents of {given.shape[1]} channels, and those of {backbone.name} have {channels}: set "
+            "material.n_output_dims and background.n_output_dims"
+        )
+    return given if list(given.shape[-2:]) == size else F.interpolate(given, size, mode="bilinear")

@@ -1,0 +1,68 @@
+"""threestudio's own `launch.py`, started where something that it takes for granted is not there."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcs_3d.threestudio.stand_ins import absent, standing_in
+
+
+def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
+    """Run it with these arguments, in this process and inside the checkout's folder.
+
+    Packages of `REPLACEABLE` that are absent are stood in for. cpu: Lightning trains on the CPU and in full precision, and
+    threestudio's modules take their tensors there. ValueError where there is no GPU and `cpu` is not said, and where a
+    package without a stand-in is missing.
+    """
+    if not (cpu or torch.cuda.is_available()):
+        raise ValueError("there is no GPU here, and threestudio asks for one: add --cpu")
+    os.chdir(checkout)
+    sys.path.insert(0, str(checkout))
+    missing = absent()
+    if missing:
+        print(f"pcs: not installed, and stood in for: {', '.join(missing)}", file=sys.stderr)
+    imported(missing)
+    if cpu:
+        on_cpu()
+    sys.argv = ["launch.py", *arguments]
+    runpy.run_path("launch.py", run_name="__main__")
+
+
+def imported(missing: Sequence[str]) -> Any:
+    """The module `threestudio` of the folder that comes first in `sys.path`."""
+    try:
+        with standing_in(missing), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names in torch.cuda.amp
+            return import_module("threestudio")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"threestudio needs {error.name}: pcs 3d threestudio doctor says how to get it") from None
+
+
+def on_cpu() -> None:
+    """Lightning and threestudio, as they are imported already, on the CPU."""
+    import pytorch_lightning as lightning  # pyright: ignore[reportMissingImports]
+
+    real = lightning.Trainer
+
+    def trainer(*given: Any, **settings: Any) -> Any:
+        return real(*given, **{**settings, "accelerator": "cpu", "devices": 1, "precision": "32-true"})
+
+    lightning.Trainer = trainer
+    misc = import_module("threestudio.utils.misc")
+    before = misc.get_device
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "threestudio" and getattr(module, "get_device", None) is before:
+            module.get_device = _cpu  # type: ignore[attr-defined]
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")

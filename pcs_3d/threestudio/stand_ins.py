@@ -1,0 +1,80 @@
+"""Stand-ins for packages that threestudio imports and a machine does not have.
+
+threestudio imports all of its modules at once, so that one CUDA extension that cannot be built keeps everything from
+running. A stand-in lets the import pass and says what is missing as soon as anything of it is called.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+#: Package -> what of threestudio needs it, and how to get it.
+REPLACEABLE: Mapping[str, str] = {
+    "IPython": "Zero-1-to-3; pip install ipython",
+    "kornia": "Zero-1-to-3; pip install kornia",
+    "controlnet_aux": "ControlNet guidance; pip install controlnet_aux",
+    "envlight": "physically based materials; pip install git+https://github.com/ashawkey/envlight",
+    "igl": "geometries that start from a mesh; pip install libigl",
+    "nvdiffrast": "rasterizers and the stock mesh exporter; needs CUDA, "
+    "pip install git+https://github.com/NVlabs/nvdiffrast",
+    "tinycudann": "hash grids; needs CUDA, "
+    "pip install git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch",
+    "wandb": "logging to wandb; pip install wandb",
+    "torchvision": "Zero-1-to-3, CO3D data and perceptual losses; pip install torchvision, of PyTorch's own version",
+}
+_ASKING = ("threestudio", "extern")  # whose imports are answered: everyone else sees a package that is not there
+
+
+class _Missing(type):
+    """The type of stand-ins, which are classes so that they can stand in annotations and be derived from."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = stand_in(f"{cls.__name__}.{name}")
+        setattr(cls, name, made)
+        return made
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        package = cls.__name__.partition(".")[0]
+        raise ImportError(f"{cls.__name__} is not here: {package} is not installed ({REPLACEABLE.get(package, '')})")
+
+
+def stand_in(name: str) -> Any:
+    """What stands for `name`, a package or something in one. Calling it raises ImportError."""
+    made = _Missing(name, (), {})
+    if name == "tinycudann":
+        made.free_temporary_memory = lambda: None  # it holds none
+    return made
+
+
+def absent() -> list[str]:
+    """Which of the replaceable packages are not installed."""
+    return [name for name in REPLACEABLE if find_spec(name) is None]
+
+
+@contextmanager
+def standing_in(names: Sequence[str]) -> Iterator[None]:
+    """Inside, threestudio's own modules can import these packages; nobody else can, and `sys.modules` holds nothing of
+    them: libraries that look for torchvision, say, find none."""
+    made, real = {name: stand_in(name) for name in names}, builtins.__import__
+
+    def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        asking = str((globals or {}).get("__name__", "")).partition(".")[0]
+        package, *inside = name.split(".")
+        if level or package not in made or asking not in _ASKING:
+            return real(name, globals, locals, fromlist, level)
+        found = made[package]
+        for part in inside if fromlist else ():
+            found = getattr(found, part)
+        return found
+
+    builtins.__import__ = imported
+    try:
+        yield
+    finally:
+        builtins.__import__ = real
