@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import threestudio  # pyright: ignore[reportMissingImports]
 import torch
+from threestudio import info, register  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from threestudio.models.exporters.base import Exporter, ExporterOutput  # pyright: ignore[reportMissingImports]
 from threestudio.models.renderers.base import VolumeRenderer  # pyright: ignore[reportMissingImports]
 from threestudio.utils.base import BaseObject  # pyright: ignore[reportMissingImports]
@@ -22,7 +22,7 @@ from pcs_3d.export.settings import ExportSettings
 from pcs_3d.schedules import Moment
 from pcs_3d.threestudio.guide import cameras_of, losses
 from pcs_3d.threestudio.lifted import Lifted
-from pcs_3d.threestudio.march import March, Parts, Rays
+from pcs_3d.threestudio.march import March, Parts, Rays, check_cameras
 from pcs_3d.threestudio.teacher import Asked, Prompts, Teacher, open_teacher
 
 NAMES = ("pcs-prompt-processor", "pcs-guidance", "pcs-volume-renderer", "pcs-exporter")
@@ -32,7 +32,7 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
     return open_teacher(Asked.of(cfg.backbone, cfg.concepts, cfg.recipe, cfg.settings, str(device), cfg.precision))
 
 
-@threestudio.register("pcs-prompt-processor")
+@register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
     """A prompt that names concepts as `<name>`, with the recipe's words for views. Encodings are kept in memory alone, by the
     content of concepts. threestudio's own guidance can ask it, too: of words, not of LoRA or weights."""
@@ -56,7 +56,7 @@ class PersonalizedPromptProcessor(BaseObject):
         return self.prompts
 
 
-@threestudio.register("pcs-guidance")
+@register("pcs-guidance")
 class PersonalizedGuidance(BaseObject):
     """Any guidance of one phase and without a student, as a recipe of `pcs methods` says it; concepts folder -> strength.
     `steps` is how long the run is, for what changes over it."""
@@ -98,7 +98,7 @@ class PersonalizedGuidance(BaseObject):
         return losses(self.teacher, prompt_utils, rgb, cameras, moment, self.cfg.seed, rgb_as_latents)
 
 
-@threestudio.register("pcs-volume-renderer")
+@register("pcs-volume-renderer")
 class BatchedVolumeRenderer(VolumeRenderer):
     """Marches any geometry with a density, on any device."""
 
@@ -106,6 +106,7 @@ class BatchedVolumeRenderer(VolumeRenderer):
     class Config(VolumeRenderer.Config):
         samples: int = 64
         importance: int = 0
+        hidden: float = 5e-4
         chunk: int = 4096
 
     cfg: Config
@@ -118,11 +119,12 @@ class BatchedVolumeRenderer(VolumeRenderer):
         bg_color: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        if bg_color is not None and bg_color.ndim == 2:
-            bg_color = bg_color[:, None, None]
-        if bg_color is not None and bg_color.shape[:-1] == (rays_d[..., 0].numel(),):
-            bg_color = bg_color.reshape(*rays_d.shape[:3], -1)
-        how = March(self.cfg.radius, self.cfg.samples, self.cfg.importance, self.cfg.chunk)
+        if "c2w" in kwargs:
+            check_cameras(kwargs["c2w"])
+        if bg_color is not None and bg_color.ndim == 2:  # of views, or of all rays
+            whole = len(bg_color) == rays_d[..., 0].numel()
+            bg_color = bg_color.reshape(*rays_d.shape[:3], -1) if whole else bg_color[:, None, None]
+        how = March(self.cfg.radius, self.cfg.samples, self.cfg.importance, self.cfg.hidden, self.cfg.chunk)
         parts = Parts(self.geometry, self.material, self.background, kwargs if self.training else {})
         draw = None
         if self.training:  # from the seed that launch.py has set
@@ -130,7 +132,7 @@ class BatchedVolumeRenderer(VolumeRenderer):
         return how.render(parts, Rays(rays_o, rays_d, light_positions, bg_color), self.training, draw)
 
 
-@threestudio.register("pcs-exporter")
+@register("pcs-exporter")
 class AssetExporter(Exporter):
     """GLB, OBJ with MTL and PNG, and PLY, each read back and compared; needs no rasterizer."""
 
@@ -150,5 +152,5 @@ class AssetExporter(Exporter):
         self.folder = TemporaryDirectory()  # threestudio copies from it when this has returned
         made = export_asset(Lifted(self.geometry, self.material), Path(self.folder.name), how, cfg.save_name)
         for note in made.notes:
-            threestudio.info(note)
+            info(note)
         return [ExporterOutput(f.name, "file", {"src_path": str(f)}) for f in made.files]

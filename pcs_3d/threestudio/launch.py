@@ -32,7 +32,8 @@ def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
         print(f"pcs: not installed, and stood in for: {', '.join(missing)}", file=sys.stderr)
     imported(missing)
     if cpu:
-        on_cpu()
+        train_on_cpu()
+        tensors_on_cpu()
     sys.argv = ["launch.py", *arguments]
     runpy.run_path("launch.py", run_name="__main__")
 
@@ -47,8 +48,8 @@ def imported(missing: Sequence[str]) -> Any:
         raise ValueError(f"threestudio needs {error.name}: pcs 3d threestudio doctor says how to get it") from None
 
 
-def on_cpu() -> None:
-    """Lightning and threestudio, as they are imported already, on the CPU."""
+def train_on_cpu() -> None:
+    """Lightning's `Trainer` for whoever asks it for a GPU."""
     import pytorch_lightning as lightning  # pyright: ignore[reportMissingImports]
 
     real = lightning.Trainer
@@ -57,6 +58,10 @@ def on_cpu() -> None:
         return real(*given, **{**settings, "accelerator": "cpu", "devices": 1, "precision": "32-true"})
 
     lightning.Trainer = trainer
+
+
+def tensors_on_cpu() -> None:
+    """threestudio's modules, as they are imported already, take the CPU for their device."""
     misc = import_module("threestudio.utils.misc")
     before = misc.get_device
     for name, module in list(sys.modules.items()):

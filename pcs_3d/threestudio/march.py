@@ -18,21 +18,28 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 @dataclass(frozen=True)
 class March:
     """samples: intervals of a ray in the cube [-radius, radius]³; importance: so many more where a first look found something;
-    chunk: rays at a time, where nothing is learned."""
+    hidden: samples that weigh less in their pixel are left out, gradient and all; chunk: rays at a time, where nothing is
+    learned."""
 
     radius: float = 1.0
     samples: int = 64
     importance: int = 0
+    hidden: float = 5e-4
     chunk: int = 4096
 
     def render(self, parts: Parts, rays: Rays, training: bool, generator: Generator | None = None) -> dict[str, Tensor]:
         """`comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` [B, H, W, C], `opacity`, `depth` and `z_variance` [B, H, W, 1], with
         normals `comp_normal` [B, H, W, 3]; in training also what is known of each of the M samples: `weights`, `t_points`,
-        `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output."""
+        `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output.
+
+        Raises ValueError for a geometry without densities.
+        """
+        if not hasattr(parts.geometry, "forward_density"):
+            name = type(parts.geometry).__name__
+            raise ValueError(f"renderer: pcs-volume-renderer marches through densities, and {name} has none")
         b, h, w = rays.directions.shape[:3]
-        flat = [v.reshape(-1, 3) for v in (rays.origins, rays.directions, rays.lights_like_directions())]
-        chunks = [flat] if training else list(zip(*(v.split(self.chunk) for v in flat), strict=True))
-        drawn = [self._rays(parts, *chunk, generator) for chunk in chunks]
+        flat = torch.cat([rays.origins, rays.directions, rays.lights_like_directions()], -1).reshape(-1, 9)
+        drawn = [self._rays(parts, each, generator) for each in ([flat] if training else flat.split(self.chunk))]
         seen = {k: torch.cat([d.pixels[k] for d in drawn]).reshape(b, h, w, -1) for k in drawn[0].pixels}
         own = parts.background(dirs=rays.directions)
         behind = own if rays.behind is None else rays.behind
@@ -40,30 +47,29 @@ class March:
         out = {**seen, "comp_rgb_bg": own, "comp_rgb": whole}
         return {**out, **drawn[0].samples} if training else out
 
-    def _rays(self, parts: Parts, origins: Tensor, directions: Tensor, lights: Tensor, generator: Any) -> Drawn:
-        from nerfacc import render_weight_from_density
+    def _rays(self, parts: Parts, rays: Tensor, generator: Generator | None) -> Drawn:
+        """Of rays [N, 9]: origin, direction, light."""
+        from nerfacc import accumulate_along_rays, render_weight_from_density
 
+        origins, directions, lights = rays.split(3, -1)
         edges = self._edges(parts, origins, directions, generator)
-        n, s = edges.shape[0], edges.shape[1] - 1
-        middles = (edges[:, 1:] + edges[:, :-1]) / 2
-        ray = torch.arange(n, device=edges.device).repeat_interleave(s)
-        t, along = middles.reshape(-1, 1), directions[ray]
+        n, s = len(edges), edges.shape[1] - 1
+        kept = self._worthwhile(parts, origins, directions, edges)
+        ray = kept // s
+        t = middles(edges).reshape(-1, 1)[kept]
+        along = directions[ray]
         points = origins[ray] + t * along
         found = parts.geometry(points, output_normal=parts.material.requires_normal)
-        if "density" not in found:
-            raise ValueError(
-                f"renderer: pcs-volume-renderer marches through densities, and {type(parts.geometry).__name__} has none"
-            )
         colors = parts.material(viewdirs=along, positions=points, light_positions=lights[ray], **found, **parts.shading)
-        weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], found["density"].reshape(n, s))[0]
+        density = found["density"].new_zeros(n * s).index_put((kept,), found["density"][:, 0]).view(n, s)
+        weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], density)[0].reshape(-1)[kept]
 
         def summed(values: Tensor) -> Tensor:
-            return (weights[..., None] * values.reshape(n, s, -1)).sum(1)
+            return accumulate_along_rays(weights, values, ray, n)
 
-        opacity = weights.sum(-1, keepdim=True)
-        depth = summed(t)
-        mean = depth / opacity.clamp_min(1e-5)
-        spread = (weights * (middles - mean) ** 2).sum(-1, keepdim=True) / opacity.clamp_min(1e-5)
+        opacity, depth = summed(torch.ones_like(t)), summed(t)
+        there = opacity.clamp_min(1e-5)
+        spread = summed((t - (depth / there)[ray]) ** 2) / there
         pixels = {
             "comp_rgb_fg": summed(colors),
             "opacity": opacity,
@@ -72,16 +78,22 @@ class March:
         }
         if "normal" in found:
             pixels["comp_normal"] = (F.normalize(summed(found["normal"]), dim=-1) + 1) / 2 * opacity
-        samples = {
-            "weights": weights.reshape(-1, 1),
-            "t_points": t,
-            "t_intervals": (edges[:, 1:] - edges[:, :-1]).reshape(-1, 1),
-            "t_dirs": along,
-            "ray_indices": ray,
-            "points": points,
-            **found,
-        }
-        return Drawn(pixels, samples)
+        lengths = (edges[:, 1:] - edges[:, :-1]).reshape(-1, 1)[kept]
+        each = {"weights": weights[:, None], "t_points": t, "t_intervals": lengths, "t_dirs": along}
+        return Drawn(pixels, {**each, "ray_indices": ray, "points": points, **found})
+
+    @torch.no_grad()
+    def _worthwhile(self, parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
+        """Which samples weigh more than `hidden`, as numbers in [N · S]; at least one, so that a gradient reaches the
+        geometry."""
+        from nerfacc import render_weight_from_density
+
+        if not self.hidden:
+            return torch.arange(edges[:, 1:].numel(), device=edges.device)
+        density = densities(parts, origins, directions, edges)
+        weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], density)[0]
+        kept = (weights > self.hidden).view(-1).nonzero()[:, 0]
+        return kept if len(kept) else kept.new_zeros(1)
 
     @torch.no_grad()
     def _edges(self, parts: Parts, origins: Tensor, directions: Tensor, generator: Generator | None) -> Tensor:
@@ -92,11 +104,31 @@ class March:
         edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # a ray that misses has no length
         if not self.importance:
             return edges
-        middles = (edges[:, 1:] + edges[:, :-1]) / 2
-        points = origins[:, None] + middles[..., None] * directions[:, None]
-        density = parts.geometry.forward_density(points.reshape(-1, 3)).reshape(middles.shape)
+        density = densities(parts, origins, directions, edges)
         weights = render_weight_from_density(edges[:, :-1], edges[:, 1:], density)[0]
         return by_importance(edges, weights, self.samples + self.importance, generator)
+
+
+def middles(edges: Tensor) -> Tensor:
+    """[N, S + 1] -> [N, S]."""
+    return (edges[:, 1:] + edges[:, :-1]) / 2
+
+
+def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
+    """In the middles of intervals, [N, S]."""
+    points = origins[:, None] + middles(edges)[..., None] * directions[:, None]
+    return parts.geometry.forward_density(points.reshape(-1, 3)).reshape(len(edges), -1)
+
+
+def check_cameras(c2w: Tensor) -> None:
+    """ValueError where the axes of cameras [B, 4, 4] are not at right angles. threestudio's data modules cross those of exactly
+    three cameras along the wrong dimension, and rays then go anywhere."""
+    axes = c2w[:, :3, :3].float()
+    if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
+        raise ValueError(
+            "the axes of the cameras are not at right angles: threestudio computes those of exactly three cameras wrongly; "
+            "set data.batch_size, data.n_val_views and data.n_test_views to other numbers than 3"
+        )
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,8 @@ class _Missing(type):
 
 def stand_in(name: str) -> Any:
     """What stands for `name`, a package or something in one. Calling it raises ImportError."""
-    made = _Missing(name, (), {})
-    if name == "tinycudann":
-        made.free_temporary_memory = lambda: None  # it holds none
-    return made
+    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls it; there is none
+    return _Missing(name, (), own)
 
 
 def absent() -> list[str]:

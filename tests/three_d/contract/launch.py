@@ -1,0 +1,3 @@
+import sys
+
+print("launched with", *sys.argv[1:])
