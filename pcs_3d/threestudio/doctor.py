@@ -17,7 +17,7 @@ from pcs_3d.threestudio.stand_ins import REPLACEABLE, absent
 
 #: Module -> package, of what threestudio imports and nothing can stand in for.
 NEEDED = {
-    "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "jaxtyping": "jaxtyping",
+    "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg", "jaxtyping": "jaxtyping",
     "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf", "pytorch_lightning": "lightning",
     "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics", "trimesh": "trimesh",
     "typeguard": "typeguard",

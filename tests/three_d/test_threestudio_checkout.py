@@ -20,7 +20,6 @@ import yaml
 
 from pcs_3d.threestudio import doctor
 from pcs_3d.threestudio.checkout import WRITTEN, content, install
-from pcs_3d.threestudio.probe import probe
 from pcs_3d.threestudio.stand_ins import REPLACEABLE, absent, stand_in, standing_in
 from tests.three_d.test_threestudio import CHECKOUT, CONTRACT, forget, write_concept
 
@@ -116,18 +115,9 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
     (checkout / "custom/pcs/__init__.py").write_text("import no_such_extension")
     found = [what for works, what in doctor.findings(checkout) if works is False]
     assert any("differs" in what for what in found) and any("no_such_extension" in what for what in found)
-    (checkout / "threestudio/utils/base.py").write_text("import no_such_package")
+    (checkout / "threestudio/__init__.py").write_text("import no_such_package")
     found = [what for works, what in doctor.findings(checkout) if works is False]
     assert any("does not import" in what and "no_such_package" in what for what in found)
-
-
-def test_a_probe_says_what_kept_threestudio_from_importing(checkout, monkeypatch):
-    forget()
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (checkout / "threestudio/__init__.py").write_text("import no_such_package")
-    assert "no_such_package" in probe(checkout)["error"]
-    forget()
 
 
 # --- what is not there -----------------------------------------------------------------------
