@@ -13,15 +13,8 @@ from pathlib import Path
 import torch
 
 from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
-from pcs_3d.threestudio.stand_ins import REPLACEABLE, absent
+from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
-#: Module -> package, of what threestudio imports and nothing can stand in for.
-NEEDED = {
-    "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg", "jaxtyping": "jaxtyping",
-    "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf", "pytorch_lightning": "lightning",
-    "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics", "trimesh": "trimesh",
-    "typeguard": "typeguard",
-}  # fmt: skip
 _PATIENCE = 600  # seconds, for an import that reads from a cold disk
 #: Whether something works (None: it need not), and what it is.
 Finding = tuple[bool | None, str]

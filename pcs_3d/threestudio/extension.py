@@ -58,8 +58,8 @@ class PersonalizedPromptProcessor(BaseObject):
 
 @register("pcs-guidance")
 class PersonalizedGuidance(BaseObject):
-    """Any guidance of one phase and without a student, as a recipe of `pcs methods` says it; concepts folder -> strength.
-    `steps` is how long the run is, for what changes over it."""
+    """The guidance of any recipe of one phase (`pcs methods`); concepts folder -> strength. `steps` is how long the run is,
+    for what changes over it."""
 
     @dataclass
     class Config(BaseObject.Config):

@@ -26,7 +26,7 @@ def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tens
 def losses(
     teacher: Teacher, prompts: Any, rgb: Tensor, cameras: Cameras, moment: Moment, seed: int, latents: bool = False
 ) -> dict[str, Any]:
-    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log.
+    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log. A student learns.
 
     Args:
         rgb: [B, H, W, 3] in [0, 1]; with `latents` [B, h, w, C], which are taken as they are
@@ -49,7 +49,10 @@ def losses(
         weight = moment.of(settings.pixel_weight)
         if weight and not latents:
             loss = loss + weight * pixel_loss(settings, scores, guided, pixels)
-    return {"loss_sds": loss, "grad_norm": guided.grad.norm(), "noise_level": guided.noised.t.float().mean() / 1000}
+    said = {"grad_norm": guided.grad.norm(), "noise_level": guided.noised.t.float().mean() / 1000}
+    if teacher.student is not None:
+        said["student"] = teacher.student.learn(scores, z, views, moment, seed)
+    return {"loss_sds": loss, **said}
 
 
 def _as_latents(given: Tensor, teacher: Teacher) -> Tensor:

@@ -12,6 +12,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+#: Module -> package, of what threestudio imports and nothing can stand in for.
+NEEDED = {
+    "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg",
+    "jaxtyping": "jaxtyping", "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf",
+    "pytorch_lightning": "lightning", "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics",
+    "trimesh": "trimesh", "typeguard": "typeguard",
+}  # fmt: skip
 #: Package -> what of threestudio needs it, and how to get it.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",

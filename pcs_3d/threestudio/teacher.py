@@ -14,6 +14,7 @@ from pcs_3d.distill.distill import scene_prompts
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
+from pcs_3d.threestudio.student import Student
 from pcs_3d.view_prompts import ScenePrompts, Views
 from shared.recipe.resolve import load
 from shared.runner.open_runner import check_precision, open_runner
@@ -40,7 +41,8 @@ class Asked:
 
 
 class Teacher:
-    """A runner with its concepts, and a recipe. ValueError for a recipe of several phases, and for one with a student."""
+    """A runner with its concepts, a recipe, and the student where the recipe has one. ValueError for a recipe of several
+    phases."""
 
     def __init__(self, asked: Asked) -> None:
         self.recipe = recipe_for(asked)
@@ -48,6 +50,9 @@ class Teacher:
         concepts = [f"{path}:{strength}" for path, strength in asked.concepts]
         backbone = asked.backbone or None
         self.runner = open_runner(Runner3D, backbone or self.recipe.backbone, concepts, asked.device, asked.precision)
+        self.concepts = self.runner.strengths
+        has_student = self.recipe.guidance.student is not None
+        self.student = Student(self.runner.backbone, self.recipe) if has_student else None
 
 
 _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
@@ -70,11 +75,6 @@ def recipe_for(asked: Asked) -> Recipe3D:
             f"recipe = {asked.recipe}: it has phases ({', '.join(recipe.phases)}), and threestudio's stages are runs of "
             "their own: choose a recipe without, such as dreamfusion or csd"
         )
-    if recipe.guidance.student is not None:
-        raise ValueError(
-            f"recipe = {asked.recipe}: its student learns beside the field, which `pcs 3d create` does and threestudio's "
-            "systems do not: choose another one, such as dreamfusion or csd"
-        )
     return recipe
 
 
@@ -94,7 +94,7 @@ class Prompts:
         self.scene: ScenePrompts = scene_prompts(recipe, teacher.runner.class_nouns)
         guidance = recipe.guidance
         self.scores = BackboneScores(
-            teacher.runner.backbone, self.scene, teacher.runner.strengths, guidance.perp_neg, guidance.resolution
+            teacher.runner.backbone, self.scene, teacher.concepts, guidance.perp_neg, guidance.resolution
         )
 
     @torch.no_grad()
