@@ -20,6 +20,7 @@ from pcs_3d.distill.distill import scene_prompts
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.guidance.engine import guide
 from pcs_3d.schedules import Moment
+from pcs_3d.threestudio.guide import cameras_of
 from pcs_3d.threestudio.launch import imported, tensors_on_cpu
 from pcs_3d.threestudio.stand_ins import absent
 from pcs_3d.threestudio.teacher import Asked, open_teacher
@@ -293,6 +294,15 @@ def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, fo
         guidance(rgb, words(), **looked(2))
     with pytest.raises(ValueError, match=r"trainable\.more"):
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])
+
+
+def test_cameras_are_told_in_degrees_and_placed_as_threestudio_places_them():
+    given = looked(3)
+    cameras = cameras_of(*(given[name] for name in ("elevation", "azimuth", "camera_distances", "fovy")))
+    torch.testing.assert_close(cameras.fov_deg, torch.full((3,), 40.0))
+    up, around = torch.deg2rad(given["elevation"]), torch.deg2rad(given["azimuth"])
+    places = torch.stack([up.cos() * around.cos(), up.cos() * around.sin(), up.sin()], -1)
+    torch.testing.assert_close(cameras.positions, 3 * places)
 
 
 def test_latents_are_guided_as_they_are(threestudio, folders):
