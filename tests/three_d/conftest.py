@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.three_d.threestudio_checkouts import CHECKOUT, CONTRACT, registry
 
 
 @pytest.fixture
@@ -24,3 +25,12 @@ def sd(new_sd: Callable[..., StableDiffusionBackbone]) -> StableDiffusionBackbon
 @pytest.fixture
 def flux(tiny_flux: Any) -> FluxBackbone:
     return FluxBackbone(tiny_flux, "tiny")
+
+
+@pytest.fixture(scope="module", params=["contract", "checkout"])
+def threestudio(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """threestudio's registry with the extension in it: of the documented contract, and of a real checkout."""
+    if request.param == "checkout" and not CHECKOUT:
+        pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR")
+    with registry(str(CONTRACT if request.param == "contract" else CHECKOUT)) as found:
+        yield found

@@ -21,7 +21,7 @@ import yaml
 from pcs_3d.threestudio import doctor
 from pcs_3d.threestudio.checkout import WRITTEN, content, install
 from pcs_3d.threestudio.stand_ins import REPLACEABLE, absent, stand_in, standing_in
-from tests.three_d.test_threestudio import CHECKOUT, CONTRACT, forget, write_concept
+from tests.three_d.threestudio_checkouts import CHECKOUT, CONTRACT, forget, write_concept
 
 ROOT = Path(__file__).parents[2]
 
