@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pcs_3d.cameras import Cameras
-from pcs_3d.distill.distill import scene_prompts
+from pcs_3d.distill.regional import scene_prompts
 from pcs_3d.guidance.backbone_scores import BackboneScores
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
