@@ -1,4 +1,4 @@
-"""`pcs 3d create | evaluate | threestudio`."""
+"""`pcs 3d create | evaluate | benchmark | threestudio`."""
 
 from __future__ import annotations
 
@@ -125,3 +125,36 @@ def evaluate(
     for note in report.notes:
         typer.echo(note, err=True)
     print(page)
+
+
+@app.command()
+def benchmark(
+    recipes: list[str] = typer.Argument(
+        None,
+        help="recipes for assets to compare, by name or as YAML files; default: hifa dreamfusion prolificdreamer lucid_dreamer",
+    ),
+    split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
+    subjects: int = typer.Option(4, min=1, help="how many of the split's things"),
+    learn: str = typer.Option(
+        "t_lora", help="the recipe by which things are learned, from pictures, once for all recipes"
+    ),
+    prompt: str = typer.Option("a photo of a {concept}", help="what is made; {concept} is the thing"),
+    out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
+    overrides: list[str] = typer.Option(
+        [], "--set", help="key=value applied to every recipe for assets, for example train.steps=100"
+    ),
+    learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe for pictures"),
+    device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
+) -> None:
+    """Compare recipes for assets on the toybox's held-out things: identity with and without the concept, shape, views."""
+    from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
+    from pcs_3d.extra import check_installed
+    from shared.benchmark.experiment import failures_told
+
+    check_installed()
+    settings = AssetBenchmarkSettings(
+        split, subjects, learn, prompt, out, device, tuple(overrides), tuple(learn_overrides)
+    )
+    comparison = run(recipes or [], settings)
+    print(comparison.markdown())
+    failures_told(comparison.failures, len(comparison.reports))

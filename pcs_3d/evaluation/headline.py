@@ -86,8 +86,8 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
-def headline(arms: Arms, shape: Geometry) -> list[Score]:
-    """Every score that was measured; `base` is the sphere's, `truth` the true thing's."""
+def headline(arms: Arms, shape: Geometry | None = None) -> list[Score]:
+    """Every score that was measured; `base` is the sphere's, `truth` the true thing's. shape: None where there is no mesh."""
     scores = []
     for key, measure in MEASURES.items():
         if (value := _of(arms.asset, key)) is None:
@@ -101,7 +101,7 @@ def headline(arms: Arms, shape: Geometry) -> list[Score]:
         both = [arm and arm.looks.fronts for arm in (arms.truth, arms.sphere)]
         fronts = Measure("Fronts", "count", "lower", _FRONTS)
         scores.append(_score("fronts", fronts, arms.asset.looks.fronts, *both))
-    return [*scores, *_geometry(shape)]
+    return [*scores, *(_geometry(shape) if shape else ())]
 
 
 def _of(arm: Arm | None, key: str) -> float | None:

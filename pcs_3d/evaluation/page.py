@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from pcs_3d.evaluation.asset_report import ARMS, AssetReport, Curve
@@ -12,7 +13,7 @@ from shared.metrics.plots import COLORS
 
 NAMES = {"asset": "the asset", "truth": "the true thing", "sphere": "a sphere in its mean colour"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 150, 38, 8, 10, 24
-_DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
+DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
 
 def asset_html(report: AssetReport) -> str:
@@ -32,26 +33,41 @@ def asset_html(report: AssetReport) -> str:
         views=shown,
         references=[inline(report.files.get(name)) for name in report.references],
         rows=[(s, *(said(s, v) for v in (s.value, s.truth, s.base, s.chance))) for s in report.scores],
-        plots=[(curve.title, curve_svg(curve)) for curve in report.curves],
+        plots=[(c.title, curve_svg(c.title, c.azimuth_deg, lines(c))) for c in report.curves],
         names={arm: name for arm, name in NAMES.items() if any(getattr(c, arm) for c in report.curves)},
         colors=dict(zip(ARMS, COLORS, strict=False)),
     )
 
 
-def curve_svg(curve: Curve) -> str:
-    """One score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around."""
-    columns = {arm: values for arm in ARMS if (values := getattr(curve, arm))}
-    known = [v for values in columns.values() for v in values if v is not None]
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: a value for each azimuth (None: not measured), its colour, and an SVG dash pattern ("": solid)."""
+
+    values: Sequence[float | None]
+    color: str
+    dash: str = ""
+
+
+def lines(curve: Curve) -> list[Line]:
+    """What a curve has of the asset, the truth and the sphere."""
+    columns = [
+        (arm, values, color) for arm, color in zip(ARMS, COLORS, strict=False) if (values := getattr(curve, arm))
+    ]
+    return [Line(values, color, DASHES[arm]) for arm, values, color in columns]
+
+
+def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
+    """A score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" of no values."""
+    known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""
     low, high = min(0.0, *known), max(1.0, *known) if max(known) <= 1 else 1.05 * max(known)
     parts = [_axes(low, high)]
-    for number, arm in enumerate(ARMS):
-        if arm in columns:
-            line = _line([*curve.azimuth_deg, 360.0], [*columns[arm], columns[arm][0]], low, high)
-            dash = f' stroke-dasharray="{_DASHES[arm]}"' if _DASHES[arm] else ""
-            parts.append(f'<path d="{line}" fill="none" stroke="{COLORS[number]}" stroke-width="1.8"{dash}/>')
-    name = escape(f"{curve.title} by azimuth", quote=True)
+    for line in drawn:
+        path = _path([*azimuth_deg, 360.0], [*line.values, line.values[0]], low, high)
+        dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+        parts.append(f'<path d="{path}" fill="none" stroke="{line.color}" stroke-width="1.8"{dash}/>')
+    name = escape(f"{title} by azimuth", quote=True)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" class="plot" aria-label="{name}"><title>{name}</title>'
         + "".join(parts)
@@ -64,7 +80,7 @@ def _place(azimuth: float, value: float, low: float, high: float) -> tuple[float
     return x, _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / (high - low))
 
 
-def _line(azimuths: Sequence[float], values: Sequence[float | None], low: float, high: float) -> str:
+def _path(azimuths: Sequence[float], values: Sequence[float | None], low: float, high: float) -> str:
     """A path that breaks where nothing was measured."""
     out, pen = [], "M"
     for azimuth, value in zip(azimuths, values, strict=True):

@@ -33,15 +33,15 @@ def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
     """Aligned in scale and translation alone, and compared view by view."""
     placed = aligned(mesh, truth.masks, around)
     views = draw(placed, around, truth.masks.shape[-1])
+    return Compared(*differences(views, truth), placed, views)
+
+
+def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
+    """Views as they are against those of the truth: overlap of the outlines and PSNR of the colours in dB, float64 [B] each;
+    PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
-    of_all = torch.cat(errors)
-    return Compared(
-        iou(views.masks, truth.masks),
-        torch.tensor([_decibels(e) for e in errors], dtype=torch.float64),
-        _decibels(of_all),
-        placed,
-        views,
-    )
+    psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
+    return iou(views.masks, truth.masks), psnr, _decibels(torch.cat(errors))
 
 
 def _each(views: Views) -> list[tuple[Tensor, Tensor]]:

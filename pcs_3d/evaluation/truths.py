@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,13 @@ class TrueToy:
     @property
     def class_noun(self) -> str:
         return self.held.thing.class_name
+
+    @property
+    def plain(self) -> TrueToy:
+        """A generic thing of the class: its usual form in the same two colours; what is this thing's own, proportions and
+        pattern, is left out."""
+        thing = self.held.thing
+        return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
 
     def views(self, around: Cameras, side: int = SIDE) -> Views:
         return self.lit(around, [0] * len(around), side)

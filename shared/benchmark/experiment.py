@@ -19,12 +19,18 @@ from pydantic import BaseModel
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
 from shared.io.outputs import write_text
-from shared.metrics.clips.report import ClipReport
-from shared.metrics.report import SCHEMA_VERSION, Report
+from shared.metrics.report import SCHEMA_VERSION, Instrument, Report
 
 R = TypeVar("R", bound=BaseModel)
 Run = Callable[[str, str, Path], R]
 T = TypeVar("T", bound="Table")
+
+
+class Measured(Protocol):
+    """A report of anything."""
+
+    @property
+    def instruments(self) -> Sequence[Instrument]: ...
 
 
 class Table(Protocol):
@@ -189,7 +195,7 @@ def cell_folder(recipe: str, subject: str) -> Path:
     return Path("cells") / _slug(recipe) / _slug(subject)
 
 
-def check_instruments(reports: Iterable[Report | ClipReport]) -> None:
+def check_instruments(reports: Iterable[Measured]) -> None:
     """ValueError when reports were not measured with the same instruments."""
     tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports}
     if len(tools) > 1:

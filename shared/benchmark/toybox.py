@@ -18,7 +18,7 @@ from shared.metrics.report import Report
 from shared.metrics.toybox import CALIBRATION
 from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import load
-from shared.recipe.schema import dump
+from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
 from shared.runner.judging import EvaluationSettings, training_scorers
 from shared.runner.learn import personalize
@@ -133,6 +133,41 @@ def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
         return False
     runner.load(kept)
     return True
+
+
+def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
+    """The name of a concept that is loaded: learned now, or by an earlier call."""
+    concept.parent.mkdir(parents=True, exist_ok=True)
+    planned = plan(recipe, overwrite=True)
+    if not learned_before(concept, planned, runner):
+        scorers = runner.scorers(planned, runner.backbone, None, None)
+        personalize(planned, runner, overwrite=True, scorers=scorers)
+    return next(iter(planned.subjects))
+
+
+@dataclass(frozen=True)
+class Things:
+    """Held-out things as concepts in a benchmark's folder, each learned from its pictures once for all recipes."""
+
+    out: Path
+    recipe: str  # for pictures
+    overrides: tuple[str, ...] = ()  # key=value laid on it
+
+    def references(self, thing: str) -> Path:
+        """The folder of its pictures."""
+        return self.out / "references" / thing
+
+    def concept(self, thing: str) -> Path:
+        """The folder of what was learned."""
+        return self.out / "subjects" / f"{thing}.concept"
+
+    def learned(self, painter: Runner, thing: str) -> str:
+        """The concept's name; it is loaded in `painter`."""
+        album.write_album(thing, self.references(thing), overwrite=True)
+        noun = album.held_out(thing).thing.class_name
+        places = [f"subject.images={self.references(thing)}", f"subject.class_noun={noun}"]
+        places.append(f"output={self.concept(thing)}")
+        return learned(painter, load(self.recipe, [*self.overrides, *places]), self.concept(thing))
 
 
 def evaluators() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.backbones import load_backbone
 from shared.benchmark.clip_table import ClipComparison, ClipGoal, clips
 from shared.benchmark.experiment import Experiment, benchmark
-from shared.benchmark.toybox import evaluators, learned_before, named, say
+from shared.benchmark.toybox import Things, evaluators, learned, named, say
 from shared.concept import read
 from shared.config import unknown
 from shared.metrics.clips.report import ClipReport
@@ -18,8 +18,6 @@ from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe, dump
 from shared.runner.base import Runner
 from shared.runner.judging_clips import ClipEvaluationSettings, evaluate_clips_loaded
-from shared.runner.learn import personalize
-from shared.runner.plan import plan
 from shared.sampling.settings import SamplingSettings
 from shared.toybox import reference_sets as album
 from shared.toybox.motions.held_out import held_out_motions
@@ -71,7 +69,8 @@ def run(
     about = {"limit": settings.limit, "steps": settings.steps, "subject": subject}
     about |= {"checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     experiment = Experiment(contents, list(cells), PROMPTS, range(settings.num), about)
-    bench = _Bench(runner, painter, model, settings)
+    things = Things(settings.out, settings.subject_recipe, settings.subject_overrides)
+    bench = _Bench(runner, painter, things, model, settings)
 
     def cell(recipe: str, name: str, workdir: Path) -> ClipReport:
         return bench.report(recipe, chosen[recipe], cells[name], workdir)
@@ -106,6 +105,7 @@ class _Bench:
 
     runner: Runner
     painter: Runner  # of pictures
+    things: Things
     model: type[Recipe]
     settings: ClipBenchmarkSettings
 
@@ -118,11 +118,11 @@ class _Bench:
         loaded = [self._motion(recipe, motion, references, out / "motions" / name / f"{motion}.concept")]
         try:
             if thing:
-                loaded.append(self._thing(thing, out / "references" / thing, out / "subjects" / f"{thing}.concept"))
+                loaded.append(self._thing(thing))
             judged = ClipEvaluationSettings(
                 PROMPTS, tuple(range(self.settings.num)), self.settings.limit,
                 SamplingSettings(steps=self.settings.steps),
-                references=references, pictures=out / "references" / thing if thing else None,
+                references=references, pictures=self.things.references(thing) if thing else None,
                 out=workdir / "report", overwrite=True,
             )  # fmt: skip
             return evaluate_clips_loaded(self.runner, judged)
@@ -133,25 +133,11 @@ class _Bench:
     def _motion(self, recipe: str, motion: str, references: Path, concept: Path) -> str:
         """The name of a motion, which is loaded."""
         places = [f"subject.clips={references}", f"output={concept}"]
-        return _learned(self.runner, _load(recipe, [*self.settings.overrides, *places], self.model), concept)
+        return learned(self.runner, _load(recipe, [*self.settings.overrides, *places], self.model), concept)
 
-    def _thing(self, thing: str, references: Path, concept: Path) -> str:
+    def _thing(self, thing: str) -> str:
         """The name of a thing, which is loaded; it is learned without motion modules, as `pcs image` learns."""
-        album.write_album(thing, references, overwrite=True)
-        noun = album.held_out(thing).thing.class_name
-        places = [f"subject.images={references}", f"subject.class_noun={noun}", f"output={concept}"]
-        recipe = load(self.settings.subject_recipe, [*self.settings.subject_overrides, *places])
-        self.painter.unload(_learned(self.painter, recipe, concept))
-        kept = read(concept)
+        self.painter.unload(self.things.learned(self.painter, thing))
+        kept = read(self.things.concept(thing))
         self.runner.load(kept)
         return kept.meta.name
-
-
-def _learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
-    """The name of a concept that is loaded: learned now, or by an earlier call."""
-    concept.parent.mkdir(parents=True, exist_ok=True)
-    planned = plan(recipe, overwrite=True)
-    if not learned_before(concept, planned, runner):
-        scorers = runner.scorers(planned, runner.backbone, None, None)
-        personalize(planned, runner, overwrite=True, scorers=scorers)
-    return next(iter(planned.subjects))

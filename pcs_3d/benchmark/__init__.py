@@ -1,0 +1,1 @@
+"""Recipes of assets compared on the toybox's held-out things."""

@@ -1,0 +1,43 @@
+"""One cell of a comparison: a recipe's asset of one thing, and what stands beside it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pcs_3d.evaluation.asset_report import AssetReport
+from shared.metrics.report import APART, Instrument, Score
+
+SCHEMA_VERSION = 1
+
+
+class AssetCell(BaseModel):
+    """made: the asset with the concept; base: by the same recipe, told only the class; generic: the scores of a generic
+    thing of the class, by key (`Yardstick.generic_scores`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    thing: str
+    made: AssetReport
+    base: AssetReport
+    generic: dict[str, float | None] = {}
+
+    @property
+    def instruments(self) -> list[Instrument]:
+        return self.made.instruments
+
+    @property
+    def truth(self) -> float | None:
+        """The share of true renders that are verified."""
+        verified = self.score("verified")
+        return None if verified is None else verified.truth
+
+    @property
+    def apart(self) -> bool:
+        """Whether the instruments pass too few true renders for this thing's figures to stand with others'."""
+        return self.truth is not None and self.truth < APART
+
+    def score(self, key: str) -> Score | None:
+        """A headline score of the asset with the concept; None when it was not measured."""
+        return next((s for s in self.made.scores if s.key == key), None)

@@ -1,0 +1,118 @@
+"""Assets of one recipe as one row of a table: means over things, each thing once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pcs_3d.benchmark.asset_cell import AssetCell
+from shared.benchmark.aggregate import all_reached, average
+from shared.metrics.report import Score, number
+from shared.metrics.scores import bootstrap
+
+IDENTITY = "identity_relative"
+
+
+@dataclass(frozen=True)
+class AssetGoal:
+    """What a recipe must reach; None leaves a part out. All in [0, 1]. Identity must be above that of the same recipe without
+    the concept, too, and the overlap of outlines above that of a generic thing of the class."""
+
+    identity: float | None = None
+    view: float | None = None
+    iou: float | None = None
+
+    def met(self, row: AssetRow) -> bool | None:
+        """Whether the row reaches it; None where the goal asks nothing."""
+        found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
+        reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
+        if not reached:
+            return reached
+        identity, iou = row.scores.get(IDENTITY), row.value("iou")
+        floors = []
+        if self.identity is not None:
+            floors.append((row.value(IDENTITY), None if identity is None else identity.base))
+        if self.iou is not None:
+            floors.append((iou, row.generic.get("iou")))
+        return all(value is not None and floor is not None and value > floor for value, floor in floors)
+
+
+@dataclass(frozen=True)
+class AssetRow:
+    """One recipe over all its things. scores: `base` is the same recipe without the concept, `truth` the true thing; sphere,
+    generic: means of what stands beside, by key."""
+
+    recipe: str
+    things: tuple[str, ...]
+    scores: Mapping[str, Score]
+    sphere: Mapping[str, float]
+    generic: Mapping[str, float]
+    training_seconds: float | None
+    peak_memory: float | None  # bytes
+    failed: Mapping[str, str] = field(default_factory=dict)  # thing -> what went wrong
+    apart: Mapping[str, float] = field(
+        default_factory=dict
+    )  # thing -> share of true renders that pass: in no pooled figure
+
+    def value(self, key: str) -> float | None:
+        return self.scores[key].value if key in self.scores else None
+
+
+def aggregate_assets(
+    recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
+) -> AssetRow:
+    """All assets of a recipe; intervals draw whole things. Without things of which the instruments pass too few true renders
+    (`AssetCell.apart`), unless `pool_all`."""
+    apart = {name: c for name, c in cells.items() if c.apart and not pool_all}
+    pooled = [c for name, c in cells.items() if name not in apart]
+    scores = {s.key: _over(s, pooled) for s in _first_of_each(pooled)}
+    return AssetRow(
+        recipe,
+        tuple(cells),
+        scores,
+        _known({key: average([s.base for c in pooled if (s := c.score(key))]) for key in scores}),
+        _known({key: average([c.generic.get(key) for c in pooled]) for key in scores}),
+        average([_cost(c, "training_seconds") for c in cells.values()]),
+        average([_cost(c, "training_peak_memory") for c in cells.values()]),
+        dict(failed),
+        {name: c.truth or 0.0 for name, c in apart.items()},
+    )
+
+
+def _first_of_each(cells: Sequence[AssetCell]) -> list[Score]:
+    """Every score that any of the cells has, in reading order."""
+    found: dict[str, Score] = {}
+    for cell in cells:
+        found |= {s.key: s for s in cell.made.scores if s.key not in found}
+    return list(found.values())
+
+
+def _over(about: Score, cells: Sequence[AssetCell]) -> Score:
+    scores = [s for c in cells if (s := c.score(about.key))]
+    values = [math.nan if s.value is None else s.value for s in scores]
+    known = {v for v in values if not math.isnan(v)}
+    low = high = None  # drawing whole things says nothing about one
+    if len(scores) > 1 and known:
+        # `bootstrap` takes zeros and ones for a rate.
+        rate = about.unit == "rate" or len(known) > 1
+        low, high = bootstrap(values) if rate else (min(known), max(known))
+    beside: dict[str, Any] = {
+        "value": average([s.value for s in scores]),
+        "low": number(low),
+        "high": number(high),
+        "base": average([c.base.value(about.key) for c in cells]),
+        "truth": average([s.truth for s in scores]),
+        "chance": average([s.chance for s in scores]),
+    }
+    return about.model_copy(update=beside)
+
+
+def _cost(cell: AssetCell, key: str) -> float | None:
+    value = cell.made.costs.get(key)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: v for key, v in values.items() if v is not None}

@@ -1,0 +1,206 @@
+"""Recipes of assets compared: as Markdown, CSV and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcs_3d.benchmark.asset_cell import SCHEMA_VERSION, AssetCell
+from pcs_3d.benchmark.asset_rows import IDENTITY, AssetGoal, AssetRow, aggregate_assets
+from pcs_3d.evaluation.asset_report import HTML_FILE, RENDERS, TRUTH
+from pcs_3d.evaluation.headline import said
+from pcs_3d.evaluation.page import DASHES, Line, curve_svg
+from shared.benchmark.aggregate import average
+from shared.benchmark.comparison_table import cell
+from shared.benchmark.experiment import Reporting, cell_folder, check_instruments
+from shared.metrics.html import inline, render, seconds, size
+from shared.metrics.plots import COLORS
+from shared.metrics.report import Score
+
+COLUMNS = (
+    IDENTITY, "recognised", "iou", "psnr", "view", "fronts", "clip_t", "clip_i", "identity_i", "watertight",
+)  # fmt: skip
+CURVES = (IDENTITY, "verified", "recognised", "iou", "psnr", "view", "clip_t", "clip_i", "identity_i", "likeness_true")
+ASSET, PLAIN = "asset", "asset-without-concept"  # folders in a cell's `work`
+REPORT, PLAIN_REPORT = "report", "report-without-concept"
+SHOWN = ("000", "090", "180", "270")  # renders on the page
+_GENERIC = "a generic thing of the class"
+
+
+@dataclass(frozen=True)
+class AssetComparison:
+    """The table, best identity first and then the best outlines, and the cells behind it."""
+
+    rows: tuple[AssetRow, ...]
+    reports: Mapping[tuple[str, str], AssetCell]  # by (recipe, thing)
+    failures: Mapping[tuple[str, str], str]
+    goal: AssetGoal
+    out: Path
+
+    @property
+    def columns(self) -> list[Score]:
+        """What each column is."""
+        return [s for k in COLUMNS if (s := next((r.scores[k] for r in self.rows if k in r.scores), None))]
+
+    @property
+    def toybox(self) -> bool:
+        return any(c.made.toybox for c in self.reports.values())
+
+    @property
+    def apart(self) -> dict[str, float]:
+        """The things that stand in no pooled figure, and the share of their true renders that pass."""
+        return {thing: share for r in self.rows for thing, share in r.apart.items()}
+
+    def met(self, row: AssetRow) -> str:
+        """Yes or no, or a dash where nothing is asked."""
+        met = self.goal.met(row)
+        return "–" if met is None else "yes" if met else "no"
+
+    def without(self, row: AssetRow) -> list[str]:
+        """The same recipe told only the class, for each column."""
+        return [_beside(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
+
+    def floors(self) -> list[tuple[str, list[str]]]:
+        """What needs no recipe, for each column: the generic thing, the sphere, the true thing and a guess."""
+        first = next((r for r in self.rows if r.scores), None)
+        if first is None:
+            return []
+        known = [(s, first.scores.get(s.key)) for s in self.columns]
+        return [
+            (_GENERIC, [_beside(s, first.generic.get(s.key)) for s, _ in known]),
+            ("a sphere in its mean colour", [_beside(s, first.sphere.get(s.key)) for s, _ in known]),
+            ("the true thing", [_beside(s, found and found.truth) for s, found in known]),
+            ("a guess", [_beside(s, found and found.chance) for s, found in known]),
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know."""
+        out = [
+            f"“{_GENERIC}” has the class's very outlines, so its overlap bounds nothing from below; the sphere's does."
+        ]
+        if self.apart:
+            listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
+            out.append(f"Shown apart, for the instruments pass fewer than half of their true renders: {listed}.")
+        return out
+
+    def markdown(self) -> str:
+        """Two lines per recipe, with the concept and without it, then the floors; ready for a README."""
+        columns = self.columns
+        head = ["recipe", "things", *(s.title for s in columns), "making", "memory", "goal"]
+        lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+        for row in self.rows:
+            count = f"{len(row.things)}" + (f", {len(row.failed)} failed" if row.failed else "")
+            cells = [cell(row.scores.get(s.key)) for s in columns]
+            costs = [seconds(row.training_seconds), size(row.peak_memory), self.met(row)]
+            lines.append("| " + " | ".join([row.recipe, count, *cells, *costs]) + " |")
+            if row.scores:
+                plain = [f"{row.recipe}, without the concept", "", *self.without(row), "", "", ""]
+                lines.append("| " + " | ".join(plain) + " |")
+        lines += ["| " + " | ".join([name, "", *values, "", "", ""]) + " |" for name, values in self.floors()]
+        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
+
+    def csv(self) -> str:
+        """One line per recipe and one per cell (`thing` empty for the pooled line), numbers in full; `.base` is the same
+        recipe without the concept."""
+        singles = [(aggregate_assets(r, {t: c}, {}, pool_all=True), t) for (r, t), c in self.reports.items()]
+        pooled = [(row, "") for row in self.rows]
+        keys = list(dict.fromkeys(k for row, _ in [*pooled, *singles] for k in row.scores))
+        ends = ("", ".low", ".high", ".base", ".truth", ".sphere", ".generic")
+        names = [f"{k}{end}" for k in keys for end in ends]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["recipe", "thing", "assets", *names, "training_seconds", "peak_memory", "error"])
+        for row, thing in [*pooled, *singles]:
+            numbers = [v for k in keys for v in _numbers(row, k)]
+            rest = [*numbers, row.training_seconds, row.peak_memory]
+            writer.writerow([row.recipe, thing, len(row.things), *("" if v is None else v for v in rest), ""])
+        for (recipe, thing), error in self.failures.items():
+            writer.writerow([recipe, thing, 0, *([""] * (len(names) + 2)), error])
+        return out.getvalue()
+
+    def html(self) -> str:
+        """A self-contained page: the table, scores by azimuth, and each cell's sides with the way to its own report."""
+        return render(
+            "compare_assets.html.j2",
+            comparison=self,
+            columns=self.columns,
+            first=next(iter(self.reports.values()), None),
+            things=list(dict.fromkeys(thing for _, thing in [*self.reports, *self.failures])),
+            plots=list(_plots(self.rows, self.reports)),
+            colors={row.recipe: COLORS[i % len(COLORS)] for i, row in enumerate(self.rows)},
+            said=said,
+            span=lambda score: cell(score).partition(" (")[2].rstrip(")"),
+        )
+
+    def place(self, recipe: str, thing: str, what: str) -> str:
+        """Where a cell's report, turntable or mesh is, from the page."""
+        paths = {
+            "report": f"{REPORT}/{HTML_FILE}",
+            "report without": f"{PLAIN_REPORT}/{HTML_FILE}",
+            "turntable": f"{ASSET}/turntable.mp4",
+            "mesh": f"{ASSET}/asset.glb",
+        }
+        return f"{cell_folder(recipe, thing).as_posix()}/work/{paths[what]}"
+
+    def sides(self, recipe: str, thing: str, which: str) -> list[str]:
+        """Four renders as `data:` URLs: of the asset "made", "base" or of the "truth"; "" for a file that is gone."""
+        report, folder = (PLAIN_REPORT if which == "base" else REPORT), (TRUTH if which == "truth" else RENDERS)
+        files = [self.out / cell_folder(recipe, thing) / "work" / report / folder / f"{name}.png" for name in SHOWN]
+        return [inline(f.read_bytes()) if f.is_file() else "" for f in files]
+
+
+def _beside(about: Score, value: float | None) -> str:
+    return said(about, value)
+
+
+def _numbers(row: AssetRow, key: str) -> list[float | None]:
+    score = row.scores.get(key)
+    own = [None] * 5 if score is None else [score.value, score.low, score.high, score.base, score.truth]
+    return [*own, row.sphere.get(key), row.generic.get(key)]
+
+
+def _plots(rows: Sequence[AssetRow], cells: Mapping[tuple[str, str], AssetCell]) -> Iterator[tuple[str, str]]:
+    """(title, svg) of each score by azimuth: means over the things, a line for each recipe, dashed the true things."""
+    for key in CURVES:
+        lines, truth, title, azimuths = [], [], "", [0.0]
+        for number, row in enumerate(rows):
+            of_recipe = [c for (r, thing), c in cells.items() if r == row.recipe and thing not in row.apart]
+            found = [curve for c in of_recipe if (curve := c.made.curve(key))]
+            if found:
+                title, azimuths = found[0].title, found[0].azimuth_deg
+                lines.append(Line(_mean([c.asset for c in found]), COLORS[number % len(COLORS)]))
+                truth = [c.truth for c in found if c.truth] or truth
+        if lines:
+            true = [Line(_mean(truth), "currentColor", DASHES["truth"])] if truth else []
+            yield title, curve_svg(title, azimuths, [*true, *lines])
+
+
+def _mean(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
+    return [average(column) for column in zip(*curves, strict=True)]
+
+
+def compare_assets(
+    reports: Mapping[tuple[str, str], AssetCell],
+    failures: Mapping[tuple[str, str], str],
+    out: Path,
+    goal: AssetGoal = AssetGoal(),
+) -> AssetComparison:
+    """The table of cells by (recipe, thing), which lie in the folder `out`. ValueError when they were not measured with the
+    same instruments."""
+    check_instruments(reports.values())
+    rows = []
+    for recipe in dict.fromkeys(r for r, _ in [*reports, *failures]):
+        of_recipe = {thing: c for (r, thing), c in reports.items() if r == recipe}
+        rows.append(aggregate_assets(recipe, of_recipe, {t: e for (r, t), e in failures.items() if r == recipe}))
+    rows.sort(key=lambda r: [-1.0 if (v := r.value(key)) is None else v for key in (IDENTITY, "iou")], reverse=True)
+    return AssetComparison(tuple(rows), reports, failures, goal, out)
+
+
+def assets(out: Path, goal: AssetGoal = AssetGoal()) -> Reporting[AssetCell, AssetComparison]:
+    """Reports of assets in a benchmark's folder."""
+    return Reporting(AssetCell, SCHEMA_VERSION, lambda cells, failures: compare_assets(cells, failures, out, goal))

@@ -1,0 +1,127 @@
+"""What assets of one thing are held against: its truth, instruments that know it, and the floors; measured once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcs_3d.cameras import Cameras
+from pcs_3d.evaluation.headline import Arm, Arms, headline
+from pcs_3d.evaluation.looks import Judge, Looks
+from pcs_3d.evaluation.shape_scores import BEST_DB, compared, differences
+from pcs_3d.evaluation.truths import TrueToy, Truth, mean_color, read_truth
+from pcs_3d.evaluation.views import Views, cameras, sphere
+from shared.backbones.load import TOYBOX, WORLDS
+from shared.io.read_subject import read_subject
+from shared.metrics.encoders import Instruments
+from shared.metrics.instruments import load_instruments
+from shared.metrics.scorer import fill
+from shared.runner.judging import references
+from shared.toybox.reference_sets import shown_in
+
+_SIDE = 64  # pixels of the references, as those of the toybox's own instruments
+
+
+@dataclass(frozen=True)
+class Against:
+    """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures;
+    prompt: default that of the asset; class_noun: takes the place of names in it; clip, dino: model folders."""
+
+    truth: str | None = None
+    references: Path | None = None
+    prompt: str = ""
+    class_noun: str = ""
+    clip: Path | None = None
+    dino: Path | None = None
+    device: str = "cpu"
+
+
+@dataclass
+class Yardstick:
+    """truth: None where none is known; true: it, as the judge's cameras see it; shown: the references [R, 3, H, W] in
+    [-1, 1]."""
+
+    judge: Judge
+    truth: Truth | None
+    true: Views | None
+    shown: Tensor | None
+
+    @staticmethod
+    @torch.no_grad()
+    def of(against: Against, prompt: str = "", backbone: str = "") -> Yardstick:
+        """prompt, backbone: of the assets, as they say themselves.
+
+        Raises ValueError for a truth, pictures or model folders that are not there or are none.
+        """
+        truth = None if against.truth is None else read_truth(against.truth)
+        shown, truth = _references(against, truth)
+        toy = truth if isinstance(truth, TrueToy) else None
+        noun = against.class_noun or (toy.class_noun if toy else "")
+        around = cameras()
+        judge = Judge(
+            _instruments(against, toy is not None or backbone == TOYBOX), around, plain(against.prompt or prompt, noun),
+            shown, toy,
+        )  # fmt: skip
+        return Yardstick(judge, truth, None if truth is None else truth.views(around), shown)
+
+    @property
+    def around(self) -> Cameras:
+        return self.judge.around
+
+    @cached_property
+    def truth_arm(self) -> Arm:
+        """The true thing itself. Call it where there is a truth."""
+        assert self.true is not None
+        same = [1.0] * len(self.true.masks), [BEST_DB] * len(self.true.masks)
+        return Arm(with_shape(self.judge.look(self.true, self.true), *same), BEST_DB)
+
+    @cached_property
+    def sphere_arm(self) -> Arm:
+        """A sphere in the truth's mean colour, aligned as assets are. Call it where there is a truth."""
+        assert self.true is not None
+        ball = compared(sphere(mean_color(self.true)), self.true, self.around)
+        looks = self.judge.look(ball.views, self.true)
+        return Arm(with_shape(looks, ball.iou.tolist(), ball.psnr.tolist()), ball.psnr_of_all)
+
+    @cached_property
+    def generic_scores(self) -> dict[str, float | None]:
+        """What a generic thing of the class gets, by key: the class's usual form in the true thing's two colours, seen as it
+        is. Empty where the truth is none of the toybox's things."""
+        if self.true is None or not isinstance(self.truth, TrueToy):
+            return {}
+        with torch.no_grad():
+            views = self.truth.plain.views(self.around)
+            iou, psnr, psnr_of_all = differences(views, self.true)
+            looks = with_shape(self.judge.look(views, self.true), iou.tolist(), psnr.tolist())
+        return {s.key: s.value for s in headline(Arms(Arm(looks, psnr_of_all), self.truth_arm))}
+
+
+def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
+    """What was seen, and what was compared view by view."""
+    return replace(looks, scores={"iou": iou, "psnr": psnr, **looks.scores})
+
+
+def plain(prompt: str, class_noun: str) -> str:
+    """A prompt in the words of an instrument, which knows no learned names: "a photo of a <my-mug>" -> "a photo of a mug"."""
+    return fill(re.sub(r"<[^<>]*>", "{concept}", prompt), class_noun, class_noun).strip()
+
+
+def _references(against: Against, truth: Truth | None) -> tuple[Tensor | None, Truth | None]:
+    """The pictures; and the thing that they show, where they are an album of the toybox and no truth is named."""
+    if against.references is None:
+        return None, truth
+    subject = read_subject(against.references, against.class_noun)
+    held = shown_in(subject.images)
+    return references(subject, _SIDE), truth or (None if held is None else TrueToy(held))
+
+
+def _instruments(against: Against, own: bool) -> Instruments:
+    if not (own or against.clip or against.dino):
+        return Instruments()
+    world = WORLDS[TOYBOX].instruments if own else None
+    return load_instruments(against.clip, against.dino, world, against.device)

@@ -1,0 +1,181 @@
+"""`pcs 3d benchmark` on the toybox with next to no training: cells, tables, going on, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from pcs_3d.benchmark.asset_cell import AssetCell
+from pcs_3d.benchmark.asset_rows import AssetGoal, aggregate_assets
+from pcs_3d.benchmark.asset_table import compare_assets
+from pcs_3d.evaluation.asset_report import AssetReport, Curve
+from pcs_3d.evaluation.shape_scores import Geometry
+from shared.metrics.report import Instrument, Score
+
+SETTINGS = (
+    "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=24", "export.picture=32",
+    "export.frames=8", "export.texture=64",
+)  # fmt: skip
+SMALL = (
+    "--subjects", "1", "--learn", "textual_inversion", "--set-learn", "train.steps=1",
+    "--set-learn", "train.validation.every=0", "--set-learn", "preview.num=0",
+    *(part for setting in SETTINGS for part in ("--set", setting)),
+)  # fmt: skip
+
+
+def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_is_done_is_kept(pcs, tmp_path: Path):
+    out = tmp_path / "table"
+    ran = pcs("3d", "benchmark", "hifa", *SMALL, "--out", out)
+    assert ran.code == 0, ran.err
+    assert (
+        "hifa, without the concept" in ran.out
+        and "a generic thing of the class" in ran.out
+        and "Toy numbers" in ran.out
+    )
+    pooled, cell = csv.DictReader((out / "comparison.csv").open())
+    assert (pooled["recipe"], pooled["assets"], cell["thing"]) == ("hifa", "1", "development-duck")
+    assert 0 < float(pooled["iou"]) < float(pooled["iou.generic"]) < float(pooled["iou.truth"]) == 1
+    assert pooled["iou.base"] and pooled["iou.low"] == "" and float(pooled["training_seconds"]) > 0
+    (kept,) = out.rglob("cell.json")
+    report = json.loads(kept.read_text())["report"]
+    assert report["made"]["prompt"] == report["base"]["prompt"] == "a photo of a duck"
+    assert len(report["made"]["curves"][0]["asset"]) == 16
+    made, plain = (json.loads((kept.parent / "work" / a / "asset.json").read_text()) for a in _ASSETS)
+    assert made["prompt"] == "a photo of a <development-duck>" and list(made["concepts"]) == ["development-duck"]
+    assert plain["prompt"] == "a photo of a duck" and plain["concepts"] == {}
+    page = (out / "index.html").read_text()
+    for place in ("work/report/report.html", "work/asset/turntable.mp4", "work/asset/asset.glb"):
+        assert f'href="cells/hifa/development-duck/{place}"' in page and (kept.parent / place).is_file()
+    assert page.count("data:image/png") == 12 and page.count("<svg") > 4
+    _goes_on(pcs, out, kept, ran.out)
+
+
+_ASSETS = ("asset", "asset-without-concept")
+
+
+def _goes_on(pcs, out: Path, kept: Path, table: str) -> None:
+    """Nothing is made twice: not where the cell is kept, nor where only its scores are gone. Other settings are refused."""
+    made = [p for p in out.rglob("*") if p.name in ("concept.json", "asset.json")]
+    times, scores = [p.stat().st_mtime_ns for p in made], json.loads(kept.read_text())["report"]["made"]["scores"]
+    arguments = ("3d", "benchmark", "hifa", *SMALL, "--out", out)
+    again = pcs(*arguments)
+    assert again.code == 0 and "kept" in again.err and "start" not in again.err and again.out == table
+    kept.unlink()
+    (kept.parent / "work" / "asset-without-concept" / "asset.json").unlink()  # as if the run had been killed before it
+    other = pcs(*arguments)
+    assert other.code == 0 and "start" in other.err
+    assert json.loads(kept.read_text())["report"]["made"]["scores"] == scores
+    assert len(made) == 3 and [p.stat().st_mtime_ns == t for p, t in zip(made, times, strict=True)] == [
+        "without" not in str(p) for p in made
+    ]
+    for more in (("--set", "train.batch_size=2"), ("--set-learn", "train.batch_size=2")):
+        refused = pcs(*arguments, *more)
+        assert refused.code == 2 and "other prompts, seeds, settings, recipe or instruments" in refused.err
+
+
+def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
+    for recipe, more, why in (
+        ("hifa", ("--set", "trian.steps=3"), "trian"),
+        ("hifa", ("--set-learn", "trian.steps=3"), "trian"),
+        ("hifa", ("--learn", "t_loar"), "t_lora"),
+        ("hifa", ("--split", "testing"), "testing"),
+        ("hifa", ("--prompt", "a photo of a duck"), "{concept}"),
+        ("hfia", (), "hifa"),
+        ("realfusion", (), "references"),
+        ("texture_personalization", (), "field.start"),
+    ):
+        ran = pcs("3d", "benchmark", recipe, *more, "--out", tmp_path / "t")
+        assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), (recipe, more, ran.err)
+
+
+def test_a_cell_that_fails_is_named_and_the_rest_goes_on(pcs, tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e9}\n")
+    recipes = (tmp_path / "empty.yaml", "hifa")
+    ran = pcs("3d", "benchmark", *recipes, *SMALL, "--out", tmp_path / "t")
+    assert ran.code == 2 and "1 of 2 cells failed" in ran.err and "empty on development-duck" in ran.err
+    failed, done, *_ = sorted(csv.DictReader((tmp_path / "t" / "comparison.csv").open()), key=lambda r: r["recipe"])
+    assert failed["recipe"] == "empty" and done["recipe"] == "hifa" and float(done["iou"]) > 0
+    assert "failed" in (tmp_path / "t" / "index.html").read_text()
+
+
+# --- the table ------------------------------------------------------------------------------
+
+
+def score(key: str, value: float, **beside: float) -> Score:
+    return Score(key=key, title=key, value=value, unit="rate", **beside)
+
+
+def report(identity: float, iou: float, truth: float = 0.9) -> AssetReport:
+    shape = Geometry(12, 8, True, 1, 1.0, 1.0, 1.0)
+    scores = [
+        score("verified", identity * truth, truth=truth),
+        score("identity_relative", identity),
+        score("iou", iou, truth=1.0, base=0.4),
+        score("view", 0.75),
+    ]
+    return AssetReport(name="a", file="asset.glb", scores=scores, geometry=shape, costs={"training_seconds": 10})
+
+
+def cell(identity: float, iou: float, base: float = 0.1, generic: float = 0.5, truth: float = 0.9) -> AssetCell:
+    return AssetCell(thing="x", made=report(identity, iou, truth), base=report(base, 0.3), generic={"iou": generic})
+
+
+def test_every_thing_counts_once_and_intervals_draw_whole_things():
+    row = aggregate_assets("r", {"a": cell(1.0, 0.8), "b": cell(0.5, 0.6)}, {"c": "no"})
+    assert row.value("identity_relative") == 0.75 and row.scores["identity_relative"].base == pytest.approx(0.1)
+    assert (row.scores["identity_relative"].low, row.scores["identity_relative"].high) == (0.5, 1.0)
+    assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
+    assert row.training_seconds == 10 and row.failed == {"c": "no"}
+    one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
+    assert one.scores["iou"].low is None, "one thing says nothing of how things differ"
+
+
+def test_a_thing_whose_true_renders_do_not_pass_stands_apart():
+    cells = {("r", "a"): cell(0.5, 0.6), ("r", "dark"): cell(1.0, 0.9, truth=0.3)}
+    table = compare_assets(cells, {}, Path())
+    assert table.rows[0].value("identity_relative") == 0.5 and table.apart == {"dark": 0.3}
+    assert "Shown apart" in table.markdown() and "dark (30%)" in table.markdown()
+    assert [line.split(",")[1] for line in table.csv().splitlines()[1:]] == ["", "a", "dark"]
+
+
+def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
+    goal = AssetGoal(identity=0.5, view=0.65, iou=0.55)
+    for made, met in (
+        (cell(0.6, 0.7), True),
+        (cell(0.4, 0.7), False),  # identity
+        (cell(0.6, 0.5), False),  # outlines
+        (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
+        (cell(0.6, 0.7, generic=0.8), False),  # no better than any thing of the class
+    ):
+        assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
+    assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None
+    assert goal.met(aggregate_assets("r", {}, {"a": "no"})) is False
+
+
+def test_the_best_identity_stands_first_and_other_instruments_are_refused():
+    cells = {("bad", "a"): cell(0.2, 0.9), ("good", "a"): cell(0.6, 0.5), ("better", "a"): cell(0.6, 0.7)}
+    table = compare_assets(cells, {("bad", "b"): "RuntimeError: <no>"}, Path(), AssetGoal(identity=0.5))
+    assert [r.recipe for r in table.rows] == ["better", "good", "bad"]
+    assert [table.met(r) for r in table.rows] == ["yes", "yes", "no"]
+    assert "1, 1 failed" in table.markdown() and "RuntimeError: <no>" in table.csv()
+    assert "RuntimeError: &lt;no&gt;" in table.html()
+    other = cell(0.2, 0.9).model_copy(deep=True)
+    other.made.instruments.append(Instrument(name="another", measures="x"))
+    with pytest.raises(ValueError, match="different instruments"):
+        compare_assets({**cells, ("bad", "b"): other}, {}, Path())
+
+
+def test_curves_are_means_over_the_things():
+    def with_curve(values: list[float | None]) -> AssetCell:
+        curve = Curve(key="iou", title="Overlap", azimuth_deg=[0.0, 180.0], asset=values, truth=[1.0, 1.0])
+        made = report(0.5, 0.5).model_copy(update={"curves": [curve]})
+        return cell(0.5, 0.5).model_copy(update={"made": made})
+
+    one, two = with_curve([0.2, 0.4]), with_curve([0.6, None])
+    mean = compare_assets({("r", "m"): with_curve([0.4, 0.4])}, {}, Path()).html()
+    both = compare_assets({("r", "a"): one, ("r", "b"): two}, {}, Path()).html()
+    svg = [page[page.index("<svg") : page.index("</svg>")] for page in (mean, both)]
+    assert svg[0] == svg[1] and "Overlap by azimuth" in svg[0]
