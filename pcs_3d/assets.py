@@ -33,6 +33,7 @@ Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
 _REFERENCES, _REFERENCE = 8, 96  # pictures of a subject on the page, and their pixels
+_TURN_FRAMES, _TURN_SIDE = 24, 128  # of the turn on a page
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,13 @@ def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, 
         pictures = pngs(runner.shown(subject, _REFERENCE))[:_REFERENCES]
         out += [(f"{name}, picture {i + 1}", png) for i, png in enumerate(pictures)]
     return out
+
+
+@torch.no_grad()
+def write_turning(asset: Asset, path: Path) -> Path:
+    """One turn of an asset as an animated WebP, for pages."""
+    around = asset.views(turntable(_TURN_FRAMES), _TURN_SIDE).pixels
+    return write_clip(path, (2 * around - 1).transpose(0, 1), _TURN_FRAMES / _SECONDS)
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:

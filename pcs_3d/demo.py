@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from pcs_3d.assets import AssetFiles, create
-from pcs_3d.cameras import turntable
+from pcs_3d.assets import AssetFiles, create, write_turning
 from pcs_3d.extra import check_installed
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.demo import Asked, Bars, Exhibit
-from shared.io.clips.write_clip import write_clip
 from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
-
-_FRAMES, _SIDE, _SECONDS = 24, 128, 3.0  # of one turn
 
 
 def check(asked: Asked) -> None:
@@ -37,8 +31,6 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     with bars.bar() as progress:
         asset = create(runner, recipe, AssetFiles(out), progress=progress)
     yield f"asset        {out / 'asset.glb'} ({asset.costs['training_seconds']:.0f} s)"
-    with torch.no_grad():
-        around = asset.views(turntable(_FRAMES), _SIDE).pixels
-    turning = write_clip(out / "turntable.webp", (2 * around - 1).transpose(0, 1), _FRAMES / _SECONDS)
+    turning = write_turning(asset, out / "turntable.webp")
     files = {"the mesh (GLB)": out / "asset.glb", "the turntable": out / "turntable.mp4"}
     yield Exhibit("In space", turning, f"“{prompt}”, by {recipe.title}", more=files)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,10 @@ from shared.io.foreign_files import claim
 from shared.io.outputs import check_output
 from shared.metrics.clips.page import inline_clip
 from shared.metrics.html import inline, render
+from shared.runner.bars import Bars
 from shared.toybox import reference_sets as album
+
+__all__ = ["Asked", "Bars", "DemoPart", "Exhibit", "parts", "run"]
 
 GROUP = "pcs.demo"
 ORDER = ("image", "video", "3d")
@@ -49,14 +52,6 @@ class Asked:
     def concept(self) -> Path:
         """Of the thing."""
         return self.out / f"my-{self.thing.thing.class_name}.concept"
-
-
-@dataclass(frozen=True)
-class Bars:
-    """What shows the progress: `bar()` of a training, `counter()` of everything else."""
-
-    bar: Callable[[], Any]
-    counter: Callable[[], Any]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pcs_3d.benchmark.asset_cell import AssetCell
-from shared.benchmark.aggregate import all_reached, average
-from shared.metrics.report import Score, number
-from shared.metrics.scores import bootstrap
+from shared.benchmark.aggregate import all_reached, average, interval
+from shared.metrics.report import Score
 
 IDENTITY = "identity_relative"
 
@@ -92,16 +91,11 @@ def _first_of_each(cells: Sequence[AssetCell]) -> list[Score]:
 def _over(about: Score, cells: Sequence[AssetCell]) -> Score:
     scores = [s for c in cells if (s := c.score(about.key))]
     values = [math.nan if s.value is None else s.value for s in scores]
-    known = {v for v in values if not math.isnan(v)}
-    low = high = None  # drawing whole things says nothing about one
-    if len(scores) > 1 and known:
-        # `bootstrap` takes zeros and ones for a rate.
-        rate = about.unit == "rate" or len(known) > 1
-        low, high = bootstrap(values) if rate else (min(known), max(known))
+    low, high = interval(values, about.unit)
     beside: dict[str, Any] = {
         "value": average([s.value for s in scores]),
-        "low": number(low),
-        "high": number(high),
+        "low": low,
+        "high": high,
         "base": average([c.base.value(about.key) for c in cells]),
         "truth": average([s.truth for s in scores]),
         "chance": average([s.chance for s in scores]),

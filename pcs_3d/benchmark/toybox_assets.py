@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from pcs_3d.runner import Runner3D
 from shared.backbones import load_backbone
 from shared.benchmark.experiment import Experiment, benchmark
 from shared.benchmark.toybox import Things, evaluators, named, say
+from shared.concept import read
 from shared.config import unknown
-from shared.io.checksums import sha256
 from shared.io.outputs import write_text
 from shared.metrics.scorer import fill
 from shared.recipe.resolve import load
@@ -67,8 +68,8 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     contents = {name: dump(_loaded(recipe, settings, "thing")) for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
-    for recipe in chosen.values():  # what it needs besides a prompt is said now
-        runner.check(_loaded(recipe, settings, "thing"), {})
+    for name, recipe in chosen.items():  # what it needs besides a prompt is said now
+        _check(name, runner, _loaded(recipe, settings, "thing"))
     about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     things = [h.name for h in held_out(settings.split)][: settings.subjects]
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
@@ -78,6 +79,15 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
         return bench.cell(chosen[recipe], thing, workdir)
 
     return benchmark(cell, experiment, settings.out, assets(settings.out, GOAL), progress=say)
+
+
+def _check(name: str, runner: Runner3D, recipe: Recipe3D) -> None:
+    try:
+        runner.check(recipe, {})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if recipe.export is None:
+        raise ValueError(f"{name}: export = null leaves no mesh to judge")
 
 
 def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "") -> Recipe3D:
@@ -100,10 +110,10 @@ class _Bench:
         name = self.things.learned(self.runner, thing)
         try:
             mine = _loaded(recipe, self.settings, f"<{name}>", noun)
-            self._make(mine, workdir / ASSET, self._learned(thing))
+            make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files)
         finally:
             self.runner.unload(name)
-        self._make(_loaded(recipe, self.settings, noun), workdir / PLAIN, {})
+        make_once(self.runner, _loaded(recipe, self.settings, noun), workdir / PLAIN, {})
         by = self._yardstick(thing, mine.prompt)
         made = _judged(workdir / ASSET, workdir / REPORT, by)
         base = _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
@@ -114,25 +124,24 @@ class _Bench:
             self.yardsticks[thing] = Yardstick.of(Against(thing, self.things.references(thing)), prompt)
         return self.yardsticks[thing]
 
-    def _learned(self, thing: str) -> dict[str, str]:
-        """What the concept holds, by file."""
-        return {p.name: sha256(p) for p in sorted(self.things.concept(thing).glob("*.safetensors"))}
 
-    def _make(self, recipe: Recipe3D, out: Path, concept: Mapping[str, str]) -> None:
-        """The asset in a folder: as an earlier call left it where that was made with all the same, resumed where it was
-        interrupted."""
-        made_with = {"recipe": dump(recipe), "concept": dict(concept), "checkpoint": self.runner.backbone.checkpoint}
-        mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
-        marked = out.with_name(f"{out.name}.made-with")
-        same = marked.is_file() and marked.read_text(encoding="utf-8") == mark
-        if same and (out / ABOUT).is_file():
-            return
-        files = AssetFiles(out, overwrite=True)
-        files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
-        files.check()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(marked, mark)
-        create(self.runner, recipe, files)
+def make_once(runner: Runner3D, recipe: Recipe3D, out: Path, concept: Mapping[str, str]) -> None:
+    """The asset in a folder: as an earlier call left it where that was made with all the same, resumed where that was
+    interrupted. concept: its files and their hashes."""
+    made_with = {"recipe": dump(recipe), "concept": dict(concept), "checkpoint": runner.backbone.checkpoint}
+    mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
+    marked = out.with_name(f"{out.name}.made-with")
+    same = marked.is_file() and marked.read_text(encoding="utf-8") == mark
+    if same and (out / ABOUT).is_file():
+        return
+    files = AssetFiles(out, overwrite=True)
+    files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
+    files.check()
+    if out.exists():  # an asset of something else: where the new one fails, it must not pass for that
+        shutil.rmtree(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(marked, mark)
+    create(runner, recipe, files)
 
 
 def _judged(asset: Path, report: Path, by: Yardstick) -> AssetReport:

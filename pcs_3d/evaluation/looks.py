@@ -60,11 +60,7 @@ class Judge:
         self.verifier = Verifier(
             shown, self.tools, toy.class_noun, reference_sets.gallery(held), reference_sets.fresh(held)
         )
-        likeness = []
-        for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
-            raised = Cameras.of(self.around.azimuth_deg, elevation)
-            views = toy.lit(raised, [number] * len(raised))
-            likeness.append(self.verifier.look(as_model_pixels(views)).likeness)
+        likeness = [self.verifier.look(as_model_pixels(views)).likeness for views in raised(toy, self.around)]
         self.least = float(torch.quantile(torch.cat(likeness), 1 - PASSING))
 
     def look(self, views: Views, true: Views | None = None) -> Looks:
@@ -110,3 +106,13 @@ class Judge:
         degrees = [str(round(a % 360)) for a in read.azimuths.tolist()]
         seen = [{"azimuth_deg": a, "view": n} for a, n in zip(degrees, read.names, strict=True)]
         return Looks(scores, seen, fronts(named, azimuths.tolist()))
+
+
+def raised(toy: TrueToy, around: Cameras) -> list[Views]:
+    """True renders that say how alike the references a thing is: from the sides of these cameras and several heights, in other
+    light each time."""
+    found = []
+    for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
+        higher = Cameras.of(around.azimuth_deg, elevation)
+        found.append(toy.lit(higher, [number] * len(higher)))
+    return found

@@ -73,6 +73,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             module.eval()
         networks = {**self._components, "vae": vae}
         self.checkpoint = checkpoint_identity(networks)
+        self.autoencoder = checkpoint_identity({"vae": vae})
 
     # --- what there is -------------------------------------------------------------------------------------
 

@@ -119,6 +119,7 @@ class Backbone(Protocol):
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
     checkpoint: str  # of the weights; differs between two checkpoints of one architecture
+    autoencoder: str  # the same of the autoencoder alone
     resolution: int  # default picture size in pixels
     frames: int | None  # of a clip, where nobody says how many; None: it makes pictures
     frame_rate: float | None  # frames per second of clips, where the network is told it; None: it is not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared.evaluation.summary import NO_BASE, headline, make_score
@@ -135,6 +135,21 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
             score = make_score(key, value, bootstrap([_float(s.value) for s in found]), base)
             scores[key] = score.model_copy(update={"truth": truth})
     return scores
+
+
+def interval(
+    values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of a mean, drawing what hangs together (`clusters`; None: nothing does); (None, None) of fewer than
+    two of these, for one says nothing about others. NaN values are left out."""
+    labels = list(range(len(values))) if clusters is None else list(clusters)
+    kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
+    if len(kept) < 2:
+        return None, None
+    known = {v for v in values if not math.isnan(v)}
+    if unit != "rate" and len(known) == 1:  # `bootstrap` would take zeros and ones for a rate
+        return min(known), max(known)
+    return bootstrap(values, labels)
 
 
 def _float(value: float | None) -> float:

@@ -1,4 +1,4 @@
-"""`pcs concept show | export | import | merge`."""
+"""`pcs concept show | export | import | merge | evaluate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from shared.commands.paths import PATH
 
-app = typer.Typer(help="Inspect, export and merge concepts.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, export, merge and evaluate concepts.", no_args_is_help=True)
 
 
 @app.command()
@@ -111,6 +111,53 @@ def merge(
             save(concept, folder / f"{concept.name}.concept")
     for concept in merged:
         print(out / f"{concept.name}.concept")
+
+
+@app.command()
+def evaluate(
+    concept: str = typer.Argument(help="a concept folder, PATH or PATH:STRENGTH, of a thing"),
+    names: str = typer.Option("", "--in", help="modalities, with commas: image,video,3d; default: all installed"),
+    out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and files", **PATH),
+    prompts: str = typer.Option(
+        "", help="a prompt set or a file; default: the first plain ones of the model's own set"
+    ),
+    limit: int = typer.Option(4, min=1, help="number of prompts of pictures and clips"),
+    num: int = typer.Option(2, min=1, help="pictures and clips per prompt"),
+    seed: int = typer.Option(0, min=0, max=2**62),
+    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the concept's recipe"),
+    motion: str = typer.Option(None, help="a motion's concept that the clips show, PATH or PATH:STRENGTH"),
+    motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
+    asset_recipe: str = typer.Option("hifa", help="recipe to make the asset with"),
+    set_asset: list[str] = typer.Option([], help="key=value applied to it, for example train.steps=100"),
+    floor: bool = typer.Option(False, help="make everything without the concept, too"),
+    references: Path = typer.Option(
+        None, help="the thing's pictures; default: a folder beside the concept, called as when it was learned", **PATH
+    ),
+    gallery: Path = typer.Option(None, help="a folder of folders: other things of the same class", **PATH),
+    clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
+    dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
+    backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
+    device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
+    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    overwrite: bool = typer.Option(False, help="replace an existing report"),
+) -> None:
+    """Measure one concept in pictures, clips and an asset by the same instruments: one table across the modalities."""
+    from shared.benchmark.cross_modal import evaluate_across, failures_told
+    from shared.benchmark.modality import Asked
+    from shared.commands.progress import Bar, Lines
+    from shared.runner.bars import Bars
+    from shared.runner.judging import EvaluationSettings
+
+    asked = Asked(
+        concept, out, prompts, limit, tuple(range(seed, seed + num)), steps, motion, motion_adapter, asset_recipe,
+        tuple(set_asset), floor, EvaluationSettings(references=references, gallery=gallery, clip=clip, dino=dino),
+        backbone, device, download,
+    )  # fmt: skip
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    report = evaluate_across(asked, chosen, overwrite, Bars(Bar, Lines))
+    print(report.markdown())
+    print(out / "index.html")
+    failures_told(report)
 
 
 def _lines(path: Path) -> list[str]:

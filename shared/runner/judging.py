@@ -170,7 +170,7 @@ def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) 
         gallery=_gallery(gallery, side) if gallery else known and known.gallery,
         fresh=known and known.fresh,
         through=lambda pixels: round_trip(runner.backbone, pixels),
-        through_key=runner.backbone.checkpoint,
+        through_key=runner.backbone.autoencoder,
         true=known and known.true,
         cache=cache_folder(),
         concept=path,

@@ -11,13 +11,17 @@ import pytest
 from pcs_3d.benchmark.asset_cell import AssetCell
 from pcs_3d.benchmark.asset_rows import AssetGoal, aggregate_assets
 from pcs_3d.benchmark.asset_table import compare_assets
+from pcs_3d.benchmark.toybox_assets import make_once
 from pcs_3d.evaluation.asset_report import AssetReport, Curve
 from pcs_3d.evaluation.shape_scores import Geometry
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.runner import Runner3D
 from shared.metrics.report import Instrument, Score
+from shared.recipe.resolve import load
 
 SETTINGS = (
-    "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=24", "export.picture=32",
-    "export.frames=8", "export.texture=64",
+    "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=16", "export.faces=100",
+    "export.picture=32", "export.frames=8", "export.texture=64",
 )  # fmt: skip
 SMALL = (
     "--subjects", "1", "--learn", "textual_inversion", "--set-learn", "train.steps=1",
@@ -26,54 +30,67 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_is_done_is_kept(pcs, tmp_path: Path):
+def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_fails_is_named(pcs, tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e9}\n")
     out = tmp_path / "table"
-    ran = pcs("3d", "benchmark", "hifa", *SMALL, "--out", out)
-    assert ran.code == 0, ran.err
+    arguments = ("3d", "benchmark", tmp_path / "empty.yaml", "hifa", *SMALL, "--out", out)
+    ran = pcs(*arguments)
+    assert ran.code == 2 and "1 of 2 cells failed" in ran.err and "empty on development-duck" in ran.err
     assert (
         "hifa, without the concept" in ran.out
         and "a generic thing of the class" in ran.out
         and "Toy numbers" in ran.out
     )
-    pooled, cell = csv.DictReader((out / "comparison.csv").open())
-    assert (pooled["recipe"], pooled["assets"], cell["thing"]) == ("hifa", "1", "development-duck")
+    lines = {(r["recipe"], r["thing"]): r for r in csv.DictReader((out / "comparison.csv").open())}
+    pooled = lines["hifa", ""]
+    assert pooled["assets"] == "1" and lines["empty", "development-duck"]["error"] and not lines["empty", ""]["iou"]
     assert 0 < float(pooled["iou"]) < float(pooled["iou.generic"]) < float(pooled["iou.truth"]) == 1
     assert pooled["iou.base"] and pooled["iou.low"] == "" and float(pooled["training_seconds"]) > 0
-    (kept,) = out.rglob("cell.json")
+    (kept,) = (out / "cells" / "hifa").rglob("cell.json")
     report = json.loads(kept.read_text())["report"]
     assert report["made"]["prompt"] == report["base"]["prompt"] == "a photo of a duck"
     assert len(report["made"]["curves"][0]["asset"]) == 16
-    made, plain = (json.loads((kept.parent / "work" / a / "asset.json").read_text()) for a in _ASSETS)
+    assets = ("asset", "asset-without-concept")
+    made, plain = (json.loads((kept.parent / "work" / a / "asset.json").read_text()) for a in assets)
     assert made["prompt"] == "a photo of a <development-duck>" and list(made["concepts"]) == ["development-duck"]
     assert plain["prompt"] == "a photo of a duck" and plain["concepts"] == {}
     page = (out / "index.html").read_text()
     for place in ("work/report/report.html", "work/asset/turntable.mp4", "work/asset/asset.glb"):
         assert f'href="cells/hifa/development-duck/{place}"' in page and (kept.parent / place).is_file()
-    assert page.count("data:image/png") == 12 and page.count("<svg") > 4
-    _goes_on(pcs, out, kept, ran.out)
-
-
-_ASSETS = ("asset", "asset-without-concept")
-
-
-def _goes_on(pcs, out: Path, kept: Path, table: str) -> None:
-    """Nothing is made twice: not where the cell is kept, nor where only its scores are gone. Other settings are refused."""
-    made = [p for p in out.rglob("*") if p.name in ("concept.json", "asset.json")]
-    times, scores = [p.stat().st_mtime_ns for p in made], json.loads(kept.read_text())["report"]["made"]["scores"]
-    arguments = ("3d", "benchmark", "hifa", *SMALL, "--out", out)
-    again = pcs(*arguments)
-    assert again.code == 0 and "kept" in again.err and "start" not in again.err and again.out == table
-    kept.unlink()
-    (kept.parent / "work" / "asset-without-concept" / "asset.json").unlink()  # as if the run had been killed before it
-    other = pcs(*arguments)
-    assert other.code == 0 and "start" in other.err
-    assert json.loads(kept.read_text())["report"]["made"]["scores"] == scores
-    assert len(made) == 3 and [p.stat().st_mtime_ns == t for p, t in zip(made, times, strict=True)] == [
-        "without" not in str(p) for p in made
-    ]
+    assert page.count("data:image/png") == 12 and page.count("<svg") > 4 and "failed" in page
+    (concept,) = out.rglob("concept.json")
+    learned, again = concept.stat().st_mtime_ns, pcs(*arguments)
+    assert again.code == 2 and "hifa development-duck kept" in again.err and "empty development-duck start" in again.err
+    assert again.out == ran.out and concept.stat().st_mtime_ns == learned
     for more in (("--set", "train.batch_size=2"), ("--set-learn", "train.batch_size=2")):
         refused = pcs(*arguments, *more)
         assert refused.code == 2 and "other prompts, seeds, settings, recipe or instruments" in refused.err
+
+
+def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Path):
+    def how(*settings: str) -> Recipe3D:
+        tiny = ("backbone=tiny", "prompt=a photo of a mug", "train.resolution=32", *SETTINGS, *settings)
+        return load("hifa", tiny, "3d", Recipe3D)
+
+    runner, out = Runner3D(sd), tmp_path / "asset"
+
+    def made(recipe: Recipe3D, concept: dict[str, str]) -> int:
+        make_once(runner, recipe, out, concept)
+        return (out / "asset.json").stat().st_ino
+
+    first = made(how(), {"adapter": "1"})
+    assert made(how(), {"adapter": "1"}) == first
+    second = made(how(), {"adapter": "2"})  # what the thing was learned as is another
+    assert second != first and made(how("field.resolution=10"), {"adapter": "2"}) != second
+    empty = how("train.steps=2", "export.threshold=1e9")
+    with pytest.raises(ValueError, match="empty"):
+        made(empty, {})
+    assert not out.exists(), "what was made of something else does not pass for it"
+    log = tmp_path / "asset.training" / "log.jsonl"
+    before = log.read_text()
+    with pytest.raises(ValueError, match="empty"):
+        made(empty, {})
+    assert log.read_text() == before, "the steps that were done are not done again"
 
 
 def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
@@ -86,19 +103,10 @@ def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
         ("hfia", (), "hifa"),
         ("realfusion", (), "references"),
         ("texture_personalization", (), "field.start"),
+        ("sjc", (), "export"),
     ):
         ran = pcs("3d", "benchmark", recipe, *more, "--out", tmp_path / "t")
         assert ran.code == 2 and why in ran.err and not (tmp_path / "t").exists(), (recipe, more, ran.err)
-
-
-def test_a_cell_that_fails_is_named_and_the_rest_goes_on(pcs, tmp_path: Path):
-    (tmp_path / "empty.yaml").write_text("base: hifa\nexport: {threshold: 1.0e9}\n")
-    recipes = (tmp_path / "empty.yaml", "hifa")
-    ran = pcs("3d", "benchmark", *recipes, *SMALL, "--out", tmp_path / "t")
-    assert ran.code == 2 and "1 of 2 cells failed" in ran.err and "empty on development-duck" in ran.err
-    failed, done, *_ = sorted(csv.DictReader((tmp_path / "t" / "comparison.csv").open()), key=lambda r: r["recipe"])
-    assert failed["recipe"] == "empty" and done["recipe"] == "hifa" and float(done["iou"]) > 0
-    assert "failed" in (tmp_path / "t" / "index.html").read_text()
 
 
 # --- the table ------------------------------------------------------------------------------

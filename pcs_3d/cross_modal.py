@@ -1,0 +1,90 @@
+"""Assets in `pcs concept evaluate`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcs_3d.assets import AssetFiles, create, write_turning
+from pcs_3d.evaluation.asset_files import read_judged
+from pcs_3d.evaluation.looks import raised
+from pcs_3d.evaluation.truths import TrueToy
+from pcs_3d.evaluation.views import as_model_pixels, cameras, draw
+from pcs_3d.evaluation.yardstick import plain
+from pcs_3d.extra import check_installed
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.runner import Runner3D
+from shared.benchmark.modality import Asked, Made, Shot
+from shared.recipe.resolve import load
+from shared.runner.bars import Bars
+from shared.runner.judging import picture_case
+from shared.runner.open_runner import open_runner
+from shared.toybox.reference_sets import shown_in
+
+
+def check(asked: Asked) -> None:
+    """ValueError for an unknown recipe, one that needs more than a prompt and a concept, a model or a concept that does not
+    fit, and where a package that assets need is not installed."""
+    check_installed()
+    recipe = _recipe(asked, f"<{asked.name}>")
+    if recipe.export is None:
+        raise ValueError("export = null leaves no mesh to judge")
+    _opened(asked, recipe, [asked.concept]).check(recipe, {})
+
+
+def make(asked: Asked, bars: Bars) -> Made:
+    """One asset of the thing, seen from all around, as `pcs 3d evaluate` sees it."""
+    recipe = _recipe(asked, f"<{asked.name}>")
+    runner = _opened(asked, recipe, [asked.concept])
+    start = time.perf_counter()
+    frames, turning = _asset(runner, recipe, asked.out / "asset", bars)
+    seconds = time.perf_counter() - start
+    case = replace(picture_case(runner, runner.loaded[asked.name], asked.judged), through=None, through_key="")
+    said, seed = plain(recipe.prompt, asked.class_noun), asked.seeds[0]
+    files = {"the mesh (GLB)": turning.with_name("asset.glb"), "the turntable": turning.with_name("turntable.mp4")}
+    shots, floor = [Shot(recipe.prompt, said, seed, frames, file=turning, more=files)], []
+    if asked.floor:
+        plainly = _recipe(asked, asked.class_noun or "thing")
+        runner.unload(asked.name)
+        base, _ = _asset(runner, plainly, asked.out / "asset-without-concept", bars)
+        floor = [Shot(plainly.prompt, said, seed, base)]
+    return Made(case, shots, floor, _true(asked), seconds)
+
+
+def _recipe(asked: Asked, thing: str) -> Recipe3D:
+    own = [f"prompt=a photo of a {thing}", f"seed={asked.seeds[0]}"]
+    return load(asked.asset_recipe, [*asked.asset_settings, *own], "3d", Recipe3D)
+
+
+def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D:
+    precision = recipe.train.mixed_precision
+    runner = open_runner(Runner3D, asked.backbone, concepts, asked.device, precision, asked.download)
+    if runner.backbone.frames is not None:
+        raise ValueError(f"{runner.backbone.name} makes clips, and assets are made by models of pictures")
+    return runner
+
+
+def _asset(runner: Runner3D, recipe: Recipe3D, out: Path, bars: Bars) -> tuple[Tensor, Path]:
+    """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turn."""
+    files = AssetFiles(out)
+    with bars.bar() as progress:
+        asset = create(runner, recipe, files, progress=progress)
+    shutil.rmtree(files.workdir, ignore_errors=True)
+    turning = write_turning(asset, out / "turntable.webp")
+    with torch.no_grad():
+        return as_model_pixels(draw(read_judged(out).mesh, cameras())), turning
+
+
+def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
+    """True renders that set the bar, and others; None of a thing that the toybox does not know."""
+    held = shown_in(asked.subject.images)
+    if held is None:
+        return None
+    toy, around = TrueToy(held), cameras()
+    return torch.cat([as_model_pixels(v) for v in raised(toy, around)]), as_model_pixels(toy.views(around))

@@ -1,0 +1,190 @@
+"""What `pcs concept evaluate` found: one table over modalities, as JSON, CSV tables and one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from shared.benchmark.comparison_table import cell
+from shared.concept import Concept
+from shared.evaluation.picture_rows import pngs
+from shared.io.outputs import write_text
+from shared.metrics.clips.page import inline_clip
+from shared.metrics.encoders import Instruments
+from shared.metrics.html import inline, render, seconds
+from shared.metrics.report import HTML_FILE, REPORT_FILE, Instrument, Row, Score
+from shared.metrics.save_report import csv_table
+from shared.runner.judging import references
+from shared.types import Subject
+
+CSV_FILE, SHOTS_FILE, REFERENCES = "report.csv", "shots.csv", "references"
+SCHEMA_VERSION = 1
+_SIDE = 128  # pixels of the references on the page
+TITLES = {"image": "Pictures", "video": "Clips", "3d": "Asset"}
+
+
+class ModalityRow(Row):
+    """One line of the table."""
+
+    name: str
+    made: int = 0  # pictures, clips or assets
+    frames: int = 0  # of each
+    prompts: list[str] = []  # as the model was told
+    scores: list[Score] = []
+    seconds_each: float | None = None
+    failed: str = ""  # what went wrong
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name)
+
+    def score(self, key: str) -> Score | None:
+        """A score of this key; None when it was not measured."""
+        return next((s for s in self.scores if s.key == key), None)
+
+
+class ShotRow(Row):
+    """One thing that was made: means over its frames."""
+
+    modality: str
+    text: str
+    seed: int
+    file: str = ""  # below the report's folder
+    more: dict[str, str] = {}  # what a link says -> file
+    scores: dict[str, float | None] = {}
+
+
+class CrossModalReport(BaseModel):
+    """One concept in several modalities."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    medium: Literal["cross-modal"] = "cross-modal"
+    name: str
+    class_noun: str = ""
+    recipe: str = ""
+    backbone: str = ""
+    created: str = ""  # UTC, ISO 8601
+    toybox: bool = False
+    modalities: list[ModalityRow] = []
+    shots: list[ShotRow] = []
+    references: list[str] = []  # files below the report's folder
+    instruments: list[Instrument] = []
+
+    @property
+    def columns(self) -> list[Score]:
+        """What each column is, in reading order: what any modality has."""
+        found: dict[str, Score] = {}
+        for score in (s for m in self.modalities for s in m.scores):
+            found.setdefault(score.key, score)
+        order = [s.key for m in sorted(self.modalities, key=lambda m: -len(m.scores)) for s in m.scores]
+        return [found[key] for key in dict.fromkeys(order)]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {m.name: m.failed for m in self.modalities if m.failed}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know."""
+        out = []
+        if not any(m.score("identity") for m in self.modalities):
+            out.append(
+                "There are no true pictures of this thing to verify identity by: what stands is the likeness to its references."
+            )
+        if any(m.name == "3d" for m in self.modalities):
+            out.append("An asset's prompt asks for nothing but the thing; one asset has no interval.")
+        return out
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def markdown(self) -> str:
+        """One line per modality, ready for a README."""
+        head = ["modality", "made", *(s.title for s in self.columns), "one takes"]
+        lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+        for m in self.modalities:
+            cells = [cell(m.score(s.key)) for s in self.columns]
+            made = "failed" if m.failed else str(m.made)
+            lines.append("| " + " | ".join([m.title, made, *cells, seconds(m.seconds_each)]) + " |")
+        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
+
+    def csv(self) -> str:
+        """One line per modality, numbers in full; empty where something was not measured."""
+        rows = []
+        for m in self.modalities:
+            row: dict[str, Any] = {"modality": m.name, "made": m.made, "frames": m.frames, "error": m.failed}
+            row["seconds_each"] = "" if m.seconds_each is None else m.seconds_each
+            for s in m.scores:
+                named = {"": s.value, ".low": s.low, ".high": s.high, ".base": s.base, ".truth": s.truth}
+                row |= {f"{s.key}{end}": "" if v is None else v for end, v in named.items()}
+            rows.append(row)
+        return csv_table(rows, ("modality", "made", "frames", "seconds_each", "error"))
+
+    def shots_csv(self) -> str:
+        """One line per picture, clip and asset."""
+        rows = []
+        for shot in self.shots:
+            row: dict[str, Any] = {"modality": shot.modality, "text": shot.text, "seed": shot.seed, "file": shot.file}
+            rows.append(row | {f"score.{k}": "" if v is None else v for k, v in shot.scores.items()})
+        return csv_table(rows, ("modality", "text", "seed", "file"))
+
+
+def report_of(
+    concept: Concept, rows: Sequence[ModalityRow], shots: Sequence[ShotRow], tools: Instruments
+) -> CrossModalReport:
+    """The report, without the references, which `save_cross_modal` adds."""
+    meta = concept.meta
+    return CrossModalReport(
+        name=meta.name,
+        class_noun=meta.class_noun,
+        recipe=meta.learned_with.method,
+        backbone=meta.backbone.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        toybox=tools.toybox,
+        modalities=list(rows),
+        shots=list(shots),
+        instruments=[
+            Instrument(name=i.name, measures=i.measures, toybox=i.toybox, accuracy=dict(i.accuracy))
+            for i in tools.infos()
+        ],
+    )
+
+
+def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -> CrossModalReport:
+    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into a folder that has all that was
+    made; the report as it is there."""
+    (folder / REFERENCES).mkdir()
+    names = []
+    for i, png in enumerate(pngs(references(subject, _SIDE))):
+        names.append(f"{REFERENCES}/{i:02d}.png")
+        (folder / names[-1]).write_bytes(png)
+    report = report.model_copy(update={"references": names})
+    write_text(folder / REPORT_FILE, report.to_json())
+    write_text(folder / CSV_FILE, report.csv())
+    write_text(folder / SHOTS_FILE, report.shots_csv())
+    write_text(folder / HTML_FILE, page(report, folder))
+    return report
+
+
+def page(report: CrossModalReport, folder: Path) -> str:
+    """The page, self-contained: the table, and beside it pictures, clips that play and the asset that turns."""
+    return render(
+        "cross_modal.html.j2",
+        report=report,
+        columns=report.columns,
+        references=[inline((folder / name).read_bytes()) for name in report.references],
+        tiles={m.name: [_tile(s, folder) for s in report.shots if s.modality == m.name] for m in report.modalities},
+    )
+
+
+def _tile(shot: ShotRow, folder: Path) -> Mapping[str, Any]:
+    data = (folder / shot.file).read_bytes() if shot.file else None
+    moves = shot.file.endswith(".webp")
+    return {"shot": shot, "src": inline_clip(data) if moves and data else inline(data), "moves": moves}

@@ -1,0 +1,141 @@
+"""What was made in one modality, measured: for each by the same encoder, look-alikes and rule.
+
+A frame shows the very thing when it is recognised among look-alikes, is no copy of a reference, and is at least as like the
+references as 95 % of true pictures are; of other true pictures a share T passes, and identity is the share of such frames over
+T. True pictures are drawn as the modality shows the thing: under the same prompts and through the model's autoencoder, or from
+the same cameras.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.benchmark.aggregate import average, interval
+from shared.benchmark.cross_modal_report import ModalityRow, ShotRow
+from shared.benchmark.modality import Made, Shot
+from shared.evaluation.clips.score_texts import ABOUT
+from shared.evaluation.prompt_sets import Prompt, PromptSet
+from shared.evaluation.score_texts import ABOUT as ABOUT_PICTURES
+from shared.evaluation.true_figures import true_figures
+from shared.metrics.encoders import Instruments
+from shared.metrics.report import Score, number
+from shared.metrics.scorer import Scorer
+from shared.metrics.true_thing import Bar, TrueFigures
+from shared.metrics.verification import PASSING, Verifier
+
+FRAMES = 16  # of a shot that are looked at, evenly spread
+COLUMNS = ("identity", "recognised", "text", "class", "clip_t", "clip_i", "dino_i", "identity_i", "copied")
+Values = dict[str, float]
+
+
+def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[ModalityRow, list[ShotRow]]:
+    """The modality's row of the table, and a row for each shot; files are said below `out`."""
+    scorer = _scorer(made, tools)
+    measured = [_measured(scorer, made, shot) for shot in made.shots]
+    floor = [_measured(scorer, made, shot) for shot in made.floor]
+    prompts = [shot.text for shot in made.shots]
+    rows = [_row(name, shot, values, out) for shot, values in zip(made.shots, measured, strict=True)]
+    row = ModalityRow(
+        name=name,
+        made=len(made.shots),
+        frames=len(made.shots[0].frames),
+        prompts=list(dict.fromkeys(prompts)),
+        scores=_scores(scorer, measured, floor, prompts),
+        seconds_each=made.seconds,
+    )
+    return row, rows
+
+
+def _scorer(made: Made, tools: Instruments) -> Scorer:
+    """With the bars that true pictures set."""
+    case = made.case
+    scorer = Scorer(
+        case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
+        through=case.through, masks=case.masks,
+    )  # fmt: skip
+    if made.true is None:
+        told = dict.fromkeys((s.text, tuple(s.expects.items())) for s in made.shots)
+        asked = tuple(Prompt(text="{concept}", expects=dict(expects), pose_open=False) for _, expects in told)
+        scorer.figures = true_figures(scorer, case, PromptSet(name="standard", prompts=asked))
+    elif scorer.chance is not None:
+        scorer.figures = _figures(scorer.verifier, *made.true)
+    return scorer
+
+
+def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
+    """Of true renders: those that set the bar, and others that are held against it."""
+    least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
+    passed = verifier.look(others).passes([least] * len(others)).double().mean()
+    return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
+
+
+def _measured(scorer: Scorer, made: Made, shot: Shot) -> Values:
+    """Means over the frames of a shot."""
+    count = min(FRAMES, len(shot.frames))
+    frames = shot.frames[torch.linspace(0, len(shot.frames) - 1, count).round().long()]
+    reads = scorer.instruments.attributes is not None
+    expects = dict(shot.expects) if reads else {}
+    if reads and made.case.true is not None:  # what the thing is, in the recognizer's own words
+        expects["class"] = made.case.class_noun
+    found = scorer.measure(frames, [shot.plain] * count, [expects] * count)
+    means = {key: found.mean(key) for key in found.scores}
+    if reads:  # only what the prompt itself asks for: the class stands beside it
+        asked = [v for k in shot.expects if not math.isnan(v := means.get(k, math.nan))]
+        means["text"] = sum(asked) / len(asked) if asked else math.nan
+    if scorer.figures is None:  # there is no bar: what stands is likeness
+        means.pop("identity", None)
+    return means
+
+
+def _row(name: str, shot: Shot, values: Mapping[str, float], out: Path) -> ShotRow:
+    return ShotRow(
+        modality=name,
+        text=shot.text,
+        seed=shot.seed,
+        file="" if shot.file is None else shot.file.relative_to(out).as_posix(),
+        more={text: path.relative_to(out).as_posix() for text, path in shot.more.items()},
+        scores={key: number(values[key]) for key in (*COLUMNS, "ceiling") if key in values},
+    )
+
+
+def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values], prompts: Sequence[str]) -> list[Score]:
+    passed = _mean(measured, "ceiling")
+    out = []
+    for key in COLUMNS:
+        about = ABOUT_PICTURES.get(key) or ABOUT[key]
+        share = passed if key == "identity" and passed else 1.0
+        value = _mean(measured, key)
+        if value is None:
+            continue
+        values = [v.get(key, math.nan) / share for v in measured]
+        low, high = interval(values, about.unit, prompts)
+        base = _mean(floor, key) if key != "copied" else None
+        score = Score(
+            key=key, title=about.title, value=value / share, low=low, high=high, unit=about.unit, better=about.better,
+            base=None if base is None else base / share, explanation=about.explanation,
+        )  # fmt: skip
+        out.append(_with_beside(score, scorer, passed))
+    return out
+
+
+def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
+    """With what true pictures and a guess get, and the references among themselves; a rate is at most 1."""
+    update: dict[str, object] = {}
+    if score.unit == "rate":
+        update = {k: min(1.0, v) for k in ("value", "high", "base") if (v := getattr(score, k)) is not None}
+    if score.key == "identity":
+        update["truth"] = passed
+    if score.key == "recognised":
+        update["chance"] = scorer.chance
+    if score.key == scorer.likeness_key and scorer.reference_range is not None:
+        update |= dict(zip(("among_low", "among_high"), scorer.reference_range, strict=True))
+    return score.model_copy(update=update)
+
+
+def _mean(rows: Sequence[Values], key: str) -> float | None:
+    return average([number(row.get(key)) for row in rows])
