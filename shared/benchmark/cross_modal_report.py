@@ -16,7 +16,7 @@ from shared.evaluation.picture_rows import pngs
 from shared.io.outputs import write_text
 from shared.metrics.clips.page import inline_clip
 from shared.metrics.encoders import Instruments
-from shared.metrics.html import inline, render, seconds
+from shared.metrics.html import formatted, inline, render, seconds
 from shared.metrics.report import HTML_FILE, REPORT_FILE, Instrument, Row, Score
 from shared.metrics.save_report import csv_table
 from shared.runner.judging import references
@@ -112,6 +112,9 @@ class CrossModalReport(BaseModel):
             cells = [cell(m.score(s.key)) for s in self.columns]
             made = "failed" if m.failed else str(m.made)
             lines.append("| " + " | ".join([m.title, made, *cells, seconds(m.seconds_each)]) + " |")
+            if any(s.base is not None for s in m.scores):
+                floor = [formatted(s.base, s.unit) if (s := m.score(c.key)) else "–" for c in self.columns]
+                lines.append("| " + " | ".join([f"{m.title}, without the concept", "", *floor, ""]) + " |")
         notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 

@@ -112,12 +112,12 @@ def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values],
         value = _mean(measured, key)
         if value is None:
             continue
-        values = [v.get(key, math.nan) / share for v in measured]
-        low, high = interval(values, about.unit, prompts)
+        low, high = interval([v.get(key, math.nan) for v in measured], about.unit, prompts)
         base = _mean(floor, key) if key != "copied" else None
+        found = {"value": value, "low": low, "high": high, "base": base}
+        shares = {k: None if v is None else v / share for k, v in found.items()}
         score = Score(
-            key=key, title=about.title, value=value / share, low=low, high=high, unit=about.unit, better=about.better,
-            base=None if base is None else base / share, explanation=about.explanation,
+            key=key, title=about.title, unit=about.unit, better=about.better, explanation=about.explanation, **shares
         )  # fmt: skip
         out.append(_with_beside(score, scorer, passed))
     return out
@@ -127,7 +127,7 @@ def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
     """With what true pictures and a guess get, and the references among themselves; a rate is at most 1."""
     update: dict[str, object] = {}
     if score.unit == "rate":
-        update = {k: min(1.0, v) for k in ("value", "high", "base") if (v := getattr(score, k)) is not None}
+        update = {k: min(1.0, v) for k in ("value", "low", "high", "base") if (v := getattr(score, k)) is not None}
     if score.key == "identity":
         update["truth"] = passed
     if score.key == "recognised":
