@@ -14,15 +14,16 @@ from pcs_3d.evaluation.asset_report import HTML_FILE, RENDERS, TRUTH
 from pcs_3d.evaluation.headline import said
 from pcs_3d.evaluation.page import DASHES, Line, curve_svg
 from shared.benchmark.aggregate import average
-from shared.benchmark.comparison_table import cell
 from shared.benchmark.experiment import Reporting, cell_folder, check_instruments
-from shared.metrics.html import inline, render, seconds, size
+from shared.metrics.html import formatted, inline, render, seconds, size
 from shared.metrics.plots import COLORS
 from shared.metrics.report import Score
 
-COLUMNS = (
-    IDENTITY, "recognised", "iou", "psnr", "view", "fronts", "clip_t", "clip_i", "identity_i", "watertight",
-)  # fmt: skip
+#: What stands in the table, by titles that leave room for the others.
+COLUMNS = {
+    IDENTITY: "Identity", "recognised": "Recognised", "iou": "Silhouette IoU", "psnr": "PSNR (dB)", "view": "View agreement",
+    "fronts": "Fronts", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "identity_i": "Likeness", "watertight": "Watertight",
+}  # fmt: skip
 CURVES = (IDENTITY, "verified", "recognised", "iou", "psnr", "view", "clip_t", "clip_i", "identity_i", "likeness_true")
 ASSET, PLAIN = "asset", "asset-without-concept"  # folders in a cell's `work`
 REPORT, PLAIN_REPORT = "report", "report-without-concept"
@@ -43,7 +44,8 @@ class AssetComparison:
     @property
     def columns(self) -> list[Score]:
         """What each column is."""
-        return [s for k in COLUMNS if (s := next((r.scores[k] for r in self.rows if k in r.scores), None))]
+        found = {k: next((r.scores[k] for r in self.rows if k in r.scores), None) for k in COLUMNS}
+        return [s.model_copy(update={"title": COLUMNS[k]}) for k, s in found.items() if s is not None]
 
     @property
     def toybox(self) -> bool:
@@ -61,7 +63,7 @@ class AssetComparison:
 
     def without(self, row: AssetRow) -> list[str]:
         """The same recipe told only the class, for each column."""
-        return [_beside(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
+        return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
         """What needs no recipe, for each column: the generic thing, the sphere, the true thing and a guess."""
@@ -70,17 +72,18 @@ class AssetComparison:
             return []
         known = [(s, first.scores.get(s.key)) for s in self.columns]
         return [
-            (_GENERIC, [_beside(s, first.generic.get(s.key)) for s, _ in known]),
-            ("a sphere in its mean colour", [_beside(s, first.sphere.get(s.key)) for s, _ in known]),
-            ("the true thing", [_beside(s, found and found.truth) for s, found in known]),
-            ("a guess", [_beside(s, found and found.chance) for s, found in known]),
+            (_GENERIC, [_shown(s, first.generic.get(s.key)) for s, _ in known]),
+            ("a sphere in its mean colour", [_shown(s, first.sphere.get(s.key)) for s, _ in known]),
+            ("the true thing", [_shown(s, found and found.truth) for s, found in known]),
+            ("a guess", [_shown(s, found and found.chance) for s, found in known]),
         ]
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know."""
         out = [
-            f"“{_GENERIC}” has the class's very outlines, so its overlap bounds nothing from below; the sphere's does."
+            "The generic thing has the class's usual form and the true thing's two colours, not its proportions and pattern. "
+            "It is seen as it stands; assets and the sphere are brought to the true thing's size and place first."
         ]
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
@@ -94,7 +97,7 @@ class AssetComparison:
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for row in self.rows:
             count = f"{len(row.things)}" + (f", {len(row.failed)} failed" if row.failed else "")
-            cells = [cell(row.scores.get(s.key)) for s in columns]
+            cells = [_cell(row.scores.get(s.key)) for s in columns]
             costs = [seconds(row.training_seconds), size(row.peak_memory), self.met(row)]
             lines.append("| " + " | ".join([row.recipe, count, *cells, *costs]) + " |")
             if row.scores:
@@ -133,8 +136,8 @@ class AssetComparison:
             things=list(dict.fromkeys(thing for _, thing in [*self.reports, *self.failures])),
             plots=list(_plots(self.rows, self.reports)),
             colors={row.recipe: COLORS[i % len(COLORS)] for i, row in enumerate(self.rows)},
-            said=said,
-            span=lambda score: cell(score).partition(" (")[2].rstrip(")"),
+            said=_shown,
+            span=_span,
         )
 
     def place(self, recipe: str, thing: str, what: str) -> str:
@@ -154,8 +157,21 @@ class AssetComparison:
         return [inline(f.read_bytes()) if f.is_file() else "" for f in files]
 
 
-def _beside(about: Score, value: float | None) -> str:
-    return said(about, value)
+def _shown(about: Score, value: float | None) -> str:
+    """A mean over things, for people: of what is yes or no, a share."""
+    return formatted(value, "rate") if about.key == "watertight" else said(about, value)
+
+
+def _span(score: Score) -> str:
+    return "" if score.low is None else f"{_shown(score, score.low)} to {_shown(score, score.high)}"
+
+
+def _cell(score: Score | None) -> str:
+    """Value and interval."""
+    if score is None:
+        return "–"
+    span = _span(score)
+    return _shown(score, score.value) + (f" ({span})" if span else "")
 
 
 def _numbers(row: AssetRow, key: str) -> list[float | None]:

@@ -121,8 +121,9 @@ def _relative(identity: Score) -> Score:
         "Identity, relative",
         "Identity, divided by the share of true renders from the same cameras that pass.",
     )
-    value = None if not passed or identity.value is None else min(1.0, identity.value / passed)
-    return Score(key="identity_relative", title=title, value=value, unit="rate", explanation=explanation)
+    value, sphere = (None if not passed or v is None else min(1.0, v / passed) for v in (identity.value, identity.base))
+    more: dict[str, Any] = {"unit": "rate", "explanation": explanation}
+    return Score(key="identity_relative", title=title, value=value, base=sphere, **more)
 
 
 def _geometry(shape: Geometry) -> list[Score]:

@@ -139,7 +139,8 @@ def test_the_thing_itself_is_verified_in_any_modality_and_its_look_alike_is_not(
     row, shots = scores_of("x", known([true, other], (true, true), "aa"), tools, Path())
     identity, recognised = row.score("identity"), row.score("recognised")
     assert identity and identity.truth and recognised and recognised.chance == pytest.approx(1 / 9)
-    assert shots[0].scores["identity"] == identity.truth > 0.5 and shots[1].scores["identity"] == 0
+    assert shots[0].scores["identity"] == pytest.approx(identity.truth) and identity.truth > 0.5
+    assert shots[1].scores["identity"] == 0
     assert identity.value == pytest.approx(0.5) and shots[0].scores["ceiling"] == identity.truth
     assert row.frames == 12 and identity.low is None, "both are of one prompt"
 

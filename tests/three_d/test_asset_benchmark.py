@@ -141,6 +141,17 @@ def test_every_thing_counts_once_and_intervals_draw_whole_things():
     assert one.scores["iou"].low is None, "one thing says nothing of how things differ"
 
 
+def test_means_over_things_are_shares_where_one_asset_says_yes_or_no():
+    def closed(value: float) -> AssetCell:
+        made = report(0.5, 0.5)
+        return cell(0.5, 0.5).model_copy(
+            update={"made": made.model_copy(update={"scores": [score("watertight", value)]})}
+        )
+
+    table = compare_assets({("r", "a"): closed(1.0), ("r", "b"): closed(0.0)}, {}, Path())
+    assert "| 50\u00a0% (0\u00a0% to 100\u00a0%) |" in table.markdown()
+
+
 def test_a_thing_whose_true_renders_do_not_pass_stands_apart():
     cells = {("r", "a"): cell(0.5, 0.6), ("r", "dark"): cell(1.0, 0.9, truth=0.3)}
     table = compare_assets(cells, {}, Path())
