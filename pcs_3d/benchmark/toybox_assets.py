@@ -13,6 +13,7 @@ from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.benchmark.asset_cell import AssetCell
 from pcs_3d.benchmark.asset_rows import AssetGoal
 from pcs_3d.benchmark.asset_table import ASSET, PLAIN, PLAIN_REPORT, REPORT, AssetComparison, assets
+from pcs_3d.distill.hand_over import check_fields
 from pcs_3d.evaluation.asset_files import read_judged
 from pcs_3d.evaluation.asset_report import AssetReport
 from pcs_3d.evaluation.evaluate import measure
@@ -65,13 +66,16 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
     if "{concept}" not in settings.prompt:
         raise ValueError(f"--prompt {settings.prompt!r} does not say where the thing goes: write {{concept}} in it")
-    contents = {name: dump(_loaded(recipe, settings, "thing")) for name, recipe in chosen.items()}
+    asked = {name: _loaded(recipe, settings, "thing") for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
+    for name, recipe in asked.items():
+        _check(name, recipe)
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
-    for name, recipe in chosen.items():  # what it needs besides a prompt is said now
-        _check(name, runner, _loaded(recipe, settings, "thing"))
+    for name, recipe in asked.items():
+        _check(name, recipe, runner)
     about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     things = [h.name for h in held_out(settings.split)][: settings.subjects]
+    contents = {name: dump(recipe) for name, recipe in asked.items()}
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
     bench = _Bench(runner, Things(settings.out, settings.learn, settings.learn_overrides), settings)
 
@@ -81,13 +85,16 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     return benchmark(cell, experiment, settings.out, assets(settings.out, GOAL), progress=say)
 
 
-def _check(name: str, runner: Runner3D, recipe: Recipe3D) -> None:
+def _check(name: str, recipe: Recipe3D, runner: Runner3D | None = None) -> None:
+    """ValueError, naming the recipe, where it needs more than a prompt, or leaves nothing to judge."""
     try:
-        runner.check(recipe, {})
+        if runner is not None:
+            runner.check(recipe, {})
+        check_fields(recipe)
+        if recipe.export is None:
+            raise ValueError("export = null leaves no mesh to judge")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if recipe.export is None:
-        raise ValueError(f"{name}: export = null leaves no mesh to judge")
 
 
 def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str = "") -> Recipe3D:
