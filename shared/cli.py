@@ -92,8 +92,13 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     import click
     import typer
 
+    from shared.io.locks import holding
+
     try:
-        result: Any = typer.main.get_command(app)(args=arguments, standalone_mode=False)
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            _check_bytes(argument)
+        with holding():
+            result: Any = typer.main.get_command(app)(args=arguments, standalone_mode=False)
         if result == _STOPPED:  # Ctrl-C, as newer versions of typer return it; older ones raise Abort
             print("stopped", file=sys.stderr)
         return result if isinstance(result, int) else 0
@@ -113,14 +118,31 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
         return _STOPPED
 
 
+def _check_bytes(argument: str) -> None:
+    """ValueError for bytes that are not UTF-8, unless they are part of the name of a file or folder that is there: that
+    is the one thing that a system lets be called so."""
+    if argument.isascii():
+        return
+    from shared.config import expanded
+    from shared.io.terminal import check_utf8
+
+    value = argument.partition("=")[2]
+    texts = [argument, value, argument.rpartition(":")[0], value.rpartition(":")[0]]
+    if not any(text and expanded(text).exists() for text in texts):
+        check_utf8(argument)
+
+
 def _failed(error: Exception) -> int:
     if isinstance(error, ValueError):
         print(f"pcs: {_clean(error)}", file=sys.stderr)
         return 2
-    if isinstance(error, (OSError, MemoryError)) or type(error).__name__ in ("NotFinite", "OutOfMemoryError"):
-        print(f"pcs: {_clean(error) or type(error).__name__}", file=sys.stderr)
-        return 1
-    raise error
+    from shared.io.failures import in_words
+
+    words = in_words(error) or (str(error) if isinstance(error, OSError) or type(error).__name__ == "NotFinite" else "")
+    if not words:
+        raise error
+    print(f"pcs: {_clean(words)}", file=sys.stderr)
+    return 1
 
 
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

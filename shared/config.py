@@ -167,6 +167,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
+_MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes a second for each million
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data: tags run nothing, aliases (which can grow without bound, or hold themselves) and keys that come twice
     are errors. Where YAML 1.1 reads 1e-4 as text, and no and 2024-01-01 as something else, here they are what they look
@@ -207,12 +210,17 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping. ValueError on anything else; nothing in it is executed."""
+    size = path.stat().st_size
+    if size > _MAX_YAML:
+        raise ValueError(f"{path} is {size:,} bytes, and at most {_MAX_YAML:,} are read: is it the file that you mean?")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{path} is not readable YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or "it is not UTF-8 text"
         raise ValueError(f"{path} is not readable YAML{line}: {problem}") from None
     if data is None:
         return {}

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.io.terminal import check_utf8
+
 #: Stands for the token that ends the text, wherever words are asked for. No learned token holds blanks, so it is none.
 END = "<end of text>"
 
@@ -46,7 +48,7 @@ class TokenOverlay:
 
     def check_new(self, tokens: Sequence[str]) -> None:
         """Raises ValueError when a token is empty, has blanks, comes twice, or is taken."""
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(map(check_utf8, tokens)):
             if not token or any(c.isspace() for c in token):
                 raise ValueError(f"token {token!r} must not be empty or hold blanks")
             if token in tokens[:i]:
@@ -72,7 +74,7 @@ class TokenOverlay:
     def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
         """`prompts` padded and cut to the encoder's length, as diffusers' pipelines do it."""
         out = self.current[component](
-            list(prompts),
+            [check_utf8(prompt) for prompt in prompts],  # tokenizers call anything else a wrong type
             padding="max_length",
             max_length=self.max_length[component],
             truncation=True,
@@ -84,7 +86,7 @@ class TokenOverlay:
         """What of `prompt` this encoder would not read; empty when all fits."""
         tokenizer = self.current[component]
         room = self.max_length[component] - tokenizer.num_special_tokens_to_add()
-        out = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        out = tokenizer(check_utf8(prompt), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if len(out["input_ids"]) <= room:
             return ""
         return prompt[out["offset_mapping"][room][0] :].strip()

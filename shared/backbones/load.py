@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.backbones.synthetic_world import World
 from shared.config import expanded
+from shared.io.failures import of_the_machine
 from shared.io.model_folders import check_tokenizer, first_line, load_network, quiet
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
         with quiet():
             pipe = pipeline.from_pretrained(path, local_files_only=True, **networks, **extra)
     except Exception as error:  # whatever a broken folder raises is about the user's files
+        if of_the_machine(error):
+            raise
         raise ValueError(f"cannot load {name} as {kind}: {first_line(error)}") from error
     for part, network in networks.items():
         if part.startswith("text_encoder"):
@@ -236,6 +239,8 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
                 str(path), safety_checker=None, torch_dtype=dtype, local_files_only=not download
             )
     except Exception as error:
+        if of_the_machine(error):
+            raise
         more = "" if download else f". {_MAY_DOWNLOAD}"
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
@@ -266,9 +271,9 @@ def _from_hub(name: str, download: bool) -> Path:
 
         index = Path(hf_hub_download(name, "model_index.json"))
         return Path(getattr(diffusers, _class_of(index)).download(name, use_safetensors=True))
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) or of_the_machine(error):
+            raise
         why = f"the hub did not give it ({first_line(error)})" if download else "it is not in the hub's cache"
         more = "" if download else f" {_MAY_DOWNLOAD}"
         raise ValueError(f"no model at {name}: no such folder, and {why}.{more} {_families()}") from error

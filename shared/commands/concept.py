@@ -164,7 +164,7 @@ def _lines(path: Path) -> list[str]:
     """The sentences in a text file, one per line. ValueError where it holds none."""
     try:
         sentences = [
-            line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+            line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--captions {path} cannot be read as text: {error}") from None

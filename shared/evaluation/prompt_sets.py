@@ -15,6 +15,8 @@ from pathlib import Path
 from pydantic import field_validator, model_validator
 
 from shared.config import Part, expanded, read_yaml, unknown, validate
+from shared.io.terminal import check_utf8
+from shared.io.text_files import read_text_file
 from shared.metrics.scorer import fill
 from shared.recipe.catalog import config_folder
 
@@ -74,6 +76,8 @@ class PromptSet(Part):
     def _named(self) -> PromptSet:
         if not self.prompts:
             raise ValueError("prompts: there is none")
+        for p in (*self.prompts, *self.drift):
+            check_utf8(p.text)
         for p in self.prompts:
             if "{concept}" not in p.text:
                 raise ValueError(f"the prompt {p.text!r} does not say where the subject goes: write {{concept}} in it")
@@ -122,10 +126,7 @@ def _from_txt(path: Path) -> PromptSet:
 
 def prompt_lines(path: Path) -> list[str]:
     """The prompts of a text file, one a line; what begins with # is none. ValueError where none are left."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+    lines = read_text_file(path, "the prompts").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one per line, with {{concept}} where the concept goes")

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageFile, features
 from torch import Tensor
 
 from shared.config import expanded
+from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
@@ -144,7 +145,7 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise nearly everything on hostile data
-        if isinstance(error, ValueError) and str(path) in str(error):
+        if of_the_machine(error) or (isinstance(error, ValueError) and str(path) in str(error)):
             raise
         what = f"{error}".strip() or type(error).__name__
         raise ValueError(f"{path} cannot be read as a picture, it is damaged or cut off: {what}") from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.config import expanded
+from shared.io.caption_files import METADATA, caption_files, looks_like_captions
 from shared.io.foreign_files import MARK
-from shared.io.terminal import encodable
+from shared.io.terminal import encodable, names
 
 PathLike = str | os.PathLike[str]
 
@@ -30,7 +31,6 @@ _MAGIC = (
 _PPM = tuple(b"P%d" % n for n in range(1, 7))
 _WEAK = {".bmp": "BMP", ".dib": "BMP", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"}
 MASK_ENDS = (".mask", "-mask", "_mask")
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Listing:
     """Pictures in order, with the caption file and the mask of those that have one."""
 
     pictures: tuple[Path, ...]
-    captions: dict[Path, Path]  # picture -> .txt
+    captions: dict[Path, Path]  # picture -> the file that holds its caption
     masks: dict[Path, Path]  # picture -> mask picture
     warnings: tuple[str, ...] = ()
 
@@ -71,8 +71,9 @@ def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ..
     """The pictures of a folder (sorted by name), of one file, or of a list of files and folders (in its order).
 
     What is no picture (hidden files, text, empty files, sub-folders) is skipped and named in one UserWarning per
-    folder; captions (`NAME.txt`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) beside the pictures are
-    neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a named
+    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) beside the
+    pictures are neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a
+    named
     file is no picture, or nothing is left, and says what was found.
     """
     listing = scan(images)
@@ -104,13 +105,6 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
     return Listing(tuple(pictures), captions, masks, tuple(notes))
 
 
-def names(items: Iterable[str]) -> str:
-    """A list for a message: at most eight names, then how many more."""
-    every = list(items)
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + more
-
-
 def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
     """One file that was named; `seen` keeps the possible masks of each folder."""
     if not path.exists():
@@ -120,7 +114,7 @@ def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
         raise ValueError(f"{path} is not a picture ({reason})")
     if path.parent not in seen:
         seen[path.parent] = _mask_files(path.parent)
-    return Listing((path,), _captions([path]), _masks([path], seen[path.parent]))
+    return Listing((path,), caption_files([path], path.parent), _masks([path], seen[path.parent]))
 
 
 def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
@@ -140,8 +134,9 @@ def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
         what = f"only {names(map(_skipped, stray, stray.values()))}" if stray else "nothing"
         raise ValueError(f"no pictures in {folder}: found {what}")
     candidates = _mask_files(folder)
-    captions, masks = _captions(pictures), _masks(pictures, candidates)
+    captions, masks = caption_files(pictures, folder), _masks(pictures, candidates)
     used = {*captions.values(), *masks.values()}
+    stray.update({p: no_caption(p, pictures, used) for p in stray if looks_like_captions(p)})
     stray.update({p: "a mask of no picture" for p in candidates if p not in used and p not in pictures})
     if (folder / "masks").is_dir():
         stray.update({p: why for p in sorted((folder / "masks").iterdir()) if (why := _not_a_picture(p))})
@@ -170,6 +165,15 @@ def _not_a_picture(path: Path) -> str:
         return f"cannot be opened: {error.strerror}"
 
 
+def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
+    """Why a file that could hold captions is not read as one."""
+    if file.name == METADATA:
+        return "it holds no caption of what is here, or each has a file of its own"
+    owner = next((p for p in items if file.stem in (p.stem, p.name)), None)
+    other = next((p.name for p in used if owner and p.stem in (owner.stem, owner.name)), "")
+    return f"{other} is read as the caption" if other else "a text, and nothing to learn from has its name"
+
+
 def owner_stem(stem: str, stems: Collection[str]) -> str:
     """The stem of the picture that a mask file belongs to; its own where it is a picture itself."""
     for end in MASK_ENDS:
@@ -183,10 +187,6 @@ def _mask_files(folder: Path) -> list[Path]:
     inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
     named = sorted(p for p in folder.iterdir() if p.stem.endswith(MASK_ENDS))
     return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]
-
-
-def _captions(pictures: Sequence[Path]) -> dict[Path, Path]:
-    return {p: p.with_suffix(".txt") for p in pictures if p.with_suffix(".txt").is_file()}
 
 
 def _masks(pictures: Sequence[Path], candidates: Sequence[Path]) -> dict[Path, Path]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shared.io.failures import of_the_machine
+
 #: Keys of older files, and of the other half of a model whose text encoder alone is used.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PADDED = 0.9  # of a table's rows are tokens at least: tables are padded by a few rows, not by half
@@ -51,6 +53,8 @@ def load_network(
                 **options,
             )
     except Exception as error:  # whatever a broken folder raises is about the user's files
+        if of_the_machine(error):
+            raise
         raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
     empty = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta}  # promised by an index
     wrong = {key for key, *_ in info["mismatched_keys"]}
@@ -116,6 +120,8 @@ def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
         with quiet():
             tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"cannot load a {kind.__name__} from {folder}: {first_line(error)}") from error
     check_tokenizer(tokenizer, embeddings, folder)
     return tokenizer

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.config import expanded
-from shared.io.find_pictures import names
+from shared.io.failures import writing
 from shared.io.foreign_files import foreign_files, mark
-from shared.io.temporary_names import beside, replaced, sweep, sweep_once
-from shared.io.terminal import encodable
+from shared.io.locks import hold
+from shared.io.temporary_names import beside, exchanged, replaced, sweep, sweep_once
+from shared.io.terminal import encodable, names
 
 PathLike = str | os.PathLike[str]
 
@@ -22,13 +23,16 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
 
     Raises ValueError when it exists and holds something, unless `overwrite`; with `overwrite`, when it is a file or
     holds a file that pcs did not write, for it is replaced as a whole; when it holds the working or the home folder;
-    when it is, holds or lies inside one of `inputs` (files and folders that are read); and when it cannot be written.
+    when it is, holds or lies inside one of `inputs` (files and folders that are read); when a link on its way leads
+    nowhere; when another process writes it (`shared.io.locks`); and when it cannot be written.
     """
     path = _named(path)
     check_apart(path, inputs)
     if path.exists():
         _check_there(path, overwrite)
-    return _writable(path)
+    _writable(path)
+    hold(path)
+    return path
 
 
 def check_file(path: PathLike, overwrite: bool = False) -> Path:
@@ -39,13 +43,21 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
         raise ValueError(f"{path} is a folder, and a file is to be written: name a file in it")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already: choose another output, or overwrite it explicitly")
-    return _writable(path)
+    _writable(path)
+    hold(path)
+    return path
 
 
 def _named(path: PathLike) -> Path:
     path = expanded(path)
-    home, working = Path.home().resolve(), Path.cwd().resolve()
-    if not path.name or path.resolve() in (home, *home.parents, working, *working.parents):
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise ValueError(
+                f"the output {path} leads nowhere: {link} is a link to {os.readlink(link)}, which is not there (or leads "
+                "back to it). Remove the link, or choose another output"
+            )
+    place, home, working = _place(path), Path.home().resolve(), Path.cwd().resolve()
+    if not path.name or place in (home, *home.parents, working, *working.parents):
         raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
     try:
         str(path).encode()
@@ -56,11 +68,16 @@ def _named(path: PathLike) -> Path:
     return path
 
 
+def _place(path: PathLike) -> Path:
+    """Where a path leads, its links followed; links in a circle are left as they are."""
+    return Path(os.path.realpath(expanded(path)))
+
+
 def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
     """ValueError when the output and something that is read share a place; links are followed."""
-    place = path.resolve()
+    place = _place(path)
     for item in inputs:
-        source = expanded(item).resolve()
+        source = _place(item)
         how = "is" if place == source else "holds" if place in source.parents else ""
         how = how or ("lies inside" if source in place.parents else "")
         if how:
@@ -84,57 +101,60 @@ def _check_there(path: Path, overwrite: bool) -> None:
         )
 
 
-def _writable(path: Path) -> Path:
+def _writable(path: Path) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
         raise ValueError(f"{path} cannot be written: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: no permission in {parent}")
-    return path
 
 
 @contextmanager
 def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; it takes the name at the end, and vanishes on an error.
 
-    With `overwrite`, what was there stays until the new folder is complete. Files get the modes that the umask gives.
+    With `overwrite`, what was there stays until the new folder is complete, and the two change places in one moment
+    where the system can do that. A link that leads to a folder stays, and the folder is written where it leads. Files get the
+    modes that the umask gives.
     What processes that were killed have left beside it is removed. ValueError as `check_output`, before and after.
     """
-    path = check_output(path, overwrite, inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    temporary = beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        mark(temporary)
-        usual = temporary.stat().st_mode & 0o666
-        for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(usual)
-        if path.exists():
-            _check_there(path, overwrite)  # again: somebody may have used the time
-        _take_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    named = check_output(path, overwrite, inputs)
+    path = _place(named)
+    with writing(named):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        temporary = beside(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            mark(temporary)
+            usual = temporary.stat().st_mode & 0o666
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(usual)
+            if path.exists():
+                _check_there(path, overwrite)  # again: somebody may have used the time
+            _take_place(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _take_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
+    if exchanged(temporary, path):  # there is no moment without an output
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     old = replaced(path)
-    path.rename(old)
+    path.rename(old)  # a kill here: whoever writes beside it next puts it back (`sweep`)
     try:
         temporary.rename(path)
     except BaseException:
         old.rename(path)
         raise
-    if old.is_symlink():
-        old.unlink()
-    else:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -144,21 +164,22 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     The folder must exist; the file gets the mode that the umask gives, whoever wrote it.
     `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
-    path = Path(path)
-    sweep_once(path.parent.absolute())
+    named, path = path, Path(os.path.realpath(path))
+    sweep_once(path.parent)
     temporary = beside(path)
-    try:
-        temporary.touch()
-        usual = temporary.stat().st_mode & 0o666
-        temporary.unlink()
-        yield temporary
-        temporary.chmod(usual)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(named):
+        try:
+            temporary.touch()
+            usual = temporary.stat().st_mode & 0o666
+            temporary.unlink()
+            yield temporary
+            temporary.chmod(usual)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: PathLike, text: str) -> Path:

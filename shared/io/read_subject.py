@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from shared.config import expanded
+from shared.io.caption_files import caption_text, given_captions
 from shared.io.decode import picture_size, read_picture
-from shared.io.find_pictures import PathLike, names, scan, sniff
-from shared.io.terminal import encodable
+from shared.io.find_pictures import PathLike, scan, sniff
+from shared.io.terminal import encodable, names
 from shared.types import Subject
 
 
@@ -28,16 +29,17 @@ def read_subject(
     a UserWarning names the others.
     """
     listing = scan(images)
-    by_picture = {p: caption_text(t) for p, t in listing.captions.items()}
+    by_picture = {p: caption_text(t, p) for p, t in listing.captions.items()}
     mask_of = dict(listing.masks)
     if isinstance(captions, Mapping):
         by_picture = {_match(listing.pictures, k, "captions"): " ".join(v.split()) for k, v in captions.items()}
     elif captions is not None:
-        by_picture = {p: caption_text(t) for p, t in _by_stem(listing.pictures, captions, "captions", {".txt"}).items()}
+        found = given_captions(listing.pictures, captions, "a picture's", "pictures")
+        by_picture = {p: caption_text(t, p) for p, t in found.items()}
     if isinstance(masks, Mapping):
         mask_of = {_match(listing.pictures, k, "masks"): expanded(v) for k, v in masks.items()}
     elif masks is not None:
-        mask_of = _by_stem(listing.pictures, masks, "masks", None)
+        mask_of = _masks_in(listing.pictures, masks)
     for picture, mask in mask_of.items():
         size, other = picture_size(picture), picture_size(mask)
         if size != other:
@@ -70,16 +72,6 @@ def transparent(path: Path) -> bool:
         return False
 
 
-def caption_text(path: Path) -> str:
-    """One line of text; line ends become spaces."""
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise ValueError(f"the caption {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"the caption {path} cannot be read: {error.strerror}") from None
-
-
 def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
     name = os.fspath(key)
     hits = [p for p in pictures if p == expanded(name)] or [p for p in pictures if p.name == name]
@@ -89,17 +81,16 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
     return hits[0]
 
 
-def _by_stem(pictures: Sequence[Path], folder: PathLike, what: str, endings: set[str] | None) -> dict[Path, Path]:
+def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     """The file of `folder` with the same stem, for each picture that has one."""
     root = expanded(folder)
     if not root.is_dir():
-        raise ValueError(f"{what}: {root} is not a folder")
+        raise ValueError(f"masks: {root} is not a folder")
     files = [p for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if endings is None or p.suffix.lower() in endings]
     out = {picture: f for picture in pictures for f in files if f.stem == picture.stem}
     if not out:
         seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
         raise ValueError(
-            f"{what}: nothing in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
+            f"masks: nothing in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
         )
     return out

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shared.io.failures import of_the_machine
+
 _MAX_HEADER = 32 * 1024 * 1024  # bytes
 _MAX_DIMS = 8
 _ITEM = {
@@ -72,6 +74,8 @@ def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> 
     try:
         tensors = load_file(path, device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
     for name, tensor in tensors.items():
         if finite and tensor.is_floating_point():

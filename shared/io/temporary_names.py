@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|replaced)(\..*)?")
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
 
 def beside(path: Path) -> Path:
     """A free hidden name in the same folder, on the same file system, with the same ending."""
@@ -26,6 +29,16 @@ def beside(path: Path) -> Path:
 def replaced(path: Path) -> Path:
     """A free hidden name for what `path` was, until the new one has its place."""
     return path.with_name(f".{path.name}.{_tag()}.replaced")
+
+
+def exchanged(one: Path, other: Path) -> bool:
+    """Let two names on one file system change places in one moment, where the system can (Linux' renameat2); whether it
+    has."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def is_temporary(name: str) -> bool:

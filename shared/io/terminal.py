@@ -4,8 +4,10 @@ taken out or escaped."""
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _KEPT = "\n\t"
+_SHOWN = 8  # names in a message
 # Marks that turn the direction of reading: with them a text can show other words than it holds.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -37,3 +39,22 @@ def escaped_name(name: str) -> str:
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def check_utf8(text: str) -> str:
+    """The text. ValueError where it holds half surrogates: bytes that are not UTF-8, or halves of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{text!r} is not UTF-8 text (its character {error.start + 1} is {text[error.start]!r}): write it again, in a "
+            "terminal or an editor that is set to UTF-8"
+        ) from None
+    return text
+
+
+def names(items: Iterable[str]) -> str:
+    """A list for a message: at most eight names, then how many more."""
+    every = list(items)
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.config import expanded
+from shared.io.text_files import read_text_file
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the width and height
 Track = Mapping[int, Box]  # by frame
@@ -47,10 +48,8 @@ def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
     """A JSON file: name (or words of the prompt) -> what `as_track` reads. ValueError, naming it, where it is none."""
     path = expanded(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        data = json.loads(read_text_file(path, "the boxes"))
+    except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path} is not readable JSON") from None
     if not isinstance(data, dict) or not data:
         raise ValueError(

@@ -9,9 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.io.find_pictures import names
 from shared.io.resize import ResizeMode
-from shared.io.terminal import encodable
+from shared.io.terminal import encodable, names
 from shared.sources.base import SourcePart
 from shared.sources.source_context import SourceContext
 from shared.sources.to_example import example, load

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shared.io.failures import writing
 from shared.io.foreign_files import foreign_files, remove_written
 from shared.io.outputs import write_text
 from shared.io.temporary_names import beside, sweep
@@ -44,8 +45,9 @@ def save(folder: Path, state: State) -> Path:
     temporary = beside(target)
     temporary.mkdir()
     try:
-        _write(temporary, state)
-        os.rename(temporary, target)
+        with writing(target):
+            _write(temporary, state)
+            os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from shared.io.find_pictures import names
 from shared.io.foreign_files import claim, foreign_files
 from shared.io.outputs import write_text
+from shared.io.terminal import names
 from shared.train.loop import Record
 
 

@@ -16,6 +16,7 @@ from pydantic import field_validator, model_validator
 
 from shared.config import Part, expanded, read_yaml, unknown, validate
 from shared.evaluation.prompt_sets import CLIP_SETS, FOLDER, Prompt, PromptSet, prompt_lines
+from shared.io.terminal import check_utf8
 from shared.metrics.scorer import fill
 
 DEFAULT = "toybox_motion"
@@ -40,7 +41,7 @@ class ClipPrompt(Part):
         for name in _FIELD.findall(text):
             if name not in ("concept", "thing"):
                 raise ValueError(unknown("{" + name + "}", ["{concept}", "{thing}"], "placeholder"))
-        return text.strip()
+        return check_utf8(text.strip())
 
 
 class ClipPromptSet(Part):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.config import expanded
+from shared.io.caption_files import caption_files, caption_text, given_captions, looks_like_captions
 from shared.io.clips.clip_kinds import READABLE, clip_kind
 from shared.io.clips.frame_folders import CAPTION
 from shared.io.clips.video_files import why_not
-from shared.io.find_pictures import MASK_ENDS, listing_of, names, owner_stem
+from shared.io.find_pictures import MASK_ENDS, listing_of, no_caption, owner_stem
 from shared.io.foreign_files import MARK
-from shared.io.read_subject import caption_text
-from shared.io.terminal import encodable
+from shared.io.terminal import encodable, names
 
 PathLike = str | os.PathLike[str]
 _MASKS = "masks"
@@ -95,9 +95,10 @@ def _folder(folder: Path) -> ClipListing:
         raise ValueError(f"no clips in {folder}: found {f'only {names(said)}' if said else 'nothing'}; give {READABLE}")
     candidates = _candidates(folder, found)
     listing = _with_neighbours(tuple(found), candidates)
-    texts = {clip.with_name(f"{_stem(clip)}.txt") for clip in found}
+    texts = set(caption_files(found, folder).values())
     used = {*listing.masks.values(), *found, *texts, folder / _MASKS}
     stray = {p: why or "a mask of no clip" for p, why in reasons.items() if p not in used}
+    stray |= {p: no_caption(p, found, texts) for p in stray if looks_like_captions(p)}
     stray |= {p: "a mask of no clip" for p in candidates if p not in used}
     said = [f"{p.relative_to(folder).as_posix()} ({why})" for p, why in stray.items()]
     note = f"{folder}: skipped what is not a clip: {names(said)}"
@@ -139,10 +140,10 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
     owners = {_stem(path) for path in found}
     for clip in found:
         inside = listing_of(clip, known=(CAPTION,)) if clip.is_dir() else None
-        texts = [clip.with_name(f"{_stem(clip)}.txt"), *([clip / CAPTION] if inside else [])]
+        texts = [*caption_files([clip], clip.parent).values(), *([clip / CAPTION] if inside else [])]
         for text in texts:
             if text.is_file():
-                captions.setdefault(clip, caption_text(text))
+                captions.setdefault(clip, caption_text(text, clip))
         if inside and inside.masks:
             masks[clip] = clip
         for mask in candidates:
@@ -174,7 +175,8 @@ def _gaps(found: Sequence[Path], having: Mapping[Path, object], what: str, then:
 def _given_captions(found: Sequence[Path], captions: PathLike | Mapping[PathLike, str]) -> dict[Path, str]:
     if isinstance(captions, Mapping):
         return {_match(found, key, "captions"): " ".join(text.split()) for key, text in captions.items()}
-    return {clip: caption_text(text) for clip, text in _named_alike(found, captions, "captions", ".txt").items()}
+    there = given_captions(found, captions, "a clip's", "clips")
+    return {clip: caption_text(text, clip) for clip, text in there.items()}
 
 
 def _given_masks(found: Sequence[Path], masks: PathLike | Mapping[PathLike, PathLike]) -> dict[Path, Path]:
@@ -192,12 +194,12 @@ def _match(found: Sequence[Path], key: PathLike, what: str) -> Path:
     return hits[0]
 
 
-def _named_alike(found: Sequence[Path], folder: PathLike, what: str, ending: str = "") -> dict[Path, Path]:
-    """The entry of `folder` with the same name (and the ending), for each clip that has one."""
+def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Path, Path]:
+    """The entry of `folder` with the same name, for each clip that has one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"{what}: {root} is not a folder")
-    entries = [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and p.name.lower().endswith(ending)]
+    entries = [p for p in sorted(root.iterdir()) if not p.name.startswith(".")]
     out = {clip: entry for clip in found for entry in entries if _stem(entry) == _stem(clip)}
     if not out:
         seen, clips = names(p.name for p in entries) or "nothing", names(p.name for p in found)

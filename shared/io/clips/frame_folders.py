@@ -11,7 +11,8 @@ from pathlib import Path
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.contact_sheets import read_metadata
 from shared.io.decode import Picture, check_size, picture_size, read_frame
-from shared.io.find_pictures import listing_of, names, sniff
+from shared.io.find_pictures import listing_of, sniff
+from shared.io.terminal import names
 
 CAPTION = "caption.txt"  # in the folder, of the whole clip
 FPS = "fps"  # the key in the PNG text of frames that pcs has written

@@ -13,7 +13,7 @@ from shared.io.clips.frame_folders import FrameFolder
 from shared.io.clips.frame_source import FrameSource
 from shared.io.clips.open_frames import open_frames
 from shared.io.decode import Picture, picture_size, read_frame, two_valued
-from shared.io.find_pictures import names
+from shared.io.terminal import names
 
 
 class MaskFrames:

@@ -1,0 +1,102 @@
+"""Failures of the machine rather than of the input (memory, disk, links, depth), in words: what happened, where, and what
+to do. Libraries report them in exceptions of their own, which are recognised here and nowhere else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+_FREE = "free some space or choose another output"
+_ADVICE = {
+    errno.ENOSPC: f"the disk is full: {_FREE}",
+    errno.EDQUOT: f"your share of the disk is used up: {_FREE}",
+    errno.EFBIG: "files may not grow so large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
+    errno.EROFS: "this disk cannot be written to: choose another output",
+    errno.EIO: "the disk does not work properly: choose another one",
+    errno.ELOOP: "its links lead back to themselves: remove the link, or name another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
+    errno.EACCES: "you may not read or write there: change its permissions, or choose another place",
+}
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|cannot allocate memory|bad_alloc|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+_SMALLER = (
+    "make it smaller: fewer at a time (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
+    "(train.mixed_precision, --precision); or close what else uses it"
+)
+
+
+def system_error(error: BaseException) -> int | None:
+    """The system's number (`errno`) of a failure, also where a library only quotes it; None where there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _NUMBER.search(str(error)) if not isinstance(error, ValueError) else None
+    if found:
+        return int(found[1] or found[2])
+    return errno.ELOOP if isinstance(error, RuntimeError) and "Symlink loop" in str(error) else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: in Python, in NumPy, or in PyTorch on the CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether the machine failed, and not what a user gave: no file is to be called damaged for it."""
+    return out_of_memory(error) or system_error(error) in _OF_WRITING
+
+
+def in_words(error: BaseException) -> str | None:
+    """One message for a failure of the machine; None for any other error, which may be a bug."""
+    if out_of_memory(error):
+        where = (
+            "the GPU"
+            if re.search(r"CUDA|CUBLAS|GPU", str(error)) or "cuda" in type(error).__module__
+            else "this machine"
+        )
+        return f"out of memory: {where} has not enough for this{_size(error)}. To go on, {_SMALLER}"
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply to be read: look for brackets in brackets in your settings and files"
+    if isinstance(error, OverflowError):
+        return f"a number is too large to compute with ({error}): give a smaller one"
+    number = system_error(error)
+    if number is None:
+        return None
+    what = os.strerror(number)
+    named = getattr(error, "filename", None)
+    place = re.search(r"Symlink loop from (.+)", str(error))
+    named = named if named is not None else place[1].strip("'\"") if place else None
+    where = f"{os.fsdecode(named)}: {what}" if isinstance(named, str | bytes | os.PathLike) else what
+    advice = _ADVICE.get(number)
+    return f"{where}; {advice}" if advice else where
+
+
+def _size(error: BaseException) -> str:
+    """How much was asked for, where the error says so."""
+    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+    if asked is None:
+        return ""
+    return f" ({asked[2] or f'{int(asked[1]) / 2**30:.3g} GiB'} in one piece)"
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While `path` is written: a failure of the disk names it, whichever library met it, and under the name that the user
+    knows (files are first written beside their place)."""
+    try:
+        yield
+    except Exception as error:
+        number = system_error(error)
+        if number is None or number not in _OF_WRITING:
+            raise
+        raise OSError(number, os.strerror(number), str(Path(path))) from error

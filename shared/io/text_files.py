@@ -1,0 +1,31 @@
+"""Text files of users: UTF-8 with or without a byte-order mark, of a size that a person writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shared.config import expanded
+
+MAX_BYTES = 10_000_000
+
+
+def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX_BYTES) -> str:
+    """The text. ValueError, naming `what` it is and the file, where it cannot be opened, is larger than `max_bytes`, or is
+    not UTF-8.
+
+    Args:
+        what: as it is called in an error, for example "the caption"
+    """
+    path = Path(expanded(path))
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ValueError(
+                f"{what} {path} is {size:,} bytes, and at most {max_bytes:,} are read: is it the right file?"
+            )
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} {path} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
