@@ -18,6 +18,7 @@ from pcs_3d.export.asset import Exported, export_asset
 from pcs_3d.export.page import PAGE, page_html
 from pcs_3d.export.settings import ExportSettings
 from pcs_3d.runner import Asset, Runner3D
+from shared.concept.provenance import portable, public_name
 from shared.evaluation.picture_rows import pngs
 from shared.io.clips.write_clip import write_clip
 from shared.io.contact_sheets import write_picture
@@ -133,9 +134,9 @@ def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported 
     return {
         "prompt": recipe.prompt,
         "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
-        "backbone": backbone.name,
+        "backbone": public_name(backbone.name),
         "checkpoint": backbone.checkpoint,
-        "recipe": dump(recipe),
+        "recipe": portable(dump(recipe)),
         "costs": dict(asset.costs),
         "mesh": None if made is None else {k: getattr(made, k) for k in ("faces", "watertight", "volume", "notes")},
     }

@@ -18,6 +18,7 @@ from pcs_video.motion.generated_clips import GeneratedClips
 from pcs_video.motion.motion_embeddings import MotionEmbeddings
 from shared.config import NAME, NameOrPath, PathText, Slot, default_kind
 from shared.io.clips.find_clips import find_clips
+from shared.io.read_subject import plain_noun
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe, Sampling, SubjectSettings
 from shared.recipe.tasks import GenerateTask, TuneTask, named
@@ -55,7 +56,7 @@ class ClipSubject(SubjectSettings):
         if self.clips is None:
             return super().read()
         found = find_clips(self.clips, self.masks, self.captions)
-        return Subject((), self.class_noun.strip(), found.captions, found.masks, found.clips)
+        return Subject((), plain_noun(self.class_noun), found.captions, found.masks, found.clips)
 
 
 class ClipSampling(Sampling):

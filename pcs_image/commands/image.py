@@ -54,7 +54,7 @@ def generate(
     lora: list[str] = _LORA,
     token: list[str] = _TOKEN,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
-    num: int = typer.Option(1, min=1, help="pictures per prompt"),
+    num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each further picture adds one"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
@@ -67,10 +67,10 @@ def generate(
     boxes: Path = typer.Option(None, help=steering.BOXES, **PATH),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
-    steps: int = typer.Option(None, min=1, help="denoising steps"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
-    height: int = typer.Option(None, min=1, help="pixels"),
-    width: int = typer.Option(None, min=1, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     grid: bool = typer.Option(False, help="also write all pictures as one grid"),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
@@ -122,10 +122,10 @@ def evaluate(
     gallery: Path = typer.Option(
         None, help="a folder of folders: other things of the same class, for identity retrieval", **PATH
     ),
-    num: int = typer.Option(2, min=1, help="pictures per prompt"),
+    num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
-    limit: int = typer.Option(None, min=1, help="use only this many prompts of the set"),
-    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the concept's recipe"),
+    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the concept's recipe"),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the concept's recipe"),
     clip: Path = _CLIP,
@@ -180,9 +180,9 @@ def benchmark(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    subjects: int = typer.Option(4, min=1, help="how many of the split's subjects"),
-    limit: int = typer.Option(10, min=1, help="number of prompts"),
-    num: int = typer.Option(2, min=1, help="pictures per prompt"),
+    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
+    limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
+    num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"

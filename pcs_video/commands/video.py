@@ -49,9 +49,9 @@ def generate(
     out: Path = typer.Option(
         Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder where there are several clips", **PATH
     ),
-    num: int = typer.Option(1, min=1, help="clips per prompt"),
+    num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; each further clip adds one"),
-    frames: int = typer.Option(None, min=1, help="frames per clip; default: the model's own"),
+    frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, where `out` is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
@@ -60,7 +60,7 @@ def generate(
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
     prefix: Path = typer.Option(None, help="a clip that the clip begins with, and continues", **PATH),
-    prefix_frames: int = typer.Option(None, min=1, help="frames of --prefix; default: all that it has"),
+    prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix; default: all that it has"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
     invert_prompt: str = typer.Option("", help=steering.PROMPT),
@@ -70,10 +70,10 @@ def generate(
     pan: str = typer.Option("", help="RIGHT,DOWN: how far the camera moves, in fractions of width and height: 0.25,0"),
     negative: str = typer.Option("", help="negative prompt: what should not appear"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: the model's own"),
-    steps: int = typer.Option(None, min=1, help="denoising steps"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps"),
     scheduler: str = typer.Option(None, help="ddim, dpm++, euler, unipc … (an unknown name lists them)"),
-    height: int = typer.Option(None, min=1, help="pixels"),
-    width: int = typer.Option(None, min=1, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     backbone: str = typer.Option(
         None, help="folder, file or hub id; default: the model the first concept was learned on"
     ),
@@ -129,20 +129,20 @@ def evaluate(
     ),
     pictures: Path = typer.Option(None, help="the subject's pictures; default: likewise", **PATH),
     gallery: Path = typer.Option(None, help="a folder of folders: other things of the subject's class", **PATH),
-    num: int = typer.Option(2, min=1, help="clips per prompt"),
+    num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
-    limit: int = typer.Option(None, min=1, help="use only this many prompts of the set"),
+    limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
         "unnamed", help="clips with the motion loaded: not named (unnamed), at strength 0 (off), or none"
     ),
     compensate_camera: bool = typer.Option(False, help="motion fidelity without the camera's own movement"),
-    frames: int = typer.Option(None, min=2, help="frames per clip; default: the model's own"),
+    frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
-    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the motion's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),
     guidance: float = typer.Option(None, help="classifier-free guidance scale; default: that of the motion's recipe"),
     scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: that of the motion's recipe"),
-    height: int = typer.Option(None, min=1, help="pixels"),
-    width: int = typer.Option(None, min=1, help="pixels"),
+    height: int = typer.Option(None, min=1, max=8192, help="pixels"),
+    width: int = typer.Option(None, min=1, max=8192, help="pixels"),
     clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(
@@ -200,12 +200,14 @@ def benchmark(
         None, help="recipes for motions to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    motions: int = typer.Option(6, min=1, help="how many of the split's motions"),
-    subjects: int = typer.Option(4, min=0, help="how many of the split's things each motion is shown by; 0: none"),
+    motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions"),
+    subjects: int = typer.Option(
+        4, min=0, max=10_000, help="how many of the split's things each motion is shown by; 0: none"
+    ),
     subject_recipe: str = typer.Option("dreambooth_lora", help="the recipe by which things are learned, from pictures"),
-    limit: int = typer.Option(1, min=1, help="number of prompts"),
-    num: int = typer.Option(4, min=1, help="clips per prompt"),
-    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the motion's recipe"),
+    limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),
+    num: int = typer.Option(4, min=1, max=10_000, help="clips per prompt"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe for motions, for example train.steps=100"

@@ -26,7 +26,7 @@ class GeneratedClips(Generated):
 
     made: ClassVar[str] = "class clips"
     kind: Literal["generated_clips"] = "generated_clips"  # pyright: ignore[reportIncompatibleVariableOverride]
-    num_images: int = Field(default=32, ge=1)  # clips
+    num_images: int = Field(default=32, ge=1, le=100_000)  # clips
     frames: int = Field(default=16, ge=2)
     batch_size: int = Field(default=1, ge=1)
 

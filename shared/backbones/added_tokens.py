@@ -100,7 +100,9 @@ class TokenOverlay:
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
         positions = torch.zeros_like(ids, dtype=torch.bool)
-        pattern = self.current[component](words, add_special_tokens=False)["input_ids"] if words.strip() else []
+        pattern = (
+            self.current[component](check_utf8(words), add_special_tokens=False)["input_ids"] if words.strip() else []
+        )
         n = len(pattern)
         if not 0 < n <= ids.shape[1]:
             return positions
@@ -145,7 +147,7 @@ class TokenOverlay:
 
     def word_ids(self, component: str, words: str) -> list[int]:
         """Base ids of `words` without special tokens. ValueError when there are none."""
-        ids = self.base[component](words, add_special_tokens=False)["input_ids"]
+        ids = self.base[component](check_utf8(words), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"{words!r} holds no word that {component} could read")
         return list(ids)
@@ -158,7 +160,7 @@ class TokenOverlay:
 
 def _whole(words: str, exact: bool) -> re.Pattern[str]:
     """Finds `words` with any blanks between them, and no letter or digit right before or after."""
-    parts = words.split()
+    parts = check_utf8(words).split()
     if not parts:
         raise ValueError("the positions of no words were asked for")
     before, after = (r"(?<!\w)" if words.strip()[0].isalnum() else "", r"(?!\w)" if words.strip()[-1].isalnum() else "")

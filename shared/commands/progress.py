@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from typing import Any
 
 _EVERY = 10.0  # seconds between two lines of a training
@@ -63,8 +64,10 @@ class Bar(Lines):
     def __init__(self) -> None:
         super().__init__()
         self.done = 0
-        self.loss: float | None = None  # smoothed; None: no step has had one
-        self.first = self.printed_at = time.monotonic()
+        self.loss: float | None = None  # a moving average; None: no step has had one
+        self.printed_at = time.monotonic()
+        self.before: float | None = None  # when the last step was done; None: what came since was not only a step
+        self.took: deque[float] = deque(maxlen=50)  # seconds of the last steps
 
     def __enter__(self) -> Bar:
         return super().__enter__()
@@ -72,25 +75,30 @@ class Bar(Lines):
     def step(self, phase: str, record: Any, total: int) -> None:
         """After each step of training; `total` is that of all phases."""
         now = time.monotonic()
-        if not self.done:  # how long the first one took is not known: class pictures may have come before it
-            self.first = now
+        if self.before is not None:
+            self.took.append(now - self.before)
+        self.before = now
         self.done += 1
-        if record.loss is not None:  # steps that make pictures have none
+        if record.loss is not None:
             self.loss = record.loss if self.loss is None else 0.95 * self.loss + 0.05 * record.loss
         loss = "" if self.loss is None else f"loss {self.loss:.4f}"
         self._show("", phase, self.done, total, loss)
         if self.progress.disable and now - self.printed_at > _EVERY:
             self.printed_at = now
-            speed = f", {(self.done - 1) / (now - self.first):.1f} steps/s" if self.done > 1 else ""
-            print(
-                f"{phase}: step {record.step}, {self.done} of {total} done{', ' if loss else ''}{loss}{speed}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = [f"{phase}: step {record.step}", f"{self.done} of {total} done", loss, self._speed()]
+            print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
     def pictures(self, what: str, done: int, of: int) -> None:
         """After each denoising step."""
+        self.before = None  # the next step begins when these are done
         self(what, done, of)
+
+    def _speed(self) -> str:
+        """Of the last steps, each timed from the one before it; empty where none could be."""
+        if not self.took or sum(self.took) <= 0:
+            return ""
+        each = sum(self.took) / len(self.took)
+        return f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s per step"
 
 
 def _console() -> Any:

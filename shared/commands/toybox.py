@@ -21,17 +21,21 @@ _WORK = typer.Option(
 def train(
     stage: list[str] = typer.Argument(None, help=f"any of: {', '.join(pipeline.STAGES)}; default: all, in this order"),
     work: Path = _WORK,
-    pictures: int = typer.Option(112_000, min=64, help="number of pictures to render"),
-    clips: int = typer.Option(6_000, min=10, help="number of clips to render, for the motion module"),
+    pictures: int = typer.Option(112_000, min=64, max=10**9, help="number of pictures to render"),
+    clips: int = typer.Option(6_000, min=10, max=10**9, help="number of clips to render, for the motion module"),
     minutes: float = typer.Option(None, help="time limit for each training stage (default: its own number of steps)"),
     device: str = typer.Option("cpu", help="cpu or cuda"),
-    threads: int = typer.Option(2, min=1, help="CPU threads"),
-    seed: int = typer.Option(0, min=0),
+    threads: int = typer.Option(2, min=1, max=10**9, help="CPU threads"),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
-    more: int = typer.Option(None, min=1, help="unet: pictures beyond the shipped weights', the rate falling to 0"),
+    more: int = typer.Option(
+        None, min=1, max=10**9, help="unet: pictures beyond the shipped weights', the rate falling to 0"
+    ),
     lr: float = typer.Option(None, min=0, help="unet, motion: peak rate"),
-    batch: int = typer.Option(None, min=1, help="unet, motion: pictures or clips per step; more of them on a GPU"),
-    steps: int = typer.Option(None, min=1, help="motion: number of steps"),
+    batch: int = typer.Option(
+        None, min=1, max=10**9, help="unet, motion: pictures or clips per step; more of them on a GPU"
+    ),
+    steps: int = typer.Option(None, min=1, max=10**9, help="motion: number of steps"),
     compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
     """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
@@ -50,10 +54,10 @@ def train(
 @app.command()
 def evaluate(
     out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
-    pictures: int = typer.Option(256, min=8, help="number of captions to generate pictures for"),
+    pictures: int = typer.Option(256, min=8, max=10_000, help="number of captions to generate pictures for"),
     guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
-    steps: int = typer.Option(25, min=1),
-    seed: int = typer.Option(0, min=0),
+    steps: int = typer.Option(25, min=1, max=10_000),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
     card: bool = typer.Option(False, help="write the model card (shared/toybox/weights/CARD.md)"),
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
@@ -69,10 +73,10 @@ def evaluate(
 @app.command()
 def evaluate_clips(
     out: Path = typer.Option(None, help="also write the results to this JSON file", **PATH),
-    clips: int = typer.Option(128, min=10, help="number of captions to generate clips for"),
+    clips: int = typer.Option(128, min=10, max=10_000, help="number of captions to generate clips for"),
     guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
-    steps: int = typer.Option(25, min=1),
-    seed: int = typer.Option(0, min=0),
+    steps: int = typer.Option(25, min=1, max=10_000),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
     work: Path = typer.Option(None, help="judge the motion module of a training in this folder", **PATH),
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
@@ -87,8 +91,8 @@ def evaluate_clips(
 
 @app.command()
 def calibrate(
-    things: int = typer.Option(12, min=2, help="number of training things to look at"),
-    seed: int = typer.Option(0, min=0),
+    things: int = typer.Option(12, min=2, max=10_000, help="number of training things to look at"),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
 ) -> None:
     """Measure which encoder and crop tell poses apart, and what is typical of things (weights/calibration.json)."""
     from shared.pretrain.evaluators.calibrate import calibrate as measure
@@ -100,7 +104,9 @@ def calibrate(
 @app.command()
 def curve(
     work: Path = _WORK,
-    pictures: int = typer.Option(64, min=8, help="number of captions to generate pictures for, with each snapshot"),
+    pictures: int = typer.Option(
+        64, min=8, max=10_000, help="number of captions to generate pictures for, with each snapshot"
+    ),
     guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
 ) -> None:
     """Evaluate the snapshots of a training run: the learning curve in the model card."""
@@ -116,9 +122,9 @@ def sheet(
     source: str = typer.Option(
         "world", help="world (renders), model (the shipped model's pictures) or vae (renders | decoded)"
     ),
-    rows: int = typer.Option(4, min=1),
-    columns: int = typer.Option(8, min=1),
-    seed: int = typer.Option(0, min=0),
+    rows: int = typer.Option(4, min=1, max=10_000),
+    columns: int = typer.Option(8, min=1, max=10_000),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
     guidance: float = typer.Option(None, help="for model; default: the guidance stated in the model card"),
     prompt: list[str] = typer.Option([], help="for model: these prompts instead of random captions"),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
@@ -133,10 +139,10 @@ def sheet(
 def motions(
     out: Path = typer.Argument(help="PNG file to write", **PATH),
     name: list[str] = typer.Option([], help="these motions; default: all, captioned ones first"),
-    rows: int = typer.Option(1, min=1, help="clips of each motion"),
-    columns: int = typer.Option(8, min=2, help="frames shown of each clip"),
+    rows: int = typer.Option(1, min=1, max=10_000, help="clips of each motion"),
+    columns: int = typer.Option(8, min=2, max=10_000, help="frames shown of each clip"),
     frames: int = typer.Option(16, min=2, max=64, help="frames of each clip"),
-    seed: int = typer.Option(0, min=0),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
     """Draw a contact sheet of clips: a row for each, with its frames from left to right."""
@@ -149,9 +155,9 @@ def motions(
 def subjects(
     name: str = typer.Argument(None, help="a subject, face, style or motion to write; omit to list them"),
     out: Path = typer.Option(None, help="folder for the references; default: a folder of that name", **PATH),
-    num: int = typer.Option(None, min=1, help="number of reference pictures or clips; default: 5 pictures, 4 clips"),
-    seed: int = typer.Option(0, min=0),
-    frames: int = typer.Option(None, min=2, help="for motions: frames of each clip; default: 16"),
+    num: int = typer.Option(None, min=1, max=10_000, help="number of references; default: 5 pictures, 4 clips"),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1),
+    frames: int = typer.Option(None, min=2, max=10_000, help="for motions: frames of each clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
     """List the things, styles and motions that no caption can describe, or write one as pictures or clips to learn from."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.concept.concept_folder import Concept
+from shared.concept.provenance import public_name
 from shared.io.adapter_settings import MIN_RANK
 from shared.modifiers.learnable import at_strength
 
@@ -244,7 +245,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
     """How to load it: the lines to copy."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    source = json.dumps(backbone.name)
+    own = public_name(backbone.name) != backbone.name and backbone.world is None  # on this disk: on another, elsewhere
+    source = json.dumps("{model}" if own else backbone.name)
     if backbone.world is not None:
         import_line, source = backbone.world.find
         lines.append(import_line)
@@ -270,7 +272,8 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         lines.append(f"{made}.images[0].save('picture.png')")
     else:
         lines += ["from diffusers.utils import export_to_video", f"export_to_video({made}.frames[0], 'clip.mp4')"]
-    head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file:\n\n"
+    where = f", and {{model}} that of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})" if own else ""
+    head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file{where}:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ from shared.concept.lora_tensors import PEFT_FILE, LoraFile, NamedLora, find_fil
 from shared.concept.provenance import public_name
 from shared.concept.schema import ConceptMeta
 from shared.config import NAME, validate
+from shared.io.read_subject import plain_noun
 
 _SLOT = {False: "lora", True: "dora"}  # DoRA or not: peft has one or the other in an adapter
 _SOME = 8  # names in a message
@@ -64,7 +65,7 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
         warnings.warn(
             f"{file.path}: {len(left)} of its names have no layer here and are left out: {some}", stacklevel=2
         )
-    noun = class_noun or token.partition(" ")[2].strip()
+    noun = plain_noun(class_noun or token.partition(" ")[2])
     adapters, tensors = _adapters(layers)
     touched = shapes(backbone, layers)
     meta = {

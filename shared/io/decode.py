@@ -20,7 +20,8 @@ from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
-MAX_PIXELS = 128_000_000  # width * height; 512 MB while it is decoded
+MAX_PIXELS = 64_000_000  # width * height of 8 bits a channel; takes 1.7 GB until it is in its frame, as 32-bit numbers
+_DEEP = 2  # times as much for more bits: 64-bit numbers while they become 8
 MIN_SIDE = 16  # pixels
 GROUND = (128, 128, 128)  # what shows through transparency and around a picture that is fitted into a frame
 
@@ -181,7 +182,8 @@ def check_size(path: Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS, 
 def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
     """The first frame, decoded and upright, in the file's own mode."""
     with opened(path) as image:
-        check_size(path, image.size, max_pixels, min_side)
+        deep = image.mode.startswith(("I", "F"))
+        check_size(path, image.size, max_pixels // (_DEEP if deep else 1), min_side)
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             warnings.warn(encodable(f"{path} has {frames} frames: only the first is used"), UserWarning, stacklevel=1)
@@ -213,10 +215,16 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit, 32-bit and float grey as 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white."""
+    """16-bit, 32-bit and float grey as 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
+
+    Whole numbers up to 255 are 8 bits in a wider type, as scientific software writes them: with 16 bits they would all be
+    black.
+    """
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     top = 1.0 if image.mode == "F" else 65535.0
+    if high <= 255.0 and (image.mode != "F" or (high > 1.0 and bool((values == np.floor(values)).all()))):
+        top = 255.0
     if not (low >= 0.0 and high <= top):
         raise ValueError(f"grey values from {low:g} to {high:g}, where 0 to {top:g} is read: save it with 8 or 16 bits")
     grey = Image.fromarray(np.floor(values / top * 255.0 + 0.5).astype(np.uint8))

@@ -73,8 +73,7 @@ def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ..
     What is no picture (hidden files, text, empty files, sub-folders) is skipped and named in one UserWarning per
     folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) beside the
     pictures are neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a
-    named
-    file is no picture, or nothing is left, and says what was found.
+    named file is no picture, or nothing is left, and says what was found.
     """
     listing = scan(images)
     return listing.pictures, list(listing.warnings)

@@ -15,6 +15,7 @@ from shared.io.failures import of_the_machine
 
 #: Keys of older files, and of the other half of a model whose text encoder alone is used.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PADDED = 0.9  # of a table's rows are tokens at least: tables are padded by a few rows, not by half
 _WORDS = ("dog", "mug", "teapot")
 
@@ -39,6 +40,7 @@ def load_network(
     """
     import torch
 
+    _check_format(kind, folder)
     variant = variant or ("fp16" if _half_only(folder) else None)
     dtype_key = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     options = {dtype_key: dtype or torch.float32, **({"variant": variant} if variant else {})}
@@ -60,6 +62,18 @@ def load_network(
     wrong = {key for key, *_ in info["mismatched_keys"]}
     _check_keys({**info, "missing_keys": {*info["missing_keys"], *empty} - wrong}, folder, kind.__name__, unused)
     return model
+
+
+def _check_format(kind: Any, folder: Path) -> None:
+    """ValueError where the weights are there only in a format that is not read."""
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLED)
+    if pickled and not any(folder.glob("*.safetensors")):
+        library, name, place = kind.__module__.partition(".")[0], kind.__name__, str(folder)
+        raise ValueError(
+            f"{folder} holds its weights as {pickled[0]} alone: that format can run code while it is read, and is not read "
+            f"here. Convert it once, if you trust where it comes from: python -c 'from {library} import {name} as M; "
+            f"M.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})'"
+        )
 
 
 def _check_keys(info: Any, folder: Path, kind: str, unused: Sequence[str]) -> None:

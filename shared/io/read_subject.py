@@ -11,8 +11,10 @@ from shared.config import expanded
 from shared.io.caption_files import caption_text, given_captions
 from shared.io.decode import picture_size, read_picture
 from shared.io.find_pictures import PathLike, scan, sniff
-from shared.io.terminal import encodable, names
+from shared.io.terminal import check_utf8, encodable, names
 from shared.types import Subject
+
+_ARTICLES = ("a", "an", "the")
 
 
 def read_subject(
@@ -51,9 +53,15 @@ def read_subject(
     _warn_of_gaps(listing.pictures, kept, "caption", "their captions are made from the recipe's template")
     cut_out = {p for p in listing.pictures if p not in mask_of and transparent(p)}
     _warn_of_gaps(listing.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
-    if set("<>{}") & set(class_noun):
-        raise ValueError(f"class_noun = {class_noun!r}: say a plain word for what the thing is, for example duck")
-    return Subject(images=listing.pictures, class_noun=class_noun.strip(), captions=kept, masks=mask_of)
+    return Subject(images=listing.pictures, class_noun=plain_noun(class_noun), captions=kept, masks=mask_of)
+
+
+def plain_noun(text: str) -> str:
+    """A class noun without its article, which templates have: "a mug" is "mug". ValueError where it is no plain word."""
+    if set("<>{}") & set(check_utf8(text)):
+        raise ValueError(f"class_noun = {text!r}: say a plain word for what the thing is, for example duck")
+    words = text.split()
+    return " ".join(words[1:] if len(words) > 1 and words[0].lower() in _ARTICLES else words)
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:

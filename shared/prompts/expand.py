@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 
 from shared.backbones.protocol import Placeholder
+from shared.prompts.foreign_syntax import foreign_syntax
 
+_FOREIGN = frozenset("<([{_:")  # the marks without which there is none
 _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
 
@@ -16,11 +19,16 @@ def names_in(prompt: str) -> tuple[str, ...]:
 
 
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
-    """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are."""
+    """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are.
+
+    Warns of the syntax of other programs, which is read as plain words.
+    """
     for name in names_in(prompt):
         if name not in placeholders:
             loaded = ", ".join(f"<{n}>" for n in sorted(placeholders)) or "none"
             raise ValueError(f"the prompt names <{name}>, which is not loaded; loaded concepts: {loaded}")
+    for said in foreign_syntax(prompt, placeholders) if _FOREIGN & set(prompt) else ():
+        warnings.warn(said, UserWarning, stacklevel=2)
     expanded = _NAME.sub(lambda m: placeholders[m.group(1)].words, prompt)
     return re.sub(r"\s+", " ", expanded).strip()
 

@@ -28,7 +28,10 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-Positive = Annotated[int, Field(ge=1)]
+#: Counts and sizes have bounds far above what anybody trains with: a slip of a key is an error at once, not a full memory.
+Many = Annotated[int, Field(ge=1, le=10_000)]
+Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
+_STEPS = 10_000_000
 Group = Annotated[str, Field(pattern=NAME)]
 
 
@@ -58,21 +61,21 @@ class Validation(Part):
 
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0: never
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
-    num: Positive = 2  # pictures per prompt
+    num: Many = 2  # pictures per prompt
     keep_best: bool = True
 
 
 class Train(Part):
     """How compute is spent."""
 
-    steps: Annotated[int, Field(ge=0)] = 500
-    batch_size: Positive = 1
-    gradient_accumulation: Positive = 1
+    steps: Annotated[int, Field(ge=0, le=_STEPS)] = 500
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    gradient_accumulation: Many = 1
     gradient_checkpointing: bool = False
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the device computes it fast
-    resolution: Positive | None = None  # pixels; the backbone's own where none is given
+    resolution: Side | None = None  # pixels; the backbone's own where none is given
     cache: bool = True  # latents and text that do not vary
-    variants: Annotated[int, Field(ge=0)] = (
+    variants: Annotated[int, Field(ge=0, le=10_000)] = (
         0  # augmented versions of each picture made once and cached; 0: anew each step
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
@@ -83,7 +86,7 @@ class Train(Part):
 class Sampling(Part):
     """How pictures and clips are made, while training and by default afterwards. None: the backbone's own."""
 
-    steps: Positive | None = None
+    steps: Many | None = None
     guidance: float | None = None
     scheduler: str | None = None
     strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept by step: "0@0,1@0.2"; "": throughout
@@ -96,9 +99,9 @@ class Sampling(Part):
 class PreviewSettings(Part):
     """The new pictures in a concept's `preview.png`, made after the last step."""
 
-    num: Annotated[int, Field(ge=0)] = 4  # 0: no preview
-    resolution: Positive | None = None  # pixels; train.resolution where none is given, else the backbone's own
-    steps: Positive | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
+    num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
+    resolution: Side | None = None  # pixels; train.resolution where none is given, else the backbone's own
+    steps: Many | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
     prompt: str = "a photo of a {concept}"
 
 

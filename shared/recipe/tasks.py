@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from shared.config import NAME, Part, default_kind
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class TuneTask(Part):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.backbones import Backbone
 from shared.concept import Concept
+from shared.concept.provenance import public_name
 from shared.config import unknown
 from shared.evaluation.evaluate import Case, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
@@ -175,7 +176,7 @@ def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) 
         cache=cache_folder(),
         concept=path,
         recipe=concept.meta.learned_with.method,
-        backbone=runner.backbone.name,
+        backbone=public_name(runner.backbone.name),
         kind=concept.meta.kind,
         toy=runner.backbone.world is not None,
         training_seconds=concept.meta.metrics.get("training_seconds"),

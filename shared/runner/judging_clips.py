@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from shared.backbones import Backbone
+from shared.concept.provenance import public_name
 from shared.config import expanded, unknown
 from shared.evaluation.clips.case_facts import ClipCase
 from shared.evaluation.clips.evaluate import ClipShots, Makers, evaluate_clips
@@ -232,7 +233,7 @@ def _case(runner: Painter, judged: _Judged, scorer: ClipScorer, frames: int) -> 
         subject=judged.subject_name,
         class_noun=judged.class_noun,
         recipes={name: meta.learned_with.method for name, meta in metas.items()},
-        backbone=runner.backbone.name,
+        backbone=public_name(runner.backbone.name),
         toy=runner.backbone.world is not None,
         ceiling=_ceiling(runner.backbone, scorer.known, scorer.reader, frames),
         concepts=[loaded.concept.path for loaded in judged.all if loaded.concept.path],

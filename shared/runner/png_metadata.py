@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+from shared.concept.provenance import portable, public_name
 from shared.prompts import expand, names_in
 from shared.runner.loaded_concepts import Painter
 from shared.sampling.settings import SamplingSettings
 
 
 def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
-    """What a picture's PNG says about how it was made: everything that is needed to make it again."""
+    """What a picture's PNG says about how it was made: everything that is needed to make it again. Pictures are given
+    away, so models and files stand there by their last name; the model's fingerprint is its `checkpoint`."""
     backbone, stated = runner.backbone, settings.stated()
     made = {
         "steps": backbone.default_steps,
@@ -19,7 +21,7 @@ def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings
         "width": backbone.resolution,
         **stated,
         "negative": settings.negative,
-        "hooks": [hook.model_dump(mode="json") for hook in settings.hooks],  # type: ignore[attr-defined]
+        "hooks": portable([hook.model_dump(mode="json") for hook in settings.hooks]),  # type: ignore[attr-defined]
     }
     about = {
         "prompt": prompt,
@@ -27,7 +29,7 @@ def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings
         "seed": seed,
         "concepts": {name: backbone.strengths.get(name, 1.0) for name in runner.loaded},
         "named": list(names_in(prompt)),
-        "backbone": backbone.name,
+        "backbone": public_name(backbone.name),
         "checkpoint": backbone.checkpoint,
         **made,
     }

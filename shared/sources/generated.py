@@ -36,11 +36,11 @@ class Generated(SourcePart):
 
     made: ClassVar[str] = "class pictures"
     kind: Literal["generated"] = "generated"
-    num_images: int = Field(default=200, ge=1)
+    num_images: int = Field(default=200, ge=1, le=100_000)
     prompt: str = "a photo of a {class_noun}"
     guidance: float = Field(default=7.5, ge=0, allow_inf_nan=False)
-    steps: int = Field(default=50, ge=1)
-    batch_size: int = Field(default=4, ge=1)
+    steps: int = Field(default=50, ge=1, le=10_000)
+    batch_size: int = Field(default=4, ge=1, le=1024)
     seed: int = 0
 
     @field_validator("prompt")

@@ -15,7 +15,13 @@ from shared.backbones.protocol import Backbone
 from shared.io.checksums import sha256
 from shared.types import Subject
 
-_FREE = re.compile(r"(output|name|preview)(\..*)?")
+#: What may differ: it says where and when something is written or how memory is spent, and nothing that is learned.
+_FREE = re.compile(
+    r"(output|name|preview|title|papers)(\..*)?|"
+    r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)|"
+    r"subjects?\.(.+\.)?(images|clips|masks|captions)",  # what is in them is compared itself (`dependencies`)
+    re.ASCII,
+)
 #: What may also change after a loss that was no number: the cure for it.
 _CURE = re.compile(
     r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
@@ -25,8 +31,8 @@ _CURE = re.compile(
 def same_recipe(
     old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
 ) -> None:
-    """ValueError that names the first key in which the recipe of a checkpoint, or of a finished run, differs; output,
-    name and preview may.
+    """ValueError that names the first key in which the recipe of a checkpoint, or of a finished run, differs; what
+    cannot matter may: output, name, preview, when checkpoints are written, and where the pictures lie.
 
     After a loss that was no number, rates, precision and optimizer may too.
     """

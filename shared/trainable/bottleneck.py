@@ -26,7 +26,7 @@ class Bottleneck(OnRoles):
     taxonomy: ClassVar[str] = "bottleneck adapters"
     kind: Literal["bottleneck"] = "bottleneck"
     roles: tuple[str, ...] = ("cross_attention",)
-    width: Annotated[int, Field(ge=1)] = 64  # of the bottleneck
+    width: Annotated[int, Field(ge=1, le=8192)] = 64  # of the bottleneck
     lr: Rate = 1e-5
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:

@@ -24,7 +24,7 @@ class Lora(OnRoles):
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: float | None = None  # None: equal to rank, that is a scale of 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_rank: Annotated[int, Field(ge=0)] | None = None  # at full noise; None: the rank is the same at all times

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import typer
 import yaml
@@ -133,7 +135,6 @@ def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
     [
         (ValueError("wrong: a=1"), 2, "pcs: wrong: a=1"),
         (FileNotFoundError(2, "No such file", "x"), 1, "pcs: [Errno 2] No such file: 'x'"),
-        (MemoryError(), 1, "pcs: MemoryError"),
         (KeyboardInterrupt(), 130, "stopped"),
         (typer.Exit(3), 3, ""),
     ],
@@ -147,6 +148,47 @@ def test_exit_codes(capsys, error, code, message):
 
     assert run(app, []) == code
     assert capsys.readouterr().err.strip() == message
+
+
+def counts(command: Any) -> Iterator[tuple[str, Any]]:
+    for parameter in getattr(command, "params", ()):
+        if isinstance(parameter.type, click.IntRange):
+            yield f"{command.name} {parameter.name}", parameter.type
+    for child in getattr(command, "commands", {}).values():
+        yield from counts(child)
+
+
+def test_every_count_has_a_bound():
+    """10**12 pictures are an error at once, whatever they would have taken."""
+    unbounded = [name for name, kind in counts(typer.main.get_command(build())) if kind.max is None]
+    assert unbounded == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.batch_size=1e5", "train.steps=1e12", "train.resolution=1e6", "sampling.steps=1e9", "preview.num=1e6",
+     "sources.class_pictures.num_images=1e11", "trainable.lora.rank=1e9", "train.validation.num=1e9"],
+)  # fmt: skip
+def test_every_count_of_a_recipe_has_a_bound(setting):
+    key = re.escape(setting.partition("=")[0])
+    with pytest.raises(ValueError, match=rf"^(\S*: )?{key} = .*less than or equal to"):
+        load("dreambooth_lora", [setting])
+
+
+def test_a_recipe_of_megabytes_or_of_a_thousand_brackets_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: " + 1_100_000 * "x")
+    with pytest.raises(ValueError, match=r"mine\.yaml is 1,100,007 bytes, and at most 1,000,000 are read"):
+        load(str(path), [])
+    path.write_text("title: " + 5000 * "[")
+    with pytest.raises(ValueError, match=r"mine\.yaml is not readable YAML: it is nested too deeply"):
+        load(str(path), [])
+
+
+@pytest.mark.parametrize("path", TREE, ids=lambda p: " ".join(p) or "pcs")
+def test_a_byte_that_is_not_utf8_is_refused_everywhere(capsys, path):
+    assert run(build(), [*path, "a \udcff mug"]) == 2
+    assert "'a \\udcff mug' is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_a_bug_is_not_dressed_up():

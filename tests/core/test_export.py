@@ -170,6 +170,8 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     export(concept, tmp_path / "out", strength=0.8)  # the backbone is loaded by the concept's note of it
     text = (tmp_path / "out/README.txt").read_text()
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M)).replace("{folder}", str(tmp_path / "out"))
+    assert str(tmp_path) not in text and "{model} that of model (weights " in text
+    code = code.replace("{model}", str(model))
     *load, use = code.splitlines()
     names: dict[str, Any] = {}
     exec("\n".join(load), names)  # our own lines

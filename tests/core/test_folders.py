@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -84,8 +85,48 @@ def test_stray_files_are_skipped_with_one_warning(tmp_path: Path) -> None:
     assert "more (a folder)" in notes[0] and not notes[0].endswith("more")
     for name in ("x1.txt", "x2.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.warns(UserWarning, match=r"x1\.txt \(its content is no picture\) and 2 more$"):
+    with pytest.warns(UserWarning, match=r"x1\.txt \(a text, and nothing to learn from has its name\) and 2 more$"):
         list_pictures(tmp_path)
+
+
+def test_captions_of_every_program_are_read(tmp_path: Path) -> None:
+    folder(tmp_path, *["a.png", "b.png", "c.png", "d.png", "e.png", "f.png"])
+    for name, text in (
+        ("a.TXT", "of a"),
+        ("b.caption", "of b"),
+        ("c.png.txt", "of c"),
+        ("d.txt", "of d"),
+        ("d.caption", "another of d"),
+        ("g.Caption", "of nothing"),
+    ):
+        (tmp_path / name).write_text(text)
+    rows = [
+        {"file_name": "e.png", "text": "of  e"},
+        {"file_name": "train/f.png", "caption": "of f"},
+        {"file_name": "a.png"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    with pytest.warns(UserWarning) as caught:
+        subject = read_subject(tmp_path)
+    assert {p.name: text for p, text in subject.captions.items()} == {f"{n}.png": f"of {n}" for n in "abcdef"}
+    (note,) = [str(w.message) for w in caught]
+    assert "d.caption (d.txt is read as the caption)" in note and "metadata" not in note
+    assert "g.Caption (a text, and nothing to learn from has its name)" in note
+    words = tmp_path / "words"
+    words.mkdir()
+    (tmp_path / "metadata.jsonl").rename(words / "metadata.jsonl")
+    with pytest.warns(UserWarning, match="4 of 6 pictures have no caption"):
+        assert len(read_subject(tmp_path, captions=words).captions) == 2
+    (words / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"a.png"}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: write"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_subject(tmp_path, captions=words)
+
+
+def test_a_class_noun_has_no_article(tmp_path: Path) -> None:
+    folder(tmp_path, "a.png")
+    for said, noun in (("a  mug", "mug"), ("An old mug", "old mug"), ("the", "the"), ("a", "a"), (" anvil ", "anvil")):
+        assert read_subject(tmp_path, said).class_noun == noun
 
 
 def test_captions_and_masks_are_not_stray(tmp_path: Path) -> None:

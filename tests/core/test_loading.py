@@ -43,6 +43,15 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_weights_in_a_format_that_runs_code_are_explained(tiny_sd: Any, tmp_path: Path) -> None:
+    tiny_sd.save_pretrained(tmp_path)
+    (weights,) = (tmp_path / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    says = "as diffusion_pytorch_model.bin alone: .* can run code .*from diffusers import UNet2DConditionModel as M; .*save_pre"
+    with pytest.raises(ValueError, match=says):
+        load_backbone(tmp_path)
+
+
 def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> None:
     folder, stray, foreign, broken = (tmp_path / n for n in ("sd", "stray", "foreign", "broken"))
     tiny_sd.save_pretrained(folder)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from shared.io import outputs
 from shared.io.contact_sheets import write_picture
 from shared.io.find_pictures import list_pictures
 from shared.io.foreign_files import MARK, claim, foreign_files
@@ -108,9 +109,44 @@ def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
+    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system without it
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
+
+
+def test_there_is_no_moment_without_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = earlier(tmp_path / "x"), Path.rename
+
+    def watched(self: Path, to: Path) -> Path:
+        out = rename(self, to)
+        assert target.exists(), "a kill here would leave none"
+        return out
+
+    monkeypatch.setattr(Path, "rename", watched)
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert seen(target) == ["new"] and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_refused_first(tmp_path: Path) -> None:
+    place = earlier(tmp_path / "disk" / "big")
+    (tmp_path / "x").symlink_to(place)
+    with atomic_folder(tmp_path / "x", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "x").is_symlink() and seen(place) == ["new"] and seen(tmp_path / "disk") == ["big"]
+    (tmp_path / "note.txt").symlink_to(place / "new")
+    write_text(tmp_path / "note.txt", "newer")
+    assert (tmp_path / "note.txt").is_symlink() and (place / "new").read_text() == "newer"
+    (tmp_path / "dangling").symlink_to(tmp_path / "unplugged")
+    (tmp_path / "loop").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "loop", "loop/x", "dangling/a/b"):
+        for check in (check_output, check_file):
+            with pytest.raises(ValueError, match=f"the output {tmp_path / name} leads nowhere: .* is a link to"):
+                check(tmp_path / name, overwrite=True)
+    with pytest.raises(ValueError, match="lies inside"):
+        check_output(place / "y", inputs=[tmp_path / "loop", tmp_path / "x"])
 
 
 def test_atomic_write(tmp_path: Path) -> None:

@@ -131,6 +131,22 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
     assert half.mask is not None and half.mask[0, 0, 0] == pytest.approx(128 / 255)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint16, np.float32])
+def test_eight_bits_in_a_wider_type_are_not_black(tmp_path: Path, kind: type) -> None:
+    values = np.linspace(0, 255, 64 * 64).round().reshape(64, 64).astype(kind)
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    picture = np.asarray(read_picture(tmp_path / "a.tiff").image)
+    assert np.array_equal(picture[..., 0], values.astype(np.uint8))
+
+
+def test_deep_pixels_count_more(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 40), np.int32)).save(tmp_path / "a.tiff")
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "b.tiff")
+    assert read_picture(tmp_path / "b.tiff", max_pixels=2000).size == (40, 40)
+    with pytest.raises(ValueError, match="40x40 = 1,600 pixels, over the limit of 1,000"):
+        read_picture(tmp_path / "a.tiff", max_pixels=2000)
+
+
 @pytest.mark.parametrize(("mode", "ending"), [(m, e) for m in ("RGBA", "LA") for e in ("png", "tiff", "webp")][:-1])
 def test_transparency_becomes_a_mask_on_a_neutral_ground(tmp_path: Path, mode: str, ending: str) -> None:
     alpha = np.full((32, 48), 255, np.uint8)

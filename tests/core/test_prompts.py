@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
 
 import pytest
@@ -35,6 +37,37 @@ def test_a_name_becomes_its_words_and_one_without_words_nothing():
     assert expand("a <my-mug> <spin> on  the beach", PLACEHOLDERS) == "a <my-mug> <my-mug>_1 mug on the beach"
     assert expand("two <my-mug>s", PLACEHOLDERS) == "two <my-mug> <my-mug>_1 mugs"
     assert expand("no name", {}) == "no name"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (
+            "a <lora:my-mug:0.8> mug",
+            "load it with --concept my-mug.concept:0.8 (or --lora FILE:0.8), and write <my-mug>",
+        ),
+        ("a <lyco:cat> mug", "load it with --concept cat.concept (or --lora FILE), and write <cat> for it"),
+        ("a (<my-mug>:1.4)", "words have no weights here; a concept has a strength, --concept PATH:0.8"),
+        ("a [mug:dog:0.5]", "words do not change while a picture is made"),
+        ("a [mug|dog]", "words do not change while a picture is made"),
+        ("a {red|blue} mug", "write the prompts out"),
+        ("embedding:My-Mug on a beach", "write <my-mug>"),
+        (
+            "a <My Mug>",
+            "'<My Mug>' is no concept's name, and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
+        ),
+    ],
+)
+def test_the_syntax_of_other_programs_is_told_with_how_it_is_written_here(prompt, said):
+    with pytest.warns(UserWarning, match=re.escape(said)) as caught:
+        expand(prompt, PLACEHOLDERS)
+    assert len(caught) == 1
+
+
+def test_plain_words_are_no_foreign_syntax():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expand("a <my-mug> (front), 1 < 2 > 0, [red], 16:9, at 10:30, a snake_case_word, {concept}", PLACEHOLDERS)
 
 
 def test_an_unknown_name_lists_what_is_loaded():

@@ -276,7 +276,7 @@ def test_the_command_line_learns_and_shows(pcs, learn, concepts, photos, tiny_fo
         assert sheet.width < 4 * 40 and one.size == (32, 32)
 
 
-def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tmp_path):
+def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tiny_folder, tmp_path):
     out = tmp_path / "out"
     arguments = (
         "--concept",
@@ -296,8 +296,9 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tmp_p
     about = json.loads(text["pcs"])
     assert text["Description"] == about["prompt"] == "a <mug> beside a <rex>"
     assert about["expanded"] == "a <mug> <mug>_1 mug beside a sks dog" and about["concepts"] == {"mug": 1.0, "rex": 0.5}
+    assert about["backbone"] == tiny_folder.name, "without its author's folders"
     runner = open_runner(
-        ImageRunner, about["backbone"], [f"{concepts[n]}:{s}" for n, s in about["concepts"].items()], "cpu"
+        ImageRunner, str(tiny_folder), [f"{concepts[n]}:{s}" for n, s in about["concepts"].items()], "cpu"
     )
     assert about["checkpoint"] == runner.backbone.checkpoint
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}

@@ -213,7 +213,7 @@ def test_the_speed_of_training_is_that_of_the_steps_whose_time_is_known(capsys, 
             now[0] += 20.0
     assert capsys.readouterr().err.splitlines() == [
         "tune: step 1, 1 of 3 done, loss 0.5000",
-        *(f"tune: step {n}, {n} of 3 done, loss 0.5000, 0.1 steps/s" for n in (2, 3)),
+        *(f"tune: step {n}, {n} of 3 done, loss 0.5000, 20.0 s per step" for n in (2, 3)),
     ]
 
 
@@ -226,8 +226,24 @@ def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
             bar.step("views", Record(step, loss, {}, {}, 1.0), 3)
     assert capsys.readouterr().err.splitlines() == [
         "views: step 1, 1 of 3 done",
-        *(f"views: step {n}, {n} of 3 done, loss 0.5000, 0.1 steps/s" for n in (2, 3)),
+        *(f"views: step {n}, {n} of 3 done, loss 0.5000, 20.0 s per step" for n in (2, 3)),
     ]
+
+
+def test_no_speed_is_told_of_steps_whose_time_is_not_known(capsys, monkeypatch):
+    """Class pictures before the first step, previews between steps, and steps that have no loss."""
+    now = [0.0]
+    monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
+    with Bar() as bar:
+        for seconds, loss in ((100.0, None), (0.25, 0.5), (0.25, 0.5)):
+            now[0] += seconds
+            bar.step("tune", Record(bar.done + 1, loss, {}, {}, 1.0), 9)
+        bar.pictures("previews", 4, 4)
+        for seconds in (100.0, 0.25):
+            now[0] += seconds
+            bar.step("tune", Record(bar.done + 1, 0.5, {}, {}, 1.0), 9)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tune")]
+    assert lines == ["tune: step 1, 1 of 9 done", "tune: step 4, 4 of 9 done, loss 0.5000, 4.0 steps/s"]
 
 
 def test_a_job_that_is_done_again_is_told_of_again(capsys):
