@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 import yaml
@@ -134,7 +134,7 @@ def test_what_the_user_got_wrong_is_one_message_and_code_2(capsys, arguments):
     ("error", "code", "message"),
     [
         (ValueError("wrong: a=1"), 2, "pcs: wrong: a=1"),
-        (FileNotFoundError(2, "No such file", "x"), 1, "pcs: [Errno 2] No such file: 'x'"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "pcs: x: No such file or directory"),
         (KeyboardInterrupt(), 130, "stopped"),
         (typer.Exit(3), 3, ""),
     ],
@@ -150,18 +150,14 @@ def test_exit_codes(capsys, error, code, message):
     assert capsys.readouterr().err.strip() == message
 
 
-def counts(command: Any) -> Iterator[tuple[str, Any]]:
-    for parameter in getattr(command, "params", ()):
-        if isinstance(parameter.type, click.IntRange):
-            yield f"{command.name} {parameter.name}", parameter.type
-    for child in getattr(command, "commands", {}).values():
-        yield from counts(child)
-
-
 def test_every_count_has_a_bound():
     """10**12 pictures are an error at once, whatever they would have taken."""
-    unbounded = [name for name, kind in counts(typer.main.get_command(build())) if kind.max is None]
-    assert unbounded == []
+    app = build()
+    groups = [group.typer_instance for group in app.registered_groups]
+    made = [command.callback for group in groups for command in group.registered_commands if command.callback]
+    options = [(f.__name__, p) for f in made for p in inspect.signature(f).parameters.values() if p.annotation == "int"]
+    assert len(options) > 30
+    assert [(command, p.name) for command, p in options if p.default.max is None] == []
 
 
 @pytest.mark.parametrize(
@@ -180,7 +176,7 @@ def test_a_recipe_of_megabytes_or_of_a_thousand_brackets_is_refused_before_it_is
     path.write_text("title: " + 1_100_000 * "x")
     with pytest.raises(ValueError, match=r"mine\.yaml is 1,100,007 bytes, and at most 1,000,000 are read"):
         load(str(path), [])
-    path.write_text("title: " + 5000 * "[")
+    path.write_text("title: " + 1000 * "[")
     with pytest.raises(ValueError, match=r"mine\.yaml is not readable YAML: it is nested too deeply"):
         load(str(path), [])
 

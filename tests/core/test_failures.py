@@ -101,7 +101,7 @@ def nested(depth: int) -> int:
         ),
         (lambda: nested(0), "something is nested too deeply to be read"),
         (lambda: 10.0**400, "a number is too large to compute with"),
-        (lambda: open("/proc/version/x"), "/proc/version/x: Not a directory"),
+        (Path("/proc/version/x").read_text, "/proc/version/x: Not a directory"),
     ],
 )
 def test_every_failure_of_the_machine_says_what_and_what_to_do(capsys, work: Callable[[], Any], said: str) -> None:

@@ -54,7 +54,7 @@ def test_a_name_becomes_its_words_and_one_without_words_nothing():
         ("embedding:My-Mug on a beach", "write <my-mug>"),
         (
             "a <My Mug>",
-            "'<My Mug>' is no concept's name, and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
+            "is no concept's name, and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
         ),
     ],
 )
