@@ -45,6 +45,7 @@ def create(
     from shared.commands.progress import Bar
     from shared.io.outputs import check_output
     from shared.metrics.html import size
+    from shared.recipe.reads import paths_read
     from shared.recipe.resolve import load
     from shared.runner.open_runner import open_runner, read_by
     from shared.train import checkpoint
@@ -60,7 +61,7 @@ def create(
     if files.check():
         print(f"already finished: {out}")
         return
-    check_output(out, overwrite or resume, read_by(concept, resolved.backbone))
+    check_output(out, overwrite or resume, [*read_by(concept, resolved.backbone), *paths_read(resolved)])
     subjects = {name: subject.read() for name, subject in resolved.subjects.items()}
     if resolved.subject is not None:
         subjects = {resolved.name or "subject": resolved.subject.read()}

@@ -46,8 +46,9 @@ def export(
     from shared.concept import export as write
     from shared.concept import load_backbone_of, read
     from shared.io.outputs import check_output
+    from shared.runner.open_runner import read_by
 
-    check_output(out, overwrite, [path])
+    check_output(out, overwrite, read_by([path], backbone))
     concept = read(path)
     model = load_backbone_of(concept, backbone, download=download)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
@@ -72,8 +73,9 @@ def import_(
     from shared.backbones import load_backbone
     from shared.concept import import_lora, save
     from shared.io.outputs import check_output
+    from shared.runner.open_runner import read_by
 
-    check_output(out, overwrite, [file])
+    check_output(out, overwrite, [file, *read_by([], backbone)])
     model = load_backbone(backbone, download=download)
     concept = import_lora(file, model, token, class_noun, name=out.name.removesuffix(".concept"))
     save(concept, out, overwrite=overwrite)
@@ -99,8 +101,9 @@ def merge(
     from shared.concept import load_backbone_of, read, save
     from shared.concept.merge import merge as join
     from shared.io.outputs import atomic_folder, check_output
+    from shared.runner.open_runner import read_by
 
-    check_output(out, overwrite, [*paths, *([captions] if captions else [])])
+    check_output(out, overwrite, [*read_by(paths, backbone), *([captions] if captions else [])])
     concepts = [read(path) for path in paths]
     listed = _lines(captions) if captions else None
     model = load_backbone_of(concepts[0], backbone)

@@ -41,12 +41,13 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders
     from shared.runner.learn import personalize
-    from shared.runner.open_runner import model_asked_for, open_runner
+    from shared.runner.open_runner import model_asked_for, open_runner, read_by
     from shared.runner.plan import plan
     from shared.train import checkpoint
 
     resolved = load(recipe, settings, medium.modality, medium.recipe)
-    planned = plan(resolved, asked.overwrite, asked.resume)
+    scored_with = [folder for folder in (asked.clip, asked.dino) if folder is not None]
+    planned = plan(resolved, asked.overwrite, asked.resume, [*read_by(asked.concepts, None), *scored_with])
     if planned.finished:
         print("\n".join(f"already finished: <{name}> is in {path}" for name, path in planned.outputs.items()))
         return

@@ -157,7 +157,7 @@ def read(path: str | os.PathLike[str]) -> Concept:
     if not (folder / META).is_file():
         raise ValueError(f"{folder} is not a concept: it has no {META}")
     _survey(folder)
-    meta = _read_meta(folder / META)
+    meta = read_meta(folder / META)
     _check_listing(folder, meta)
     tensors = {kind: _read_tensors(folder, kind, meta) for kind in KINDS if f"{kind}.safetensors" in meta.files}
     if adapter_id(tensors) != meta.adapter_id:
@@ -166,7 +166,8 @@ def read(path: str | os.PathLike[str]) -> Concept:
     return Concept(meta=meta, tensors=tensors, preview=_png(preview) if preview.is_file() else None, path=folder)
 
 
-def _read_meta(file: Path) -> ConceptMeta:
+def read_meta(file: Path) -> ConceptMeta:
+    """The description of a concept. ValueError, naming the file, where it is too large, damaged or of another version."""
     if file.stat().st_size > _MAX_JSON:
         raise ValueError(f"{file} is {file.stat().st_size:,} bytes; a concept's description has at most {_MAX_JSON:,}")
     try:

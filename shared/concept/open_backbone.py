@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.backbones.load import TOYBOX, load_backbone
 from shared.backbones.protocol import Backbone
-from shared.concept.concept_folder import Concept
+from shared.concept.concept_folder import META, Concept, read_meta
 from shared.concept.model_locations import known_path, remember
 
 
@@ -41,6 +41,16 @@ def where_learned(concept: Concept) -> str | Path:
     """The model that a concept was learned on: the toybox, where one of its weights was last seen here, or its name."""
     info = concept.meta.backbone
     return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
+
+
+def known_model(folder: Path) -> Path | None:
+    """Where the model lies that a concept was learned on, from its description alone; None where that is not known here, or
+    the folder is no concept (whoever reads it says so)."""
+    try:
+        info = read_meta(folder / META).backbone
+    except (OSError, ValueError):
+        return None
+    return None if info.name == TOYBOX else known_path(info.checkpoint)
 
 
 def _in_hub_cache(name: str) -> bool:

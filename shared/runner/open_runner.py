@@ -12,7 +12,7 @@ from shared.backbones import load_backbone
 from shared.concept import load_backbone_of, read
 from shared.concept.lora_import import import_lora
 from shared.concept.lora_tensors import find_file
-from shared.concept.open_backbone import where_learned
+from shared.concept.open_backbone import known_model, where_learned
 from shared.config import expanded
 from shared.runner.base import Runner
 from shared.sampling.hooks import StrengthSchedule
@@ -110,10 +110,15 @@ def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path
     return where_learned(read(parse_concept(concepts[0])[0]))
 
 
-def read_by(concepts: Sequence[str], backbone: str | None) -> list[Path]:
-    """The folders that `open_runner` reads: no output may take their place."""
-    local = [expanded(backbone)] if backbone and expanded(backbone).exists() else []
-    return [*(parse_concept(c)[0] for c in concepts), *local]
+def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
+    """The folders that `open_runner` reads, the model of the first concept among them: no output may lie there.
+
+    Args:
+        concepts: `PATH[:STRENGTH]`, or folders
+    """
+    folders = [c if isinstance(c, Path) else parse_concept(c)[0] for c in concepts]
+    model = expanded(backbone) if backbone else known_model(folders[0]) if folders else None
+    return [*folders, *([model] if model and model.exists() else [])]
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:

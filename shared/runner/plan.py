@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from shared.io.decode import picture_size
 from shared.io.outputs import check_apart, check_output
 from shared.io.terminal import encodable
 from shared.recipe.phases import expand_phases
+from shared.recipe.reads import paths_read
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
 from shared.train import checkpoint
@@ -38,8 +39,12 @@ class Plan:
     finished: bool = False  # there is nothing to resume: the concepts are there, learned in this way
 
 
-def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
-    """Read the subjects and settle the names. Raises ValueError before anything heavy is loaded or written."""
+def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()) -> Plan:
+    """Read the subjects and settle the names. Raises ValueError before anything heavy is loaded or written.
+
+    Args:
+        inputs: what a run reads besides what its recipe names (concepts, scorers): no output may lie there
+    """
     subjects = dict(recipe.subjects)
     if recipe.subject is not None:
         stem = recipe.output.name.removesuffix(".concept") if recipe.output else "concept"
@@ -55,11 +60,13 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
             f"a concept cannot be called {wrong!r} (letters, digits, - and _): say name=… or another output"
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
+    for path in (*outputs.values(), workdir):
+        check_apart(path, [*paths_read(recipe), *inputs])
     begun = _check_outputs(outputs, workdir, overwrite, resume)
     subjects = {n: s.read() for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
-            check_apart(path, [*subject.files, *subject.masks.values()])
+            check_apart(path, [*subject.files, *subject.masks.values()])  # what links in a folder lead to
         for path in subject.images:
             load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)

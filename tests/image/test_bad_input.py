@@ -271,6 +271,28 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
     assert len(list(user_photos.iterdir())) >= 3
 
 
+def test_no_output_lies_in_what_is_read(refused, learn, painted, tiny_folder, concepts, tmp_path):
+    """Said before anything is read, whatever it is: pictures, masks, a recipe's other folders, models, concepts."""
+    mine, other = painted(tmp_path / "mine"), painted(tmp_path / "other")
+    source = ("sources.more.kind=folder", f"sources.more.images={other}", "sources.more.prompt=a mug")
+    for out, arguments in (
+        (mine / "x.concept", learn("textual_inversion", images=mine)),
+        (mine / "masks" / "x.concept", learn("textual_inversion", f"subject.masks={mine / 'masks'}")),
+        (other / "x.concept", learn("textual_inversion", *source)),
+        (tiny_folder / "x.concept", learn("textual_inversion")),
+        (concepts["mug"] / "x.concept", [*learn("textual_inversion"), "--concept", concepts["mug"]]),
+    ):
+        message = refused(*arguments, f"output={out}")
+        assert f"the output {out} lies inside" in message and "which is read" in message
+    for arguments in (
+        ("image", "generate", "a <mug>", "--concept", concepts["mug"]),
+        ("concept", "export", concepts["mug"]),
+        ("concept", "import", tmp_path / "x.safetensors", "--backbone", tiny_folder),
+    ):
+        message = refused(*arguments, "--out", tiny_folder / "out", "--overwrite")
+        assert f"the output {tiny_folder / 'out'} lies inside {tiny_folder}, which is read" in message
+
+
 def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):
     out = tmp_path / "x.concept"
     assert "class_noun = '<mug>'" in refused(*learn("textual_inversion", f"output={out}", noun="<mug>"))

@@ -1,0 +1,41 @@
+"""What a recipe reads on this machine: no output may lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from shared.backbones.load import WORLDS
+from shared.config import expanded
+from shared.recipe.phases import expand_phases
+from shared.recipe.schema import Recipe
+
+_WRITTEN = "output"
+_NAMES_OR_PATHS = ("backbone", "motion_adapter")  # `NameOrPath`
+
+
+def paths_read(recipe: Recipe) -> list[Path]:
+    """The files and folders that a recipe names, in any phase: pictures, masks, captions, models; not its output."""
+    return list(dict.fromkeys(path for _, phase in expand_phases(recipe) for path in _paths(phase)))
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            inner = getattr(value, name)
+            if name == _WRITTEN:
+                continue
+            if isinstance(inner, str) and name in _NAMES_OR_PATHS:
+                yield from [expanded(inner)] if inner not in WORLDS and expanded(inner).exists() else ()
+            yield from _paths(inner)
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _paths(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _paths(inner)
