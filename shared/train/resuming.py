@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shared.backbones.load import WORLDS
 from shared.backbones.protocol import Backbone
 from shared.io.checksums import sha256
 from shared.types import Subject
@@ -18,10 +19,11 @@ from shared.types import Subject
 #: What may differ: it says where and when something is written or how memory is spent, and nothing that is learned.
 _FREE = re.compile(
     r"(output|name|preview|title|papers)(\..*)?|"
-    r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)|"
-    r"subjects?\.(.+\.)?(images|clips|masks|captions)",  # what is in them is compared itself (`dependencies`)
+    r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
+#: Where things lie: of an interrupted run, what they hold is compared itself (`dependencies`).
+_MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
 #: What may also change after a loss that was no number: the cure for it.
 _CURE = re.compile(
     r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
@@ -32,7 +34,8 @@ def same_recipe(
     old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
 ) -> None:
     """ValueError that names the first key in which the recipe of a checkpoint, or of a finished run, differs; what
-    cannot matter may: output, name, preview, when checkpoints are written, and where the pictures lie.
+    cannot matter may: output, name, preview, when checkpoints are written, and where pictures and
+    model lie.
 
     After a loss that was no number, rates, precision and optimizer may too.
     """
@@ -40,9 +43,16 @@ def same_recipe(
     for key, before, now in _differences(old, new):
         if _FREE.fullmatch(key) or (after_not_finite and _CURE.fullmatch(key)):
             continue
+        if not finished and _MOVED.fullmatch(key) and not _world(before) and not _world(now):
+            continue
         raise ValueError(
             f"the {what} run had {key} = {before!r}, this one has {now!r}: {cure}, or start over with --overwrite"
         )
+
+
+def _world(value: Any) -> bool:
+    """Whether it names a model of a world of its own: its defaults go with the name, not with the weights."""
+    return isinstance(value, str) and value in WORLDS
 
 
 def same_precision(old: str, new: str) -> None:

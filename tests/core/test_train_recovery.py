@@ -121,6 +121,35 @@ def test_what_may_change_after_a_loss_that_was_no_number():
             same_recipe(old, changed(*path), after_not_finite=True)
 
 
+def test_what_cannot_matter_may_change():
+    old = {
+        "backbone": "/a/sd",
+        "title": "x",
+        "subject": {"images": "/a/photos", "captions": None, "class_noun": "mug"},
+        "subjects": {"b": {"images": ["/a/1.png"]}},
+        "train": {"checkpoint_every": 200, "gradient_checkpointing": False, "steps": 5},
+        "phases": {"a": {"train": {"checkpoint_every": 200, "steps": 5}}},
+    }
+    new = {
+        "backbone": "/b/sd",
+        "title": "y",
+        "subject": {"images": "/b/photos", "captions": "/b/captions", "class_noun": "mug"},
+        "subjects": {"b": {"images": ["/b/1.png"]}},
+        "train": {"checkpoint_every": 1, "gradient_checkpointing": True, "steps": 5},
+        "phases": {"a": {"train": {"checkpoint_every": 0, "steps": 5}}},
+    }
+    same_recipe(old, new)  # what lies in the folders is compared by its hashes
+    for changed in (
+        {"backbone": "toybox"},
+        {"subject": {**new["subject"], "class_noun": "cup"}},
+        {"train": {"steps": 6}},
+    ):
+        with pytest.raises(ValueError, match="the interrupted run had"):
+            same_recipe(old, {**new, **changed})
+    with pytest.raises(ValueError, match="the finished run had backbone = '/a/sd'"):
+        same_recipe(old, new, finished=True)
+
+
 class Standing:
     """Parameters and moments without a run."""
 

@@ -38,7 +38,7 @@ def arguments(concepts, photos, dino, painted, tmp_path) -> list:
     ]
 
 
-def test_a_concept_is_measured(pcs, arguments, tmp_path):
+def test_a_concept_is_measured(pcs, arguments, tiny_folder, tmp_path):
     ran = pcs(*arguments, "--out", tmp_path / "report")
     assert ran.code == 0, ran.err
     assert ran.out.splitlines()[-1] == str(tmp_path / "report" / "index.html")
@@ -48,6 +48,12 @@ def test_a_concept_is_measured(pcs, arguments, tmp_path):
     assert len(made) == 4 and all((tmp_path / "report" / p["file"]).is_file() for p in made)
     identity = next(s for s in report["scores"] if s["key"] == "identity")
     assert identity["chance"] == 0.25 and report["costs"]["training_seconds"] > 0
+    texts = [
+        p.read_text(encoding="utf-8") for p in (tmp_path / "report").iterdir() if p.suffix != ".png" and p.is_file()
+    ]
+    assert len(texts) > 3 and not any(str(tiny_folder.parents[1]) in text for text in texts), (
+        "no folder of this machine"
+    )
 
 
 def test_the_headline_scores_are_a_table_too(pcs, arguments, tmp_path):

@@ -26,6 +26,7 @@ from shared.runner.base import Runner, attached
 from shared.runner.open_runner import open_runner, parse_concept
 from shared.runner.plan import warn_unseen
 from shared.runner.png_metadata import metadata
+from shared.sampling.inversion import NoisePrior
 from shared.sampling.settings import SamplingSettings
 from tests.core.runs import sample
 
@@ -296,11 +297,14 @@ def test_a_picture_says_all_that_is_needed_to_make_it_again(pcs, concepts, tiny_
     about = json.loads(text["pcs"])
     assert text["Description"] == about["prompt"] == "a <mug> beside a <rex>"
     assert about["expanded"] == "a <mug> <mug>_1 mug beside a sks dog" and about["concepts"] == {"mug": 1.0, "rex": 0.5}
-    assert about["backbone"] == tiny_folder.name, "without its author's folders"
+    assert about["backbone"] == tiny_folder.name and str(tiny_folder.parents[1]) not in json.dumps(text)
     runner = open_runner(
         ImageRunner, str(tiny_folder), [f"{concepts[n]}:{s}" for n, s in about["concepts"].items()], "cpu"
     )
     assert about["checkpoint"] == runner.backbone.checkpoint
+    steered = SamplingSettings(hooks=(NoisePrior(path=tiny_folder / "clip.mp4"),))
+    told = json.loads(metadata("a <mug> and a <rex>", 0, runner, steered)["pcs"])
+    assert told["hooks"][0]["path"] == "clip.mp4", "without the folders of this machine"
     settings = {k: about[k] for k in ("steps", "guidance", "negative", "height", "width")}
     again = runner.generate([about["prompt"]], [about["seed"]], SamplingSettings(**settings))
     assert torch.equal(read_picture(path).pixels, torch.as_tensor(_bytes(again[0])))
