@@ -79,8 +79,12 @@ def test_bad_prompt_sets_are_refused(tmp_path: Path, name: str, text: str | byte
 
 def test_a_users_own_files(tmp_path: Path) -> None:
     text = "# my prompts\na {concept} on the moon\n\na red {concept}\n"
-    for mark in ("", "\ufeff", "\ufeff\n"):  # what some editors begin a file with
-        (tmp_path / "mine.txt").write_text(mark + text[(14 if mark == "\ufeff" else 0) :], encoding="utf-8")
+    for whole in (
+        text,
+        "\ufeff" + text,
+        "\ufeff" + text.removeprefix("# my prompts\n"),
+    ):  # what some editors begin with
+        (tmp_path / "mine.txt").write_text(whole, encoding="utf-8")
         assert load_prompts(tmp_path / "mine.txt").prompts[0].text == "a {concept} on the moon"
     assert [p.text for p in load_prompts(tmp_path / "mine.txt").prompts] == [
         "a {concept} on the moon",
