@@ -135,7 +135,7 @@ def benchmark(
         help="recipes for assets to compare, by name or as YAML files; default: hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    subjects: int = typer.Option(4, min=1, help="how many of the split's things"),
+    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's things"),
     learn: str = typer.Option(
         "t_lora", help="the recipe by which things are learned, from pictures, once for all recipes"
     ),

@@ -244,7 +244,9 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
         more = "" if download else f". {_MAY_DOWNLOAD}"
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
-            f"One file needs the model's configuration from the hub's cache; a diffusers folder needs nothing{more}"
+            f"One file needs the model's configuration from the hub's cache; a diffusers folder needs nothing, and where "
+            f"there is a network, one becomes the other: python -c 'from diffusers import StableDiffusionPipeline as P; "
+            f"P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'{more}"
         ) from error
     check_filled(pipe.components, path)
     return _wrap(pipe, name)

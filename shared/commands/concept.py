@@ -124,10 +124,10 @@ def evaluate(
     prompts: str = typer.Option(
         "", help="a prompt set or a file; default: the first plain ones of the model's own set"
     ),
-    limit: int = typer.Option(4, min=1, help="number of prompts of pictures and clips"),
-    num: int = typer.Option(2, min=1, help="pictures and clips per prompt"),
+    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts of pictures and clips"),
+    num: int = typer.Option(2, min=1, max=10_000, help="pictures and clips per prompt"),
     seed: int = typer.Option(0, min=0, max=2**62),
-    steps: int = typer.Option(None, min=1, help="denoising steps; default: those of the concept's recipe"),
+    steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
     motion: str = typer.Option(None, help="a motion's concept that the clips show, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
     asset_recipe: str = typer.Option("hifa", help="recipe to make the asset with"),

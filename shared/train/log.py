@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from shared.io.failures import writing
 from shared.io.foreign_files import claim, foreign_files
 from shared.io.outputs import write_text
 from shared.io.terminal import names
@@ -62,11 +63,12 @@ class Log:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         file = self._open()
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
-        file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
-        file.flush()
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+        with writing(self.path):
+            file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+            file.flush()
+            if self._board is not None:
+                for key, value in values.items():
+                    self._board.add_scalar(key, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """`pixels` [3, H, W] in [0, 1]."""

@@ -22,6 +22,7 @@ from shared.io.decode import named_errors
 from shared.io.locks import holding
 from shared.io.outputs import atomic_folder, atomic_write, check_file, check_output
 from shared.train import checkpoint
+from shared.train.log import Log
 from tests.conftest import build_clip_tokenizer
 
 LARGE = torch.zeros(50_000)
@@ -76,6 +77,12 @@ def test_a_full_disk_leaves_the_checkpoint_there_was(small_files: None, capsys, 
     assert list(tmp_path.iterdir()) == [before]
     state = checkpoint.load(tmp_path)
     assert state is not None and state.step == 1
+
+
+def test_a_full_disk_while_a_run_is_logged_names_the_log(small_files: None, capsys, tmp_path: Path) -> None:
+    log = Log(tmp_path, tensorboard=False)
+    said = told(capsys, lambda: [log.scalars(step, {"loss" * 500: 1.0}) for step in range(20)])
+    assert said.startswith(f"pcs: {tmp_path / 'log.jsonl'}: File too large;")
 
 
 def raised(error: Exception) -> Any:
