@@ -71,7 +71,8 @@ def load_backbone(
 
     Args:
         source: nothing or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
-            checkpoint of Stable Diffusion 1.x/2.x; or a hub id `owner/name`
+            checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` beside `NAME.safetensors`, or
+            in the hub's cache); or a hub id `owner/name`
         download: whether the hub may be asked for what is not in its cache; without it, no network is used
         memory: bytes of `device` for the networks; those that do not fit together take turns there
             (`shared.backbones.placement`). Default: a share of what is free on a GPU, all that is needed elsewhere
@@ -227,16 +228,21 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
+    """One file holds weights alone. Its configuration and tokenizer are those of the folder beside it under its name, where
+    there is one (a diffusers folder, which needs no weights), else those in the hub's cache."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code and are not read. {_families()}"
         )
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
+    beside = path.with_suffix("")
+    config: dict[str, Any] = {"config": str(beside)} if (beside / "model_index.json").is_file() else {}
+    offline = not download or bool(config)
     try:
-        with quiet(network=download):
+        with quiet(network=not offline):
             pipe = StableDiffusionPipeline.from_single_file(
-                str(path), safety_checker=None, torch_dtype=dtype, local_files_only=not download
+                str(path), safety_checker=None, torch_dtype=dtype, local_files_only=offline, **config
             )
     except Exception as error:
         if of_the_machine(error):
@@ -244,8 +250,9 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
         more = "" if download else f". {_MAY_DOWNLOAD}"
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
-            f"One file needs the model's configuration from the hub's cache; a diffusers folder needs nothing, and where "
-            f"there is a network, one becomes the other: python -c 'from diffusers import StableDiffusionPipeline as P; "
+            f"One file needs the model's configuration and tokenizer, from the hub's cache or from a diffusers folder "
+            f"{beside} (its weights are not needed). A diffusers folder needs nothing, and where there is a network, one "
+            f"becomes the other: python -c 'from diffusers import StableDiffusionPipeline as P; "
             f"P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'{more}"
         ) from error
     check_filled(pipe.components, path)

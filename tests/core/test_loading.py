@@ -17,6 +17,7 @@ from torch import Tensor
 from shared.backbones import load_backbone
 from shared.backbones.flux import FluxBackbone
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
+from tests.core.single_files import write_single_file
 
 
 def predict(backbone: Any, prompts: Sequence[str] = ("a mug",)) -> Tensor:
@@ -41,6 +42,20 @@ def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
         assert loaded.checkpoint == direct.checkpoint
         assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
         assert load_backbone(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_one_file_loads_offline_with_the_configuration_beside_it(tiny_sd: Any, tmp_path: Path) -> None:
+    file = write_single_file(tiny_sd, tmp_path / "mine.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"configuration and tokenizer.* folder {tmp_path / 'mine'} .*from_single_file"
+    ):
+        load_backbone(file)
+    tiny_sd.save_pretrained(tmp_path / "mine")
+    for weights in (tmp_path / "mine").rglob("*.safetensors"):
+        weights.unlink()
+    loaded, direct = load_backbone(file), StableDiffusionBackbone(tiny_sd)
+    assert loaded.checkpoint == direct.checkpoint and loaded.name == str(file)
+    assert torch.allclose(predict(loaded), predict(direct), atol=1e-5)
 
 
 def test_weights_in_a_format_that_runs_code_are_explained(tiny_sd: Any, tmp_path: Path) -> None:
