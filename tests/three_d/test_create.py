@@ -66,7 +66,8 @@ def test_every_shipped_recipe_takes_two_steps_on_a_tiny_model(sd, tmp_path, name
 # --- the runner and its files ----------------------------------------------------------------
 
 
-def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path):
+def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "name", str(tmp_path / "sd"))
     how, runner = recipe("dreamfusion", *FEW, "train.validation.every=1"), Runner3D(sd)
     asset = create(runner, how, AssetFiles(tmp_path / "asset"), export=wrote)
     files = {str(p.relative_to(tmp_path / "asset")) for p in (tmp_path / "asset").rglob("*.*")}
@@ -77,6 +78,7 @@ def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path):
     assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
     assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders while it grows"
+    assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), "without the folders of this machine"
     with pytest.raises(ValueError, match="exists"):
         AssetFiles(tmp_path / "asset").check()
     assert AssetFiles(tmp_path / "asset", resume=True).check(), "there is nothing left to do"
