@@ -99,7 +99,7 @@ def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Seque
 
 def _of_another_kind(rule: Any, part: Any) -> bool:
     said = mapping(rule).get("kind")
-    return said != mapping(part).get("kind", said)
+    return said is not None and said != mapping(part).get("kind", said)
 
 
 def unstated(

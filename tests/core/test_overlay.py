@@ -82,6 +82,9 @@ def test_a_rule_for_one_kind_of_a_single_part_is_passed_over_for_another() -> No
     file = {"recipes": {"a": rule}}
     for data, laid in (({}, rule), ({"field": {"bound": 1}}, rule), ({"field": {"kind": "gaussians"}}, {})):
         assert Rules(file, "3d", {}).of(data, ["a"]) == laid, data
+    any_kind = {"recipes": {"a": {"field": {"resolution": 24}}}}
+    laid = Rules(any_kind, "3d", {}).of({"field": {"kind": "tetrahedra"}}, ["a"])
+    assert laid == {"field": {"resolution": 24}}, "a rule that says no kind holds for any"
 
 
 def test_a_rule_gives_way_to_what_was_said_and_still_holds() -> None:
