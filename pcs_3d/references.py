@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional as F
 
 from pcs_3d.cameras import FOV_DEG, Cameras, look_at_distance
 from pcs_3d.regularize.base import Pictures
+from pcs_3d.regularize.reference import border_color
 from shared.config import KindPart, default_kind, unknown
 from shared.io.decode import read_picture
 from shared.runner.judging import reference_masks, references
@@ -64,10 +66,15 @@ class References(KindPart):
 
 
 class PhaseViews(KindPart):
-    """The views that the phase called `phase` has made (`task.kind=pseudo_views`), which know their cameras."""
+    """The views that the phase called `phase` has made (`task.kind=pseudo_views`), which know their cameras.
+
+    foreground: by how much, of 1, a channel must differ from the colour of a view's border for a pixel to show the thing: a
+    mask for prompts that ask for a plain place; None: there are no masks.
+    """
 
     kind: Literal["phase"] = "phase"
     phase: str
+    foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Sequence[str]) -> None:
         """ValueError where it is none of the `earlier` phases that make views, or `masks` are needed: views have none."""
@@ -86,7 +93,9 @@ class PhaseViews(KindPart):
         if pixels.shape[-1] != side:
             pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=pixels.shape[-1] > side)
         names = ("azimuth_deg", "elevation_deg", "distance", "fov_deg", "roll_deg", "centre")
-        return Pictures(pixels.clamp(0, 1), Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in names)))
+        cameras = Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in names))
+        pixels = pixels.clamp(0, 1)
+        return Pictures(pixels, cameras, None if self.foreground is None else _foreground(pixels, self.foreground))
 
 
 KnownViews = Annotated[References | PhaseViews, Field(discriminator="kind"), default_kind("subject")]
@@ -97,3 +106,9 @@ def _only(subjects: Mapping[str, Subject]) -> Subject:
         raise ValueError(f"references are of one subject, and there are {len(subjects)}: give subject.images")
     (subject,) = subjects.values()
     return subject
+
+
+def _foreground(pixels: Tensor, least: float) -> Tensor:
+    """[B, 1, H, W]: where pictures [B, 3, H, W] differ from the colour of their border; less along the outline."""
+    differs = (pixels - border_color(pixels)).abs().amax(1, keepdim=True) > least
+    return F.avg_pool2d(differs.float(), 3, 1, 1)

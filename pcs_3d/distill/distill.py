@@ -144,19 +144,22 @@ class Distill(ConceptTask):
         noise = generator(self.recipe.seed, _NOISE + step, micro)
         seen = self._drawn(moment, micro)
         views = self.prompts.views(seen.cameras.to("cpu"), noise)
-        z, pixels = self._latents(seen.rendering)
-        views = replace(views, regions=self.regions.of(seen, (z.shape[-2], z.shape[-1])))
-        guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
-        parts = {"guidance": surrogate(z, guided.grad.to(z))}
-        weight = moment.of(self.guidance.pixel_weight)
-        if weight:
-            parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
-        with torch.autocast(z.device.type, enabled=False):
+        z = None
+        parts: dict[str, Tensor] = {}
+        if self.guidance.student is not None or self.guidance.speaks(moment):
+            z, pixels = self._latents(seen.rendering)
+            views = replace(views, regions=self.regions.of(seen, (z.shape[-2], z.shape[-1])))
+            guided = guide(self.guidance, self.scores, z.detach(), views, self.prompts, moment, noise)
+            parts["guidance"] = surrogate(z, guided.grad.to(z))
+            weight = moment.of(self.guidance.pixel_weight)
+            if weight:
+                parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
+        with torch.autocast(self.field.device.type, enabled=False):
             parts |= {name: penalty(seen) for name, penalty in self.recipe.penalties.items()}
         loss = torch.stack(list(parts.values())).sum()
         yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
         student = self.guidance.student
-        if student is not None:
+        if student is not None and z is not None:
             draw = generator(self.recipe.seed, _STUDENT + step, micro)
             with self.scores.under(STUDENT):
                 loss = student.loss(self.scores, z.detach(), views, moment, draw)

@@ -19,9 +19,11 @@ from shared.sampling.settings import Start
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
 
+_ASSET = "asset"  # whose pictures they are where the prompt names concepts that were learned before
+
 
 class PseudoViews(Generate):
-    """See `PseudoViewsTask`. Raises ValueError where no earlier phase makes an asset, or not one subject is learned."""
+    """See `PseudoViewsTask`. Raises ValueError where no earlier phase makes an asset, or several subjects are learned."""
 
     def __init__(self, context: PhaseContext) -> None:
         self.recipe = recipe_of(context)
@@ -30,7 +32,7 @@ class PseudoViews(Generate):
         made = [r for r in context.earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]
         if not made:
             raise ValueError(f"phases.{context.name}: no earlier phase makes an asset to take views of")
-        if len(context.subjects) != 1:
+        if len(context.subjects) > 1:
             raise ValueError(
                 f"phases.{context.name}: its pictures are of one subject, and {len(context.subjects)} are learned"
             )
@@ -52,7 +54,7 @@ class PseudoViews(Generate):
 
     def planned(self) -> Iterator[Shot]:
         """One for each view, told the side that it shows; where there are several prompts, for each."""
-        (owner,) = self.context.subjects
+        owner = next(iter(self.context.subjects), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")
             said = scene_prompts(self.recipe.model_copy(update={"prompt": named}), self.context.class_nouns)

@@ -12,7 +12,7 @@ from pcs_3d.guidance.scores import Adapters, Ask, Told
 from pcs_3d.guidance.student import StudentSettings
 from pcs_3d.guidance.times import Times
 from pcs_3d.regions import Region
-from pcs_3d.schedules import Schedule
+from pcs_3d.schedules import Moment, Schedule
 from shared.config import Part, Slot
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -69,6 +69,10 @@ class Guidance(Part):
     resolution: Annotated[int, Field(ge=8)] | None = (
         None  # pixels that a view is scaled to and encoded; the backbone's own
     )
+
+    def speaks(self, moment: Moment) -> bool:
+        """Whether the teacher is asked: where neither latents nor pixels weigh anything, penalties alone train the field."""
+        return moment.of(self.weight) != 0 or moment.of(self.pixel_weight) != 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Guidance:

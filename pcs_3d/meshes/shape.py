@@ -15,6 +15,9 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
+# How far beyond the nearest point of a surface the one may be that is found, as a share. In the middle of a ball all are the
+# nearest, and a search for the very nearest one looks at each of them.
+_ROUGHLY = 0.05
 _RESOLUTION = 64  # cells along a side in which inside and outside are told apart
 _SAMPLES = 120_000  # points on the surface of a mesh
 
@@ -88,7 +91,9 @@ class SampledShape:
         from scipy import ndimage
 
         asked = points.detach().cpu().numpy().astype(np.float64)
-        away, nearest = self._tree.query(asked)
+        away, nearest = self._tree.query(asked, eps=_ROUGHLY)
+        close = away < 3 * self._cell
+        away[close], nearest[close] = self._tree.query(asked[close])
         places = ((asked + self._half) / self._cell - 0.5).T
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
@@ -103,7 +108,7 @@ class SampledShape:
     def colors(self, points: Tensor) -> Tensor | None:
         if self.point_colors is None:
             return None
-        _, nearest = self._tree.query(points.detach().cpu().numpy())
+        _, nearest = self._tree.query(points.detach().cpu().numpy(), eps=_ROUGHLY)
         return torch.from_numpy(self.point_colors[nearest]).float()
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:

@@ -19,12 +19,14 @@ Count = Annotated[int, Setting(ge=1)]
 class ReferenceViews(GeometryPenalty):
     """The field, seen from where pictures of the thing were taken, looks like them: the mean squared error of pixels, on a grey
     background, and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures a step,
-    drawn at random. Without masks all pixels count, and the field stands on the colour of each picture's border."""
+    drawn at random. outside: how much pixels count that the masks leave out; 0 where an outline is not to follow the pictures.
+    Without masks all pixels count, and the field stands on the colour of each picture's border."""
 
     needs_pictures: ClassVar[bool] = True
     kind: Literal["reference_views"] = "reference_views"
     count: Count = 1
     mask_weight: Annotated[float, Setting(ge=0)] = 0.5
+    outside: Annotated[float, Setting(ge=0, le=1)] = 1.0
 
     def value(self, seen: Seen) -> Tensor:
         drawn, chosen = _drawn(self, seen, self.count)
@@ -32,7 +34,9 @@ class ReferenceViews(GeometryPenalty):
             return F.mse_loss(drawn.pixels, chosen.pixels)
         mask = chosen.masks
         on_grey = chosen.pixels * mask + 0.5 * (1 - mask)
-        return F.mse_loss(drawn.pixels, on_grey) + self.mask_weight * F.mse_loss(drawn.opacity, mask)
+        counted = torch.lerp(torch.full_like(mask, self.outside), torch.ones_like(mask), mask)
+        error = (counted * (drawn.pixels - on_grey).square()).mean()
+        return error + self.mask_weight * F.mse_loss(drawn.opacity, mask)
 
 
 class Silhouette(GeometryPenalty):

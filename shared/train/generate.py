@@ -120,7 +120,7 @@ class Generate(ConceptTask):
         for first in range(0, len(self.shots), self.settings.batch_size):
             self._paint(self.shots[first : first + self.settings.batch_size])
         kept: list[dict[str, Any]] = []
-        for name in self.context.subjects:
+        for name in dict.fromkeys(shot.owner for shot in self.shots):
             scored = [self._scored(shot) for shot in self.shots if shot.owner == name]
             if self.settings.keep is not None:
                 scored = sorted(scored, key=lambda entry: -entry["score"])[: self.settings.keep]

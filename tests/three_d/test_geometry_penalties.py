@@ -109,6 +109,22 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
         part(drawn(field))
 
 
+def test_what_masks_leave_out_may_count_for_nothing():
+    """Where an outline is not to follow the pictures: outside of the masks anything may be seen."""
+    field = Voxels(resolution=12).build()
+    field.raw_features.data += 3  # not as grey as what is behind it
+    with torch.no_grad():
+        truth = Volume(samples=32).render(field, CAMERAS, view(3, 20, background=0.5))
+    mask = torch.zeros_like(truth.opacity)
+    mask[..., 8:12, 8:12] = 1
+    pictures = Pictures(truth.pixels, CAMERAS, mask)
+    inside = penalty("reference_views", count=3, mask_weight=0.0, outside=0.0)
+    assert float(inside(drawn(field, pictures=pictures))) < 1e-9
+    assert float(penalty("reference_views", count=3, mask_weight=0.0)(drawn(field, pictures=pictures))) > 1e-3
+    wrong = Pictures(truth.pixels * (1 - mask), CAMERAS, mask)
+    assert float(inside(drawn(field, pictures=wrong))) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "renderer", "why"),
     [
