@@ -91,7 +91,7 @@ class SampledShape:
         from scipy import ndimage
 
         asked = points.detach().cpu().numpy().astype(np.float64)
-        away, nearest = self._tree.query(asked, eps=_ROUGHLY)
+        away, nearest = map(np.asarray, self._tree.query(asked, eps=_ROUGHLY))
         close = away < 3 * self._cell
         away[close], nearest[close] = self._tree.query(asked[close])
         places = ((asked + self._half) / self._cell - 0.5).T

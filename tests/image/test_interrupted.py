@@ -95,7 +95,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     assert not list(training.glob("*checkpoint*"))
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp_path, number, expected):
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
