@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # How far beyond the nearest point of a surface the one may be that is found, as a share. In the middle of a ball all are the
 # nearest, and a search for the very nearest one looks at each of them.
 _ROUGHLY = 0.05
+_FEW = 2000  # points that colours far from the surface are taken from
 _RESOLUTION = 64  # cells along a side in which inside and outside are told apart
 _SAMPLES = 120_000  # points on the surface of a mesh
 
@@ -75,6 +76,8 @@ class SampledShape:
 
         self.points, self.point_colors, self.point_normals = points, colors, normals
         self._tree = KDTree(points, balanced_tree=False)
+        self._few = np.arange(0, len(points), max(1, len(points) // _FEW))
+        self._few_tree = KDTree(points[self._few])
         self._cell = _cell_size(points, self._tree, reach)
         size = math.ceil(2 * reach / self._cell) + 4  # outside all around
         self._half = size * self._cell / 2
@@ -108,7 +111,10 @@ class SampledShape:
     def colors(self, points: Tensor) -> Tensor | None:
         if self.point_colors is None:
             return None
-        _, nearest = self._tree.query(points.detach().cpu().numpy(), eps=_ROUGHLY)
+        asked = points.detach().cpu().numpy()
+        away, nearest = map(np.asarray, self._tree.query(asked, distance_upper_bound=4 * self._cell))
+        far = np.isinf(away)  # as most nodes of a fine grid: of those, any place close to the nearest one will do
+        nearest[far] = self._few[self._few_tree.query(asked[far])[1]]
         return torch.from_numpy(self.point_colors[nearest]).float()
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
