@@ -25,10 +25,11 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
-OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py
+OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py
     "dream_gaussian",
     "dreambooth3d",
     "local_editing",
+    "texture_refinement",
     "magic3d",
     "mv_dreambooth",
     "realfusion",
