@@ -22,7 +22,6 @@ from pcs_3d.fields.field import Field
 from pcs_3d.regions import RegionPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
-from shared.io.cache import cache_folder
 from shared.prompts import check_named, expand, names_in
 from shared.recipe.phases import expand_phases
 from shared.runner.base import Progress, Runner, attached, own_randomness
@@ -80,18 +79,13 @@ class Runner3D(Runner):
         if last is None:
             raise ValueError("no phase of the recipe makes an asset: one must say task: distill")
         current = _Current(self)
-        run = TrainingRun(
-            self.backbone,
+        run = self._training(
             recipe,
             subjects,
             workdir,
-            cache_folder(),
-            class_pictures=self._class_pictures,
-            make=self._made_now(progress),
+            progress,
             preview=current.preview(self._preview(subjects, recipe, {}, progress)),
-            loaded_strengths=self.strengths,
             tensorboard=tensorboard,
-            on_pictures=progress.pictures if progress else None,
             tasks={**self.tasks, DistillTask: current.build},
         )
         try:
@@ -116,16 +110,7 @@ class Runner3D(Runner):
         the process. ValueError where nothing does, naming the least that would; and as `create`."""
         subjects = subjects or {}
         self.check(recipe, subjects)
-        run = TrainingRun(
-            self.backbone,
-            recipe,
-            subjects,
-            workdir,
-            cache_folder(),
-            loaded_strengths=self.strengths,
-            tensorboard=False,
-            tasks=self.tasks,
-        )
+        run = self._training(recipe, subjects, workdir, None, tensorboard=False)
         try:
             with own_randomness():
                 return plan_memory(run, recipe, memory, sides_fixed)

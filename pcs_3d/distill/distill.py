@@ -156,6 +156,8 @@ class Distill(ConceptTask):
                 parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
         with torch.autocast(self.field.device.type, enabled=False):
             parts |= {name: penalty(seen) for name, penalty in self.recipe.penalties.items()}
+        if not parts:  # a schedule leaves this step to nobody
+            parts["guidance"] = 0.0 * seen.rendering.pixels.sum()
         loss = torch.stack(list(parts.values())).sum()
         yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
         student = self.guidance.student

@@ -71,6 +71,15 @@ class DistillRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _is_guided(self) -> DistillRecipe:
+        silent = self.guidance.weight == 0 and self.guidance.pixel_weight == 0
+        if silent and not self.penalties and isinstance(self.task, DistillTask) and not self.phases:
+            raise ValueError(
+                "guidance.weight = 0 and guidance.pixel_weight = 0, and there are no penalties: nothing trains the field"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _knows_its_pictures(self) -> DistillRecipe:
         for name, penalty in self.penalties.items():
             if penalty.needs_pictures and self.guidance.space == "latents":

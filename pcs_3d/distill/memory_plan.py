@@ -7,6 +7,8 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ import torch
 from pcs_3d.distill.distill import view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
-from shared.config import validate
+from pcs_3d.distill.pseudo_views import blank_views
+from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from shared.config import merge, validate
 from shared.metrics.html import size
 from shared.recipe.schema import dump
 from shared.train.last_good_state import MOST
@@ -115,9 +119,9 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
     for name, levers in how.items():
         changes = levers.changes(dict(run.phases)[name])  # type: ignore[arg-type]
         if data["phases"]:
-            data["phases"][name] = _laid(data["phases"][name] or {}, changes)
+            data["phases"][name] = merge(data["phases"][name] or {}, changes)
         else:
-            data = _laid(data, changes)
+            data = merge(data, changes)
     of = "gpu" if run.backbone.device.type == "cuda" else "process"
     return MemoryPlan(validate(type(recipe), data), budget, estimate, how, of)
 
@@ -188,6 +192,11 @@ class Tries:
             self._known[key] = in_use(self.device) + state + fixed, per_view
         return self._known[key]
 
+    def _views(self, folder: Path) -> dict[str, Path]:
+        """What earlier phases are to make, blank: as many views, to compare with."""
+        made = [(name, phase.task) for name, phase in self.run.phases[: self.index]]
+        return {n: blank_views(task, folder / n) for n, task in made if isinstance(task, PseudoViewsTask)}
+
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
         """Bytes of the field with what is kept of it, and of one step on the fewest views, whose sides have this share of the
         pixels."""
@@ -197,9 +206,11 @@ class Tries:
         changes["train"] |= {"resolution": side, "gradient_accumulation": 1}
         if self.recipe.guidance.space == "pixels":
             changes["guidance"] = {"resolution": max(unit, round(self.seen * share / unit) * unit)}
-        recipe = validate(type(self.recipe), _laid(dump(self.recipe), changes))
+        recipe = validate(type(self.recipe), merge(dump(self.recipe), changes))
         context = replace(self.run.context(self.index, self.trained, resumed_step=1), recipe=recipe)
-        task: Any = self.run.tasks[DistillTask](context)
+        with TemporaryDirectory() as folder:
+            context = replace(context, phase_folders=self._views(Path(folder)))
+            task: Any = self.run.tasks[DistillTask](context)
         parts = [p for groups in task.groups().values() for group in groups for p in group.parameters]
         numbers = sum(p.numel() for p in parts)
         copies = 1 + _MOMENTS + (1 + _MOMENTS if numbers <= MOST else 0)
@@ -220,15 +231,6 @@ def step_once(run: TrainingRun, task: Any) -> None:
         update.loss.backward()
 
 
-def _laid(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Data with changes laid over it, also inside mappings."""
-    out = dict(data)
-    for key, value in changes.items():
-        old = out.get(key)
-        out[key] = _laid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
     """The recipe with what a plan changed in the one that an interrupted run was begun with: measured again, it could come
     out otherwise."""
@@ -238,7 +240,7 @@ def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
         for section, keys in _PLANNED.items():
             known = {k: theirs[section][k] for k in keys if k in (theirs.get(section) or {})}
             if known:
-                mine = _laid(mine, {section: known})
+                mine = merge(mine, {section: known})
         return mine
 
     data = copied(data, saved)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.hand_over import FIELD, restored, under
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
 from pcs_3d.distill.regional import scene_prompts
+from shared.io.contact_sheets import write_picture
+from shared.io.outputs import write_text
 from shared.sampling.settings import Start
+from shared.sources.phase_pictures import KEPT
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
 
@@ -35,6 +40,11 @@ class PseudoViews(Generate):
         if len(context.subjects) > 1:
             raise ValueError(
                 f"phases.{context.name}: its pictures are of one subject, and {len(context.subjects)} are learned"
+            )
+        if not context.subjects and any("{concept}" in prompt for prompt in self.task.prompts):
+            raise ValueError(
+                f"phases.{context.name}.task.prompts: {{concept}} is the subject that is learned, and there is none: name a "
+                "loaded concept"
             )
         self.shown_by, self.cameras = made[-1], self.task.cameras()
         super().__init__(context)
@@ -60,7 +70,7 @@ class PseudoViews(Generate):
             said = scene_prompts(self.recipe.model_copy(update={"prompt": named}), self.context.class_nouns)
             for i, direction in enumerate(said.words.directions(self.cameras)):
                 text = said.text(direction).replace(f"<{owner}>", "{concept}")
-                about = {"view": i, **{k: v.tolist()[0] for k, v in vars(self.cameras[i : i + 1]).items()}}
+                about = {"view": i, **_seen_from(self.cameras, i)}
                 yield Shot(f"{owner}-{number:03d}-{i:04d}.png", owner, text, self.seed(f"{number}/{i}"), about)
 
     @torch.no_grad()
@@ -84,3 +94,18 @@ class PseudoViews(Generate):
     def depends_on(self) -> Mapping[str, Tensor]:
         """What was learned, and the asset."""
         return {**self.state_dict(), **{k: v for k, v in self.context.carried.items() if k.startswith(FIELD)}}
+
+
+def blank_views(task: PseudoViewsTask, folder: Path) -> Path:
+    """The folder of a phase with white pictures in place of the views that it is yet to make, for whoever tries a later one."""
+    cameras, kept = task.cameras(), []
+    write_picture(torch.ones(3, 16, 16), folder / "blank.png", {})
+    for i in range(len(cameras)):
+        kept.append({"file": "blank.png", "owner": _ASSET, "caption": "", "score": None, **_seen_from(cameras, i)})
+    write_text(folder / KEPT, json.dumps({"kept": kept}))
+    return folder
+
+
+def _seen_from(cameras: Cameras, i: int) -> dict[str, Any]:
+    """One of the cameras, as a list of kept pictures holds it."""
+    return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}

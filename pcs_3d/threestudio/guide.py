@@ -32,7 +32,8 @@ def losses(
         rgb: [B, H, W, 3] in [0, 1]; with `latents` [B, h, w, C], which are taken as they are
 
     Raises:
-        ValueError: prompts of another processor or of another teacher, latents of other channels
+        ValueError: prompts of another processor or of another teacher, latents of other channels, or no pixels for a recipe
+            that compares them
     """
     if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
         raise ValueError(
@@ -47,7 +48,12 @@ def losses(
         guided = guide(settings, scores, z.detach(), views, prompts.scene, moment, draw)
         loss = surrogate(z, guided.grad.to(z))
         weight = moment.of(settings.pixel_weight)
-        if weight and not latents:
+        if weight and latents:
+            raise ValueError(
+                "guidance.pixel_weight: the renderer gives latents, which have no pixels to compare: set "
+                "settings: [guidance.pixel_weight=0], or render colours"
+            )
+        if weight:
             loss = loss + weight * pixel_loss(settings, scores, guided, pixels)
     said = {"grad_norm": guided.grad.norm(), "noise_level": guided.noised.t.float().mean() / 1000}
     if teacher.student is not None:

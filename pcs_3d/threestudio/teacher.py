@@ -75,6 +75,9 @@ def recipe_for(asked: Asked) -> Recipe3D:
             f"recipe = {asked.recipe}: it has phases ({', '.join(recipe.phases)}), and threestudio's stages are runs of "
             "their own: choose a recipe without, such as dreamfusion or csd"
         )
+    for key, there in (("regions", bool(recipe.guidance.regions)), ("joint_views", recipe.guidance.joint_views > 1)):
+        if there:
+            raise ValueError(f"guidance.{key}: threestudio's batches and fields know nothing of it: leave it out")
     return recipe
 
 

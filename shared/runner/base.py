@@ -125,20 +125,14 @@ class Runner:
                 raise ValueError(f"a concept cannot be called {name!r}: letters, digits, - and _ only")
             if name in self.loaded:
                 raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
-        run = TrainingRun(
-            self.backbone,
+        run = self._training(
             recipe,
             subjects,
             workdir,
-            cache_folder(),
-            class_pictures=self._class_pictures,
-            make=self._made_now(progress),
+            progress,
             preview=self._preview(subjects, recipe, scorers or {}, progress),
             scorers=scorers or {},
-            loaded_strengths=self.strengths,
             tensorboard=tensorboard,
-            on_pictures=progress.pictures if progress else None,
-            tasks=self.tasks,
         )
         try:
             with own_randomness():
@@ -223,6 +217,19 @@ class Runner:
     ) -> Tensor:
         settings = SamplingSettings("", guidance, steps, height=resolution, width=resolution, frames=frames)
         return self.make(prompts, seeds, settings, progress)
+
+    def _training(
+        self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
+    ) -> TrainingRun:
+        """A run of the recipe with the loaded concepts, not begun."""
+        known: dict[str, Any] = {
+            "class_pictures": self._class_pictures,
+            "make": self._made_now(progress),
+            "loaded_strengths": self.strengths,
+            "on_pictures": progress.pictures if progress else None,
+            "tasks": self.tasks,
+        }
+        return TrainingRun(self.backbone, recipe, subjects, workdir, cache_folder(), **{**known, **more})
 
     def _made_now(self, progress: Progress | None) -> MakeNow:
         on_progress = named(progress.pictures if progress else None, "a batch of pictures")

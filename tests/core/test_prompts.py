@@ -67,7 +67,8 @@ def test_the_syntax_of_other_programs_is_told_with_how_it_is_written_here(prompt
 def test_plain_words_are_no_foreign_syntax():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        expand("a <my-mug> (front), 1 < 2 > 0, [red], 16:9, at 10:30, a snake_case_word, {concept}", PLACEHOLDERS)
+        text = " (front), 1 < 2 > 0, [red], 16:9, at 10:30, a snake_case_word, {concept}"
+        assert expand(f"a <my-mug>{text}", PLACEHOLDERS) == expand("a <my-mug>", PLACEHOLDERS) + text
 
 
 def test_an_unknown_name_lists_what_is_loaded():

@@ -103,11 +103,18 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
 
 
 def test_a_region_that_no_view_shows_is_not_asked():
-    class Silent(OracleScores):
-        def eps(self, *_):
-            raise AssertionError("asked")
+    asked = []
+
+    class Watched(OracleScores):
+        def eps(self, *told):
+            asked.append(told)
+            return super().eps(*told)
 
     hidden = {"hat": torch.zeros(1, 1, 4, 4)}
-    silent = Silent({"prompt": (lambda c: torch.zeros(len(c), 3, 4, 4), 0.1)})
-    scores = RegionalScores(constant(0.0), {"hat": silent})
-    scores.eps([Ask()], torch.zeros(1, 3, 4, 4), torch.tensor([5]), Views(turntable(1), (False,), regions=hidden))
+    watched = Watched({"prompt": (lambda c: torch.zeros(len(c), 3, 4, 4), 0.1)})
+    whole, step = constant(0.5), ([Ask()], torch.zeros(1, 3, 4, 4), torch.tensor([5]))
+    scores = RegionalScores(whole, {"hat": watched})
+    views = Views(turntable(1), (False,), regions=hidden)
+    assert torch.equal(scores.eps(*step, views)[0], whole.eps(*step, views)[0]) and not asked
+    hidden["hat"][:] = 1
+    assert not torch.equal(scores.eps(*step, views)[0], whole.eps(*step, views)[0]) and len(asked) == 1

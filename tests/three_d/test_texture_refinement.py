@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pcs_3d.distill.distill import Distill
@@ -52,3 +53,21 @@ def test_what_differs_from_the_colour_of_the_border_is_the_thing(tmp_path):
     (mask,) = PhaseViews(phase="views", foreground=0.2).pictures({}, 16, {"views": tmp_path}).masks  # type: ignore[misc]
     assert bool((mask[0, 5:11, 7:9] == 1).all()) and bool((mask[0, :3] == 0).all()) and 0 < mask[0, 4, 6] < 1
     assert PhaseViews(phase="views").pictures({}, 16, {"views": tmp_path}).masks is None
+
+
+def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_memory(sd, tmp_path):
+    plan = Runner3D(sd).fit(load("texture_refinement", list(SMALL), "3d", Recipe3D), tmp_path / "run", memory=2**36)
+    assert set(plan.how) == {"form", "paint"} and plan.estimate > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["phases.views.task.prompts=[a photo of a {concept}]"], "is the subject that is learned, and there is none"),
+        (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(sd, tmp_path, settings, why):
+    with pytest.raises(ValueError, match=why):
+        recipe = load("texture_refinement", [*SMALL, *settings], "3d", Recipe3D)
+        Runner3D(sd).create(recipe, tmp_path / "run", tensorboard=False)
