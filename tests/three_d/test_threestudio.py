@@ -121,6 +121,9 @@ def test_latents_are_guided_as_they_are(threestudio, folders):
     torch.testing.assert_close(latents.grad.norm(), out["grad_norm"])
     with pytest.raises(ValueError, match=r"latents of 3 channels.*have 4"):
         guidance(torch.zeros(1, 8, 8, 3), words(), **looked(1), rgb_as_latents=True)
+    words, guidance = both(threestudio, folders, settings=["guidance.pixel_weight=1"])
+    with pytest.raises(ValueError, match=r"guidance\.pixel_weight: .*no pixels to compare"):
+        guidance(latents, words(), **looked(1), rgb_as_latents=True)
 
 
 def test_both_ask_one_model_and_nothing_else_will_do(threestudio, folders):
@@ -167,6 +170,8 @@ def test_a_concept_that_was_learned_anew_at_the_same_place_is_read_anew(threestu
         ({"recipe": "magic3d"}, "phases"),
         ({"recipe": "dreamfusoin"}, "dreamfusion"),
         ({"settings": ["guidance.sclae=3"]}, "sclae"),
+        ({"settings": ["guidance.joint_views=2", "cameras.ring=2"]}, r"guidance\.joint_views"),
+        ({"settings": ["guidance.regions.hat.kind=sdf"]}, r"guidance\.regions"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(threestudio, folders, changes, message):
