@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
+from shared.io.locks import hold
 from shared.io.outputs import write_text
 from shared.metrics.report import SCHEMA_VERSION, Instrument, Report
 
@@ -89,15 +90,18 @@ def benchmark(
 
     Prompts, seeds, settings and what the recipe says are the cell's key: with others, a kept cell does not count, and is
     an error here rather than a mix of two experiments. A cell that raises is kept as failed, said so in every table, and
-    run again next time (`retry`). progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
+    run again next time (`retry`). ValueError while another process writes to `out`.
+
+    progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
     """
+    out = Path(out)
+    hold(out)
     shared = {
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
         "settings": dict(experiment.settings),
         "schema": reporting.schema,  # scores of another version mean something else
     }
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, str], R] = {}
     failures: dict[tuple[str, str], str] = {}

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from shared.backbones.added_tokens import TokenOverlay
+from shared.benchmark.experiment import Experiment, benchmark
 from shared.cli import run
 from shared.io.decode import named_errors
 from shared.io.locks import holding
@@ -168,6 +169,9 @@ def test_an_output_is_one_command_s_until_it_ends_or_is_killed(tmp_path: Path) -
     for path in (out, link):
         with holding(), pytest.raises(ValueError, match=rf"{path} is being written by process {process.pid} \(begun"):
             check_output(path, overwrite=True)
+    nothing: Any = Experiment({"a": 1}, ["mug"], "a photo of a mug", range(1)), out, None
+    with holding(), pytest.raises(ValueError, match=f"is being written by process {process.pid}"):
+        benchmark(lambda *_: None, *nothing)
     check_output(tmp_path / "y.concept")
     process.kill()
     process.wait()
