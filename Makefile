@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` (learn a thing, show it, measure it) and `make test`.
+# Two commands on a fresh machine: `make demo` (learn a thing, show it in pictures and in space, measure it) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test check golden install clean format
 demo: install
-	$(BIN)/pcs demo --out demo --overwrite
+	$(BIN)/pcs demo --part image --part 3d --out demo --overwrite
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
