@@ -1,1 +1,1 @@
-"""Pictures, captions, masks and files: in and out, safely."""
+"""Safe reading and writing of pictures, captions, masks and other files."""

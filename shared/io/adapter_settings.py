@@ -1,7 +1,7 @@
-"""Which settings of a peft adapter may stand in a file: plain numbers, switches and names that say its form.
+"""Which settings of a peft adapter a file may contain: plain numbers, switches and names that describe its form.
 
-Others could import modules, read files, replace layers, or change base weights, and are refused, both from a file and
-before anything is trained with them that could not be kept. Importing this loads no model library.
+Other settings could import modules, read files, replace layers, or change base weights. They are refused both when a file is
+read and before training, since the result could not be saved. Importing this loads no model library.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-SEED = "seed"  # beside peft's own: what some types drew, and do not train, comes from it
-MIN_RANK = "min_rank"  # likewise: of a LoRA whose rank falls with the noise, the least
+SEED = "seed"  # not peft's: seeds the random tensors that some types draw and never train
+MIN_RANK = "min_rank"  # not peft's: the lowest rank of a LoRA whose rank falls with the noise
 OWN = frozenset({SEED, MIN_RANK})
 
-#: Said where an adapter is made, and of no meaning to the adapter that comes of it: left out of files.
+#: Used only while an adapter is created or trained; they do not describe the result and are left out of files.
 _OF_THE_MAKING = frozenset(
     (
         *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
@@ -24,7 +24,7 @@ _OF_THE_MAKING = frozenset(
         *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "target_r"),
     )
 )
-#: The form of the layers, by name; of every type that wraps layers.
+#: Settings that describe the form of the layers, for every adapter type that wraps layers.
 _FORM = frozenset(
     (
         *("peft_type", "target_modules", "feedforward_modules", "bias", "fan_in_fan_out", *OWN),
@@ -51,36 +51,34 @@ _FORM = frozenset(
         *("topk", "save_only_topk_weights", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"),
     )
 )
-_CHANGES_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|eva|lora_ga")  # ways to start that rewrite the base weights
-_MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # LoKr takes a rank above the layer's size for "whole matrices"
-_MAX_NUMBER = 2**24  # of anything that could be a size
+_CHANGES_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|eva|lora_ga")  # initializations that rewrite the base weights
+_MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # LoKr reads a rank above the layer's size as "full matrices"
+_MAX_NUMBER = 2**24  # for anything that could be a size
 _PATTERN = re.compile(r"[\w.^$-]{1,256}")  # peft reads the keys of its patterns as regular expressions
 
 
 def check_adapter(settings: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for settings that are not plain numbers, switches and names of a bounded size."""
+    """Raises ValueError unless all settings are plain numbers, switches or names, of bounded size."""
     for key, value in settings.items():
         if key not in _FORM:
             raise ValueError(f"{where} has the adapter setting {key!r}, which is not accepted from a file")
         if not (_names(value) if key in ("target_modules", "feedforward_modules") else _plain(key, value)):
-            raise ValueError(
-                f"{where}.{key} must be a number, a switch, or names of modules, and is {str(value)[:80]!r}"
-            )
+            raise ValueError(f"{where}.{key} must be a number, a switch, or names of modules; got {str(value)[:80]!r}")
         if key.startswith(("init", "ab_svd")) and isinstance(value, str) and _CHANGES_BASE.search(value):
-            raise ValueError(f"{where}.{key}={value!r} rewrites the base model's weights, which no concept can hold")
+            raise ValueError(f"{where}.{key}={value!r} rewrites the base model's weights, which a concept cannot store")
     if settings.get("bias", "none") != "none":
         raise ValueError(
-            f"{where}.bias trains the base model's own biases; keep those as weights, by a part of their own"
+            f"{where}.bias trains the base model's own biases, which an adapter cannot store; use a `weights` part for them"
         )
     pattern = settings.get("rank_pattern")
     ranks = [settings.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     most = _MAX_LOKR_RANK if settings.get("peft_type") == "LOKR" else _MAX_RANK
     if any(r is not None and (not isinstance(r, int) or not 0 <= r <= most) for r in ranks):
-        raise ValueError(f"{where}: ranks must be whole numbers up to {most}, and are {ranks[:4]}")
+        raise ValueError(f"{where}: ranks must be whole numbers up to {most}; got {ranks[:4]}")
     least = settings.get(MIN_RANK, 0)
     falls = MIN_RANK in settings
     if falls and not (type(least) is int and 0 <= least <= min((r for r in ranks if r is not None), default=8)):
-        raise ValueError(f"{where}.{MIN_RANK} must be a whole number up to the rank, and is {least!r}")
+        raise ValueError(f"{where}.{MIN_RANK} must be a whole number up to the rank; got {least!r}")
     if falls and (settings.get("peft_type") != "LORA" or settings.get("use_dora")):
         raise ValueError(f"{where}.{MIN_RANK}: only the rank of a plain LoRA can fall with the noise")
     if not isinstance(settings.get("target_modules"), list):
@@ -90,7 +88,7 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
 def recordable(
     settings: Mapping[str, Any], modules: list[str], seed: int, min_rank: int | None = None
 ) -> dict[str, Any]:
-    """The settings of an adapter on `modules` as they go into a file: what was only of its making is left out."""
+    """The settings of an adapter on `modules` as a file stores them, without those used only to create it."""
     kept = {k: v.value if isinstance(v, Enum) else v for k, v in settings.items() if k not in _OF_THE_MAKING}
     own = {SEED: seed or None, MIN_RANK: min_rank}
     return {**kept, "target_modules": modules, **{key: value for key, value in own.items() if value is not None}}
@@ -111,5 +109,5 @@ def _plain(key: str, value: Any) -> bool:
 def _number(key: str, value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    free = key == "r" or "seed" in key or "key" in key  # ranks have a bound of their own
+    free = key == "r" or "seed" in key or "key" in key  # ranks have their own bound
     return isinstance(value, int) and (free or abs(value) <= _MAX_NUMBER)

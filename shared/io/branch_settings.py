@@ -1,4 +1,4 @@
-"""Forms of branches beside a network's layers, as they stand in a file. Importing this loads no model library."""
+"""Forms of branches beside a network's layers, as files store them. Importing this loads no model library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shared.config import Part
 
-#: How value embeddings act outside of training: as differences from frame to frame, as they were learned, or not at all.
+#: How value embeddings act outside training: as differences between frames, as learned, or not at all.
 Values = Literal["differences", "as_learned", "off"]
 
 
@@ -19,8 +19,7 @@ class BottleneckForm(Part):
 
 
 class FrameEmbeddingsForm(Part):
-    """Vectors of each frame, added to what queries and keys, and to what values of an attention between frames are
-    computed from."""
+    """One vector per frame added to the input of queries and keys, and one to the input of values, in temporal attention."""
 
     kind: Literal["frame_embeddings"] = "frame_embeddings"
     values: Values = "differences"
@@ -33,4 +32,4 @@ class BranchSettings(Part):
     """Branches of one form in one network."""
 
     form: BranchForm
-    layers: tuple[Annotated[str, Field(min_length=1, max_length=512)], ...]  # the first layer of each place
+    layers: tuple[Annotated[str, Field(min_length=1, max_length=512)], ...]  # the first layer at each place

@@ -1,4 +1,4 @@
-"""Where things are kept between runs that can be made or found again."""
+"""The cache: what is kept between runs and can be recreated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$PCS_CACHE, else the user's cache folder: class pictures, and where models are on this machine."""
+    """$PCS_CACHE, else `pcs` in the user's cache folder. Holds class pictures and the locations of models on this machine."""
     root = os.environ.get("PCS_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "pcs")
     return Path(root).expanduser()

@@ -1,7 +1,7 @@
-"""Captions as people keep them: a text file beside each picture or clip, or all of them in `metadata.jsonl`.
+"""Captions in the usual formats: a text file next to each picture or clip, or one `metadata.jsonl` for all of them.
 
-`NAME.txt`, `NAME.caption`, `NAME.png.txt`, their endings in any case; where several are there, the first of this list.
-`metadata.jsonl` is that of Hugging Face's image folders: {"file_name": "a.png", "text": "a photo of a mug"} on each line.
+Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`, with extensions in any case; the first of this list wins.
+`metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a mug"} on each line.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def looks_like_captions(path: Path) -> bool:
-    """Whether a file has the name of one that holds captions."""
+    """Whether a file's name is that of a caption file."""
     named = path.suffix.lower() in ENDINGS or path.name == METADATA
     return named and not path.name.startswith(".") and path.is_file()
 
 
 def caption_text(file: Path, item: Path) -> str:
-    """The caption of a picture or clip, from the file that `caption_files` found: one line, its line ends as spaces.
+    """The caption of a picture or clip from the file that `caption_files` found, with line breaks turned into spaces.
 
-    ValueError, naming the file, where it is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
+    Raises ValueError, naming the file, if it is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
     """
     text = _listed(file).get(item.name, "") if file.name == METADATA else read_text_file(file, "the caption")
     return " ".join(text.split())
 
 
 def _listed(file: Path | None) -> dict[str, str]:
-    """File name -> caption, of a `metadata.jsonl`; lines without a caption tell something else."""
+    """File name -> caption in a `metadata.jsonl`; lines without a caption are ignored."""
     out: dict[str, str] = {}
     for number, line in enumerate(read_text_file(file, "the captions").splitlines() if file else (), 1):
         if not line.strip():
@@ -76,10 +76,10 @@ def _row(line: str) -> Any:
 
 
 def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name: str, what: str) -> dict[Path, Path]:
-    """As `caption_files`, of a folder that a user names for captions. ValueError where it has none of them.
+    """Like `caption_files`, for a caption folder that the user gives. Raises ValueError if it holds none of the captions.
 
     Args:
-        a_name: whose names are looked for, for example "a picture's"
+        a_name: whose name a caption file must have, for example "a picture's"
         what: the items, for example "pictures"
     """
     root = expanded(folder)
@@ -89,6 +89,6 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     if not out:
         seen = names(p.name for p in sorted(root.iterdir()) if not p.name.startswith(".")) or "nothing"
         raise ValueError(
-            f"captions: nothing in {root} has {a_name} name; it holds {seen}, the {what} are {names(p.name for p in items)}"
+            f"captions: no file in {root} has {a_name} name; it holds {seen}, the {what} are {names(p.name for p in items)}"
         )
     return out

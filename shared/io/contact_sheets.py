@@ -1,4 +1,4 @@
-"""Pictures out: PNG files with text in them, grids, and labelled contact sheets."""
+"""Writes pictures: PNG files with text chunks, grids, and labelled contact sheets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TILE = 128  # pixels: smaller pictures are enlarged to about this on a contact 
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] (clamped) as an 8-bit picture. ValueError when a value is not a number."""
+    """[3, H, W] in [-1, 1] (clamped) as an 8-bit image. ValueError for NaN or Inf."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"a picture has the shape [3, H, W], and this one has {list(pixels.shape)}")
+        raise ValueError(f"a picture must have the shape [3, H, W]; this one has {list(pixels.shape)}")
     pixels = pixels.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(pixels).all()):
-        raise ValueError("a picture holds values that are not numbers (NaN or Inf): the model or its precision failed")
+        raise ValueError("a picture contains NaN or Inf: the model failed, or its precision is too low")
     levels = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
 
@@ -35,10 +35,10 @@ def to_image(pixels: Tensor) -> Image.Image:
 def write_picture(
     picture: Tensor | Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG ([3, H, W] in [-1, 1], or a picture) with `metadata` as text chunks, whole or not at all.
+    """Write a PNG ([3, H, W] in [-1, 1], or an image) with `metadata` as text chunks, atomically.
 
-    Folders are made as needed; an existing file is replaced. `read_metadata` reads the text back, and what UTF-8 cannot
-    hold as escapes. Raises ValueError when a key is not 1 to 79 Latin-1 characters.
+    Folders are created as needed; an existing file is replaced. `read_metadata` reads the text back; characters that UTF-8
+    cannot encode come back as escapes. Raises ValueError if a key is not 1 to 79 Latin-1 characters.
     """
     path = Path(path)
     text = PngImagePlugin.PngInfo()
@@ -48,7 +48,7 @@ def write_picture(
         except UnicodeEncodeError:
             fits = False
         if not fits:
-            raise ValueError(f"{key!r} cannot be a key in a PNG: it must have 1 to 79 Latin-1 characters")
+            raise ValueError(f"{key!r} cannot be a PNG text key: use 1 to 79 Latin-1 characters")
         text.add_text(key, encodable(str(value)))
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def write_picture(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text chunks of a PNG by key; empty where there are none. ValueError when it is not a readable PNG."""
+    """The text chunks of a PNG by key; empty if there are none. ValueError if it is not a readable PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImagePlugin.PngImageFile)
@@ -68,8 +68,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def stills(pixels: Tensor, frames: int = 4) -> Tensor:
-    """Pictures [N, 3, H, W] as they are; of clips [N, 3, F, H, W] at most `frames` frames, evenly spread from the first to
-    the last, side by side: [N, 3, H, n * W]."""
+    """Pictures [N, 3, H, W] unchanged; clips [N, 3, F, H, W] as at most `frames` frames, evenly spaced from the first to the
+    last, side by side: [N, 3, H, n * W]."""
     if pixels.ndim == 4:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
@@ -77,9 +77,9 @@ def stills(pixels: Tensor, frames: int = 4) -> Tensor:
 
 
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
-    """[N, 3, H, W] in [-1, 1] side by side, row by row, `gap` pixels apart; `columns` is about sqrt(N) by default."""
+    """[N, 3, H, W] in [-1, 1] as a grid with `gap` pixels between pictures; `columns` is about sqrt(N) by default."""
     if pixels.ndim != 4 or len(pixels) == 0:
-        raise ValueError(f"a grid needs pictures of the shape [N, 3, H, W], and this is {list(pixels.shape)}")
+        raise ValueError(f"a grid needs pictures of shape [N, 3, H, W], not {list(pixels.shape)}")
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     if columns < 1:
         raise ValueError(f"a grid needs at least one column, not {columns}")
@@ -95,11 +95,11 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
     """Rows of pictures, each [N, 3, H, W] in [-1, 1], with their labels in a column on the left.
 
-    Pictures smaller than `tile` pixels are enlarged by a whole factor without smoothing, so that every pixel shows;
-    larger ones stay as they are. Rows may differ in number and size; more than `columns` pictures wrap.
+    Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel shows;
+    larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.
     """
     if not rows or any(p.ndim != 4 or len(p) == 0 for p in rows.values()):
-        raise ValueError("a contact sheet needs rows of pictures [N, 3, H, W], at least one in each")
+        raise ValueError("a contact sheet needs rows of pictures [N, 3, H, W], with at least one picture in each row")
     strips = [grid(_enlarged(p, tile), min(len(p), columns or len(p)), _GAP) for p in rows.values()]
     font, line = _font(), 18
     labels = [_wrapped(label, font, 190) for label in rows]
@@ -124,7 +124,7 @@ def _enlarged(pixels: Tensor, tile: int) -> Tensor:
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     try:
         return ImageFont.load_default(14)
-    except (ImportError, OSError):  # a Pillow without FreeType
+    except (ImportError, OSError):  # Pillow without FreeType
         return ImageFont.load_default()
 
 

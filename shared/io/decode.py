@@ -1,4 +1,4 @@
-"""A file becomes 8-bit sRGB and, where it is transparent, a mask. It is bounded before it is decoded."""
+"""Decodes a picture file to 8-bit sRGB and, if it has transparency, a mask. Its size is checked before decoding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from shared.io.failures import of_the_machine
 from shared.io.find_pictures import sniff
 from shared.io.terminal import encodable
 
-MAX_PIXELS = 64_000_000  # width * height of 8 bits a channel; takes 1.7 GB until it is in its frame, as 32-bit numbers
-_DEEP = 2  # times as much for more bits: 64-bit numbers while they become 8
+MAX_PIXELS = (
+    64_000_000  # width * height at 8 bits per channel; decoding and resizing take up to 1.7 GB, as 32-bit values
+)
+_DEEP = 2  # deeper channels take twice as much: 64-bit values while they are converted to 8 bits
 MIN_SIDE = 16  # pixels
-GROUND = (128, 128, 128)  # what shows through transparency and around a picture that is fitted into a frame
+GROUND = (128, 128, 128)  # shown behind transparency and around a padded picture
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,12 +37,12 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-_PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # by the colour space in a profile's header
+_PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # by the colour space in the profile's header
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded picture: 8 bits in sRGB, upright, with what is known about its pixels."""
+    """One decoded picture: 8-bit sRGB, upright, with masks of its pixels."""
 
     image: Image.Image  # mode RGB
     alpha: Image.Image | None = None  # mode L: 255 where the subject is
@@ -59,36 +61,39 @@ class Picture:
 
     @property
     def mask(self) -> Tensor | None:
-        """[1, H, W] float32 in [0, 1]: where the subject is; None where nothing says so."""
+        """[1, H, W] float32 in [0, 1]: where the subject is; None if unknown."""
         return None if self.alpha is None else _plane(self.alpha)
 
     @property
     def valid(self) -> Tensor | None:
-        """[1, H, W] float32 in [0, 1]: where the picture is real; None where it is everywhere."""
+        """[1, H, W] float32 in [0, 1]: where the picture is real (not padding); None: everywhere."""
         return None if self.real is None else _plane(self.real)
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Decode a picture file, whatever its name says: upright, 8-bit sRGB, transparency as a mask on a neutral ground.
+    """Decode a picture file, whatever its extension: upright, 8-bit sRGB, with transparency as a mask on a neutral ground.
 
-    Of an animation the first frame is used, with a UserWarning. Raises ValueError, naming the file, when it is missing,
-    not a picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or
-    wholly transparent.
+    For an animation, the first frame is used, with a UserWarning. Raises ValueError, naming the file, if it is missing, not a
+    picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or fully
+    transparent.
     """
     picture = read_frame(path, max_pixels, min_side)
     if picture.alpha is not None and picture.alpha.getextrema() == (0, 0):
-        raise ValueError(f"{picture.path} is wholly transparent: there is nothing to learn from it")
+        raise ValueError(f"{picture.path} is fully transparent: there is nothing to learn from it")
     return picture
 
 
 def read_frame(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """As `read_picture`, for one frame of a clip, where a frame may show nothing: it may be wholly transparent."""
+    """Like `read_picture`, for one frame of a clip, which may be fully transparent."""
     path = expanded(path)
     return as_picture(_decode(path, max_pixels, min_side), path)
 
 
 def as_picture(image: Image.Image, path: Path) -> Picture:
-    """A decoded, upright image of any mode, from the file `path`: 8-bit sRGB, transparency as a mask on a neutral ground."""
+    """Converts a decoded, upright image of any mode to 8-bit sRGB, with transparency as a mask on a neutral ground.
+
+    `path` is the file it came from.
+    """
     with named_errors(path):
         profile = image.info.get("icc_profile")
         colour, alpha = _split(image)
@@ -99,10 +104,10 @@ def as_picture(image: Image.Image, path: Path) -> Picture:
 
 
 def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A mask file as mode L: its transparency where it has some, else its brightness; bright is the subject.
+    """Reads a mask file as mode L: its alpha channel if it has one, else its brightness; bright marks the subject.
 
-    A mask of only two values (0 and 1, or two label colours) is black and white. Raises ValueError as `read_picture`
-    does, and when the mask marks nothing.
+    A mask with only two values (0 and 1, or two label colours) becomes black and white. Raises ValueError as `read_picture`
+    does, and if the mask marks nothing.
     """
     path = expanded(path)
     image = _decode(path, max_pixels, 1)
@@ -110,12 +115,12 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
         colour, alpha = _split(image)
         grey = colour.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
     if grey.getextrema() == (0, 0):
-        raise ValueError(f"the mask {path} is empty: it marks no pixel of its picture")
+        raise ValueError(f"the mask {path} is empty: it marks no pixels")
     return two_valued(grey)
 
 
 def two_valued(mask: Image.Image) -> Image.Image:
-    """A mask of mode L; one of only two values as black and white. An empty one stays empty."""
+    """A mask of mode L, stretched to black and white if it has only two values. An empty mask stays empty."""
     values = np.asarray(mask)
     levels = np.unique(values)
     if len(levels) <= 2 and levels[-1] > 0:
@@ -124,7 +129,7 @@ def two_valued(mask: Image.Image) -> Image.Image:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header. ValueError when it cannot be read."""
+    """(width, height) of the upright picture, from its header. ValueError if it cannot be read."""
     path = expanded(path)
     with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -132,7 +137,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture of mode RGB as [3, H, W] float32 in [-1, 1]."""
+    """An RGB image as [3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
 
 
@@ -142,41 +147,41 @@ def _plane(image: Image.Image) -> Tensor:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ValueError that names the file."""
+    """Turns any error inside into a ValueError that names the file."""
     try:
         yield
-    except Exception as error:  # decoders raise nearly everything on hostile data
+    except Exception as error:  # decoders raise almost anything on hostile data
         if of_the_machine(error) or (isinstance(error, ValueError) and str(path) in str(error)):
             raise
         what = f"{error}".strip() or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a picture, it is damaged or cut off: {what}") from None
+        raise ValueError(f"{path} cannot be read as a picture, it is damaged or truncated: {what}") from None
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """The header of a picture file. Unlike Image.open it tries one format, and leaves the check of the size to us."""
+    """The header of a picture file. Unlike Image.open, it tries only one format and leaves the size check to the caller."""
     try:
         kind = sniff(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
     if kind is None:
-        raise ValueError(f"{path} is not a picture, or of a kind that is not read here: save it as PNG or JPEG")
+        raise ValueError(f"{path} is not a picture in a supported format: save it as PNG or JPEG")
     Image.init()
     factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
     if factory is None:
-        raise ValueError(f"{path} is {kind}, which this Pillow does not read: save it as JPEG or PNG")
+        raise ValueError(f"{path} is {kind}, which this Pillow cannot read: save it as JPEG or PNG")
     with named_errors(path), path.open("rb") as stream:
         yield factory(stream, str(path))  # type: ignore[misc]
 
 
 def check_size(path: Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> None:
-    """ValueError, naming the file, when `size` (width, height) is too large to be decoded or too small to show anything."""
+    """Raises ValueError, naming the file, if `size` (width, height) is too large to decode or too small to show anything."""
     width, height = size
     if width * height > max_pixels:
         total = f"{width}x{height} = {width * height:,} pixels"
-        raise ValueError(f"{path} is {total}, over the limit of {max_pixels:,}: make it smaller")
+        raise ValueError(f"{path} is {total}, above the limit of {max_pixels:,}: make it smaller")
     if min(width, height) < min_side:
-        raise ValueError(f"{path} is {width}x{height} pixels: each side must have at least {min_side}")
+        raise ValueError(f"{path} is {width}x{height} pixels: each side must be at least {min_side}")
 
 
 def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
@@ -198,7 +203,7 @@ def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF is no reason to refuse the picture
+    except Exception:  # damaged EXIF data is no reason to reject the picture
         return 1
 
 
@@ -217,8 +222,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """16-bit, 32-bit and float grey as 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
 
-    Whole numbers up to 255 are 8 bits in a wider type, as scientific software writes them: with 16 bits they would all be
-    black.
+    Integers up to 255 are taken as 8-bit values in a wider type, as scientific software writes them; read as 16-bit values
+    they would all be black.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
@@ -226,7 +231,9 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if high <= 255.0 and (image.mode != "F" or (high > 1.0 and bool((values == np.floor(values)).all()))):
         top = 255.0
     if not (low >= 0.0 and high <= top):
-        raise ValueError(f"grey values from {low:g} to {high:g}, where 0 to {top:g} is read: save it with 8 or 16 bits")
+        raise ValueError(
+            f"grey values range from {low:g} to {high:g}, expected 0 to {top:g}: save it with 8 or 16 bits"
+        )
     grey = Image.fromarray(np.floor(values / top * 255.0 + 0.5).astype(np.uint8))
     clear = image.info.get("transparency")
     if not isinstance(clear, int):
@@ -235,7 +242,7 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
-    """Mode RGB in sRGB, through the embedded colour profile where there is one for this kind of picture."""
+    """Mode RGB in sRGB, converted with the embedded colour profile if it suits this kind of picture."""
     if icc and features.check("littlecms2"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
@@ -246,6 +253,7 @@ def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
                 return out
         except (ImageCms.PyCMSError, OSError) as error:
             warnings.warn(
-                encodable(f"{path}: its colour profile is not readable, colours are as stored ({error})"), stacklevel=6
+                encodable(f"{path}: its colour profile cannot be read; colours are used as stored ({error})"),
+                stacklevel=6,
             )
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,21 +1,21 @@
-"""How far something is, from the innermost loop to whoever shows it."""
+"""Progress callbacks, from the innermost loop to the display."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
-#: Told (done, of) after each denoising step, counted for each picture: four pictures of 50 steps are 200.
+#: Called with (done, of) after each denoising step. Steps count per picture: four pictures with 50 steps each make 200.
 Steps = Callable[[int, int], None]
 
 
 def named(progress: Callable[[str, int, int], None] | None, what: str) -> Steps | None:
-    """(what, done, of) as (done, of)."""
+    """A (done, of) callback that passes (what, done, of) to `progress`."""
     return partial(progress, f"{what}, denoising steps") if progress else None
 
 
 def part_of(progress: Steps | None, start: int, count: int, total: int) -> Steps | None:
-    """For the pictures `start` to `start + count` of `total`, what is told of all of them."""
+    """A callback for pictures `start` to `start + count` that reports progress over all `total`."""
     if progress is None:
         return None
 

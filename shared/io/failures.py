@@ -1,5 +1,5 @@
-"""Failures of the machine rather than of the input (memory, disk, links, depth), in words: what happened, where, and what
-to do. Libraries report them in exceptions of their own, which are recognised here and nowhere else."""
+"""Explains failures of the machine rather than of the input (memory, disk, links, depth): what happened, where, and what to
+do. Libraries report them with their own exceptions, which are recognised only here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 _FREE = "free some space or choose another output"
 _ADVICE = {
     errno.ENOSPC: f"the disk is full: {_FREE}",
-    errno.EDQUOT: f"your share of the disk is used up: {_FREE}",
-    errno.EFBIG: "files may not grow so large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
-    errno.EROFS: "this disk cannot be written to: choose another output",
-    errno.EIO: "the disk does not work properly: choose another one",
-    errno.ELOOP: "its links lead back to themselves: remove the link, or name another place",
+    errno.EDQUOT: f"your disk quota is used up: {_FREE}",
+    errno.EFBIG: "files cannot be this large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
+    errno.EROFS: "this disk is read-only: choose another output",
+    errno.EIO: "the disk is failing: choose another one",
+    errno.ELOOP: "its links form a loop: remove the link, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
-    errno.EACCES: "you may not read or write there: change its permissions, or choose another place",
+    errno.EACCES: "you have no permission to read or write there: change it, or choose another place",
 }
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 _MEMORY = re.compile(
@@ -29,13 +29,13 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _SMALLER = (
-    "make it smaller: fewer at a time (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
-    "(train.mixed_precision, --precision); or close what else uses it"
+    "use less: a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
+    "(train.mixed_precision, --precision); or close other programs that use it"
 )
 
 
 def system_error(error: BaseException) -> int | None:
-    """The system's number (`errno`) of a failure, also where a library only quotes it; None where there is none."""
+    """The `errno` of a failure, even if a library only quotes it in its message; None if there is none."""
     if isinstance(error, OSError):
         return error.errno
     found = _NUMBER.search(str(error)) if not isinstance(error, ValueError) else None
@@ -52,7 +52,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether the machine failed, and not what a user gave: no file is to be called damaged for it."""
+    """Whether memory or the disk failed rather than the user's input: no file should be called damaged because of it."""
     return out_of_memory(error) or system_error(error) in _OF_WRITING
 
 
@@ -64,11 +64,11 @@ def in_words(error: BaseException) -> str | None:
             if re.search(r"CUDA|CUBLAS|GPU", str(error)) or "cuda" in type(error).__module__
             else "this machine"
         )
-        return f"out of memory: {where} has not enough for this{_size(error)}. To go on, {_SMALLER}"
+        return f"out of memory: {where} does not have enough for this{_size(error)}. To continue, {_SMALLER}"
     if isinstance(error, RecursionError):
-        return "something is nested too deeply to be read: look for brackets in brackets in your settings and files"
+        return "something is nested too deeply to be read: look for nested brackets in your settings and files"
     if isinstance(error, OverflowError):
-        return f"a number is too large to compute with ({error}): give a smaller one"
+        return f"a number is too large ({error}): give a smaller one"
     number = system_error(error)
     if number is None:
         return None
@@ -82,7 +82,7 @@ def in_words(error: BaseException) -> str | None:
 
 
 def _size(error: BaseException) -> str:
-    """How much was asked for, where the error says so."""
+    """How much memory was requested, if the error says so."""
     asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
     if asked is None:
         return ""
@@ -91,8 +91,8 @@ def _size(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written: a failure of the disk names it, whichever library met it, and under the name that the user
-    knows (files are first written beside their place)."""
+    """While `path` is written, makes disk failures name it, whichever library raised them, instead of the temporary file
+    that is written first."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, which are captions and masks beside them, and which are neither."""
+"""Sorts a folder's files into pictures, their captions and masks, and everything else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MASK_ENDS = (".mask", "-mask", "_mask")
 
 @dataclass(frozen=True)
 class Listing:
-    """Pictures in order, with the caption file and the mask of those that have one."""
+    """Pictures in order, with their caption files and masks if they have any."""
 
     pictures: tuple[Path, ...]
     captions: dict[Path, Path]  # picture -> the file that holds its caption
@@ -44,10 +44,9 @@ class Listing:
 
 
 def sniff(path: Path) -> str | None:
-    """The picture format that a file holds, by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
+    """A file's picture format, judged by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
 
-    Formats whose mark is only two letters (BMP, PPM) must have the right ending as well. OSError when it cannot be
-    opened.
+    Formats with a two-letter signature (BMP, PPM) must also have the right extension. OSError if it cannot be opened.
     """
     with path.open("rb") as stream:
         head = stream.read(64)
@@ -68,19 +67,19 @@ def sniff(path: Path) -> str | None:
 
 
 def list_pictures(images: PathLike | Sequence[PathLike]) -> tuple[tuple[Path, ...], list[str]]:
-    """The pictures of a folder (sorted by name), of one file, or of a list of files and folders (in its order).
+    """Lists the pictures in a folder (sorted by name), a single file, or a list of files and folders (in its order).
 
-    What is no picture (hidden files, text, empty files, sub-folders) is skipped and named in one UserWarning per
-    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) beside the
-    pictures are neither. Returns the pictures and the same warnings as text. Raises ValueError when a path does not exist, a
-    named file is no picture, or nothing is left, and says what was found.
+    Anything that is not a picture (hidden files, text, empty files, subfolders) is skipped and listed in one UserWarning per
+    folder; captions (`shared.io.caption_files`) and masks (`masks/NAME.png`, `NAME.mask.png`, `NAME-mask.png`) of the
+    pictures are not listed. Returns the pictures and the same warnings as text. Raises ValueError, with what was found, if a
+    path does not exist, a given file is not a picture, or nothing is left.
     """
     listing = scan(images)
     return listing.pictures, list(listing.warnings)
 
 
 def scan(images: PathLike | Sequence[PathLike]) -> Listing:
-    """As `list_pictures`, with captions and masks."""
+    """Like `list_pictures`, with captions and masks."""
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     if not paths:
         raise ValueError("no pictures: the list of files is empty")
@@ -95,7 +94,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
         notes += part.warnings
         twice = [p.name for p in part.pictures if p in pictures]
         if twice:
-            notes.append(f"named twice, used once: {names(twice)}")
+            notes.append(f"listed twice, used once: {names(twice)}")
         pictures.update(dict.fromkeys(part.pictures))
         captions.update(part.captions)
         masks.update(part.masks)
@@ -105,7 +104,7 @@ def scan(images: PathLike | Sequence[PathLike]) -> Listing:
 
 
 def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
-    """One file that was named; `seen` keeps the possible masks of each folder."""
+    """Lists one given file; `seen` caches the possible masks of each folder."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     reason = _not_a_picture(path)
@@ -117,7 +116,7 @@ def _file(path: Path, seen: dict[Path, list[Path]]) -> Listing:
 
 
 def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
-    """As `scan` of one folder, with its warnings only in the listing; `known` names files that the caller accounts for."""
+    """Like `scan` for one folder, but only returns the warnings; `known` names files that the caller handles."""
     entries = sorted((p for p in folder.iterdir() if p.name not in known), key=lambda p: p.name)
     stray: dict[Path, str] = {}
     pictures: list[Path] = []
@@ -136,12 +135,12 @@ def listing_of(folder: Path, known: Collection[str] = ()) -> Listing:
     captions, masks = caption_files(pictures, folder), _masks(pictures, candidates)
     used = {*captions.values(), *masks.values()}
     stray.update({p: no_caption(p, pictures, used) for p in stray if looks_like_captions(p)})
-    stray.update({p: "a mask of no picture" for p in candidates if p not in used and p not in pictures})
+    stray.update({p: "a mask without a picture" for p in candidates if p not in used and p not in pictures})
     if (folder / "masks").is_dir():
         stray.update({p: why for p in sorted((folder / "masks").iterdir()) if (why := _not_a_picture(p))})
     for path in [p for p in stray if p in used or (p == folder / "masks" and p.is_dir())]:
         del stray[path]
-    note = f"{folder}: skipped what is not a picture: {names(map(_skipped, stray, stray.values()))}"
+    note = f"{folder}: skipped files that are not pictures: {names(map(_skipped, stray, stray.values()))}"
     return Listing(tuple(pictures), captions, masks, (note,) if stray else ())
 
 
@@ -159,22 +158,22 @@ def _not_a_picture(path: Path) -> str:
     try:
         if path.stat().st_size == 0:
             return "empty, 0 bytes"
-        return "" if sniff(path) else "its content is no picture"
+        return "" if sniff(path) else "not a picture"
     except OSError as error:
         return f"cannot be opened: {error.strerror}"
 
 
 def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
-    """Why a file that could hold captions is not read as one."""
+    """Why a possible caption file is not used."""
     if file.name == METADATA:
-        return "it holds no caption of what is here, or each has a file of its own"
+        return "no captions for the files here, or each has its own caption file"
     owner = next((p for p in items if file.stem in (p.stem, p.name)), None)
     other = next((p.name for p in used if owner and p.stem in (owner.stem, owner.name)), "")
-    return f"{other} is read as the caption" if other else "a text, and nothing to learn from has its name"
+    return f"{other} is used as the caption" if other else "a text file that matches no name here"
 
 
 def owner_stem(stem: str, stems: Collection[str]) -> str:
-    """The stem of the picture that a mask file belongs to; its own where it is a picture itself."""
+    """The stem of the picture that a mask file belongs to; its own stem if it is a picture itself."""
     for end in MASK_ENDS:
         if stem.endswith(end) and stem.removesuffix(end) in stems:
             return stem.removesuffix(end)
@@ -182,7 +181,7 @@ def owner_stem(stem: str, stems: Collection[str]) -> str:
 
 
 def _mask_files(folder: Path) -> list[Path]:
-    """Every file that could be a mask of a picture of this folder, those in `masks/` first."""
+    """Every possible mask of a picture in this folder, those in `masks/` first."""
     inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
     named = sorted(p for p in folder.iterdir() if p.stem.endswith(MASK_ENDS))
     return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]

@@ -1,8 +1,8 @@
-"""Which files of a folder pcs itself wrote: only a folder that holds nothing else may be replaced as a whole.
+"""Which files in a folder pcs wrote: a folder may be replaced only if it holds nothing else.
 
-Concepts, reports, exports, checkpoints and cells of a benchmark say in their JSON which files are theirs, pictures say
-it in their PNG text; where that leaves something open, a list of its files lies in the folder: `atomic_folder` writes
-it at the end, a training adds each file before it writes it.
+Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their PNG
+text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file before
+writing it.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from typing import Any
 
 from shared.io.temporary_names import is_temporary
 
-MARK = ".pcs-output"  # the list of files, hidden
+MARK = ".pcs-output"  # the hidden list of files
 _NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave
 _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
-_ALBUM = {"toybox-subject", "toybox-style"}  # in that of held-out things
+_ALBUM = {"toybox-subject", "toybox-style"}  # the same for pictures of held-out things
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
-    """At most `most` files below a folder that nothing there says pcs has written; none of an empty folder.
+    """Up to `most` files below a folder that are not recorded there as written by pcs.
 
-    Paths are relative to the folder. Links are not followed, and count as foreign.
+    Paths are relative to the folder. Links are not followed and count as foreign.
     """
     return list(islice(_foreign_files(folder, frozenset(), ""), most))
 
 
 def mark(folder: Path) -> None:
-    """Leave the list of a new folder's files in it, where the files themselves do not say who wrote them."""
+    """Write a list of a new folder's files into it, unless the files already show that pcs wrote them."""
     if foreign_files(folder, 1):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
         _write_mark(folder, [f for f in files if f != MARK])
 
 
 def claim(folder: Path, file: str, made: bool = False) -> None:
-    """Add a file to the list of a folder that grows while pcs works in it. To be called before the file is written.
+    """Add a file to the list of a folder that grows while pcs works in it. Call this before writing the file.
 
-    `file` is relative to the folder. ValueError when a file of that name is there that pcs did not write; `made`: it is
-    there because it has just been made.
+    `file` is relative to the folder. Raises ValueError if a file of that name exists that pcs did not write, unless `made`
+    (the caller has just created it).
     """
     if file in _claimed(folder):
         return
     if os.path.lexists(folder / file) and not made:
-        raise ValueError(f"{folder / file} was not written by pcs, and would be replaced: move it away first")
+        raise ValueError(f"{folder / file} was not written by pcs and would be replaced: move it away first")
     folder.mkdir(parents=True, exist_ok=True)
     _write_mark(folder, [*_claimed(folder), file])
 
@@ -68,7 +68,7 @@ def _write_mark(folder: Path, files: list[str]) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Remove the files below a folder that pcs wrote, the list of them, and folders that are empty then; nothing else."""
+    """Remove the files that pcs wrote below a folder, their list, and folders that are then empty; nothing else."""
     if folder.is_symlink() or not folder.is_dir():
         return
     kept = {folder / name for name in foreign_files(folder, sys.maxsize)}
@@ -96,7 +96,7 @@ def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterato
 
 
 def _explained(folder: Path) -> set[str]:
-    """Files below a folder that its own files account for."""
+    """Files below a folder that its own JSON files or marks account for."""
     out: set[str] = set()
     for name, (keys, files) in _LISTS.items():
         content = _json(folder / name)
@@ -104,18 +104,16 @@ def _explained(folder: Path) -> set[str]:
             try:
                 out |= {name, *map(str, files(content))}
             except (KeyError, TypeError, AttributeError):
-                continue  # somebody else's file of this name
+                continue  # another program's file of this name
     if _CHECKPOINT.fullmatch(folder.name) and {p.name for p in folder.iterdir()} <= _CHECKPOINT_FILES:
-        out |= (
-            _CHECKPOINT_FILES  # also where its state.json is damaged: it can be neither resumed nor removed otherwise
-        )
+        out |= _CHECKPOINT_FILES  # even if its state.json is damaged: otherwise it could be neither resumed nor removed
     if (folder / "comparison.md").is_file() and (folder / "comparison.csv").is_file():
         out |= {"comparison.md", "comparison.csv", "index.html"}
     return out | _of_pictures(folder)
 
 
 def _of_pictures(folder: Path) -> set[str]:
-    """Captions and masks beside the pictures of an album."""
+    """Captions and masks of an album's pictures."""
     out: set[str] = set()
     for picture in folder.glob("*.png"):
         if _ALBUM & _png_text(picture):
@@ -128,7 +126,7 @@ def _report(content: Any) -> list[str]:
     return ["pictures.csv", "prompts.csv", "index.html", *pictures, *content["references"]]
 
 
-# file -> the keys that it must have to be ours, and the files beside it that it accounts for
+# file -> the keys that show pcs wrote it, and the files next to it that it accounts for
 _LISTS: dict[str, tuple[set[str], Callable[[Any], list[str]]]] = {
     MARK: ({"written by", "files"}, lambda content: list(content["files"])),
     "concept.json": ({"schema_version", "files", "adapter_id"}, lambda content: ["preview.png", *content["files"]]),
@@ -150,7 +148,7 @@ def _json(path: Path) -> Any:
 
 
 def _png_text(path: Path) -> set[str]:
-    """The keys of the text in a PNG's head; nothing is decoded. Empty for every other file."""
+    """The keys of the text chunks in a PNG's header; nothing is decoded. Empty for any other file."""
     from PIL import Image
 
     if path.suffix.lower() != ".png" or path.is_symlink():
@@ -158,5 +156,5 @@ def _png_text(path: Path) -> set[str]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return {k for k in image.info if isinstance(k, str)}
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # whatever it is, pcs did not write it
         return set()

@@ -1,5 +1,5 @@
-"""One command at a time writes an output. The lock is the operating system's (`flock`): it ends with the process that
-holds it, however that ends. It lies in the cache, so that a command that is refused leaves nothing beside the output."""
+"""Locks so that only one command at a time writes an output. A lock is the operating system's (`flock`), so it ends with the
+process that holds it, however that ends. Lock files are in the cache, so that a refused command leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shared.io.cache import cache_folder
 if sys.platform != "win32":
     import fcntl
 
-_held: dict[Path, int] | None = None  # place -> open lock file, while a command runs; None: nobody asked for locks
+_held: dict[Path, int] | None = None  # place -> open lock file, while a command runs; None: locking is off
 
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """While a command runs: each output that it checks (`hold`) is its own until the end."""
+    """While a command runs, keeps a lock on each output that it checks (`hold`) until the end."""
     global _held
     if _held is not None or sys.platform == "win32":
         yield
@@ -38,9 +38,9 @@ def holding() -> Iterator[None]:
 
 
 def hold(path: Path) -> None:
-    """This command's own from here on. ValueError, naming the process, while another one writes there.
+    """Locks `path` for this command. ValueError, naming the process, if another one is writing there.
 
-    Without `holding`, and where no cache can be written, nothing is locked.
+    Outside `holding`, or if the cache cannot be written, nothing is locked.
     """
     place = path.resolve()
     if _held is None or place in _held:
@@ -62,7 +62,7 @@ def _locked(path: Path, file: Path) -> int:
                 f"{path} is being written by {who}: wait until it is done, or choose another output"
             ) from None
         with suppress(OSError):
-            if os.path.samestat(os.fstat(handle), file.stat()):  # else its holder ended, and removed it, meanwhile
+            if os.path.samestat(os.fstat(handle), file.stat()):  # otherwise its holder has removed it in the meantime
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} (begun {time.strftime('%H:%M:%S')})".encode())
                 return handle

@@ -1,4 +1,4 @@
-"""Networks and tokenizers from folders that must be whole: what a file lacks is an error, never a random number."""
+"""Loads networks and tokenizers from complete folders: a missing weight is an error, never silently random."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 
 from shared.io.failures import of_the_machine
 
-#: Keys of older files, and of the other half of a model whose text encoder alone is used.
+#: Keys in older files, and of the other half of a model of which only the text encoder is used.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PADDED = 0.9  # of a table's rows are tokens at least: tables are padded by a few rows, not by half
+_PADDED = 0.9  # the smallest share of a table's rows that are tokens: tables are padded by a few rows, not by half
 _WORDS = ("dog", "mug", "teapot")
 
 
 def load_network(
     kind: Any, folder: Path, unused: Sequence[str] = (), variant: str | None = None, dtype: Any = None
 ) -> Any:
-    """`kind.from_pretrained(folder)`, on the CPU, without a network connection.
+    """`kind.from_pretrained(folder)`, on the CPU and offline.
 
     Args:
         kind: a model class of diffusers or transformers
         folder: with `config.json` and safetensors, in one file or in shards
-        unused: patterns of keys that the model has and nobody here uses; they may be missing
-        variant: as in `model.fp16.safetensors`; default: that of the files, where every one has it
+        unused: patterns of keys that the model has but that are not used here; they may be missing
+        variant: as in `model.fp16.safetensors`; default: the files' variant, if all of them have it
         dtype: of the weights (default: float32)
 
     Raises:
-        ValueError: the files cannot be read, or lack a key, or have one in another shape; it says where
+        ValueError: the files cannot be read, or lack a key, or have a key with another shape; the message says where
 
     Warns:
         UserWarning: the files have keys that the model does not
@@ -49,29 +49,31 @@ def load_network(
             model, info = kind.from_pretrained(
                 str(folder),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below, with the place
+                ignore_mismatched_sizes=True,  # reported below, with their location
                 use_safetensors=True,
                 local_files_only=True,
                 **options,
             )
-    except Exception as error:  # whatever a broken folder raises is about the user's files
+    except Exception as error:  # whatever a broken folder raises concerns the user's files
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
-    empty = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta}  # promised by an index
+    empty = {
+        n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta
+    }  # listed in an index, but not in any file
     wrong = {key for key, *_ in info["mismatched_keys"]}
     _check_keys({**info, "missing_keys": {*info["missing_keys"], *empty} - wrong}, folder, kind.__name__, unused)
     return model
 
 
 def _check_format(kind: Any, folder: Path) -> None:
-    """ValueError where the weights are there only in a format that is not read."""
+    """Raises ValueError if the weights exist only in an unsupported format."""
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLED)
     if pickled and not any(folder.glob("*.safetensors")):
         library, name, place = kind.__module__.partition(".")[0], kind.__name__, str(folder)
         raise ValueError(
-            f"{folder} holds its weights as {pickled[0]} alone: that format can run code while it is read, and is not read "
-            f"here. Convert it once, if you trust where it comes from: python -c 'from {library} import {name} as M; "
+            f"{folder} has its weights only as {pickled[0]}: that format can run code when it is read, so it is not "
+            f"supported. If you trust its source, convert it once: python -c 'from {library} import {name} as M; "
             f"M.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})'"
         )
 
@@ -80,29 +82,33 @@ def _check_keys(info: Any, folder: Path, kind: str, unused: Sequence[str]) -> No
     file = folder / _weights_file(folder)
     missing = _others(info["missing_keys"], unused)
     if missing:
-        raise ValueError(f"{file} lacks {_listed(missing)} of a {kind}: the file is not whole, or of another model")
+        raise ValueError(
+            f"{file} lacks {_listed(missing)} of a {kind}: the file is incomplete, or belongs to another model"
+        )
     wrong = sorted(info["mismatched_keys"])
     if wrong:
         key, stored, expected = wrong[0]
-        more = f", and {len(wrong) - 1} more are of other shapes" if len(wrong) > 1 else ""
+        more = f", and {len(wrong) - 1} more shapes differ" if len(wrong) > 1 else ""
         raise ValueError(
-            f"{file}: {key} is {list(stored)}, and the {kind} of {folder / 'config.json'} has {list(expected)}{more}"
+            f"{file}: {key} is {list(stored)}, but the {kind} in {folder / 'config.json'} has {list(expected)}{more}"
         )
     stray = _others(info["unexpected_keys"], _UNREAD)
     if stray:
-        warnings.warn(f"{file} holds {_listed(stray)}, which a {kind} does not have: not used", stacklevel=4)
+        warnings.warn(
+            f"{file} contains {_listed(stray)}, which a {kind} does not have; they are not used", stacklevel=4
+        )
 
 
 def check_state(stored: Any, expected: Any, file: Path) -> None:
-    """ValueError unless two state dicts have the same keys and shapes, `stored` being what `file` holds."""
+    """Raises ValueError unless `stored` (from `file`) and `expected` have the same keys and shapes."""
     missing, stray = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
-        raise ValueError(f"{file} lacks {_listed(missing)}: the file is not whole, or of another model")
+        raise ValueError(f"{file} lacks {_listed(missing)}: the file is incomplete, or belongs to another model")
     if stray:
-        raise ValueError(f"{file} holds {_listed(stray)}, which the model does not have")
+        raise ValueError(f"{file} contains {_listed(stray)}, which the model does not have")
     for key, tensor in expected.items():
         if stored[key].shape != tensor.shape:
-            raise ValueError(f"{file}: {key} is {list(stored[key].shape)}, and the model has {list(tensor.shape)}")
+            raise ValueError(f"{file}: {key} is {list(stored[key].shape)}, but the model has {list(tensor.shape)}")
 
 
 def _others(keys: Collection[str], patterns: Sequence[str]) -> list[str]:
@@ -114,13 +120,13 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _weights_file(folder: Path) -> str:
-    """The name of the file that says which keys there are: the index of shards, or the only file."""
+    """The name of the file that lists the keys: the shard index, or the only file."""
     names = sorted(p.name for p in (*folder.glob("*.index*.json"), *folder.glob("*.safetensors")))
     return next((n for n in names if "index" in n), names[0] if names else "")
 
 
 def _half_only(folder: Path) -> bool:
-    """Whether the weights are there only as `….fp16.safetensors`."""
+    """Whether the weights exist only as `….fp16.safetensors`."""
     names = [p.name for p in folder.glob("*.safetensors")]
     return bool(names) and all(re.search(r"\.fp16[.-]", name) for name in names)
 
@@ -129,7 +135,7 @@ def _half_only(folder: Path) -> bool:
 
 
 def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
-    """A tokenizer of transformers from a folder. ValueError when it is not there as a whole (`check_tokenizer`)."""
+    """Loads a transformers tokenizer from a folder. ValueError if it is incomplete (`check_tokenizer`)."""
     try:
         with quiet():
             tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
@@ -142,33 +148,33 @@ def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
-    """ValueError when a tokenizer is not that of a text encoder with this many token `embeddings`: its files are missing in
-    part, or belong to another model. Without them, transformers makes one for which all prompts are the same."""
+    """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`: some of its files are
+    missing or belong to another model. Without them, transformers builds one that encodes all prompts alike."""
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
-    what = f"{folder}: the tokenizer there knows {size} tokens, and the text encoder has embeddings for {embeddings}"
+    what = f"{folder}: the tokenizer has {size} tokens, but the text encoder has {embeddings} embeddings"
     if size > embeddings or size < _PADDED * embeddings:
-        raise ValueError(f"{what}. Files of it are missing, or belong to another model")
+        raise ValueError(f"{what}. Some of its files are missing, or belong to another model")
     ids = [tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in _WORDS]
     for (one, a), (other, b) in itertools.combinations(zip(_WORDS, ids, strict=True), 2):
         if not a or a == b:
             raise ValueError(
-                f"{folder}: {one!r} and {other!r} are the same to the tokenizer there. Files of it are missing"
+                f"{folder}: its tokenizer encodes {one!r} and {other!r} alike. Some of its files are missing"
             )
 
 
-# --- what libraries say ------------------------------------------------------------------------
+# --- library output ----------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first, or its type."""
+    """The first line of an exception's message, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def quiet(network: bool = False) -> Iterator[None]:
-    """No bars and no reports of diffusers and transformers while they load, and unless `network` is on, no request:
-    `local_files_only` is not kept everywhere. What was before is again afterwards."""
+    """Silences the progress bars and logs of diffusers and transformers while they load, and blocks network requests unless
+    `network` is set, since `local_files_only` is not respected everywhere. Restores the previous state."""
     from diffusers.utils import logging as diffusers_log
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_log
@@ -183,7 +189,7 @@ def quiet(network: bool = False) -> Iterator[None]:
         log.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # names of arguments differ between versions
+            warnings.simplefilter("ignore", FutureWarning)  # argument names differ between versions
             yield
     finally:
         constants.HF_HUB_OFFLINE = offline

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, and replace nothing that pcs did not write."""
+"""Writes outputs atomically, and never replaces anything that pcs did not write."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PathLike = str | os.PathLike[str]
 
 
 def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Path:
-    """The folder to write, as a path. To be called before work starts.
+    """Returns the folder to write, as a path. Call this before work starts.
 
-    Raises ValueError when it exists and holds something, unless `overwrite`; with `overwrite`, when it is a file or
-    holds a file that pcs did not write, for it is replaced as a whole; when it holds the working or the home folder;
-    when it is, holds or lies inside one of `inputs` (files and folders that are read); when a link on its way leads
-    nowhere; when another process writes it (`shared.io.locks`); and when it cannot be written.
+    Raises ValueError if it exists and is not empty, unless `overwrite`; with `overwrite`, if it is a file or holds a file that
+    pcs did not write (it is replaced as a whole); if it contains the working or home folder; if it equals, contains or is
+    inside one of `inputs` (files and folders that are read); if a link in its path is broken; if another process is writing it
+    (`shared.io.locks`); and if it cannot be written.
     """
     path = _named(path)
     check_apart(path, inputs)
@@ -36,11 +36,11 @@ def check_output(path: PathLike, overwrite: bool = False, inputs: Iterable[PathL
 
 
 def check_file(path: PathLike, overwrite: bool = False) -> Path:
-    """The file to write, as a path. ValueError when it exists, unless `overwrite`, when it is a folder, and when it cannot
-    be written."""
+    """Returns the file to write, as a path. ValueError if it exists (unless `overwrite`), is a folder, or cannot be
+    written."""
     path = _named(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a file is to be written: name a file in it")
+        raise ValueError(f"{path} is a folder; give the path of a file")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already: choose another output, or overwrite it explicitly")
     _writable(path)
@@ -53,40 +53,40 @@ def _named(path: PathLike) -> Path:
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             raise ValueError(
-                f"the output {path} leads nowhere: {link} is a link to {os.readlink(link)}, which is not there (or leads "
+                f"the output {path} leads nowhere: {link} is a link to {os.readlink(link)}, which does not exist (or links "
                 "back to it). Remove the link, or choose another output"
             )
     place, home, working = _place(path), Path.home().resolve(), Path.cwd().resolve()
     if not path.name or place in (home, *home.parents, working, *working.parents):
-        raise ValueError(f"{str(path)!r} cannot be the output: name a folder or file of its own")
+        raise ValueError(f"{str(path)!r} cannot be the output: give a separate folder or file")
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"the output {str(path)!r} is not UTF-8, and safetensors writes to no such path: choose another name"
+            f"the output {str(path)!r} is not UTF-8, and safetensors cannot write to such a path: choose another name"
         ) from None
     return path
 
 
 def _place(path: PathLike) -> Path:
-    """Where a path leads, its links followed; links in a circle are left as they are."""
+    """The path with links resolved; unchanged if its links form a loop."""
     return Path(os.path.realpath(expanded(path)))
 
 
 def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
-    """ValueError when the output and something that is read share a place; links are followed."""
+    """Raises ValueError if the output overlaps anything that is read; links are followed."""
     place = _place(path)
     for item in inputs:
         source = _place(item)
         how = "is" if place == source else "holds" if place in source.parents else ""
         how = how or ("lies inside" if source in place.parents else "")
         if how:
-            raise ValueError(f"the output {path} {how} {item}, which is read: choose an output apart from it")
+            raise ValueError(f"the output {path} {how} {item}, which is an input: choose another output")
 
 
 def _check_there(path: Path, overwrite: bool) -> None:
     if not path.is_dir():
-        raise ValueError(f"{path} exists already and is a file, where a folder is to be written: choose another output")
+        raise ValueError(f"{path} exists already and is a file, but the output is a folder: choose another output")
     inside = sum(1 for _ in path.iterdir())
     if inside and not overwrite:
         raise ValueError(
@@ -96,8 +96,8 @@ def _check_there(path: Path, overwrite: bool) -> None:
     if others:
         more = " …" if len(others) > 3 else ""
         raise ValueError(
-            f"{path} cannot be overwritten: it holds what pcs did not write ({names(others[:3])}{more}), which would be "
-            "deleted with it. Choose another output, or move those files away first"
+            f"{path} cannot be overwritten: it holds files that pcs did not write ({names(others[:3])}{more}), which would "
+            "be deleted. Choose another output, or move those files away first"
         )
 
 
@@ -111,12 +111,11 @@ def _writable(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; it takes the name at the end, and vanishes on an error.
+    """Yields a temporary folder next to `path`, which is renamed to `path` at the end and removed on an error.
 
-    With `overwrite`, what was there stays until the new folder is complete, and the two change places in one moment
-    where the system can do that. A link that leads to a folder stays, and the folder is written where it leads. Files get the
-    modes that the umask gives.
-    What processes that were killed have left beside it is removed. ValueError as `check_output`, before and after.
+    With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
+    supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
+    gives. Leftovers of killed processes next to it are removed. Raises ValueError as `check_output` does, before and after.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -133,7 +132,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
                 if file.is_file() and not file.is_symlink():
                     file.chmod(usual)
             if path.exists():
-                _check_there(path, overwrite)  # again: somebody may have used the time
+                _check_there(path, overwrite)  # again: this may have changed in the meantime
             _take_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -144,11 +143,11 @@ def _take_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    if exchanged(temporary, path):  # there is no moment without an output
+    if exchanged(temporary, path):  # there is always an output
         shutil.rmtree(temporary, ignore_errors=True)
         return
     old = replaced(path)
-    path.rename(old)  # a kill here: whoever writes beside it next puts it back (`sweep`)
+    path.rename(old)  # if killed here, the next process that writes next to it restores it (`sweep`)
     try:
         temporary.rename(path)
     except BaseException:
@@ -159,9 +158,9 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Yields a temporary path (same ending) to write to; it replaces `path` at the end, and vanishes on an error.
+    """Yields a temporary path (same extension) to write to; it replaces `path` at the end and is removed on an error.
 
-    The folder must exist; the file gets the mode that the umask gives, whoever wrote it.
+    The folder must exist; the file gets the mode that the umask gives, whichever library wrote it.
     `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))
@@ -183,7 +182,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> Path:
-    """Write UTF-8 text, whole or not at all; the folder must exist. What UTF-8 cannot hold is escaped, as JSON does it."""
+    """Write UTF-8 text atomically; the folder must exist. Characters that UTF-8 cannot encode are escaped, as in JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8")
     return Path(path)

@@ -1,4 +1,4 @@
-"""A folder of somebody's pictures becomes a Subject."""
+"""Reads a user's pictures into a Subject."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_subject(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> Subject:
-    """Pictures (a folder, a file, a list), with the captions and masks beside them or in the folders given.
+    """Reads pictures (a folder, a file, a list), with captions and masks next to them or in the given folders.
 
     `masks` and `captions` are a folder whose files have the pictures' names, or a mapping by picture (path or file
-    name). Raises ValueError when there are no pictures, a mask has another size than its picture, or something that was
-    named matches no picture. Stray files are skipped with a warning; where only some pictures have a caption or a mask,
-    a UserWarning names the others.
+    name). Raises ValueError if there are no pictures, the sizes of a mask and its picture differ, or a given caption or mask
+    matches no picture. Stray files are skipped with a warning; if only some pictures have a caption or a mask, a UserWarning
+    lists the others.
     """
     listing = scan(images)
     by_picture = {p: caption_text(t, p) for p, t in listing.captions.items()}
@@ -46,26 +46,26 @@ def read_subject(
         size, other = picture_size(picture), picture_size(mask)
         if size != other:
             raise ValueError(
-                f"the mask {mask} is {other[0]}x{other[1]} pixels, and its picture {picture} is {size[0]}x{size[1]}: "
-                "they must be of one size"
+                f"the mask {mask} is {other[0]}x{other[1]} pixels, but its picture {picture} is {size[0]}x{size[1]}: "
+                "they must have the same size"
             )
     kept = {p: text for p, text in by_picture.items() if text}
-    _warn_of_gaps(listing.pictures, kept, "caption", "their captions are made from the recipe's template")
+    _warn_of_gaps(listing.pictures, kept, "caption", "their captions come from the recipe's template")
     cut_out = {p for p in listing.pictures if p not in mask_of and transparent(p)}
-    _warn_of_gaps(listing.pictures, {*mask_of, *cut_out}, "mask", "all of each counts as the subject")
+    _warn_of_gaps(listing.pictures, {*mask_of, *cut_out}, "mask", "the whole picture counts as the subject")
     return Subject(images=listing.pictures, class_noun=plain_noun(class_noun), captions=kept, masks=mask_of)
 
 
 def plain_noun(text: str) -> str:
-    """A class noun without its article, which templates have: "a mug" is "mug". ValueError where it is no plain word."""
+    """A class noun without its article, which templates add: "a mug" is "mug". ValueError if it is not a plain word."""
     if set("<>{}") & set(check_utf8(text)):
-        raise ValueError(f"class_noun = {text!r}: say a plain word for what the thing is, for example duck")
+        raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
     words = text.split()
     return " ".join(words[1:] if len(words) > 1 and words[0].lower() in _ARTICLES else words)
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Say which pictures lack what others have; a folder where none has it is no mistake."""
+    """Warns of pictures that lack what others have; if none has it, that is not a mistake."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
@@ -73,7 +73,7 @@ def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str,
 
 
 def transparent(path: Path) -> bool:
-    """Whether a picture's own transparency is its mask. One that cannot be read is somebody else's to report."""
+    """Whether a picture's own transparency is its mask. Unreadable pictures are reported elsewhere."""
     try:
         return sniff(path) != "JPEG" and read_picture(path).alpha is not None
     except (OSError, ValueError):
@@ -85,7 +85,7 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
     hits = [p for p in pictures if p == expanded(name)] or [p for p in pictures if p.name == name]
     if len(hits) != 1:
         reason = "no picture" if not hits else f"{len(hits)} pictures"
-        raise ValueError(f"{what}: {name!r} names {reason}. There are: {names(p.name for p in pictures)}")
+        raise ValueError(f"{what}: {name!r} matches {reason}. The pictures are: {names(p.name for p in pictures)}")
     return hits[0]
 
 
@@ -99,6 +99,6 @@ def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
     if not out:
         seen, picture_names = names(p.name for p in files) or "nothing", names(p.name for p in pictures)
         raise ValueError(
-            f"masks: nothing in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
+            f"masks: no file in {root} has a picture's name; it holds {seen}, the pictures are {picture_names}"
         )
     return out

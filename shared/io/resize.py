@@ -1,4 +1,4 @@
-"""Fitting a picture to a size: cropped to cover it, or padded to be contained in it, with its mask and caption kept true."""
+"""Fits a picture and its mask to a size: cropped to cover it, or padded to be contained in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # of a picture: with less, somebody should know
+_KEPT = 2 / 3  # of a picture: if less is kept, warn
 
 
 def resize(
@@ -21,12 +21,12 @@ def resize(
     mode: ResizeMode | None = None,
     keep: tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Resize to `size` (a side, or (height, width)) in pixels, picture and mask together; the same file, the same bits.
+    """Resize picture and mask to `size` (a side, or (height, width)) in pixels. Deterministic to the bit.
 
-    "cover" fills the frame and cuts what is over, about the middle of the mask where there is one, else of the picture;
-    a UserWarning names a picture of which that takes more than a third, unless all of its mask stays inside. None is
-    "cover" for something that is only looked at: without the warning. `keep`, a box (left, top, right, bottom), stands in
-    for the bounds of the mask: the frames of a clip are all cut alike.
+    "cover" fills the frame and crops the rest, around the centre of the mask if there is one, else of the picture. A
+    UserWarning names a picture that loses more than a third, unless all of its mask stays inside. None is "cover" without the
+    warning, for pictures that are only looked at. `keep`, a box (left, top, right, bottom), replaces the bounds of the mask,
+    so that all frames of a clip are cropped alike.
     "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -55,7 +55,7 @@ def resize(
 
 
 def _inside(bounds: tuple[int, int, int, int] | None, box: tuple[float, float, float, float]) -> bool:
-    """Whether there are bounds and the box holds all of them; both (left, top, right, bottom)."""
+    """Whether the bounds exist and lie inside the box; both are (left, top, right, bottom)."""
     return (
         bounds is not None
         and all(b <= m for b, m in zip(box[:2], bounds[:2], strict=True))
@@ -67,14 +67,14 @@ def _warn_of_loss(picture: Picture, kept: float) -> None:
     size = f"{picture.size[0]}x{picture.size[1]}"
     warnings.warn(
         encodable(f"{picture.path or 'a picture'} is {size}, and the crop to a square loses {1 - kept:.0%} of it")
-        + ": crop it yourself, give it a mask that the crop follows, or set sources.references.fit=contain to keep all of it",
+        + ": crop it yourself, give it a mask for the crop to follow, or set sources.references.fit=contain to keep all of it",
         UserWarning,
-        stacklevel=1,  # one place in the code, so that the same words are said once
+        stacklevel=1,  # always the same code location, so that identical warnings are shown once
     )
 
 
 def _middle(picture: Picture, keep: tuple[int, int, int, int] | None) -> tuple[float, float]:
-    """(x, y) of what must stay in the frame."""
+    """(x, y) of the centre of what must stay in the frame."""
     left, top, right, bottom = keep or (0, 0, *picture.size)
     return (left + right) / 2, (top + bottom) / 2
 

@@ -1,4 +1,4 @@
-"""Names of files, as a file of somebody else's says them, that stay inside their folder."""
+"""Resolves file names from untrusted files, which must stay inside their folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path, PureWindowsPath
 
 
 def safe_relative(root: str | os.PathLike[str], name: str) -> Path:
-    """The file `name` inside the folder `root`. ValueError when the name, or a link on the way, leads out of it."""
-    pure = PureWindowsPath(name)  # knows both / and \, and drives
+    """The file `name` inside the folder `root`. ValueError if the name, or a link in its path, leads out of it."""
+    pure = PureWindowsPath(name)  # understands /, \ and drive letters
     if not name or name[0] == "~" or "\0" in name or pure.drive or pure.root or ".." in pure.parts:
         raise ValueError(f"{name!r} is not a plain path inside {root}")
     base = Path(root).resolve()

@@ -1,4 +1,4 @@
-"""Safetensors files of unknown origin: the header checked against the file, nothing executed, values finite."""
+"""Reads untrusted safetensors files: the header is checked against the file, nothing is executed, values are finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ITEM = {
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
 
-    Raises ValueError, naming the file, when it is missing, cut off, or its header is not what the format allows.
+    Raises ValueError, naming the file, if it is missing, truncated, or its header is invalid.
     """
     path = Path(path)
     try:
@@ -34,14 +34,16 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"{path} is cut off, or not a safetensors file: no header of {length:,} bytes fits")
+                raise ValueError(
+                    f"{path} is truncated, or not a safetensors file: a header of {length:,} bytes does not fit in it"
+                )
             header = json.loads(stream.read(length))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path} is damaged, or not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is damaged: its header holds no tensors")
+        raise ValueError(f"{path} is damaged: its header lists no tensors")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{path} is damaged: its metadata is not text")
@@ -53,12 +55,12 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any
 def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
     where = f"{path} is damaged or not made by safetensors: tensor {name!r}"
     if not isinstance(entry, dict) or entry.get("dtype") not in _ITEM:
-        raise ValueError(f"{where} has no dtype that is known here: {entry!s:.80}")
+        raise ValueError(f"{where} has no known dtype: {entry!s:.80}")
     shape: Any = entry.get("shape")
     span: Any = entry.get("data_offsets")
     whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
     if not whole or len(shape) > _MAX_DIMS:
-        raise ValueError(f"{where} has the shape {shape}")
+        raise ValueError(f"{where} has the invalid shape {shape}")
     pair = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
     if not pair or not 0 <= span[0] <= span[1] <= data or span[1] - span[0] != math.prod(shape) * _ITEM[entry["dtype"]]:
         raise ValueError(f"{where} of shape {shape} and {entry['dtype']} does not fit its place in the file {span}")
@@ -67,8 +69,8 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """Tensors by name, on the CPU. Nothing in the file is executed.
 
-    Raises ValueError, naming file and tensor, when the file is missing, cut off or malformed, or (with `finite`) when a
-    value is NaN or Inf.
+    Raises ValueError, naming file and tensor, if the file is missing, truncated or malformed, or (with `finite`) if a value is
+    NaN or Inf.
     """
     read_safetensors_header(path)
     try:
@@ -81,5 +83,5 @@ def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> 
         if finite and tensor.is_floating_point():
             values = tensor.float() if tensor.element_size() == 1 else tensor
             if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{path}: tensor {name!r} holds values that are not numbers (NaN or Inf)")
+                raise ValueError(f"{path}: tensor {name!r} contains NaN or Inf")
     return tensors

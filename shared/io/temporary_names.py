@@ -1,6 +1,6 @@
-"""Names for what is being written, and the removal of what killed processes have left under such names.
+"""Temporary names for outputs in progress, and cleanup of those that killed processes left behind.
 
-`.NAME.HOST-PID-RANDOM.partial` is half a file or folder; `.NAME.HOST-PID-RANDOM.replaced` is what NAME was until now.
+`.NAME.HOST-PID-RANDOM.partial` is an unfinished file or folder; `.NAME.HOST-PID-RANDOM.replaced` is the previous NAME.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pathlib import Path
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|replaced)(\..*)?")
 
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_HERE, _EXCHANGE = -100, 2  # Linux' AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
-    """A free hidden name in the same folder, on the same file system, with the same ending."""
+    """An unused hidden name in the same folder (so on the same file system), with the same extension."""
     return path.with_name(f".{path.stem}.{_tag()}.partial{path.suffix}")
 
 
 def replaced(path: Path) -> Path:
-    """A free hidden name for what `path` was, until the new one has its place."""
+    """An unused hidden name for the old `path` until the new one is in place."""
     return path.with_name(f".{path.name}.{_tag()}.replaced")
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Let two names on one file system change places in one moment, where the system can (Linux' renameat2); whether it
-    has."""
+    """Exchanges two names on one file system atomically if the system supports it (Linux' renameat2); returns whether it
+    did."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
@@ -42,14 +42,15 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one of those that `beside` and `replaced` give."""
+    """Whether a name has the form that `beside` and `replaced` give."""
     return _NAME.fullmatch(name) is not None
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that are dead have left half-written directly in a folder.
+    """Remove half-written outputs directly in a folder that dead processes of this machine left behind.
 
-    One that was killed between moving the old output aside and putting the new one there gets its old output back.
+    If a process was killed after moving the old output aside and before putting the new one in place, the old output is
+    restored.
     """
     for entry in folder.iterdir():
         match = _NAME.fullmatch(entry.name)
@@ -67,7 +68,7 @@ def sweep(folder: Path) -> None:
 
 @lru_cache(maxsize=256)
 def sweep_once(folder: Path) -> None:
-    """`sweep`, the first time that this process writes into a folder."""
+    """Calls `sweep` the first time this process writes into a folder."""
     if folder.is_dir():
         sweep(folder)
 
@@ -78,12 +79,12 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Six digits of this machine: on a shared disk, the processes of others cannot be asked whether they live."""
+    """Six digits that identify this machine: on a shared disk, whether another machine's processes are alive is unknown."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process runs; assumed where it cannot be asked."""
+    """Whether a process is running; assumed if that cannot be checked."""
     if os.name != "posix":
         return True
     try:

@@ -1,5 +1,5 @@
-"""Text of others on a terminal and in files of ours: what would move the cursor, change colours or hide other words is
-taken out or escaped."""
+"""Makes untrusted text safe for the terminal and for output files: characters that move the cursor, change colours or hide
+other text are removed or escaped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterable
 
 _KEPT = "\n\t"
 _SHOWN = 8  # names in a message
-# Marks that turn the direction of reading: with them a text can show other words than it holds.
+# Bidirectional control characters, which can make a text look different from what it says.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: object, line: bool = False) -> str:
-    """The text without control characters (C0, C1, half surrogates) and marks of direction; line ends and tabs stay.
+    """The text without control characters (C0, C1, lone surrogates) and bidirectional marks; line breaks and tabs stay.
 
-    line: one line, so that a name cannot pretend to be a message of its own; line ends and tabs become spaces.
+    line: make it one line, so that a name cannot pose as a separate message; line breaks and tabs become spaces.
     """
     words = "".join(c for c in str(text) if c in _KEPT or not (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS))
     return words.replace("\n", " ").replace("\t", " ") if line else words
 
 
 def encodable(text: str) -> str:
-    """The text with what UTF-8 cannot hold (half surrogates: bytes of a file name or an argument) as escapes."""
+    """The text with characters that UTF-8 cannot encode (lone surrogates from bytes of file names or arguments) as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -30,8 +30,8 @@ def escaped_name(name: str) -> str:
     """A file name as one printable word without folder separators, so that it can be stored and shown anywhere.
 
     Printable Unicode and the plain space stay. Every other character becomes its Python escape (`\\uXXXX`, or
-    `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, half surrogates (bytes
-    that were not UTF-8), `/` and `\\` itself. Different names stay different: each escape can be read back.
+    `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, lone surrogates (bytes
+    that were not UTF-8), `/` and `\\` itself. Escapes are reversible, so different names stay different.
     """
     return "".join(c if c.isprintable() and c not in "/\\" else _escape(c) for c in name)
 
@@ -42,19 +42,19 @@ def _escape(character: str) -> str:
 
 
 def check_utf8(text: str) -> str:
-    """The text. ValueError where it holds half surrogates: bytes that are not UTF-8, or halves of a character."""
+    """Returns the text. ValueError if it contains lone surrogates: bytes that are not UTF-8, or half a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{text!r} is not UTF-8 text (its character {error.start + 1} is {text[error.start]!r}): write it again, in a "
-            "terminal or an editor that is set to UTF-8"
+            f"{text!r} is not UTF-8 text (character {error.start + 1} is {text[error.start]!r}): type it again in a terminal "
+            "or editor that is set to UTF-8"
         ) from None
     return text
 
 
 def names(items: Iterable[str]) -> str:
-    """A list for a message: at most eight names, then how many more."""
+    """A list for a message: at most eight names, then the number of the rest."""
     every = list(items)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Text files of users: UTF-8 with or without a byte-order mark, of a size that a person writes."""
+"""Reads users' text files: UTF-8 with or without a byte-order mark, of limited size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ MAX_BYTES = 10_000_000
 
 
 def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX_BYTES) -> str:
-    """The text. ValueError, naming `what` it is and the file, where it cannot be opened, is larger than `max_bytes`, or is
+    """Returns the text. ValueError, naming `what` and the file, if it cannot be opened, is larger than `max_bytes`, or is
     not UTF-8.
 
     Args:
-        what: as it is called in an error, for example "the caption"
+        what: what errors call it, for example "the caption"
     """
     path = Path(expanded(path))
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise ValueError(
-                f"{what} {path} is {size:,} bytes, and at most {max_bytes:,} are read: is it the right file?"
+                f"{what} {path} is {size:,} bytes, above the limit of {max_bytes:,}: is it the right file?"
             )
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:

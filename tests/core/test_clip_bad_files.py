@@ -24,16 +24,16 @@ def refused(path: Path, *words: str, **settings: Any) -> None:
 
 def test_a_clip_shorter_than_asked_says_how_long_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(8))
-    refused(path, "holds 8 frames, and 9 are asked for", "length=8 or less", length=9)
-    refused(path, "holds 4 frames with stride 2, and 5 are", "length=4 or less or a smaller stride", length=5, stride=2)
-    refused(path, "holds 4 frames at 4 frames per second, and 16 are", "a higher fps", length=16, fps=4)
-    refused(path, "holds 4 frames from 0.5 s on, and 5 are", "an earlier start", length=5, start=0.5)
-    refused(path, "holds 0 frames", "an earlier start", start=7)
+    refused(path, "has 8 frames, but length=9", "length=8 or less", length=9)
+    refused(path, "has 4 frames with stride 2, but length=5", "length=4 or less or a smaller stride", length=5, stride=2)
+    refused(path, "has 4 frames at 4 frames per second, but length=16", "a higher fps", length=16, fps=4)
+    refused(path, "has 4 frames from 0.5 s on, but length=5", "an earlier start", length=5, start=0.5)
+    refused(path, "has 0 frames", "an earlier start", start=7)
 
 
 def test_one_frame_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(1))
-    refused(path, "holds 1 frame, and 16 are asked for")
+    refused(path, "has 1 frame, but length=16")
     assert read_clip(path, ClipWindow(length=1)).frames.shape == (3, 1, 32, 48)
 
 
@@ -66,7 +66,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
     for share in (0.2, 0.5, 0.9):
         path = tmp_path / f"cut.{ending}"
         path.write_bytes(data[: int(len(data) * share)])
-        with pytest.raises(ValueError, match="cut off") as error:
+        with pytest.raises(ValueError, match="truncated") as error:
             read_clip(path, ClipWindow(length=1))  # also where the beginning, which is there, would do
         assert str(path) in str(error.value)
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
 def test_a_video_that_is_cut_off_says_how_much_is_there(tmp_path: Path) -> None:
     data = video(tmp_path / "a.mp4", noisy(16)).read_bytes()
     (tmp_path / "b.mp4").write_bytes(data[: len(data) * 6 // 10])
-    refused(tmp_path / "b.mp4", "is cut off: ", " of 16 frames are there", "ffmpeg")
+    refused(tmp_path / "b.mp4", "is truncated: it has ", " of 16 frames", "ffmpeg")
 
 
 def test_a_video_whose_index_is_missing(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_frames_are_in_natural_order(tmp_path: Path) -> None:
 def test_gaps_in_the_numbering(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(6))
     (path / "frame_3.png").unlink()
-    refused(path, "gap in its numbering: after frame_2.png comes frame_4.png")
+    refused(path, "gap in its numbering: frame_2.png is followed by frame_4.png")
     even = folder(tmp_path / "b", greys(12), "{}.png")
     for i in range(1, 12, 2):
         (even / f"{i}.png").unlink()
@@ -112,21 +112,21 @@ def test_gaps_in_the_numbering(tmp_path: Path) -> None:
 def test_a_number_that_comes_twice(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     (path / "frame_01.png").write_bytes((path / "frame_1.png").read_bytes())
-    refused(path, "holds one frame twice: frame_01.png, frame_1.png")
+    refused(path, "holds the same frame number twice: frame_01.png, frame_1.png")
 
 
 def test_two_series_in_one_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     for i in range(3):
         (path / f"other_{i}.png").write_bytes((path / f"frame_{i}.png").read_bytes())
-    refused(path, "holds 2 series of frames", "a folder of its own")
+    refused(path, "holds 2 series of frames", "its own folder")
 
 
 def test_frames_of_different_sizes(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     folder(tmp_path / "b", greys(1, (32, 32)))
     (tmp_path / "b/frame_0.png").rename(path / "frame_3.png")
-    with pytest.raises(ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png 48x32: the frames of a clip"):
+    with pytest.raises(ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png is 48x32: all frames of a clip"):
         read_clip(path)
 
 
@@ -137,7 +137,7 @@ def test_a_folder_without_frames(tmp_path: Path) -> None:
 
 def test_seconds_mean_nothing_in_a_folder_without_a_rate(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(8))
-    refused(path, "without a rate", "say its fps", start=0.25, length=2)
+    refused(path, "without a rate", "set fps", start=0.25, length=2)
     assert read_clip(path, ClipWindow(start=0.25, fps=8, length=2)).picks == (2, 3)
 
 
@@ -148,9 +148,9 @@ def test_bounded_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.
         folder(tmp_path / "a", greys(2)),
     ]
     tiny = folder(tmp_path / "b", np.zeros((2, 8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="each side must have at least 16"):
+    with pytest.raises(ValueError, match="each side must be at least 16"):
         read_clip(tiny, ClipWindow(length=2))
     monkeypatch.setattr("shared.io.decode.check_size.__defaults__", (1000, 16))
     for path in paths:
-        with pytest.raises(ValueError, match="over the limit of 1,000"):
+        with pytest.raises(ValueError, match="above the limit of 1,000"):
             read_clip(path, ClipWindow(length=2))

@@ -68,13 +68,13 @@ def test_what_is_skipped_is_said_with_the_reason(tmp_path: Path, mp4: bytes) -> 
         found = find_clips(tmp_path)
     assert found.clips == (tmp_path / "a.mp4",) and len(said) == 1
     note = str(said[0].message)
-    assert note.startswith(f"{tmp_path}: skipped what is not a clip: ")
+    assert note.startswith(f"{tmp_path}: skipped files that are not clips: ")
     for words in (
         ".hidden (hidden)",
-        "b.mp4 (cannot be read as a video, it is damaged or cut off",
+        "b.mp4 (cannot be read as a video, it is damaged or truncated",
         "empty.mov (empty, 0 bytes)",
-        "notes.md (its content is no video)",
-        "lost-mask.png (a mask of no clip)",
+        "notes.md (not a video)",
+        "lost-mask.png (a mask without a clip)",
         "still.png (one picture, not a clip",
         " and 1 more",
     ):
@@ -87,19 +87,19 @@ def test_gaps_are_said_and_what_is_named_must_be_there(tmp_path: Path, mp4: byte
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").write_bytes(mp4)
     (tmp_path / "a.txt").write_text("a ball")
-    with pytest.warns(UserWarning, match=r"1 of 2 clips have no caption: b\.mp4; their captions are made"):
+    with pytest.warns(UserWarning, match=r"1 of 2 clips have no caption: b\.mp4; their captions come"):
         find_clips(tmp_path)
     named = quietly([tmp_path / "b.mp4"], captions={"b.mp4": "a  ball"}, masks={tmp_path / "b.mp4": tmp_path / "m.gif"})
     assert named.captions == {tmp_path / "b.mp4": "a ball"} and named.masks == {tmp_path / "b.mp4": tmp_path / "m.gif"}
-    with pytest.raises(ValueError, match=r"captions: 'c\.mp4' names no clip. There are: a\.mp4, b\.mp4"):
+    with pytest.raises(ValueError, match=r"captions: 'c\.mp4' matches no clip. The clips are: a\.mp4, b\.mp4"):
         find_clips(tmp_path, captions={"c.mp4": "x"})
-    with pytest.raises(ValueError, match="nothing in .* has a clip's name; it holds x.txt"):
+    with pytest.raises(ValueError, match="no file in .* has a clip's name; it holds x.txt"):
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts/x.txt").write_text("x")
         find_clips(tmp_path, captions=tmp_path / "texts")
     with pytest.raises(ValueError, match="does not exist"):
         find_clips(tmp_path / "c.mp4")
-    with pytest.warns(UserWarning, match=r"named twice, used once: b\.mp4"):
+    with pytest.warns(UserWarning, match=r"listed twice, used once: b\.mp4"):
         assert len(find_clips([tmp_path / "b.mp4", tmp_path / "b.mp4"]).clips) == 1
 
 
@@ -107,5 +107,5 @@ def test_a_folder_without_clips(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no clips in .*: found nothing; give mp4"):
         find_clips(tmp_path)
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"found only a\.txt \(its content is no video\)"):
+    with pytest.raises(ValueError, match=r"found only a\.txt \(not a video\)"):
         find_clips(tmp_path)

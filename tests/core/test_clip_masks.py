@@ -48,7 +48,7 @@ def test_masks_in_a_folder_of_frames(tmp_path: Path) -> None:
     clip = read_clip(frames, ALL, mask=frames)
     assert clip.masks is not None and torch.equal(clip.masks[0], torch.from_numpy(boxes()[..., 0] / 255).float())
     (frames / "masks/frame_3.png").unlink()
-    with pytest.raises(ValueError, match=r"7 of 8 frames have a mask; without one are frame_3\.png"):
+    with pytest.raises(ValueError, match=r"7 of 8 frames have a mask; frames without one: frame_3\.png"):
         read_clip(frames, ALL, mask=frames)
     for i in (1, 2, 4, 5, 6, 7):
         (frames / f"masks/frame_{i}.png").unlink()
@@ -61,20 +61,20 @@ def test_one_mask_is_of_the_first_frame(tmp_path: Path) -> None:
     Image.fromarray(boxes(2)[0]).save(tmp_path / "m.png")
     first = read_clip(clip, ALL, mask=tmp_path / "m.png").masks
     assert first is not None and torch.equal(first[0], torch.from_numpy(boxes(2)[:1, :, :, 0] / 255).float())
-    with pytest.raises(ValueError, match="is the mask of the clip's first frame, and this window begins with frame 6"):
+    with pytest.raises(ValueError, match="is the mask of the clip's first frame, but this window begins at frame 6"):
         list(read_windows(clip, ClipWindow(length=2, windows=2), mask=tmp_path / "m.png"))
 
 
 def test_masks_that_do_not_match_the_frames(tmp_path: Path) -> None:
     clip = video(tmp_path / "a.mp4", greys())
     few = folder(tmp_path / "few", boxes(6), "{}.png")
-    with pytest.raises(ValueError, match=f"{re.escape(str(few))} holds 6 masks, and .* 8 frames"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(few))} holds 6 masks, but .* 8 frames"):
         read_clip(clip, ALL, mask=few)
     small = folder(tmp_path / "small", boxes(8, (32, 32)), "{}.png")
-    with pytest.raises(ValueError, match="is 32x32 pixels, and its clip .* is 48x32"):
+    with pytest.raises(ValueError, match="is 32x32 pixels, but its clip .* is 48x32"):
         read_clip(clip, ALL, mask=small)
     empty = folder(tmp_path / "empty", 0 * boxes(), "{}.png")
-    with pytest.raises(ValueError, match="the masks mark nothing in the frames that are used"):
+    with pytest.raises(ValueError, match="the masks are empty in every frame that is used"):
         read_clip(clip, ALL, mask=empty)
 
 

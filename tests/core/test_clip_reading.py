@@ -110,7 +110,7 @@ def test_stride_start_and_windows(tmp_path: Path) -> None:
     assert numbers(read_clip(path, ClipWindow(length=2, start=0.99, fps=8)).frames) == [7, 8]
     windows = list(read_windows(path, ClipWindow(length=4, windows=3)))
     assert [numbers(w.frames) for w in windows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    with pytest.warns(UserWarning, match=r"a\.mp4 has 2 different windows of 11 frames, and 5 are asked for"):
+    with pytest.warns(UserWarning, match=r"a\.mp4 has only 2 distinct windows of 11 frames, but windows=5"):
         assert len(list(read_windows(path, ClipWindow(length=11, windows=5)))) == 2
 
 

@@ -142,12 +142,12 @@ def test_a_frozen_clip_keeps_its_length(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     for path, clip, fps, words in [
-        ("a.avi", moving(), 8, r"a\.avi: a clip is written as \.mp4, \.gif, \.webp"),
-        ("a.mp4", moving()[0], 8, r"has the shape \[3, F, H, W\], and this one has \[6, 64, 64\]"),
-        ("a.mp4", moving() * float("nan"), 8, "not numbers"),
+        ("a.avi", moving(), 8, r"a\.avi: use one of \.mp4, \.gif, \.webp"),
+        ("a.mp4", moving()[0], 8, r"must have the shape \[3, F, H, W\]; this one has \[6, 64, 64\]"),
+        ("a.mp4", moving() * float("nan"), 8, "NaN or Inf"),
         ("a.mp4", moving(), 0, "fps = 0"),
         ("a.mp4", moving(), float("inf"), "fps = inf"),
-        ("a.gif", moving(), 60, "60 frames per second are more than the 50"),
+        ("a.gif", moving(), 60, "60 frames per second exceed a GIF's limit of 50"),
     ]:
         with pytest.raises(ValueError, match=words):
             write_clip(tmp_path / path, clip, fps)
@@ -167,7 +167,7 @@ def test_a_folder_that_pcs_did_not_write_is_kept(tmp_path: Path) -> None:
 def test_the_metadata_of_others(tmp_path: Path) -> None:
     assert read_clip_metadata(video(tmp_path / "a.mp4", greys(2))) == {}
     write_picture(moving()[:, 0], tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png is not a clip that pcs writes"):
+    with pytest.raises(ValueError, match=r"a\.png is not a kind of clip that pcs writes"):
         read_clip_metadata(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"b\.mp4 cannot be opened"):
         read_clip_metadata(tmp_path / "b.mp4")

@@ -109,7 +109,7 @@ def test_one_missing_layer_is_the_reason(concept: Concept, make_tiny_sd: Callabl
     block = backbone.unet.mid_block.attentions[0].transformer_blocks[0]
     block.attn2.to_v = nn.Identity()
     before = clip(backbone)
-    gone = r"1 of the \d+ layers of unet that it changes are not here, such as mid_block\.attentions\.0\.\S+attn2\.to_v"
+    gone = r"1 of the \d+ layers of unet that it changes do not exist here, such as mid_block\.attentions\.0\.\S+attn2\.to_v"
     with pytest.raises(ValueError, match=rf"'mug' does not fit tiny-clips: {gone}"):
         attach(concept, backbone)
     assert torch.equal(clip(backbone), before) and not backbone.adapters and not backbone.placeholders
@@ -122,7 +122,7 @@ def test_a_family_reads_its_own_unless_it_says_more(concept: Concept, make_tiny_
     assert StableDiffusionBackbone(make_tiny_sd()).reads == {"stable_diffusion"}
     backbone = clips(make_tiny_sd())
     backbone.__class__ = UnknownFamily
-    assert "learned on stable_diffusion (tiny), and this backbone is tiny_clips" in (fits(concept, backbone) or "")
+    assert "learned on stable_diffusion (tiny), but this backbone is tiny_clips" in (fits(concept, backbone) or "")
 
 
 def test_fitting_does_not_depend_on_what_is_attached(new_sd: Callable[..., Any], concept: Concept) -> None:

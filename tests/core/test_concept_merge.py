@@ -178,15 +178,15 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(sd, flux, both):
     cut = Concept(cup.meta, {**cup.tensors, "weights": {k: v[:-1] for k, v in cup.of("weights").items()}})
     for concepts, message in (
         ([rex], "two or more"),
-        ([cut, rex], r"is \[\d+, 16\] in the concepts, and \[\d+, 16\] here: merge on the model they have"),
+        ([cut, rex], r"is \[\d+, 16\] in the concepts, but \[\d+, 16\] here: merge on the model they were learned on"),
         ([rex, learned(sd, "long", "cat", 4, vectors=40)], "the prompt is too long"),
-        ([rex, mixed], "'cup' has adapters: what can be merged are changed keys and values"),
+        ([rex, mixed], "'cup' has adapters: only changed keys and values of cross-attention can be merged"),
         ([rex, cup, rex], "two of the concepts are called 'rex'"),
         ([rex, other], "'rex' was learned on stable_diffusion, 'cup' on flux"),
-        ([rex, lora], "'lora' has adapters: what can be merged are changed keys and values"),
-        ([rex, plain], "'plain' has none: what can be merged"),
-        ([rex, wide], r"'wide' changes unet\..*to_(q|out\.0).*: what can be merged"),
-        ([rex, half], r"'rex' and 'cup' change other layers \(\d+ of them in one alone, for example unet\..*to_v"),
+        ([rex, lora], "'lora' has adapters: only changed keys and values of cross-attention can be merged"),
+        ([rex, plain], "'plain' changes no weights: only changed keys and values"),
+        ([rex, wide], r"'wide' changes unet\..*to_(q|out\.0).*: only changed keys and values"),
+        ([rex, half], r"'rex' and 'cup' change different layers \(\d+ in only one of them, for example unet\..*to_v"),
         ([rex, twin], "the words of 'rex', 'twin' cannot be told apart"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -170,7 +170,7 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     export(concept, tmp_path / "out", strength=0.8)  # the backbone is loaded by the concept's note of it
     text = (tmp_path / "out/README.txt").read_text()
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M)).replace("{folder}", str(tmp_path / "out"))
-    assert str(tmp_path) not in text and "{model} that of model (weights " in text
+    assert str(tmp_path) not in text and "{model} the path of model (weights " in text
     code = code.replace("{model}", str(model))
     *load, use = code.splitlines()
     names: dict[str, Any] = {}
@@ -205,8 +205,8 @@ def _weights(backbone: Any) -> None:
     ("build", "message"),
     [
         (_dora_on_part, r"unet has DoRA on \d+ layers and plain LoRA on \d+"),
-        (_dora_shared, "DoRA and another slot meet on"),
-        (_weights, "holds changed weights"),
+        (_dora_shared, "DoRA and another slot are both on"),
+        (_weights, "has changed weights"),
     ],
 )
 def test_what_the_format_cannot_hold_is_said(
@@ -271,7 +271,7 @@ def test_an_export_that_is_not_the_same_is_not_kept(
         write(tensors, file, **settings)
 
     monkeypatch.setattr(files, "save_file", faulty)
-    with pytest.raises(ValueError, match="is not what was learned, and was not kept: denoiser differs by"):
+    with pytest.raises(ValueError, match="does not match what was learned and was not kept: denoiser differs by"):
         export(concept, tmp_path / "out", backbone=backbone)
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.placeholders
 

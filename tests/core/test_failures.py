@@ -66,7 +66,7 @@ def picture(root: Path) -> None:
 def test_a_full_disk_is_one_line_that_names_the_output(small_files: None, capsys, tmp_path: Path, work: Any) -> None:
     said = told(capsys, lambda: work(tmp_path))
     assert said.startswith(
-        f"pcs: {tmp_path / 'x.concept'}: File too large; files may not grow so large here: raise the limit"
+        f"pcs: {tmp_path / 'x.concept'}: File too large; files cannot be this large here: raise the limit"
     )
     assert len(said.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
@@ -99,16 +99,16 @@ def nested(depth: int) -> int:
     [
         (
             lambda: raised(MemoryError()),
-            "out of memory: this machine has not enough for this. To go on, make it smaller",
+            "out of memory: this machine does not have enough for this. To continue, use less",
         ),
-        (lambda: np.ones(2**55), "out of memory: this machine has not enough for this"),
-        (lambda: torch.empty(2**45), "out of memory: this machine has not enough for this (1.31e+05 GiB in one piece)"),
+        (lambda: np.ones(2**55), "out of memory: this machine does not have enough for this"),
+        (lambda: torch.empty(2**45), "out of memory: this machine does not have enough for this (1.31e+05 GiB in one piece)"),
         (
             lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")),
-            "out of memory: the GPU has not enough for this (2.50 GiB in one piece)",
+            "out of memory: the GPU does not have enough for this (2.50 GiB in one piece)",
         ),
         (lambda: nested(0), "something is nested too deeply to be read"),
-        (lambda: 10.0**400, "a number is too large to compute with"),
+        (lambda: 10.0**400, "a number is too large"),
         (Path("/proc/version/x").read_text, "/proc/version/x: Not a directory"),
     ],
 )
@@ -119,7 +119,7 @@ def test_every_failure_of_the_machine_says_what_and_what_to_do(capsys, work: Cal
 def test_links_in_a_circle_are_told(capsys, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    assert f"pcs: {tmp_path / 'a'}: Too many levels of symbolic links; its links lead" in told(
+    assert f"pcs: {tmp_path / 'a'}: Too many levels of symbolic links; its links form a loop" in told(
         capsys, (tmp_path / "a").read_text
     )
     assert f"pcs: {tmp_path / 'a'}: Too many" in told(

@@ -70,7 +70,7 @@ def test_a_prompt_that_utf_8_cannot_hold_goes_into_a_png(tmp_path: Path, name: s
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors writes to no such path"):
+    with pytest.raises(ValueError, match=r"is not UTF-8, and safetensors cannot write to such a path"):
         check_output(tmp_path / "caf\udce9" / "mug.concept")
 
 

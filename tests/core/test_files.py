@@ -61,24 +61,24 @@ def test_good_files_load_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_values_that_are_not_numbers(tmp_path: Path, value: float, kind: torch.dtype) -> None:
     save_file({"good": torch.ones(2), "up.weight": torch.tensor([1.0, value], dtype=kind)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a\.safetensors: tensor 'up\.weight' holds values that are not numbers"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: tensor 'up\.weight' contains NaN or Inf"):
         safe_load_safetensors(tmp_path / "a.safetensors")
     assert len(safe_load_safetensors(tmp_path / "a.safetensors", finite=False)) == 2
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HOSTILE = {
-    "huge header": ({}, b"", 2**63, "no header of 9,223,372,036,854,775,808 bytes fits"),
-    "header beyond the end": ({}, b"", 100, "no header of 100 bytes fits"),
+    "huge header": ({}, b"", 2**63, "a header of 9,223,372,036,854,775,808 bytes does not fit"),
+    "header beyond the end": ({}, b"", 100, "a header of 100 bytes does not fit"),
     "not json": (b"{]", b"", None, "its header is not JSON"),
     "not utf-8": (b"\xff\xff", b"", None, "its header is not JSON"),
     "deep json": (b"[" * 100_000, b"", None, "its header is not JSON"),
-    "a list": ([1], b"", None, "holds no tensors"),
+    "a list": ([1], b"", None, "lists no tensors"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", None, "its metadata is not text"),
-    "dtype": ({"w": {**ENTRY, "dtype": "PICKLE"}}, bytes(8), None, "'w' has no dtype that is known here"),
-    "no entry": ({"w": 3}, bytes(8), None, "'w' has no dtype that is known here: 3"),
-    "negative": ({"w": {**ENTRY, "shape": [-2]}}, bytes(8), None, r"'w' has the shape \[-2\]"),
-    "bool shape": ({"w": {**ENTRY, "shape": [True]}}, bytes(8), None, "'w' has the shape"),
+    "dtype": ({"w": {**ENTRY, "dtype": "PICKLE"}}, bytes(8), None, "'w' has no known dtype"),
+    "no entry": ({"w": 3}, bytes(8), None, "'w' has no known dtype: 3"),
+    "negative": ({"w": {**ENTRY, "shape": [-2]}}, bytes(8), None, r"'w' has the invalid shape \[-2\]"),
+    "bool shape": ({"w": {**ENTRY, "shape": [True]}}, bytes(8), None, "'w' has the invalid shape"),
     "enormous": ({"w": {**ENTRY, "shape": [2**39, 2**39]}}, bytes(8), None, "does not fit its place"),
     "beyond": ({"w": {**ENTRY, "data_offsets": [0, 80]}}, bytes(8), None, "does not fit its place"),
     "backwards": ({"w": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None, "does not fit its place"),

@@ -176,7 +176,7 @@ def test_what_peft_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path, sett
     model.save_pretrained(tmp_path / "mug-lora")
     same(imported(sd, tmp_path / "mug-lora"), expected)
     (tmp_path / "mug-lora" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not beside it: it says how strong"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json, which holds the LoRA's scale, is not next to it"):
         import_lora(tmp_path / "mug-lora", sd, "sks mug")
 
 

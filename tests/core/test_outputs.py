@@ -45,10 +45,10 @@ def test_check_output(tmp_path: Path) -> None:
         check_output(tmp_path)
     with pytest.raises(ValueError, match=r"a\.txt exists already and is a file"):
         check_output(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"it holds what pcs did not write \(a\.txt\), which would be deleted"):
+    with pytest.raises(ValueError, match=r"it holds files that pcs did not write \(a\.txt\), which would be deleted"):
         check_output(tmp_path, overwrite=True)
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is a file, where a folder is to be written"):
+        with pytest.raises(ValueError, match="is a file, but the output is a folder"):
             check_output(tmp_path / "a.txt", overwrite)
     with pytest.raises(ValueError, match=r"cannot be written: .*a\.txt is a file, not a folder"):
         check_output(tmp_path / "a.txt/out")
@@ -183,7 +183,7 @@ def test_the_users_own_folders_are_never_overwritten(tmp_path: Path) -> None:
         (user_photos.parent, r"photos/a\.png"),
         (tmp_path / "work", "comparison"),
     ):
-        with pytest.raises(ValueError, match=f"cannot be overwritten: it holds what pcs did not write.*{named}"):
+        with pytest.raises(ValueError, match=f"cannot be overwritten: it holds files that pcs did not write.*{named}"):
             check_output(folder, overwrite=True)
         with pytest.raises(ValueError, match="did not write"), atomic_folder(folder, overwrite=True):
             raise AssertionError("must not start")
@@ -255,14 +255,14 @@ def test_an_output_has_no_place_in_common_with_what_is_read(tmp_path: Path) -> N
         (tmp_path / "link", "is"),
     ):
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match=rf"the output {path} {how} {user_photos}, which is read"):
+            with pytest.raises(ValueError, match=rf"the output {path} {how} {user_photos}, which is an input"):
                 check_output(path, overwrite, inputs=[user_photos])
     with pytest.raises(ValueError, match="holds"):
         check_output(user_photos, inputs=[tmp_path / "else", user_photos / "a.png"])
     with pytest.raises(ValueError, match="is"), atomic_folder(user_photos, True, [user_photos]):
         raise AssertionError("must not start")
     concept = earlier(tmp_path / "d.concept")
-    with pytest.raises(ValueError, match="which is read"):
+    with pytest.raises(ValueError, match="which is an input"):
         check_output(concept, overwrite=True, inputs=[concept])
     assert check_output(tmp_path / "mine" / "out", inputs=[user_photos]) == tmp_path / "mine" / "out"
 
@@ -292,7 +292,7 @@ def test_check_file(tmp_path: Path) -> None:
     assert check_file(tmp_path / "a.png", overwrite=True) == tmp_path / "a.png"
     (tmp_path / "folder").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="folder is a folder, and a file is to be written"):
+        with pytest.raises(ValueError, match="folder is a folder; give the path of a file"):
             check_file(tmp_path / "folder", overwrite)
     with pytest.raises(ValueError, match=r"a\.png is a file, not a folder"):
         check_file(tmp_path / "a.png" / "b.png")

@@ -102,7 +102,7 @@ def test_float_and_32_bit_grey(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 48 * 32, dtype=np.float32).reshape(32, 48)
     np.testing.assert_allclose(levels(save(tmp_path / "f.tiff", values))[..., 1], values * 255, atol=0.501)
     save(tmp_path / "far.tiff", values * 1000)
-    with pytest.raises(ValueError, match=r"far\.tiff.*from 0 to 1000, where 0 to 1 is read"):
+    with pytest.raises(ValueError, match=r"far\.tiff.*from 0 to 1000, expected 0 to 1"):
         read_picture(tmp_path / "far.tiff")
     np.testing.assert_allclose(
         levels(save(tmp_path / "i.tiff", (values * 65535).astype(np.int32)))[..., 1], values * 255, atol=0.6
@@ -143,7 +143,7 @@ def test_deep_pixels_count_more(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 40), np.int32)).save(tmp_path / "a.tiff")
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "b.tiff")
     assert read_picture(tmp_path / "b.tiff", max_pixels=2000).size == (40, 40)
-    with pytest.raises(ValueError, match="40x40 = 1,600 pixels, over the limit of 1,000"):
+    with pytest.raises(ValueError, match="40x40 = 1,600 pixels, above the limit of 1,000"):
         read_picture(tmp_path / "a.tiff", max_pixels=2000)
 
 
@@ -169,7 +169,7 @@ def test_opaque_alpha_is_no_mask_and_clear_pictures_are_refused(tmp_path: Path) 
     assert read_picture(tmp_path / "opaque.png").mask is None
     image.putalpha(0)
     image.save(tmp_path / "clear.png")
-    with pytest.raises(ValueError, match=r"clear\.png is wholly transparent"):
+    with pytest.raises(ValueError, match=r"clear\.png is fully transparent"):
         read_picture(tmp_path / "clear.png")
 
 
@@ -241,7 +241,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
     got = levels(tmp_path / "swapped.png")[0, 0]
     np.testing.assert_allclose(got, (60, 60, 200), atol=3)
     lab.save(tmp_path / "bad.png", icc_profile=b"nonsense" * 40)
-    with pytest.warns(UserWarning, match=r"bad\.png: its colour profile is not readable"):
+    with pytest.warns(UserWarning, match=r"bad\.png: its colour profile cannot be read"):
         np.testing.assert_allclose(levels(tmp_path / "bad.png")[0, 0], (200, 60, 60), atol=1e-4)
 
 
@@ -274,9 +274,9 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
 
 def test_huge_pictures_are_refused_before_decoding(tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(png(30_000, 30_000, 8, 2, b"\0" * 1000))
-    with pytest.raises(ValueError, match=r"big\.png is 30000x30000 = 900,000,000 pixels, over the limit of 64,000,000"):
+    with pytest.raises(ValueError, match=r"big\.png is 30000x30000 = 900,000,000 pixels, above the limit of 64,000,000"):
         read_picture(tmp_path / "big.png")
-    with pytest.raises(ValueError, match=r"a\.png is 48x32 = 1,536 pixels, over the limit of 1,000"):
+    with pytest.raises(ValueError, match=r"a\.png is 48x32 = 1,536 pixels, above the limit of 1,000"):
         read_picture(save(tmp_path / "a.png", scene()), max_pixels=1000)
 
 
@@ -299,7 +299,7 @@ def test_text_bomb_in_a_png(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (15, 400)])
 def test_tiny_pictures_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "dot.png")
-    with pytest.raises(ValueError, match=rf"dot\.png is {size[0]}x{size[1]} pixels: each side must have at least 16"):
+    with pytest.raises(ValueError, match=rf"dot\.png is {size[0]}x{size[1]} pixels: each side must be at least 16"):
         read_picture(tmp_path / "dot.png")
 
 
@@ -310,7 +310,7 @@ def test_truncated_files_are_refused(tmp_path: Path, ending: str, share: float) 
     options = {"progressive": True} if ending.startswith("progressive") else {}
     path = save(tmp_path / f"cut.{ending}", noise, **options)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=rf"cut\.{ending} cannot be read as a picture, it is damaged or cut off"):
+    with pytest.raises(ValueError, match=rf"cut\.{ending} cannot be read as a picture, it is damaged or truncated"):
         read_picture(path)
 
 

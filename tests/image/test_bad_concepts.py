@@ -43,7 +43,7 @@ def test_a_concept_of_other_layers(refused, concepts, make_tiny_sd, make_tiny_fl
     message = refused(*generate, tmp_path / "other")
     assert (
         "'mug' does not fit" in message
-        and "layers of unet that it changes are not here, such as down_blocks.0" in message
+        and "layers of unet that it changes do not exist here, such as down_blocks.0" in message
     )
     message = refused(*generate, tmp_path / "flux")
     assert "learned on stable_diffusion" in message and "this backbone is flux" in message
@@ -177,13 +177,13 @@ def _missing(folder: Path, mark: Path) -> None:
     [
         (_cut, "adapter.safetensors is damaged"),
         (_changed, "adapter.safetensors is not the file that concept.json describes"),
-        (_lying, "adapter.safetensors is cut off, or not a safetensors file"),
-        (_pickle_as_tensors, "adapter.safetensors is cut off, or not a safetensors file"),
-        (_pickle_beside, "extra.pt can carry code (.pt)"),
+        (_lying, "adapter.safetensors is truncated, or not a safetensors file"),
+        (_pickle_as_tensors, "adapter.safetensors is truncated, or not a safetensors file"),
+        (_pickle_beside, "extra.pt can contain code (.pt)"),
         (_yaml, "recipe.yaml is YAML with tags"),
         (_json, "concept.json is damaged: it is not readable JSON"),
         (_way_out, "../../secret.safetensors"),
-        (_other_shape, "adapter_id does not belong to the tensors"),
+        (_other_shape, "adapter_id does not match the tensors"),
         (_missing, "embeddings.safetensors is missing"),
     ],
 )

@@ -62,13 +62,13 @@ def test_a_truncated_jpeg(learning, painted, tmp_path):
     whole = (folder / "cut.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     message = learning(images=folder)
-    assert str(folder / "cut.jpg") in message and "damaged or cut off" in message
+    assert str(folder / "cut.jpg") in message and "damaged or truncated" in message
 
 
 def test_a_picture_of_one_pixel(learning, painted, tmp_path):
     folder = painted(tmp_path / "photos")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    assert "dot.png is 1x1 pixels: each side must have at least 16" in learning(images=folder)
+    assert "dot.png is 1x1 pixels: each side must be at least 16" in learning(images=folder)
 
 
 def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
@@ -82,7 +82,7 @@ def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
     message = learning(images=folder)
-    assert "huge.png is 30000x30000 = 900,000,000 pixels, over the limit of" in message
+    assert "huge.png is 30000x30000 = 900,000,000 pixels, above the limit of" in message
 
 
 def test_a_mask_of_another_size(learning, painted, tmp_path):
@@ -90,7 +90,7 @@ def test_a_mask_of_another_size(learning, painted, tmp_path):
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
     message = learning(images=folder)
-    assert "masks/1.png is 30x32 pixels, and its picture" in message and "is 32x32: they must be of one size" in message
+    assert "masks/1.png is 30x32 pixels, but its picture" in message and "is 32x32: they must have the same size" in message
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))
     assert "is a file, not a folder" in refused(*learn("textual_inversion", f"output={tmp_path / 'file' / 'x'}"))
-    assert "holds what pcs did not write (mine.txt)" in refused(
+    assert "holds files that pcs did not write (mine.txt)" in refused(
         *learn("textual_inversion", f"output={out}"), "--overwrite"
     )
     (out / "mine.txt").unlink()
@@ -267,7 +267,7 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
             ("toybox", "subjects", "development-duck", "--out", out),
         ):
             message = refused(*arguments, "--overwrite")
-            assert "which would be deleted with it" in message or "which is read" in message
+            assert "which would be deleted" in message or "which is an input" in message
     assert len(list(user_photos.iterdir())) >= 3
 
 
@@ -283,14 +283,14 @@ def test_no_output_lies_in_what_is_read(refused, learn, painted, tiny_folder, co
         (concepts["mug"] / "x.concept", [*learn("textual_inversion"), "--concept", concepts["mug"]]),
     ):
         message = refused(*arguments, f"output={out}")
-        assert f"the output {out} lies inside" in message and "which is read" in message
+        assert f"the output {out} lies inside" in message and "which is an input" in message
     for arguments in (
         ("image", "generate", "a <mug>", "--concept", concepts["mug"]),
         ("concept", "export", concepts["mug"]),
         ("concept", "import", tmp_path / "x.safetensors", "--backbone", tiny_folder),
     ):
         message = refused(*arguments, "--out", tiny_folder / "out", "--overwrite")
-        assert f"the output {tiny_folder / 'out'} lies inside {tiny_folder}, which is read" in message
+        assert f"the output {tiny_folder / 'out'} lies inside {tiny_folder}, which is an input" in message
 
 
 def test_a_class_noun_is_a_plain_word(refused, learn, tmp_path):
@@ -307,7 +307,7 @@ def test_overwrite_does_not_delete_the_concept_that_is_read(refused, concepts):
         ("image", "evaluate", "--concept", mug, "--out", mug),
         ("concept", "export", mug, "--out", mug),
     ):
-        assert f"the output {mug} is {mug}, which is read" in refused(*arguments, "--overwrite")
+        assert f"the output {mug} is {mug}, which is an input" in refused(*arguments, "--overwrite")
     assert {p: p.read_bytes() for p in mug.rglob("*") if p.is_file()} == before
 
 

@@ -54,8 +54,8 @@ def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) ->
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
-        "holds 1 frame, and 4 are asked for": lambda f: write_clip(f / "a.gif", moving_square(0, 1), 8),
-        "holds 3 frames, and 4 are asked for": lambda f: write_clip(f / "a.mp4", moving_square(0, 3), 8),
+        "has 1 frame, but length=4": lambda f: write_clip(f / "a.gif", moving_square(0, 1), 8),
+        "has 3 frames, but length=4": lambda f: write_clip(f / "a.mp4", moving_square(0, 3), 8),
     }
     for number, (message, write) in enumerate(cases.items()):
         folder = tmp_path / str(number)

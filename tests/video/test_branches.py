@@ -180,7 +180,7 @@ def test_a_concept_keeps_its_branches(make_tiny_sd: Callable[..., Any], tmp_path
     again = capture(fresh, "m", Provenance(kind="motion"))
     assert again.meta.branches == concept.meta.branches and again.meta.adapter_id == concept.meta.adapter_id
     assert any("places of unet" in line for line in lines(concept)) and as_json(concept)["parameters"] > 0
-    with pytest.raises(ValueError, match="holds .*, and diffusers' LoRA files have no place for them"):
+    with pytest.raises(ValueError, match="has .*, which diffusers' LoRA files cannot store"):
         export(concept, tmp_path / "out", backbone=fresh)
 
 
@@ -230,7 +230,7 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
     for change, message in (
         (lambda t: {**t, first: t[first][..., :-1]}, "do not fit a layer of width"),
         (lambda t: {k: v for k, v in t.items() if k != first}, "the branch needs"),
-        (lambda t: {**t, "part.unet.nowhere.to_q.qk": t[first]}, "1 branch tensors of 'm' belong to no place"),
+        (lambda t: {**t, "part.unet.nowhere.to_q.qk": t[first]}, "1 branch tensors of 'm' belong to no branch"),
     ):
         tensors = {**concept.tensors, "branches": change(dict(concept.of("branches")))}
         with pytest.raises(ValueError, match=message):

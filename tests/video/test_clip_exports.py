@@ -85,7 +85,7 @@ def test_two_motions_at_once_add_up(concepts: dict[str, Concept], make_tiny_sd: 
         runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
         for name, strength in strengths.items():
             runner.load(concepts[name], strength)
-        with pytest.raises(ValueError, match="is attached already"):
+        with pytest.raises(ValueError, match="is already attached"):
             runner.load(concepts["spin"])
         return runner.generate(["a mug"], [3], SETTINGS)
 

@@ -138,7 +138,7 @@ def test_a_clip_that_is_too_short_is_said_before_a_model_is_loaded(
         "motion_director", clip_model, tmp_path / "m.concept", f"subject.clips={clip_folder}",
         "sources.clips.window.length=9",
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"sources\.clips: .*a\.mp4 holds 6 frames, and 9 are asked for"):
+    with pytest.raises(ValueError, match=r"sources\.clips: .*a\.mp4 has 6 frames, but length=9"):
         plan(asked)
     for given in ((), (f"subject.clips={clip_folder}", f"subject.images={clip_folder}")):
         with pytest.raises(ValueError, match=r"give either clips \(of a motion\) or images|no pictures"):

@@ -1,1 +1,1 @@
-"""Clips in and out: videos, animations and folders of frames, read as streams, written whole."""
+"""Reading and writing clips (videos, animations, folders of frames): read as streams, written atomically."""

@@ -1,4 +1,4 @@
-"""Animated GIF, WebP and PNG through Pillow, which puts together frames that hold only what has changed."""
+"""Animated GIF, WebP and PNG through Pillow, which composes frames that store only what changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import Picture, as_picture, check_size, named_errors, opened
 
-_SHORTEST = 20  # milliseconds: browsers show what is stated to be shorter for 100
+_SHORTEST = 20  # milliseconds: browsers show anything shorter for 100
 _INSTEAD = 100
 _MILLI = Fraction(1, 1000)
 
@@ -19,7 +19,7 @@ _MILLI = Fraction(1, 1000)
 class Animation(FrameSource):
     """An animated GIF, WebP or PNG. A GIF's delays below 20 ms count as 100 ms, as in every browser.
 
-    Raises ValueError, naming the file, when it cannot be read, is damaged or cut off.
+    Raises ValueError, naming the file, if it cannot be read, is damaged or truncated.
     """
 
     may_be_transparent = True
@@ -57,8 +57,8 @@ class Animation(FrameSource):
 
 
 def _check_trailer(path: Path) -> None:
-    """ValueError when a GIF does not end as one does: it was cut between two frames."""
+    """Raises ValueError if a GIF lacks its trailer: it was truncated between two frames."""
     with named_errors(path), path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 256))
         if not stream.read().rstrip(b"\0").endswith(b";"):
-            raise ValueError(f"{path} is cut off: it is a GIF without an end. Copy it again, or save it anew")
+            raise ValueError(f"{path} is truncated: the GIF has no end marker. Copy it again, or save it anew")

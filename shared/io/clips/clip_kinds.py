@@ -1,4 +1,4 @@
-"""What a file holds, by its content: a video in one of the known containers, an animation, one picture, or none of these."""
+"""What a file holds, judged by its content: a video in a known container, an animation, one picture, or none of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["video", "animation", "picture"]
 
 READABLE = "mp4, mov, webm, mkv, avi, GIF, animated WebP or PNG, or a folder of frames"
 
-#: Pillow's formats that may hold more than one frame of a clip; a TIFF's or an MPO's pages are no clip.
+#: Pillow's formats that can hold several frames of a clip; the pages of a TIFF or MPO are not a clip.
 ANIMATED = ("GIF", "WEBP", "PNG")
 _MAGIC = (
     (0, b"\x1aE\xdf\xa3", "matroska"),
@@ -25,9 +25,9 @@ _MAGIC = (
 
 
 def container(path: Path) -> str | None:
-    """The name that libavformat gives to the container of a video file; None where it is none. OSError if it cannot be opened.
+    """libavformat's name for a video file's container; None if it is not a video. OSError if it cannot be opened.
 
-    Only this format is then tried: play lists and the like, which would open other files, are none of them.
+    Only this format is then tried, so that playlists and the like, which would open other files, are never read.
     """
     with path.open("rb") as stream:
         head = stream.read(400)
@@ -42,7 +42,7 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """What a file is; None where nothing here reads it. OSError if it cannot be opened; ValueError if it is damaged."""
+    """What a file is; None if it cannot be read here. OSError if it cannot be opened; ValueError if it is damaged."""
     if container(path):
         return "video"
     kind = sniff(path)
@@ -53,7 +53,7 @@ def clip_kind(path: Path) -> Kind | None:
 
 
 def stated_size(path: Path) -> int | None:
-    """How many bytes the header of an AVI, Matroska or WebM file says that it has at least; None where it says nothing."""
+    """The minimum size in bytes stated in the header of an AVI, Matroska or WebM file; None if none is stated."""
     with path.open("rb") as stream:
         head = stream.read(4096)
     if head[:4] == b"RIFF":
@@ -63,14 +63,14 @@ def stated_size(path: Path) -> int | None:
     length, place = _ebml_size(head, 4)
     if (
         length is None or head[place + length : place + length + 4] != b"\x18S\x80g"
-    ):  # the segment, which holds the rest
+    ):  # the segment, which holds everything else
         return None
     segment, begin = _ebml_size(head, place + length + 4)
     return None if segment is None else begin + segment
 
 
 def _ebml_size(head: bytes, place: int) -> tuple[int | None, int]:
-    """(the size of an EBML element, where its content begins), RFC 8794 section 4; None for a size that is not known."""
+    """(the size of an EBML element, where its content begins), RFC 8794 section 4; None for an unknown size."""
     width = 9 - head[place].bit_length() if place < len(head) and head[place] else 0
     if not width or place + width > len(head):
         return None, place

@@ -1,4 +1,4 @@
-"""What a clip's file says about how it was made."""
+"""How a clip was made, as recorded in its file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_json(metadata: Mapping[str, str]) -> str:
 
 
 def read_clip_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What `write_clip` was given as `metadata`; empty for a clip that pcs did not write. ValueError if it cannot be read."""
+    """The `metadata` given to `write_clip`; empty for a clip that pcs did not write. ValueError if it cannot be read."""
     path = expanded(path)
     if path.is_dir():
         return {k: v for k, v in read_metadata(FrameFolder(path).files[0]).items() if k != FPS}
@@ -38,7 +38,7 @@ def read_clip_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         content = json.loads(text)
     except ValueError:
-        return {}  # somebody else's comment
+        return {}  # a comment written by another program
     return {str(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}
 
 
@@ -49,7 +49,7 @@ def _video_comment(path: Path) -> str:
 
 def _picture_comment(path: Path) -> str:
     if sniff(path) not in ("GIF", "WEBP"):
-        raise ValueError(f"{path} is not a clip that pcs writes: mp4, GIF, WebP or a folder of frames")
+        raise ValueError(f"{path} is not a kind of clip that pcs writes (mp4, GIF, WebP or a folder of frames)")
     with opened(path) as image:
         if image.format == "GIF":
             comment = image.info.get("comment", b"")

@@ -1,4 +1,4 @@
-"""Which entries of a folder are clips, which are captions and masks beside them, and which are neither."""
+"""Sorts a folder's entries into clips, their captions and masks, and everything else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MASKS = "masks"
 
 @dataclass(frozen=True)
 class ClipListing:
-    """Clips in order (files, and folders of frames), with the captions and masks of those that have them."""
+    """Clips in order (files and folders of frames), with their captions and masks if they have any."""
 
     clips: tuple[Path, ...]
     captions: Mapping[Path, str]  # clip -> one line
@@ -36,17 +36,18 @@ def find_clips(
     masks: PathLike | Mapping[PathLike, PathLike] | None = None,
     captions: PathLike | Mapping[PathLike, str] | None = None,
 ) -> ClipListing:
-    """The clips of a folder (by name), of one clip, or of a list of both (in its order), with captions and masks.
+    """Finds clips with their captions and masks: those in a folder (by name), a single clip, or a list of both (in order).
 
-    A clip is a video, an animation, or a folder of frames; a folder that holds pictures and no clips is itself one.
-    Beside `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`) and the masks are
+    A clip is a video, an animation, or a folder of frames; a folder that holds pictures and no clips is itself a clip.
+    For `NAME.mp4` or the folder `NAME/`, the caption is `NAME.txt` (or `NAME/caption.txt`) and the masks are
     `masks/NAME` or `NAME.mask`, `NAME-mask`, `NAME_mask`: a clip or a folder with a mask for each frame, or one picture
-    for the first frame. Masks may also lie in a folder of frames as they do beside pictures. `masks` and `captions` are
-    a folder whose entries have the clips' names, or a mapping by clip (path or name), and replace what lies beside.
+    for the first frame. Inside a folder of frames, masks may also be stored as they are for pictures. `masks` and
+    `captions` are a folder whose entries have the clips' names, or a mapping by clip (path or name); they replace masks and
+    captions found next to the clips.
 
-    What is no clip is skipped and named with the reason in one UserWarning per folder; where only some clips have a
-    caption or masks, a UserWarning names the others. Raises ValueError when a path does not exist, what was named is no
-    clip, nothing is left, or `masks` and `captions` name no clip.
+    Anything that is not a clip is skipped and listed with the reason in one UserWarning per folder; if only some clips have
+    a caption or masks, a UserWarning lists the others. Raises ValueError if a path does not exist, a given file is not a
+    clip, nothing is left, or `masks` and `captions` match no clip.
     """
     paths = [clips] if isinstance(clips, (str, os.PathLike)) else list(clips)
     if not paths:
@@ -56,7 +57,7 @@ def find_clips(
     notes = [note for part in parts for note in part.warnings]
     named = [clip for part in parts for clip in part.clips]
     twice = [clip.name for clip in found if named.count(clip) > 1]
-    notes += [f"named twice, used once: {names(twice)}"] if twice else []
+    notes += [f"listed twice, used once: {names(twice)}"] if twice else []
     texts = {clip: text for part in parts for clip, text in part.captions.items()}
     planes = {clip: mask for part in parts for clip, mask in part.masks.items()}
     if captions is not None:
@@ -64,8 +65,8 @@ def find_clips(
     if masks is not None:
         planes = _given_masks(found, masks)
     texts = {clip: text for clip, text in texts.items() if text}
-    notes += _gaps(found, texts, "caption", "their captions are made from the recipe's template")
-    notes += _gaps(found, planes, "masks", "all of each counts as the subject, unless it is transparent")
+    notes += _gaps(found, texts, "caption", "their captions come from the recipe's template")
+    notes += _gaps(found, planes, "masks", "their whole frames count as the subject, unless they are transparent")
     for note in notes:
         warnings.warn(encodable(note), UserWarning, stacklevel=2)
     return ClipListing(found, texts, planes, tuple(notes))
@@ -97,19 +98,19 @@ def _folder(folder: Path) -> ClipListing:
     listing = _with_neighbours(tuple(found), candidates)
     texts = set(caption_files(found, folder).values())
     used = {*listing.masks.values(), *found, *texts, folder / _MASKS}
-    stray = {p: why or "a mask of no clip" for p, why in reasons.items() if p not in used}
+    stray = {p: why or "a mask without a clip" for p, why in reasons.items() if p not in used}
     stray |= {p: no_caption(p, found, texts) for p in stray if looks_like_captions(p)}
-    stray |= {p: "a mask of no clip" for p in candidates if p not in used}
+    stray |= {p: "a mask without a clip" for p in candidates if p not in used}
     said = [f"{p.relative_to(folder).as_posix()} ({why})" for p, why in stray.items()]
-    note = f"{folder}: skipped what is not a clip: {names(said)}"
+    note = f"{folder}: skipped files that are not clips: {names(said)}"
     return ClipListing(listing.clips, listing.captions, listing.masks, (*listing.warnings, *([note] if said else [])))
 
 
-_PICTURE = "one picture, not a clip: frames go into a folder of their own"
+_PICTURE = "one picture, not a clip: put the frames of a clip in their own folder"
 
 
 def _not_a_clip(path: Path) -> str:
-    """Why an entry of a folder is not a clip; empty where it is one."""
+    """Why an entry of a folder is not a clip; empty if it is one."""
     if path.is_dir():
         return "" if _frames(path) else "a folder without frames"
     if not path.is_file():
@@ -124,11 +125,11 @@ def _not_a_clip(path: Path) -> str:
         return str(error).removeprefix(f"{path} ")
     if kind == "picture":
         return _PICTURE
-    return "its content is no video" if kind is None else why_not(path) if kind == "video" else ""
+    return "not a video" if kind is None else why_not(path) if kind == "video" else ""
 
 
 def _frames(folder: Path) -> bool:
-    """Whether a folder holds pictures directly, and no clips: those would be clips of their own."""
+    """Whether a folder holds pictures directly and no clips (which would be separate clips)."""
     try:
         return bool(listing_of(folder, known=(CAPTION,)).pictures)
     except (OSError, ValueError):
@@ -155,7 +156,7 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
 
 
 def _candidates(folder: Path, found: Sequence[Path]) -> list[Path]:
-    """What could be masks of clips in this folder, those in `masks/` first; not where the clip is made of pictures itself."""
+    """Possible masks of clips in this folder, those in `masks/` first; none if the folder itself is the clip."""
     inside = sorted((folder / _MASKS).iterdir()) if (folder / _MASKS).is_dir() and folder / _MASKS not in found else []
     beside = sorted(p for p in folder.iterdir() if _stem(p).endswith(MASK_ENDS))
     return [p for p in (*inside, *beside) if not p.name.startswith(".") and _not_a_clip(p) in ("", _PICTURE)]
@@ -190,7 +191,7 @@ def _match(found: Sequence[Path], key: PathLike, what: str) -> Path:
     hits = [p for p in found if p == expanded(name)] or [p for p in found if p.name == name]
     if len(hits) != 1:
         reason = "no clip" if not hits else f"{len(hits)} clips"
-        raise ValueError(f"{what}: {name!r} names {reason}. There are: {names(p.name for p in found)}")
+        raise ValueError(f"{what}: {name!r} matches {reason}. The clips are: {names(p.name for p in found)}")
     return hits[0]
 
 
@@ -203,5 +204,5 @@ def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Pat
     out = {clip: entry for clip in found for entry in entries if _stem(entry) == _stem(clip)}
     if not out:
         seen, clips = names(p.name for p in entries) or "nothing", names(p.name for p in found)
-        raise ValueError(f"{what}: nothing in {root} has a clip's name; it holds {seen}, the clips are {clips}")
+        raise ValueError(f"{what}: no file in {root} has a clip's name; it holds {seen}, the clips are {clips}")
     return out

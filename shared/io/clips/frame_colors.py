@@ -1,4 +1,4 @@
-"""A decoded video frame as 8-bit sRGB: the colour matrix and range it states, 10 bits and more rounded, HDR tone-mapped."""
+"""Converts decoded video frames to 8-bit sRGB: stated colour matrix and range, 10 bits and more rounded, HDR tone-mapped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 _BT709, _UNSPECIFIED, _BT601, _BT2020, _BT2020_CONSTANT = 1, 2, 5, 9, 10  # ITU-T H.273, matrix coefficients
 _PRIMARIES_2020 = 9
 _PQ, _HLG = 16, 18  # H.273, transfer characteristics
-_HD = 720  # lines: from here on a video that states no matrix is taken for BT.709, as players do
+_HD = 720  # lines: from this height on, a video without a stated matrix is taken as BT.709, as players do
 _WHITE = 203.0  # nits of diffuse white, ITU-R BT.2408
-_KNEE = 0.75  # of diffuse white: what is darker keeps its brightness
-_ROWS = 128  # rows that are computed in float at a time
+_KNEE = 0.75  # of diffuse white: anything darker keeps its brightness
+_ROWS = 128  # rows converted in float at a time
 # Linear BT.2020 to linear BT.709, ITU-R BT.2087
 _TO_709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
@@ -22,7 +22,7 @@ _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
 
 
 def to_image(frame: Any) -> Image.Image:
-    """A PyAV frame as a picture of mode RGB, or RGBA where its format has transparency. Its rotation is not applied."""
+    """A PyAV frame as an RGB image, or RGBA if its format has transparency. Its rotation is not applied."""
     has_alpha = any(component.is_alpha for component in frame.format.components)
     deep = max(component.bits for component in frame.format.components) > 8
     wide = frame.color_trc in (_PQ, _HLG) or frame.color_primaries == _PRIMARIES_2020
@@ -59,8 +59,8 @@ def _matrix(frame: Any) -> int:
 def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
     """BT.2020 code values [H, W, 3] in [0, 1] as sRGB ones.
 
-    HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100): light relative to diffuse white is kept up to three quarters of it and
-    rolls off smoothly towards the brightest that sRGB can show. Otherwise only the primaries change.
+    HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100): light is kept up to three quarters of diffuse white and rolls off smoothly
+    from there to sRGB's maximum. Otherwise only the primaries change.
     """
     if transfer not in (_PQ, _HLG):
         return np.clip((code**2.4) @ _TO_709.T, 0, 1) ** (1 / 2.4)  # ITU-R BT.1886
@@ -78,7 +78,7 @@ def _pq(code: np.ndarray) -> np.ndarray:
 
 
 def _hlg(code: np.ndarray) -> np.ndarray:
-    """Nits of HLG code values on a display of 1000 nits, ITU-R BT.2100: the inverse OETF, then the OOTF of gamma 1.2."""
+    """Nits of HLG code values on a 1000-nit display, ITU-R BT.2100: the inverse OETF, then the OOTF with gamma 1.2."""
     scene = np.where(code <= 0.5, code**2 / 3, (np.exp((code - 0.55991073) / 0.17883277) + 0.28466892) / 12)
     luminance = np.maximum(scene @ _LUMA_2020, 1e-6)[..., None]
     return 1000 * luminance**0.2 * scene

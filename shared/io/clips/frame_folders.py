@@ -14,16 +14,16 @@ from shared.io.decode import Picture, check_size, picture_size, read_frame
 from shared.io.find_pictures import listing_of, sniff
 from shared.io.terminal import names
 
-CAPTION = "caption.txt"  # in the folder, of the whole clip
-FPS = "fps"  # the key in the PNG text of frames that pcs has written
+CAPTION = "caption.txt"  # in the folder: the caption of the whole clip
+FPS = "fps"  # the key in the PNG text of frames written by pcs
 
 
 class FrameFolder(FrameSource):
     """The pictures of a folder in natural order (frame2 before frame10), each one frame.
 
-    They have no rate unless pcs wrote them: without one they are taken one by one, whatever rate is asked for. Raises
-    ValueError, naming folder or file, when there are none, their sizes differ, numbers are missing or come twice, or
-    two series lie in one folder. A step other than 1 is no gap where it is the same throughout.
+    They have no rate unless pcs wrote them; without a rate every frame is used, whatever rate is requested. Raises
+    ValueError, naming folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
+    folder holds two series. A constant step other than 1 is not a gap.
     """
 
     may_be_transparent = True
@@ -32,15 +32,15 @@ class FrameFolder(FrameSource):
         self.path = path
         listing = listing_of(path, known=(CAPTION,))
         self.files = natural_order(listing.pictures, path)
-        self.masks = listing.masks  # frame -> mask, those that lie in the same folder
+        self.masks = listing.masks  # frame -> mask, for masks in the same folder
         self.count = len(self.files)
         self.size = picture_size(self.files[0])
         check_size(path, self.size)
         for file in self.files[1:]:
             if (size := picture_size(file)) != self.size:
                 raise ValueError(
-                    f"{file} is {size[0]}x{size[1]} pixels, and {self.files[0].name} {self.size[0]}x{self.size[1]}: "
-                    "the frames of a clip must be of one size"
+                    f"{file} is {size[0]}x{size[1]} pixels, but {self.files[0].name} is {self.size[0]}x{self.size[1]}: "
+                    "all frames of a clip must have the same size"
                 )
         fps = _stated_rate(self.files[0])
         self.timing = Timing.at_rate(self.count, fps) if fps else None
@@ -51,28 +51,26 @@ class FrameFolder(FrameSource):
 
 
 def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Frames by the last number in their names, else by name. ValueError as `FrameFolder`."""
+    """Frames by the last number in their names, else by name. Raises ValueError as `FrameFolder` does."""
     ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
     parts = [_last_number(p.stem) for p in ordered]
     if any(part is None for part in parts):
         return tuple(ordered)
     series = {(part[0], part[2]): path for part, path in zip(parts, ordered, strict=True) if part}
     if len(series) == len(ordered) > 1:
-        return tuple(ordered)  # the last number does not count the frames: it is a size, say
+        return tuple(ordered)  # the last number is not a frame number but, say, a size
     if len(series) > 1:
         heads = names(p.name for p in series.values())
-        raise ValueError(
-            f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in a folder of its own"
-        )
+        raise ValueError(f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in its own folder")
     numbers = [part[1] for part in parts if part]
     steps = [b - a for a, b in pairwise(numbers)]
     for path, after, step in zip(ordered, ordered[1:], steps, strict=False):
         if step == 0:
-            raise ValueError(f"{folder} holds one frame twice: {path.name}, {after.name}")
+            raise ValueError(f"{folder} holds the same frame number twice: {path.name}, {after.name}")
         if step != min(s for s in steps if s):
             raise ValueError(
-                f"{folder} has a gap in its numbering: after {path.name} comes {after.name}. Add what is missing, or "
-                "number the frames anew if they do follow each other"
+                f"{folder} has a gap in its numbering: {path.name} is followed by {after.name}. Add the missing frames, or "
+                "renumber the frames if none are missing"
             )
     return tuple(ordered)
 
@@ -83,13 +81,13 @@ def _natural(stem: str) -> list[tuple[int, int, str]]:
 
 
 def _last_number(stem: str) -> tuple[str, int, str] | None:
-    """(what stands before, the last number, what stands after it)."""
+    """(text before, the last number, text after)."""
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", stem, re.DOTALL)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
 def _stated_rate(file: Path) -> Fraction | None:
-    """Frames per second, where pcs has written them into the frame."""
+    """Frames per second, if pcs wrote them into the frame."""
     if sniff(file) != "PNG":
         return None
     try:

@@ -1,4 +1,4 @@
-"""What every kind of clip offers a reader: when its frames are shown, and the frames that are asked for, one at a time."""
+"""The interface of every kind of clip: the times of its frames, and requested frames one at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Timing:
     """When the frames of a clip are shown, in seconds after the first."""
 
     times: tuple[Fraction, ...]
-    end: Fraction  # when the last frame goes
-    resolution: Fraction  # the step in which the file counts time
+    end: Fraction  # when the last frame ends
+    resolution: Fraction  # one tick of the file's clock
 
     @staticmethod
     def at_rate(count: int, fps: Fraction) -> Timing:
@@ -25,25 +25,25 @@ class Timing:
 
 
 class FrameSource:
-    """A clip that is opened again for each pass. `count` frames of `size` (width, height) pixels, upright."""
+    """A clip that is reopened for each pass: `count` frames of `size` (width, height) pixels, upright."""
 
     path: Path
     count: int
     size: tuple[int, int]
-    timing: Timing | None  # None: nothing says how fast the frames follow each other
+    timing: Timing | None  # None: the frame rate is unknown
     may_be_transparent: bool
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
-        """The frames of these indices (ascending, none twice), decoded one after another.
+        """The frames at these indices (strictly ascending), decoded one after another.
 
-        ValueError, naming the file, where it is damaged, or where a frame has another size than `size`.
+        Raises ValueError, naming the file, if it is damaged or the size of a frame is not `size`.
         """
         raise NotImplementedError
 
     def same_size(self, picture: Picture, index: int) -> Picture:
-        """The picture; ValueError when it does not have the size of the clip."""
+        """Returns the picture; ValueError if it does not have the clip's size."""
         if picture.size != self.size:
-            sizes = f"{picture.size[0]}x{picture.size[1]} pixels, and the first {self.size[0]}x{self.size[1]}"
+            sizes = f"{picture.size[0]}x{picture.size[1]} pixels, but the first is {self.size[0]}x{self.size[1]}"
             where = picture.path if picture.path not in (None, self.path) else f"frame {index} of {self.path}"
-            raise ValueError(f"{where} is {sizes}: the frames of a clip must be of one size")
+            raise ValueError(f"{where} is {sizes}: all frames of a clip must have the same size")
         return picture

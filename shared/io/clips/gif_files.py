@@ -11,21 +11,19 @@ from PIL import Image
 from shared.io.clips.webp_files import durations
 
 _COLORS = 256
-_SIDE = 360  # the palette is made from this many squared pixels, drawn from the whole clip
-_UNIT = 10  # milliseconds in which a GIF counts
-_FASTEST = 50  # frames per second: browsers play what is faster at 10
+_SIDE = 360  # the palette is computed from this many pixels, squared, sampled from the whole clip
+_UNIT = 10  # milliseconds: the unit of a GIF's delays
+_FASTEST = 50  # frames per second: browsers slow anything faster down to 10
 
 
 def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """[F, H, W, 3] 8-bit sRGB, repeated for ever. A clip of at most 256 colours is kept exactly.
+    """Writes [F, H, W, 3] 8-bit sRGB as an endless loop. A clip with at most 256 colours is kept exactly.
 
-    Others get 256 colours of their own and an ordered pattern, which stands still where the picture does (an error that
-    is diffused would crawl). ValueError above 50 frames per second.
+    Other clips get an adaptive palette of 256 colours with ordered dithering, which stays still where the picture does
+    (error diffusion would crawl). Raises ValueError above 50 frames per second.
     """
     if fps > _FASTEST:
-        raise ValueError(
-            f"{float(fps):g} frames per second are more than the {_FASTEST} that a GIF plays: write WebP or mp4"
-        )
+        raise ValueError(f"{float(fps):g} frames per second exceed a GIF's limit of {_FASTEST}: write WebP or mp4")
     frames = _exact(levels) or _patterned(levels)
     frames[0].save(
         path,
@@ -41,7 +39,7 @@ def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> No
 
 
 def _exact(levels: np.ndarray) -> list[Image.Image]:
-    """Frames in a palette of all the colours there are; none where there are too many."""
+    """Frames in a palette of all the clip's colours; empty if there are too many."""
     packed = (levels.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(-1, dtype=np.uint32)
     colors = np.unique(packed)
     if len(colors) > _COLORS:
@@ -58,7 +56,7 @@ def _indexed(places: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def _patterned(levels: np.ndarray) -> list[Image.Image]:
-    """Frames in the best 256 colours of the clip; the pattern reaches from one colour of the palette to about the next."""
+    """Frames in the clip's best 256 colours; the dither amplitude is about the distance between palette colours."""
     pixels = levels.reshape(-1, 3)
     drawn = pixels[np.random.default_rng(0).integers(0, len(pixels), _SIDE * _SIDE)].reshape(_SIDE, _SIDE, 3)
     palette = Image.fromarray(drawn).quantize(_COLORS, method=Image.Quantize.MEDIANCUT)

@@ -1,4 +1,4 @@
-"""The masks of a clip's frames: a clip or a folder of them, those beside the frames, or one picture for the first frame."""
+"""Masks of a clip's frames: a clip or folder of masks, masks next to the frames, or one picture for the first frame."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from shared.io.terminal import names
 
 
 class MaskFrames:
-    """Masks (mode L, 255 where the subject is) by the index of the frame they belong to.
+    """Masks (mode L, 255 where the subject is) by frame index.
 
-    `first_only`: there is one, of the clip's first frame; the others are to be found by following it.
+    `first_only`: there is only a mask of the clip's first frame; the others are found by tracking it.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -27,10 +27,10 @@ class MaskFrames:
         self._source, self._files = source, files
 
     def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """The masks of these frames, ascending. ValueError for a later window where only the first frame's is known."""
+        """The masks of these frames (ascending). ValueError for a later window if only the first frame's mask is known."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
-                f"{self.path} is the mask of the clip's first frame, and this window begins with frame {indices[0]}: "
+                f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "
                 "give a mask for each frame, or use windows=1 and start=0"
             )
         if self._source is not None:
@@ -42,14 +42,14 @@ class MaskFrames:
 
 
 def as_mask(picture: Picture) -> Image.Image:
-    """A frame as a mask: its transparency where it has some, else its brightness. One that marks nothing is empty."""
+    """A frame as a mask: its alpha channel if it has one, else its brightness. A mask that marks nothing is empty."""
     return two_valued(picture.image.convert("L") if picture.alpha is None else picture.alpha)
 
 
 def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
-    """The masks at `path` for a clip. ValueError when their number or size does not match the frames.
+    """Opens the masks at `path` for a clip. ValueError if their number or size does not match the frames.
 
-    A folder of frames whose masks lie in it is named itself.
+    For a folder of frames that also holds the masks, `path` is that folder.
     """
     if path == clip.path and isinstance(clip, FrameFolder):
         return _beside(clip)
@@ -63,7 +63,7 @@ def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
         return MaskFrames(path, None, [file])
     if source.count != clip.count:
         raise ValueError(
-            f"{path} holds {source.count} masks, and {clip.path} {clip.count} frames: give one mask for each frame, or "
+            f"{path} holds {source.count} masks, but {clip.path} has {clip.count} frames: give one mask for each frame, or "
             "a single one for the first"
         )
     return MaskFrames(path, source)
@@ -78,7 +78,7 @@ def _beside(clip: FrameFolder) -> MaskFrames:
     if without and set(clip.masks) != {clip.files[0]}:
         have = f"{len(clip.masks)} of {clip.count} frames have a mask"
         raise ValueError(
-            f"{clip.path}: {have}; without one are {names(without)}. Give one to each, or only to the first"
+            f"{clip.path}: {have}; frames without one: {names(without)}. Give a mask for every frame, or only for the first"
         )
     return MaskFrames(clip.path, None, [clip.masks[frame] for frame in clip.files if frame in clip.masks])
 
@@ -89,5 +89,5 @@ def _check_size(path: Path, size: tuple[int, int], clip: FrameSource) -> None:
 
 
 def _wrong_size(mask: Path, size: tuple[int, int], clip: Path, other: tuple[int, int]) -> None:
-    sizes = f"{size[0]}x{size[1]} pixels, and its clip {clip} is {other[0]}x{other[1]}"
-    raise ValueError(f"the mask {mask} is {sizes}: they must be of one size")
+    sizes = f"{size[0]}x{size[1]} pixels, but its clip {clip} is {other[0]}x{other[1]}"
+    raise ValueError(f"the mask {mask} is {sizes}: they must have the same size")

@@ -1,4 +1,4 @@
-"""H.264 in mp4, as every browser and player shows it."""
+"""H.264 in mp4, in a form that every browser and player shows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from av.error import FFmpegError
 from av.video.reformatter import Colorspace
 
 _BT709, _LIMITED = 1, 1  # ITU-T H.273
-_CRF = "12"  # visually lossless; a clip of the size of ours stays below a megabyte
+_CRF = "12"  # visually lossless; clips of the size written here stay below 1 MB
 
 
 def write_mp4(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """[F, H, W, 3] 8-bit sRGB as H.264, its index in front so that it plays while it loads. Odd sides are made even.
+    """Writes [F, H, W, 3] 8-bit sRGB as H.264 with the index first, so that it plays while loading. Odd sides are padded to
+    even ones.
 
-    OSError where the disk does not take it.
+    Raises OSError if the disk refuses it.
     """
     odd = ((0, 0), (0, levels.shape[1] % 2), (0, levels.shape[2] % 2), (0, 0))
     levels = np.ascontiguousarray(np.pad(levels, odd, mode="edge"))

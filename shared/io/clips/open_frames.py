@@ -1,4 +1,4 @@
-"""Opening a clip, whatever it is: a video, an animation, a folder of frames."""
+"""Opens any kind of clip: a video, an animation, or a folder of frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.io.clips.video_files import VideoFile
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameSource:
-    """The frames of a clip, by its content. ValueError, naming it, when it is missing, no clip, or cannot be read."""
+    """Opens a clip, judged by its content. ValueError, naming the path, if it is missing, not a clip, or unreadable."""
     path = expanded(path)
     if path.is_dir():
         return FrameFolder(path)
@@ -23,7 +23,7 @@ def open_frames(path: str | os.PathLike[str]) -> FrameSource:
         return VideoFile(path)
     if kind == "animation" or kind == "picture":
         return _picture_file(path, kind)
-    raise ValueError(f"{path} is not a clip: its content is none of {READABLE}")
+    raise ValueError(f"{path} is not a clip; supported are {READABLE}")
 
 
 def _kind(path: Path) -> str | None:
@@ -39,5 +39,5 @@ def _kind(path: Path) -> str | None:
 
 def _picture_file(path: Path, kind: str) -> FrameSource:
     if kind == "picture" and path.suffix.lower() not in (".gif", ".webp", ".apng"):
-        raise ValueError(f"{path} is one picture, not a clip: put the frames of a clip into a folder of their own")
+        raise ValueError(f"{path} is one picture, not a clip: put the frames of a clip in their own folder")
     return Animation(path)

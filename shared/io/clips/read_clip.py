@@ -1,4 +1,4 @@
-"""A clip on disk becomes tensors at the working size, one frame at a time: what is held does not grow with the clip."""
+"""Reads a clip into tensors at the working size, one frame at a time, so that memory does not grow with its length."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Clip:
     frames: Tensor  # [3, F, H, W] float32 in [-1, 1]
     masks: (
         Tensor | None
-    )  # [1, F, H, W] in [0, 1]: where the subject is; [1, 1, H, W] where only the first frame's is known
+    )  # [1, F, H, W] in [0, 1]: where the subject is; [1, 1, H, W] if only the first frame's mask is known
     valid: Tensor | None  # [1, F, H, W] in [0, 1]: where the clip is real (not padding); None: everywhere
-    fps: float | None  # frames per second; None for a folder of frames of which nothing says it
-    picks: tuple[int, ...]  # F: which frames of the file these are
+    fps: float | None  # frames per second; None for a folder of frames without a known rate
+    picks: tuple[int, ...]  # F: the indices of these frames in the file
     path: Path
 
 
@@ -44,7 +44,7 @@ def read_clip(
     fit: ResizeMode = "cover",
     mask: PathLike | None = None,
 ) -> Clip:
-    """The first window of a clip, as `read_windows` gives it."""
+    """Reads the first window of a clip, as `read_windows` does."""
     return next(read_windows(path, window, size, fit, mask))
 
 
@@ -55,15 +55,15 @@ def read_windows(
     fit: ResizeMode = "cover",
     mask: PathLike | None = None,
 ) -> Iterator[Clip]:
-    """The windows of a clip (a video file, an animation, a folder of frames), each read when it is asked for.
+    """Yields the windows of a clip (a video file, an animation, a folder of frames), each read on demand.
 
-    size: a side, or (height, width), in pixels; None keeps the clip's own. fit: as of `shared.io.resize.resize`; all
-    frames of a window are cut alike, about the middle of where its masks have been. mask: a clip or folder with a mask
-    for each frame, or one picture for the first frame (see `find_clips`); without it, transparency is the mask, as in
-    pictures. A frame may be empty of the subject, a window not.
+    size: a side, or (height, width), in pixels; None keeps the clip's own. fit: as in `shared.io.resize.resize`; all
+    frames of a window are cropped alike, around the centre of the box that holds all its masks. mask: a clip or folder with
+    a mask for each frame, or one picture for the first frame (see `find_clips`); without it, transparency is the mask, as in
+    pictures. The subject may be absent from a frame, but not from a whole window.
 
-    Raises ValueError, naming the file and the reason: no clip, damaged, cut off, shorter than a window, frames or masks
-    that do not fit each other.
+    Raises ValueError, naming the file and the reason: not a clip, damaged, truncated, shorter than a window, or frames and
+    masks that do not match.
     """
     window = window or ClipWindow()
     source = open_frames(path)
@@ -88,7 +88,7 @@ def _read(
     seen = False
     valid = None
     for number, picture in enumerate(_with_masks(source, indices, masks)):
-        how = fit if fit == "contain" or number == 0 else None  # one warning of what the crop loses is enough
+        how = fit if fit == "contain" or number == 0 else None  # warn only once about what the crop loses
         square = picture if picture.size == (width, height) else resize(picture, (height, width), how, keep)
         pixels.append(square.pixels)
         seen |= picture.alpha is not None
@@ -111,14 +111,14 @@ def _masks_of(
         return None
     if not any(bool(plane.any()) for plane in planes):
         raise ValueError(
-            f"{given.path if given else source.path}: the masks mark nothing in the frames that are used, after cropping; "
+            f"{given.path if given else source.path}: after cropping, the masks are empty in every frame that is used; "
             "choose another window, or fit=contain"
         )
     return planes[0][:, None] if given is not None and given.first_only else _spread(planes, indices, picks)
 
 
 def _spread(planes: list[Tensor], indices: Sequence[int], picks: tuple[int, ...]) -> Tensor:
-    """[C, H, W] of each index as [C, F, H, W] of the picks, which may repeat."""
+    """[C, H, W] per index -> [C, F, H, W] per pick; picks may repeat."""
     place = {index: i for i, index in enumerate(indices)}
     out = torch.empty(planes[0].shape[0], len(picks), *planes[0].shape[1:])
     for frame, index in enumerate(picks):
@@ -139,7 +139,7 @@ def _is_cut(size: tuple[int, int], width: int, height: int) -> bool:
 
 
 def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFrames | None) -> Box | None:
-    """The smallest box around all masks of a window; None where there are none."""
+    """The smallest box around all masks of a window; None if there are none."""
     if masks is not None:
         planes: Iterator[Image.Image | None] = masks.masks(indices)
     elif source.may_be_transparent:
@@ -154,7 +154,7 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
 
 
 def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
-    """The bounds of each mask that marks something; of no mask, all of the frame."""
+    """The bounds of each mask that is not empty; the whole frame where there is no mask."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()
         if box is not None:

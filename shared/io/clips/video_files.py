@@ -1,4 +1,4 @@
-"""Video files through libav: the times of the frames first, from the packets; then the frames that are asked for."""
+"""Video files through libav: frame times are read from the packets first, then the requested frames are decoded."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
 
-_THREADS = 4  # at most: each holds a frame
-_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own ones leave the transparency out
+_THREADS = 4  # at most, because each holds a frame
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders drop transparency
 
 
 class _Packets(NamedTuple):
-    """What a pass over the packets tells, in the units of the stream's clock."""
+    """What a pass over the packets found, in units of the stream's clock."""
 
-    stamps: list[int]  # when each frame is shown, ascending; empty where the file does not say
-    last: int  # the duration of the last
+    stamps: list[int]  # when each frame is shown, ascending; empty if the file does not say
+    last: int  # the duration of the last frame
     count: int
-    cut: bool  # whether the last one is incomplete
+    cut: bool  # whether the last packet is incomplete
 
 
 class VideoFile(FrameSource):
-    """A video file. Frames are as they are shown: turned and mirrored, with square pixels, in 8-bit sRGB.
+    """A video file. Frames come as a player shows them: rotated and mirrored, with square pixels, in 8-bit sRGB.
 
-    Raises ValueError, naming the file, when it is no video, holds no pictures (only sound), is damaged, or ends before
-    the place where its index or its header says: a video that was cut off is not read as a shorter one. (Streams that
-    were recorded without either, MPEG-TS among them, do not say where they should end.)
+    Raises ValueError, naming the file, if it is not a video, has no pictures (only sound), is damaged, or ends before its
+    index or header says: a truncated video is not read as a shorter one. (Streams recorded without index and header sizes,
+    such as MPEG-TS, do not say where they should end.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,22 +53,22 @@ class VideoFile(FrameSource):
             self._stamps = packets.stamps
             self.count = len(packets.stamps) or packets.count
             if not self.count:
-                raise ValueError(f"{path} holds a video stream without a frame: it is empty or cut off")
+                raise ValueError(f"{path} has a video stream without frames: it is empty or truncated")
             self.timing = self._timing(packets, stream.average_rate or stream.guessed_rate or Fraction(25))
             self._check_whole(packets, stream.frames)
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
-            raise ValueError(f"{path} holds a video stream of which no frame can be decoded")
-        # of the first frame, for all: in PyAV a frame and its side data refer to each other, and stay until they are collected
+            raise ValueError(f"{path} has a video stream in which no frame can be decoded")
+        # read once, from the first frame: in PyAV a frame and its side data refer to each other, and stay until collected
         matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
         self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
         yielded = 0
-        held: tuple[int, Any] | None = None  # the frame on the screen before the one just decoded
+        held: tuple[int, Any] | None = None  # the frame shown before the one just decoded
         for index, frame in self._decoded(picks[0] if picks else 0):
-            # a packet may hold no picture of its own: the one before stays on the screen
+            # a packet may hold no picture: the previous one stays on screen
             while yielded < len(picks) and picks[yielded] < index:
                 yield self._picture(*(held or (index, frame)))
                 yielded += 1
@@ -85,20 +85,20 @@ class VideoFile(FrameSource):
         return self.same_size(as_picture(self._upright(frame), self.path), index)
 
     def _upright(self, frame: Any) -> Image.Image:
-        """The picture as a player shows it: square pixels, then the display matrix (a phone that was held upright)."""
+        """The picture as a player shows it: square pixels, then the display matrix (for example of a phone held upright)."""
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
         return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
-        """(index, frame) in the order of showing, from `first` or somewhat before it."""
+        """(index, frame) in display order, from `first` or somewhat before it."""
         index_of = {stamp: i for i, stamp in enumerate(self._stamps)}
         with _opened(self.path) as (file, stream):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            # an error, where libav would paint over what is broken or grow beyond what the header has said
+            # an error, where libav would conceal damage or exceed the size in the header
             decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
@@ -110,7 +110,7 @@ class VideoFile(FrameSource):
                         yield index, frame
 
     def _seek(self, file: Any, stream: Any, stamp: int) -> None:
-        """Go to a key frame that is shown no later than `stamp`; to the beginning where the file does not lead to one."""
+        """Seeks to a key frame shown no later than `stamp`, or to the beginning if seeking fails."""
         with suppress(FFmpegError, OSError, StopIteration):
             file.seek(stamp, stream=stream)
             packet = next(file.demux(stream))
@@ -128,42 +128,40 @@ class VideoFile(FrameSource):
         return Timing(tuple(times), times[-1] + (packets.last * self._clock or usual), self._clock)
 
     def _check_whole(self, packets: _Packets, stated: int) -> None:
-        """ValueError when there are fewer frames than the index states, or fewer bytes than the header."""
+        """Raises ValueError if there are fewer frames than the index states, or fewer bytes than the header states."""
         there, size = packets.count - packets.cut, stated_size(self.path)
         if packets.cut or packets.count < stated or (size is not None and size > self.path.stat().st_size):
             raise ValueError(
-                f"{self.path} is cut off: {there}{f' of {stated}' if stated else ''} frames are there. Copy it again, or "
-                "keep what is there as a file of its own: ffmpeg -i FILE -c copy NEW"
+                f"{self.path} is truncated: it has {there}{f' of {stated}' if stated else ''} frames. Copy it again, or "
+                "save the rest as a new file: ffmpeg -i FILE -c copy NEW"
             )
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream); what libav raises becomes a ValueError that names the file."""
+    """(container, video stream); libav's errors become a ValueError that names the file."""
     try:
         kind = container(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         with path.open("rb") as data, av.open(data, format=kind) as file:
-            streams = [
-                s for s in file.streams.video if not s.disposition & Disposition.attached_pic
-            ]  # a record's sleeve
+            streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
             if not len(file.streams):
-                raise ValueError(f"{path} cannot be read as a video, it is damaged or cut off: nothing is in it")
+                raise ValueError(f"{path} cannot be read as a video, it is damaged or truncated: it holds nothing")
             if not streams:
                 holds = ", ".join(sorted({s.type for s in file.streams if s.type != "video"}))
                 raise ValueError(f"{path} has no video stream" + (f", only {holds}" if holds else ""))
             if streams[0].codec_context is None:
-                raise ValueError(f"{path} is coded in a way that this PyAV does not decode: save it as H.264")
+                raise ValueError(f"{path} uses a codec that this PyAV cannot decode: save it as H.264")
             yield file, streams[0]
     except (FFmpegError, OSError) as error:
         what = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read as a video, it is damaged or cut off: {what}") from None
+        raise ValueError(f"{path} cannot be read as a video, it is damaged or truncated: {what}") from None
 
 
 def why_not(path: Path) -> str:
-    """Why a video file cannot be used, from its header alone; empty where nothing speaks against it."""
+    """Why a video file cannot be used, judged from its header only; empty if it can."""
     try:
         with _opened(path):
             return ""
@@ -189,7 +187,7 @@ def _scan(file: Any, stream: Any) -> _Packets:
 
 
 def _decoder(stream: Any) -> Any:
-    """A decoder that gives the transparency where the stream's own one leaves it out; None where that will do."""
+    """A decoder that keeps transparency if the stream's own drops it; None if the stream's own will do."""
     name = _ALPHA_DECODERS.get(stream.codec_context.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return None
@@ -202,13 +200,14 @@ def _has_alpha(stream: Any) -> bool:
 
 
 def _turned(image: Image.Image, matrix: np.ndarray) -> Image.Image:
-    """By a display matrix, x' = a x + c y, y' = b x + d y: the eight turns and mirrorings. Others are left alone."""
+    """Applies a display matrix, x' = a x + c y, y' = b x + d y, if it is one of the eight rotations and reflections; else
+    returns the image unchanged."""
     a, b, _, c, d = matrix[:5].tolist()
     turn = _TURNS.get(tuple((v > 0) - (v < 0) if abs(v) > _HALF else 0 for v in (a, b, c, d)))
     return image if turn is None else image.transpose(turn)
 
 
-_HALF = 1 << 15  # of 1 in 16.16 fixed point
+_HALF = 1 << 15  # 0.5 in 16.16 fixed point
 _TURNS: dict[tuple[int, ...], Image.Transpose] = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,

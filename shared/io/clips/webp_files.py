@@ -14,17 +14,17 @@ from shared.io.clips.clip_metadata import DESCRIPTION
 
 
 def durations(count: int, fps: Fraction, unit: int) -> list[int]:
-    """How long each frame is shown, in milliseconds that are multiples of `unit`; what rounding takes from one it gives
-    to the next, so that the clip keeps its length."""
+    """How long each frame is shown, in milliseconds, as multiples of `unit`. Rounding errors carry over to the next frame, so
+    that the clip keeps its length."""
     ends = [round(i * 1000 / fps / unit) * unit for i in range(count + 1)]
     return [b - a for a, b in pairwise(ends)]
 
 
 def write_webp(path: Path | IO[bytes], levels: np.ndarray, fps: Fraction, comment: str) -> None:
-    """[F, H, W, 3] 8-bit sRGB, without loss, repeated for ever.
+    """Writes [F, H, W, 3] 8-bit sRGB losslessly, as an endless loop.
 
-    Of a clip in which nothing moves libwebp would make a still picture, without any time: there the last bit of one
-    corner pixel changes in the last frame.
+    libwebp would turn a clip in which nothing moves into a still picture without timing, so in such a clip the lowest bit of
+    one corner pixel is flipped in the last frame.
     """
     if len(levels) > 1 and (levels == levels[:1]).all():
         levels = levels.copy()

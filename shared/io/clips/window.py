@@ -12,17 +12,17 @@ from shared.config import Part
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.terminal import encodable
 
-_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be said rounded, 29.97 for 30000/1001
+_TOLERANCE = Fraction(1, 1000)  # seconds: a rate may be given rounded, 29.97 for 30000/1001
 
 
 class ClipWindow(Part):
-    """`length` frames of a clip, every `stride`-th at `fps` frames per second, from `start` seconds on.
+    """`length` frames of a clip: every `stride`-th at `fps` frames per second, starting at `start` seconds.
 
-    With `fps` a clip is sampled at equal times, and a sample is the frame that a player shows at that moment: clips of
-    a variable frame rate keep their rhythm, and at a higher rate than the clip's own frames repeat. Without `fps` its
-    frames are counted as they are. `windows` are spread evenly over the clip and may overlap; a clip that has not that
-    many different ones gives fewer, with a UserWarning. A folder of frames without a rate of its own is taken frame by
-    frame, as if it had been sampled at `fps`.
+    With `fps`, a clip is sampled at equal intervals, and each sample is the frame that a player shows at that moment: clips
+    with a variable frame rate keep their timing, and frames repeat if `fps` exceeds the clip's own rate. Without `fps`, the
+    clip's frames are used as they are. `windows` are spread evenly over the clip and may overlap; a clip with fewer distinct
+    windows gives fewer, with a UserWarning. A folder of frames without a rate is used frame by frame, as if it had been
+    sampled at `fps`.
     """
 
     fps: float | None = Field(default=None, gt=0, le=1000)
@@ -32,9 +32,9 @@ class ClipWindow(Part):
     windows: int = Field(default=1, ge=1)
 
     def picks(self, source: FrameSource) -> list[tuple[int, ...]]:
-        """For each window the indices of its frames, ascending; an index repeats where a frame is shown for long.
+        """The frame indices of each window, ascending; an index repeats if its frame is shown for several samples.
 
-        ValueError, naming the clip, when it is shorter than one window; it says how many frames there are.
+        Raises ValueError, naming the clip and its number of frames, if it is shorter than one window.
         """
         samples = self._samples(source)
         room = len(samples) - ((self.length - 1) * self.stride + 1)
@@ -43,14 +43,14 @@ class ClipWindow(Part):
         count = min(self.windows, room + 1)
         if count < self.windows:
             note = (
-                f"{source.path} has {count} different windows of {self.length} frames, and {self.windows} are asked for"
+                f"{source.path} has only {count} distinct windows of {self.length} frames, but windows={self.windows}"
             )
-            warnings.warn(encodable(f"{note}: those are used"), UserWarning, stacklevel=2)
+            warnings.warn(encodable(f"{note}: all of them are used"), UserWarning, stacklevel=2)
         starts = [round(i * room / (count - 1)) if count > 1 else 0 for i in range(count)]
         return [tuple(samples[s : s + (self.length - 1) * self.stride + 1 : self.stride]) for s in starts]
 
     def rate(self, source: FrameSource, picks: tuple[int, ...]) -> float | None:
-        """Frames per second of a window; the mean where the clip's own vary, None where nothing tells."""
+        """Frames per second of a window: the mean for a variable frame rate, None if unknown."""
         if self.fps is not None:
             return self.fps / self.stride
         if source.timing is None:
@@ -62,13 +62,13 @@ class ClipWindow(Part):
         return None if rate is None else float(rate)
 
     def _samples(self, source: FrameSource) -> list[int]:
-        """The frame of each sample from `start` to the end of the clip, before the stride."""
+        """The frame index of each sample from `start` to the end of the clip, before the stride."""
         fps, timing = self._exact_fps(), source.timing
         if timing is None:
             if fps is None and self.start > 0:
                 raise ValueError(
-                    f"{source.path} is a folder of frames without a rate, and start = {self.start:g} is in seconds: "
-                    "say its fps as well, or leave start out"
+                    f"{source.path} is a folder of frames without a rate, but start = {self.start:g} is in seconds: "
+                    "set fps as well, or leave start out"
                 )
             return list(range(round(Fraction(self.start) * (fps or 1)), source.count))
         if fps is None:
@@ -90,15 +90,15 @@ class ClipWindow(Part):
         change += ["a higher fps"] if self.fps is not None and source.timing is not None else []
         change += ["an earlier start"] if self.start > 0 else []
         return (
-            f"{source.path} holds {' '.join([frames, *at])}, and {self.length} are asked for: "
+            f"{source.path} has {' '.join([frames, *at])}, but length={self.length}: "
             f"choose {' or '.join(change) or 'a longer clip'}, or leave this clip out"
         )
 
 
 def sample(timing: Timing, fps: Fraction, start: Fraction) -> list[int]:
-    """The index of the frame on the screen at start + k / fps seconds, for every k before the end of the clip.
+    """The index of the frame shown at start + k / fps seconds, for every k before the end of the clip.
 
-    Times that a file has rounded to its clock count as what they were rounded from.
+    The tolerance makes up for times that the file rounded to its clock.
     """
     slack = min(max(timing.resolution, _TOLERANCE), 1 / (4 * fps))
     count = max(0, -((start + slack - timing.end) * fps // 1))
