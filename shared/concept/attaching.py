@@ -1,4 +1,4 @@
-"""A saved concept on a backbone."""
+"""Attaches saved concepts to a backbone."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.branch import BranchAdapter
 from shared.trainable.delta import DeltaAdapter
 
-#: Attached names of styles that are ordinary words.
+#: Placeholders of attached styles that consist of ordinary words.
 _acts_unnamed: weakref.WeakKeyDictionary[Placeholder, bool] = weakref.WeakKeyDictionary()
-_ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # which adapter_id an attached adapter has
+_ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # the adapter_id of each attached adapter
 
 
 def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifiers: Any = Modifier) -> None:
-    """Name the concept on the backbone and inject its adapters, frozen. `backbone.remove(name)` takes it off again.
+    """Register the concept's name on the backbone and inject its adapters, frozen. `backbone.remove(name)` undoes it.
 
     Args:
-        strength: of its adapters and learned words; 0 is off (words: what they started from), 1 as learned
-        modifiers: the union of modifiers that are known; a package with more of them gives its own
+        strength: of its adapters and learned words; 0 is off (words: their initial values), 1 as learned
+        modifiers: the union of known modifiers; a package with more of them passes its own
 
     Raises:
-        ValueError: when the model lacks layers of the concept or has them in other shapes (`fits` says which), when its
-            tensors fit only in part or not at all (with the numbers), when the name is taken, when its words are those
-            of an attached concept, when it has nothing that a strength other than 1 could scale, and when it shares its
-            adapters with an attached concept of another strength. The backbone is then as it was.
+        ValueError: if the model lacks layers of the concept or has them in other shapes (`fits` says which), if some or all
+            of its tensors do not fit (with the numbers), if the name is taken, if its words are confusable with those of an
+            attached concept, if the strength is not 1 and it has nothing to scale, or if it shares its adapters with a
+            concept that is attached at another strength. The backbone is then left unchanged.
 
     Warns:
-        UserWarning: when it was learned on another checkpoint of these layers
+        UserWarning: if it was learned on another checkpoint of these layers
     """
     name = concept.meta.name
     if name in backbone.placeholders or name in backbone.adapters:
         raise ValueError(
-            f"a concept named {name!r} is attached already: remove it first, or save this one under another name"
+            f"a concept named {name!r} is already attached: remove it first, or save this one under another name"
         )
     if not math.isfinite(strength):
-        raise ValueError(f"the strength of {name!r} must be a number, and is {strength}")
+        raise ValueError(f"the strength of {name!r} must be a finite number, not {strength}")
     _check_fit(concept, backbone)
     twin = _twin(concept, backbone, strength)
     try:
@@ -69,7 +69,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
 
 def detach(backbone: Backbone, name: str) -> None:
-    """Take a concept off: outputs, repr and tokenizers are what they were. ValueError when it is not there."""
+    """Remove a concept, restoring outputs, repr and tokenizers. ValueError if it is not attached."""
     backbone.remove(name)
 
 
@@ -80,12 +80,12 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
         raise ValueError(f"{meta.name!r} does not fit {backbone.name or backbone.family}: {reason}")
     if info.family == backbone.family:
         same = info.checkpoint == backbone.checkpoint
-    else:  # a model made of the other has more weights; those that the concept is on can be the same
+    else:  # a model built from the other has more weights; those that the concept touches can be the same
         same = info.layers == layers_identity(backbone, meta.layers, meta.embeddings)
     if not same:
         warnings.warn(
-            f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}, "
-            f"and this is {backbone.name}): it may look different here",
+            f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}; "
+            f"this is {backbone.name}): it may look different here",
             stacklevel=3,
         )
 
@@ -94,15 +94,15 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
     meta = concept.meta
     if not meta.modifier:
         if concept.of("embeddings"):
-            raise ValueError(f"{meta.name!r} has token embeddings, and no modifier that they belong to")
+            raise ValueError(f"{meta.name!r} has token embeddings but no modifier that they belong to")
         return
     named: Any = create_model("Named", __base__=Part, modifier=(modifiers, ...))
     modifier = validate(named, {"modifier": meta.modifier}, where=f"the concept {meta.name!r}").modifier
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="modifier.token=")  # said when it was learned
+        warnings.filterwarnings("ignore", message="modifier.token=")  # the user was warned when it was learned
         placeholder = modifier.attach(backbone, meta.name, meta.class_noun, seed=meta.seed)
     placeholder.load_state_dict(concept.learned_words)
-    if concept.initial_embeddings:  # without it, the start is that of this model's words
+    if concept.initial_embeddings:  # otherwise the initial values come from this model's words
         placeholder.load_initial_state_dict(concept.initial_embeddings)
     placeholder.frozen = True
     _acts_unnamed[placeholder] = meta.kind == "style" and isinstance(modifier, PlainText)
@@ -110,18 +110,18 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
 
 
 def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
-    """ValueError when the words of another attached concept are these words, or part of them, or the other way round.
+    """Raises ValueError if the words of another attached concept equal, contain or are contained in these words.
 
-    Two styles may be said by the same ordinary words: they act without being named.
+    Two styles may have the same ordinary words, because they act without being named.
     """
     for name, other in backbone.placeholders.items():
         if other is placeholder or (_acts_unnamed.get(other) and _acts_unnamed[placeholder]):
             continue
         if confusable(backbone, placeholder, other):
             raise ValueError(
-                f"{placeholder.name!r} and {name!r} cannot be loaded together: in a prompt they are "
-                f"{placeholder.words!r} and {other.words!r}, which the model cannot tell apart. Load one of them, or "
-                "learn one again with another modifier.token, or with modifier.kind=learnable_token"
+                f"{placeholder.name!r} and {name!r} cannot be loaded together: prompts call them "
+                f"{placeholder.words!r} and {other.words!r}, which the model cannot tell apart. Load only one of them, or "
+                "learn one again with another modifier.token or with modifier.kind=learnable_token"
             )
 
 
@@ -162,7 +162,7 @@ def _attach_branches(concept: Concept, backbone: Backbone) -> None:
             _ids[adapter] = meta.adapter_id
     if left:
         raise ValueError(
-            f"{len(left)} branch tensors of {meta.name!r} belong to no place, for example {next(iter(left))!r}"
+            f"{len(left)} branch tensors of {meta.name!r} belong to no branch, for example {next(iter(left))!r}"
         )
 
 
@@ -185,15 +185,15 @@ def _attach_weights(concept: Concept, backbone: Backbone) -> None:
 
 
 def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError before memory is taken for an adapter that is larger than its tensors."""
+    """Raises ValueError, before memory is allocated, for an adapter that is larger than its tensors."""
     plain = settings.get("peft_type") == "LORA"
     ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()] if plain else [0]
     largest = max((max(t.shape, default=0) for t in state.values()), default=0)
     if not state:
-        raise ValueError(f"{where}: 0 tensors for an adapter of {len(settings['target_modules'])} modules")
+        raise ValueError(f"{where}: no tensors for an adapter of {len(settings['target_modules'])} modules")
     if max(ranks) > largest:
         raise ValueError(
-            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, the largest side of which is {largest}"
+            f"{where}: rank {max(ranks)} does not fit its {len(state)} tensors, whose largest side is {largest}"
         )
 
 
@@ -201,7 +201,7 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
 
 
 def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
-    """The attached concept with the same adapters, if there is one. ValueError when its strength is another."""
+    """The attached concept with the same adapters, if any. ValueError if its strength differs."""
     meta = concept.meta
     if not meta.adapter_id:
         return None
@@ -211,7 +211,7 @@ def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
             if current != strength:
                 raise ValueError(
                     f"{meta.name!r} and {other!r} were learned together and share one adapter: "
-                    f"give both the same strength ({other!r} has {current:g}, {meta.name!r} was to have {strength:g})"
+                    f"give both the same strength ({other!r} has {current:g}, {strength:g} was given for {meta.name!r})"
                 )
             return other
     return None

@@ -1,4 +1,4 @@
-"""What is attached to a backbone, as a concept that can be saved."""
+"""Turns what is attached to a backbone into a concept that can be saved."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Tensors = dict[str, dict[str, Tensor]]
 def capture(
     backbone: Backbone, name: str, provenance: Provenance = Provenance(), adapter_sets: Sequence[str] = ()
 ) -> Concept:
-    """What is attached under `name`, as a concept that can be saved.
+    """Returns what is attached under `name` as a concept that can be saved.
 
     Args:
-        adapter_sets: the names that the adapters are registered under, where it is not `name` alone (several subjects
-            or sets in a run); loaded again, all of them are the concept's own and share its strength
+        adapter_sets: the names under which the adapters are registered, if not only `name` (several subjects or sets in a
+            run); after loading, all of them belong to the concept and share its strength
 
     Raises:
-        ValueError: when nothing is attached under these names, or an adapter is of a kind that cannot be saved
+        ValueError: if nothing is attached under these names, or an adapter is of a kind that cannot be saved
 
     Warns:
-        UserWarning: when the description of how it was made cannot be kept; what was learned is kept without it
+        UserWarning: if the description of how it was made is invalid; what was learned is then kept without it
     """
     attached = [unshared(a) for source in adapter_sets or (name,) for a in backbone.adapters.get(source, [])]
     placeholder = backbone.placeholders.get(name)
@@ -48,7 +48,7 @@ def capture(
     if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
-        raise ValueError(f"{name!r} has a placeholder: say which modifier made it, or it cannot be loaded again")
+        raise ValueError(f"{name!r} has a placeholder: give the modifier that made it, or it cannot be loaded again")
     adapters_info, tensors = _adapters_of(attached, name)
     if placeholder is not None:
         starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
@@ -69,7 +69,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """The model, and the layers and embeddings of it that the concept needs."""
+    """The model, and those of its layers and embeddings that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
@@ -89,16 +89,16 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
     described = provenance.described()
     try:
         return validate(ConceptMeta, {**needed, **described}, where)
-    except ValueError as error:  # whatever stands in a description: what was learned does not depend on it
+    except ValueError as error:  # a bad description must not cost what was learned
         kept = {"class_noun": described["class_noun"]}
         meta = validate(ConceptMeta, {**needed, **kept}, where)
-        warnings.warn(f"{error}\nThe concept is kept without recipe, metrics and references", stacklevel=3)
+        warnings.warn(f"{error}\nThe concept is saved without its recipe, metrics and references", stacklevel=3)
         return meta
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """("adapters", "weights" and "branches" of the description, tensors by kind). Two adapters of one slot and
-    component stay two: the second one's slot gets a number."""
+    """("adapters", "weights" and "branches" of the description, tensors by kind). If two adapters have the same slot and
+    component, the second one's slot gets a number."""
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
     branches: dict[str, dict[str, Any]] = {}
@@ -119,7 +119,7 @@ def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any]
             branches.setdefault(slot, {})[adapter.component] = adapter.settings.model_dump(mode="json")
             tensors["branches"].update({f"{slot}.{k}": v for k, v in adapter.state_dict().items()})
         else:
-            raise ValueError(f"{name!r} has a {type(adapter).__name__}, which a concept cannot hold")
+            raise ValueError(f"{name!r} has a {type(adapter).__name__}, which a concept cannot store")
     return {"adapters": adapters, "weights": weights, "branches": branches}, tensors
 
 
@@ -131,7 +131,7 @@ def _free(slot: str, taken: Sequence[str]) -> str:
 
 
 def _touched(adapters_info: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """(component, path) of every layer or parameter that the concept is on."""
+    """(component, path) of every layer or parameter that the concept touches."""
     for components in adapters_info["adapters"].values():
         yield from ((c, path) for c, settings in components.items() for path in settings["target_modules"])
     for components in adapters_info["weights"].values():

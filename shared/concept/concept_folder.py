@@ -1,4 +1,4 @@
-"""The concept folder `NAME.concept/`: written whole or not at all, read without executing anything in it."""
+"""The concept folder `NAME.concept/`: written atomically, and read without executing anything in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.io.safetensors_files import read_safetensors_header, safe_load_safet
 
 META = "concept.json"
 PREVIEW = "preview.png"
-START = "start."  # before a key of "embeddings": what that tensor was before anything was learned
+START = "start."  # prefix of a key in "embeddings": the tensor's initial value
 KINDS = ("adapter", "weights", "branches", "embeddings")  # each is one file KIND.safetensors
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
@@ -45,12 +45,12 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Concept:
-    """A learned thing: its description and its tensors.
+    """What was learned of a subject: its description and its tensors.
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
-    changes of weights), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned,
-    by its own keys; of learned tokens `{component}`: vectors `[n, d]`; and under `start.{key}` what that started from),
-    each a mapping from key to a float tensor on the CPU.
+    weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, by its
+    own keys; for learned tokens `{component}`: vectors `[n, d]`; and their initial values under `start.{key}`). Each maps
+    keys to float tensors on the CPU.
     """
 
     meta: ConceptMeta
@@ -69,21 +69,21 @@ class Concept:
 
     @property
     def initial_embeddings(self) -> dict[str, Tensor]:
-        """What that was at the start, by the same keys; empty in concepts that were saved without it."""
+        """Their initial values, by the same keys; empty in concepts saved without them."""
         return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
-        """The tensors of one kind; empty when the concept has none."""
+        """The tensors of one kind; empty if the concept has none."""
         return self.tensors.get(kind, {})
 
 
 def with_fields(part: Part, **changes: Any) -> Any:
-    """A validated copy of a part with some fields changed. ValueError as at its making."""
+    """A validated copy of a part with some fields changed. Raises ValueError as its constructor does."""
     return type(part).model_validate({**part.model_dump(), **changes})
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names, shapes and values of adapter, weight and branch tensors: equal for concepts learned together."""
+    """sha256 over names, shapes and values of adapter, weight and branch tensors; equal for concepts learned together."""
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):
@@ -98,13 +98,13 @@ def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def save(concept: Concept, path: str | os.PathLike[str], overwrite: bool = False, preview: Any = None) -> Concept:
-    """Write the folder, atomically: it appears complete or not at all. Returns the concept as it was saved.
+    """Write the folder atomically. Returns the concept as saved.
 
     Args:
-        preview: a PIL picture, or a PNG file; the concept's own where none is given
+        preview: a PIL image, or a PNG file; default: the concept's own
 
-    Raises ValueError when the output exists and holds something, unless `overwrite`; the old folder stays until the new
-    one is complete. And when a tensor holds values that are not numbers: reading would refuse it.
+    Raises ValueError if the output exists and is not empty, unless `overwrite` (the old folder stays until the new one is
+    complete), and if a tensor contains NaN or Inf, which reading would refuse.
     """
     _check_finite(concept)
     with atomic_folder(path, overwrite) as folder:
@@ -130,13 +130,11 @@ def _check_finite(concept: Concept) -> None:
     for kind, tensors in concept.tensors.items():
         for key, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{concept.name!r} was not saved: its {kind} tensor {key!r} holds values that are not numbers"
-                )
+                raise ValueError(f"{concept.name!r} was not saved: its {kind} tensor {key!r} contains NaN or Inf")
 
 
 def dump_json(meta: ConceptMeta) -> str:
-    """The text of `concept.json`; values that are not numbers become null."""
+    """The text of `concept.json`; NaN and Inf become null."""
     return meta.model_dump_json(indent=2) + "\n"
 
 
@@ -144,11 +142,11 @@ def dump_json(meta: ConceptMeta) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> Concept:
-    """The concept in a folder. Nothing in it is executed; its preview is not opened.
+    """Reads the concept in a folder. Nothing in it is executed; its preview is not opened.
 
-    Raises ValueError, naming the file, when the folder is no concept, when a file is missing, damaged, not the one that
-    `concept.json` describes, or too large, when it holds NaN or Inf, when a link leads out of the folder, and when the
-    folder holds a file that could carry code.
+    Raises ValueError, naming the file, if the folder is not a concept; if a file is missing, damaged, too large, not the one
+    that `concept.json` describes, or contains NaN or Inf; if a link leads out of the folder; or if the folder holds a file
+    that could contain code.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -161,15 +159,17 @@ def read(path: str | os.PathLike[str]) -> Concept:
     _check_listing(folder, meta)
     tensors = {kind: _read_tensors(folder, kind, meta) for kind in KINDS if f"{kind}.safetensors" in meta.files}
     if adapter_id(tensors) != meta.adapter_id:
-        raise ValueError(f"{folder / META}: adapter_id does not belong to the tensors in this folder")
+        raise ValueError(f"{folder / META}: adapter_id does not match the tensors in this folder")
     preview = folder / PREVIEW
     return Concept(meta=meta, tensors=tensors, preview=_png(preview) if preview.is_file() else None, path=folder)
 
 
 def read_meta(file: Path) -> ConceptMeta:
-    """The description of a concept. ValueError, naming the file, where it is too large, damaged or of another version."""
+    """Reads a concept's description. ValueError, naming the file, if it is too large, damaged or of another version."""
     if file.stat().st_size > _MAX_JSON:
-        raise ValueError(f"{file} is {file.stat().st_size:,} bytes; a concept's description has at most {_MAX_JSON:,}")
+        raise ValueError(
+            f"{file} is {file.stat().st_size:,} bytes; the limit for a concept's description is {_MAX_JSON:,}"
+        )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ def read_meta(file: Path) -> ConceptMeta:
 
 
 def _survey(folder: Path) -> None:
-    """Raises ValueError for links that lead out and for files that could carry code, before anything is opened."""
+    """Raises ValueError for links that lead out of the folder and files that could contain code, before opening anything."""
     root = folder.resolve()
     count = 0
     for place, folders, files in os.walk(folder, followlinks=False):
@@ -197,42 +197,44 @@ def _check_harmless(entry: Path) -> None:
     suffix = entry.suffix.lower()
     if suffix in _CODE and not entry.is_dir():
         raise ValueError(
-            f"{entry} can carry code ({suffix}) and has no place in a concept; it was not opened. Remove it first"
+            f"{entry} can contain code ({suffix}) and does not belong in a concept; it was not opened. Remove it first"
         )
     if suffix in (".yaml", ".yml") and entry.is_file():
         with entry.open("rb") as stream:
             text = stream.read(_MAX_JSON + 1)
         if len(text) > _MAX_JSON or _TAG.search(text):
-            raise ValueError(f"{entry} is YAML with tags, which can carry code; it was not loaded. Remove it first")
+            raise ValueError(f"{entry} is YAML with tags, which can contain code; it was not loaded. Remove it first")
 
 
 def _check_listing(folder: Path, meta: ConceptMeta) -> None:
-    """Raises ValueError unless the tensor files in the folder are those that `concept.json` lists."""
+    """Raises ValueError unless the folder's tensor files are exactly those listed in `concept.json`."""
     known = {f"{kind}.safetensors" for kind in KINDS}
     for name in meta.files:
         safe_relative(folder, name)
         if name not in known:
-            raise ValueError(f"{folder / META} lists the file {name!r}; a concept has only {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{folder / META} lists the file {name!r}; a concept can only have {', '.join(sorted(known))}"
+            )
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing; {META} lists it")
+            raise ValueError(f"{folder / name} is missing, but {META} lists it")
     for name in known - set(meta.files):
         if (folder / name).exists():
             raise ValueError(
-                f"{folder / name} is not listed in {META}: it does not belong to this concept, and was not opened"
+                f"{folder / name} is not listed in {META}: it does not belong to this concept and was not opened"
             )
 
 
 def _read_tensors(folder: Path, kind: str, meta: ConceptMeta) -> dict[str, Tensor]:
     file = folder / f"{kind}.safetensors"
     if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{file} is {file.stat().st_size:,} bytes; at most {_MAX_BYTES:,} are read")
+        raise ValueError(f"{file} is {file.stat().st_size:,} bytes; the limit is {_MAX_BYTES:,}")
     header, _ = read_safetensors_header(file)
     if not header or len(header) > _MAX_TENSORS:
-        raise ValueError(f"{file} holds {len(header):,} tensors; 1 to {_MAX_TENSORS:,} are read")
+        raise ValueError(f"{file} holds {len(header):,} tensors; there must be 1 to {_MAX_TENSORS:,}")
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
-                f"{file}: tensor {name!r} is {entry['dtype']}; a concept's tensors are {', '.join(_DTYPES)}"
+                f"{file}: tensor {name!r} is {entry['dtype']}; a concept's tensors must be one of {', '.join(_DTYPES)}"
             )
     if sha256(file) != meta.files[file.name]:
         raise ValueError(f"{file} is not the file that {META} describes: it was changed or damaged (sha256 differs)")

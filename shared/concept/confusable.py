@@ -1,4 +1,4 @@
-"""Whether a model could tell two concepts apart by the words that stand for them."""
+"""Whether a model can tell two concepts apart by their words."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from shared.backbones.protocol import Backbone, Placeholder
 
 
 def confusable(backbone: Backbone, a: Placeholder, b: Placeholder) -> bool:
-    """Whether every text encoder finds all of one's words in the other's: "sks mug" and "sks mug", or "mug" and
-    "sks mug". False where one of them is said without words."""
+    """Whether one's words are contained in the other's for every text encoder: "sks mug" and "sks mug", or "mug" and
+    "sks mug". False if either has no words."""
     encoders = [c for c in backbone.components if c.startswith("text_encoder")]
     return bool(encoders) and all(_within(_read(backbone, c, a), _read(backbone, c, b)) for c in encoders)
 
 
 def _read(backbone: Backbone, component: str, placeholder: Placeholder) -> list[str]:
-    """What a text encoder reads of the words: added tokens as they are, the rest in the pieces of its tokenizer."""
+    """The words as a text encoder sees them: added tokens as they are, the rest as its tokenizer splits them."""
     out: list[str] = []
     for word in placeholder.words.split():
         if word in placeholder.tokens:

@@ -1,7 +1,7 @@
 """The files that diffusers loads: `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`.
 
 diffusers and peft read a LoRA without alpha as W + B A, so strength and alpha / rank are folded into B, and several
-slots on one layer are laid side by side along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+slots on one layer are concatenated along the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shared.modifiers.learnable import at_strength
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
-#: Networks whose layers a pipeline reads from a file of their own, under another name and told by an option.
+#: Networks whose LoRA a pipeline loads from a separate file, under another name and with an option.
 _OWN_FILE: Mapping[str, tuple[str, Mapping[str, bool]]] = {
     "transformer_2": ("transformer", {"load_into_transformer_2": True})
 }
@@ -36,7 +36,7 @@ _KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 @dataclass
 class Layer:
-    """What one or several slots add to one layer, with the scale already in B."""
+    """What one or more slots add to one layer, with the scale folded into B."""
 
     downs: list[Tensor] = field(default_factory=list)  # each [r, in, …]
     ups: list[Tensor] = field(default_factory=list)  # each [out, r, …]
@@ -50,26 +50,26 @@ class Layer:
 def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
     """component -> path -> what is added there.
 
-    Raises ValueError for what this format has no place for: other adapters than LoRA, changed weights, DoRA that shares
-    a layer or a component with something else.
+    Raises ValueError for what this format cannot store: adapters other than LoRA, changed weights, and DoRA that shares a
+    layer or component with something else.
     """
     if concept.of("weights"):
-        raise ValueError(f"{concept.name!r} holds changed weights, and diffusers' LoRA files have no place for them")
+        raise ValueError(f"{concept.name!r} has changed weights, which diffusers' LoRA files cannot store")
     if concept.of("branches"):
         kinds = sorted(
             {s.form.kind.replace("_", " ") for parts in concept.meta.branches.values() for s in parts.values()}
         )
-        raise ValueError(f"{concept.name!r} holds {', '.join(kinds)}, and diffusers' LoRA files have no place for them")
+        raise ValueError(f"{concept.name!r} has {', '.join(kinds)}, which diffusers' LoRA files cannot store")
     layers: dict[str, dict[str, Layer]] = defaultdict(dict)
     for slot, components in concept.meta.adapters.items():
         for component, settings in components.items():
             if settings.get("peft_type") != "LORA":
                 raise ValueError(
-                    f"slot {slot!r} is {settings.get('peft_type')}; diffusers' LoRA files hold LoRA and DoRA only"
+                    f"slot {slot!r} is {settings.get('peft_type')}; diffusers' LoRA files can store only LoRA and DoRA"
                 )
             if MIN_RANK in settings:
                 raise ValueError(
-                    f"slot {slot!r} has a rank that falls with the noise, down to {settings[MIN_RANK]}: diffusers' LoRA "
+                    f"the rank of slot {slot!r} falls with the noise, down to {settings[MIN_RANK]}: diffusers' LoRA "
                     "files have one rank at all times"
                 )
             prefix = f"{slot}.{component}."
@@ -84,14 +84,14 @@ def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mappin
     for key, tensor in state.items():
         path, kind = next(((key[: -len(k) - 1], k) for k in _KINDS if key.endswith("." + k)), (key, ""))
         if not kind:
-            raise ValueError(f"diffusers' LoRA files have no place for the adapter tensor {key!r}")
+            raise ValueError(f"diffusers' LoRA files cannot store the adapter tensor {key!r}")
         layer = layers.setdefault(path, Layer())
         if kind == _KINDS[0]:
             layer.downs.append(tensor)
             layer.ups.append(state[f"{path}.{_KINDS[1]}"] * (strength * _scale(settings, path)))
         elif kind == _KINDS[2]:
             if layer.magnitude is not None:
-                raise ValueError(f"two DoRA slots meet on {path}: diffusers' files hold one magnitude per layer")
+                raise ValueError(f"two DoRA slots are on {path}: diffusers' files store one magnitude per layer")
             layer.magnitude = tensor
 
 
@@ -108,20 +108,20 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
     mixed = [p for p in dora if len(layers[p].downs) > 1]
     if mixed:
         raise ValueError(
-            f"DoRA and another slot meet on {mixed[0]} of {component}: DoRA can be written only where it is alone"
+            f"DoRA and another slot are both on {mixed[0]} of {component}: a layer with DoRA can have no other slot here"
         )
     if dora and len(dora) < len(layers):
         plain = next(p for p in layers if p not in dora)
         raise ValueError(
             f"{component} has DoRA on {len(dora)} layers and plain LoRA on {len(layers) - len(dora)} "
-            f"(for example {plain}); diffusers reads a component's layers as all of one kind"
+            f"(for example {plain}); diffusers needs all layers of a component to be of one kind"
         )
 
 
 def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any] | None:
-    """Write the LoRA file; None when the concept has no adapter.
+    """Write the LoRA file; returns None if the concept has no adapter.
 
-    Every layer of a component gets the same rank (zeros fill up): versions of diffusers differ in how they read mixed
+    Every layer of a component is zero-padded to the same rank, because diffusers versions differ in how they read mixed
     ranks.
     """
     layers = lora_layers(concept, strength)
@@ -140,7 +140,7 @@ def write_lora(concept: Concept, folder: Path, backbone: Backbone, strength: flo
             state[f"{key}.{_KINDS[0]}"] = _fill(torch.cat(layer.downs), 0, rank)
             state[f"{key}.{_KINDS[1]}"] = _fill(torch.cat(layer.ups, dim=1), 1, rank)
             if layer.magnitude is not None:
-                # transformers 5 looks for the full name, and leaves the magnitude at its start without it
+                # transformers 5 looks for the full name; without it, the magnitude keeps its initial value
                 full = ".weight" if component.startswith("text_encoder") else ""
                 state[f"{key}.{_KINDS[2]}{full}"] = layer.magnitude.contiguous()
     for file, state in states.items():
@@ -164,7 +164,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """The layer's name in files: transformers 5 dropped CLIP's `text_model.`, files and older versions have it."""
+    """The layer's name in files: transformers 5 dropped CLIP's `text_model.`, but files and older versions have it."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -172,16 +172,16 @@ def public_path(backbone: Backbone, component: str, path: str) -> str:
 def write_tokens(
     concept: Concept, folder: Path, backbone: Backbone, tokens: tuple[str, ...], strength: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Write one `{token: [n, d]}` file per text encoder; the first of `tokens` names all n vectors, as diffusers has it.
+    """Write one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
 
-    "end_of_text" says where the user has to correct a CLIP of the old kind, whose pooled output is that of the highest
-    token id: an added token's, instead of the end's.
+    "end_of_text" marks an old-style CLIP that the user has to correct: its pooled output is taken at the highest token id,
+    which would be an added token instead of the end token.
 
     Args:
-        strength: folded into the vectors, from what they started from (0) to what was learned (1)
+        strength: folded into the vectors, from their initial values (0) to what was learned (1)
 
-    Raises ValueError when the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), and when what
-    was learned is not one table of vectors per text encoder.
+    Raises ValueError if the tokens are not named as diffusers names them (`tok`, `tok_1`, `tok_2`, …), or if what was
+    learned is not one table of vectors per text encoder.
     """
     embeddings = _rows(concept, backbone, strength)
     if embeddings and tokens != tuple(token_names(tokens[0], len(tokens))):
@@ -191,7 +191,7 @@ def write_tokens(
     out = []
     for component, vectors in sorted(embeddings.items()):
         if vectors.ndim != 2 or vectors.shape[0] != len(tokens):
-            raise ValueError(f"embeddings of {component} are {list(vectors.shape)}, and there are {len(tokens)} tokens")
+            raise ValueError(f"embeddings of {component} are {list(vectors.shape)}, but there are {len(tokens)} tokens")
         file = TOKEN_FILE if len(embeddings) == 1 else TOKEN_FILE.replace(".", f".{component}.", 1)
         token = public_token(backbone, tokens[0])
         save_file({token: vectors.float().contiguous()}, folder / file, metadata={"format": "pt"})
@@ -209,43 +209,47 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
         return {}
     if placeholder.varies_with or set(learned) != set(placeholder.components):
         raise ValueError(
-            f"{concept.name!r} learned {', '.join(sorted(learned)[:4])} …: diffusers' embedding files hold one table of "
-            "vectors per text encoder and no other"
+            f"{concept.name!r} learned {', '.join(sorted(learned)[:4])} …: diffusers' embedding files can store only one "
+            "table of vectors per text encoder"
         )
     starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
-        raise ValueError(f"{concept.name!r} keeps no start of its words: they can be exported at strength 1 only")
+        raise ValueError(
+            f"{concept.name!r} was saved without its words' initial values: they can be exported at strength 1 only"
+        )
     return {c: at_strength(starts.get(c, vectors).float(), vectors.float(), strength) for c, vectors in learned.items()}
 
 
 def reads_token_files(pipeline: Any) -> bool:
-    """Whether a diffusers pipeline has a loader of learned tokens; without one, README says how to add them."""
+    """Whether a diffusers pipeline can load learned tokens; if not, the README says how to add them."""
     return hasattr(pipeline, "load_textual_inversion")
 
 
 def token_names(token: str, vectors: int) -> list[str]:
-    """The tokens of several vectors, as diffusers names them."""
+    """The names that diffusers gives to the tokens of several vectors."""
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """A token as files name it: in small letters where diffusers looks for it, because CLIP's tokenizer makes them small."""
+    """A token's name in files: lower case where diffusers looks it up, because CLIP's tokenizer lowercases."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
 
 def public_words(words: str, tokens: Sequence[str], backbone: Backbone) -> str:
-    """How a concept is said in a diffusers prompt: its first token alone, which diffusers follows up with the others; all
-    of them where the pipeline knows nothing of them."""
+    """A concept's words in a diffusers prompt: only its first token, which diffusers expands to all of them; all tokens if
+    the pipeline does not expand them."""
     if not tokens or not reads_token_files(backbone.pipeline()):
         return words
     return words.replace(" ".join(tokens), public_token(backbone, tokens[0]))
 
 
 def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Mapping[str, Any], words: str) -> None:
-    """How to load it: the lines to copy."""
+    """Writes README.txt: the lines of Python that load the export."""
     pipeline = type(backbone.pipeline()).__name__  # type: ignore[attr-defined]
     lines = [f"from diffusers import {pipeline}"]
-    own = public_name(backbone.name) != backbone.name and backbone.world is None  # on this disk: on another, elsewhere
+    own = (
+        public_name(backbone.name) != backbone.name and backbone.world is None
+    )  # a local path, which differs on other machines
     source = json.dumps("{model}" if own else backbone.name)
     if backbone.world is not None:
         import_line, source = backbone.world.find
@@ -272,13 +276,15 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
         lines.append(f"{made}.images[0].save('picture.png')")
     else:
         lines += ["from diffusers.utils import export_to_video", f"export_to_video({made}.frames[0], 'clip.mp4')"]
-    where = f", and {{model}} that of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})" if own else ""
-    head = f"The concept {concept.name!r} for diffusers. With {{folder}} the place of this file{where}:\n\n"
+    where = (
+        f", and {{model}} the path of {public_name(backbone.name)} (weights {backbone.checkpoint[:12]})" if own else ""
+    )
+    head = f"The concept {concept.name!r} for diffusers, where {{folder}} is the folder of this file{where}:\n\n"
     (folder / "README.txt").write_text(head + "\n".join(f"    {line}" for line in lines) + "\n", encoding="utf-8")
 
 
 def _token_lines(entry: Mapping[str, Any], tokenizer: str) -> list[str]:
-    """As `shared.concept.verify.add_tokens` does it."""
+    """The README lines that do what `shared.concept.verify.add_tokens` does."""
     encoder, names = f"pipe.{entry['component']}", token_names(entry["token"], entry["vectors"])
     return [
         "from safetensors.torch import load_file",

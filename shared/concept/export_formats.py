@@ -1,4 +1,4 @@
-"""A concept as files of another program, checked by loading them there."""
+"""Exports a concept to another program's files and checks them by loading them there."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def export(
     """Write the concept in another program's format, load it back there, and compare.
 
     Args:
-        path: the folder to write; it appears only when the comparison holds
-        backbone: what to compare on; loaded by the concept's own note of it where none is given. A concept of this name
-            that is attached there is what is compared
+        path: the folder to write; it appears only if the comparison succeeds
+        backbone: the model to compare on; default: the one that the concept was learned on. If a concept of this name is
+            already attached there, that one is compared
         strength: folded into the files
 
     Returns:
-        What `export.json` in the folder says: the files with their hashes, and per output the largest difference, the
-        concept's own effect and the limit.
+        The content of `export.json` in the folder: the files with their hashes, and for each output the largest difference,
+        the concept's own effect and the limit.
 
     Raises:
-        ValueError: for an unknown format, for something that the format cannot hold, for an existing output, and when
-            the files that were written do not give the same outputs (nothing is left behind then)
+        ValueError: for an unknown format, anything that the format cannot store, an existing output, and if the written
+            files do not give the same outputs (nothing is left behind then)
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))
     if not strength:
-        raise ValueError(f"an export of {concept.name!r} at strength 0 would hold nothing")
+        raise ValueError(f"an export of {concept.name!r} at strength 0 would be empty")
     check_output(path, overwrite)
     if backbone is None:
         backbone = load_backbone_of(concept)
@@ -85,7 +85,7 @@ def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
     bad = "; ".join(f"{what} {_difference(check)}" for what, check in report["checks"].items() if not check["ok"])
     if bad:
         raise ValueError(
-            f"the export of {concept.name!r} as {report['format']} is not what was learned, and was not kept: {bad}"
+            f"the export of {concept.name!r} as {report['format']} does not match what was learned and was not kept: {bad}"
         )
 
 
@@ -93,7 +93,7 @@ def _difference(check: Mapping[str, Any]) -> str:
     if check["max_abs_difference"] is None:
         return "has another shape"
     share = "" if check["share"] is None else f", {check['share']:.1%} of what the concept changes"
-    return f"differs by {check['max_abs_difference']:.3g} (rounding would be {check['limit']:.3g}{share})"
+    return f"differs by {check['max_abs_difference']:.3g} (limit for rounding {check['limit']:.3g}{share})"
 
 
 def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: float) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def _diffusers(concept: Concept, folder: Path, backbone: Backbone, strength: flo
         "tokens": diffusers_format.write_tokens(concept, folder, backbone, tokens, strength),
     }
     if not written["lora"] and not written["tokens"]:
-        raise ValueError(f"{concept.name!r} is plain words ({words!r}): there is nothing to export")
+        raise ValueError(f"{concept.name!r} consists of plain words ({words!r}): there is nothing to export")
     checked = compare(backbone, concept.name, strength, folder, written, words)
     diffusers_format.write_readme(folder, concept, backbone, written, words)
     return {**written, **checked, "words": words}
 
 
-#: What a concept can be exported as.
+#: Export formats by name.
 FORMATS: Mapping[str, Writer] = {"diffusers": _diffusers}

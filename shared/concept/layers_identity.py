@@ -1,4 +1,4 @@
-"""Which weights a concept builds on, as one string that is the same in every precision."""
+"""A fingerprint of the weights that a concept builds on, the same in every precision."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from shared.backbones.protocol import Backbone
 from shared.concept.fitting import base_weight
 
-_SAMPLES = 4096  # values of each weight that tell two checkpoints apart
+_SAMPLES = 4096  # values sampled from each weight to tell checkpoints apart
 
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of some letters.
+    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
 
-    Rounding to another precision keeps signs, so that one model in any precision gives the same.
+    Rounding to another precision keeps signs, so a model gives the same result in any precision.
     """
     digest = hashlib.sha256()
-    with backbone.active({}):  # changed weights are what they were
+    with backbone.active({}):  # with everything off, changed weights have their base values
         weights = [(c, p, base_weight(backbone, c, p)) for c, paths in sorted(layers.items()) for p in sorted(paths)]
         words = [(c, "", backbone.word_embeddings(c, "a b c d e")) for c in sorted(encoders)]
         for component, path, weight in [*weights, *words]:
@@ -32,5 +32,5 @@ def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], enc
 
 def _signs(weight: Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
-    step = -(-flat.numel() // _SAMPLES) | 1  # odd: it walks through the columns of a matrix of even width
+    step = -(-flat.numel() // _SAMPLES) | 1  # odd, so that samples visit all columns of a matrix of even width
     return torch.signbit(flat[::step]).cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What is used again of how a concept was learned, checked: the rest of its recipe is kept, and only shown."""
+"""Validates the parts of a concept's recipe that are used again; the rest is stored only to be shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _nothing(value: Any) -> Any:
 def _names(value: Any) -> Any:
     names = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError("must be a folder's name, or a list of files' names")
+        raise ValueError("must be the name of a folder, or a list of file names")
     return value
 
 
@@ -28,13 +28,13 @@ def _points(text: str) -> str:
 
 
 class _Read(BaseModel):
-    """Other keys than these may stand there too: recipes of other packages have more."""
+    """Allows other keys as well: recipes of other packages have more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LearnedSampling(_Read):
-    """How its pictures were made. None: the backbone's own."""
+    """How its pictures were generated. None: the backbone's defaults."""
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
@@ -43,7 +43,7 @@ class LearnedSampling(_Read):
 
 
 class LearnedSubject(_Read):
-    """Where its pictures or clips were: a folder or files, by their last names."""
+    """Where its pictures or clips were: a folder or files, without parent folders."""
 
     images: Annotated[Any, AfterValidator(_names)] = None
     clips: Annotated[Any, AfterValidator(_names)] = None
@@ -59,7 +59,7 @@ class LearnedPhase(_Read):
 
 
 class LearnedWith(_Read):
-    """The parts of a concept's recipe that somebody reads."""
+    """The parts of a concept's recipe that other code reads."""
 
     method: StrictStr = ""
     subject: LearnedSubject | None = None
@@ -69,7 +69,7 @@ class LearnedWith(_Read):
     phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
 
     def folder_of(self, name: str) -> str | None:
-        """The folder that the pictures or clips of `name` were in, by its last name; None where it was not one folder."""
+        """The name of the folder that the pictures or clips of `name` were in; None if they were not in one folder."""
         subject = self.subject or self.subjects.get(name)
         given = None if subject is None else subject.images or subject.clips
         return given if isinstance(given, str) else None
@@ -85,5 +85,5 @@ class _Used(_Read):
 
 
 def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
-    """The checked parts of a concept's description. ValueError naming `where` and the key when one is not usable."""
+    """Validates these parts of a concept's description. ValueError, naming `where` and the key, if one is invalid."""
     return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe

@@ -1,4 +1,4 @@
-"""A LoRA file that any trainer wrote, as a concept: attached, scored, saved and exported like one that was learned here."""
+"""Imports any trainer's LoRA file as a concept, which is attached, scored, saved and exported like one learned here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.concept.schema import ConceptMeta
 from shared.config import NAME, validate
 from shared.io.read_subject import plain_noun
 
-_SLOT = {False: "lora", True: "dora"}  # DoRA or not: peft has one or the other in an adapter
+_SLOT = {False: "lora", True: "dora"}  # by DoRA or not: a peft adapter is entirely one or the other
 _SOME = 8  # names in a message
 
 
@@ -36,26 +36,26 @@ class LayerLora:
     down: Tensor  # [r, in, …]
     up: Tensor  # [out, r, …]
     alpha: float  # the scale is alpha / r
-    magnitude: Tensor | None = None  # DoRA: one value for each output
+    magnitude: Tensor | None = None  # DoRA: one value per output
 
 
 Layers = dict[tuple[str, str], LayerLora]  # by component and path
 
 
 def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str = "", name: str = "") -> Concept:
-    """The concept that a LoRA file is on this backbone. Its keys may be diffusers', peft's or kohya's.
+    """Imports a LoRA file as a concept for this backbone. Its keys may be diffusers', peft's or kohya's.
 
     Args:
-        path: a safetensors file, or the folder in which diffusers or peft wrote one
-        token: what its trainer called the thing ("sks mug"); "": it acts without being named
-        class_noun: the thing's plain class; by default what follows the first word of `token`
-        name: of the concept; by default from the file's name
+        path: a safetensors file, or the folder that diffusers or peft wrote
+        token: what its trainer called the subject ("sks mug"); "": it acts without being named
+        class_noun: the subject's plain class; default: what follows the first word of `token`
+        name: of the concept; default: from the file's name
 
     Raises:
-        ValueError: for a file that is none (see `read_lora_file`), and for one that was made for another architecture
+        ValueError: if the file is not a LoRA (see `read_lora_file`) or was made for another architecture
 
     Warns:
-        UserWarning: naming each key that has no layer here; what remains is then not all that the file holds
+        UserWarning: if keys match no layer here, listing some of them; those are left out
     """
     file = read_lora_file(path)
     layers, unmatched = match(file, backbone)
@@ -63,7 +63,7 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
     if left:
         some = ", ".join(left[:_SOME]) + (f" and {len(left) - _SOME} more" if len(left) > _SOME else "")
         warnings.warn(
-            f"{file.path}: {len(left)} of its names have no layer here and are left out: {some}", stacklevel=2
+            f"{file.path}: {len(left)} of its names match no layer here and are left out: {some}", stacklevel=2
         )
     noun = plain_noun(class_noun or token.partition(" ")[2])
     adapters, tensors = _adapters(layers)
@@ -89,7 +89,7 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
 
 
 def concept_name(path: Path) -> str:
-    """A concept's name from a LoRA's file; from its folder, where the file has the name that all such files have."""
+    """A concept's name from a LoRA's file name, or from its folder if the file has a standard name."""
     path = find_file(path)
     stem = path.resolve().parent.name if path.name in (LORA_FILE, PEFT_FILE) else path.stem
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")
@@ -97,9 +97,9 @@ def concept_name(path: Path) -> str:
 
 
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
-    """Each layer of the backbone that the file changes, and the names in the file that are no layer here.
+    """The backbone layers that the file changes, and the names in the file that match no layer here.
 
-    Raises ValueError when no name is one, when shapes are of another architecture, and when two names are one layer.
+    Raises ValueError if no name matches, if shapes belong to another architecture, or if two names mean the same layer.
     """
     index = layer_index(backbone, file.path.name)
     layers: Layers = {}
@@ -109,7 +109,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
         places = index.get(flat(name), set())
         if len(places) > 1:
             where = " and ".join(sorted(f"{p.component}.{p.paths[0]}" for p in places))
-            raise ValueError(f"{file.path}: {name!r} could be {where}: its prefix is missing")
+            raise ValueError(f"{file.path}: {name!r} is ambiguous ({where}): its prefix is missing")
         if not places:
             unmatched.append(name)
             continue
@@ -128,28 +128,28 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
 
 class _Misfit(ValueError):
-    """A layer of that name is here, and has another shape."""
+    """A layer of that name exists here, but with another shape."""
 
 
 def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
     made_for = file.base or looks_like([*file.layers])
-    counted = [f"{unmatched} of its {len(file.layers)} names are no layer here"] if unmatched else []
+    counted = [f"{unmatched} of its {len(file.layers)} names match no layer"] if unmatched else []
     if misfits:
-        counted.append(f"{len(misfits)} are layers of another shape, such as {misfits[0]}")
-    guess = f", by its names for {made_for}" if made_for else ""
+        counted.append(f"{len(misfits)} match layers of another shape, such as {misfits[0]}")
+    guess = f" (apparently {made_for})" if made_for else ""
     return (
         f"{file.path} was made for another architecture{guess}: on {backbone.name} ({backbone.family}) "
-        f"{' and '.join(counted)}. Say with --backbone which model it was trained on"
+        f"{' and '.join(counted)}. Give the model it was trained on with --backbone"
     )
 
 
 def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
-    """A file's matrices in the form of the layers: rows shared out, kernels of one pixel added or taken away."""
+    """A file's matrices in the form of the layers: rows split among them, 1x1 kernels added or removed."""
     weights = []
     for path in place.paths:
         weight = base_weight(backbone, place.component, path)
         if weight is None:
-            raise ValueError(f"{place.component}.{path} keeps its weight in a form that a LoRA cannot be put on here")
+            raise ValueError(f"{place.component}.{path} stores its weight in a form that a LoRA cannot be put on here")
         weights.append(weight)
     rows, shape = [w.shape[0] for w in weights], weights[0].shape[1:]
     up = lora.up.flatten(1) if lora.up.numel() == lora.up.shape[0] * lora.up.shape[1] else lora.up
@@ -178,7 +178,7 @@ def _shared_out(values: Tensor, rows: list[int], halves_swapped: bool) -> list[T
 
 
 def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
-    """DoRA's magnitude as [out]. ValueError for one of each input, which peft has no layer for."""
+    """DoRA's magnitude as [out]. ValueError for a magnitude per input, which peft does not support."""
     size = lora.magnitude
     assert size is not None
     if size.numel() == outputs and (
@@ -187,12 +187,12 @@ def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
         return size.reshape(-1)
     raise ValueError(
         f"{lora.name!r} has a DoRA scale of shape {list(size.shape)} on a layer of {outputs} outputs and {inputs} inputs: "
-        "only one of each output ([out, 1]) can be read"
+        "only one value per output ([out, 1]) is supported"
     )
 
 
 def _as_peft(magnitude: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """[out] of a linear layer, [1, out, 1, 1] of a convolution."""
+    """[out] for a linear layer, [1, out, 1, 1] for a convolution."""
     return (magnitude.reshape(1, -1, *kernel) if kernel else magnitude).contiguous()
 
 

@@ -1,8 +1,8 @@
 """How trainers spell a layer's name in LoRA files, and which layer of a backbone that is.
 
-One index serves all of them: a name is compared with dots and underscores taken for the same, because kohya's files have
-no dots. Four spellings of a path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest
-Labs' for FLUX, Wan's own, and that of the original (LDM) checkpoints of Stable Diffusion.
+One index serves all of them: dots and underscores count as the same, because kohya's files have no dots. Four spellings of a
+path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for FLUX, Wan's own, and
+that of the original (LDM) checkpoints of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from shared.backbones.module_roles import leaf_names
 from shared.backbones.protocol import Backbone
 from shared.concept.diffusers_format import public_path
 
-PEFT = "base_model.model."  # before every name in a file of peft's own
+PEFT = "base_model.model."  # prefix of every name in peft's own files
 
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that one name in a file stands for. Several: the file's output rows are theirs, one after another."""
+    """The layers that one name in a file stands for. If several, the file's output rows are theirs in turn."""
 
     component: str
     paths: tuple[str, ...]
-    halves_swapped: bool = False  # the file has shift before scale, the layer scale before shift
+    halves_swapped: bool = False  # the file has shift before scale, the layer has scale before shift
 
 
 def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
-    """Every known spelling, flattened -> the places that it names (more than one: the spelling is ambiguous).
+    """Every known spelling, flattened -> the places that it can mean (more than one: the spelling is ambiguous).
 
     Args:
-        file: the file's name; files of a further expert are named after it, and name its layers as if it were the first
+        file: the file's name; a file for any expert but the first contains that expert's name, and names its layers as if
+            it were the first
     """
     index: dict[str, set[Place]] = {}
     first, *others = backbone.noise_ranges
@@ -54,7 +55,7 @@ def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
 
 
 def flat(name: str) -> str:
-    """A name without the difference between dots and underscores, and without peft's wrapper."""
+    """A name with dots replaced by underscores, and without peft's wrapper."""
     return name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
 
 
@@ -63,7 +64,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """kohya counts FLUX's T5 as the third encoder, as ComfyUI does; others as the second."""
+    """kohya and ComfyUI count FLUX's T5 as the third encoder, others as the second."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
@@ -75,7 +76,7 @@ def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
 
 
 def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
-    """The names of the checkpoints that a family was first published as; those whose layers are here."""
+    """The layer names of a family's originally published checkpoints, where those layers exist here."""
     spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
     for name, *layers in spell(backbone.components[component]) if spell else ():
         if all(layer in paths for layer in layers):
@@ -83,7 +84,7 @@ def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[t
 
 
 def _flux(network: Any) -> Iterator[tuple[str, ...]]:
-    """(Black Forest Labs' name, diffusers' names): queries, keys and values are one matrix there."""
+    """(Black Forest Labs' name, diffusers' names): there, queries, keys and values are one matrix."""
     for i in range(len(network.transformer_blocks)):
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, qkv, out, norm, ff in (
@@ -109,7 +110,7 @@ def _flux(network: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _stable_diffusion(network: Any) -> Iterator[tuple[str, ...]]:
-    """(the LDM checkpoint's name, diffusers' name) of the U-Net's layers; blocks are counted through there."""
+    """(the LDM checkpoint's name, diffusers' name) of the U-Net's layers; LDM numbers its blocks consecutively."""
     yield "input_blocks.0.0", "conv_in"
     yield "out.2", "conv_out"
     for number, leaf in ((0, "linear_1"), (2, "linear_2")):
@@ -173,7 +174,7 @@ def _wan(network: Any) -> Iterator[tuple[str, str]]:
 _ORIGINAL = {"flux": _flux, "stable_diffusion": _stable_diffusion, "wan": _wan}
 
 
-#: What a name in a file says of the architecture it was made for: the first that matches.
+#: Patterns of names that reveal the architecture a file was made for; the first match counts.
 _SIGNS = (
     ("FLUX", r"double_blocks|single_blocks|single_transformer_blocks"),
     ("Stable Diffusion XL", r"lora_te2_|text_encoder_2|input_blocks_[78]_1_transformer_blocks_[2-9]"),
@@ -186,6 +187,6 @@ _SIGNS = (
 
 
 def looks_like(names: list[str]) -> str:
-    """The architecture that a file's names belong to; "" when they say nothing."""
+    """The architecture that a file's names suggest; "" if none."""
     joined = " ".join(map(flat, names))
     return next((family for family, sign in _SIGNS if re.search(sign, joined)), "")

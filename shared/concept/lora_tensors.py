@@ -1,4 +1,4 @@
-"""LoRA files that any trainer wrote, read without executing anything: low-rank tensors and scales by the file's own names."""
+"""Reads any trainer's LoRA files without executing anything: low-rank tensors and scales by the file's own names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_BYTES = 64 * 2**30
 _MAX_JSON = 16 * 2**20
 _PICKLES = (b"PK", b"\x80")
 
-#: The ends of keys: of diffusers and peft, of older diffusers, of kohya and LyCORIS.
+#: Key suffixes of diffusers and peft, older diffusers, kohya and LyCORIS.
 _ENDS = {
     "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora(_linear_layer)?\.down|_lora\.down|\.lora_down)\.weight$"),
     "up": re.compile(r"(\.lora_B(\.\w+)?|\.lora(_linear_layer)?\.up|_lora\.up|\.lora_up)\.weight$"),
@@ -49,12 +49,12 @@ _OTHER_KINDS = (
 class NamedLora:
     """What a file adds under one name: scale * up @ down."""
 
-    name: str  # as the file has it, without the end that says which tensor it is
+    name: str  # as in the file, without the suffix that says which tensor it is
     down: Tensor  # [r, in, …]
     up: Tensor  # [out, r, …]
     alpha: float  # scale * r
-    magnitude: Tensor | None = None  # DoRA, as the file has it
-    per_output: bool = False  # the magnitude is said to be of the output's rows (peft's only is)
+    magnitude: Tensor | None = None  # DoRA, as in the file
+    per_output: bool = False  # whether the magnitude is known to be per output row, as peft's always is
 
 
 @dataclass
@@ -63,42 +63,44 @@ class LoraFile:
 
     path: Path
     layers: dict[str, NamedLora] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)  # keys that are no part of a LoRA
-    base: str = ""  # the model that its header says it was made for
+    others: list[str] = field(default_factory=list)  # keys that are not part of a LoRA
+    base: str = ""  # the base model stated in its header
 
 
 def find_file(path: Path) -> Path:
-    """A LoRA file, or the one in a folder that diffusers or peft wrote. ValueError where there is none."""
+    """A LoRA file, or the one in a folder written by diffusers or peft. ValueError if there is none."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
         if len(found) != 1:
             what = "both" if found else "neither"
-            raise ValueError(f"{path} holds {what} {LORA_FILE} and {PEFT_FILE}: name the file")
+            raise ValueError(
+                f"{path}: expected one of {LORA_FILE} and {PEFT_FILE}, found {what}: give the path of the file"
+            )
         return found[0]
     if not path.is_file():
-        raise ValueError(f"there is no LoRA file {path}")
+        raise ValueError(f"the LoRA file {path} does not exist")
     return path
 
 
 def read_lora_file(path: Path) -> LoraFile:
     """The low-rank tensors of a file, fp32, each with the scale that its trainer meant.
 
-    alpha is the file's own (kohya), that of `adapter_config.json` beside it (peft), or that in its header (diffusers);
-    where a diffusers or kohya file says none it is the rank, as those programs have it.
+    alpha comes from the file's tensors (kohya), from `adapter_config.json` next to it (peft), or from its header (diffusers).
+    If a diffusers or kohya file has none, it is the rank, as in those programs.
 
-    Raises ValueError, naming file and key: for a pickle or any other kind of file, half a pair, another method than LoRA
-    and DoRA, and a file of peft's whose `adapter_config.json` is missing.
+    Raises ValueError, naming file and key, for a pickle or any other kind of file, half a pair, a method other than LoRA and
+    DoRA, and a peft file whose `adapter_config.json` is missing.
     """
     path = find_file(path)
     _refuse_pickle(path)
     if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} is {path.stat().st_size:,} bytes; at most {_MAX_BYTES:,} are read")
+        raise ValueError(f"{path} is {path.stat().st_size:,} bytes; the limit is {_MAX_BYTES:,}")
     header, metadata = read_safetensors_header(path)
     other = next((kind for kind, sign in _OTHER_KINDS if any(sign.search(key) for key in header)), "")
     if other:
         key = next(k for k in header if dict(_OTHER_KINDS)[other].search(k))
-        raise ValueError(f"{path} holds {other} (for example {key!r}): LoRA and DoRA are read, and nothing else")
+        raise ValueError(f"{path} contains {other} (for example {key!r}): only LoRA and DoRA are supported")
     parts: dict[str, dict[str, Tensor]] = {}
     out = LoraFile(path, base=metadata.get("ss_base_model_version", ""))
     for key, tensor in safe_load_safetensors(path).items():
@@ -115,7 +117,7 @@ def read_lora_file(path: Path) -> LoraFile:
             out.layers[name] = _layer(path, name, tensors, scales)
     if not out.layers:
         some = ", ".join(sorted(header)[:3]) or "nothing at all"
-        raise ValueError(f"{path} is no LoRA: it holds no pair of low-rank tensors ({some})")
+        raise ValueError(f"{path} is not a LoRA: it contains no pair of low-rank tensors ({some})")
     return out
 
 
@@ -126,48 +128,52 @@ def _refuse_pickle(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if start.startswith(_PICKLES):
-        raise ValueError(f"{path} is a pickle, which can carry code: it was not opened. Save it as safetensors first")
+        raise ValueError(f"{path} is a pickle, which can contain code: it was not opened. Save it as safetensors first")
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales) -> NamedLora:
     missing = next((kind for kind in ("down", "up") if kind not in tensors), "")
     if missing:
-        raise ValueError(f"{path}: {name!r} has half a pair, its {missing} matrix is missing")
+        raise ValueError(f"{path}: {name!r} has only half a pair: its {missing} matrix is missing")
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
-        raise ValueError(f"{path}: {name!r} has matrices {list(down.shape)} and {list(up.shape)}, which are no pair")
-    if mid is not None:  # LyCORIS' Tucker form: a convolution between two of one pixel
+        raise ValueError(
+            f"{path}: {name!r} has matrices {list(down.shape)} and {list(up.shape)}, which do not form a pair"
+        )
+    if mid is not None:  # LyCORIS' Tucker form: a convolution between two 1x1 convolutions
         if mid.ndim < 3 or mid.shape[:2] != (down.shape[0], down.shape[0]):
-            raise ValueError(f"{path}: {name!r} has a middle of {list(mid.shape)} at rank {down.shape[0]}")
+            raise ValueError(
+                f"{path}: {name!r} has a middle tensor of shape {list(mid.shape)}, which does not fit rank {down.shape[0]}"
+            )
         down = torch.einsum("rs...,si->ri...", mid, down.flatten(1))
     rank = down.shape[0]
     if "alpha" in tensors and tensors["alpha"].numel() != 1:
-        raise ValueError(f"{path}: {name!r} has an alpha of {list(tensors['alpha'].shape)}, which is not one number")
+        raise ValueError(f"{path}: {name!r} has an alpha of shape {list(tensors['alpha'].shape)} instead of one number")
     alpha = float(tensors["alpha"]) if "alpha" in tensors else scales.alpha(name, rank)
     magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
     return NamedLora(name, down, up, alpha, magnitude, "magnitude" in tensors)
 
 
 class _Scales:
-    """alpha of the layers whose file says it apart from the tensors."""
+    """alpha for files that store it apart from the tensors."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str], peft: bool) -> None:
         self.path, self.peft = path, peft
-        self.settings: dict[str, Mapping[str, Any]] = {}  # component -> its LoraConfig; "" for a file of peft's
+        self.settings: dict[str, Mapping[str, Any]] = {}  # component -> its LoraConfig; "" for a peft file
         if peft:
             self.settings[""] = self._peft_config()
         elif _METADATA in metadata:
             self._from_header(metadata[_METADATA])
         for where, settings in self.settings.items():
             if settings.get("peft_type", "LORA") != "LORA":
-                raise ValueError(f"{path} is {settings['peft_type']}: LoRA and DoRA are read, and nothing else")
+                raise ValueError(f"{path} is {settings['peft_type']}: only LoRA and DoRA are supported")
             if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
                 raise ValueError(
-                    f"{path}{f' ({where})' if where else ''} changes weights besides its LoRA: that is not read"
+                    f"{path}{f' ({where})' if where else ''} changes weights besides its LoRA: that is not supported"
                 )
 
     def alpha(self, name: str, rank: int) -> float:
-        """alpha such that alpha / rank is the scale. ValueError where the configuration says another rank."""
+        """alpha such that alpha / rank is the scale. ValueError if the configuration states another rank."""
         component = "" if self.peft else name.partition(".")[0]
         settings = self.settings.get(component)
         if settings is None:
@@ -178,7 +184,7 @@ class _Scales:
         alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
         if said != rank:
             raise ValueError(
-                f"{self.path}: {name!r} has rank {rank}, and its settings say {said}: they do not belong together"
+                f"{self.path}: {name!r} has rank {rank}, but its settings say {said}: they do not belong together"
             )
         return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
@@ -186,10 +192,10 @@ class _Scales:
         file = self.path.with_name(PEFT_CONFIG)
         if not file.is_file():
             raise ValueError(
-                f"{self.path} is peft's, and {PEFT_CONFIG} is not beside it: it says how strong the LoRA is"
+                f"{self.path} is a peft file, but {PEFT_CONFIG}, which holds the LoRA's scale, is not next to it"
             )
         if file.stat().st_size > _MAX_JSON:
-            raise ValueError(f"{file} is too large for settings")
+            raise ValueError(f"{file} is too large for a settings file")
         return _settings(file.read_bytes(), str(file))
 
     def _from_header(self, text: str) -> None:
@@ -204,11 +210,11 @@ def _settings(text: bytes, where: str) -> Mapping[str, Any]:
     except (UnicodeDecodeError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise ValueError(f"{where} is damaged: it holds no settings")
+        raise ValueError(f"{where} is damaged: it contains no settings")
     for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         for name, value in data.items():
             if name.rpartition(".")[2] == key and not _plain(value):
-                raise ValueError(f"{where}: {name} = {str(value)[:80]} is no number")
+                raise ValueError(f"{where}: {name} = {str(value)[:80]} is not a number")
     return data
 
 

@@ -1,12 +1,12 @@
-"""Concepts that were learned apart, joined without training: Custom Diffusion's closed form (arXiv 2212.04488, 3.3).
+"""Merges separately learned concepts without training: Custom Diffusion's closed form (arXiv 2212.04488, section 3.3).
 
-Each concept has keys and values of cross-attention of its own. The merged ones, W, must treat every concept's words as that
-concept does, and all other text as nearly as possible as the base model does (equation 4):
+Each concept has its own key and value weights in cross-attention. The merged weights W must treat every concept's words as
+that concept does, and all other text as nearly as possible as the base model does (equation 4):
 
     W = argmin ||W C_reg^T - W_0 C_reg^T||_F   such that   W C^T = V
 
-with the text features of the concepts' words C [s, d], what each concept makes of its own V [o, s], and the features of plain
-captions C_reg. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with D = C G^-1 and
+with C [s, d] the text features of the concepts' words, V [o, s] what each concept maps its own words to, and C_reg the
+features of plain captions. With G = C_reg^T C_reg the solution is (equation 5) W = W_0 + v^T D with D = C G^-1 and
 v = (C D^T)^-1 (V - W_0 C^T)^T.
 """
 
@@ -27,26 +27,27 @@ from shared.trainable.delta import find_parameter
 
 Method = Literal["closed_form", "sum"]
 SLOT = "merged"
-_BEFORE = "a photo of a"  # the words' place in a sentence
-#: Of G's mean diagonal: few captions do not span all features, and normalised ones lie in a plane. What is open stays as it is.
+_BEFORE = "a photo of a"  # what precedes the words in a sentence
+#: As a share of G's mean diagonal: a few captions do not span all features, and normalised features lie in a hyperplane. The
+#: ridge leaves undetermined directions unchanged.
 _RIDGE = 1e-9
-_LEAST = 1e-9  # singular values of C below this share of the largest are none
+_LEAST = 1e-9  # singular values of C below this share of the largest count as zero
 
 
 def merge(
     concepts: Sequence[Concept], backbone: Backbone, captions: Sequence[str], method: Method = "closed_form"
 ) -> list[Concept]:
-    """The concepts with one common change of keys and values, each with its own name and words.
+    """Returns the concepts with one common change of keys and values, each with its own name and words.
 
-    They share their adapter: loaded together it acts once. Loaded alone, it still holds all of them.
+    They share this change: loaded together, it acts once; loaded alone, each still contains all of them.
 
     Args:
-        backbone: what they were learned on; none of them is attached, and it is left as it was
-        captions: plain sentences that must keep their meaning; not looked at by "sum", which adds the changes up
+        backbone: the model they were learned on, with none of them attached; it is left unchanged
+        captions: plain sentences whose meaning is preserved; ignored by "sum", which adds up the changes
 
     Raises:
-        ValueError: for fewer than two concepts, a name twice, changes of other weights than cross-attention's keys and
-            values, other layers or families, no captions, an unknown method, and words that cannot be told apart
+        ValueError: for fewer than two concepts, a repeated name, changes to weights other than cross-attention's keys and
+            values, different layers or families, no captions, an unknown method, or words that cannot be told apart
     """
     if method not in get_args(Method):
         raise ValueError(unknown(method, get_args(Method), "method"))
@@ -61,7 +62,7 @@ def merge(
 
 
 def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """Equation 5: the change of `weight` [o, d] that makes targets [s, d] give values [s, o] at the least cost
+    """Equation 5: the change of `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
     tr(change gram change^T); float64."""
     directions = torch.linalg.solve(gram, targets.T).T
     factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
@@ -80,7 +81,9 @@ def _closed_form(
     singular = torch.linalg.svdvals(targets)
     if len(targets) > targets.shape[1] or singular[-1] < _LEAST * singular[0]:
         names = ", ".join(repr(c.name) for c in concepts)
-        raise ValueError(f"the words of {names} cannot be told apart by this text encoder: nothing can serve them all")
+        raise ValueError(
+            f"the words of {names} cannot be told apart by this text encoder, so no weights suit all of them"
+        )
     gram = _gram(backbone, captions)
     out = {}
     for key, weight in base.items():
@@ -91,9 +94,9 @@ def _closed_form(
 
 @torch.no_grad()
 def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
-    """C_reg^T C_reg [d, d] over every position that the network attends to, float64, with a trace of the identity."""
+    """C_reg^T C_reg [d, d] over every position that the network attends to, float64, plus a small ridge."""
     if not captions:
-        raise ValueError("merging needs captions whose meaning is kept: give some sentences")
+        raise ValueError("merging needs captions whose meaning is preserved: give some sentences")
     total: Tensor | None = None
     with backbone.active({}):
         for caption in captions:
@@ -110,12 +113,10 @@ def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
     try:
         placeholder = backbone.placeholders.get(concept.name)
         if placeholder is None or not placeholder.words:
-            raise ValueError(
-                f"{concept.name!r} has no words to be called by: only concepts that are named can be merged"
-            )
+            raise ValueError(f"{concept.name!r} has no words in prompts: only concepts that are named can be merged")
         prompt = f"{_BEFORE} {placeholder.words}"
         backbone.check_prompt(prompt)
-        start, end = (_length(backbone, text) - 1 for text in (_BEFORE, prompt))  # the end token counts not
+        start, end = (_length(backbone, text) - 1 for text in (_BEFORE, prompt))  # without the end token
         with backbone.active({concept.name: 1.0}):
             return _context(backbone, prompt)[0, start:end].cpu().double()
     finally:
@@ -125,36 +126,40 @@ def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
 def _context(backbone: Backbone, prompt: str) -> Tensor:
     context = backbone.encode([prompt]).context
     if not isinstance(context, Tensor):
-        raise ValueError("words with a text context for each layer cannot be merged in closed form; use method sum")
+        raise ValueError("words with a separate text context per layer cannot be merged in closed form; use method sum")
     return context
 
 
 def _length(backbone: Backbone, text: str) -> int:
-    """Tokens of a text, those at its start and end included."""
+    """The number of tokens in a text, including its start and end tokens."""
     tokens, component = backbone.tokens, backbone.context_component  # type: ignore[attr-defined]
     return int(tokens.tokenize(component, [text], "cpu").mask.sum())
 
 
 def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
-    """Per concept: "{component}.{path}" -> its change of that weight."""
+    """For each concept: "{component}.{path}" -> its change of that weight."""
     names = [c.name for c in concepts]
     if len(names) < 2:
         raise ValueError("give two or more concepts to merge")
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"two of the concepts are called {twice!r}: each name is one folder and one word of prompts")
+        raise ValueError(
+            f"two of the concepts are called {twice!r}: names must differ, because they become folders and words in prompts"
+        )
     first = concepts[0]
     for concept in concepts[1:]:
         family = concept.meta.backbone.family
         if family != first.meta.backbone.family:
             expected = first.meta.backbone.family
-            raise ValueError(f"{first.name!r} was learned on {expected}, {concept.name!r} on {family}: they do not mix")
+            raise ValueError(
+                f"{first.name!r} was learned on {expected}, {concept.name!r} on {family}: they cannot be merged"
+            )
     changes = [_change(concept, backbone) for concept in concepts]
     for concept, change in zip(concepts[1:], changes[1:], strict=True):
         other = sorted(change.keys() ^ changes[0].keys())
         if other:
             raise ValueError(
-                f"{first.name!r} and {concept.name!r} change other layers ({len(other)} of them in one alone, for example "
+                f"{first.name!r} and {concept.name!r} change different layers ({len(other)} in only one of them, for example "
                 f"{other[0]}): learn them with the same roles"
             )
     return changes
@@ -170,16 +175,16 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
     other = [k for k in change if k.partition(".")[2] not in keys]
     adapted = concept.meta.adapters or concept.meta.branches
     if adapted or other or not change:
-        what = f"changes {other[0]}" if other else "has adapters" if adapted else "has none"
+        what = f"changes {other[0]}" if other else "has adapters" if adapted else "changes no weights"
         raise ValueError(
-            f"{concept.name!r} {what}: what can be merged are changed keys and values of cross-attention, as the recipe "
+            f"{concept.name!r} {what}: only changed keys and values of cross-attention can be merged, as the recipe "
             "custom_diffusion learns them"
         )
     return change
 
 
 def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base weights of the changes, float64, on the CPU."""
+    """The base weights that the changes apply to, float64, on the CPU."""
     out = {}
     with backbone.active({}):
         for key, delta in like.items():
@@ -187,7 +192,7 @@ def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if weight is None or weight.shape != delta.shape:
                 shape = "not here" if weight is None else f"{list(weight.shape)} here"
                 raise ValueError(
-                    f"{key} is {list(delta.shape)} in the concepts, and {shape}: merge on the model they have"
+                    f"{key} is {list(delta.shape)} in the concepts, but {shape}: merge on the model they were learned on"
                 )
             out[key] = weight.detach().cpu().double()
     return out
@@ -198,6 +203,9 @@ def _with(concept: Concept, deltas: Mapping[str, Tensor], names: Sequence[str], 
     for component, _, path in (key.partition(".") for key in sorted(deltas)):
         paths.setdefault(component, []).append(path)
     tensors = {**concept.tensors, "weights": {f"{SLOT}.{key}": delta for key, delta in deltas.items()}}
-    scores = {"merged": ", ".join(names), "merge_method": method}  # what was measured was another change
+    scores = {
+        "merged": ", ".join(names),
+        "merge_method": method,
+    }  # the previous scores were measured with other weights
     meta = with_fields(concept.meta, weights={SLOT: paths}, metrics=scores, adapter_id=adapter_id(tensors), files={})
     return replace(concept, meta=meta, tensors=tensors, preview=None, path=None)

@@ -1,4 +1,4 @@
-"""Where models are on this machine, by what their weights are: concepts are given away, and do not say it.
+"""Where models are on this machine, by their weights. Concepts do not record it, because they are made to be shared.
 
 One file in the user's cache, `models.json`: checkpoint -> path. It may be removed at any time.
 """
@@ -17,8 +17,8 @@ _MOST = 1000  # entries; the oldest go first
 
 
 def remember(backbone: Backbone) -> None:
-    """Note where a model is that is a folder or file here. A cache that cannot be written is no error: the model is then
-    asked for."""
+    """Records the location of a model that is a local folder or file. An unwritable cache is not an error; the user then has
+    to give the model's location."""
     path = Path(backbone.name)
     if not path.is_absolute() or not path.exists():
         return

@@ -1,4 +1,4 @@
-"""The backbone that a concept was learned on."""
+"""Opens the backbone that a concept was learned on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shared.concept.model_locations import known_path, remember
 
 
 def load_backbone_of(concept: Concept, backbone: str | None = None, **options: Any) -> Backbone:
-    """`backbone` where it is given, else the model that the concept was learned on; `options` as of `load_backbone`.
+    """Loads `backbone` if given, else the model that the concept was learned on; `options` are those of `load_backbone`.
 
-    A concept may come from anywhere, so what it names is never downloaded: it is the toybox, a model with the same
-    weights that this machine has seen before, a hub id in the hub's cache here, or a folder of that name.
+    A concept may come from anywhere, so the model it names is never downloaded: it is the toybox, a model with the same
+    weights that this machine has seen before, a hub id in the local hub cache, or a folder of that name.
 
-    ValueError, naming the concept and what to say instead, when the model is not here.
+    Raises ValueError, naming the concept and what to give instead, if the model is not here.
     """
     if backbone:
         model = load_backbone(backbone, **options)
@@ -29,23 +29,23 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not available:
         raise ValueError(
-            f"{what}, and that model is not known here. Say where it is with --backbone PATH (or a hub id)"
+            f"{what}, and that model is not known here. Give its location with --backbone PATH (or a hub id)"
         )
     try:
         return load_backbone(where, **options)
     except ValueError as error:
-        raise ValueError(f"{what}: {error} Say where that model is now with --backbone PATH") from error
+        raise ValueError(f"{what}: {error} Give the model's current location with --backbone PATH") from error
 
 
 def where_learned(concept: Concept) -> str | Path:
-    """The model that a concept was learned on: the toybox, where one of its weights was last seen here, or its name."""
+    """The model that a concept was learned on: the toybox, the place where its weights were last seen here, or its name."""
     info = concept.meta.backbone
     return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
 
 
 def known_model(folder: Path) -> Path | None:
-    """Where the model lies that a concept was learned on, from its description alone; None where that is not known here, or
-    the folder is no concept (whoever reads it says so)."""
+    """The local path of the model that a concept was learned on, from its description only; None if it is not known here or
+    the folder is not a concept (which is reported when it is read)."""
     try:
         info = read_meta(folder / META).backbone
     except (OSError, ValueError):
@@ -59,5 +59,5 @@ def _in_hub_cache(name: str) -> bool:
 
     try:
         return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
-    except HFValidationError:  # no hub id
+    except HFValidationError:  # not a hub id
         return False

@@ -1,4 +1,4 @@
-"""Where a concept comes from, and how that is written down so that writing it cannot fail."""
+"""A concept's provenance, converted so that writing it cannot fail."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a concept was made: what `concept.json` says of it besides its tensors.
+    """How a concept was made: what `concept.json` records besides its tensors.
 
     Args:
-        modifier: the part that named it; the recipe's where it is not given
-        recipe: resolved; folders in the user's paths are left out, for a concept is made to be given away
-        metrics: numbers, texts, or mappings of them; what is no finite number becomes null
-        references: the pictures' files, or {"file": name without folders, "sha256": …} of each
-        seed: the recipe's where it is not given
-        ports: roles that a stand-in took
+        modifier: the part that named it; default: the recipe's
+        recipe: resolved; folders in the user's paths are removed, because a concept is made to be shared
+        metrics: numbers, texts, or mappings of them; numbers that are not finite become null
+        references: the picture files, or {"file": name without folders, "sha256": …} for each
+        seed: default: the recipe's
+        ports: roles that resolved to a port
         preview: a PNG
     """
 
@@ -50,7 +50,7 @@ class Provenance:
         return plain(self.recipe)
 
     def described(self) -> dict[str, Any]:
-        """The fields of `concept.json` that only tell: none of them is needed to load the concept."""
+        """The descriptive fields of `concept.json`; none of them is needed to load the concept."""
         return {
             "class_noun": plain(self.class_noun),
             "recipe": portable(self.settings()),
@@ -62,8 +62,8 @@ class Provenance:
 
 
 def plain(value: Any) -> Any:
-    """Any settings as data that JSON holds: paths and other objects become texts, numbers that are none become null,
-    and what is not Unicode in a text (bytes of a file name) is escaped."""
+    """Any settings as JSON data: paths and other objects become strings, NaN and Inf become null, and invalid Unicode in a
+    string (bytes of a file name) is escaped."""
     if value is None:
         return {}
     return _plain(value.model_dump(by_alias=True) if isinstance(value, Part) else value)
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.value)
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of torch or numpy
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a torch or numpy scalar
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -88,7 +88,7 @@ def _text(value: object) -> str:
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Metrics by dotted names; what is neither a finite number nor a text becomes null."""
+    """Metrics by dotted names; anything but a finite number or a text becomes null."""
     out: dict[str, Any] = {}
     for key, value in metrics.items():
         name = f"{prefix}{_text(key)}"
@@ -101,7 +101,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any) -> Any:
-    """A recipe without the folders of its author's machine."""
+    """A recipe without the folders of the author's machine."""
     if isinstance(value, Mapping):
         return {k: public_name(v) if k == "backbone" and isinstance(v, str) else portable(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -110,13 +110,13 @@ def portable(value: Any) -> Any:
 
 
 def public_name(backbone: str) -> str:
-    """The last name of a model that is a folder or file here; anything else (toybox, a hub id) as it is."""
+    """The last path component of a model that is a local folder or file; anything else (toybox, a hub id) unchanged."""
     local = _ABSOLUTE.match(backbone) or backbone.startswith(".") or Path(backbone).exists()
     return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone not in WORLDS else _text(backbone)
 
 
 def _last(path: str) -> str:
-    if path[0] in "/~":  # where a backslash is a letter of a name
+    if path[0] in "/~":  # a POSIX path, in which a backslash is an ordinary character
         return path.rstrip("/").rpartition("/")[2]
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
@@ -126,7 +126,7 @@ def _reference(picture: Path | Mapping[str, str]) -> dict[str, Any]:
         return dict(picture)
     try:
         digest = sha256(picture)
-    except OSError:  # moved or removed while the concept was learned
+    except OSError:  # moved or removed during learning
         digest = None
     return {"file": escaped_name(picture.name), "sha256": digest}
 

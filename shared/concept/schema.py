@@ -1,4 +1,4 @@
-"""What `concept.json` holds, and what is accepted in it."""
+"""The schema of `concept.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 Name = Annotated[str, Field(pattern=NAME)]
 LayerPath = Annotated[
     str, Field(min_length=1, max_length=512)
-]  # dotted, of a layer or a parameter; only ever looked up
+]  # dotted path of a layer or parameter; only ever looked up
 Shape = tuple[Annotated[int, Field(ge=0)], ...]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["subject", "style", "motion", "identity"]
@@ -39,21 +39,21 @@ class BackboneInfo(Part):
 
     family: str
     name: str  # "toybox", a hub id, or the last part of a folder's or file's path
-    checkpoint: str  # which weights it had, all of them
-    layers: str = ""  # which weights the layers had that the concept touches
+    checkpoint: str  # fingerprint of all its weights
+    layers: str = ""  # fingerprint of the weights that the concept touches
 
 
 class Reference(Part):
     """A picture that the concept was learned from: its file name without folders, and its hash."""
 
-    file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped: a name of 255 bytes can grow
-    sha256: Sha256 | None  # None: it was gone when the concept was made
+    file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped, so a name of 255 bytes can grow
+    sha256: Sha256 | None  # None: the file was gone when the concept was made
 
     @field_validator("file")
     @classmethod
     def _name_only(cls, value: str) -> str:
         if "/" in value or "\\" in _ESCAPE.sub("", value) or value in (".", "..") or not value.isprintable():
-            raise ValueError("must be a file name without folders, other characters than printable ones escaped")
+            raise ValueError("must be a file name without folders, with unprintable characters escaped")
         return value
 
 
@@ -64,7 +64,9 @@ class ConceptMeta(Part):
     name: Name
     kind: Kind = "subject"
     class_noun: str = ""
-    modifier: dict[str, Any] = Field(default_factory=dict)  # the modifier part; empty: nothing names this concept
+    modifier: dict[str, Any] = Field(
+        default_factory=dict
+    )  # the modifier part; empty: the concept has no words in prompts
     backbone: BackboneInfo
     adapters: dict[Name, dict[Name, dict[str, Any]]] = Field(default_factory=dict)  # slot -> component -> peft settings
     weights: dict[Name, dict[Name, tuple[LayerPath, ...]]] = Field(
@@ -75,11 +77,11 @@ class ConceptMeta(Part):
     )  # slot -> component -> form and places
     layers: dict[Name, dict[LayerPath, Shape]] = Field(
         default_factory=dict
-    )  # component -> what is touched -> base shape
+    )  # component -> touched layer or parameter -> base shape
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
-    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; what of it is used again is `learned_with`
-    ports: tuple[str, ...] = ()  # roles that a stand-in took
+    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; `learned_with` holds what is used again
+    ports: tuple[str, ...] = ()  # roles that resolved to a port
     metrics: dict[str, Metric] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     seed: int = 0
@@ -98,7 +100,7 @@ class ConceptMeta(Part):
     @field_validator("layers")
     @classmethod
     def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
-        """Nothing is adapted or changed that `layers` does not name: it is what a model is compared by."""
+        """`layers` must name everything that is adapted or changed, because models are compared by it."""
         adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
         touched = [
             *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
@@ -112,24 +114,24 @@ class ConceptMeta(Part):
 
     @property
     def learned_with(self) -> LearnedWith:
-        """What is used again of the recipe, checked. ValueError naming the key that is not usable."""
+        """The validated parts of the recipe that are used again. ValueError, naming the key, if one is invalid."""
         return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """`concept.json` as a validated object. ValueError, naming the file and the key, when something is not right."""
+    """`concept.json` as a validated object. ValueError, naming the file and the key, if something is invalid."""
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must hold an object with the concept's description, and holds {type(data).__name__}")
+        raise ValueError(f"{where} must contain an object with the concept's description; got {type(data).__name__}")
     version = data.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{where} has schema version {version!r}: it is not a concept that this suite made")
+        raise ValueError(f"{where} has schema version {version!r}: it was not made by this suite")
     if version != SCHEMA_VERSION:
         age = (
             "made by an older version; learn it again"
             if version < SCHEMA_VERSION
-            else f"made by a newer version; this one reads {SCHEMA_VERSION}: update it"
+            else f"made by a newer version; this one reads schema {SCHEMA_VERSION}: update pcs"
         )
         raise ValueError(f"{where} has schema {version}: {age}")
     meta = validate(ConceptMeta, data, where=where)
-    learned_with(meta.recipe, meta.metrics, where)  # said now, and not when it is used
+    learned_with(meta.recipe, meta.metrics, where)  # fail now rather than when it is used
     return meta

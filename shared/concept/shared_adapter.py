@@ -1,4 +1,4 @@
-"""One adapter under several concepts' names: what was learned in one run is loaded once."""
+"""One adapter under the names of several concepts, so that what was learned in one run is loaded only once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from shared.backbones.protocol import Adapter
 
 
 class SharedAdapter:
-    """One concept's share of an adapter. The adapter acts as strongly as the strongest of its concepts, once, and
-    leaves with the last of them."""
+    """One concept's share of an adapter. The adapter acts once, at the strength of its strongest concept, and is removed
+    with the last of them."""
 
     def __init__(self, adapter: Adapter, owner: str, strengths: dict[str, float] | None = None) -> None:
         self.adapter, self.owner = adapter, owner
-        self.strengths: dict[str, float] = {} if strengths is None else strengths  # by owner, common to all shares
+        self.strengths: dict[str, float] = (
+            {} if strengths is None else strengths
+        )  # by owner, one mapping for all shares
 
     def share(self, owner: str) -> SharedAdapter:
         """The same adapter under another concept's name."""

@@ -1,4 +1,4 @@
-"""What a concept is, in words: `pcs concept show`."""
+"""Describes a concept for `pcs concept show`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.io.terminal import printable
 
 
 def described(concept: Concept) -> list[tuple[str, str]]:
-    """(label, text) of everything worth saying, in order; labels without a text are left out."""
+    """(label, text) of everything worth showing, in order; empty texts are left out."""
     meta = concept.meta
     texts = [
         ("name", meta.name),
@@ -55,24 +55,24 @@ def describe(concept: Concept) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in described(concept):
-        table.add_row(label, Text(text))  # Text: nothing in a file is read as markup
+        table.add_row(label, Text(text))  # Text: nothing in the file is parsed as markup
     return table
 
 
 def as_json(concept: Concept) -> dict[str, Any]:
-    """`concept.json` and what was counted: parameters, bytes per file."""
+    """`concept.json` plus the number of parameters and the bytes of each file."""
     out = json.loads(concept.meta.model_dump_json())
     return {**out, "parameters": parameters(concept), "bytes": sizes(concept)}
 
 
 def parameters(concept: Concept) -> int:
-    """How many numbers were learned."""
+    """The number of learned parameters."""
     kept = (t for kind, tensors in concept.tensors.items() if kind != "embeddings" for t in tensors.values())
     return sum(t.numel() for t in (*kept, *concept.learned_words.values()))
 
 
 def sizes(concept: Concept) -> dict[str, int]:
-    """Bytes of each file in the folder; empty for a concept that is not saved."""
+    """Bytes of each file in the folder; empty for an unsaved concept."""
     if concept.path is None:
         return {}
     return {p.name: p.stat().st_size for p in sorted(concept.path.iterdir()) if p.is_file()}
@@ -117,7 +117,7 @@ def _branches(concept: Concept) -> list[str]:
 def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
-    if learned.phases:  # each has its own, or the recipe's
+    if learned.phases:  # each has its own number of steps, or the recipe's
         steps_of = {name: phase.train.steps for name, phase in learned.phases.items()}
         counts = {name: train.steps if n is None else n for name, n in steps_of.items()}
         steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())
@@ -147,7 +147,7 @@ def _bytes(size: float) -> str:
 
 
 def _use(concept: Concept) -> str:
-    """How the concept is named in a prompt; a motion or style acts unnamed."""
+    """A command that uses the concept; a motion or style acts unnamed."""
     folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
     named = concept.meta.kind in ("subject", "identity")
     prompt = f"a photo of a <{concept.meta.name}> on the beach" if named else "a photo of a mug on the beach"

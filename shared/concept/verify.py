@@ -1,4 +1,4 @@
-"""Is what was exported what was learned? The files are loaded by diffusers itself and compared number by number."""
+"""Verifies an export: diffusers itself loads the files, and the outputs are compared numerically."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from shared.backbones.protocol import Backbone
 from shared.concept.diffusers_format import reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
 
-_SEED, _SIDE = 0, 256  # of the noise; pixels
-#: Rounding that two orders of the same sums may differ by, relative to the largest value; and how large a part of what
-#: the concept changes may differ (root mean squares): an export that does nothing is at 1.
+_SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
+#: The rounding difference allowed between two orders of the same sums, relative to the largest value; and the difference
+#: allowed as a share of the concept's effect (root mean squares), where an export that does nothing is at 1.
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
@@ -28,14 +28,14 @@ _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.b
 def compare(
     backbone: Backbone, name: str, strength: float, folder: Path, written: Mapping[str, Any], words: str
 ) -> dict[str, Any]:
-    """Outputs with the attached concept `name` beside those of diffusers' own pipeline that loaded `folder`.
+    """Compares outputs with the attached concept `name` to those of diffusers' own pipeline with `folder` loaded.
 
     Args:
-        written: what `write_lora` and `write_tokens` said
-        words: how the concept is said in a diffusers prompt
+        written: what `write_lora` and `write_tokens` returned
+        words: the concept's words in a diffusers prompt
 
     Returns:
-        {"prompt", "checks": what `check` says of each output}
+        {"prompt", "checks": the result of `check` for each output}
     """
     placeholder = backbone.placeholders.get(name)
     phrase = placeholder.words if placeholder is not None else ""
@@ -56,7 +56,7 @@ def compare(
     checks = {_denoiser(backbone, c): check(call["output"], outputs[c], bare.get(c, [])) for c, call in calls.items()}
     if not isinstance(text.context, Tensor):
         raise ValueError(
-            f"{name!r} has a text context for each attention layer, which diffusers' pipelines do not read"
+            f"{name!r} has a text context for each attention layer, which diffusers' pipelines do not support"
         )
     checks["text"] = check(text.context, context, [w.context for w in without if isinstance(w.context, Tensor)])
     if text.pooled is not None and pooled is not None:
@@ -72,16 +72,16 @@ def _unnamed(phrase: str, placeholder: Any) -> str:
 
 
 def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, Any]:
-    """How far two outputs are apart, in numbers that can be judged.
+    """Measures how far two outputs are apart, and whether that is acceptable.
 
     Args:
         ours: with the concept attached
         theirs: with the exported files loaded
-        without: ours with one ingredient of the concept (adapters, tokens) left out each
+        without: ours with one ingredient of the concept (adapters, tokens) left out at a time
 
     Returns:
-        max_abs_difference and its limit (rounding); the least effect of an ingredient (largest absolute change) and the
-        difference as a share of it (root mean squares; None when no ingredient has an effect on this output); ok
+        max_abs_difference and its limit (rounding); the smallest effect of an ingredient (largest absolute change) and the
+        difference as a share of it (root mean squares; None if no ingredient affects this output); ok
     """
     a, b = ours.float(), theirs.float().to(ours.device)
     if a.shape != b.shape:
@@ -96,7 +96,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
 
 def _denoiser(backbone: Backbone, component: str) -> str:
-    """How the network is called in a report: by its name where there are several."""
+    """The network's name in a report; it includes the component if there are several."""
     return "denoiser" if len(backbone.noise_ranges) == 1 else f"denoiser {component}"
 
 
@@ -110,7 +110,7 @@ def _again(network: Any, call: Mapping[str, Any]) -> Tensor:
 def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
     """The family's own diffusers pipeline on bare copies of the backbone's networks, with the exported files loaded.
 
-    The copies share their weights with the backbone (but for embedding tables that grow), so that a large model fits.
+    The copies share their weights with the backbone (except embedding tables that grow), so that large models fit in memory.
     """
     pipe = backbone.pipeline()  # type: ignore[attr-defined]
     grows = {entry["component"] for entry in written["tokens"]}
@@ -122,7 +122,7 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
         tokenizer = entry["component"].replace("text_encoder", "tokenizer")
         pipe.register_modules(**{tokenizer: copy.deepcopy(getattr(pipe, tokenizer))})
         encoder, words = getattr(pipe, entry["component"]), getattr(pipe, tokenizer)
-        with torch.random.fork_rng():  # the grown table is first filled with noise
+        with torch.random.fork_rng():  # resizing draws random numbers for the new rows
             if reads_token_files(pipe):
                 pipe.load_textual_inversion(
                     str(folder / entry["file"]), text_encoder=encoder, tokenizer=words, local_files_only=True
@@ -137,8 +137,8 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
 
 
 def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
-    """What the lines in an export's README do where a pipeline reads no token files: words and their rows, by
-    transformers' own means."""
+    """Does what an export's README says for pipelines that read no token files: adds the words and their rows with
+    transformers."""
     from transformers import AddedToken
 
     ((token, vectors),) = safe_load_safetensors(file).items()
@@ -181,10 +181,12 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
 
 
 def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, Any]:
-    """One call of a network that predicts, in the middle of its times, as the backbone makes it: arguments and output."""
+    """The arguments and output of one call that the backbone makes to a denoiser, at the middle of its time range."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
-    frames = None if backbone.frames is None else backbone.frame_factor + 1  # two latent ones: they see each other
+    frames = (
+        None if backbone.frames is None else backbone.frame_factor + 1
+    )  # two latent frames, so that they attend to each other
     shape = backbone.latent_shape(side, side, frames)
     noise = torch.randn(1, *shape, generator=generator).to(backbone.device, backbone.dtype)
     middle = int(sum(backbone.noise_ranges[component]) / 2)
