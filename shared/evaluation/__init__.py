@@ -1,1 +1,1 @@
-"""One concept judged: prompts, pictures with it and without it, scores with their intervals."""
+"""Evaluates one concept: prompts, pictures with and without it, scores with their intervals."""

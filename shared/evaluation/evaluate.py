@@ -1,6 +1,6 @@
-"""Evaluation of one concept: pictures with it and without it, scores, and a report.
+"""Evaluation of one concept: pictures with and without it, scores, and a report.
 
-Nothing here knows a model: `generate` and `base_generate` are functions `(prompts, seeds) -> pixels [N, 3, H, W]` in
+No model is used directly: `generate` and `base_generate` are functions `(prompts, seeds, progress) -> pixels [N, 3, H, W]` in
 [-1, 1].
 """
 
@@ -31,18 +31,18 @@ from shared.metrics.scores import drift
 
 __all__ = ["Case", "Shots", "evaluate", "scores_csv"]
 
-Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, seeds, who is told of denoising steps
-Asked = Sequence[tuple[int, int]]  # (number of the prompt, seed) of each picture
+Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, seeds, progress of denoising
+Asked = Sequence[tuple[int, int]]  # (prompt index, seed) of each picture
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Which pictures are made of each prompt, and where the report goes."""
+    """Which pictures are generated for each prompt, and where the report goes."""
 
     seeds: Sequence[int]
-    out: Path | str | None = None  # a folder; None writes none
+    out: Path | str | None = None  # a folder; None: no report is written
     overwrite: bool = False
-    chunk: int = 16  # pictures asked for at once
+    chunk: int = 16  # pictures per call
 
 
 def evaluate(
@@ -54,15 +54,15 @@ def evaluate(
     settings: Shots,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Scores a concept on every prompt with every seed; with `settings.out`, the report is written there.
+    """Scores a concept on every prompt with every seed; the report is written to `settings.out`, if given.
 
-    Where a world can draw the thing as it truly is, the prompts that leave the pose open are painted with `freedom.SEEDS`
-    seeds at least; what goes beyond `settings.seeds` counts for freedom alone.
+    If a world can draw the real subject, prompts that leave the pose open are generated with at least `freedom.SEEDS` seeds;
+    those beyond `settings.seeds` count only for freedom.
 
     Args:
         generate: the model with the concept; must also take prompts that do not name it (for drift)
-        base_generate: the same without the concept, which is told the class noun instead
-        progress: called with (what, done, of all) after each denoising step
+        base_generate: the same without the concept; its prompts have the class noun instead
+        progress: called with (what, done, total) after each denoising step
 
     Raises:
         ValueError: no seeds, an output folder that exists, pictures that are not finite
@@ -87,7 +87,7 @@ def evaluate(
     if out is not None:
         tables = {
             "scores.csv": scores_csv(report).encode()
-        }  # a file of the folder like the pictures: whole or not at all
+        }  # part of the folder like the pictures, so written atomically
         save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
 
@@ -109,7 +109,7 @@ class _Evaluation:
         return [p.plain(self.case.class_noun) for p in self.prompts.prompts]
 
     def report(self) -> Report:
-        """Everything painted and measured."""
+        """Generates and measures everything."""
         shots = [(i, seed) for i in range(len(self.prompts.prompts)) for seed in self.seeds]
         with_concept, seconds = self.run.pictures(True, self.named, shots, "with the concept")
         without, base_seconds = self.run.pictures(False, self.plain, shots, "without it")
@@ -146,7 +146,7 @@ class _Evaluation:
         return self.scorer.measure(pixels, [self.plain[i] for i, _ in shots], self._expects(shots))
 
     def _further(self) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[Measured, list[int]]]]:
-        """Pictures of further seeds of the prompts that leave the pose open, where freedom can be measured."""
+        """Pictures with more seeds for the prompts that leave the pose open, if freedom can be measured."""
         figures, seeds = self.scorer.figures, list(self.seeds)
         while len(seeds) < SEEDS:
             seeds.append(max(seeds) + 1)
@@ -154,13 +154,13 @@ class _Evaluation:
         shots = [(i, seed) for i in free for seed in seeds[len(self.seeds) :]]
         if not shots or figures is None or figures.range is None:
             return [], {}, []
-        pixels, _ = self.run.pictures(True, self.named, shots, "further seeds, with the concept")
+        pixels, _ = self.run.pictures(True, self.named, shots, "more seeds, with the concept")
         measured = self._measured(pixels, shots)
         rows, thumbs = picture_rows("freedom", shots, self.named, pixels, measured, self._expects(shots))
         return rows, thumbs, [(measured, [i for i, _ in shots])]
 
     def _drift(self) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[int, float]]]:
-        """Pictures of the prompts that do not name the concept, with it loaded and without; and (prompt, drift) of each
+        """Pictures for the prompts that do not name the concept, with and without it loaded, and (prompt, drift) of each
         pair.
         """
         if not self.prompts.drift:
@@ -192,8 +192,8 @@ class _Run:
     def pictures(
         self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
     ) -> tuple[Tensor, float]:
-        """All pictures `[N, 3, H, W]` of (number of the text, seed), float32 on the CPU, and the seconds that one took;
-        with the concept or without it."""
+        """All pictures `[N, 3, H, W]`, one per (text index, seed), float32 on the CPU, with or without the concept; also
+        the seconds per picture."""
         generate = self.generate if concept else self.base_generate
         parts, seconds = [], 0.0
         for start in range(0, len(shots), self.chunk):

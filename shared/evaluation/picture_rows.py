@@ -1,4 +1,4 @@
-"""Pictures as rows of a report, with what is wrong with each in words."""
+"""Pictures as rows of a report, each flagged with what is wrong with it."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def picture_rows(
 
 
 def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
-    """What is wrong with picture n, in words; empty when nothing is."""
+    """What is wrong with picture n, in words; empty if nothing is."""
     flags = []
     if _is(measured, "copied", n):
         flags.append(f"copies reference {measured.look.source(n) + 1}")
     if _is(measured, "no_face", n):
-        if not math.isnan(measured.scores["identity"][n]):  # else the prompt asked for a view that shows none
+        if not math.isnan(measured.scores["identity"][n]):  # otherwise the prompt asked for a view without a face
             flags.append("no face")
     elif measured.nearest[n] and measured.nearest[n] != SUBJECT:
         flags.append(f"taken for {measured.nearest[n]}")
@@ -70,7 +70,7 @@ def _is(measured: Measured, key: str, n: int) -> bool:
 
 
 def pngs(pixels: Tensor) -> list[bytes]:
-    """`[N, 3, H, W]` in [-1, 1] as N files."""
+    """`[N, 3, H, W]` in [-1, 1] as N PNG files."""
     out = []
     for picture in to_pil(pixels):
         stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Pictures of the prompts that leave the pose open: how much the thing turns and moves in them."""
+"""How much the subject turns and moves in pictures whose prompts leave the pose open."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shared.metrics.scorer import Measured
 
 @dataclass(frozen=True)
 class Poses:
-    """N pictures of one arm (with the concept, or the base model); all but the pairs is of the verified ones."""
+    """Pictures of one arm (with the concept, or the base model); everything but the pairs is of the verified ones only."""
 
     by_prompt: dict[int, Pairs]
-    place: float  # spread within a prompt of the thing's middle, in half-pictures; NaN of fewer than two pictures
+    place: float  # spread of the subject's centre within a prompt, in half-pictures; NaN for fewer than two pictures
     size: float
-    views: float  # effective number of views; NaN of none
+    views: float  # effective number of views; NaN if there are none
 
 
 def poses(parts: Sequence[tuple[Measured, Sequence[int]]], free: Collection[int]) -> Poses | None:
-    """Of measured pictures with the numbers of their prompts, those of the prompts in `free` taken together; None
-    without crops or without verification.
+    """Pools the measured pictures (with their prompt indices) whose prompts are in `free`; None without crops or
+    verification.
     """
     rows = [(m, i, p) for m, prompts in parts for i, p in enumerate(prompts) if p in free]
     if not rows or any(m.look.crops is None or m.look.places is None or "verified" not in m.scores for m, _, _ in rows):

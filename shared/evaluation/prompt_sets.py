@@ -1,9 +1,8 @@
 """Prompt sets for evaluation: the shipped ones (`configs/prompts/*.yaml`) and the user's own (YAML or one prompt per
 line).
 
-In a prompt `{concept}` is where the subject is named, and `{class_noun}` its plain class. With the concept, `{concept}`
-becomes `<name>`; for the base model and for text scores it becomes the class noun, so no score depends on a made-up
-word.
+In a prompt, `{concept}` stands for the subject and `{class_noun}` for its plain class. With the concept, `{concept}` becomes
+`<name>`; for the base model and for text scores it becomes the class noun, so no score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
 CLIP_SETS = "*_motion.yaml"  # sets for clips: `shared.evaluation.clips.prompt_sets` reads them
-REAL = "dreambench"  # the set for models of the real world
+REAL = "dreambench"  # the set for real-world models
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
 )
@@ -30,11 +29,11 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 class Prompt(Part):
-    """One prompt, and what a picture of it must show."""
+    """One prompt, and what its pictures must show."""
 
     text: str
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
-    # Whether the text leaves open from where the thing is seen and where it stands; None: as `expects` says.
+    # Whether the text leaves view and placement of the subject open; None: derived from `expects`.
     pose_open: bool | None = None
 
     @model_validator(mode="before")
@@ -52,20 +51,20 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether pictures of it show how free poses are: a photo that names neither view nor placement."""
+        """Whether its pictures can measure freedom: a photo with neither view nor placement given."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
-        """The prompt for the model with the concept: `{concept}` is `<name>`."""
+        """The prompt for the model with the concept: `{concept}` becomes `<name>`."""
         return fill(self.text, f"<{name}>", class_noun)
 
     def plain(self, class_noun: str) -> str:
-        """The prompt in plain words: `{concept}` is the class noun."""
+        """The prompt in plain words: `{concept}` becomes the class noun."""
         return fill(self.text, class_noun, class_noun)
 
 
 class PromptSet(Part):
-    """Prompts that name the subject, and some that do not (to measure drift)."""
+    """Prompts that name the subject, and some that do not (for drift)."""
 
     name: str
     about: str = ""
@@ -75,7 +74,7 @@ class PromptSet(Part):
     @model_validator(mode="after")
     def _named(self) -> PromptSet:
         if not self.prompts:
-            raise ValueError("prompts: there is none")
+            raise ValueError("prompts: the list is empty")
         for p in (*self.prompts, *self.drift):
             check_utf8(p.text)
         for p in self.prompts:
@@ -92,14 +91,14 @@ class PromptSet(Part):
 
 
 def prompt_sets() -> tuple[str, ...]:
-    """The names of the shipped sets; `dreambench` stands for whichever of its two fits the class noun."""
+    """The names of the shipped sets; `dreambench` means whichever of its two sets fits the class noun."""
     return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml") if not p.match(CLIP_SETS)} | {REAL}))
 
 
 def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
-    """A shipped set by name, or a user's file (.yaml, .yml, .txt).
+    """Loads a shipped set by name, or a user's file (.yaml, .yml, .txt).
 
-    ValueError: an unknown set (with the choices), an empty file, a prompt without `{concept}`.
+    Raises ValueError for an unknown set (with the choices), an empty file, or a prompt without `{concept}`.
     """
     text = str(name)
     if text == REAL:
@@ -111,7 +110,7 @@ def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
         missing = " No such file either." if path.suffix else ""
         raise ValueError(
-            unknown(text, prompt_sets(), "prompt set") + missing + " A .yaml or .txt file of your own works too."
+            unknown(text, prompt_sets(), "prompt set") + missing + " You can also give your own .yaml or .txt file."
         )
     return _from_yaml(path) if path.suffix.lower() != ".txt" else _from_txt(path)
 
@@ -125,9 +124,9 @@ def _from_txt(path: Path) -> PromptSet:
 
 
 def prompt_lines(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; what begins with # is none. ValueError where none are left."""
+    """The prompts in a text file, one per line; lines that begin with # are comments. ValueError if none are left."""
     lines = read_text_file(path, "the prompts").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts: write one per line, with {{concept}} where the concept goes")
+        raise ValueError(f"{path} contains no prompts: write one per line, with {{concept}} where the concept goes")
     return prompts

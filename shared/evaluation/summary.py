@@ -1,4 +1,4 @@
-"""From columns of measurements to the headline scores, each with its interval and a sentence in plain words."""
+"""Turns columns of measurements into the headline scores, each with its interval and an explanation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shared.metrics.scores import bootstrap, diversity
 from shared.metrics.trade_off import Ranges, Tally, Terms, bootstrap_terms, measured_terms
 
 RATES = ("background", "view", "accessory", "style", "recognised", "no_face", "copied")
-NO_BASE = ("copied", "no_face")  # the base model knows no reference
+NO_BASE = ("copied", "no_face")  # the base model has never seen a reference
 
 
 @dataclass(frozen=True)
 class Arms:
-    """What was measured with the concept and without it, and the rows that say so."""
+    """What was measured with and without the concept, and the report's rows."""
 
     measured: Measured
     floor: Measured
-    prompts: Sequence[int]  # of each picture, the number of its prompt
+    prompts: Sequence[int]  # the prompt index of each picture
     rows: Sequence[PictureRow]
     base_rows: Sequence[PictureRow]
     prompt_rows: Sequence[PromptRow]
@@ -34,7 +34,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
-    """The scores in reading order; those that were not measured are left out. Intervals draw whole prompts."""
+    """The scores in reading order; those that were not measured are left out. Intervals resample whole prompts."""
     measured, floor, prompts = arms.measured, arms.floor, arms.prompts
     figures = scorer.figures
     ranges: Ranges = {"": figures.range} if figures is not None and figures.range is not None else {}
@@ -63,8 +63,8 @@ def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
 
 
 def headline(made: Sequence[Tally], base: Sequence[Tally], ranges: Ranges) -> list[Score]:
-    """`trade_off` and its terms, of one subject or of many. A freedom that was not measured has no value, and the
-    trade-off is 0 with it."""
+    """`trade_off` and its terms, for one subject or several. If freedom could not be measured, it has no value and the
+    trade-off is 0."""
     terms, floor, spans = measured_terms(made, ranges), measured_terms(base, {}), bootstrap_terms(made, ranges)
     out = []
     if terms.trade_off is not None:
@@ -85,12 +85,12 @@ def _freedom(terms: Terms, span: tuple[float, float], ranges: Ranges) -> Score:
     score = make_score("freedom", terms.freedom, span)
     if not terms.unmeasured:
         return score
-    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} things, which count as 0."
+    missing = f" Not measured on {len(terms.unmeasured)} of {len(ranges)} subjects, which count as 0."
     return score.model_copy(update={"explanation": score.explanation + missing})
 
 
 def _beside(arms: Arms) -> list[Score]:
-    """What stands beside freedom: where the thing is, how large, and from how many sides it is seen."""
+    """The scores that accompany freedom: spread of the subject's place and size, and the number of views."""
     if arms.poses is None:
         return []
     nothing, base = (math.nan, math.nan), arms.base_poses
@@ -120,7 +120,7 @@ def make_score(
 
 
 def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """The score as what it is in this run: its words, and what true pictures or the references themselves get."""
+    """Completes a score for this run: its texts, and what true pictures or the references themselves reach."""
     update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
     if score.key in ("identity", "recognised") and scorer.chance is not None:
         key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"
@@ -142,10 +142,10 @@ def prompt_rows(
     rows: Sequence[PictureRow],
     poses: Poses | None,
 ) -> list[PromptRow]:
-    """Means per prompt; the base model's as `base_…`, `diversity` where there are several seeds, and the pairs of a
-    prompt that leaves the pose open.
+    """Means per prompt; the base model's as `base_…`, `diversity` if there are several seeds, and the pairs of a prompt
+    that leaves the pose open.
 
-    texts: of the prompts, with the concept's name and in plain words
+    texts: the prompts with the concept's name, and in plain words
     """
     varied, base_varied = (diversity(m.embeddings, prompts) for m in (measured, floor))
     out = []

@@ -1,4 +1,4 @@
-"""What was measured on true pictures of a thing, kept on disk by everything that it depends on."""
+"""Measurements of a subject's true pictures, cached on disk under a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Progress = Callable[[str, int, int], None]
 def true_figures(
     scorer: Scorer, case: Case, prompts: PromptSet, progress: Progress | None = None
 ) -> TrueFigures | None:
-    """Bars and range of a case, from the cache or measured now; None where no world can draw the thing, or the
-    instruments for it are missing.
+    """Bars and range of a case, from the cache or measured now; None if no world can draw the subject or the instruments
+    for it are missing.
 
-    progress: told ("true pictures of the thing", done, of all)
+    progress: called with ("true pictures of the subject", done, total)
     """
     tools = scorer.instruments
     if case.true is None or case.kind == "style" or scorer.chance is None or tools.attributes is None:
@@ -41,7 +41,7 @@ def true_figures(
     known = _read(file) if file else None
     if known is not None:
         return known
-    tell = (lambda done, of: progress("true pictures of the thing", done, of)) if progress else None
+    tell = (lambda done, of: progress("true pictures of the subject", done, of)) if progress else None
     figures = measure(scorer.verifier, case.true, asked, tools, tell)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def true_figures(
 
 
 def _read(file: Path) -> TrueFigures | None:
-    """None where there is none, or it is damaged: it can be measured again."""
+    """Reads cached figures; None if there are none or the file is damaged, since they can be measured again."""
     try:
         return TrueFigures.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
@@ -58,7 +58,7 @@ def _read(file: Path) -> TrueFigures | None:
 
 
 def _key(scorer: Scorer, case: Case, asked: Sequence[Asked]) -> str:
-    """A hash of all that the figures follow from; "" where one of it has no fingerprint."""
+    """A hash of everything the figures depend on; "" if something has no fingerprint."""
     assert case.true is not None
     tools = scorer.instruments
     prints = [i.fingerprint for i in tools.infos()]

@@ -235,7 +235,7 @@ def test_without_a_true_thing_or_for_a_style_there_are_two_terms_and_it_is_said(
         assert report.terms == ("identity", "text") and report.score("freedom") is None
         assert any("two terms" in n and why in n for n in report.notes)
         trade_off = report.score("trade_off")
-        assert trade_off is not None and "two that pull" in trade_off.explanation
+        assert trade_off is not None and "two competing goals" in trade_off.explanation
         assert not report.of_kind("freedom") and report.value("diversity") is not None
     alone = _report(_paint(0.0), _case(true=None, gallery=None))
     likeness = alone.score("identity_i")
@@ -258,7 +258,7 @@ def test_things_that_the_instruments_do_not_know_stand_apart() -> None:
     lines = comparison.csv().splitlines()
     assert len(lines) == 4, "the pooled line, and one for each subject"
     two = _report(_paint(0.0), _case(true=None))
-    with pytest.raises(ValueError, match="other terms"):
+    with pytest.raises(ValueError, match="different terms"):
         compare({("a", "s1"): good, ("a", "s2"): two})
 
 

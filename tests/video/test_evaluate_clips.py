@@ -203,7 +203,7 @@ def test_prompts_say_where_motion_and_thing_go(tmp_path: Path) -> None:
     cases: Sequence[tuple[str, Mapping[str, str], str]] = (
         ("a {thing}", {"motion": "m", "subject": "s"}, "does not say where the motion goes"),
         ("a mug {concept}", {"motion": "m", "subject": "s"}, "does not say where the subject goes"),
-        ("a {thing} {concept}", {"motion": "m"}, "no subject is judged: say its thing"),
+        ("a {thing} {concept}", {"motion": "m"}, "no subject is evaluated: set the prompt's `thing`"),
     )
     for line, who, message in cases:
         file.write_text(line)

@@ -1,1 +1,1 @@
-"""A motion, a subject, or both judged in clips: prompts, clips with them and without, scores with their intervals."""
+"""Evaluates a motion, a subject, or both in clips: prompts, clips with and without them, scores with their intervals."""

@@ -1,6 +1,6 @@
-"""Evaluation in clips: clips with the concepts and without them, scores, and a report.
+"""Evaluation in clips: clips with and without the concepts, scores, and a report.
 
-Nothing here knows a model: what makes clips are functions `(prompts, seeds, progress) -> [N, 3, F, H, W]` in [-1, 1].
+No model is used directly: clips come from functions `(prompts, seeds, progress) -> [N, 3, F, H, W]` in [-1, 1].
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Makers:
-    """What makes clips: with the concepts, without any, and with the motion loaded and not asked for (None: not made)."""
+    """Functions that make clips: with the concepts, without any, and with the motion loaded but not asked for (None: not
+    made)."""
 
     concept: Generate
     base: Generate
@@ -41,13 +42,13 @@ class Makers:
 
 @dataclass(frozen=True)
 class ClipShots:
-    """Which clips are made of each prompt, and where the report goes."""
+    """Which clips are made for each prompt, and where the report goes."""
 
     seeds: Sequence[int]
-    out: Path | str | None = None  # a folder; None writes none
+    out: Path | str | None = None  # a folder; None: no report is written
     overwrite: bool = False
     fps: float = 8.0  # of the clips in the report
-    chunk: int = 4  # clips asked for at once
+    chunk: int = 4  # clips per call
 
 
 def evaluate_clips(
@@ -58,10 +59,10 @@ def evaluate_clips(
     shots: ClipShots,
     progress: Progress | None = None,
 ) -> ClipReport:
-    """Scores a motion, a subject, or both on every prompt with every seed; with `shots.out` the report is written there.
+    """Scores a motion, a subject, or both on every prompt with every seed; the report is written to `shots.out`, if given.
 
     Args:
-        progress: called with (what, done, of all) after each denoising step and each clip that was measured
+        progress: called with (what, done, total) after each denoising step and each measured clip
 
     Raises:
         ValueError: no seeds, an output folder that exists, clips that are not finite or have fewer than two frames
@@ -89,7 +90,7 @@ class _Evaluation:
     frames: int = 0
 
     def report(self) -> ClipReport:
-        """Everything made and measured."""
+        """Makes and measures everything."""
         asked = [(i, seed) for i in range(len(self.texts.chosen)) for seed in self.shots.seeds]
         made, rows, seconds = self._arm("concept", self.texts.named, asked, self.makers.concept)
         base, base_rows, base_seconds = self._arm("base", self.texts.plain, asked, self.makers.base)
@@ -133,7 +134,7 @@ class _Evaluation:
     def _arm(
         self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
-        """All clips of one arm made and measured, a few at a time (only their files are kept), and the seconds of one."""
+        """Makes and measures all clips of one arm, a few at a time (only their files are kept); also the seconds per clip."""
         what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
@@ -162,7 +163,7 @@ class _Evaluation:
         self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
 
     def _sheet(self, strips: Mapping[str, Tensor]) -> None:
-        """The frames of the clips with the concepts, to be looked at where nothing plays."""
+        """The frames of the clips with the concepts, for viewing where clips do not play."""
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory() as folder:
@@ -179,7 +180,7 @@ class _Evaluation:
 
 
 def _joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
-    """Measurements of several lots as one; a score that a lot does not have is NaN there."""
+    """Joins the measurements of several batches; a score that a batch lacks is NaN there."""
     keys = dict.fromkeys(k for part in parts for k in part.scores)
     nan = float("nan")
     scores = {k: [v for p in parts for v in p.scores.get(k, [nan] * len(p.seen))] for k in keys}

@@ -1,8 +1,8 @@
 """Prompt sets for clips: the shipped ones (`configs/prompts/*_motion.yaml`) and the user's own (YAML or one prompt per line).
 
-In a prompt `{concept}` is where the motion is named, and `{thing}` what moves: the subject where one is judged, else the
-prompt's own `thing`. For the base model and for text scores the motion is left out (no score depends on a made-up word) and
-the subject is its class noun.
+In a prompt, `{concept}` stands for the motion and `{thing}` for what moves: the subject if one is evaluated, else the prompt's
+own `thing`. For the base model and for text scores, the motion is left out (no score depends on a made-up word) and the
+subject becomes its class noun.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 class ClipPrompt(Part):
-    """One prompt, and what the frames of a clip of it must show."""
+    """One prompt, and what the frames of its clips must show."""
 
     text: str
-    thing: str = ""  # what moves where no subject is judged, without an article: "red and blue car"
+    thing: str = ""  # what moves if no subject is evaluated, without an article: "red and blue car"
     expects: Mapping[str, str] = {}  # attribute -> value, as the toybox recognizer names them
 
     @model_validator(mode="before")
@@ -54,16 +54,16 @@ class ClipPromptSet(Part):
     @model_validator(mode="after")
     def _some(self) -> ClipPromptSet:
         if not self.prompts:
-            raise ValueError("prompts: there is none")
+            raise ValueError("prompts: the list is empty")
         return self
 
 
 @dataclass(frozen=True)
 class ClipTexts:
-    """The texts of a prompt set for a motion, a subject, or both; "" where there is none of a kind. Lists of one length.
+    """The texts of a prompt set for a motion, a subject, or both ("" if there is none), as lists of equal length.
 
     Raises:
-        ValueError: a prompt does not say where the motion or the subject goes, or names no thing and there is no subject
+        ValueError: a prompt does not say where the motion or the subject goes, or has no `thing` and there is no subject
     """
 
     prompts: ClipPromptSet
@@ -83,7 +83,9 @@ class ClipTexts:
                     f"the prompt {prompt.text!r} does not say where the subject goes: write {{thing}} in it"
                 )
             if not self.subject and not prompt.thing and "{thing}" in prompt.text:
-                raise ValueError(f"the prompt {prompt.text!r} has a {{thing}}, and no subject is judged: say its thing")
+                raise ValueError(
+                    f"the prompt {prompt.text!r} has a {{thing}}, but no subject is evaluated: set the prompt's `thing`"
+                )
 
     @property
     def chosen(self) -> tuple[ClipPrompt, ...]:
@@ -91,7 +93,7 @@ class ClipTexts:
 
     @property
     def named(self) -> list[str]:
-        """For the model with the concepts, by `<name>`."""
+        """For the model with the concepts, which are written as `<name>`."""
         motion = f"<{self.motion}>" if self.motion else ""
         return [_said(p.text, motion, self._thing(p)) for p in self.chosen]
 
@@ -107,12 +109,12 @@ class ClipTexts:
 
     @property
     def expects(self) -> list[dict[str, str]]:
-        """What frames must show; the class only where the prompt says it."""
+        """What frames must show; the class only if the prompt says it."""
         dropped = {"class"} if self.subject else set()
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 
     def of_pictures(self) -> PromptSet:
-        """The same for pictures of the subject: what its true pictures are drawn by."""
+        """The same for pictures of the subject; its true pictures are drawn from these prompts."""
         texts = [_said(p.text, "", "{concept}") for p in self.chosen]
         prompts = [Prompt(text=t, expects=e) for t, e in zip(texts, self.expects, strict=True)]
         return PromptSet(name=self.prompts.name, prompts=tuple(prompts))
@@ -124,7 +126,7 @@ class ClipTexts:
 def _said(text: str, motion: str, thing: str) -> str:
     words = text.replace("{concept}", motion).replace("{thing}", thing)
     words = re.sub(r"\s+", " ", words)
-    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # what stood between two commas may be gone
+    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # nothing may be left between two commas
     return words if "{" in words else fill(words, "", "")
 
 
@@ -134,9 +136,9 @@ def clip_prompt_sets() -> tuple[str, ...]:
 
 
 def load_clip_prompts(name: str | Path) -> ClipPromptSet:
-    """A shipped set by name, or a user's file (.yaml, .yml, .txt).
+    """Loads a shipped set by name, or a user's file (.yaml, .yml, .txt).
 
-    ValueError: an unknown set (with the choices), an empty file, an unknown placeholder.
+    Raises ValueError for an unknown set (with the choices), an empty file, or an unknown placeholder.
     """
     text, path = str(name), expanded(name)
     if text in clip_prompt_sets():
@@ -146,7 +148,7 @@ def load_clip_prompts(name: str | Path) -> ClipPromptSet:
         raise ValueError(
             unknown(text, clip_prompt_sets(), "prompt set for clips")
             + missing
-            + " A .yaml or .txt file of your own works too."
+            + " You can also give your own .yaml or .txt file."
         )
     if path.suffix.lower() != ".txt":
         return validate(ClipPromptSet, {"name": path.stem, **read_yaml(path)}, path.name)

@@ -1,4 +1,4 @@
-"""What the headline scores of clips are called and what each says, in plain words; in reading order."""
+"""Titles and explanations of the headline scores of clips, in reading order."""
 
 from __future__ import annotations
 
@@ -8,73 +8,75 @@ from shared.evaluation.score_texts import About
 ABOUT = {
     "score": About(
         "Subject × motion × (1 − leakage)",
-        "One number for what a clip should have at once, of what was measured: the thing, the motion, and nothing of how "
-        "the motion's own clips look. The best checkpoint is chosen by it.",
+        "One number for what a clip should have at once, of what was measured: the subject, the motion, and none of the "
+        "look of the motion's own clips. It selects the best checkpoint.",
         "score",
     ),
     "motion_recognised": About(
         "Motion recognised",
         "How often the clip's path (place, size, view and tilt over time) is nearer to the motion than to any of its "
-        "look-alikes and of the other held-out motions.",
+        "look-alikes or the other held-out motions.",
     ),
     "motion_fidelity": About(
         "Motion fidelity",
-        "How alike the tracks of points are to those in the motion's clips: the mean over tracks of the best match, both "
+        "How similar the point tracks are to those in the motion's clips: the mean over tracks of the best match, both "
         "ways. 1 for a clip with itself, 0 for a frozen one, −1 for the opposite direction.",
         "score",
     ),
     "false_motion": About(
         "False motion",
-        "The same of clips of the same prompts and seeds in which the motion is loaded and not asked for.",
+        "The same in clips with the same prompts and seeds in which the motion is loaded but not asked for.",
         better="lower",
     ),
     "leakage": About(
         "Leakage",
-        "How much the frames look like those of the motion's clips: for each the highest cosine. Motion should be taken "
-        "over, and not the looks; the base model, which has never seen those clips, is the floor.",
+        "How much the frames look like those of the motion's clips: the highest cosine of each frame. The motion should "
+        "carry over, but not the appearance; the base model, which has never seen those clips, is the floor.",
         "cosine",
         "lower",
     ),
     "identity": About(
         "Identity",
-        "How often a frame shows this very thing, judged as pictures are, as often as true pictures of it pass.",
+        "How often a frame shows this exact subject, judged like pictures, relative to how often true pictures of it pass.",
     ),
-    "both": About("Both at once", "How often a frame shows this very thing in a clip whose motion is recognised."),
+    "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
     "dynamic_degree": About(
         "Dynamic degree",
-        "How much moves from frame to frame: the longest 5 % of the optical flow, as a part of the frame's side. Read it "
-        "with the temporal consistency.",
+        "How much moves from frame to frame: the largest 5 % of the optical flow, as a share of the frame's side. Read it "
+        "together with the temporal consistency.",
         "share",
     ),
     "temporal_consistency": About(
         "Temporal consistency",
-        "Mean cosine of consecutive frames. A frozen clip has 1: read it with the dynamic degree.",
+        "Mean cosine of consecutive frames. A frozen clip scores 1, so read it together with the dynamic degree.",
         "cosine",
     ),
-    "frozen": About("Frozen", "How many clips nothing moves in.", better="lower"),
+    "frozen": About("Frozen", "How many clips show no motion.", better="lower"),
     "dynamic": About("Dynamic", "How many clips pass VBench's threshold: 6/256 of the side in a quarter of the steps."),
     "consistency_all_pairs": About(
         "Consistency, all pairs", "Mean cosine of all pairs of frames of a clip, as some papers report it.", "cosine"
     ),
     "path_distance": About(
         "Distance to the nearest path",
-        "In units of what is plainly seen (a tenth of the frame, 45°).",
+        "In units of clearly visible differences (a tenth of the frame, 45°).",
         "count",
         "lower",
     ),
     "error_position_px": About("Path error: place", "Root mean square over the clip, in pixels.", "count", "lower"),
-    "error_scale": About("Path error: size", "Of the logarithm of the size: 0.1 is about 10 %.", "count", "lower"),
+    "error_scale": About(
+        "Path error: size", "Root mean square of the logarithm of the size: 0.1 is about 10 %.", "count", "lower"
+    ),
     "error_azimuth_deg": About("Path error: azimuth", "In degrees.", "count", "lower"),
     "error_elevation_deg": About("Path error: elevation", "In degrees.", "count", "lower"),
     "error_roll_deg": About("Path error: roll", "In degrees.", "count", "lower"),
     "subject_crops": About(
         "Masked likeness",
-        "Mean cosine of frames and references, both cut to the thing: what is around it does not count.",
+        "Mean cosine of frames and references, both cropped to the subject, so that its surroundings do not count.",
         "cosine",
     ),
     "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
     "copied": About("Copies", "How many frames repeat a reference picture.", better="lower"),
-    "class": About("Class", "How often a frame shows a thing of the class asked for."),
+    "class": About("Class", "How often a frame shows an object of the class asked for."),
     "background": ABOUT_PICTURES["background"],
     "view": ABOUT_PICTURES["view"],
     "accessory": ABOUT_PICTURES["accessory"],

@@ -1,4 +1,4 @@
-"""From columns of measurements to the headline scores of clips, each with its interval and a sentence in plain words."""
+"""Turns columns of measurements into the headline scores of clips, each with its interval and an explanation."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from shared.metrics.clips.scorer import ClipScorer, MeasuredClips, checkpoint_sc
 from shared.metrics.report import Score, number
 from shared.metrics.scores import bootstrap
 
-NO_BASE = ("copied",)  # the base model knows no reference
+NO_BASE = ("copied",)  # the base model has never seen a reference
 FACTORS = ("identity", "motion_recognised", "motion_fidelity", "leakage")
 ROUNDS = 2000
 
 
 @dataclass(frozen=True)
 class Arms:
-    """What was measured with the concepts, without them, and with the motion loaded and not asked for (None: not made)."""
+    """What was measured with the concepts, without them, and with the motion loaded but not asked for (None: not made)."""
 
     made: MeasuredClips
     base: MeasuredClips
     unnamed: MeasuredClips | None
-    prompts: Sequence[int]  # of each clip, the number of its prompt
+    prompts: Sequence[int]  # the prompt index of each clip
 
 
 def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
-    """The scores in reading order; those that were not measured are left out. Intervals draw whole prompts.
+    """The scores in reading order; those that were not measured are left out. Intervals resample whole prompts.
 
-    ceiling: how many true clips of the motion are recognised
+    ceiling: the share of true clips of the motion that are recognised
     """
     arms = _relative(arms)
     return [_completed(s, arms, scorer, ceiling) for s in measured_scores(arms)]
 
 
 def measured_scores(arms: Arms) -> list[Score]:
-    """The scores of what was measured, in reading order; intervals draw whole prompts (`Arms.prompts`)."""
+    """The scores of what was measured, in reading order; intervals resample whole prompts (`Arms.prompts`)."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -56,7 +56,7 @@ def measured_scores(arms: Arms) -> list[Score]:
 
 
 def _relative(arms: Arms) -> Arms:
-    """Identity as a share of what true pictures of the thing pass, where they can be drawn."""
+    """Identity relative to how often true pictures of the subject pass, if they can be drawn."""
     least = arms.made.mean("ceiling")
     if math.isnan(least) or least <= 0:
         return arms
@@ -86,7 +86,7 @@ def _means(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, flo
 
 
 def _false_motion(arms: Arms) -> list[Score]:
-    """By the same measure as the motion itself: recognition where paths are read, else the fidelity."""
+    """Uses the same measure as for the motion itself: recognition if paths are estimated, else fidelity."""
     key = next((k for k in ("motion_recognised", "motion_fidelity") if k in arms.made.scores), None)
     if key is None or arms.unnamed is None:
         return []
@@ -98,8 +98,8 @@ def _false_motion(arms: Arms) -> list[Score]:
 
 
 def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[float, float]:
-    """The 95 % interval of the mean; of what is no rate and the same everywhere, that value (`bootstrap` would take zeros
-    and ones for a rate)."""
+    """The 95 % interval of the mean. If a score is not a rate and is constant, both ends are that value (`bootstrap` would
+    take zeros and ones for a rate)."""
     known = {v for v in values if not math.isnan(v)}
     if ABOUT[key].unit != "rate" and len(known) == 1:
         return (min(known), min(known))
@@ -123,7 +123,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
 
 
 def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
-    """The score with what true clips, true pictures, or the references among themselves get."""
+    """Adds to a score what true clips, true pictures, or the references among themselves reach."""
     update: dict[str, object] = {}
     if score.key == "motion_recognised" and scorer.known is not None:
         update = {"chance": scorer.known.chance, "truth": ceiling}
