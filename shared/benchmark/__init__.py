@@ -1,1 +1,1 @@
-"""Many concepts compared: one report per cell, then a table."""
+"""Compares many concepts: one report per cell, then a table."""

@@ -1,4 +1,4 @@
-"""One recipe over several subjects: its reports pooled into one row of a table."""
+"""Pools a recipe's reports over several subjects into one row of a table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COSINES = ("clip_t", "clip_i", "dino_i", "identity_i")
 
 @dataclass(frozen=True)
 class Goal:
-    """What a recipe must reach; None leaves a part out. All in [0, 1]; `over_floor` in points of identity."""
+    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference of identity."""
 
     identity: float | None = None
     over_floor: float | None = None
     background: float | None = None
 
     def met(self, row: Row) -> bool | None:
-        """Whether the row reaches it; None where the goal asks nothing."""
+        """Whether the row reaches the goal; None if the goal requires nothing."""
         identity, over = row.value("identity"), over_floor(row.scores.get("identity"))
         return all_reached(
             [(identity, self.identity), (over, self.over_floor), (row.value("background"), self.background)]
@@ -33,19 +33,19 @@ class Goal:
 
 
 def all_reached(parts: Sequence[tuple[float | None, float | None]]) -> bool | None:
-    """Whether each value reaches its limit, where one is set; what was not measured does not. None where none is."""
+    """Whether each value reaches its limit, if one is set (unmeasured values do not). None if no limit is set."""
     asked = [(value, limit) for value, limit in parts if limit is not None]
     return all(value is not None and value >= limit - 1e-9 for value, limit in asked) if asked else None
 
 
 def over_floor(score: Score | None) -> float | None:
-    """By how much a score is above that of the base model; None where either was not measured."""
+    """A score minus the base model's; None if either was not measured."""
     return None if score is None or score.value is None or score.base is None else score.value - score.base
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe over all its subjects: scores pooled over every picture, intervals drawn by subject and prompt."""
+    """One recipe over all its subjects: scores are pooled over all pictures, intervals resample by subject and prompt."""
 
     recipe: str
     subjects: tuple[str, ...]
@@ -55,7 +55,9 @@ class Row:
     seconds_per_picture: float | None
     concept_bytes: float | None
     failed: Mapping[str, str] = field(default_factory=dict)  # subject -> what went wrong
-    apart: Mapping[str, float] = field(default_factory=dict)  # subject -> T, too low for it to stand in the scores
+    apart: Mapping[str, float] = field(
+        default_factory=dict
+    )  # subject -> T, for subjects that are left out of the scores because T is too low
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -65,7 +67,7 @@ class Row:
 
 
 def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str], pool_all: bool = False) -> Row:
-    """All pictures of a recipe together; without those of things of which the instruments pass too few true pictures
+    """Pools all pictures of a recipe, leaving out subjects of which the instruments pass too few true pictures
     (`Report.apart`), unless `pool_all`.
     """
     apart = {s: r for s, r in reports.items() if r.apart and not pool_all}
@@ -87,7 +89,7 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """The trade-off and its terms; identity with the mean T and the chance of the subjects."""
+    """The trade-off and its terms; identity with the subjects' mean T and mean chance."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
@@ -117,7 +119,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Diversity over prompts, and what stands beside freedom over subjects."""
+    """Diversity over prompts, and the scores that accompany freedom over subjects."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
@@ -140,8 +142,8 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
 def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
-    """The 95 % interval of a mean, drawing what hangs together (`clusters`; None: nothing does); (None, None) of fewer than
-    two of these, for one says nothing about others. NaN values are left out."""
+    """The 95 % interval of a mean, resampling whole `clusters` (None: each value is its own). (None, None) for fewer than two
+    clusters, because one says nothing about others. NaN values are left out."""
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
     if len(kept) < 2:
@@ -162,6 +164,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def average(values: Sequence[float | None]) -> float | None:
-    """The mean of what was measured; None where nothing was."""
+    """The mean of what was measured; None if nothing was."""
     known = [float(v) for v in values if v is not None]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""Recipes for motions compared in clips: reports pooled by recipe, as Markdown, CSV and a page."""
+"""Compares motion recipes in clips: reports pooled by recipe, as Markdown, CSV and a page."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLUMNS = (
     "motion_recognised", "identity", "both", "leakage", "motion_fidelity", "false_motion", "class", "background",
     "dynamic_degree", "temporal_consistency", "score",
 )  # fmt: skip
-REPORT = "work/report"  # of a cell, in its folder
-RELATIVE = ("identity", "both")  # reports say these as a share of what true pictures pass
+REPORT = "work/report"  # a cell's report, in its folder
+RELATIVE = ("identity", "both")  # in reports, these are relative to how often true pictures pass
 
 
 @dataclass(frozen=True)
 class ClipGoal:
-    """What a recipe must reach; None leaves a part out. All in [0, 1]; `over_floor` in points of identity."""
+    """What a recipe must reach; None: no requirement. All values are in [0, 1]; `over_floor` is a difference of identity."""
 
     motion: float | None = None
     identity: float | None = None
@@ -37,7 +37,7 @@ class ClipGoal:
     both: float | None = None
 
     def met(self, row: ClipsRow) -> bool | None:
-        """Whether the row reaches it; None where the goal asks nothing."""
+        """Whether the row reaches the goal; None if the goal requires nothing."""
         found = {
             "motion": row.value("motion_recognised"),
             "identity": row.value("identity"),
@@ -49,7 +49,7 @@ class ClipGoal:
 
 @dataclass(frozen=True)
 class ClipsRow:
-    """One recipe over all its cells: every clip counts once, intervals draw whole motions."""
+    """One recipe over all its cells: every clip counts once, intervals resample whole motions."""
 
     recipe: str
     motions: tuple[str, ...]
@@ -64,7 +64,7 @@ class ClipsRow:
 
 
 def aggregate_clips(recipe: str, reports: Mapping[str, ClipReport], failed: Mapping[str, str]) -> ClipsRow:
-    """All clips of a recipe together."""
+    """Pools all clips of a recipe."""
     motions = tuple(dict.fromkeys(r.motion for r in reports.values()))
     scores = (
         {s.key: _beside(s, reports.values()) for s in measured_scores(_pooled(reports.values()))} if reports else {}
@@ -83,14 +83,14 @@ def aggregate_clips(recipe: str, reports: Mapping[str, ClipReport], failed: Mapp
 
 
 def _pooled(reports: Iterable[ClipReport]) -> Arms:
-    """The arms of several reports as one; what is drawn together in intervals are the clips of one motion."""
+    """Joins the arms of several reports; intervals resample all clips of a motion together."""
     listed = list(reports)
     number = {name: i for i, name in enumerate(dict.fromkeys(r.motion for r in listed))}
     made, base, unnamed = ([] for _ in range(3))
     for report in listed:
         made += _rows(report, report.of_kind("concept"))
         base += _rows(report, report.of_kind("base"))
-        # A motion without words acts in every clip: its unnamed clips are those with it.
+        # A motion without words acts in every clip, so its clips count as the unnamed ones.
         unnamed += _rows(report, report.of_kind("unnamed") or report.of_kind("concept"))
     clusters = [number[r.motion] for r in listed for _ in r.of_kind("concept")]
     said = any(r.score("false_motion") for r in listed)
@@ -98,7 +98,7 @@ def _pooled(reports: Iterable[ClipReport]) -> Arms:
 
 
 def _rows(report: ClipReport, rows: Sequence[ClipRow]) -> list[dict[str, float | None]]:
-    """The scores of clips, those of `RELATIVE` as the report says them."""
+    """The scores of clips, with those of `RELATIVE` scaled as in the report."""
     identity = report.score("identity")
     least = identity.truth if identity is not None and identity.truth else 1.0
     scaled = {key: least for key in RELATIVE}
@@ -115,18 +115,18 @@ def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
 
 
 def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
-    """With the means of what true clips or pictures and a guess get; of a single motion without an interval."""
+    """Adds the means of what true clips or pictures and a guess reach; drops the interval for a single motion."""
     listed = list(reports)
     found = [s for r in listed if (s := r.score(score.key))]
     beside = {"truth": average([s.truth for s in found]), "chance": average([s.chance for s in found])}
-    if len({r.motion for r in listed}) < 2:  # drawing whole motions says nothing about one
+    if len({r.motion for r in listed}) < 2:  # resampling whole motions says nothing about a single one
         beside |= {"low": None, "high": None}
     return score.model_copy(update=beside)
 
 
 @dataclass(frozen=True)
 class ClipComparison:
-    """The table, best product of subject, motion and freedom from leakage first, and the reports behind it."""
+    """The table, sorted by the product of subject, motion and (1 − leakage), and the reports behind it."""
 
     rows: tuple[ClipsRow, ...]
     reports: Mapping[tuple[str, str], ClipReport]  # by (recipe, cell)
@@ -139,11 +139,11 @@ class ClipComparison:
 
     @staticmethod
     def place(recipe: str, name: str) -> str:
-        """Where a cell's own page is, from this one."""
+        """The relative link from this page to a cell's own page."""
         return f"{cell_folder(recipe, name).as_posix()}/{REPORT}/index.html"
 
     def met(self, row: ClipsRow) -> str:
-        """Yes or no, or a dash where nothing is asked."""
+        """Yes or no, or a dash if the goal requires nothing."""
         met = self.goal.met(row)
         return "–" if met is None else "yes" if met else "no"
 
@@ -164,7 +164,7 @@ class ClipComparison:
         return "\n".join(lines) + "\n" + ("\nToy numbers: made and judged on the toybox.\n" if toy else "")
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`cell` empty for the pooled line), numbers in full."""
+        """One line per recipe and one per cell (`cell` is empty in pooled lines), at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -184,7 +184,7 @@ class ClipComparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """A self-contained page: the table, and each cell's scores with the way to its own report."""
+        """A self-contained page: the table, and each cell's scores with a link to its own report."""
         first = next(iter(self.reports.values()), None)
         return render(
             "compare_clips.html.j2",
@@ -201,7 +201,7 @@ def compare_clips(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: ClipGoal = ClipGoal(),
 ) -> ClipComparison:
-    """The table of reports by (recipe, cell). ValueError when they were not measured with the same instruments."""
+    """The table of reports by (recipe, cell). ValueError if they were not measured with the same instruments."""
     failures = failures or {}
     check_instruments(reports.values())
     rows = []
@@ -213,5 +213,5 @@ def compare_clips(
 
 
 def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
-    """Reports of clips."""
+    """How reports of clips become a table."""
     return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))

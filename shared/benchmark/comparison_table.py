@@ -17,7 +17,7 @@ COLUMNS = ("trade_off", "identity", "text", "freedom", "recognised", "copied", "
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table, best trade-off first, and the reports behind it."""
+    """The table, sorted by trade-off, and the reports behind it."""
 
     rows: tuple[Row, ...]
     reports: Mapping[tuple[str, str], Report]
@@ -50,11 +50,11 @@ class Comparison:
         notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
         if self.apart:
             listed = ", ".join(f"{s} ({t:.0%})" for s, t in self.apart.items())
-            notes.append(f"Shown apart, for the instruments pass fewer than half of their true pictures: {listed}.")
+            notes.append(f"Shown apart, because the instruments pass fewer than half of their true pictures: {listed}.")
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`subject` empty for the pooled line), numbers in full."""
+        """One line per recipe and one per cell (`subject` is empty in pooled lines), at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def apart(self) -> dict[str, float]:
-        """The subjects that stand in no pooled figure, and the share of their true pictures that pass."""
+        """The subjects that are left out of all pooled scores, with the share of their true pictures that pass."""
         return {s: t for r in self.rows for s, t in r.apart.items()}
 
     @property
@@ -115,7 +115,7 @@ class Comparison:
 
     @property
     def chance(self) -> float | None:
-        """What a guess gets among the look-alikes; None without them."""
+        """The score of a random guess among the look-alikes; None without look-alikes."""
         found = [s.chance for r in self.rows for k in ("recognised", "identity") if (s := r.scores.get(k))]
         return next((c for c in found if c is not None), None)
 
@@ -128,7 +128,7 @@ class Comparison:
 
 
 def cell(score: Score | None) -> str:
-    """Value and interval."""
+    """A score's value and interval."""
     if score is None:
         return "–"
     if score.value is None:

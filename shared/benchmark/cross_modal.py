@@ -1,4 +1,4 @@
-"""One concept in everything that the installed packages make of it: pictures, clips, assets, judged by the same instruments."""
+"""Evaluates one concept in every installed modality (pictures, clips, assets) with the same instruments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared.runner.open_runner import read_by
 
 GROUP = "pcs.cross_modal"
 ORDER = ("image", "video", "3d")
-KINDS = ("subject", "identity")  # of concepts: a thing, which looks like something in every modality
+KINDS = ("subject", "identity")  # kinds of concept that have an appearance in every modality
 
 
 def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
-    """Those of the installed packages in order, or the ones of these names. ValueError for one that none offers."""
+    """The modalities of the installed packages in order, or only the named ones. ValueError if a name is unknown."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -30,18 +30,18 @@ def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
             raise ValueError(f"--in: {unknown(name, [n for n in ORDER if n in found], 'modality')}")
     chosen = [n for n in ORDER if n in found and (not names or n in names)]
     if not chosen:
-        raise ValueError("--in: no installed package makes anything of a concept")
+        raise ValueError("--in: no installed package can evaluate a concept")
     return {name: found[name].load() for name in chosen}
 
 
 def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> CrossModalReport:
-    """Make and judge the concept in the modalities of these names, or in all there are, and write the report to `asked.out`.
+    """Evaluate the concept in the named modalities (default: all), and write the report to `asked.out`.
 
-    A modality that fails is said so in the report, and the others are made.
+    If a modality fails, the report says so and the others continue.
 
     Raises:
-        ValueError: before anything is made: a modality that there is not, or that cannot carry the concept; a concept that
-            is no thing, pictures that are not to be found, nothing to measure with, an `out` that exists
+        ValueError: before anything is generated: for an unknown modality, one that cannot show the concept, a concept that is
+            not a subject or identity, missing reference pictures, missing instruments, or an `out` that exists
     """
     chosen = modalities(names)
     folders = [p for p in (asked.judged.references, asked.judged.gallery, asked.judged.clip, asked.judged.dino) if p]
@@ -72,7 +72,7 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
 
 
 def failures_told(report: CrossModalReport) -> None:
-    """ValueError that names the modalities that failed; nothing where there are none."""
+    """Raises ValueError naming the modalities that failed, if any."""
     if report.failures:
         raise ValueError("\n".join(f"{name} failed: {error}" for name, error in report.failures.items()))
 
@@ -81,8 +81,8 @@ def _check_thing(asked: Asked) -> None:
     meta = asked.read.meta
     if meta.kind not in KINDS:
         raise ValueError(
-            f"{meta.name!r} is a {meta.kind}: only a concept that is a thing ({' or '.join(KINDS)}) can be shown in every "
-            "modality; `pcs image evaluate` and `pcs video evaluate` judge styles and motions"
+            f"{meta.name!r} is a {meta.kind}: only a {' or '.join(KINDS)} can be shown in every modality; for styles and "
+            "motions, use `pcs image evaluate` and `pcs video evaluate`"
         )
     assert asked.subject and asked.standard
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):

@@ -1,4 +1,4 @@
-"""What `pcs concept evaluate` found: one table over modalities, as JSON, CSV tables and one page."""
+"""The result of `pcs concept evaluate`: one table over modalities, as JSON, CSV tables and one page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.types import Subject
 
 CSV_FILE, SHOTS_FILE, REFERENCES = "report.csv", "shots.csv", "references"
 SCHEMA_VERSION = 1
-_SIDE = 128  # pixels of the references on the page
+_SIDE = 128  # pixels: side of the references on the page
 TITLES = {"image": "Pictures", "video": "Clips", "3d": "Asset"}
 
 
@@ -34,7 +34,7 @@ class ModalityRow(Row):
     name: str
     made: int = 0  # pictures, clips or assets
     frames: int = 0  # of each
-    prompts: list[str] = []  # as the model was told
+    prompts: list[str] = []  # as given to the model
     scores: list[Score] = []
     seconds_each: float | None = None
     failed: str = ""  # what went wrong
@@ -44,18 +44,18 @@ class ModalityRow(Row):
         return TITLES.get(self.name, self.name)
 
     def score(self, key: str) -> Score | None:
-        """A score of this key; None when it was not measured."""
+        """The score with this key; None if it was not measured."""
         return next((s for s in self.scores if s.key == key), None)
 
 
 class ShotRow(Row):
-    """One thing that was made: means over its frames."""
+    """One generated picture, clip or asset: means over its frames."""
 
     modality: str
     text: str
     seed: int
-    file: str = ""  # below the report's folder
-    more: dict[str, str] = {}  # what a link says -> file
+    file: str = ""  # relative to the report's folder
+    more: dict[str, str] = {}  # link text -> file
     scores: dict[str, float | None] = {}
 
 
@@ -73,12 +73,12 @@ class CrossModalReport(BaseModel):
     toybox: bool = False
     modalities: list[ModalityRow] = []
     shots: list[ShotRow] = []
-    references: list[str] = []  # files below the report's folder
+    references: list[str] = []  # files, relative to the report's folder
     instruments: list[Instrument] = []
 
     @property
     def columns(self) -> list[Score]:
-        """What each column is, in reading order: what any modality has."""
+        """The columns in reading order: every score that any modality has."""
         found: dict[str, Score] = {}
         for score in (s for m in self.modalities for s in m.scores):
             found.setdefault(score.key, score)
@@ -91,14 +91,14 @@ class CrossModalReport(BaseModel):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know."""
+        """What a reader must know to interpret the table."""
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
-                "There are no true pictures of this thing to verify identity by: what stands is the likeness to its references."
+                "There are no true pictures of this subject to verify identity with; its likeness to the references is shown."
             )
         if any(m.name == "3d" for m in self.modalities):
-            out.append("An asset's prompt asks for nothing but the thing; one asset has no interval.")
+            out.append("An asset's prompt asks only for the subject; a single asset has no interval.")
         return out
 
     def to_json(self) -> str:
@@ -119,7 +119,7 @@ class CrossModalReport(BaseModel):
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 
     def csv(self) -> str:
-        """One line per modality, numbers in full; empty where something was not measured."""
+        """One line per modality, at full precision; cells of what was not measured are empty."""
         rows = []
         for m in self.modalities:
             row: dict[str, Any] = {"modality": m.name, "made": m.made, "frames": m.frames, "error": m.failed}
@@ -142,7 +142,7 @@ class CrossModalReport(BaseModel):
 def report_of(
     concept: Concept, rows: Sequence[ModalityRow], shots: Sequence[ShotRow], tools: Instruments
 ) -> CrossModalReport:
-    """The report, without the references, which `save_cross_modal` adds."""
+    """The report without its references, which `save_cross_modal` adds."""
     meta = concept.meta
     return CrossModalReport(
         name=meta.name,
@@ -161,8 +161,8 @@ def report_of(
 
 
 def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -> CrossModalReport:
-    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into a folder that has all that was
-    made; the report as it is there."""
+    """Writes `report.json`, `report.csv`, `shots.csv`, the references and `index.html` into the folder of generated files.
+    Returns the report as written."""
     (folder / REFERENCES).mkdir()
     names = []
     for i, png in enumerate(pngs(references(subject, _SIDE))):
@@ -177,7 +177,7 @@ def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -
 
 
 def page(report: CrossModalReport, folder: Path) -> str:
-    """The page, self-contained: the table, and beside it pictures, clips that play and the asset that turns."""
+    """The self-contained page: the table, pictures, playing clips and the turning asset."""
     return render(
         "cross_modal.html.j2",
         report=report,

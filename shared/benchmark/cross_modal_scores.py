@@ -1,9 +1,9 @@
-"""What was made in one modality, measured: for each by the same encoder, look-alikes and rule.
+"""Scores one modality; all modalities use the same encoder, look-alikes and rule.
 
-A frame shows the very thing when it is recognised among look-alikes, is no copy of a reference, and is at least as like the
-references as 95 % of true pictures are; of other true pictures a share T passes, and identity is the share of such frames over
-T. True pictures are drawn as the modality shows the thing: under the same prompts and through the model's autoencoder, or from
-the same cameras.
+A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as like the
+references as 95 % of true pictures are. A share T of other true pictures passes this, and identity is the share of frames that
+pass, divided by T. True pictures are drawn the way the modality shows the subject: for the same prompts and through the
+model's autoencoder, or from the same cameras.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from shared.metrics.scorer import Scorer
 from shared.metrics.true_thing import Bar, TrueFigures
 from shared.metrics.verification import PASSING, Verifier
 
-FRAMES = 16  # of a shot that are looked at, evenly spread
+FRAMES = 16  # frames measured per shot, evenly spaced
 COLUMNS = ("identity", "recognised", "text", "class", "clip_t", "clip_i", "dino_i", "identity_i", "copied")
 Values = dict[str, float]
 
 
 def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[ModalityRow, list[ShotRow]]:
-    """The modality's row of the table, and a row for each shot; files are said below `out`."""
+    """The modality's row of the table, and a row for each shot; file names are relative to `out`."""
     scorer = _scorer(made, tools)
     measured = [_measured(scorer, made, shot) for shot in made.shots]
     floor = [_measured(scorer, made, shot) for shot in made.floor]
@@ -52,7 +52,7 @@ def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[Mod
 
 
 def _scorer(made: Made, tools: Instruments) -> Scorer:
-    """With the bars that true pictures set."""
+    """A scorer with the bars set by true pictures."""
     case = made.case
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
@@ -68,7 +68,7 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Of true renders: those that set the bar, and others that are held against it."""
+    """Figures from true renders: `bar` sets the bar, and `others` are compared to it."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
@@ -80,14 +80,14 @@ def _measured(scorer: Scorer, made: Made, shot: Shot) -> Values:
     frames = shot.frames[torch.linspace(0, len(shot.frames) - 1, count).round().long()]
     reads = scorer.instruments.attributes is not None
     expects = dict(shot.expects) if reads else {}
-    if reads and made.case.true is not None:  # what the thing is, in the recognizer's own words
+    if reads and made.case.true is not None:  # the subject's class, in the recognizer's vocabulary
         expects["class"] = made.case.class_noun
     found = scorer.measure(frames, [shot.plain] * count, [expects] * count)
     means = {key: found.mean(key) for key in found.scores}
-    if reads:  # only what the prompt itself asks for: the class stands beside it
+    if reads:  # only what the prompt itself asks for, without the class
         asked = [v for k in shot.expects if not math.isnan(v := means.get(k, math.nan))]
         means["text"] = sum(asked) / len(asked) if asked else math.nan
-    if scorer.figures is None:  # there is no bar: what stands is likeness
+    if scorer.figures is None:  # without a bar, only likeness can be reported
         means.pop("identity", None)
     return means
 
@@ -124,7 +124,7 @@ def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values],
 
 
 def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
-    """With what true pictures and a guess get, and the references among themselves; a rate is at most 1."""
+    """Adds what true pictures, a guess, and the references among themselves reach; caps rates at 1."""
     update: dict[str, object] = {}
     if score.unit == "rate":
         update = {k: min(1.0, v) for k in ("value", "low", "high", "base") if (v := getattr(score, k)) is not None}

@@ -1,6 +1,6 @@
-"""Several recipes on several subjects: one report per cell, kept as it is made, then one table and page.
+"""Runs several recipes on several subjects: one report per cell, saved as soon as it is made, then one table and page.
 
-A cell that is on disk is not run again, so a comparison that was stopped goes on where it was.
+Cells on disk are not run again, so an interrupted comparison resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T", bound="Table")
 
 
 class Measured(Protocol):
-    """A report of anything."""
+    """A report of any medium."""
 
     @property
     def instruments(self) -> Sequence[Instrument]: ...
 
 
 class Table(Protocol):
-    """Reports beside each other."""
+    """A table of reports."""
 
     def markdown(self) -> str: ...
 
@@ -46,9 +46,9 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which cells there are, and what a kept one must have been made with."""
+    """The cells, and what a saved cell must have been made with."""
 
-    recipes: Mapping[str, object]  # what the table calls each -> what it says, resolved
+    recipes: Mapping[str, object]  # name in the table -> resolved recipe
     subjects: Sequence[str]
     prompts: str
     seeds: Sequence[int]
@@ -64,7 +64,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Reporting(Generic[R, T]):
-    """What the cells' reports are, and how they become a table: `table(reports, failures)`, both by (recipe, subject)."""
+    """The type of the cells' reports, and how they become a table: `table(reports, failures)`, both by (recipe, subject)."""
 
     kind: type[R]
     schema: int
@@ -72,7 +72,7 @@ class Reporting(Generic[R, T]):
 
 
 def pictures(goal: Goal = Goal()) -> Reporting[Report, Comparison]:
-    """Reports of pictures."""
+    """How reports of pictures become a table."""
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal))
 
 
@@ -88,9 +88,9 @@ def benchmark(
     """Runs `run(recipe, subject, workdir) -> report` for every cell that is not on disk, and writes the comparison to
     `out`.
 
-    Prompts, seeds, settings and what the recipe says are the cell's key: with others, a kept cell does not count, and is
-    an error here rather than a mix of two experiments. A cell that raises is kept as failed, said so in every table, and
-    run again next time (`retry`). ValueError while another process writes to `out`.
+    A cell's key consists of prompts, seeds, settings and the resolved recipe: a saved cell with another key is an error, so
+    that two experiments never mix. A cell that raises is saved as failed, marked as such in every table, and run again next
+    time (`retry`). Raises ValueError while another process writes to `out`.
 
     progress: called with (recipe, subject, "kept" | "start" | "done" | "failed: …").
     """
@@ -100,7 +100,7 @@ def benchmark(
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
         "settings": dict(experiment.settings),
-        "schema": reporting.schema,  # scores of another version mean something else
+        "schema": reporting.schema,  # scores of other versions mean something else
     }
     out.mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, str], R] = {}
@@ -123,7 +123,7 @@ def benchmark(
 
 @dataclass(frozen=True)
 class _Kept(Generic[R]):
-    """The cells' reports, from disk or by running."""
+    """Gets the cells' reports, from disk or by running them."""
 
     run: Run[R]
     kind: type[R]
@@ -139,7 +139,7 @@ class _Kept(Generic[R]):
             cell = json.loads(kept.read_text(encoding="utf-8"))
             if cell["key"] != mark:
                 raise ValueError(
-                    f"{folder} holds this cell with other prompts, seeds, settings, recipe or instruments: choose another "
+                    f"{folder} has this cell with different prompts, seeds, settings, recipe or instruments: choose another "
                     f"output, or remove {kept.name} there (a concept that still fits is scored again, not learned again)"
                 )
             if cell["error"] is None:
@@ -164,7 +164,7 @@ class _Kept(Generic[R]):
 
 
 def failures_told(failures: Mapping[tuple[str, str], str], worked: int) -> None:
-    """ValueError that names the cells that failed, beside `worked` that did not; nothing where there are none."""
+    """Raises ValueError naming the cells that failed, if any; `worked` is the number of those that did not."""
     if failures:
         lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in failures.items()]
         share = f"{len(lines)} of {len(lines) + worked} cells failed"
@@ -176,13 +176,13 @@ def compare(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: Goal = Goal(),
 ) -> Comparison:
-    """The table of reports by (recipe, subject). ValueError when they were not measured with the same instruments, or their
-    trade-offs have other terms."""
+    """The table of reports by (recipe, subject). ValueError if they were not measured with the same instruments, or their
+    trade-offs have different terms."""
     failures = failures or {}
     terms = {r.terms for r in reports.values() if not r.apart}
     if len(terms) > 1:
         raise ValueError(
-            "reports whose trade-offs have other terms cannot share a table: "
+            "reports whose trade-offs have different terms cannot share a table: "
             + "; ".join(", ".join(t) for t in sorted(terms))
         )
     check_instruments(reports.values())
@@ -195,12 +195,12 @@ def compare(
 
 
 def cell_folder(recipe: str, subject: str) -> Path:
-    """Where a cell lies in the benchmark's folder; what it made is in `work` there."""
+    """A cell's folder in the benchmark's folder; its outputs are in `work` there."""
     return Path("cells") / _slug(recipe) / _slug(subject)
 
 
 def check_instruments(reports: Iterable[Measured]) -> None:
-    """ValueError when reports were not measured with the same instruments."""
+    """Raises ValueError if reports were not measured with the same instruments."""
     tools = {tuple(sorted(i.name for i in r.instruments)) for r in reports}
     if len(tools) > 1:
         listed = "; ".join(", ".join(t) for t in sorted(tools))

@@ -1,8 +1,8 @@
-"""What a package makes of a concept in `pcs concept evaluate`, and what it is asked for.
+"""The interface between `pcs concept evaluate` and the packages that generate pictures, clips or assets for it.
 
-A package offers its part by an entry point `pcs.cross_modal`, named by the modality, whose value is a module with two
-functions: `check(asked)`, which refuses a concept that the modality cannot carry, and `make(asked, bars)`, which makes
-`Made`. It makes and does not judge: what identity is, is decided once (`cross_modal_scores`).
+A package registers an entry point in the group `pcs.cross_modal`, named after the modality, whose value is a module with two
+functions: `check(asked)`, which rejects a concept that the modality cannot show, and `make(asked, bars)`, which returns
+`Made`. Packages generate but do not score: identity is defined in one place (`cross_modal_scores`).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Asked:
-    """What is made, and how; `out` is the folder of the report."""
+    """What to generate, and how; `out` is the folder of the report."""
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
-    prompts: str = ""  # a prompt set or a file; "": the first plain prompts of the model's own set
+    prompts: str = ""  # a prompt set or a file; "": the first plain prompts of the model's default set
     limit: int = 4  # prompts
     seeds: tuple[int, ...] = (0, 1)
-    steps: int | None = None  # denoising steps; None: as the concept was learned
-    motion: str | None = None  # a motion's concept for the clips, PATH or PATH:STRENGTH
+    steps: int | None = None  # denoising steps; None: those of the concept's recipe
+    motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
     asset_recipe: str = "hifa"
-    asset_settings: tuple[str, ...] = ()  # key=value laid on it
-    floor: bool = False  # make everything without the concept, too
+    asset_settings: tuple[str, ...] = ()  # key=value applied on top of it
+    floor: bool = False  # also make everything without the concept
     judged: EvaluationSettings = field(default_factory=EvaluationSettings)  # references, gallery, clip, dino
     backbone: str | None = None
     device: str | None = None
@@ -50,7 +50,7 @@ class Asked:
         return read(parse_concept(self.concept)[0])
 
     def inside(self, folder: str) -> Asked:
-        """The same, into a new folder of the report's."""
+        """The same, with `out` a new folder inside the report's."""
         (self.out / folder).mkdir()
         return replace(self, out=self.out / folder)
 
@@ -64,18 +64,18 @@ class Asked:
 
     @cached_property
     def world(self) -> Any:
-        """What the model has of a world of its own; None where it has none."""
+        """The model's toy world; None if it has none."""
         return WORLDS.get(str(model_asked_for(self.backbone, [self.concept])))
 
     @cached_property
     def subject(self) -> Subject:
-        """Its pictures. ValueError when they are not to be found."""
+        """The concept's pictures. ValueError if they cannot be found."""
         return find_references(self.read, parse_concept(self.concept)[0], self.judged.references)
 
     @cached_property
     def standard(self) -> PromptSet:
-        """The prompts of pictures and clips: of the model's own set those that say only where the thing is. How free poses
-        are is not asked here."""
+        """The prompts of pictures and clips: by default those of the model's own set that only say where the subject is.
+        Freedom is not measured here."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -84,37 +84,37 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shot:
-    """One thing that was made: a picture, a clip, an asset from several sides."""
+    """One result: a picture, a clip, or an asset seen from several sides."""
 
-    text: str  # as the model was told
+    text: str  # the prompt as given to the model
     plain: str  # in plain words
     seed: int
     frames: Tensor  # [F, 3, H, W] in [-1, 1]
     expects: Mapping[str, str] = field(default_factory=dict)  # what the prompt itself asks for
     file: Path | None = None  # a PNG or an animated WebP in the report's folder
-    more: Mapping[str, Path] = field(default_factory=dict)  # what a link says -> where it leads
+    more: Mapping[str, Path] = field(default_factory=dict)  # link text -> file
 
 
 @dataclass(frozen=True)
 class Made:
-    """All that a modality made. case: what its frames are compared with; true: renders of the true thing as this modality
-    shows it, [N, 3, H, W] that set the bar and [M, 3, H, W] that are held against it (None: pictures under the shots'
-    prompts, where a world can draw them)."""
+    """Everything that a modality made. case: what its frames are compared with; true: renders of the real subject as this
+    modality shows it, [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it (None: pictures for the shots'
+    prompts, if a world can draw them)."""
 
     case: Case
     shots: Sequence[Shot]
     floor: Sequence[Shot] = ()  # without the concept
     true: tuple[Tensor, Tensor] | None = None
-    seconds: float | None = None  # that one took
+    seconds: float | None = None  # per shot
 
 
 class Modality(Protocol):
-    """What a package's module offers."""
+    """The interface of a package's module."""
 
     def check(self, asked: Asked) -> None:
-        """ValueError for what this modality cannot make of the concept, and for settings of it that are wrong."""
+        """Raises ValueError if this modality cannot show the concept, or if its settings are wrong."""
         ...
 
     def make(self, asked: Asked, bars: Bars) -> Made:
-        """Makes it."""
+        """Generates the modality's shots."""
         ...

@@ -1,4 +1,4 @@
-"""Pictures and clips for `pcs concept evaluate`: what their packages do alike."""
+"""Pictures and clips for `pcs concept evaluate`: the code that their packages share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from shared.sampling.settings import SamplingSettings
 
 _AT_ONCE = 4
 
-Write = Callable[[Tensor, Path], Path]  # what was made, and a path without an ending -> the file
+Write = Callable[[Tensor, Path], Path]  # pixels, and a path without an extension -> the written file
 
 
 def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str = "") -> Made:
-    """The standard prompts with every seed, by a runner in which the concept is loaded. motion: the name of a motion that is
-    loaded beside it and said behind the concept's name."""
+    """Generates the standard prompts with every seed, using a runner with the concept loaded. motion: the name of a motion
+    that is also loaded, and that follows the concept's name in prompts."""
     thing = f"<{asked.name}> <{motion}>" if motion else f"<{asked.name}>"
     chosen = [(p, s) for p in asked.standard.prompts for s in asked.seeds]
     texts, plain = ([fill(p.text, t, asked.class_noun) for p, _ in chosen] for t in (thing, asked.class_noun))
@@ -52,7 +52,7 @@ def as_frames(pixels: Tensor) -> Tensor:
 
 
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
-    """As the concept of this name was learned, but for what is asked."""
+    """The sampling settings of this concept's recipe, with the requested number of steps on top."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
     settings = SamplingSettings(
         guidance=learned.guidance, steps=asked.steps or learned.steps, scheduler=learned.scheduler

@@ -1,4 +1,4 @@
-"""Recipes compared on the toybox's held-out subjects: what the table in the README is made by."""
+"""Compares recipes on the toybox's held-out subjects; it makes the table in the README."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from shared.toybox.evaluators.convnet import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
 from shared.train.device import pick_device
 
-#: What a concept says of its recipe without the folders of the machine it was learned on.
+#: Keys of a concept's recipe that lost the folders of the machine it was learned on, so they are not compared.
 _PLACES = ("subject", "output", "backbone")
-#: The figures that the project sets itself (a copy counts as a failure).
+#: The project's own targets (a copy counts as a failure).
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is compared, on how much, and where it is kept."""
+    """What to compare, on how much data, and where results are saved."""
 
-    split: str = "development"  # of the toybox's held-out things; "reporting" once, at the end
-    subjects: int = 4  # the first of the split
+    split: str = "development"  # split of the toybox's held-out things; use "reporting" only once, at the end
+    subjects: int = 4  # the first ones of the split
     limit: int = 10  # prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU where there is one
-    overrides: tuple[str, ...] = ()  # key=value laid on every recipe
+    device: str | None = None  # None: the GPU if there is one
+    overrides: tuple[str, ...] = ()  # key=value applied on top of every recipe
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
-    """Learn, generate and score every recipe (shipped names and files of one's own; none: all that are shipped) on the
-    split's subjects.
+    """Learn, generate and score every recipe (shipped names or your own files; default: all shipped ones) on the split's
+    subjects.
 
-    Raises ValueError for an unknown recipe or split. Goes on where an earlier call with the same arguments stopped.
+    Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
     """
     chosen = named(recipes or list(recipe_files("image")))
     contents = {  # a wrong setting is an error now, not a failed cell
@@ -70,24 +70,24 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 
     def cell(recipe: str, subject: str, workdir: Path) -> Report:
         report = _cell(runner, chosen[recipe], subject, workdir, settings)
-        return report.model_copy(update={"recipe": recipe})  # as the table calls it
+        return report.model_copy(update={"recipe": recipe})  # its name in the table
 
     return benchmark(cell, experiment, settings.out, pictures(GOAL), progress=say)
 
 
 def say(*what: str) -> None:
-    """Tells on standard error how far a benchmark is."""
+    """Prints a benchmark's progress on standard error."""
     print(*what, file=sys.stderr, flush=True)
 
 
 def named(recipes: Sequence[str]) -> dict[str, str]:
-    """What the table calls each recipe (a file by its stem) -> the recipe. ValueError where two have one name."""
+    """Name in the table (for a file, its stem) -> recipe. ValueError if two recipes have the same name."""
     out: dict[str, str] = {}
     for recipe in recipes:
         name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
         if name in out:
             raise ValueError(
-                f"recipes: {out[name]} and {recipe} would both be {name!r} in the table: give one file another name"
+                f"recipes: {out[name]} and {recipe} would both be called {name!r} in the table: rename one of the files"
             )
         out[name] = recipe
     return out
@@ -123,7 +123,7 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
 
 
 def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
-    """Whether an earlier call left this very concept, to be scored anew; it is loaded then."""
+    """Loads the concept if an earlier call left exactly this one, to be scored again; returns whether it did."""
     if not concept.is_dir():
         return False
     kept = read(concept)
@@ -136,7 +136,7 @@ def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
-    """The name of a concept that is loaded: learned now, or by an earlier call."""
+    """Learns a concept, unless an earlier call did, and loads it. Returns its name."""
     concept.parent.mkdir(parents=True, exist_ok=True)
     planned = plan(recipe, overwrite=True)
     if not learned_before(concept, planned, runner):
@@ -147,22 +147,22 @@ def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
 
 @dataclass(frozen=True)
 class Things:
-    """Held-out things as concepts in a benchmark's folder, each learned from its pictures once for all recipes."""
+    """Held-out things as concepts in a benchmark's folder, each learned from its pictures, once for all recipes."""
 
     out: Path
     recipe: str  # for pictures
-    overrides: tuple[str, ...] = ()  # key=value laid on it
+    overrides: tuple[str, ...] = ()  # key=value applied on top of it
 
     def references(self, thing: str) -> Path:
-        """The folder of its pictures."""
+        """The folder of the thing's pictures."""
         return self.out / "references" / thing
 
     def concept(self, thing: str) -> Path:
-        """The folder of what was learned."""
+        """The folder of the thing's concept."""
         return self.out / "subjects" / f"{thing}.concept"
 
     def learned(self, painter: Runner, thing: str) -> str:
-        """The concept's name; it is loaded in `painter`."""
+        """Learns the thing if needed and loads it into `painter`. Returns the concept's name."""
         album.write_album(thing, self.references(thing), overwrite=True)
         noun = album.held_out(thing).thing.class_name
         places = [f"subject.images={self.references(thing)}", f"subject.class_noun={noun}"]
@@ -171,8 +171,7 @@ class Things:
 
 
 def evaluators() -> str:
-    """A hash of the evaluators' weights and of what was measured on them: numbers of different instruments do not belong
-    in one table."""
+    """A hash of the evaluators' weights and calibration, because scores of different instruments cannot share a table."""
     digest = hashlib.sha256()
     for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Recipes for motions compared on the toybox's held-out motions, each shown by held-out things learned from pictures."""
+"""Compares motion recipes on the toybox's held-out motions, each shown by held-out things learned from pictures."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from shared.toybox.subjects import subjects as held_out
 from shared.train.device import pick_device
 
 PROMPTS = "toybox_motion"
-#: The figures that the project sets itself.
+#: The project's own targets.
 GOAL = ClipGoal(motion=0.60, identity=0.60, over_floor=0.30, both=0.45)
 
 
 @dataclass(frozen=True)
 class ClipBenchmarkSettings:
-    """What is compared, on how much, and where it is kept."""
+    """What to compare, on how much data, and where results are saved."""
 
-    split: str = "development"  # of the held-out motions and things; "reporting" once, at the end
-    motions: int = 6  # the first of the split
-    subjects: int = 4  # the first of the split; 0: motions alone
-    subject_recipe: str = "dreambooth_lora"  # how things are learned, from pictures: once for all recipes
+    split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
+    motions: int = 6  # the first ones of the split
+    subjects: int = 4  # the first ones of the split; 0: motions only
+    subject_recipe: str = "dreambooth_lora"  # how things are learned from pictures, once for all recipes
     limit: int = 1  # prompts
     num: int = 4  # clips per prompt
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU where there is one
-    overrides: tuple[str, ...] = ()  # key=value laid on every recipe for motions
-    subject_overrides: tuple[str, ...] = ()  # key=value laid on the recipe for things
-    steps: int | None = None  # denoising steps; None: as the motion's recipe says
+    device: str | None = None  # None: the GPU if there is one
+    overrides: tuple[str, ...] = ()  # key=value applied on top of every recipe for motions
+    subject_overrides: tuple[str, ...] = ()  # key=value applied on top of the recipe for things
+    steps: int | None = None  # denoising steps; None: those of the motion's recipe
     motion_adapter: Path | None = None  # a folder; None: the toybox's own
 
 
 def run(
     kind: type[Runner], model: type[Recipe], recipes: Sequence[str], settings: ClipBenchmarkSettings
 ) -> ClipComparison:
-    """Learn, generate and score every recipe for motions (shipped names and files of one's own; none: all that are shipped).
+    """Learn, generate and score every motion recipe (shipped names or your own files; default: all shipped ones).
 
-    Each cell is a motion with a thing. Raises ValueError for an unknown recipe or split. Goes on where an earlier call with
+    Each cell is a motion with a thing. Raises ValueError for an unknown recipe or split. Resumes where an earlier call with
     the same arguments stopped.
     """
     chosen = named(recipes or _of_motions(model))
@@ -88,7 +88,7 @@ def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
 
 
 def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
-    """What the table calls each cell -> (held-out motion, held-out thing or "")."""
+    """Name of each cell in the table -> (held-out motion, held-out thing or "")."""
     motions = [f"{settings.split}-{m.name}" for m in held_out_motions(settings.split)][: settings.motions]
     things = [h.name for h in held_out(settings.split)][: settings.subjects] or [""]
     short = len(settings.split) + 1
@@ -101,7 +101,7 @@ def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns motions and things, each once, and judges them together."""
+    """Learns motions and things once each, and evaluates them together."""
 
     runner: Runner
     painter: Runner  # of pictures
@@ -131,12 +131,12 @@ class _Bench:
                 self.runner.unload(concept)
 
     def _motion(self, recipe: str, motion: str, references: Path, concept: Path) -> str:
-        """The name of a motion, which is loaded."""
+        """Learns a motion if needed and loads it. Returns its name."""
         places = [f"subject.clips={references}", f"output={concept}"]
         return learned(self.runner, _load(recipe, [*self.settings.overrides, *places], self.model), concept)
 
     def _thing(self, thing: str) -> str:
-        """The name of a thing, which is loaded; it is learned without motion modules, as `pcs image` learns."""
+        """Learns a thing without motion modules, as `pcs image` does, and loads it. Returns its name."""
         self.painter.unload(self.things.learned(self.painter, thing))
         kept = read(self.things.concept(thing))
         self.runner.load(kept)

@@ -76,7 +76,7 @@ def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts
     how = ("--references", photos, "--dino", dino, "--floor", "--steps", "1", "--num", "1", "--limit", "2")
     ran = pcs("concept", "evaluate", concepts["mug"], "--in", "image", *how, "--out", tmp_path / "r")
     assert ran.code == 0, ran.err
-    assert "Pictures, without the concept" in ran.out and "no true pictures of this thing" in ran.out
+    assert "Pictures, without the concept" in ran.out and "no true pictures of this subject" in ran.out
     (row,) = csv.DictReader((tmp_path / "r" / "report.csv").open())
     assert row["made"] == "2" and row["dino_i"] and row["dino_i.base"] != row["dino_i"]
     assert "identity" not in row and "recognised" not in row
@@ -107,7 +107,7 @@ def test_only_things_are_shown_in_every_modality(pcs, concepts, photos, tmp_path
     meta = json.loads((concept / "concept.json").read_text())
     (concept / "concept.json").write_text(json.dumps({**meta, "kind": kind}))
     ran = pcs("concept", "evaluate", concept, "--references", photos, "--out", tmp_path / "r")
-    assert ran.code == 2 and f"is a {kind}: only a concept that is a thing" in ran.err
+    assert ran.code == 2 and f"is a {kind}: only a subject or identity" in ran.err
 
 
 def test_only_what_is_installed_appears():

@@ -29,7 +29,7 @@ def test_recipes_are_compared_and_a_second_call_keeps_what_is_done(pcs, tmp_path
     assert scored.code == 0 and "start" in scored.err and learned.stat().st_mtime_ns == before
     assert json.loads(kept.read_text())["report"]["scores"] == cell["report"]["scores"]
     other = pcs(*arguments, "--set", "trainable.tokens.lr=0.5")
-    assert other.code == 2 and "other prompts, seeds, settings, recipe or instruments" in other.err
+    assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
 def test_a_run_that_fails_is_named_and_is_not_success(pcs, tmp_path):

@@ -344,7 +344,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
         Experiment({"good": 2}, ["s1"], "two", [20]),
         Experiment({"good": 3}, ["s1"], "two", [20, 21]),
     ):
-        with pytest.raises(ValueError, match="other prompts, seeds, settings"):
+        with pytest.raises(ValueError, match="different prompts, seeds, settings"):
             benchmark(_run(calls, fail), other, tmp_path / "b", pictures())
     assert len(calls) == 5
 

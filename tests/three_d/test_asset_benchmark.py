@@ -63,7 +63,7 @@ def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_fails_is_
     assert again.code == 2 and "hifa development-duck kept" in again.err and "empty development-duck start" in again.err
     assert again.out == ran.out and concept.stat().st_mtime_ns == learned
     refused = pcs(*arguments, "--set-learn", "train.batch_size=2")
-    assert refused.code == 2 and "other prompts, seeds, settings, recipe or instruments" in refused.err
+    assert refused.code == 2 and "different prompts, seeds, settings, recipe or instruments" in refused.err
 
 
 def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Path):

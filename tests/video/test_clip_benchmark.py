@@ -52,7 +52,7 @@ def test_recipes_for_motions_are_compared_and_a_second_call_keeps_what_is_done(p
     assert scored.code == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path / "t").rglob("concept.json")} == concepts
     assert json.loads(kept.read_text())["report"]["scores"] == before
     other = pcs(*arguments, "--set", "train.batch_size=2")
-    assert other.code == 2 and "other prompts, seeds, settings, recipe or instruments" in other.err
+    assert other.code == 2 and "different prompts, seeds, settings, recipe or instruments" in other.err
 
 
 def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
