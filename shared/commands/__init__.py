@@ -1,1 +1,1 @@
-"""Command lines of the core: thin doors to Python functions."""
+"""The core's command lines: thin wrappers around Python functions."""

@@ -60,16 +60,16 @@ def export(
 @app.command("import")
 def import_(
     file: Path = typer.Argument(
-        help="a LoRA file of diffusers, peft or kohya, or the folder it was written to", **PATH
+        help="a LoRA file from diffusers, peft or kohya, or the folder it was written to", **PATH
     ),
     out: Path = typer.Option(help="the concept folder to write; the concept is named after it", **PATH),
-    token: str = typer.Option("", help='what its trainer called the thing ("sks mug"); default: it acts unnamed'),
-    class_noun: str = typer.Option("", help="what the thing is; default: the token without its first word"),
+    token: str = typer.Option("", help='what its trainer called the subject ("sks mug"); default: it acts unnamed'),
+    class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """Keep a LoRA that another program trained as a concept. Every name in it is matched to a layer, or named."""
+    """Import a LoRA trained by another program as a concept. Names that match no layer are reported."""
     from shared.backbones import load_backbone
     from shared.concept import import_lora, save
     from shared.io.outputs import check_output
@@ -118,25 +118,27 @@ def merge(
 
 @app.command()
 def evaluate(
-    concept: str = typer.Argument(help="a concept folder, PATH or PATH:STRENGTH, of a thing"),
-    names: str = typer.Option("", "--in", help="modalities, with commas: image,video,3d; default: all installed"),
+    concept: str = typer.Argument(help="the concept folder of a subject, PATH or PATH:STRENGTH"),
+    names: str = typer.Option("", "--in", help="modalities, comma-separated: image,video,3d; default: all installed"),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and files", **PATH),
     prompts: str = typer.Option(
-        "", help="a prompt set or a file; default: the first plain ones of the model's own set"
+        "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
     ),
-    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts of pictures and clips"),
+    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts for pictures and clips"),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures and clips per prompt"),
     seed: int = typer.Option(0, min=0, max=2**62),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
-    motion: str = typer.Option(None, help="a motion's concept that the clips show, PATH or PATH:STRENGTH"),
+    motion: str = typer.Option(None, help="a motion concept for the clips, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
     asset_recipe: str = typer.Option("hifa", help="recipe to make the asset with"),
-    set_asset: list[str] = typer.Option([], help="key=value applied to it, for example train.steps=100"),
-    floor: bool = typer.Option(False, help="make everything without the concept, too"),
+    set_asset: list[str] = typer.Option([], help="key=value applied to that recipe, for example train.steps=100"),
+    floor: bool = typer.Option(False, help="also make everything without the concept"),
     references: Path = typer.Option(
-        None, help="the thing's pictures; default: a folder beside the concept, called as when it was learned", **PATH
+        None,
+        help="the subject's pictures; default: the folder next to the concept named as when it was learned",
+        **PATH,
     ),
-    gallery: Path = typer.Option(None, help="a folder of folders: other things of the same class", **PATH),
+    gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the same class", **PATH),
     clip: Path = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH),
     dino: Path = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH),
     backbone: str = typer.Option(None, help="folder, file or hub id; default: the model the concept was learned on"),
@@ -144,7 +146,7 @@ def evaluate(
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure one concept in pictures, clips and an asset by the same instruments: one table across the modalities."""
+    """Measure one concept in pictures, clips and an asset with the same instruments, in one table."""
     from shared.benchmark.cross_modal import evaluate_across, failures_told
     from shared.benchmark.modality import Asked
     from shared.commands.progress import Bar, Lines
@@ -164,7 +166,7 @@ def evaluate(
 
 
 def _lines(path: Path) -> list[str]:
-    """The sentences in a text file, one per line. ValueError where it holds none."""
+    """The sentences in a text file, one per line. ValueError if there are none."""
     try:
         sentences = [
             line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()
@@ -177,7 +179,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _plain(model: Any, nouns: list[str]) -> list[str]:
-    """The evaluation's prompts about each class, in plain words, and those about other things."""
+    """The evaluation prompts for each class in plain words, and the drift prompts."""
     from shared.evaluation.prompt_sets import REAL, load_prompts
 
     out = []

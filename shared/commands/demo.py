@@ -1,4 +1,4 @@
-"""`pcs demo`: the whole path on the toybox, in minutes."""
+"""`pcs demo`: the whole workflow on the toybox, in minutes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from shared.commands.paths import PATH
 
 app = typer.Typer(
-    help="Learn a toybox subject from five pictures, show it in new scenes, in clips and in space, and measure it.",
+    help="Learn a toybox subject from five pictures, show it in new scenes, in clips and in 3D, and measure it.",
     invoke_without_command=True,
 )
 
@@ -23,11 +23,11 @@ def demo(
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("texture_refinement", help="recipe to make the asset with"),
     part: list[str] = typer.Option(
-        ["image"], help="image, video, 3d (the last two take minutes more); can be repeated"
+        ["image"], help="image, video, 3d (the last two take some minutes more); can be repeated"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:
-    """Write references, concepts, a contact sheet, clips, a mesh, scores and a page that shows all of it."""
+    """Write references, concepts, a contact sheet, clips, a mesh, scores and a page that shows all of them."""
     from shared.commands.progress import Bar, Lines
     from shared.demo import Asked, Bars, run
 

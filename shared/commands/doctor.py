@@ -1,4 +1,4 @@
-"""`pcs doctor`: whether this machine is ready, and what for."""
+"""`pcs doctor`: checks what this machine is ready for."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _devices(line) -> None:
             about = torch.cuda.get_device_properties(i)
             auto, free = resolve_precision("auto", f"cuda:{i}"), torch.cuda.mem_get_info(i)[0]
             memory = f"{free / 2**30:.0f} of {about.total_memory / 2**30:.0f} GiB free"
-            line(True, f"GPU {i}: {about.name}, {memory}; --device cuda:{i} computes in {auto} unless told otherwise")
+            line(True, f"GPU {i}: {about.name}, {memory}; --device cuda:{i} computes in {auto} by default")
     else:
         line(None, "no GPU: the toybox runs here; Stable Diffusion would take minutes per picture")
 
@@ -82,6 +82,6 @@ def _toybox(line) -> None:
         start = time.perf_counter()
         pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], settings=SamplingSettings(steps=2))
         fine = bool(pixels.isfinite().all())
-        line(fine, f"the toybox paints: 2 steps in {time.perf_counter() - start:.1f} s")
+        line(fine, f"the toybox works: 2 steps in {time.perf_counter() - start:.1f} s")
     except Exception as error:
         line(False, f"the toybox does not load: {error}")

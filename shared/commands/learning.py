@@ -1,4 +1,4 @@
-"""What `pcs image personalize` and `pcs video personalize` do: a recipe and settings become concept folders."""
+"""The common part of `pcs image personalize` and `pcs video personalize`: from recipe and settings to concept folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.runner.base import Runner
 
 @dataclass(frozen=True)
 class Medium:
-    """What a package learns and makes."""
+    """What a package learns from and generates."""
 
     modality: str  # of its recipes: "image", "video"
     recipe: type[Recipe]
@@ -23,7 +23,7 @@ class Medium:
 
 @dataclass(frozen=True)
 class Learning:
-    """What a command line says of a run besides its recipe."""
+    """A command line's options for a run besides its recipe."""
 
     resume: bool = False
     overwrite: bool = False
@@ -36,7 +36,7 @@ class Learning:
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
-    """Learn, with progress on the terminal, and say where the concepts are. ValueError before anything heavy begins."""
+    """Learn, with progress on the terminal, and print where the concepts are. Raises ValueError before any heavy work."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders

@@ -1,4 +1,4 @@
-"""`pcs methods`: the recipes there are, by families, in the survey's taxonomy."""
+"""`pcs methods`: the available recipes by family, in the survey's taxonomy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLUMNS = {
 @app.callback()
 def methods(
     context: typer.Context,
-    long: bool = typer.Option(False, "--long", help="every recipe's whole place in the taxonomy"),
+    long: bool = typer.Option(False, "--long", help="show each recipe's full place in the taxonomy"),
 ) -> None:
     """List the families of methods with their recipes."""
     if context.invoked_subcommand:

@@ -12,5 +12,5 @@ def _path(text: Any) -> Path:
     return expanded(text)
 
 
-#: For every option and argument that is a path: `~` is expanded, once, also in `--out=~/x`, where a shell does not.
+#: For every option and argument that is a path: `~` is expanded once, even in `--out=~/x`, where a shell does not.
 PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where somebody looks, plain lines where a log is kept."""
+"""Progress: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import time
 from collections import deque
 from typing import Any
 
-_EVERY = 10.0  # seconds between two lines of a training
+_EVERY = 10.0  # seconds between two log lines during training
 
 
 class Tenths:
-    """A line on standard error for the first step of each ten percent of a job, and for its end."""
+    """Prints a line on standard error at the first step of each ten percent of a job, and at its end."""
 
     def __init__(self) -> None:
         self.printed: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, of: int) -> None:
         tenth, before = 10 * done // max(1, of), self.printed.get(what, 0)
-        if tenth > before or 0 < tenth < before:  # fewer than before: the same job again
+        if tenth > before or 0 < tenth < before:  # fewer than before: the job has started again
             print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
         self.printed[what] = tenth
 
 
 class Lines:
-    """Called as (what, done, of): how far each job is; a bar on a terminal, else a line every ten percent."""
+    """Shows the progress of each job, called with (what, done, total): a bar on a terminal, else a line every ten percent."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -59,12 +59,12 @@ class Lines:
 
 
 class Bar(Lines):
-    """A bar over training steps, with loss and the time that is left, and one for each job of making pictures."""
+    """A bar over training steps, with loss and remaining time, and one for each job that generates pictures."""
 
     def __init__(self) -> None:
         super().__init__()
         self.done = 0
-        self.loss: float | None = None  # a moving average; None: no step has had one
+        self.loss: float | None = None  # a moving average; None: no step has had a loss
         self.printed_at = time.monotonic()
         self.before: float | None = None  # when the last step was done; None: what came since was not only a step
         self.took: deque[float] = deque(maxlen=50)  # seconds of the last steps
@@ -73,7 +73,7 @@ class Bar(Lines):
         return super().__enter__()
 
     def step(self, phase: str, record: Any, total: int) -> None:
-        """After each step of training; `total` is that of all phases."""
+        """Called after each training step; `total` is the number of steps in all phases."""
         now = time.monotonic()
         if self.before is not None:
             self.took.append(now - self.before)
@@ -89,12 +89,12 @@ class Bar(Lines):
             print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
 
     def pictures(self, what: str, done: int, of: int) -> None:
-        """After each denoising step."""
-        self.before = None  # the next step begins when these are done
+        """Called after each denoising step."""
+        self.before = None  # the next training step begins when these are done
         self(what, done, of)
 
     def _speed(self) -> str:
-        """Of the last steps, each timed from the one before it; empty where none could be."""
+        """The speed over the last steps, each timed from the one before it; empty if none could be timed."""
         if not self.took or sum(self.took) <= 0:
             return ""
         each = sum(self.took) / len(self.took)

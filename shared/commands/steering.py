@@ -1,4 +1,4 @@
-"""What the options of `generate` that steer sampling stand for, in pictures and in clips."""
+"""The options of `generate` that steer sampling, for pictures and clips."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-INVERT = "a clip (picture) whose inverted latents are part of the noise that sampling starts from"
-SHARE = "how much of the starting noise's variance comes from --invert: 1 is all of it"
-PROMPT = "what the inversion is told; usually nothing"
-KEEP = "a clip (picture) of which a region stays as it is: see --keep-mask"
-MASK = "white where --keep stays: a mask for each frame, or one picture for all of them"
-BOXES = 'JSON: where things are to be, {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
+INVERT = "a clip (picture) whose inverted latents are mixed into the initial noise"
+SHARE = "the share of the initial noise's variance that comes from --invert: 1 is all of it"
+PROMPT = "prompt for the inversion; usually empty"
+KEEP = "a clip (picture) of which a region is kept unchanged: see --keep-mask"
+MASK = "white where --keep is kept: a mask for each frame, or one picture for all of them"
+BOXES = 'JSON: where to place subjects, {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Steering:
 
     @property
     def files(self) -> list[Path]:
-        """What is read: no output may take its place."""
+        """The input files, which no output may replace."""
         return [p for p in (self.invert, self.keep, self.keep_mask, self.boxes) if p is not None]
 
     def hooks(self) -> list[Any]:
-        """Noise first, kept regions last. ValueError, naming the option, before a model is loaded."""
+        """The hooks: noise first, kept regions last. Raises ValueError, naming the option, before a model is loaded."""
         from shared.config import validate
         from shared.sampling.box_tracks import read_tracks
         from shared.sampling.given_frames import GivenFrames
@@ -39,7 +39,7 @@ class Steering:
         from shared.sampling.subject_boxes import SubjectBoxes
 
         if (self.keep is None) != (self.keep_mask is None):
-            raise ValueError("--keep and --keep-mask are given together: what stays, and where")
+            raise ValueError("--keep and --keep-mask must be given together: what to keep, and where")
         made: list[Any] = []
         if self.invert is not None:
             how = {"path": self.invert, "share": self.invert_share, "prompt": self.invert_prompt}
@@ -52,7 +52,7 @@ class Steering:
 
 
 def named(option: str, read: Any) -> Any:
-    """What `read()` gives; its ValueError names the option."""
+    """Returns `read()`, adding the option's name to its ValueError."""
     try:
         return read()
     except ValueError as error:
@@ -60,6 +60,6 @@ def named(option: str, read: Any) -> Any:
 
 
 def checked(option: str, hook: Any) -> Any:
-    """The hook; ValueError, naming the option, for files that it cannot use."""
+    """Returns the hook; ValueError, naming the option, if it cannot use its files."""
     named(option, hook.check)
     return hook

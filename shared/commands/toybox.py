@@ -1,5 +1,5 @@
-"""`pcs toybox train | evaluate | evaluate-clips | calibrate | sheet | motions | subjects`: the embedded world, its model, how
-both are made."""
+"""`pcs toybox train | evaluate | evaluate-clips | calibrate | curve | sheet | motions | subjects`: the embedded world and its
+model."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ def train(
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     fresh: bool = typer.Option(False, help="start from random weights instead of the shipped ones"),
     more: int = typer.Option(
-        None, min=1, max=10**9, help="unet: pictures beyond the shipped weights', the rate falling to 0"
+        None,
+        min=1,
+        max=10**9,
+        help="unet: number of additional pictures to train on, with the learning rate falling to 0",
     ),
-    lr: float = typer.Option(None, min=0, help="unet, motion: peak rate"),
+    lr: float = typer.Option(None, min=0, help="unet, motion: peak learning rate"),
     batch: int = typer.Option(
-        None, min=1, max=10**9, help="unet, motion: pictures or clips per step; more of them on a GPU"
+        None, min=1, max=10**9, help="unet, motion: pictures or clips per step; use more on a GPU"
     ),
     steps: int = typer.Option(None, min=1, max=10**9, help="motion: number of steps"),
     compiled: bool = typer.Option(False, help="unet, motion: compile the U-Net's blocks; faster on a GPU"),
 ) -> None:
-    """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes where it stopped."""
+    """Improve the toybox's weights, or train them from scratch: hours on a CPU, minutes on a GPU. Resumes if interrupted."""
     from shared.config import unknown
     from shared.train.device import pick_device
 
@@ -78,7 +81,7 @@ def evaluate_clips(
     steps: int = typer.Option(25, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
-    work: Path = typer.Option(None, help="judge the motion module of a training in this folder", **PATH),
+    work: Path = typer.Option(None, help="evaluate the motion module being trained in this folder", **PATH),
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
     """Measure the motion module on random captions of clips."""
@@ -94,7 +97,7 @@ def calibrate(
     things: int = typer.Option(12, min=2, max=10_000, help="number of training things to look at"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
 ) -> None:
-    """Measure which encoder and crop tell poses apart, and what is typical of things (weights/calibration.json)."""
+    """Measure which encoder and crop best tell poses apart, and what is typical of things (weights/calibration.json)."""
     from shared.pretrain.evaluators.calibrate import calibrate as measure
 
     for line in measure(things, seed):
@@ -109,7 +112,7 @@ def curve(
     ),
     guidance: float = typer.Option(None, help="default: the guidance stated in the model card"),
 ) -> None:
-    """Evaluate the snapshots of a training run: the learning curve in the model card."""
+    """Evaluate the snapshots of a training run, for the learning curve in the model card."""
     from shared.pretrain.toybox.evaluate_backbone import extend_curve
 
     for line in extend_curve(work, pictures, guidance):
@@ -145,7 +148,7 @@ def motions(
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
-    """Draw a contact sheet of clips: a row for each, with its frames from left to right."""
+    """Draw a contact sheet of clips, one row per clip, with its frames from left to right."""
     from shared.toybox.motions.clip_sheets import write_motion_sheet
 
     print(write_motion_sheet(out, name, (rows, columns, frames), seed, overwrite))
@@ -160,7 +163,7 @@ def subjects(
     frames: int = typer.Option(None, min=2, max=10_000, help="for motions: frames of each clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """List the things, styles and motions that no caption can describe, or write one as pictures or clips to learn from."""
+    """List the things, styles and motions that no caption can describe, or write pictures or clips of one to learn from."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
     from shared.toybox.motions.held_out import motion_names
@@ -190,7 +193,7 @@ def subjects(
 
 
 def _things() -> dict[str, str]:
-    """The held-out subjects and faces: name -> what they are."""
+    """Held-out subjects and faces: name -> description."""
     from shared.toybox import reference_sets as album
     from shared.toybox.subjects import faces
     from shared.toybox.subjects import subjects as things

@@ -25,7 +25,9 @@ def refused(path: Path, *words: str, **settings: Any) -> None:
 def test_a_clip_shorter_than_asked_says_how_long_it_is(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", greys(8))
     refused(path, "has 8 frames, but length=9", "length=8 or less", length=9)
-    refused(path, "has 4 frames with stride 2, but length=5", "length=4 or less or a smaller stride", length=5, stride=2)
+    refused(
+        path, "has 4 frames with stride 2, but length=5", "length=4 or less or a smaller stride", length=5, stride=2
+    )
     refused(path, "has 4 frames at 4 frames per second, but length=16", "a higher fps", length=16, fps=4)
     refused(path, "has 4 frames from 0.5 s on, but length=5", "an earlier start", length=5, start=0.5)
     refused(path, "has 0 frames", "an earlier start", start=7)
@@ -126,7 +128,9 @@ def test_frames_of_different_sizes(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", greys(3))
     folder(tmp_path / "b", greys(1, (32, 32)))
     (tmp_path / "b/frame_0.png").rename(path / "frame_3.png")
-    with pytest.raises(ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png is 48x32: all frames of a clip"):
+    with pytest.raises(
+        ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png is 48x32: all frames of a clip"
+    ):
         read_clip(path)
 
 

@@ -92,7 +92,9 @@ def test_what_a_run_measured_and_was_told_is_written_whatever_it_is(backbone: An
 
 
 def test_a_description_that_cannot_be_kept_costs_the_description_alone(backbone: Any, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"references\.0\.sha256.*\n.*saved without its recipe, metrics and references"):
+    with pytest.warns(
+        UserWarning, match=r"references\.0\.sha256.*\n.*saved without its recipe, metrics and references"
+    ):
         concept = kept(backbone, tmp_path / "c", class_noun="mug", references=[{"file": "a", "sha256": "short"}])
     assert concept.meta.class_noun == "mug" and concept.of("embeddings")
 

@@ -102,7 +102,10 @@ def nested(depth: int) -> int:
             "out of memory: this machine does not have enough for this. To continue, use less",
         ),
         (lambda: np.ones(2**55), "out of memory: this machine does not have enough for this"),
-        (lambda: torch.empty(2**45), "out of memory: this machine does not have enough for this (1.31e+05 GiB in one piece)"),
+        (
+            lambda: torch.empty(2**45),
+            "out of memory: this machine does not have enough for this (1.31e+05 GiB in one piece)",
+        ),
         (
             lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")),
             "out of memory: the GPU does not have enough for this (2.50 GiB in one piece)",

@@ -274,7 +274,9 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
 
 def test_huge_pictures_are_refused_before_decoding(tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(png(30_000, 30_000, 8, 2, b"\0" * 1000))
-    with pytest.raises(ValueError, match=r"big\.png is 30000x30000 = 900,000,000 pixels, above the limit of 64,000,000"):
+    with pytest.raises(
+        ValueError, match=r"big\.png is 30000x30000 = 900,000,000 pixels, above the limit of 64,000,000"
+    ):
         read_picture(tmp_path / "big.png")
     with pytest.raises(ValueError, match=r"a\.png is 48x32 = 1,536 pixels, above the limit of 1,000"):
         read_picture(save(tmp_path / "a.png", scene()), max_pixels=1000)

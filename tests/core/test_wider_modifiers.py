@@ -111,6 +111,8 @@ def test_what_cannot_be_done_with_it_is_said(trained: Any, new_sd: Callable[...,
     with pytest.raises(ValueError, match="no strength but 1"):
         attach(concept, fresh, 0.5, modifiers=Wider)
     assert not fresh.placeholders
-    with pytest.raises(ValueError, match="diffusers' embedding files can store only one table of vectors per text encoder"):
+    with pytest.raises(
+        ValueError, match="diffusers' embedding files can store only one table of vectors per text encoder"
+    ):
         export(concept, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, 
     clip, photo = given / "clip", given / "photos" / "0.png"
     for options, message in [
         (("--invert", tmp_path / "gone.mp4"), r"--invert: .*gone.mp4 does not exist"),
-        (("--keep", clip), "--keep and --keep-mask are given together"),
+        (("--keep", clip), "--keep and --keep-mask must be given together"),
         (("--keep", tmp_path / "text.txt", "--keep-mask", clip), "--keep: .*text.txt is not a clip"),
         (("--keep", clip, "--keep-mask", tmp_path / "gone"), "--keep: .*gone does not exist"),
         (("--boxes", tmp_path / "boxes.json"), "--boxes: .* is no box"),
