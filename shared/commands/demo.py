@@ -19,7 +19,7 @@ def demo(
     out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes", **PATH),
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
     recipe: str = typer.Option("t_lora", help="recipe to learn the subject with"),
-    motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox motions`)"),
+    motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox subjects`)"),
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
     asset_recipe: str = typer.Option("texture_refinement", help="recipe to make the asset with"),
     part: list[str] = typer.Option(

@@ -42,7 +42,7 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: choose another output, or overwrite it explicitly")
+        raise ValueError(f"{path} already exists: choose another output, or overwrite it explicitly")
     _writable(path)
     hold(path)
     return path
@@ -86,11 +86,11 @@ def check_apart(path: Path, inputs: Iterable[PathLike]) -> None:
 
 def _check_there(path: Path, overwrite: bool) -> None:
     if not path.is_dir():
-        raise ValueError(f"{path} exists already and is a file, but the output is a folder: choose another output")
+        raise ValueError(f"{path} already exists and is a file, but the output is a folder: choose another output")
     inside = sum(1 for _ in path.iterdir())
     if inside and not overwrite:
         raise ValueError(
-            f"{path} exists already and holds {inside} file(s): choose another output, or overwrite it explicitly"
+            f"{path} already exists and holds {inside} file(s): choose another output, or overwrite it explicitly"
         )
     others = foreign_files(path) if overwrite else []
     if others:

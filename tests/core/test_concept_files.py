@@ -230,7 +230,7 @@ def test_a_preview_that_is_no_picture_is_refused(sd: Callable[..., Any], tmp_pat
 
 def test_an_existing_folder_is_kept_unless_asked(sd: Callable[..., Any], saved: Path) -> None:
     other = learned(sd(), "pot")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         save(other, saved)
     assert read(saved).name == "my-mug"
     save(other, saved, overwrite=True)

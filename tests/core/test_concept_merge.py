@@ -217,7 +217,7 @@ def test_the_command_writes_a_folder_for_each_name_or_nothing(sd, both, tmp_path
     merged = changes(read(tmp_path / "both" / "rex.concept"))
     assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in merged.items())
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "both" / f"{n}.concept") for n in ("rex", "cup")]
-    assert run(build(), call) == 2 and "exists already" in capsys.readouterr().err
+    assert run(build(), call) == 2 and "already exists" in capsys.readouterr().err
     assert run(build(), [*call, "--overwrite"]) == 0, "the evaluation's own prompts"
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")

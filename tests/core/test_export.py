@@ -243,7 +243,7 @@ def test_bad_requests_are_said_before_any_work(new_sd: Callable[..., Any], tmp_p
         export(concept, tmp_path / "out", backbone=backbone, strength=0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         export(concept, tmp_path / "out", backbone=backbone)
     assert (tmp_path / "out/mine.txt").read_text() == "keep"
     (tmp_path / "out/mine.txt").unlink()

@@ -41,9 +41,9 @@ def test_check_output(tmp_path: Path) -> None:
     assert check_output(tmp_path / "new/deep") == tmp_path / "new/deep"
     assert check_output(tmp_path) == tmp_path  # empty
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=rf"{tmp_path} exists already and holds 1 file"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} already exists and holds 1 file"):
         check_output(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.txt exists already and is a file"):
+    with pytest.raises(ValueError, match=r"a\.txt already exists and is a file"):
         check_output(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"it holds files that pcs did not write \(a\.txt\), which would be deleted"):
         check_output(tmp_path, overwrite=True)
@@ -75,7 +75,7 @@ def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
         assert not target.exists()
     assert (target / "a").read_text() == "1"
     assert [p.name for p in target.parent.iterdir()] == ["my.concept"]
-    with pytest.raises(ValueError, match=r"my\.concept exists already"), atomic_folder(target):
+    with pytest.raises(ValueError, match=r"my\.concept already exists"), atomic_folder(target):
         raise AssertionError("must not start")
 
 
@@ -287,7 +287,7 @@ def test_the_list_of_files_is_no_stray_picture(tmp_path: Path) -> None:
 def test_check_file(tmp_path: Path) -> None:
     assert check_file(tmp_path / "a" / "b.png") == tmp_path / "a" / "b.png"
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match=r"a\.png exists already: choose another output"):
+    with pytest.raises(ValueError, match=r"a\.png already exists: choose another output"):
         check_file(tmp_path / "a.png")
     assert check_file(tmp_path / "a.png", overwrite=True) == tmp_path / "a.png"
     (tmp_path / "folder").mkdir()

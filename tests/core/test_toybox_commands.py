@@ -47,7 +47,7 @@ def refused(toybox, tmp_path: Path) -> Callable[..., str]:
 def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path) -> None:
     keep = tmp_path / "keep.png"
     keep.write_text("mine")
-    assert "keep.png exists already" in refused("sheet", keep, "--rows", 1)
+    assert "keep.png already exists" in refused("sheet", keep, "--rows", 1)
     assert keep.read_text() == "mine"
     assert toybox("sheet", keep, "--rows", 1, "--columns", 2, "--overwrite")[0] == 0
     assert Image.open(keep).width > 200
@@ -79,7 +79,7 @@ def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
     (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "cannot be loaded" in refused(*evaluate, tmp_path / "model")
     (tmp_path / "figures.json").write_text("mine")
-    assert "figures.json exists already" in refused("evaluate", "--out", tmp_path / "figures.json")
+    assert "figures.json already exists" in refused("evaluate", "--out", tmp_path / "figures.json")
 
 
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_style_becomes_a_folder_to_learn_from(toybox, refused, tmp_path: Path)
         text = subject.captions[path]
         assert text.startswith(f"a {scene.things[0].class_name} ") and scene.style not in text
         assert captions.background_phrase(scene.background) in text
-    assert "exists already" in refused("subjects", name, "--out", out)
+    assert "already exists" in refused("subjects", name, "--out", out)
     assert toybox("subjects", name, "--out", out, "--num", 2, "--overwrite")[0] == 0
     assert sorted(p.name for p in out.iterdir()) == ["00.png", "00.txt", "01.png", "01.txt"]
 

@@ -69,7 +69,7 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     assert 'href="asset/asset.glb"' in page and (out / "asset" / "asset.glb").is_file()
     assert not list(out.rglob("*.training"))
     again = pcs("concept", "evaluate", duck, *CHEAP, "--out", out)
-    assert again.code == 2 and "exists already" in again.err
+    assert again.code == 2 and "already exists" in again.err
 
 
 def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts, photos, dino, tmp_path: Path):

@@ -243,7 +243,7 @@ def test_an_existing_output_is_not_touched(refused, pcs, learn, concepts, photos
         ("image", "evaluate", "--concept", mug, "--references", photos, "--out", out),
         ("concept", "export", mug, "--out", out),
     ):
-        assert f"{out} exists already and holds 1 file(s)" in refused(*arguments)
+        assert f"{out} already exists and holds 1 file(s)" in refused(*arguments)
     assert (out / "mine.txt").read_text() == "keep me"
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(*learn("textual_inversion", f"output={tmp_path / 'file'}"))

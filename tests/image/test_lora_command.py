@@ -71,7 +71,7 @@ def test_an_imported_lora_is_a_concept_of_its_own(pcs, concepts, exported, tiny_
     assert ran.code == 0, ran.err
     assert read(out).name == "buddy" and read(out).meta.class_noun == "dog"
     again = pcs(*command)
-    assert again.code == 2 and "exists already" in again.err
+    assert again.code == 2 and "already exists" in again.err
     shown = pcs("concept", "show", out)
     assert shown.code == 0 and "subject (dog)" in shown.out
 

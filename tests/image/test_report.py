@@ -290,7 +290,7 @@ def test_bad_input_is_refused_before_or_without_writing(tmp_path: Path) -> None:
         calls.append(len(prompts))
         return torch.full((len(prompts), 3, 32, 32), float("nan"))
 
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         evaluate(counted, counted, _case(), PROMPTS, TOOLS, Shots([1], tmp_path / "there"))
     assert not calls
     with pytest.raises(ValueError, match="not finite"):

@@ -184,7 +184,7 @@ def test_the_command_writes_a_whole_report(box, tmp_path):
     assert "://" not in outside and len(shown.faces) == 12
     assert len(list((out / "renders").iterdir())) == 16 and (out / "scores.csv").is_file()
     again = CliRunner().invoke(app, asked)
-    assert isinstance(again.exception, ValueError) and "exists already" in str(again.exception)
+    assert isinstance(again.exception, ValueError) and "already exists" in str(again.exception)
 
 
 def test_a_bare_mesh_says_what_was_not_measured(box, tmp_path):

@@ -267,7 +267,7 @@ def test_a_motion_is_measured_without_any_network(
     made, base = report.files[report.of_kind("concept")[0].file], report.files[report.of_kind("base")[0].file]
     assert made != base and report.costs.concept_bytes and report.costs.seconds_per_clip
     assert run(app, [str(a) for a in asked]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_at_strength_0_the_motion_leaves_the_base_model(concepts: Path, prompts: Path, tmp_path: Path) -> None:
