@@ -24,7 +24,7 @@ from shared.trainable.adapter import PeftAdapter, config_from_dict
 from shared.trainable.branch import BranchAdapter
 from shared.trainable.delta import DeltaAdapter
 
-#: Placeholders of attached styles that consist of ordinary words.
+#: For each attached placeholder: whether it is a style that consists of ordinary words.
 _acts_unnamed: weakref.WeakKeyDictionary[Placeholder, bool] = weakref.WeakKeyDictionary()
 _ids: weakref.WeakKeyDictionary[Adapter, str] = weakref.WeakKeyDictionary()  # the adapter_id of each attached adapter
 

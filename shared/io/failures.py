@@ -17,7 +17,7 @@ _ADVICE = {
     errno.EDQUOT: f"your disk quota is used up: {_FREE}",
     errno.EFBIG: "files cannot be this large here: raise the limit (`ulimit -f unlimited`) or choose another disk",
     errno.EROFS: "this disk is read-only: choose another output",
-    errno.EIO: "the disk is failing: choose another one",
+    errno.EIO: "the disk has errors: choose another one",
     errno.ELOOP: "its links form a loop: remove the link, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>partial|replaced)(\..*)?")
 
-_HERE, _EXCHANGE = -100, 2  # Linux' AT_FDCWD and RENAME_EXCHANGE
+_HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
@@ -32,7 +32,7 @@ def replaced(path: Path) -> Path:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Exchanges two names on one file system atomically if the system supports it (Linux' renameat2); returns whether it
+    """Exchanges two names on one file system atomically if the system supports it (Linux's renameat2); returns whether it
     did."""
     try:
         rename = ctypes.CDLL(None).renameat2
