@@ -129,7 +129,7 @@ def test_frames_of_different_sizes(tmp_path: Path) -> None:
     folder(tmp_path / "b", greys(1, (32, 32)))
     (tmp_path / "b/frame_0.png").rename(path / "frame_3.png")
     with pytest.raises(
-        ValueError, match=r"frame_3\.png is 32x32 pixels, and frame_0\.png is 48x32: all frames of a clip"
+        ValueError, match=r"frame_3\.png is 32x32 pixels, but frame_0\.png is 48x32: all frames of a clip"
     ):
         read_clip(path)
 
