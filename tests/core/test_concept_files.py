@@ -105,7 +105,7 @@ def _other(folder: Path, mark: Path) -> None:
         (_header, r"adapter\.safetensors is .*not a safetensors file"),
         (_nan, "'text_encoder' contains NaN or Inf"),
         (_integers, "'text_encoder' is I64"),
-        (_other, "adapter_id does not belong"),
+        (_other, "adapter_id does not match"),
     ],
 )
 @pytest.mark.parametrize("on_purpose", [True, False])
@@ -154,7 +154,7 @@ def test_links_that_lead_out_are_not_followed(saved: Path, tmp_path: Path) -> No
         ({"name": "../../etc"}, "name"),
         ({"name": ""}, "name"),
         ({"schema_version": 1}, r"concept\.json has schema 1: made by an older version; learn it again$"),
-        ({"schema_version": 3}, "has schema 3: made by a newer version; this one reads 2: update it"),
+        ({"schema_version": 3}, "has schema 3: made by a newer version; this one reads schema 2: update pcs"),
         ({"schema_version": True}, "not made by this suite"),
         ({"schema_version": None}, "not made by this suite"),
         ({"kind": "virus"}, "kind: unknown value 'virus'"),

@@ -115,7 +115,7 @@ def test_an_update_that_spoils_the_parameters_is_not_saved(tmp_path: Path) -> No
 
 def test_a_log_that_pcs_did_not_write_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that pcs did not write"):
+    with pytest.raises(ValueError, match="holds what pcs did not write"):
         train(LayerTask(bad=range(9)), tmp_path, 2)
 
 
