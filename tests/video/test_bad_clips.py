@@ -74,7 +74,7 @@ def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)
     write_clip(tmp_path / "small" / "a", moving_square(0, 6, 16).sign(), 8)
-    assert "holds 3 masks, and" in learning(folder, f"subject.masks={tmp_path / 'few'}")
+    assert "holds 3 masks, but" in learning(folder, f"subject.masks={tmp_path / 'few'}")
     message = learning(folder, f"subject.masks={tmp_path / 'small'}")
     assert "16x16" in message and "32x32" in message
 

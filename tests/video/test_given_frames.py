@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_p
         (GivenFrames(path=clip), "clip gives 9 frames, and 9 are asked for in all"),
         (GivenFrames(path=clip, frames=12), "clip holds 9 frames, and the first 12 of them are asked for"),
         (GivenFrames(path=tmp_path / "short", mask=photo), "short holds 3 frames, and 9 are needed"),
-        (GivenFrames(path=clip, mask=tmp_path / "short"), "short holds 3 masks, and .*clip 9 frames"),
+        (GivenFrames(path=clip, mask=tmp_path / "short"), "short holds 3 masks, but .*clip has 9 frames"),
     ]:
         with pytest.raises(ValueError, match=message):
             latents(wan, SamplingSettings("", 1.0, 2, height=32, width=32, frames=9, hooks=(given,)))
