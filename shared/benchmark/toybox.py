@@ -15,6 +15,7 @@ from shared.benchmark.experiment import Experiment, benchmark, pictures
 from shared.benchmark.variants import Variant, varied
 from shared.concept import read
 from shared.config import unknown
+from shared.evaluation.evaluate import KeptPictures
 from shared.metrics.report import Report
 from shared.metrics.toybox import CALIBRATION
 from shared.recipe.catalog import recipe_files
@@ -74,8 +75,10 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
         {"limit": settings.limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
     )
 
+    base: dict[str, KeptPictures] = {}
+
     def cell(recipe: str, subject: str, workdir: Path) -> Report:
-        report = _cell(runner, chosen[recipe], subject, workdir, settings)
+        report = _cell(runner, chosen[recipe], subject, workdir, settings, base)
         return report.model_copy(update={"recipe": recipe})  # as the table calls it
 
     reporting = pictures(GOAL, settings.control)
@@ -125,7 +128,14 @@ def named(recipes: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _cell(runner: Runner, variant: Variant, subject: str, workdir: Path, settings: BenchmarkSettings) -> Report:
+def _cell(
+    runner: Runner,
+    variant: Variant,
+    subject: str,
+    workdir: Path,
+    settings: BenchmarkSettings,
+    base: dict[str, KeptPictures],
+) -> Report:
     held = album.held_out(subject)
     album.write_album(subject, workdir / "references", overwrite=True)
     concept = workdir / "subject.concept"
@@ -147,6 +157,7 @@ def _cell(runner: Runner, variant: Variant, subject: str, workdir: Path, setting
         path=concept,
         out=workdir / "report",
         overwrite=True,
+        base=base,
     )
     try:
         return runner.evaluate(name, judged)
