@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 #: Rows of a grid; each is learned and scored on every subject.
 MOST = 1000
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not one inside a list or mapping
+#: What a value is made of: quoted text, a list, a mapping, or anything but a comma.
+_VALUE = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^,])*""")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Variant:
 def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[str]) -> dict[str, Variant]:
     """Every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
 
-    grid: "key=value,value"; commas inside brackets belong to a value. Without a grid the names stay as they are; with one,
+    grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they are; with one,
     the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, or given twice, and
     for more than `MOST` rows.
     """
@@ -48,9 +49,20 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
 def _axis(item: str) -> tuple[str, list[str]]:
     """The key and its values."""
     key, _, text = item.partition("=")
-    values = [v.strip() for v in _COMMA.split(text)]
+    values = [v.strip().strip('"') for v in _split(text)]
     if not key.strip() or not all(values):
         raise ValueError(f"{item!r} is no axis of a grid: write key=value,value, for example train.steps=240,360")
     if len(set(values)) != len(values):
         raise ValueError(f"{item!r} has a value twice")
     return key.strip(), values
+
+
+def _split(text: str) -> list[str]:
+    """The values between commas, empty ones too."""
+    out, at = [], 0
+    while at <= len(text):
+        found = _VALUE.match(text, at)
+        assert found is not None
+        out.append(found.group())
+        at = found.end() + 1
+    return out

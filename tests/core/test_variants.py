@@ -17,6 +17,8 @@ def test_a_grid_is_every_combination_after_the_common_settings():
     last = rows["b train.steps=20 trainable.lora.roles=[q, k]"].overrides
     assert last == ("seed=1", "train.steps=20", "trainable.lora.roles=[q, k]")
     assert list(varied({"a": "a"}, (), ())) == ["a"]
+    strengths = varied({"a": "a"}, (), ('sampling.strength=1@0,"0@0,1@0.1"',))
+    assert list(strengths) == ["a sampling.strength=1@0", "a sampling.strength=0@0,1@0.1"]
 
 
 @pytest.mark.parametrize(
