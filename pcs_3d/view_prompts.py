@@ -35,6 +35,7 @@ class ViewWords(Part):
     front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 0
     back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 180
     overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation on
+    blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # this far on both sides of a border, embeddings are mixed
     drop_subject: Share = 0.0  # how often a view from behind asks for the class alone: few pictures show the back
 
     def directions(self, cameras: Cameras) -> list[Direction]:
@@ -49,6 +50,32 @@ class ViewWords(Part):
         if around <= self.front_deg:
             return "front"
         return "back" if around >= 180 - self.back_deg else "side"
+
+    def shares(self, cameras: Cameras) -> list[dict[Direction, float]]:
+        """How much each direction counts for each camera; the shares of a camera sum to 1, and those of 0 are left out.
+
+        DreamFusion's weighted combination of text embeddings (section 3.2): within `blend_deg` of a border the share
+        changes linearly, elsewhere the nearest direction has all of it.
+        """
+        around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
+        above = cameras.elevation_deg.tolist()
+        return [self._shares(a, e) for a, e in zip(around, above, strict=True)]
+
+    def _shares(self, around: float, above: float) -> dict[Direction, float]:
+        overhead = self._past(above, self.overhead_deg)
+        front = self._past(self.front_deg, around)
+        back = (1 - front) * self._past(around, 180 - self.back_deg)
+        level: dict[Direction, float] = {"front": front, "side": 1 - front - back, "back": back}
+        found: dict[Direction, float] = {d: (1 - overhead) * share for d, share in level.items()} | {
+            "overhead": overhead
+        }
+        return {d: share for d, share in found.items() if share > 1e-6}
+
+    def _past(self, angle: float, border: float) -> float:
+        """How far an angle is past a border: 0 before it, 1 behind it, linear within `blend_deg` of it."""
+        if self.blend_deg == 0:
+            return float(angle >= border)
+        return min(max((angle - border) / (2 * self.blend_deg) + 0.5, 0.0), 1.0)
 
     def said(self, prompt: str, direction: Direction | None) -> str:
         """The prompt for a direction; for None without a word for it."""
@@ -118,8 +145,11 @@ class ScenePrompts:
         """What a kind of conditioning is for each view: "prompt", "plain_prompt" (no word for the view), "negative",
         "null"."""
         if kind == "prompt":
-            directions = self.words.directions(views.cameras)
-            return [((1.0, self.text(d, n)),) for d, n in zip(directions, views.nameless, strict=True)]
+            shares = self.words.shares(views.cameras)
+            return [
+                tuple((share, self.text(d, nameless)) for d, share in of.items())
+                for of, nameless in zip(shares, views.nameless, strict=True)
+            ]
         texts = {"plain_prompt": self.text(None), "negative": self.negative, "null": ""}
         return [((1.0, texts[kind]),)] * len(views)
 
