@@ -1,4 +1,4 @@
-"""Assets in the demo: the thing that was learned from pictures, as a mesh to open."""
+"""Assets in the demo: a mesh of the thing learned from pictures."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shared.runner.open_runner import open_runner
 
 
 def check(asked: Asked) -> None:
-    """ValueError for an unknown recipe, or where a package that assets need is not installed."""
+    """Raises ValueError for an unknown recipe, or a missing package that assets need."""
     check_installed()
     load(asked.asset_recipe, [], "3d", Recipe3D)
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the thing where it was learned in pictures, else of its class."""
+    """Makes an asset of the thing if it was learned from pictures, else of its class."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

@@ -15,7 +15,7 @@ from shared.trainable.base import Rate
 
 
 class Triplane(FieldPart):
-    """resolution² features of so many channels on each of the planes xy, xz and yz, added up and read by an MLP."""
+    """resolution² features on each of the planes xy, xz and yz, summed and decoded by an MLP."""
 
     kind: Literal["triplane"] = "triplane"
     resolution: Annotated[int, Setting(ge=4, le=2048)] = 64

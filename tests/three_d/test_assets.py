@@ -102,7 +102,7 @@ def test_the_page_says_what_was_known_asked_and_spent(sd, tmp_path):
     assert "a photo &amp; &lt;mug&gt;" in page and "<iframe" not in page
     assert base64.b64encode(preview.read_bytes()).decode() in page and "mug: 0.7" in page
     assert "data:video/mp4;base64," in page and page.count("data:image/png") == 5, "the preview, and four sides"
-    assert "of the process" in page and "default-src 'none'" in page
+    assert "whole process" in page and "default-src 'none'" in page
 
 
 def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path):
@@ -168,9 +168,9 @@ def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind)
     ("settings", "why"),
     [
         (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians is drawn by splat"),
-        (["guidance.space=latents", "guidance.resolution=null"], "no colours that files could hold: set export=null"),
+        (["guidance.space=latents", "guidance.resolution=null"], "no colours to write to files: set export=null"),
         (["penalties.silhouette={}"], "penalties.silhouette compares with the subject's pictures"),
-        (["penalties.sparsity.weight=-1"], "a weight is not negative"),
+        (["penalties.sparsity.weight=-1"], "a weight must not be negative"),
         (["penalties.sparsty={}"], "Did you mean 'sparsity'"),
     ],
 )

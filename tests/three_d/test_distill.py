@@ -198,7 +198,7 @@ def test_a_step_trains_the_field_and_then_the_student_each_by_its_own_loss(new_s
     ("settings", "why"),
     [
         (["guidance.student.group=other"], "nothing is trained in the optimizer group"),
-        (["trainable.more={kind: lora}"], "a distill phase trains the field"),
+        (["trainable.more={kind: lora}"], "a distill phase trains only the field"),
         (["cameras.ring=4"], "must be a multiple of cameras.ring"),
     ],
 )  # fmt: skip

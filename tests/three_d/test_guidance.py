@@ -272,7 +272,7 @@ def _no_noise():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing teaches it"),
+        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing trains it"),
         (["guidance.terms.start={kind: negative, at: s}"], "at: s is the earlier point"),
         (["guidance.perp_neg={}"], "need a term of kind null"),
         (["guidance.space=latents", "guidance.pixel_weight=1"], "have no pixels"),

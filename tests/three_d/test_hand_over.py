@@ -200,9 +200,9 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
         ("dreamfusion", ["field.start.kind=phase"], r"^field.start.kind = phase: no earlier phase makes an asset"),
         ("magic3d", ["phases.coarse.field.start.kind=phase"], r"phases.coarse.field.start.kind = phase: no earlier"),
         ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid: .*start.kind=phase"),
-        ("texture_personalization", [], r"field.start.path is not said: name a mesh"),
+        ("texture_personalization", [], r"field.start.path is not set: give a mesh"),
         ("magic3d", ["phases.coarse.guidance={space: latents, resolution: null}", "phases.coarse.export=null"],
-         "say the same guidance.space in both"),
+         "set the same guidance.space in both"),
     ],
 )  # fmt: skip
 def test_fields_that_cannot_begin_are_refused_before_anything_does(sd, tmp_path, name, settings, why):
@@ -214,7 +214,7 @@ def test_fields_that_cannot_begin_are_refused_before_anything_does(sd, tmp_path,
 
 def test_an_empty_field_is_nothing_to_start_from():
     empty = Voxels(resolution=10, start=Blob(density=1e-3)).build()
-    with pytest.raises(ValueError, match=r"start.kind = phase: there is nothing .* the field is empty"):
+    with pytest.raises(ValueError, match=r"start.kind = phase: the earlier phase left nothing .* the field is empty"):
         handed(empty, PhaseStart(resolution=12))
 
 

@@ -193,7 +193,7 @@ def test_an_edit_takes_steps_and_equals_its_resumed_run(new_sd, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.regions=null"], r"field.kind = local_edit: say where it may change"),
+        (["guidance.regions=null"], r"field.kind = local_edit: set where it may change"),
         (["guidance.regions.hat.concepts=[my-hat]"], r"guidance.regions.hat.concepts: .*'my-hat'"),
         (["guidance.regions.hat.prompt=a photo of a <my-hat>"], r"names <my-hat>, which is not loaded"),
         (["guidance.regions.more={kind: sdf, path: nowhere.glb}"], r"nowhere.glb"),

@@ -55,5 +55,5 @@ def test_a_concept_and_its_class_always_stay(folder):
 
 
 def test_a_folder_without_such_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no masked language model"):
+    with pytest.raises(ValueError, match="not a masked language model"):
         PromptDebias(model=tmp_path).prompts("a dog", {})

@@ -60,7 +60,7 @@ def test_what_someone_changed_or_wrote_is_not_lost(checkout, pcs):
     assert config.read_text() == content("configs/pcs-dreamfusion.yaml")
     (checkout / "custom/pcs/__init__.py").write_text("print('another extension')")
     ran = pcs("3d", "threestudio", "install", checkout, "--overwrite")
-    assert ran.code == 2 and "not of this program" in ran.err
+    assert ran.code == 2 and "not written by this program" in ran.err
 
 
 @pytest.mark.parametrize("command", ["install", "doctor", "run"])

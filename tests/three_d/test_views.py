@@ -100,7 +100,7 @@ def test_backgrounds_and_shadings():
     assert later.draw(cameras, Moment(0, 10), generator(0, 0))[0] == "albedo"
     shading, light = later.draw(cameras, Moment(5, 10), generator(0, 0))
     assert shading == "lambertian" and light.shape == (3, 3)
-    with pytest.raises(ValueError, match="no proportions"):
+    with pytest.raises(ValueError, match="not valid proportions"):
         Shadings(ambient=0.0).draw(cameras, NOW, generator(0, 0))
 
 

@@ -125,7 +125,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     [
         (
             ("task.kind=alternate", "regularize.prior=null", "sources.class_pictures=null"),
-            "no penalty asks for class examples",
+            "no penalty needs class examples",
         ),
         (
             (*ALTERNATE, *TEMPORARY, "task.rest=[frozn]"),

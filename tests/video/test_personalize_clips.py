@@ -100,9 +100,9 @@ def test_a_model_of_pictures_gets_a_motion_module(
     assert torch.equal(clips(made), clips(whole))
     with pytest.raises(ValueError, match="makes pictures: give motion_adapter=FOLDER"):
         open_runner(VideoRunner, str(picture_model), [], "cpu")
-    with pytest.raises(ValueError, match="makes clips already; leave it out"):
+    with pytest.raises(ValueError, match="already makes clips: leave it out"):
         open_runner(VideoRunner, str(clip_model), [], "cpu", motion_adapter=adapter_folder)
-    with pytest.raises(ValueError, match=r"there is no diffusers MotionAdapter \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a diffusers MotionAdapter: it has no config.json"):
         open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_clips_are_written_with_what_made_them(clip_model: Path, tmp_path: Path)
 def test_where_clips_cannot_go_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
-        (ClipFiles(tmp_path / "x.avi"), 1, "is written as .mp4, .gif or .webp"),
+        (ClipFiles(tmp_path / "x.avi"), 1, "can be written as .mp4, .gif or .webp"),
         (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, and 2 clips are asked for"),
         (ClipFiles(tmp_path / "there.mp4"), 1, "exists already"),
         (ClipFiles(tmp_path / "x", kind="avi"), 1, "unknown format 'avi'"),
