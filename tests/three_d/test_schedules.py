@@ -28,7 +28,8 @@ def test_schedules_in_steps_and_in_shares_of_the_run():
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [([1, 2], "not a schedule"), ([0, 1, 2, 3, 4], "not a schedule"), ([6, 1.0, 2.0, 3], "times must increase"), ([0.0, 1.0, 2.0, 1.5], "shares"),
+    [([1, 2], "not a schedule"), ([0, 1, 2, 3, 4], "not a schedule"), ([6, 1.0, 2.0, 3], "increase"),
+     ([0.0, 1.0, 2.0, 1.5], "shares"),
      ([-1, 1.0, 2.0, 3], "shares")],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(wrong, why):

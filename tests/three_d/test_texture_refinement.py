@@ -63,7 +63,10 @@ def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_mem
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["phases.views.task.prompts=['a photo of a {concept}']"], "stands for the learned subject, but none is learned"),
+        (
+            ["phases.views.task.prompts=['a photo of a {concept}']"],
+            "stands for the learned subject, but none is learned",
+        ),
         (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
     ],
 )

@@ -150,7 +150,10 @@ def test_the_spatial_path_rests_as_often_as_asked(
     [
         (("trainable.spatial=null",), "unknown group 'spatial'"),
         (("task.spatial=looks",), "no part has the optimizer group 'looks'. There are: spatial, temporal"),
-        (("trainable.spatial.per_source=false",), r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true"),
+        (
+            ("trainable.spatial.per_source=false",),
+            r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true",
+        ),
         (("train.batch_size=2",), "a batch holds one picture or clip; set train.batch_size=1"),
     ],
 )
