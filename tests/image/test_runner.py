@@ -1,4 +1,4 @@
-"""The public face: personalize, generate, and that what was saved is what is shown."""
+"""The public interface: personalize, generate, and that a saved concept reproduces its pictures."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SEED = 11
 
 
 def theirs(folder: Path, exported: Path, prompt: str, **how: Any) -> np.ndarray:
-    """What a user of diffusers gets from the model's folder and the exported files: uint8 [H, W, 3]."""
+    """The picture that diffusers makes from the model's folder and the exported files: uint8 [H, W, 3]."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What `pcs image personalize` is told and says: instruments, starting anew, progress; and what it leaves alone."""
+"""Options and output of `pcs image personalize`: instruments, starting over, progress; and what it does not touch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
 
 
 def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path):
-    """Also with another recipe, and where what was left is damaged."""
+    """Also with another recipe, and if the old state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -231,7 +231,7 @@ def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
 
 
 def test_no_speed_is_told_of_steps_whose_time_is_not_known(capsys, monkeypatch):
-    """Class pictures before the first step, previews between steps, and steps that have no loss."""
+    """Class pictures before the first step, previews between steps, and steps without a loss."""
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:

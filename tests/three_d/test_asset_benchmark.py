@@ -1,4 +1,4 @@
-"""`pcs 3d benchmark` on the toybox with next to no training: cells, tables, going on, and what is refused."""
+"""`pcs 3d benchmark` on the toybox with almost no training: cells, tables, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Pat
 
     first = made(how(), {"adapter": "1"})
     assert made(how(), {"adapter": "1"}) == first
-    second = made(how(), {"adapter": "2"})  # what the thing was learned as is another
+    second = made(how(), {"adapter": "2"})  # the concept has changed
     assert second != first and made(how("field.resolution=10"), {"adapter": "2"}) != second
     empty = how("train.steps=2", "export.threshold=1e9")
     with pytest.raises(ValueError, match="empty"):
@@ -166,7 +166,7 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
         (cell(0.4, 0.7), False),  # identity
         (cell(0.6, 0.5), False),  # outlines
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
-        (cell(0.6, 0.7, generic=0.8), False),  # no better than any thing of the class
+        (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic thing of the class
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None

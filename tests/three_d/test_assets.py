@@ -1,4 +1,4 @@
-"""Assets of every kind of field: grown, interrupted, and written as files that other programs open."""
+"""Assets with every kind of field: optimised, interrupted, and written as files that other programs open."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path)
 
 @pytest.mark.parametrize(("kind", "stop"), [("voxels", 2), ("gaussians", 3), ("gaussians", 2)])
 def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, stop):
-    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is a split that is about to
-    be made, or one that has been made."""
+    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is just before a split or just
+    after one."""
     settings = ("train.steps=5", f"train.checkpoint_every={stop}")
     whole = finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "whole"))
     steps = run_of(new_sd(), recipe(kind, *settings), tmp_path / "run").steps()
@@ -133,7 +133,7 @@ def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, sto
 
 
 def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
-    """The first step after a split moves those that stayed as Adam does that remembers, and not as one that begins."""
+    """In the first step after a split, Adam moves the old Gaussians with their moments, not like new ones."""
     kept = []
 
     class Watched(GaussianField):
@@ -150,7 +150,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
     (found, at_split), *_ = kept
     rows = next(iter(found.values()))[1]
     moved = (after["field/raw_features"] - at_split["raw_features"])[rows >= 0].abs()
-    fresh = part.feature_rate  # what a first step of Adam is long, whatever the gradient
+    fresh = part.feature_rate  # length of Adam's first step, whatever the gradient
     assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
 
 

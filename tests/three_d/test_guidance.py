@@ -1,4 +1,4 @@
-"""One engine: the methods as its settings, held to their papers' formulas in float64."""
+"""One engine: the methods as its settings, compared with their papers' formulas in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def means(seed: int):
-    """A picture for each azimuth: the same whatever other cameras there are."""
+    """A picture for each azimuth, independent of the other cameras."""
     wave = random(3, 4, 4, seed=seed)
     return lambda cameras: wave * (1 + torch.deg2rad(cameras.azimuth_deg.double()).cos())[:, None, None, None]
 
@@ -56,7 +56,7 @@ def guided(settings: Guidance, scores: OracleScores, moment: Moment = START, z=Z
 
 
 def parts(scores: OracleScores, made, views=VIEWS):
-    """alpha, sigma, and a function that asks at (z_t, t)."""
+    """alpha, sigma, and a function for predictions at (z_t, t)."""
     alpha, sigma = coefficients(scores, made.noised.t, made.noised.z_t)
     ask = lambda told, adapters="teacher": scores.eps([Ask(told, adapters)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
     return alpha, sigma, ask
@@ -187,7 +187,7 @@ def test_sdi_moves_to_x0_and_stays_where_the_teacher_wants_it():
 
 
 def test_inversion_asks_for_less_of_the_prompt(scores):
-    """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is of eps_c + s (eps_c - eps_u)."""
+    """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
     t = torch.tensor([500, 500])
     asked = Inversion()._eps(scores, Z, t, VIEWS)
     c, u = scores.eps([Ask("prompt"), Ask("negative")], Z, t, VIEWS)

@@ -1,4 +1,4 @@
-"""What one phase has made is what the next one starts from, whatever their fields; and the recipes that need it."""
+"""Each phase starts from the previous one's result, whatever their fields; and the recipes that need this."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _start():
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("name", ["magic3d", "dream_gaussian"])
 def test_a_run_resumed_behind_the_hand_over_equals_the_uninterrupted(new_sd, tmp_path, name, every):
-    """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step further. What is
-    carried in the end is the later field alone."""
+    """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step later. In the end
+    only the later field is carried."""
 
     def run(folder: str):
         how = small(name, tmp_path, f"train.checkpoint_every={every}")
@@ -140,7 +140,7 @@ def first() -> torch.nn.Module:
 
 
 def solid(field, resolution: int = 32) -> Tensor:
-    """bool [R, R, R]: what is inside of the surface that would be exported."""
+    """bool [R, R, R]: what is inside the surface that would be exported."""
     mesh = extract(field, 40)
     inside = trimesh.Trimesh(mesh.vertices, mesh.faces).voxelized(2.2 / resolution).fill()
     places = nodes(resolution, 1.05).reshape(-1, 3).numpy()
@@ -181,7 +181,7 @@ def test_gaussians_start_on_the_surface_and_a_mesh_starts_from_gaussians():
 
 def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_path):
     split = trimesh.creation.icosphere(1)
-    split.unmerge_vertices()  # as exporters write flat triangles, and seams of textures
+    split.unmerge_vertices()  # as exporters write flat triangles and seams of textures
     split.export(tmp_path / "split.obj")
     field = TexturedMesh(start={"path": tmp_path / "split.obj"}, resolution=6).build()  # type: ignore[arg-type]
     assert len(field.vertices) == 42 and len(field.faces) == 80

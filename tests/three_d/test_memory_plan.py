@@ -1,4 +1,4 @@
-"""Runs that fit into so much memory: what is estimated is what is used, and what takes less gives the same field."""
+"""Runs that fit into a memory budget: the estimate matches the use, and saving memory gives the same field."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_what_is_there_at_once():
 
 
 def actual(backbone, folder, *settings):
-    """Bytes of a step of all views."""
+    """Bytes used by a step with all views."""
     run = run_of(backbone, recipe("voxels", *RENDERS, *settings), folder)
     task = Distill(run.context(0, run._unfreeze(run.phases[0][1])))
     step_once(run, task)

@@ -1,4 +1,4 @@
-"""Embeddings are kept by what concepts hold, and mixed row by row."""
+"""Embeddings are cached by the content of concepts, and mixed row by row."""
 
 from __future__ import annotations
 

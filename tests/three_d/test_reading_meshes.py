@@ -1,4 +1,4 @@
-"""Files of others' making: what a field begins from, and what is refused before it is decoded."""
+"""Untrusted mesh files: what a field starts from, and what is refused before it is decoded."""
 
 from __future__ import annotations
 

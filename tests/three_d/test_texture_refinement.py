@@ -1,4 +1,4 @@
-"""Colours from pictures that a concept makes of renders: the recipe, the masks of views, and a teacher that is not asked."""
+"""Colours from pictures made from renders with a concept: the recipe, the masks of views, and that no teacher is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_pr
 
 
 def test_the_last_phase_paints_the_form_by_pictures_and_asks_no_teacher(sd, tmp_path):
-    """Without a subject of its own: the prompt's words, or loaded concepts, say what is painted."""
+    """Without its own subject: the prompt's words, or loaded concepts, determine the pictures."""
     asked: dict[str, list[int]] = {}
 
     class Counted(Distill):

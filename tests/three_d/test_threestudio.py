@@ -1,5 +1,5 @@
-"""Prompts and guidance for threestudio, against the contract that its documentation gives to extensions, and, where a checkout
-is given (`PCS_THREESTUDIO=DIR`), against that checkout's own base classes."""
+"""Prompts and guidance for threestudio, tested on the contract that its documentation gives to extensions and, if a checkout is
+given (`PCS_THREESTUDIO=DIR`), on that checkout's own base classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(make_tiny_sd, tmp_path_factory) -> SimpleNamespace:
 
 
 def both(threestudio, folders, recipe: str = "dreamfusion", prompt: str = PROMPT, **guidance):
-    """Prompt processor and guidance, as a configuration makes them."""
+    """Prompt processor and guidance, as a configuration creates them."""
     shared = {"backbone": folders.backbone, "concepts": {folders.concept: 0.8}, "recipe": recipe}
     settings = guidance.pop("settings", SETTINGS)
     words = threestudio.find("pcs-prompt-processor")({"prompt": prompt, **shared, "settings": settings})

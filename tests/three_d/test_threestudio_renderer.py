@@ -1,5 +1,5 @@
-"""The renderer and the exporter for threestudio, against closed forms: on the documented contract, and on a checkout's own base
-classes where one is given."""
+"""The renderer and the exporter for threestudio, compared with closed forms: on the documented contract, and on a checkout's
+own base classes if one is given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSITY, RADIUS = 3.0, 0.7
 
 
 class Ball(nn.Module):
-    """A density inside of a ball, red at +x and green at -x."""
+    """A density inside a ball, red at +x and green at -x."""
 
     def __init__(self, sharp: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def batch(count: int, side: int = 16) -> dict[str, Tensor]:
 
 
 def opacity_of(given: dict[str, Tensor]) -> Tensor:
-    """Of the ball, in closed form: [B, H, W, 1]."""
+    """The ball's opacity in closed form: [B, H, W, 1]."""
     middle = (given["rays_o"] * given["rays_d"]).sum(-1)
     half = (RADIUS**2 - (given["rays_o"].square().sum(-1) - middle**2)).clamp_min(0).sqrt()
     return -torch.expm1(-DENSITY * 2 * half)[..., None]

@@ -1,4 +1,4 @@
-"""The mesh on a page: whole, in the middle, seen from the front, and nothing that would have to be loaded."""
+"""The mesh on a page: complete, centred, seen from the front, and nothing else to load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.three_d.pages import glb_in, mesh_in
 
 
 def pieces() -> list[Piece]:
-    """A ball with another picture on each half, and a red nose in front of it."""
+    """A ball with a different picture on each half, and a red nose in front of it."""
     ball, nose = trimesh.creation.icosphere(2), trimesh.creation.icosphere(1, radius=0.2)
     corners = np.asarray(ball.vertices) * 0.8
     texture = np.zeros((4, 4, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Where a thing is looked at from, what is behind it, and what the teacher is told of that."""
+"""Cameras and backgrounds of views, and the teacher's prompts for them."""
 
 from __future__ import annotations
 
