@@ -116,7 +116,7 @@ class Distill(ConceptTask):
             except ValueError as error:
                 raise ValueError(f"{error}; to leave it out: penalties.{name}=null") from None
 
-    # --- what the loop asks --------------------------------------------------------------------------------
+    # --- the loop's interface ------------------------------------------------------------------------------
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
@@ -206,7 +206,7 @@ class Distill(ConceptTask):
         with recomputed_encoder(self.context.backbone.vae, self.recipe.train.gradient_checkpointing):
             return self.scores.encode(pixels), pixels
 
-    # --- what is kept --------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """The field (`field/…`) and the adapters in training, the student's among them. Schedules are functions of the

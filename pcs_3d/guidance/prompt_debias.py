@@ -49,7 +49,7 @@ class PromptDebias(Part):
 
 
 class _Reader:
-    """A masked language model, asked about views."""
+    """A masked language model that estimates views."""
 
     def __init__(self, folder: Any) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer

@@ -45,7 +45,7 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
 
 
 def _geometry(piece: Piece) -> Any:
-    """For trimesh, with y up and the front toward +z."""
+    """For trimesh, with y up and the front towards +z."""
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals

@@ -117,7 +117,7 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
     zoom = camera.focal[0] * shorter / 2 / depth.clamp_min(0.05)
     places = torch.stack([width / 2 + local[:, 0] * zoom, height / 2 - local[:, 1] * zoom], -1)
     zero = torch.zeros_like(zoom)
-    lean = zoom / depth.clamp_min(0.05)  # toward the camera: larger
+    lean = zoom / depth.clamp_min(0.05)  # larger towards the camera
     jacobian = torch.stack([zoom, zero, local[:, 0] * lean, zero, -zoom, -local[:, 1] * lean], -1).view(-1, 2, 3)
     frame = rotation_matrices(splats.rotations) * splats.scales[:, None]
     half = jacobian @ (camera.axes[0] @ frame)

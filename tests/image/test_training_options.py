@@ -76,7 +76,7 @@ def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
     assert metrics["mixed_precision"] == "no" and metrics["training_peak_memory"] > 0
 
 
-# --- starting anew -------------------------------------------------------------------------------
+# --- starting over -------------------------------------------------------------------------------
 
 
 def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path):

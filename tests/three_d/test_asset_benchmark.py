@@ -164,7 +164,7 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
     for made, met in (
         (cell(0.6, 0.7), True),
         (cell(0.4, 0.7), False),  # identity
-        (cell(0.6, 0.5), False),  # outlines
+        (cell(0.6, 0.5), False),  # silhouettes
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
         (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic thing of the class
     ):

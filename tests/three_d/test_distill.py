@@ -119,7 +119,7 @@ def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
     assert state is not None and state.step == 2
 
 
-# --- who is asked, and what is trained -------------------------------------------------------
+# --- which adapters predict, and what is trained ---------------------------------------------
 
 
 def first_step(backbone, how, folder) -> Distill:

@@ -85,7 +85,7 @@ def test_every_key_of_the_configuration_is_one_that_the_extension_has(checkout, 
     forget()
 
 
-# --- what is said ----------------------------------------------------------------------------
+# --- the doctor ------------------------------------------------------------------------------
 
 
 def test_a_checkout_without_the_extension_is_told_how_to_get_it(checkout, pcs):
@@ -120,7 +120,7 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
     assert any("does not import" in what and "no_such_package" in what for what in found)
 
 
-# --- what is not there -----------------------------------------------------------------------
+# --- missing packages ------------------------------------------------------------------------
 
 
 def asked_by(name: str, source: str) -> dict:

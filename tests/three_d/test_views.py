@@ -104,7 +104,7 @@ def test_backgrounds_and_shadings():
         Shadings(ambient=0.0).draw(cameras, NOW, generator(0, 0))
 
 
-# --- what the teacher is told ----------------------------------------------------------------
+# --- the teacher's prompts -------------------------------------------------------------------
 
 
 def test_directions_and_their_words_next_to_the_noun():
