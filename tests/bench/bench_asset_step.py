@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], help="key=value of the recipe; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="key=value applied to the recipe; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         stepping = Stepping(options, Path(temporary))

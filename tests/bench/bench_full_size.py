@@ -295,8 +295,8 @@ def line(texts: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timed steps, for each measurement")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: a test of this script")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of timed steps per measurement")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="a file for the rows, as JSON")
     options = parser.parse_args()

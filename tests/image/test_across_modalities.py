@@ -58,7 +58,7 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     for row in rows:  # the same measures everywhere, each with the rate of true pictures or renders
         assert all(0 <= float(row[k]) <= 1 for k in ("identity", "identity.truth", "recognised", "class", "copied"))
         assert float(row["identity.truth"]) > 0.5 and float(row["identity_i"]) < 0.9
-    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt asks for nothing more"
+    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt has no more conditions"
     shots = list(csv.DictReader((out / "shots.csv").open()))
     assert [s["text"] for s in shots] == ["a photo of a <duck> on the beach"] * 2 + ["a photo of a <duck>"]
     assert all((out / s["file"]).is_file() for s in shots)
@@ -142,7 +142,7 @@ def test_the_thing_itself_is_verified_in_any_modality_and_its_look_alike_is_not(
     assert shots[0].scores["identity"] == pytest.approx(identity.truth) and identity.truth > 0.5
     assert shots[1].scores["identity"] == 0
     assert identity.value == pytest.approx(0.5) and shots[0].scores["ceiling"] == identity.truth
-    assert row.frames == 12 and identity.low is None, "both are of one prompt"
+    assert row.frames == 12 and identity.low is None, "both are from one prompt"
 
 
 def test_intervals_are_shares_as_their_values_are_and_none_passes_one(tools):

@@ -178,7 +178,7 @@ def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, mo
     assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "each step of two pictures of two steps, twice"
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
-    assert again.code == 0 and "class pictures" not in again.err, "they are there already"
+    assert again.code == 0 and "class pictures" not in again.err, "they already exist"
     for what in ("pictures of step 1", "pictures of step 2", "the preview of 'x'"):
         assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
 

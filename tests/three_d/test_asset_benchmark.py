@@ -84,12 +84,12 @@ def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Pat
     empty = how("train.steps=2", "export.threshold=1e9")
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert not out.exists(), "what was made of something else does not pass for it"
+    assert not out.exists(), "an asset of something else is not reused"
     log = tmp_path / "asset.training" / "log.jsonl"
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert log.read_text() == before, "the steps that were done are not done again"
+    assert log.read_text() == before, "finished steps are not repeated"
 
 
 def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_every_thing_counts_once_and_intervals_draw_whole_things():
     assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
     assert row.training_seconds == 10 and row.failed == {"c": "no"}
     one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
-    assert one.scores["iou"].low is None, "one thing says nothing of how things differ"
+    assert one.scores["iou"].low is None, "a single thing has no spread over things"
 
 
 def test_means_over_things_are_shares_where_one_asset_says_yes_or_no():

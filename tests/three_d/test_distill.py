@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(new_sd, tm
     assert same(
         finish(session(new_sd(), how, tmp_path / "run"), resume=True),
         finish(session(new_sd(), how, tmp_path / "other")),
-    ), "and the run goes on from there as if nothing had been"
+    ), "and the run continues from there unchanged"
 
 
 def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):

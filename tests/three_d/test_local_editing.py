@@ -171,7 +171,7 @@ def test_a_region_s_concepts_are_on_there_and_nowhere_else():
     scores: Any = regional_scores(recipe(*more), {}, {"a": 1.0, "b": 0.5}, opened)
     said = "a photo of a ball with a hat"
     assert asked == [(said, "dull", {"a": 1.0}), (said, "dull", {"b": 0.5}), ("a bow", "ugly", {"a": 1.0})]
-    assert set(scores.regions) == {"hat", "bow"}, "one that is told nothing of its own is as the rest"
+    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt is like the rest"
     with pytest.raises(ValueError, match=r"regions.hat.concepts: .*'c'.* a, b"):
         regional_scores(recipe("guidance.regions.hat.concepts=[c]"), {}, {"a": 1.0, "b": 0.5}, opened)
 

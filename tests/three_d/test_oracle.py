@@ -94,7 +94,7 @@ def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, 
     losses = [record.parts["student"] for _, record in run.steps()]
     assert fidelity(run.carried) > 25
     assert sum(losses[-50:]) < sum(losses[:50])
-    assert psnr(pictures.detach(), true_pictures()) > 20, "the student knows what the renders have come to be"
+    assert psnr(pictures.detach(), true_pictures()) > 20, "the student has learned the current renders"
 
 
 def test_a_thing_in_space_is_found_again_from_sides_that_were_never_seen(sd, tmp_path):

@@ -99,7 +99,7 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
         assert torch.allclose(found[i][0, :, :2, 2:], c[i][0, :, :2, 2:])
         assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), "they share"
         assert torch.allclose(found[i][:, :, 3, 0], (0.75 * a[i] + 0.25 * b[i])[:, :, 3, 0])
-    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), "what is told nothing, and the base, stay"
+    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), "unconditional predictions and the base stay"
 
 
 def test_a_region_that_no_view_shows_is_not_asked():

@@ -93,7 +93,7 @@ def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, fo
         out = guidance(rgb, words(), **looked(2))
         losses.append(out["student"])
     assert losses[-1] < losses[0]
-    assert rgb.grad is None, "what it learns on is not moved by that"
+    assert rgb.grad is None, "training it does not change the views"
     assert all(torch.equal(a, b) for a, b in zip(concept, tensors("my-mug"), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, tensors("student"), strict=True))
     words, guidance = both(threestudio, folders, "prolificdreamer", settings=["guidance.scale=2"])

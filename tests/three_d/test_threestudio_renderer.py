@@ -81,7 +81,7 @@ def test_every_view_of_a_batch_is_drawn_as_it_should_be(threestudio, count, cfg)
         assert front[0] > 5 * front[1], "the red side faces the camera at azimuth 0"
         hit = truth > 0.9
         assert ((out["depth"] / out["opacity"].clamp_min(1e-5))[hit] - 3.0).abs().max() < RADIUS + 0.1
-    assert "weights" not in out, "what is known of each sample is for losses alone"
+    assert "weights" not in out, "values per sample are only for losses"
 
 
 def test_training_losses_find_what_they_read_of_each_sample(threestudio):
@@ -94,7 +94,7 @@ def test_training_losses_find_what_they_read_of_each_sample(threestudio):
     total = torch.zeros(2 * 16 * 16).index_add(0, out["ray_indices"], out["weights"][:, 0])
     torch.testing.assert_close(total, out["opacity"].flatten())
     facing = out["comp_normal"][0, 8, 8] * 2 / out["opacity"][0, 8, 8] - 1
-    assert facing[0] > 0.5, "what is seen faces the camera"
+    assert facing[0] > 0.5, "visible surfaces face the camera"
     out["opacity"].sum().backward()
     assert made.geometry.amount.grad > 0
 

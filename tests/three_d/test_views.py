@@ -175,7 +175,7 @@ def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
     weights = part.weights(prompts, views.cameras)
     assert weights[5].tolist() == [0.0, 0.0]
     assert float(weights[4, 1]) == pytest.approx(-(1.0 + 0.967), rel=1e-6), (
-        "behind, the front is kept away from the most"
+        "from behind, the front is the strongest negative"
     )
     assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
     assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]

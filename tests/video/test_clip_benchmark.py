@@ -103,6 +103,6 @@ def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
-    assert table.rows[0].scores["identity"].low is None, "one motion says nothing of how motions differ"
+    assert table.rows[0].scores["identity"].low is None, "a single motion has no spread over motions"
     assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
     assert "1, 1 failed" in table.markdown() and "RuntimeError: no" in table.csv()

@@ -92,7 +92,7 @@ def test_a_motion_that_was_learned_is_told_from_the_base_model_s(good: tuple[Cli
     assert leak.value is not None and leak.among_high is not None and leak.value < leak.among_high + 0.3
     assert report.value("frozen") == 0 and report.value("dynamic") == 1
     keys = [s.key for s in report.scores]
-    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "neither stands alone"
+    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "each needs the other"
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
     assert any("No CLIP was given" in note for note in report.notes)
     rows = report.of_kind("concept")
