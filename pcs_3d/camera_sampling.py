@@ -41,7 +41,7 @@ class CameraSampling(Part):
     distance: Range | None = None  # in radii; overrides `fill`
     roll_deg: NotNegative = 0.0  # standard deviation
     look_at: NotNegative = 0.0  # standard deviation of the point looked at, in radii
-    jitter: NotNegative = 0.0  # of the camera's position: uniform in ± this, in radii
+    jitter: NotNegative = 0.0  # shift of the camera's position: uniform in ± this, in radii
     grown: Schedule = 1.0
     ring: Annotated[int, Field(ge=1)] = 1
 

@@ -108,7 +108,7 @@ class LocalEditField(BaseVolume):
         return torch.where(share > 0, unit(torch.lerp(kept, self.learned.normals(points), share)), kept)
 
     def total_variation(self) -> Tensor:
-        """Of the learned grid."""
+        """Total variation of the learned grid."""
         return self.learned.total_variation()
 
 

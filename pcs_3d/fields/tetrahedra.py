@@ -72,7 +72,7 @@ class TetrahedraField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of colours before sigmoid."""
+        """Total variation of the colours before sigmoid."""
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:

@@ -68,5 +68,5 @@ class TexturedMeshField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of colours before sigmoid."""
+        """Total variation of the colours before sigmoid."""
         return grids.total_variation(self.raw_features)

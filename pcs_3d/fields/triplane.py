@@ -42,6 +42,6 @@ class TriplaneField(NetworkField):
         return F.grid_sample(self.planes, places, align_corners=True, padding_mode="border")[:, :, 0].sum(0).T
 
     def total_variation(self) -> Tensor:
-        """Of the planes' features."""
+        """Total variation of the planes' features."""
         p = self.planes
         return (p[:, :, 1:] - p[:, :, :-1]).square().mean() + (p[..., 1:] - p[..., :-1]).square().mean()

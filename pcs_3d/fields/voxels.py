@@ -68,5 +68,5 @@ class VoxelField(BaseVolume):
         return unit(-grids.trilinear(slope, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of densities and colours, before softplus and sigmoid."""
+        """Total variation of densities and colours, before softplus and sigmoid."""
         return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

@@ -96,8 +96,8 @@ class Interval(Part):
 
     kind: Literal["interval"] = "interval"
     delta: Schedule = 0.08
-    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the steps before s, at most
-    steps: Annotated[int, Field(ge=0)] = 5  # before s
+    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s
+    steps: Annotated[int, Field(ge=0)] = 5  # steps before s
     offset: Annotated[float, Field(ge=0)] = 0.0
     told: Told = "null"
 
