@@ -207,7 +207,7 @@ def test_x0_reconstruction_and_its_rescaling(scores):
     plain = (whole.noised.z_t - sigma * ask("prompt")) / alpha
     assert float(whole.x0.std()) == pytest.approx(float(plain.std()), rel=1e-9), "both views together"
     assert close(whole.grad, Z - whole.x0, rtol=1e-7)
-    with pytest.raises(ValueError, match="a step has 2 views, which is no multiple"):
+    with pytest.raises(ValueError, match="a step has 2 views, which is not a multiple"):
         guided(shipped("dreamfusion", "guidance.rescale=1", "guidance.rescale_over=4"), scores)
     half = rescaled(Z, 3 * Z, 0.5, 1)
     assert close(half, 2 * Z)

@@ -78,7 +78,7 @@ def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
     assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)
     assert fitting(tries, fixed + 5 * one_more, True) == (Levers(4, 8), fixed + 4 * one_more)
     with pytest.raises(
-        ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"
+        ValueError, match=r"--vram 1.0 MiB: this needs at least about .* \(1 of 8 views .*give --vram \d+M"
     ):
         fitting(tries, 2**20, True)
 

@@ -98,7 +98,7 @@ def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, fo
     assert any(not torch.equal(a, b) for a, b in zip(before, tensors("student"), strict=True))
     words, guidance = both(threestudio, folders, "prolificdreamer", settings=["guidance.scale=2"])
     guidance.update_step(0, 5)
-    with pytest.warns(UserWarning, match="begins anew at step 5"):
+    with pytest.warns(UserWarning, match="starts anew at step 5"):
         guidance(rgb, words(), **looked(2))
     with pytest.raises(ValueError, match=r"trainable\.more"):
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])

@@ -110,7 +110,7 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
     found = list(doctor.findings(checkout))
     assert all(works is not False for works, _ in found), found
     lines = [what for works, what in found if works]
-    assert any("imports: 0 classes" in line for line in lines)
+    assert any("it registers 0 classes" in line for line in lines)
     assert "registered: pcs-exporter, pcs-guidance, pcs-prompt-processor, pcs-volume-renderer" in lines
     (checkout / "custom/pcs/__init__.py").write_text("import no_such_extension")
     found = [what for works, what in doctor.findings(checkout) if works is False]

@@ -75,7 +75,7 @@ def test_a_clip_is_sampled_with_it(make_tiny_sd: Any) -> None:
     assert (ask(CameraPan(right=0.5)) - still).abs().max() > 0.01  # with so few steps, all in one of them
     for pan, frames, message in [
         (CameraPan(right=0.5), 0, "a camera can move only in a clip, not in a picture"),
-        (CameraPan(right=0.01), 4, "does not move by one of the 8x8 latent cells: ask for 0.12 or more"),
+        (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells: use 0.12 or more"),
         (CameraPan(right=0.5, boxes={"mug": {9: [0, 0, 1, 1]}}), 4, "go up to frame 9, and 4 frames are made"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -123,7 +123,7 @@ def test_where_clips_cannot_go_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
         (ClipFiles(tmp_path / "x.avi"), 1, "can be written as .mp4, .gif or .webp"),
-        (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, and 2 clips are asked for"),
+        (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, but there will be 2 clips"),
         (ClipFiles(tmp_path / "there.mp4"), 1, "exists already"),
         (ClipFiles(tmp_path / "x", kind="avi"), 1, "unknown format 'avi'"),
     ):

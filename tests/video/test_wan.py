@@ -156,5 +156,5 @@ def test_other_kinds_of_wan_are_refused(change: dict[str, Any], message: str) ->
 def test_a_missing_expert_is_refused() -> None:
     pipe = build_wan()
     pipe.register_to_config(boundary_ratio=0.9)
-    with pytest.raises(ValueError, match="has no transformer_2, which its boundary_ratio needs"):
+    with pytest.raises(ValueError, match="has no transformer_2, which its boundary_ratio requires"):
         WanBackbone(pipe, "tiny")
