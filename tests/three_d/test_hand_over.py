@@ -199,7 +199,7 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
     [
         ("dreamfusion", ["field.start.kind=phase"], r"^field.start.kind = phase: no earlier phase makes an asset"),
         ("magic3d", ["phases.coarse.field.start.kind=phase"], r"phases.coarse.field.start.kind = phase: no earlier"),
-        ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid: .*start.kind=phase"),
+        ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid; .*start.kind=phase"),
         ("texture_personalization", [], r"field.start.path is not set: give a mesh"),
         ("magic3d", ["phases.coarse.guidance={space: latents, resolution: null}", "phases.coarse.export=null"],
          "set the same guidance.space in both"),
@@ -220,7 +220,7 @@ def test_an_empty_field_is_nothing_to_start_from():
 
 def test_a_penalty_that_does_not_fit_says_how_to_leave_it_out(sd, tmp_path):
     how = load("dreamfusion", [*TINY, "train.resolution=16", "field.kind=gaussians", "field.count=40"], "3d", Recipe3D)
-    with pytest.raises(ValueError, match=r"orientation needs a field .* without it: penalties.orientation=null"):
+    with pytest.raises(ValueError, match=r"orientation needs a field .* to leave it out: penalties.orientation=null"):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 
