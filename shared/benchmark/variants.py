@@ -24,9 +24,9 @@ class Variant:
 def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[str]) -> dict[str, Variant]:
     """Every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
 
-    grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they are; with one,
-    the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, or given twice, and
-    for more than `MOST` rows.
+    grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they
+    are; with one, the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, or
+    given twice, and for more than `MOST` rows.
     """
     axes = [_axis(item) for item in grid]
     keys = [key for key, _ in axes]
