@@ -1,4 +1,4 @@
-"""What the teacher is told of a view: the prompt with a word for the side that is seen."""
+"""The teacher's prompt for each view: the scene's prompt with words for the visible side."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ViewWords(Part):
     """Words for directions, and which direction a camera looks from (DreamFusion, section 3.2).
 
-    `place: noun` puts them right behind the first `<name>` of the prompt (behind the whole prompt where it names none),
-    where they bind to the thing; `end` behind the whole prompt; a prompt that says `{view}` has them there.
+    `place: noun` puts them right after the first `<name>` of the prompt (at the end if it has none), where they bind to
+    the thing; `end` puts them at the end; a prompt with `{view}` gets them there.
     """
 
     front: str = "front view"
@@ -32,14 +32,14 @@ class ViewWords(Part):
     back: str = "back view"
     overhead: str = "overhead view"
     place: Literal["noun", "end"] = "noun"
-    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 0
-    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 180
-    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation on
-    blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # this far on both sides of a border, embeddings are mixed
-    drop_subject: Share = 0.0  # how often a view from behind asks for the class alone: few pictures show the back
+    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 0
+    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 180
+    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation upwards
+    blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # within this angle of a border, embeddings are mixed
+    drop_subject: Share = 0.0  # how often a back view asks only for the class, because few pictures show the back
 
     def directions(self, cameras: Cameras) -> list[Direction]:
-        """Of each camera."""
+        """The direction of each camera."""
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
         return [self._direction(a, e) for a, e in zip(around, above, strict=True)]
@@ -78,7 +78,7 @@ class ViewWords(Part):
         return min(max((angle - border) / (2 * self.blend_deg) + 0.5, 0.0), 1.0)
 
     def said(self, prompt: str, direction: Direction | None) -> str:
-        """The prompt for a direction; for None without a word for it."""
+        """The prompt for a direction; for None, without words for it."""
         words = getattr(self, direction) if direction else ""
         if "{view}" in prompt:
             return _tidy(prompt.replace("{view}", words))
@@ -94,8 +94,8 @@ class ViewWords(Part):
 
 @dataclass(frozen=True)
 class Views:
-    """B views of one step: their cameras, and whether the subject's name is left out of each one's prompt. `blind`: the
-    model is not told the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
+    """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name. `blind`: the model does
+    not get the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
 
     cameras: Cameras
     nameless: tuple[bool, ...]
@@ -112,10 +112,10 @@ Mix = tuple[tuple[float, str], ...]
 
 @dataclass(frozen=True)
 class ScenePrompts:
-    """All that the teacher is asked about one asset. Texts name concepts as `<name>`.
+    """All prompts for one asset. Texts refer to concepts as `<name>`.
 
     class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ by more than
-    the word for the view
+    the words for the view
     """
 
     prompt: str
@@ -125,7 +125,7 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """The cameras of a step, with what is drawn for their prompts."""
+        """The cameras of a step, with the random choices for their prompts."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))
@@ -137,12 +137,12 @@ class ScenePrompts:
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:
-        """Every text that may be asked for."""
+        """Every text that may be used."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))
 
     def rows(self, kind: str, views: Views) -> list[Mix]:
-        """What a kind of conditioning is for each view: "prompt", "plain_prompt" (no word for the view), "negative",
+        """The texts of a kind of conditioning for each view: "prompt", "plain_prompt" (no words for the view), "negative",
         "null"."""
         if kind == "prompt":
             shares = self.words.shares(views.cameras)

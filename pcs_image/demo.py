@@ -1,4 +1,4 @@
-"""Pictures in the demo: the thing becomes a concept, new scenes, scores and a report."""
+"""Pictures in the demo: learns the thing as a concept and shows new scenes, scores and a report."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SCENES = 8
 
 
 def check(asked: Asked) -> None:
-    """ValueError for an unknown thing or recipe."""
+    """Raises ValueError for an unknown thing or recipe."""
     load(asked.recipe, _settings(asked))
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Learns the thing, measures it, and shows its pictures beside those of the base model."""
+    """Learns the thing, measures it, and shows its pictures next to those of the base model."""
     start, noun = time.perf_counter(), asked.thing.thing.class_name
     planned = plan(load(asked.recipe, _settings(asked)))
     runner = open_runner(ImageRunner, "toybox", [], "cpu")
@@ -47,7 +47,7 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     yield f"scenes       {sheet}"
     scores = [(score.title, score_line(score)) for score in report.scores]
     yield from (f"  {title:26} {line}" for title, line in scores)
-    text = f"Learned from the pictures above by {asked.recipe}, in scenes that none of them shows."
+    text = f"Learned from the pictures above with {asked.recipe}, in scenes that none of them shows."
     made = _first(report, asked, "concept")
     yield Exhibit("New pictures", sheet, text, scores, {"the report": page}, made)
 
@@ -71,7 +71,7 @@ def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
         {
             "references": references,
             "with the concept": _first(report, asked, "concept"),
-            f"base model, told only “{class_noun}”": _first(report, asked, "base"),
+            f"base model, prompted with “{class_noun}”": _first(report, asked, "base"),
         }
     ).save(path)
     return path

@@ -1,4 +1,4 @@
-"""Clips in the demo: a motion is learned from a few clips of other things, and the thing moves so."""
+"""Clips in the demo: learns a motion from a few clips of other things, and applies it to the thing."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SHOTS = 5  # frames in the overview
 
 
 def check(asked: Asked) -> None:
-    """ValueError for an unknown motion or recipe."""
+    """Raises ValueError for an unknown motion or recipe."""
     held_out_motion(asked.motion)
     load(asked.motion_recipe, _settings(asked), "video", VideoRecipe)
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Learns the motion and, where the thing was learned in pictures, shows it moving so."""
+    """Learns the motion and, if the thing was learned from pictures, shows it moving that way."""
     start = time.perf_counter()
     clips = write_motion(asked.motion, asked.out / "clips")
     yield f"clips        {len(clips)} clips of {asked.motion} in {asked.out / 'clips'}"

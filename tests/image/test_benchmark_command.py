@@ -1,4 +1,4 @@
-"""`pcs image benchmark` on the shipped toybox, with next to no training: cells, tables, going on, failing."""
+"""`pcs image benchmark` on the shipped toybox, with almost no training: cells, tables, resuming, failing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation, reports and comparisons, with drawn pictures in place of a diffusion model."""
+"""Evaluation, reports and comparisons, with drawn pictures instead of a diffusion model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Who:
     info = InstrumentInfo("hue of the thing", "which thing it is", True, {"identity": 0.96})
 
     def images(self, pixels: Tensor) -> Tensor:
-        """The mean colour of what differs from the top row."""
+        """The mean colour of the pixels that differ from the top row."""
         away = (pixels - pixels[:, :, :1].mean((2, 3), keepdim=True)).norm(dim=1, keepdim=True) > 0.7
         mean = (pixels * away).sum((2, 3)) / away.sum((2, 3)).clamp_min(1)
         return F.normalize(mean - mean.mean(1, keepdim=True), dim=1)
@@ -86,7 +86,7 @@ REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2),
 
 
 def _generate(subject: int, spoiled: Sequence[int] = ()):
-    """Pictures of a subject where the prompt says; for seeds in `spoiled` a copy of the first reference."""
+    """Pictures of a subject on the prompt's background; for seeds in `spoiled`, a copy of the first reference."""
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -140,7 +140,7 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     assert {p.seed for p in copied} == {23} and all("copies reference 1" in p.flags and p.failed for p in copied)
     assert report.value("copied") == pytest.approx(1 / 3)
     assert report.value("identity") == pytest.approx(2 / 3)
-    assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach; asked for was snow
+    assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach, but the prompt asks for snow
     wrong = next(p for p in made if p.prompt == 1 and p.seed == 23)
     assert "background: beach, asked for snow" in wrong.flags
     identity = report.score("identity")
@@ -196,7 +196,7 @@ def test_csv_holds_every_picture_and_prompt(report: Report, folder: Path) -> Non
 
 
 class _Page(HTMLParser):
-    """Checks the nesting, and collects pictures and anything that would load from elsewhere."""
+    """Checks the nesting, and collects pictures and anything that would be loaded from elsewhere."""
 
     VOID = frozenset({"meta", "img", "br", "link", "hr", "input"})
 

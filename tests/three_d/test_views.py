@@ -1,4 +1,4 @@
-"""Where a thing is looked at from, what is behind it, and what the teacher is told of that."""
+"""Cameras and backgrounds of views, and the teacher's prompts for them."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_backgrounds_and_shadings():
     assert later.draw(cameras, Moment(0, 10), generator(0, 0))[0] == "albedo"
     shading, light = later.draw(cameras, Moment(5, 10), generator(0, 0))
     assert shading == "lambertian" and light.shape == (3, 3)
-    with pytest.raises(ValueError, match="no proportions"):
+    with pytest.raises(ValueError, match="not valid proportions"):
         Shadings(ambient=0.0).draw(cameras, NOW, generator(0, 0))
 
 
-# --- what the teacher is told ----------------------------------------------------------------
+# --- the teacher's prompts -------------------------------------------------------------------
 
 
 def test_directions_and_their_words_next_to_the_noun():
@@ -175,7 +175,7 @@ def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
     weights = part.weights(prompts, views.cameras)
     assert weights[5].tolist() == [0.0, 0.0]
     assert float(weights[4, 1]) == pytest.approx(-(1.0 + 0.967), rel=1e-6), (
-        "behind, the front is kept away from the most"
+        "from behind, the front is the strongest negative"
     )
     assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
     assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]
