@@ -1,8 +1,8 @@
-# Two commands on a fresh machine: `make demo` (learn a thing, show it in pictures and in space, measure it) and `make test`.
+# Two commands for a fresh machine: `make demo` (learn a subject, show it in pictures and in 3D, measure it) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Torch's CPU build where pip is offered one; the exact versions are in constraints.txt.
+# Torch's CPU build if pip finds one; exact versions are in constraints.txt.
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test check golden install clean format
@@ -31,6 +31,6 @@ $(STAMP): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info
 
-# Six runs on tiny models: whether code that was only moved still gives the same bits.
+# Six runs on tiny models, to check that moved code still gives the same bits.
 golden: install
 	$(BIN)/python tests/golden.py

@@ -1,1 +1,1 @@
-"""3D assets of things that were learned from pictures, by score distillation."""
+"""3D assets of subjects learned from pictures, by score distillation."""

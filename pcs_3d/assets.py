@@ -29,17 +29,17 @@ from shared.train import checkpoint
 from shared.train.log import check_log
 from shared.types import Subject
 
-#: (field, folder, settings): writes the mesh of a field into a folder, and says what it is like.
+#: (field, folder, settings): writes a field's mesh into a folder and describes it.
 Export = Callable[[Any, Path, Any], Exported]
 ABOUT = "asset.json"
 _SIDES, _SECONDS = 8, 3.0
-_REFERENCES, _REFERENCE = 8, 96  # pictures of a subject on the page, and their pixels
-_TURN_FRAMES, _TURN_SIDE = 24, 128  # of the turn on a page
+_REFERENCES, _REFERENCE = 8, 96  # pictures of a subject on the page, and their side in pixels
+_TURN_FRAMES, _TURN_SIDE = 24, 128  # of the turntable on a page
 
 
 @dataclass(frozen=True)
 class AssetFiles:
-    """Where an asset goes, and the state of the run that makes it."""
+    """Where an asset and the state of its run are written."""
 
     out: Path
     overwrite: bool = False
@@ -50,7 +50,7 @@ class AssetFiles:
         return self.out.with_name(self.out.name + ".training")
 
     def check(self) -> bool:
-        """Whether the asset is finished already. ValueError when something that is there would have to give way."""
+        """Whether the asset is already finished. Raises ValueError if something existing would be overwritten."""
         anew = self.overwrite and not self.resume
         begun = not anew and checkpoint.load(self.workdir) is not None
         if self.resume and not begun and not self.overwrite and (self.out / ABOUT).is_file():
@@ -65,7 +65,7 @@ class AssetFiles:
             return False
         check_output(self.workdir, overwrite=True)
         if self.resume:
-            warnings.warn(f"{self.workdir} holds no interrupted run: this one starts at the beginning", stacklevel=2)
+            warnings.warn(f"{self.workdir} holds no interrupted run: starting from the beginning", stacklevel=2)
         return False
 
 
@@ -78,12 +78,12 @@ def create(
     export: Export = export_asset,
     plan: MemoryPlan | None = None,
 ) -> Asset:
-    """Make an asset and write it. Its folder appears whole; the state of the run goes when it is there.
+    """Make an asset and write it. Its folder appears only when complete; then the state of the run is deleted.
 
-    plan: where the recipe was made to fit into some memory; the asset says so.
+    plan: how the recipe was fitted into memory, if it was; recorded in the asset.
 
     Raises:
-        ValueError: what is asked for does not fit, or the field is empty: the state of the run stays
+        ValueError: prompt, concepts or recipe do not fit, or the field is empty; the state of the run is kept
     """
     asset = runner.create(recipe, files.workdir, subjects, resume=files.resume, progress=progress)
     if plan is not None:
@@ -101,7 +101,7 @@ def create(
 
 @torch.no_grad()
 def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
-    """Renders from eight sides, and a turntable; of the size that the asset was made at where nothing is said."""
+    """Writes renders from eight sides and a turntable; by default at the size the asset was made with."""
     side, frames = (None, 48) if how is None else (how.picture, how.frames)
     around = asset.views(turntable(_SIDES), side).pixels
     for i, picture in enumerate(around):
@@ -111,8 +111,8 @@ def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
 
 
 def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, bytes]]:
-    """What the model was taught, for people: previews of the loaded concepts, and the pictures of subjects that were
-    learned on the way."""
+    """What the model learned, for the page: previews of the loaded concepts, and the pictures of subjects learned in this
+    run."""
     previews = [(name, loaded.concept.preview) for name, loaded in runner.loaded.items()]
     out = [(f"concept {name}", path.read_bytes()) for name, path in previews if path is not None and path.is_file()]
     for name, subject in subjects.items():
@@ -123,13 +123,13 @@ def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, 
 
 @torch.no_grad()
 def write_turning(asset: Asset, path: Path) -> Path:
-    """One turn of an asset as an animated WebP, for pages."""
+    """Writes one turn of an asset as an animated WebP, for pages."""
     around = asset.views(turntable(_TURN_FRAMES), _TURN_SIDE).pixels
     return write_clip(path, (2 * around - 1).transpose(0, 1), _TURN_FRAMES / _SECONDS)
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:
-    """What it is, and what made it: everything that is needed to make it again."""
+    """The content of asset.json: what the asset is, and everything needed to make it again."""
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,

@@ -1,4 +1,4 @@
-"""What is behind a thing in a step."""
+"""Backgrounds of the views in a step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shared.config import Part
 
 
 class Backgrounds(Part):
-    """What is behind a thing in a step: one colour for each view.
+    """The background of each view in a step: one colour.
 
-    With the probability `random` it is any colour; else one of `colors`. What always stood on the same colour would be
-    learned as a wall of that colour around the thing.
+    With probability `random` it is any colour, else one of `colors`. If the background were always the same colour, the
+    field would grow a wall of that colour around the thing.
     """
 
     colors: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)
     random: Annotated[float, Field(ge=0, le=1)] = 0.5
-    same: bool = False  # for all views of a step
+    same: bool = False  # one colour for all views of a step
 
     def draw(self, count: int, channels: int, generator: Generator) -> Tensor:
-        """[B, K, 1, 1] in [0, 1]; fields in latent space (K other than 3) are shown on 0."""
+        """[B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) the background is 0."""
         rows = 1 if self.same else count
         chosen = torch.randint(len(self.colors), (rows,), generator=generator)
         any_color = torch.rand(rows, 3, generator=generator)

@@ -1,4 +1,4 @@
-"""From where a thing is looked at in a step."""
+"""Cameras of the views in a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"{list(value)}: the first must not be above the second")
+        raise ValueError(f"{list(value)}: the first must not be greater than the second")
     return value
 
 
@@ -28,34 +28,35 @@ Range = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 class CameraSampling(Part):
     """Random cameras around a thing of radius 1, as DreamFusion and threestudio draw them.
 
-    Half of the elevations are uniform in the angle, half on the sphere. Azimuths are stratified over the batch. Ranges
-    grow from the front view with `grown`, from 0 (one view) to 1 (all of them). With `ring` = n, each n views share all but
-    their azimuths, which are even around the thing (MVDream, https://arxiv.org/abs/2308.16512); without strata inside.
+    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch. Ranges
+    grow from the front view with `grown`, from 0 (only the front) to 1 (full ranges). With `ring` = n, each n views share
+    everything but their azimuths, which are evenly spaced around the thing (MVDream, https://arxiv.org/abs/2308.16512); only
+    rings are stratified, not the views in one.
     """
 
     azimuth_deg: Range = (-180.0, 180.0)
     elevation_deg: Range = (-10.0, 60.0)
     fov_deg: Range = (24.53, 24.53)
-    fill: Range = (0.75, 0.95)  # how much of the picture's side a thing of radius 1 takes; says the distance
-    distance: Range | None = None  # in radii; outranks `fill`
-    roll_deg: NotNegative = 0.0  # spread
-    look_at: NotNegative = 0.0  # spread of what is in the middle, in radii
-    jitter: NotNegative = 0.0  # of the camera's place: uniform in ± this, in radii
+    fill: Range = (0.75, 0.95)  # how much of the view's side a thing of radius 1 covers; determines the distance
+    distance: Range | None = None  # in radii; overrides `fill`
+    roll_deg: NotNegative = 0.0  # standard deviation
+    look_at: NotNegative = 0.0  # standard deviation of the point looked at, in radii
+    jitter: NotNegative = 0.0  # shift of the camera's position: uniform in ± this, in radii
     grown: Schedule = 1.0
     ring: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
     def _sees(self) -> CameraSampling:
         if not 0 < self.fov_deg[0] <= self.fov_deg[1] < 180:
-            raise ValueError(f"fov_deg = {list(self.fov_deg)} must lie between 0 and 180")
+            raise ValueError(f"fov_deg = {list(self.fov_deg)} must be between 0 and 180")
         if not -90 <= self.elevation_deg[0] <= self.elevation_deg[1] <= 90:
-            raise ValueError(f"elevation_deg = {list(self.elevation_deg)} must lie in -90 to 90")
+            raise ValueError(f"elevation_deg = {list(self.elevation_deg)} must be in -90 to 90")
         if self.fill[0] <= 0 or (self.distance is not None and self.distance[0] <= 0):
             raise ValueError("fill and distance must be above 0")
         return self
 
     def sample(self, count: int, moment: Moment, generator: Generator) -> Cameras:
-        """`count` cameras. ValueError where it is no multiple of `ring`."""
+        """`count` cameras. Raises ValueError unless it is a multiple of `ring`."""
         if count % self.ring:
             raise ValueError(f"train.batch_size = {count} must be a multiple of cameras.ring = {self.ring}")
         groups, size = count // self.ring, moment.of(self.grown)

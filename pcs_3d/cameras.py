@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DISTANCE, FOV_DEG = 5.0, 24.53
-"""Of the toybox: a thing of radius 1 fills 92 % of the picture."""
+"""The toybox's: a thing of radius 1 fills 92 % of the picture."""
 
 
 @dataclass(frozen=True)
 class Cameras:
     """B pinhole cameras around the origin, each [B], float32.
 
-    The world has x forward (the front of a thing), y to its left and z up. Azimuth 0 looks at the front, 90 at the thing's
+    In the world, x is forward (the thing's front), y its left and z up. Azimuth 0 looks at the front, 90 at the thing's
     left; elevation 90 looks from above. `roll_deg` turns the picture clockwise; `fov_deg` is the angle of the whole side.
-    `centre` [B, 3]: what is in the middle of the picture; the camera is `distance` away from it.
+    `centre` [B, 3]: the point in the middle of the picture; the camera is `distance` away from it.
     """
 
     azimuth_deg: Tensor
@@ -38,7 +38,7 @@ class Cameras:
         roll_deg: Tensor | float = 0.0,
         centre: Tensor | None = None,
     ) -> Cameras:
-        """Cameras from azimuths; what is given as one number holds for all. ValueError for cameras that see nothing."""
+        """Cameras from azimuths; a single number applies to all. Raises ValueError as `check` does."""
         azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1)
 
         def each(value: Tensor | list[float] | float) -> Tensor:
@@ -52,11 +52,11 @@ class Cameras:
         return made
 
     def check(self) -> None:
-        """ValueError for angles that are not numbers, a distance of 0 or less, a field of view outside of (0, 180)."""
+        """Raises ValueError for values that are not finite, a distance of 0 or less, a field of view outside (0, 180)."""
         if not all(bool(value.isfinite().all()) for value in vars(self).values()):
             raise ValueError("cameras: an angle or a length is not a finite number")
         if bool((self.distance <= 0).any()):
-            raise ValueError(f"cameras: distances must be above 0, and one is {float(self.distance.min()):g}")
+            raise ValueError(f"cameras: distances must be above 0, but one is {float(self.distance.min()):g}")
         if bool(((self.fov_deg <= 0) | (self.fov_deg >= 180)).any()):
             raise ValueError("cameras: fields of view must be between 0 and 180 degrees")
 
@@ -77,28 +77,28 @@ class Cameras:
 
     @property
     def axes(self) -> Tensor:
-        """[B, 3, 3]: the rows are the picture's right, its up, and the direction from the thing toward the camera."""
+        """[B, 3, 3]: the rows are the picture's right, its up, and the direction from the thing to the camera."""
         azimuth, elevation, roll = (torch.deg2rad(a) for a in (self.azimuth_deg, self.elevation_deg, self.roll_deg))
         zero = torch.zeros_like(azimuth)
         right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
         toward = torch.stack([elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], -1)
-        up = torch.cross(toward, right, dim=-1)  # without dim, three cameras are crossed along the wrong one
+        up = torch.cross(toward, right, dim=-1)  # without dim, three cameras would be crossed along the wrong axis
         cos, sin = roll.cos()[:, None], roll.sin()[:, None]
         return torch.stack([right * cos + up * sin, up * cos - right * sin, toward], 1)
 
     @property
     def positions(self) -> Tensor:
-        """[B, 3]: where the cameras are."""
+        """[B, 3]: positions of the cameras."""
         return self.centre + self.distance[:, None] * self.axes[:, 2]
 
     @property
     def focal(self) -> Tensor:
-        """[B]: of a picture that reaches from -1 to 1."""
+        """[B]: focal lengths, for a picture from -1 to 1."""
         return 1 / torch.tan(torch.deg2rad(self.fov_deg) / 2)
 
     def rays(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Origins and unit directions [B, H, W, 3] of the rays through the middles of pixels; the shorter side has the field
-        of view."""
+        """Origins and unit directions [B, H, W, 3] of the rays through pixel centres; the field of view spans the shorter
+        side."""
         device, shorter = self.distance.device, min(height, width)
         rows = (torch.arange(height, device=device) + 0.5 - height / 2) * (-2 / shorter)
         columns = (torch.arange(width, device=device) + 0.5 - width / 2) * (2 / shorter)
@@ -110,8 +110,8 @@ class Cameras:
         return origins, F.normalize(directions, dim=-1)
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Points [N, 3] or [B, N, 3] -> places [B, N, 2] in the picture (x right, y up, -1 to 1 along the shorter side) and
-        depths [B, N] along the camera's axis; of points behind a camera the depth is 0 or less."""
+        """Points [N, 3] or [B, N, 3] -> positions [B, N, 2] in the picture (x right, y up, -1 to 1 along the shorter side) and
+        depths [B, N] along the camera's axis; points behind a camera have a depth of 0 or less."""
         moved = points - self.positions[:, None]
         local = torch.einsum("bnj,bij->bni", moved, self.axes)
         depth = -local[..., 2]
@@ -119,12 +119,12 @@ class Cameras:
         return local[..., :2] * self.focal[:, None, None] / safe[..., None], depth
 
     def turned(self, by_deg: float) -> Cameras:
-        """The same cameras, so many degrees further around."""
+        """The same cameras, turned around the thing by this many degrees."""
         return replace(self, azimuth_deg=self.azimuth_deg + by_deg)
 
 
 def turntable(count: int, elevation_deg: float = 15.0) -> Cameras:
-    """So many cameras once around the thing, the first at its front."""
+    """`count` cameras once around the thing, the first at its front."""
     return Cameras.of([360 * i / count for i in range(count)], elevation_deg)
 
 
@@ -134,5 +134,5 @@ def wrapped_deg(angle: Tensor) -> Tensor:
 
 
 def look_at_distance(fov_deg: float, fill: float = 0.92) -> float:
-    """How far a camera must be for a thing of radius 1 to fill so much of the picture's side."""
+    """The distance at which a thing of radius 1 fills the share `fill` of the picture's side."""
     return 1 / (fill * math.tan(math.radians(fov_deg) / 2))

@@ -29,12 +29,12 @@ from shared.toybox.reference_sets import shown_in
 
 
 def check(asked: Asked) -> None:
-    """ValueError for an unknown recipe, one that needs more than a prompt and a concept, a model or a concept that does not
-    fit, and where a package that assets need is not installed."""
+    """Raises ValueError for an unknown recipe, one that needs more than a prompt and a concept, a model or concept that does
+    not fit, or a missing package that assets need."""
     check_installed()
     recipe = _recipe(asked, f"<{asked.name}>")
     if recipe.export is None:
-        raise ValueError("export = null leaves no mesh to judge")
+        raise ValueError("export = null: there would be no mesh to evaluate")
     _opened(asked, recipe, [asked.concept]).check(recipe, {})
 
 
@@ -66,12 +66,12 @@ def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D
     precision = recipe.train.mixed_precision
     runner = open_runner(Runner3D, asked.backbone, concepts, asked.device, precision, asked.download)
     if runner.backbone.frames is not None:
-        raise ValueError(f"{runner.backbone.name} makes clips, and assets are made by models of pictures")
+        raise ValueError(f"{runner.backbone.name} makes clips; assets need an image model")
     return runner
 
 
 def _asset(runner: Runner3D, recipe: Recipe3D, out: Path, bars: Bars) -> tuple[Tensor, Path]:
-    """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turn."""
+    """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turntable."""
     files = AssetFiles(out)
     with bars.bar() as progress:
         asset = create(runner, recipe, files, progress=progress)
@@ -82,7 +82,7 @@ def _asset(runner: Runner3D, recipe: Recipe3D, out: Path, bars: Bars) -> tuple[T
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """True renders that set the bar, and others; None of a thing that the toybox does not know."""
+    """True renders that set the bar for verification, and others; None for a thing that is not in the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

@@ -1,4 +1,4 @@
-"""The libraries that assets need and pictures do not."""
+"""Libraries that assets need and pictures do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "tr
 
 
 def check_installed() -> None:
-    """ValueError that names those that are missing."""
+    """Raises ValueError naming the missing ones."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(f"assets need {', '.join(missing)}: pip install 'personalization-suite[3d]'")

@@ -1,4 +1,4 @@
-"""What a recipe of assets says: how renders are guided, what is optimised and how it is drawn."""
+"""The recipe of an asset: how renders are guided, what is optimised and how it is drawn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ _FIELDS = {part.model_fields["kind"].default: part for part in get_args(get_args
 
 
 class Recipe3D(DistillRecipe):
-    """The resolved, typed description of how an asset is made. Where no `renderer.kind` is said, it is the one that draws the
-    field."""
+    """The resolved, typed description of how an asset is made. `renderer.kind` defaults to the one that draws the field."""
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()
-    export: ExportSettings | None = ExportSettings()  # None: renders and a turntable, and no mesh
+    export: ExportSettings | None = ExportSettings()  # None: only renders and a turntable, no mesh
 
     @model_validator(mode="before")
     @classmethod
@@ -41,7 +40,5 @@ class Recipe3D(DistillRecipe):
                 f"renderer.kind = {self.renderer.kind}: a field of kind {self.field.kind} is drawn by {self.field.drawn_by}"
             )
         if self.guidance.space == "latents" and self.export is not None:
-            raise ValueError(
-                "guidance.space = latents: the field has no colours that files could hold: set export=null"
-            )
+            raise ValueError("guidance.space = latents: the field has no colours to write to files: set export=null")
         return self

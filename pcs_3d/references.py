@@ -1,4 +1,4 @@
-"""Pictures of a thing that come with their cameras: the subject's own, or those that an earlier phase has made."""
+"""Pictures with known cameras: the subject's own, or views made by an earlier phase."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from shared.types import Subject
 
 
 class References(KindPart):
-    """The cameras of the subject's pictures, in the order of their names. Azimuth 0 shows the front, 90 the thing's left.
+    """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the thing's left.
 
-    elevation_deg: one for all, or one each; fill: how much of a picture's side a thing of radius 1 takes.
+    elevation_deg: one for all, or one each; fill: how much of a picture's side a thing of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
@@ -34,10 +34,10 @@ class References(KindPart):
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
 
     def cameras(self) -> Cameras:
-        """One for each picture. ValueError where there are not as many elevations as azimuths."""
+        """One for each picture. Raises ValueError unless there are as many elevations as azimuths."""
         if isinstance(self.elevation_deg, tuple) and len(self.elevation_deg) != len(self.azimuth_deg):
             raise ValueError(
-                f"references: {len(self.azimuth_deg)} azimuths and {len(self.elevation_deg)} elevations: give one of each "
+                f"references: {len(self.azimuth_deg)} azimuths but {len(self.elevation_deg)} elevations: give one of each "
                 "for every picture, or one elevation for all"
             )
         elevations = list(self.elevation_deg) if isinstance(self.elevation_deg, tuple) else self.elevation_deg
@@ -45,19 +45,19 @@ class References(KindPart):
         return Cameras.of(list(self.azimuth_deg), elevations, distance, self.fov_deg)
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Sequence[str]) -> None:
-        """ValueError unless there is one subject with as many pictures, and with `masks` a mask for each."""
+        """Raises ValueError unless there is one subject with as many pictures, and if `masks`, a mask for each."""
         subject = _only(subjects)
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
-                f"references.azimuth_deg: {len(self.azimuth_deg)} for {len(subject.images)} pictures; in the order of their "
-                f"names they are {', '.join(p.name for p in subject.images)}"
+                f"references.azimuth_deg: {len(self.azimuth_deg)} azimuths for {len(subject.images)} pictures; give one for "
+                f"each, in this order: {', '.join(p.name for p in subject.images)}"
             )
         if masks and (bare := [p.name for p in subject.images if p not in subject.masks]):
-            raise ValueError(f"a penalty needs masks of all pictures, and there are none of {', '.join(bare)}")
+            raise ValueError(f"a penalty needs masks for all pictures, and these have none: {', '.join(bare)}")
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The pictures, side×side pixels, with their cameras. ValueError as `check` has it."""
+        """The pictures, side×side pixels, with their cameras. Raises ValueError as `check` does."""
         self.check(subjects, False, ())
         subject = _only(subjects)
         masks = reference_masks(subject, side)
@@ -66,10 +66,10 @@ class References(KindPart):
 
 
 class PhaseViews(KindPart):
-    """The views that the phase called `phase` has made (`task.kind=pseudo_views`), which know their cameras.
+    """The views made by the phase called `phase` (`task.kind=pseudo_views`), with their cameras.
 
-    foreground: by how much, of 1, a channel must differ from the colour of a view's border for a pixel to show the thing: a
-    mask for prompts that ask for a plain place; None: there are no masks.
+    foreground: a pixel shows the thing if a channel differs from the colour of the view's border by more than this, in [0, 1];
+    a mask for prompts with a plain background. None: no masks.
     """
 
     kind: Literal["phase"] = "phase"
@@ -77,16 +77,16 @@ class PhaseViews(KindPart):
     foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Sequence[str]) -> None:
-        """ValueError where it is none of the `earlier` phases that make views, or `masks` are needed: views have none."""
+        """Raises ValueError if it is not among the `earlier` phases that make views, or if `masks` are needed."""
         if self.phase not in earlier:
             raise ValueError(f"references.phase: {unknown(self.phase, earlier, 'earlier phase that makes views')}")
         if masks:
             raise ValueError(
-                f"a penalty needs masks of all pictures, and the views of the phase {self.phase} have none"
+                f"a penalty needs masks for all pictures, and the views of the phase {self.phase} have none"
             )
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The views, side×side pixels, with their cameras. ValueError where they cannot be read."""
+        """The views, side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
         folder = folders[self.phase]
         kept = read_kept(folder)
         pixels = torch.stack([(read_picture(folder / entry["file"], min_side=1).pixels + 1) / 2 for entry in kept])
@@ -103,12 +103,12 @@ KnownViews = Annotated[References | PhaseViews, Field(discriminator="kind"), def
 
 def _only(subjects: Mapping[str, Subject]) -> Subject:
     if len(subjects) != 1:
-        raise ValueError(f"references are of one subject, and there are {len(subjects)}: give subject.images")
+        raise ValueError(f"references need exactly one subject, and there are {len(subjects)}: give subject.images")
     (subject,) = subjects.values()
     return subject
 
 
 def _foreground(pixels: Tensor, least: float) -> Tensor:
-    """[B, 1, H, W]: where pictures [B, 3, H, W] differ from the colour of their border; less along the outline."""
+    """[B, 1, H, W]: where pictures [B, 3, H, W] differ from the colour of their border; soft along the silhouette."""
     differs = (pixels - border_color(pixels)).abs().amax(1, keepdim=True) > least
     return F.avg_pool2d(differs.float(), 3, 1, 1)

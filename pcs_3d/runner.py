@@ -1,4 +1,4 @@
-"""The public face of `pcs_3d`: create an asset. Command line and Python are doors to this."""
+"""The public interface of `pcs_3d`: create an asset. The command line and Python code both use it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = ["Asset", "Runner3D", "attached"]
 
 @dataclass(frozen=True)
 class Asset:
-    """A finished field, and how it came about. costs: time and memory (`TrainingRun.costs`)."""
+    """A finished field and its provenance. costs: time and memory (`TrainingRun.costs`)."""
 
     field: Field
     recipe: DistillRecipe  # of the phase that finished it
     costs: Mapping[str, Any]
     decode: Callable[[Tensor], Tensor]  # latents to pixels in [0, 1], for fields of latents
-    side: int  # pixels, or latent cells, of the views that it was made of
+    side: int  # pixels, or latent cells, of the training views
 
     def views(self, cameras: Cameras, side: int | None = None) -> Rendering:
         """Renders on white: pixels [B, 3, H, W] in [0, 1], on the CPU."""
@@ -48,7 +48,7 @@ class Asset:
 
 
 class Runner3D(Runner):
-    """One backbone and the concepts attached to it; what it makes are fields in space."""
+    """One backbone and the concepts attached to it; makes fields in space."""
 
     tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews}
 
@@ -62,22 +62,22 @@ class Runner3D(Runner):
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> Asset:
-        """Make what `recipe.prompt` says, with the loaded concepts.
+        """Make what `recipe.prompt` describes, with the loaded concepts.
 
         Args:
             workdir: training state, logs and sample renders
-            subjects: name -> pictures, for recipes that learn a thing on the way; nothing of them stays attached
-            resume: go on from the newest checkpoint in `workdir`
+            subjects: name -> pictures, for recipes that also learn a subject; nothing of it stays attached
+            resume: continue from the newest checkpoint in `workdir`
 
         Raises:
             ValueError: prompt, concepts or recipe do not fit
-            NotFinite, Interrupted: after the last good state was saved
+            NotFinite, Interrupted: after saving the last good state
         """
         subjects = subjects or {}
         self.check(recipe, subjects)
         last = next((p for _, p in reversed(list(expand_phases(recipe))) if isinstance(p.task, DistillTask)), None)
         if last is None:
-            raise ValueError("no phase of the recipe makes an asset: one must say task: distill")
+            raise ValueError("no phase of the recipe makes an asset: give one of them task: distill")
         current = _Current(self)
         run = self._training(
             recipe,
@@ -106,8 +106,8 @@ class Runner3D(Runner):
         memory: int,
         sides_fixed: bool = False,
     ) -> MemoryPlan:
-        """The recipe so that making an asset with it stays within so many bytes (`plan_memory`): of the device, or on a CPU of
-        the process. ValueError where nothing does, naming the least that would; and as `create`."""
+        """The recipe changed so that making the asset fits into this many bytes (`plan_memory`), of the GPU or, on a CPU, of
+        the process. Raises ValueError with the least that would do if nothing fits; and as `create` does."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -126,9 +126,9 @@ class Runner3D(Runner):
         return Asset(field.to(self.backbone.device), recipe, run.costs, decoder(self.backbone), side)
 
     def check(self, recipe: DistillRecipe, subjects: Mapping[str, Subject]) -> None:
-        """ValueError for a prompt that is empty, too long, does not name a loaded subject, or names what is not there; for
-        fields that cannot follow one another or start as they are to; and for pictures to compare with that do not fit
-        their cameras."""
+        """Raises ValueError for a prompt that is empty, too long, leaves out a loaded subject or names an unknown one; for
+        fields that cannot follow one another or cannot start as set; and for reference pictures that do not fit their
+        cameras."""
         check_fields(recipe)
         learned, views = list(subjects), list[str]()
         for name, phase in expand_phases(recipe):
@@ -137,7 +137,7 @@ class Runner3D(Runner):
             if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
             if not phase.prompt.strip():
-                raise ValueError('prompt is empty: say what is to be made, prompt="a photo of a <my-mug>"')
+                raise ValueError('prompt is empty: describe what to make, prompt="a photo of a <my-mug>"')
             if phase.references is not None and isinstance(phase.task, DistillTask):
                 masks = any(p.needs_masks for p in phase.penalties.values())
                 phase.references.check(subjects, masks, views)
@@ -149,12 +149,12 @@ class Runner3D(Runner):
                 if region is not None:
                     region.check()
                 for text in scene_prompts(phase, self.class_nouns, region).all_texts():
-                    if not set(names_in(text)) & set(learned):  # those are no words yet
+                    if not set(names_in(text)) & set(learned):  # learned names have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
 
 
 class _Current:
-    """The task of the phase under way, for pictures of it."""
+    """The current phase's task, for previews."""
 
     def __init__(self, runner: Runner3D) -> None:
         self.build_task, self.task = runner.tasks[DistillTask], None
@@ -164,7 +164,7 @@ class _Current:
         return self.task
 
     def preview(self, of_pictures: Any) -> Any:
-        """Four sides of the field as it is; in other phases pictures, as always."""
+        """Previews four sides of the current field; in other phases, the usual pictures."""
 
         def preview(phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]:
             if self.task is None or self.task.context.name != phase:

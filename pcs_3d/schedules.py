@@ -16,21 +16,21 @@ def _check(schedule: Number | tuple[Number, ...]) -> Number | tuple[Number, ...]
         return schedule
     if len(schedule) < 4 or len(schedule) % 2:
         raise ValueError(
-            f"{list(schedule)} is no schedule: write one number, [from, value, value, to], or further pairs of a value and "
-            "when it is reached"
+            f"{list(schedule)} is not a schedule: write one number, or [from, value, value, to], and optionally more pairs "
+            "of a value and when it is reached"
         )
     for kind in (int, float):
         places = [p for p in _places(schedule) if type(p) is kind]
         if places != sorted(places):
-            raise ValueError(f"{list(schedule)} is no schedule: what comes later must be written later")
+            raise ValueError(f"{list(schedule)} is not a schedule: times must increase")
     if any(p < 0 or (isinstance(p, float) and p > 1) for p in _places(schedule)):
-        raise ValueError(f"{list(schedule)} is no schedule: times are steps, or shares of the run from 0.0 to 1.0")
+        raise ValueError(f"{list(schedule)} is not a schedule: times are steps, or shares of the run from 0.0 to 1.0")
     return schedule
 
 
-#: One number throughout; or `[from, a, b, to]`: a until `from`, b after `to`, a straight line between them; further pairs
-#: `c, then` go on in the same way. Times are steps where they are whole numbers, and shares of the run where they have a
-#: point: `[0.0, 0.98, 0.5, 0.5]` falls over the first half.
+#: One number throughout; or `[from, a, b, to]`: a until `from`, b after `to`, linear between them; more pairs `c, then`
+#: continue in the same way. Times are steps if they are integers, and shares of the run if they have a decimal point:
+#: `[0.0, 0.98, 0.5, 0.5]` falls over the first half.
 Schedule = Annotated[Number | tuple[Number, ...], AfterValidator(_check)]
 
 
@@ -57,7 +57,7 @@ class Moment:
 
     @property
     def share(self) -> float:
-        """How much of the run is behind, in [0, 1]."""
+        """The share of the run that is done, in [0, 1]."""
         return min(1.0, self.step / max(1, self.steps))
 
 

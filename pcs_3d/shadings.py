@@ -1,4 +1,4 @@
-"""How a thing is lit in a step."""
+"""Lighting of the views in a step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from shared.config import Part
 
 
 class Shadings(Part):
-    """How a thing is lit in a step: with what probability it is Lambertian, and without its colours (DreamFusion, section
-    3.2); else as it is. The light is near the camera."""
+    """Probabilities of the shadings in a step: Lambertian, Lambertian without colours (textureless), or unlit (ambient;
+    DreamFusion, section 3.2). The light is near the camera."""
 
     lambertian: Schedule = 0.0
     textureless: Schedule = 0.0
-    ambient: Schedule = 1.0  # relative; with the two above, probabilities are in these proportions
-    spread: Annotated[float, Field(ge=0)] = 1.0  # of the light around the camera, in radii
+    ambient: Schedule = 1.0  # relative: the probabilities of the three are in these proportions
+    spread: Annotated[float, Field(ge=0)] = 1.0  # std of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
-        """One shading for all views, and a light [B, 3] for each. ValueError where all are impossible."""
+        """One shading for all views, and a light [B, 3] for each. Raises ValueError if all are 0 or one is negative."""
         parts = torch.tensor([moment.of(s) for s in (self.ambient, self.lambertian, self.textureless)])
         if bool((parts < 0).any()) or float(parts.sum()) <= 0:
-            raise ValueError(f"shading: {parts.tolist()} are no proportions of ambient, lambertian and textureless")
+            raise ValueError(
+                f"shading: {parts.tolist()} are not valid proportions of ambient, lambertian and textureless: give numbers of "
+                "at least 0, and one above 0"
+            )
         chosen = int(torch.multinomial(parts, 1, generator=generator))
         light = cameras.positions + self.spread * torch.randn(len(cameras), 3, generator=generator)
         kinds: tuple[Shading, ...] = ("albedo", "lambertian", "textureless")

@@ -1,4 +1,4 @@
-"""What the teacher is told of a view: the prompt with a word for the side that is seen."""
+"""The teacher's prompt for each view: the scene's prompt with words for the visible side."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ViewWords(Part):
     """Words for directions, and which direction a camera looks from (DreamFusion, section 3.2).
 
-    `place: noun` puts them right behind the first `<name>` of the prompt (behind the whole prompt where it names none),
-    where they bind to the thing; `end` behind the whole prompt; a prompt that says `{view}` has them there.
+    `place: noun` puts them right after the first `<name>` of the prompt (at the end if it has none), where they bind to
+    the thing; `end` puts them at the end; a prompt with `{view}` gets them there.
     """
 
     front: str = "front view"
@@ -32,13 +32,14 @@ class ViewWords(Part):
     back: str = "back view"
     overhead: str = "overhead view"
     place: Literal["noun", "end"] = "noun"
-    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 0
-    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this far from azimuth 180
-    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation on
-    drop_subject: Share = 0.0  # how often a view from behind asks for the class alone: few pictures show the back
+    front_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 0
+    back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 180
+    overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation upwards
+    blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # within this angle of a border, embeddings are mixed
+    drop_subject: Share = 0.0  # how often a back view asks only for the class, because few pictures show the back
 
     def directions(self, cameras: Cameras) -> list[Direction]:
-        """Of each camera."""
+        """The direction of each camera."""
         around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
         above = cameras.elevation_deg.tolist()
         return [self._direction(a, e) for a, e in zip(around, above, strict=True)]
@@ -50,8 +51,34 @@ class ViewWords(Part):
             return "front"
         return "back" if around >= 180 - self.back_deg else "side"
 
+    def shares(self, cameras: Cameras) -> list[dict[Direction, float]]:
+        """How much each direction counts for each camera; the shares of a camera sum to 1, and those of 0 are left out.
+
+        DreamFusion's weighted combination of text embeddings (section 3.2): within `blend_deg` of a border the share
+        changes linearly, elsewhere the nearest direction has all of it.
+        """
+        around = wrapped_deg(cameras.azimuth_deg).abs().tolist()
+        above = cameras.elevation_deg.tolist()
+        return [self._shares(a, e) for a, e in zip(around, above, strict=True)]
+
+    def _shares(self, around: float, above: float) -> dict[Direction, float]:
+        overhead = self._past(above, self.overhead_deg)
+        front = self._past(self.front_deg, around)
+        back = (1 - front) * self._past(around, 180 - self.back_deg)
+        level: dict[Direction, float] = {"front": front, "side": 1 - front - back, "back": back}
+        found: dict[Direction, float] = {d: (1 - overhead) * share for d, share in level.items()} | {
+            "overhead": overhead
+        }
+        return {d: share for d, share in found.items() if share > 1e-6}
+
+    def _past(self, angle: float, border: float) -> float:
+        """How far an angle is past a border: 0 before it, 1 behind it, linear within `blend_deg` of it."""
+        if self.blend_deg == 0:
+            return float(angle >= border)
+        return min(max((angle - border) / (2 * self.blend_deg) + 0.5, 0.0), 1.0)
+
     def said(self, prompt: str, direction: Direction | None) -> str:
-        """The prompt for a direction; for None without a word for it."""
+        """The prompt for a direction; for None, without words for it."""
         words = getattr(self, direction) if direction else ""
         if "{view}" in prompt:
             return _tidy(prompt.replace("{view}", words))
@@ -67,8 +94,8 @@ class ViewWords(Part):
 
 @dataclass(frozen=True)
 class Views:
-    """B views of one step: their cameras, and whether the subject's name is left out of each one's prompt. `blind`: the
-    model is not told the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
+    """B views of one step: their cameras, and whether each one's prompt leaves out the subject's name. `blind`: the model does
+    not get the cameras. `regions`: how much of each cell shows a region, [B, 1, h, w] in [0, 1], by name."""
 
     cameras: Cameras
     nameless: tuple[bool, ...]
@@ -85,10 +112,10 @@ Mix = tuple[tuple[float, str], ...]
 
 @dataclass(frozen=True)
 class ScenePrompts:
-    """All that the teacher is asked about one asset. Texts name concepts as `<name>`.
+    """All prompts for one asset. Texts refer to concepts as `<name>`.
 
     class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ by more than
-    the word for the view
+    the words for the view
     """
 
     prompt: str
@@ -98,7 +125,7 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """The cameras of a step, with what is drawn for their prompts."""
+        """The cameras of a step, with the random choices for their prompts."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))
@@ -110,16 +137,19 @@ class ScenePrompts:
         return without(said, self.class_nouns or {}) if nameless else said
 
     def all_texts(self) -> list[str]:
-        """Every text that may be asked for."""
+        """Every text that may be used."""
         texts = [self.text(d) for d in (None, *DIRECTIONS)] + [self.negative, ""]
         return list(dict.fromkeys(texts))
 
     def rows(self, kind: str, views: Views) -> list[Mix]:
-        """What a kind of conditioning is for each view: "prompt", "plain_prompt" (no word for the view), "negative",
+        """The texts of a kind of conditioning for each view: "prompt", "plain_prompt" (no words for the view), "negative",
         "null"."""
         if kind == "prompt":
-            directions = self.words.directions(views.cameras)
-            return [((1.0, self.text(d, n)),) for d, n in zip(directions, views.nameless, strict=True)]
+            shares = self.words.shares(views.cameras)
+            return [
+                tuple((share, self.text(d, nameless)) for d, share in of.items())
+                for of, nameless in zip(shares, views.nameless, strict=True)
+            ]
         texts = {"plain_prompt": self.text(None), "negative": self.negative, "null": ""}
         return [((1.0, texts[kind]),)] * len(views)
 

@@ -1,1 +1,1 @@
-"""Personalized pictures: learn a thing from a few photos, show it in new scenes, measure how well."""
+"""Personalized pictures: learn a subject from a few photos, show it in new scenes, measure how well."""

@@ -15,19 +15,19 @@ from shared.runner.open_runner import open_runner
 
 
 def check(asked: Asked) -> None:
-    """ValueError for a model that makes no pictures, and a concept that does not fit it."""
+    """Raises ValueError for a model that does not make pictures, or a concept that does not fit it."""
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """The standard prompts, painted with every seed."""
+    """Pictures of the standard prompts, with every seed."""
     return shots_of(_opened(asked), asked.inside("pictures"), bars, _write)
 
 
 def _opened(asked: Asked) -> ImageRunner:
     runner = open_runner(ImageRunner, asked.backbone, [asked.concept], asked.device, "auto", asked.download)
     if runner.backbone.frames is not None:
-        raise ValueError(f"{runner.backbone.name} makes clips, and no pictures")
+        raise ValueError(f"{runner.backbone.name} makes clips, not pictures")
     return runner
 
 

@@ -21,7 +21,7 @@ class PictureFolder:
 
     path: Path
     overwrite: bool = False
-    with_grid: bool = False  # all of them on one sheet, too
+    with_grid: bool = False  # also writes all of them as one grid
 
 
 def generate(
@@ -33,7 +33,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """A picture of each prompt with each seed: one PNG each, with all that made it inside."""
+    """Writes a picture of each prompt with each seed: one PNG each, whose metadata can reproduce it."""
     check_output(out.path, out.overwrite)
     settings = runner.with_own_strengths(settings)
     shots = [(p, s) for p in prompts for s in seeds]

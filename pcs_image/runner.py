@@ -1,4 +1,4 @@
-"""The public face of `pcs_image`: personalize, generate, evaluate. Command line, Python and web page are doors to this."""
+"""The public interface of `pcs_image`: personalize, generate, evaluate. The command line and Python code both use it."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ __all__ = ["ImageRunner", "attached"]
 
 
 class ImageRunner(Runner):
-    """One backbone and the concepts attached to it; what it makes are pictures [N, 3, H, W] in [-1, 1]."""
+    """One backbone and the concepts attached to it; makes pictures [N, 3, H, W] in [-1, 1]."""

@@ -1,1 +1,1 @@
-"""Clips: subject and motion, learned from pictures and clips, in new clips."""
+"""Personalized clips: learn subjects and motions from pictures and clips, show them in new clips."""

@@ -26,7 +26,7 @@ class ClipFiles:
     path: Path
     fps: float = 8.0
     kind: str = "mp4"  # of the files in a folder: a key of `ENDINGS`
-    with_sheet: bool = False  # a row of frames for each clip, too
+    with_sheet: bool = False  # also writes a row of frames for each clip
     overwrite: bool = False
 
     @property
@@ -34,22 +34,23 @@ class ClipFiles:
         return self.path.suffix != ""
 
     def check(self, clips: int, read: Sequence[Path] = ()) -> None:
-        """ValueError where so many clips do not go there, or what is there would be lost; `read`: what is needed."""
+        """Raises ValueError if this many clips cannot go there, or an existing output or one of the inputs `read` would be
+        overwritten."""
         if self.kind not in ENDINGS:
             raise ValueError(f"--format: {unknown(self.kind, ENDINGS, 'format')}")
         if self.one_file and self.path.suffix.lower() not in ENDINGS.values():
             raise ValueError(
-                f"{self.path}: a clip is written as .mp4, .gif or .webp; several, or frames, into a folder"
+                f"{self.path}: one clip can be written as .mp4, .gif or .webp; several clips, or frames, need a folder"
             )
         if self.one_file and clips > 1:
-            raise ValueError(f"{self.path} is one file, and {clips} clips are asked for: give a folder, --out clips/")
+            raise ValueError(f"{self.path} is one file, but there will be {clips} clips: give a folder, --out clips/")
         if self.one_file:
             check_apart(check_file(self.path, self.overwrite), read)
         else:
             check_output(self.path, self.overwrite, read)
 
     def sheet(self) -> Path:
-        """Where the contact sheet goes."""
+        """Path of the contact sheet."""
         return self.path.with_name(f"{self.path.stem}-sheet.png") if self.one_file else self.path / "sheet.png"
 
 
@@ -62,7 +63,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """A clip of each prompt with each seed, with all that made it inside its file."""
+    """Writes a clip of each prompt with each seed, with its provenance in the file's metadata."""
     shots = [(p, s) for p in prompts for s in seeds]
     out.check(len(shots))
     if out.one_file and out.with_sheet:

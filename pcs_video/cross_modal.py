@@ -16,13 +16,13 @@ from shared.runner.open_runner import open_runner, parse_concept
 
 
 def check(asked: Asked) -> None:
-    """ValueError for a model that makes no clips, concepts that do not fit it, and a `--motion` that is none."""
+    """Raises ValueError for a model that does not make clips, concepts that do not fit it, and a `--motion` that is not one."""
     _motion(asked)
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """The standard prompts with every seed, as clips; in the motion that is asked for."""
+    """Clips of the standard prompts with every seed, in the requested motion."""
     runner = _opened(asked)
     rate = clip_rate(runner, None)
 
@@ -39,10 +39,10 @@ def _opened(asked: Asked) -> VideoRunner:
 
 
 def _motion(asked: Asked) -> str:
-    """The motion's name; "" where none is asked for."""
+    """The motion's name; "" if none is requested."""
     if asked.motion is None:
         return ""
     meta = read(parse_concept(asked.motion, "--motion")[0]).meta
     if meta.kind != "motion":
-        raise ValueError(f"--motion {asked.motion}: {meta.name!r} is a {meta.kind}, and no motion")
+        raise ValueError(f"--motion {asked.motion}: {meta.name!r} is a {meta.kind}, not a motion")
     return meta.name

@@ -1,10 +1,12 @@
-"""Clips in the demo: a motion is learned from a few clips of other things, and the thing moves so."""
+"""Clips in the demo: learns a motion from a few clips of other things, and applies it to the thing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from pcs_video.clips import ClipFiles, generate
 from pcs_video.recipe import VideoRecipe
@@ -23,16 +25,17 @@ from shared.toybox.motions.reference_clips import write_motion
 
 _SCENES = ("on the beach", "in the snow")
 _FPS = 8.0
+_SHOTS = 5  # frames in the overview
 
 
 def check(asked: Asked) -> None:
-    """ValueError for an unknown motion or recipe."""
+    """Raises ValueError for an unknown motion or recipe."""
     held_out_motion(asked.motion)
     load(asked.motion_recipe, _settings(asked), "video", VideoRecipe)
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Learns the motion and, where the thing was learned in pictures, shows it moving so."""
+    """Learns the motion and, if the thing was learned from pictures, shows it moving that way."""
     start = time.perf_counter()
     clips = write_motion(asked.motion, asked.out / "clips")
     yield f"clips        {len(clips)} clips of {asked.motion} in {asked.out / 'clips'}"
@@ -53,8 +56,11 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
         made = generate(runner, prompts, files, SamplingSettings(), progress=named(counter, "clips"))
     for prompt, file in zip(prompts, made, strict=False):
         yield f"clip         {file}"
-        playing = write_clip(file.with_suffix(".webp"), read_clip(file).frames, _FPS)
-        yield Exhibit("In motion", playing, f"“{prompt}”", more={"the clip": file, "its frames": files.sheet()})
+        frames = read_clip(file).frames  # [3, F, H, W]
+        playing = write_clip(file.with_suffix(".webp"), frames, _FPS)
+        chosen = torch.linspace(0, frames.shape[1] - 1, _SHOTS).round().long()
+        links = {"the clip": file, "its frames": files.sheet()}
+        yield Exhibit("In motion", playing, f"“{prompt}”", more=links, shots=frames[:, chosen].transpose(0, 1))
 
 
 def _concept(asked: Asked) -> Path:

@@ -1,4 +1,4 @@
-"""What a recipe of clips has besides that of pictures: clips to learn from, and parts for motion."""
+"""What a recipe for clips adds to one for pictures: clips to learn from, and parts for motion."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ClipTask = Annotated[
 
 
 class ClipSubject(SubjectSettings):
-    """The user's clips of a motion, or pictures of a thing."""
+    """The user's clips of a motion, or pictures of a subject."""
 
     images: PathText | tuple[PathText, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     clips: PathText | tuple[PathText, ...] | None = None
@@ -52,7 +52,7 @@ class ClipSubject(SubjectSettings):
         return self
 
     def read(self) -> Subject:
-        """What it names, found on disk. Raises ValueError as `find_clips` and `read_subject` do."""
+        """Finds its files on disk. Raises ValueError as `find_clips` and `read_subject` do."""
         if self.clips is None:
             return super().read()
         found = find_clips(self.clips, self.masks, self.captions)
@@ -60,21 +60,21 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are made, while training and by default afterwards. None: the backbone's own."""
+    """How clips are generated, during training and by default afterwards. None: the backbone's own."""
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
 
     def settings(self) -> SamplingSettings:
-        """What a sampler is told, without the strength by step."""
+        """The sampler's settings, without strengths by step."""
         return replace(super().settings(), frames=self.frames)
 
 
 class VideoRecipe(Recipe):
-    """The resolved, typed description of how a motion, or a thing that is to move, is learned."""
+    """The resolved, typed description of how a motion, or a subject for clips, is learned."""
 
     subject: ClipSubject | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
-    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: what the backbone has
+    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: the backbone's own
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
     trainable: Slot[ClipTrainable] = {}
     regularize: Slot[ClipRegularizer] = {}
@@ -82,14 +82,14 @@ class VideoRecipe(Recipe):
     task: ClipTask = TuneTask()
 
     def opening(self) -> dict[str, Any]:
-        """What a runner is told of the backbone besides its name. Warns where clips of several rates are read: a network that
-        is told one keeps its own."""
+        """Options for opening the backbone besides its name. Warns if clips have several frame rates: a network conditioned on
+        the rate then uses its own."""
         rates = {part.window.fps / part.window.stride for part in clip_sources(self) if part.window.fps is not None}
         how = {} if self.motion_adapter is None else {"motion_adapter": self.motion_adapter}
         if len(rates) > 1:
             listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
             warnings.warn(
-                f"clips of {listed} frames per second are read: a model that is told the rate keeps its own",
+                f"clips have {listed} frames per second: a model conditioned on the rate uses its own instead",
                 stacklevel=2,
             )
         return {**how, "fps": rates.pop()} if len(rates) == 1 else how
@@ -101,7 +101,7 @@ def clip_sources(recipe: Recipe) -> list[Clips]:
 
 
 def check_lengths(recipe: Recipe, check: Callable[[int], object]) -> None:
-    """ValueError, naming the key, for a window or a clip to be made of a length that `check` refuses."""
+    """Raises ValueError, naming the key, for windows and generated clips of a length that `check` refuses."""
     for _, phase in expand_phases(recipe):
         lengths = {
             f"sources.{k}.window.length": p.window.length for k, p in phase.sources.items() if isinstance(p, Clips)

@@ -1,4 +1,4 @@
-"""The public face of `pcs_video`: personalize, generate, evaluate in clips. Command line and Python are doors to this."""
+"""The public interface of `pcs_video`: personalize, generate, evaluate clips. The command line and Python code both use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["VideoRunner", "attached"]
 
 
 class VideoRunner(Runner):
-    """One backbone and the concepts attached to it; what it makes are clips [N, 3, F, H, W] in [-1, 1]."""
+    """One backbone and the concepts attached to it; makes clips [N, 3, F, H, W] in [-1, 1]."""
 
     tasks = {**Runner.tasks, DualPathTask: DualPath, AlternateTask: Alternate}
     scorers = staticmethod(clip_training_scorers)
@@ -37,9 +37,9 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """The backbone as it is where it makes clips; else with a motion module: the folder's, or the toybox's own.
+        """The backbone unchanged if it makes clips; else with a motion module: the folder's, or the toybox's own.
 
-        `fps`: frames per second of the clips, for a network that is told it; None: its own rate.
+        `fps`: frames per second of the clips, for a network conditioned on it; None: its own rate.
         """
         made = with_motion_adapter(backbone, motion_adapter)
         if fps is not None and made.frame_rate is not None:
@@ -50,7 +50,7 @@ class VideoRunner(Runner):
     def check_frames(
         cls, backbone: str | Path | None, motion_adapter: str | Path | None, frames: int | None, key: str = "--frames"
     ) -> None:
-        """ValueError, naming the key, for a number of frames that the model's files refuse, before it is loaded."""
+        """Raises ValueError, naming the key, for a number of frames that the model cannot make, before it is loaded."""
         check = None if frames is None else frame_check(backbone, motion_adapter)
         if check is not None and frames is not None:
             try:
@@ -60,7 +60,7 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """ValueError for windows and clips of lengths that the model cannot make, before it is loaded."""
+        """Raises ValueError for windows and clips of lengths that the model cannot make, before it is loaded."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -70,7 +70,7 @@ class VideoRunner(Runner):
         """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
 
         Raises:
-            ValueError: other concepts are loaded, or their clips or pictures are not to be found
+            ValueError: the loaded concepts are none of these, or their clips or pictures cannot be found
         """
         return evaluate_clips_loaded(self, settings)
 
@@ -83,10 +83,10 @@ class VideoRunner(Runner):
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
-    """What `open_runner` is told for `VideoRunner.prepared`: that which is said."""
+    """Options of `open_runner` for `VideoRunner.prepared`: those that are set."""
     return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
 
 
 def clip_rate(runner: VideoRunner, fps: float | None) -> float:
-    """Frames per second of files: as asked, else as the network is told, else 8."""
+    """Frames per second of files: as requested, else the network's own, else 8."""
     return fps or runner.backbone.frame_rate or 8.0

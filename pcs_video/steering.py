@@ -1,4 +1,4 @@
-"""What the options of `pcs video generate` that steer a clip stand for."""
+"""The options of `pcs video generate` that steer a clip."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.sampling.subject_boxes import SubjectBoxes
 
 @dataclass(frozen=True)
 class ClipSteering(Steering):
-    """A clip may also begin with what is given, and its camera may move."""
+    """Steering for clips: they may also begin with given frames, and the camera may move."""
 
     first_frame: Path | None = None
     prefix: Path | None = None
@@ -28,11 +28,11 @@ class ClipSteering(Steering):
         return [*super().files, *(p for p in (self.first_frame, self.prefix) if p is not None)]
 
     def hooks(self) -> list[Any]:
-        """ValueError, naming the option, before a model is loaded."""
+        """The sampling hooks. Raises ValueError, naming the option, before a model is loaded."""
         if self.first_frame is not None and self.prefix is not None:
-            raise ValueError("--first-frame and --prefix both say how the clip begins: give one of them")
+            raise ValueError("--first-frame and --prefix both set how the clip begins: give only one of them")
         if self.prefix_frames is not None and self.prefix is None:
-            raise ValueError("--prefix-frames says how much of --prefix is used, and none is given")
+            raise ValueError("--prefix-frames sets how much of --prefix is used: give --prefix, too")
         made, boxes = super().hooks(), {}
         for hook in made:
             boxes = dict(hook.boxes) if isinstance(hook, SubjectBoxes) else boxes
@@ -50,7 +50,7 @@ class ClipSteering(Steering):
 
 
 def parse_pan(text: str, boxes: Any = None) -> CameraPan:
-    """`RIGHT,DOWN`, in fractions of width and height. ValueError when it is written in another way."""
+    """Parses `RIGHT,DOWN`, in fractions of width and height. Raises ValueError if it is malformed."""
     try:
         right, down = (float(x) for x in text.split(","))
         return validate(CameraPan, {"right": right, "down": down, "boxes": boxes or {}})

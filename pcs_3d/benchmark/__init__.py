@@ -1,1 +1,1 @@
-"""Recipes of assets compared on the toybox's held-out things."""
+"""Compares recipes for assets on the toybox's held-out things."""

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a recipe's asset of one thing, and what stands beside it."""
+"""One cell of a comparison: a recipe's asset of one thing, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SCHEMA_VERSION = 1
 
 
 class AssetCell(BaseModel):
-    """made: the asset with the concept; base: by the same recipe, told only the class; generic: the scores of a generic
-    thing of the class, by key (`Yardstick.generic_scores`)."""
+    """made: the asset with the concept; base: by the same recipe, prompted only with the class; generic: the scores of a
+    generic thing of the class, by key (`Yardstick.generic_scores`)."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -35,7 +35,7 @@ class AssetCell(BaseModel):
 
     @property
     def apart(self) -> bool:
-        """Whether the instruments pass too few true renders for this thing's figures to stand with others'."""
+        """Whether the instruments verify too few true renders for this thing's figures to be pooled with others."""
         return self.truth is not None and self.truth < APART
 
     def score(self, key: str) -> Score | None:

@@ -1,4 +1,4 @@
-"""Assets of one recipe as one row of a table: means over things, each thing once."""
+"""One recipe's assets as one row of a table: means over things, each counted once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """What a recipe must reach; None leaves a part out. All in [0, 1]. Identity must be above that of the same recipe without
-    the concept, too, and the overlap of outlines above that of a generic thing of the class."""
+    """What a recipe must reach; None leaves a part out. All in [0, 1]. Identity must also be above that of the same recipe
+    without the concept, and the overlap of silhouettes above that of a generic thing of the class."""
 
     identity: float | None = None
     view: float | None = None
     iou: float | None = None
 
     def met(self, row: AssetRow) -> bool | None:
-        """Whether the row reaches it; None where the goal asks nothing."""
+        """Whether the row reaches it; None if the goal is empty."""
         found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
         reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
         if not reached:
@@ -41,7 +41,7 @@ class AssetGoal:
 @dataclass(frozen=True)
 class AssetRow:
     """One recipe over all its things. scores: `base` is the same recipe without the concept, `truth` the true thing; sphere,
-    generic: means of what stands beside, by key."""
+    generic: mean scores of these references, by key."""
 
     recipe: str
     things: tuple[str, ...]
@@ -53,7 +53,7 @@ class AssetRow:
     failed: Mapping[str, str] = field(default_factory=dict)  # thing -> what went wrong
     apart: Mapping[str, float] = field(
         default_factory=dict
-    )  # thing -> share of true renders that pass: in no pooled figure
+    )  # thing -> share of true renders that are verified: left out of pooled figures
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -62,8 +62,8 @@ class AssetRow:
 def aggregate_assets(
     recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
 ) -> AssetRow:
-    """All assets of a recipe; intervals draw whole things. Without things of which the instruments pass too few true renders
-    (`AssetCell.apart`), unless `pool_all`."""
+    """All assets of a recipe; confidence intervals resample whole things. Unless `pool_all`, leaves out things of which the
+    instruments verify too few true renders (`AssetCell.apart`)."""
     apart = {name: c for name, c in cells.items() if c.apart and not pool_all}
     pooled = [c for name, c in cells.items() if name not in apart]
     scores = {s.key: _over(s, pooled) for s in _first_of_each(pooled)}

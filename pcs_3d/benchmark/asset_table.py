@@ -1,4 +1,4 @@
-"""Recipes of assets compared: as Markdown, CSV and a page."""
+"""A comparison of recipes for assets, as Markdown, CSV and a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.metrics.html import formatted, inline, render, seconds, size
 from shared.metrics.plots import COLORS
 from shared.metrics.report import Score
 
-#: What stands in the table, by titles that leave room for the others.
+#: The table's columns, with short titles.
 COLUMNS = {
     IDENTITY: "Identity", "recognised": "Recognised", "iou": "Silhouette IoU", "psnr": "PSNR (dB)", "view": "View agreement",
     "fronts": "Fronts", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "identity_i": "Likeness", "watertight": "Watertight",
@@ -33,7 +33,7 @@ _GENERIC = "a generic thing of the class"
 
 @dataclass(frozen=True)
 class AssetComparison:
-    """The table, best identity first and then the best outlines, and the cells behind it."""
+    """The table, sorted by identity and then by overlap of silhouettes, and the cells behind it."""
 
     rows: tuple[AssetRow, ...]
     reports: Mapping[tuple[str, str], AssetCell]  # by (recipe, thing)
@@ -43,7 +43,7 @@ class AssetComparison:
 
     @property
     def columns(self) -> list[Score]:
-        """What each column is."""
+        """The score of each column."""
         found = {k: next((r.scores[k] for r in self.rows if k in r.scores), None) for k in COLUMNS}
         return [s.model_copy(update={"title": COLUMNS[k]}) for k, s in found.items() if s is not None]
 
@@ -53,20 +53,20 @@ class AssetComparison:
 
     @property
     def apart(self) -> dict[str, float]:
-        """The things that stand in no pooled figure, and the share of their true renders that pass."""
+        """The things left out of pooled figures, and the share of their true renders that are verified."""
         return {thing: share for r in self.rows for thing, share in r.apart.items()}
 
     def met(self, row: AssetRow) -> str:
-        """Yes or no, or a dash where nothing is asked."""
+        """Yes or no, or a dash if there is no goal."""
         met = self.goal.met(row)
         return "–" if met is None else "yes" if met else "no"
 
     def without(self, row: AssetRow) -> list[str]:
-        """The same recipe told only the class, for each column."""
+        """The same recipe prompted only with the class, for each column."""
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
-        """What needs no recipe, for each column: the generic thing, the sphere, the true thing and a guess."""
+        """Reference values that need no recipe, for each column: the generic thing, the sphere, the true thing and a guess."""
         first = next((r for r in self.rows if r.scores), None)
         if first is None:
             return []
@@ -80,14 +80,14 @@ class AssetComparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know."""
+        """Notes that a reader needs."""
         out = [
-            "The generic thing has the class's usual form and the true thing's two colours, not its proportions and pattern. "
-            "It is seen as it stands; assets and the sphere are brought to the true thing's size and place first."
+            "The generic thing has the class's usual shape and the true thing's two colours, but not its proportions and "
+            "pattern. It is rendered as it is; assets and the sphere are first aligned to the true thing's size and position."
         ]
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
-            out.append(f"Shown apart, for the instruments pass fewer than half of their true renders: {listed}.")
+            out.append(f"Shown apart, because the instruments verify fewer than half of their true renders: {listed}.")
         return out
 
     def markdown(self) -> str:
@@ -104,11 +104,11 @@ class AssetComparison:
                 plain = [f"{row.recipe}, without the concept", "", *self.without(row), "", "", ""]
                 lines.append("| " + " | ".join(plain) + " |")
         lines += ["| " + " | ".join([name, "", *values, "", "", ""]) + " |" for name, values in self.floors()]
-        notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
+        notes = ["Toy numbers: generated and evaluated on the toybox."] if self.toybox else []
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`thing` empty for the pooled line), numbers in full; `.base` is the same
+        """One line per recipe and one per cell (`thing` is empty in pooled lines), with unrounded numbers; `.base` is the same
         recipe without the concept."""
         singles = [(aggregate_assets(r, {t: c}, {}, pool_all=True), t) for (r, t), c in self.reports.items()]
         pooled = [(row, "") for row in self.rows]
@@ -127,7 +127,7 @@ class AssetComparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """A self-contained page: the table, scores by azimuth, and each cell's sides with the way to its own report."""
+        """A self-contained page: the table, scores by azimuth, and each cell's four sides with a link to its report."""
         return render(
             "compare_assets.html.j2",
             comparison=self,
@@ -141,7 +141,7 @@ class AssetComparison:
         )
 
     def place(self, recipe: str, thing: str, what: str) -> str:
-        """Where a cell's report, turntable or mesh is, from the page."""
+        """The path from the page to a cell's report, turntable or mesh."""
         paths = {
             "report": f"{REPORT}/{HTML_FILE}",
             "report without": f"{PLAIN_REPORT}/{HTML_FILE}",
@@ -151,14 +151,14 @@ class AssetComparison:
         return f"{cell_folder(recipe, thing).as_posix()}/work/{paths[what]}"
 
     def sides(self, recipe: str, thing: str, which: str) -> list[str]:
-        """Four renders as `data:` URLs: of the asset "made", "base" or of the "truth"; "" for a file that is gone."""
+        """Four renders as `data:` URLs: of the asset "made", of "base" or of the "truth"; "" for a missing file."""
         report, folder = (PLAIN_REPORT if which == "base" else REPORT), (TRUTH if which == "truth" else RENDERS)
         files = [self.out / cell_folder(recipe, thing) / "work" / report / folder / f"{name}.png" for name in SHOWN]
         return [inline(f.read_bytes()) if f.is_file() else "" for f in files]
 
 
 def _shown(about: Score, value: float | None) -> str:
-    """A mean over things, for people: of what is yes or no, a share."""
+    """A mean over things as text; yes-or-no scores become shares."""
     return formatted(value, "rate") if about.key == "watertight" else said(about, value)
 
 
@@ -181,7 +181,7 @@ def _numbers(row: AssetRow, key: str) -> list[float | None]:
 
 
 def _plots(rows: Sequence[AssetRow], cells: Mapping[tuple[str, str], AssetCell]) -> Iterator[tuple[str, str]]:
-    """(title, svg) of each score by azimuth: means over the things, a line for each recipe, dashed the true things."""
+    """(title, svg) of each score by azimuth: means over the things, one line per recipe, dashed for the true things."""
     for key in CURVES:
         lines, truth, title, azimuths = [], [], "", [0.0]
         for number, row in enumerate(rows):
@@ -206,7 +206,7 @@ def compare_assets(
     out: Path,
     goal: AssetGoal = AssetGoal(),
 ) -> AssetComparison:
-    """The table of cells by (recipe, thing), which lie in the folder `out`. ValueError when they were not measured with the
+    """The table of the cells in the folder `out`, by (recipe, thing). Raises ValueError if they were not measured with the
     same instruments."""
     check_instruments(reports.values())
     rows = []

@@ -1,4 +1,4 @@
-"""Recipes of assets compared on the toybox's held-out things, each learned from its pictures once for all recipes."""
+"""Compares recipes for assets on the toybox's held-out things, each learned from its pictures once for all recipes."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ from shared.toybox.subjects import subjects as held_out
 from shared.train import checkpoint
 from shared.train.device import pick_device
 
-RECIPES = ("hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
-#: The figures that the project sets itself.
+RECIPES = ("texture_refinement", "hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
+#: The project's own targets.
 GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 
 
 @dataclass(frozen=True)
 class AssetBenchmarkSettings:
-    """What is compared, on how much, and where it is kept."""
+    """What is compared, on how many things, and where results go."""
 
     split: str = "development"  # of the held-out things; "reporting" once, at the end
     subjects: int = 4  # the first of the split
-    learn: str = "t_lora"  # how things are learned, from pictures
+    learn: str = "t_lora"  # recipe that learns things from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
-    device: str | None = None  # None: the GPU where there is one
-    overrides: tuple[str, ...] = ()  # key=value laid on every recipe for assets
-    learn_overrides: tuple[str, ...] = ()  # key=value laid on the recipe for pictures
+    device: str | None = None  # None: the GPU if there is one
+    overrides: tuple[str, ...] = ()  # key=value applied to every recipe for assets
+    learn_overrides: tuple[str, ...] = ()  # key=value applied to the recipe for pictures
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learn, make and score every recipe for assets (shipped names and files of one's own; none: `RECIPES`) on the split's
-    things, each with the concept and, told only the class, without it.
+    """Learns the split's things, then makes and scores assets with every recipe (shipped names and your own files; none:
+    `RECIPES`), each with the concept and, prompted only with the class, without it.
 
-    Raises ValueError for an unknown recipe or split, and for recipes that cannot make an asset of a prompt and a concept
-    alone. Goes on where an earlier call with the same arguments stopped.
+    Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt and a concept. Resumes an
+    interrupted call with the same arguments.
     """
     chosen = named(recipes or RECIPES)
     if settings.split not in album.SPLITS:
         raise ValueError(unknown(settings.split, album.SPLITS, "split"))
     if "{concept}" not in settings.prompt:
-        raise ValueError(f"--prompt {settings.prompt!r} does not say where the thing goes: write {{concept}} in it")
+        raise ValueError(f"--prompt {settings.prompt!r} has no place for the subject: write {{concept}} in it")
     asked = {name: _loaded(recipe, settings, "thing") for name, recipe in chosen.items()}
     learning = dump(load(settings.learn, settings.learn_overrides))
     for name, recipe in asked.items():
@@ -86,13 +86,13 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
 
 
 def _check(name: str, recipe: Recipe3D, runner: Runner3D | None = None) -> None:
-    """ValueError, naming the recipe, where it needs more than a prompt, or leaves nothing to judge."""
+    """Raises ValueError, naming the recipe, if it needs more than a prompt, or makes nothing to evaluate."""
     try:
         if runner is not None:
             runner.check(recipe, {})
         check_fields(recipe)
         if recipe.export is None:
-            raise ValueError("export = null leaves no mesh to judge")
+            raise ValueError("export = null: there would be no mesh to evaluate")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -104,7 +104,7 @@ def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns things, each once, makes assets of them and judges those."""
+    """Learns each thing once, makes assets of it and evaluates them."""
 
     runner: Runner3D
     things: Things
@@ -133,8 +133,8 @@ class _Bench:
 
 
 def make_once(runner: Runner3D, recipe: Recipe3D, out: Path, concept: Mapping[str, str]) -> None:
-    """The asset in a folder: as an earlier call left it where that was made with all the same, resumed where that was
-    interrupted. concept: its files and their hashes."""
+    """Makes the asset in a folder: reuses that of an earlier call with identical inputs, and resumes an interrupted one.
+    concept: its files and their hashes."""
     made_with = {"recipe": dump(recipe), "concept": dict(concept), "checkpoint": runner.backbone.checkpoint}
     mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
     marked = out.with_name(f"{out.name}.made-with")
@@ -144,7 +144,7 @@ def make_once(runner: Runner3D, recipe: Recipe3D, out: Path, concept: Mapping[st
     files = AssetFiles(out, overwrite=True)
     files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
     files.check()
-    if out.exists():  # an asset of something else: where the new one fails, it must not pass for that
+    if out.exists():  # an asset of something else: if the new one fails, it must not be mistaken for it
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(marked, mark)

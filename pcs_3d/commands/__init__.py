@@ -1,1 +1,1 @@
-"""What `pcs 3d` does on a command line."""
+"""The command lines of `pcs 3d`."""

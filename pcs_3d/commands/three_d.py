@@ -29,12 +29,12 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="memory to stay within, 8G or 512M: of the GPU, on a CPU of the whole process; fewer views at a time, "
-        "activations computed again, smaller renders where train.resolution is not said",
+        help="memory limit, 8G or 512M: of the GPU or, on a CPU, of the whole process; met by fewer views at a time, "
+        "recomputed activations, and smaller renders unless train.resolution is set",
     ),
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
 ) -> None:
-    """Make a 3D asset of a prompt, with any number of concepts, by score distillation."""
+    """Make a 3D asset from a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles
     from pcs_3d.assets import create as make
     from pcs_3d.distill.hand_over import check_fields
@@ -55,7 +55,7 @@ def create(
     memory = None if vram is None else parse_bytes(vram, "--vram")
     resolved = load(recipe, settings or [], "3d", Recipe3D)
     if resolved.output is not None:
-        raise ValueError(f"output = {resolved.output}: the folder of an asset is given by --out")
+        raise ValueError(f"output = {resolved.output}: set an asset's folder with --out instead")
     check_fields(resolved)
     files = AssetFiles(out, overwrite, resume)
     if files.check():
@@ -81,21 +81,23 @@ def create(
             asset = make(runner, resolved, files, subjects, bar, plan=plan)
         except KeyboardInterrupt:
             if checkpoint.load(files.workdir) is not None:
-                typer.echo(f"the state is in {files.workdir}: continue with --resume", err=True)
+                typer.echo(f"the state is saved in {files.workdir}: continue with --resume", err=True)
             raise
     if memory is not None:
         used = size(asset.costs["training_peak_memory"])
-        print(f"memory: {used} at the most" + ("" if plan is None else f", where {size(plan.estimate)} was estimated"))
+        print(f"memory: {used} at peak" + ("" if plan is None else f" ({size(plan.estimate)} estimated)"))
     print(out)
 
 
 @app.command()
 def evaluate(
     asset: Path = typer.Argument(help="a folder that `create` wrote, or a GLB, OBJ or PLY file", **PATH),
-    truth: str = typer.Option(None, help="the true thing: a toybox subject (development-car) or a mesh file"),
-    references: Path = typer.Option(None, help="a folder of pictures of the thing", **PATH),
+    truth: str = typer.Option(None, help="the real object: a toybox subject (development-car) or a mesh file"),
+    references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
     prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
-    class_noun: str = typer.Option("", help="what a learned name in the prompt is (mug); default: the truth's class"),
+    class_noun: str = typer.Option(
+        "", help="class of the learned name in the prompt (mug); default: the truth's class"
+    ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
     ),
@@ -132,14 +134,15 @@ def evaluate(
 def benchmark(
     recipes: list[str] = typer.Argument(
         None,
-        help="recipes for assets to compare, by name or as YAML files; default: hifa dreamfusion prolificdreamer lucid_dreamer",
+        help="recipes for assets to compare, by name or as YAML files; "
+        "default: texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's things"),
+    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
     learn: str = typer.Option(
-        "t_lora", help="the recipe by which things are learned, from pictures, once for all recipes"
+        "t_lora", help="recipe that learns each subject from pictures, once for all recipes for assets"
     ),
-    prompt: str = typer.Option("a photo of a {concept}", help="what is made; {concept} is the thing"),
+    prompt: str = typer.Option("a photo of a {concept}", help="what to make; {concept} is the subject"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe for assets, for example train.steps=100"
@@ -147,7 +150,7 @@ def benchmark(
     learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe for pictures"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
-    """Compare recipes for assets on the toybox's held-out things: identity with and without the concept, shape, views."""
+    """Compare recipes for assets on the toybox's held-out subjects: identity with and without the concept, shape, views."""
     from pcs_3d.benchmark.toybox_assets import AssetBenchmarkSettings, run
     from pcs_3d.extra import check_installed
     from shared.benchmark.experiment import failures_told

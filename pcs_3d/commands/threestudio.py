@@ -17,21 +17,21 @@ _CHECKOUT = typer.Argument(help="the folder of a threestudio checkout", **PATH)
 @app.command()
 def install(
     checkout: Path = _CHECKOUT,
-    overwrite: bool = typer.Option(False, help="replace files of an earlier installation that were changed"),
+    overwrite: bool = typer.Option(False, help="replace files of an earlier installation even if they were changed"),
 ) -> None:
-    """Write an extension and a configuration into a checkout: its launch.py then knows pcs-guidance and what belongs to it."""
+    """Write an extension and a configuration into a checkout: its launch.py can then use pcs-guidance and related classes."""
     from pcs_3d.extra import check_installed
     from pcs_3d.threestudio.checkout import install as write
 
     check_installed()
     for path in write(checkout, overwrite):
         print(path)
-    typer.echo("what works with it here: pcs 3d threestudio doctor " + str(checkout), err=True)
+    typer.echo("to check what works on this machine: pcs 3d threestudio doctor " + str(checkout), err=True)
 
 
 @app.command()
 def doctor(checkout: Path = _CHECKOUT) -> None:
-    """Say what of a checkout works on this machine, and how to mend what does not. Exits with 1 when something must be."""
+    """Report which parts of a checkout work on this machine, and how to fix those that do not. Exits with 1 if any must be."""
     from pcs_3d.threestudio.doctor import findings
 
     bad = False
@@ -44,10 +44,10 @@ def doctor(checkout: Path = _CHECKOUT) -> None:
 @app.command(context_settings={"ignore_unknown_options": True})
 def run(
     checkout: Path = _CHECKOUT,
-    arguments: list[str] = typer.Argument(None, help="of launch.py: --config configs/pcs-dreamfusion.yaml --train …"),
+    arguments: list[str] = typer.Argument(None, help="for launch.py: --config configs/pcs-dreamfusion.yaml --train …"),
     cpu: bool = typer.Option(False, "--cpu", help="train on the CPU, in full precision"),
 ) -> None:
-    """Run a checkout's launch.py where packages that it imports, or a GPU, are not there."""
+    """Run a checkout's launch.py without a GPU, or without some of the packages that it imports."""
     from pcs_3d.extra import check_installed
     from pcs_3d.threestudio.checkout import check_checkout
     from pcs_3d.threestudio.launch import launch

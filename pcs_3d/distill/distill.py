@@ -1,4 +1,4 @@
-"""Score distillation: a field learns that its renders look likely to a diffusion model (DreamFusion and what followed)."""
+"""Score distillation: trains a field so that its renders look likely to a diffusion model (DreamFusion and successors)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Regrouped, Update, Updates
 from shared.trainable import TrainableGroup
 
-_VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # streams of draws of their own
+_VIEWS, _NOISE, _STUDENT = 2**45, 2**46, 2**47  # separate random streams
 
-#: From a phase, its prompts and the concepts' strengths to what guides it.
+#: (phase, prompts, strengths of concepts) -> the scores that guide the phase.
 OpenScores = Callable[[PhaseContext, ScenePrompts, Mapping[str, float]], Scores]
 
 
 def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapping[str, float]) -> Scores:
-    """The run's own backbone."""
+    """Scores of the run's own backbone."""
     guidance = recipe_of(context).guidance
     return BackboneScores(
         context.backbone,
@@ -52,11 +52,10 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 
 
 class Distill(ConceptTask):
-    """See `DistillTask`. An update of the field; with a student, one of the student in the same step, on the same views.
+    """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
 
-    The field goes on from that of an earlier phase where there was one (`first_field`). What was learned before
-    (loaded concepts, and those that earlier phases of this run have learned) is the teacher's; the set `student` is the
-    student's alone.
+    The field continues from that of an earlier phase, if any (`first_field`). The teacher uses everything learned before
+    (loaded concepts, and those that earlier phases of this run learned); only the student uses the set `student`.
 
     Raises:
         ValueError: sizes, prompts, optimizer groups or parts do not fit together
@@ -100,13 +99,13 @@ class Distill(ConceptTask):
         for name, parts in mine.items():
             if name not in allowed:
                 raise ValueError(
-                    f"trainable.{parts[0].slot}: a distill phase trains the field, and what it is guided by stays as it is; "
-                    "only a student (guidance.student) learns beside it"
+                    f"trainable.{parts[0].slot}: a distill phase trains only the field and a student (guidance.student); "
+                    "the model that guides it is fixed"
                 )
 
     @torch.no_grad()
     def _try(self) -> None:
-        """ValueError where field, renderer and penalties do not go together, also for those whose weight is 0 at first."""
+        """Raises ValueError if field, renderer and penalties do not fit together, including penalties that start at 0."""
         draw, device, side = generator(self.recipe.seed, _VIEWS), self.field.device, 16
         behind = torch.zeros(1, self.field.channels, 1, 1, device=device)
         settings = RenderSettings(side, side, behind, normals=self._normals, generator=draw)
@@ -115,13 +114,13 @@ class Distill(ConceptTask):
             try:
                 penalty.value(seen)
             except ValueError as error:
-                raise ValueError(f"{error}; without it: penalties.{name}=null") from None
+                raise ValueError(f"{error}; to leave it out: penalties.{name}=null") from None
 
-    # --- what the loop asks --------------------------------------------------------------------------------
+    # --- the loop's interface ------------------------------------------------------------------------------
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """The autoencoder, where views are encoded; texts are encoded once, where no name varies with time."""
+        """The autoencoder, if views are encoded; texts are encoded only once unless a name varies with time."""
         vae = frozenset({"vae"}) if self.guidance.space == "pixels" else frozenset()
         timed = any("time" in p.varies_with for p in self.context.backbone.placeholders.values())
         return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
@@ -134,12 +133,12 @@ class Distill(ConceptTask):
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """The field as it is to be at this step; its groups where they are others now."""
+        """Advances the field to this step; its groups if they have changed."""
         came_from = self.field.advance(step, self.steps)
         return None if came_from is None else Regrouped(self.groups(), came_from)
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The guidance's loss and the penalties', for the field; then the student's."""
+        """The loss of guidance and penalties, for the field; then the student's."""
         moment = Moment(step, self.steps)
         noise = generator(self.recipe.seed, _NOISE + step, micro)
         seen = self._drawn(moment, micro)
@@ -156,7 +155,7 @@ class Distill(ConceptTask):
                 parts["pixels"] = weight * pixel_loss(self.guidance, self.scores, guided, pixels)
         with torch.autocast(self.field.device.type, enabled=False):
             parts |= {name: penalty(seen) for name, penalty in self.recipe.penalties.items()}
-        if not parts:  # a schedule leaves this step to nobody
+        if not parts:  # all weights are 0 at this step
             parts["guidance"] = 0.0 * seen.rendering.pixels.sum()
         loss = torch.stack(list(parts.values())).sum()
         yield Update(loss, tuple(self.field.groups()), {k: v.detach() for k, v in parts.items()})
@@ -200,14 +199,14 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """What the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are there."""
+        """The latents that the guidance acts on, and the views in [0, 1]: pixels are encoded, latents taken as they are."""
         pixels = rendering.pixels
         if self.guidance.space == "latents":
             return pixels, pixels
         with recomputed_encoder(self.context.backbone.vae, self.recipe.train.gradient_checkpointing):
             return self.scores.encode(pixels), pixels
 
-    # --- what is kept --------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """The field (`field/…`) and the adapters in training, the student's among them. Schedules are functions of the
@@ -222,7 +221,7 @@ class Distill(ConceptTask):
             self.field.load_state_dict(mine)
 
     def carried(self) -> dict[str, Tensor]:
-        """The field, for later phases and for whoever exports it."""
+        """The field, for later phases and for export."""
         return {FIELD + key: value for key, value in self.field.state_dict().items()}
 
     def result(self) -> Field:
@@ -250,9 +249,9 @@ def shown(
 
 
 def recipe_of(context: PhaseContext) -> DistillRecipe:
-    """The phase's recipe. AssertionError for one without the slots of an asset."""
+    """The phase's recipe. Raises AssertionError if it lacks the slots of an asset."""
     recipe = context.recipe
-    assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} says nothing of fields and guidance"
+    assert isinstance(recipe, DistillRecipe), f"{type(recipe).__name__} has no field and no guidance"
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""What a recipe of assets has besides that of pictures, whatever it is that is optimised."""
+"""What a recipe for assets adds to one for pictures, whichever field is optimised."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ AssetTrainable = Annotated[Trainable | CameraEmbedding, Field(discriminator="kin
 
 
 class DistillRecipe(Recipe):
-    """All but the field, the renderer and the export, which `Recipe3D` types."""
+    """Everything but the types of field, renderer and export, which `Recipe3D` adds."""
 
     prompt: str = ""
     setting: str = (
-        ""  # where the thing stands, said behind the prompt ("in a white studio"): a plain place keeps to the thing
+        ""  # the scene, appended to the prompt ("in a white studio"): a plain one keeps the field to the thing itself
     )
     negative: str = ""
     views: ViewWords = ViewWords()
-    debias: PromptDebias | None = None  # words that the prompts of some views leave out
+    debias: PromptDebias | None = None  # leaves words out of the prompts of some views
     cameras: CameraSampling = CameraSampling()
     background: Backgrounds = Backgrounds()
     shading: Shadings = Shadings()
@@ -49,15 +49,15 @@ class DistillRecipe(Recipe):
     field: Any = None
     renderer: Any = None
     penalties: Slot[GeometryRegularizer] = {}
-    references: KnownViews | None = None  # pictures of the thing whose cameras are known, for penalties that compare
-    export: Any = None  # how the field becomes files
+    references: KnownViews | None = None  # pictures of the thing with cameras, for penalties that compare
+    export: Any = None  # how the field is written to files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}
     task: AssetTask = DistillTask()
 
     @property
     def made(self) -> Any:
-        """The settings of the field, with what the guidance says of regions."""
+        """The settings of the field, with the guidance's regions."""
         return self.field.within(self.guidance.regions)
 
     @model_validator(mode="after")
@@ -65,8 +65,8 @@ class DistillRecipe(Recipe):
         joint, ring = self.guidance.joint_views, self.cameras.ring
         if joint > 1 and ring != joint:
             raise ValueError(
-                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, and "
-                f"cameras.ring = {ring}; say the same in both"
+                f"guidance.joint_views = {joint}: the views that attend to each other are those of one ring, but "
+                f"cameras.ring = {ring}; set both to the same number"
             )
         return self
 
@@ -75,7 +75,7 @@ class DistillRecipe(Recipe):
         silent = self.guidance.weight == 0 and self.guidance.pixel_weight == 0
         if silent and not self.penalties and isinstance(self.task, DistillTask) and not self.phases:
             raise ValueError(
-                "guidance.weight = 0 and guidance.pixel_weight = 0, and there are no penalties: nothing trains the field"
+                "guidance.weight = 0, guidance.pixel_weight = 0 and no penalties: nothing trains the field; set one of them"
             )
         return self
 
@@ -83,10 +83,12 @@ class DistillRecipe(Recipe):
     def _knows_its_pictures(self) -> DistillRecipe:
         for name, penalty in self.penalties.items():
             if penalty.needs_pictures and self.guidance.space == "latents":
-                raise ValueError(f"penalties.{name} compares with pictures, and guidance.space = latents shows none")
+                raise ValueError(
+                    f"penalties.{name} compares with pictures, but with guidance.space = latents views have no pixels"
+                )
             if penalty.needs_pictures and self.references is None:
                 raise ValueError(
-                    f"penalties.{name} compares with the subject's pictures: say from where they were taken, "
-                    "references.azimuth_deg=[0,90,…] in the order of their names"
+                    f"penalties.{name} compares with the subject's pictures: set where they were taken from, "
+                    "references.azimuth_deg=[0,90,…] in the order of their file names"
                 )
         return self

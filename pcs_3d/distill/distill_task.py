@@ -1,4 +1,4 @@
-"""Score distillation, as a recipe says it."""
+"""Score distillation: its settings in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared.trainable.base import MAIN
 
 
 class DistillTask(TuneTask):
-    """Grow an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
+    """Optimise an asset: `train.steps` steps on `train.batch_size` views of `train.resolution` pixels each."""
 
     kind: Literal["distill"] = "distill"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -1,4 +1,4 @@
-"""From one phase's field to the next one's, also where that is of another kind."""
+"""Hands one phase's field over to the next, also to a different kind of field."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pcs_3d.meshes.shape import BallShape, SampledShape
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 
-FIELD = "field/"  # before the names of its tensors in what is saved
+FIELD = "field/"  # prefix of its tensors' names in the saved state
 _SAMPLES = 120_000  # points on a surface that is handed over
 
 
 def check_fields(recipe: DistillRecipe) -> None:
-    """ValueError where a phase's field cannot be what its settings say: a file that cannot be read, a start from an earlier
-    phase where there is none, or a field that is of another kind than the earlier phase's and does not start from it."""
+    """Raises ValueError if a phase's field cannot be built as set: a file that cannot be read, a start from an earlier phase
+    if there is none, or a field of a different kind than the earlier phase's that does not start from it."""
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
         if isinstance(phase.task, DistillTask):
@@ -44,18 +44,18 @@ def _check_start(where: str, phase: DistillRecipe, earlier: DistillRecipe | None
     if earlier is None:
         if isinstance(mine.start, PhaseStart):
             raise ValueError(
-                f"{where}.start.kind = phase: no earlier phase makes an asset: start from a blob, or from a file"
+                f"{where}.start.kind = phase: no earlier phase makes an asset; start from a blob or a file"
             )
         return
     before: FieldPart = earlier.field
     if earlier.guidance.space != phase.guidance.space:
         raise ValueError(
-            f"{where}: the earlier phase's field shows {earlier.guidance.space} and this one {phase.guidance.space}: say the "
+            f"{where}: the earlier phase's field shows {earlier.guidance.space}, this one {phase.guidance.space}: set the "
             "same guidance.space in both"
         )
     if before.kind != mine.kind and not isinstance(mine.start, PhaseStart):
         raise ValueError(
-            f"{where}.kind = {mine.kind}: the earlier phase's field is of kind {before.kind}: to start from what it has made, "
+            f"{where}.kind = {mine.kind}: the earlier phase's field is of kind {before.kind}; to start from its result, "
             f"set {where}.start.kind=phase"
         )
 
@@ -69,16 +69,16 @@ def first_field(
 ) -> Field:
     """The field that a phase begins with, on the CPU.
 
-    One of the same kind as the earlier phase's goes on as it is, unless its settings are others (rates apart) and it starts
-    from a phase; then it is built on what that phase's field shows.
+    One of the same kind as the earlier phase's continues unchanged, unless it starts from a phase and its settings differ
+    (apart from rates); then it is built from what that phase's field shows.
 
     Args:
         earlier: recipes of the phases before
-        carried: what they have left (`field/...`)
-        resumed: the state comes from a checkpoint anyway
+        carried: the state they left (`field/...`)
+        resumed: the state will be loaded from a checkpoint
 
     Raises:
-        ValueError: there is no earlier field, it is empty, or it is another than this one
+        ValueError: there is no earlier field, it is empty, or it does not match this one
     """
     part, state = recipe.made, under(carried, FIELD)
     if resumed:
@@ -95,14 +95,14 @@ def first_field(
 
 
 def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tensor]) -> Field:
-    """The field that was saved, on the CPU. ValueError where it is another."""
+    """The saved field, on the CPU. Raises ValueError if the state is of another field."""
     field = blank(part, channels, seed)
     field.load_state_dict(state)
     return field
 
 
 def blank(part: FieldPart, channels: int, seed: int) -> Field:
-    """A field whose state is yet to come: where it starts from an earlier phase, it is built on a stand-in."""
+    """A field whose state will be loaded later: if it starts from an earlier phase, a stand-in takes that phase's place."""
     if isinstance(part.start, PhaseStart):
         corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
         sides = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -111,18 +111,16 @@ def blank(part: FieldPart, channels: int, seed: int) -> Field:
 
 
 def _settings(part: FieldPart) -> dict[str, Any]:
-    """All but where it starts and how fast it learns."""
+    """Everything but its start and its rates."""
     return {k: v for k, v in dict(part).items() if k != "start" and not k.startswith("lr")}
 
 
 def handed(field: Any, start: PhaseStart, seed: int = 0) -> Handed:
-    """What a field has made, for another to start from. ValueError for an empty one."""
+    """A field's result, for another to start from. Raises ValueError for an empty field."""
     try:
         found = extract(field, start.resolution, start.threshold, start.all_parts)
     except ValueError as error:
-        raise ValueError(
-            f"field.start.kind = phase: there is nothing to start from in the earlier phase: {error}"
-        ) from None
+        raise ValueError(f"field.start.kind = phase: the earlier phase left nothing to start from: {error}") from None
     mesh = simplified(found, start.faces)
     left = [note for note in mesh.notes if not note.startswith("threshold")]
     if left:
@@ -152,5 +150,5 @@ def _spread(vertices: np.ndarray, faces: np.ndarray, seed: int) -> tuple[np.ndar
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What is saved under a prefix, without it."""
+    """The tensors saved under a prefix, with the prefix removed."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

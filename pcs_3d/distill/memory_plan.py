@@ -1,4 +1,4 @@
-"""How a run fits into so much memory: measured on one small step, and made smaller until it does."""
+"""Fits a run into a memory budget: measures one small step and changes the recipe until it fits."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from shared.train.last_good_state import MOST
 from shared.train.measure_memory import in_use, peak_during
 from shared.train.training_run import TrainingRun
 
-_SMALL = 128  # pixels: up to so many, a step is tried at full size
+_SMALL = 128  # pixels: up to this size, a step is measured at full size
 _LEAST = 16  # pixels of the smallest renders
-_RAYS = 2048  # drawn at a time, where they are drawn again
-_MOMENTS = 2  # numbers of Adam per parameter
-#: Where a plan changes a recipe.
+_RAYS = 2048  # drawn at a time, if the renderer recomputes activations
+_MOMENTS = 2  # values that Adam keeps per parameter
+#: Settings that a plan may change in a recipe.
 _PLANNED = {
     "train": ("batch_size", "gradient_accumulation", "gradient_checkpointing", "resolution"),
     "renderer": ("recompute", "rays"),
@@ -38,8 +38,8 @@ _PLANNED = {
 
 @dataclass(frozen=True)
 class Levers:
-    """What takes less memory. views: of one pass through networks, of `of` per step; recompute: 0: nothing; 1: activations of
-    networks; 2: those of the renderer, too; side: pixels of a view, None: as asked."""
+    """Ways to save memory. views: per pass through networks, out of `of` per step; recompute: 0: nothing; 1: activations of
+    networks; 2: those of the renderer, too; side: pixels of a view, None: as requested."""
 
     views: int
     of: int
@@ -47,7 +47,7 @@ class Levers:
     side: int | None = None
 
     def changes(self, phase: DistillRecipe) -> dict[str, Any]:
-        """Of a phase's recipe."""
+        """The changes to a phase's recipe."""
         train: dict[str, Any] = {
             "batch_size": self.views,
             "gradient_accumulation": phase.train.gradient_accumulation * (self.of // self.views),
@@ -63,15 +63,15 @@ class Levers:
 
     def __str__(self) -> str:
         parts = [f"{self.views} of {self.of} views at a time" if self.views < self.of else f"{self.of} views at once"]
-        parts += ["activations of networks are computed again"] if self.recompute == 1 else []
-        parts += ["activations of networks and renderer are computed again"] if self.recompute > 1 else []
+        parts += ["activations of networks are recomputed"] if self.recompute == 1 else []
+        parts += ["activations of networks and renderer are recomputed"] if self.recompute > 1 else []
         parts += [f"renders of {self.side}×{self.side}"] if self.side is not None else []
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits. estimate, budget: bytes; how: by phase."""
+    """A recipe that fits into memory. estimate, budget: bytes; how: by phase."""
 
     recipe: Any
     budget: int
@@ -81,28 +81,28 @@ class MemoryPlan:
 
     @property
     def costs(self) -> dict[str, int]:
-        """For what is told of an asset."""
+        """The plan's entries in an asset's costs."""
         return {"memory_budget": self.budget, "estimated_memory": self.estimate}
 
     def __str__(self) -> str:
-        where = "of the GPU" if self.of == "gpu" else "of main memory, all of this process"
+        where = "of the GPU" if self.of == "gpu" else "of main memory, for the whole process"
         how = "; ".join(f"{name}: {levers}" if len(self.how) > 1 else str(levers) for name, levers in self.how.items())
         return f"memory: about {size(self.estimate)} of {size(self.budget)} ({where}): {how}"
 
 
 def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
-    """The recipe, so that each phase that makes an asset stays within `budget` bytes.
+    """The recipe, changed so that each phase that makes an asset stays within `budget` bytes.
 
-    What is there already (networks; without a GPU all of the process) is counted as it is, the field with gradients, moments
-    and the copy that is kept, and of a step what one view takes, measured at two small sizes. Fewer views go through the
-    networks at once, which changes nothing but the order of draws; then activations are computed again; then, unless
-    `sides_fixed`, renders are smaller.
+    The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with gradients, moments
+    and the saved copy, and what one view takes in a step, measured at two small sizes. First, fewer views go through the
+    networks at once, which changes only the order of random draws; then activations are recomputed; then, unless
+    `sides_fixed`, renders get smaller.
 
     Args:
-        run: of this recipe, not begun; names and adapters that it attaches are left to whoever made it
+        run: a run of this recipe that has not begun; the caller removes the names and adapters that it attaches
 
     Raises:
-        ValueError: there is no such way; names the least that would do
+        ValueError: nothing fits; names the least that would do
     """
     run._attach_names()
     how: dict[str, Levers] = {}
@@ -127,7 +127,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
 
 
 def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
-    """What takes no more than the budget, and how much that is, in bytes. ValueError names the least that there is."""
+    """The first settings that fit into the budget, and what they take, in bytes. Raises ValueError with the least possible."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)
@@ -141,13 +141,13 @@ def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
                 least = needed, now
     assert least is not None
     raise ValueError(
-        f"--vram {size(budget)}: this takes at least about {size(least[0])} ({least[1]}): give --vram "
+        f"--vram {size(budget)}: this needs at least about {size(least[0])} ({least[1]}): give --vram "
         f"{-(-least[0] // 2**20)}M or more, choose a smaller model, or a smaller field (field.resolution)"
     )
 
 
 class Tries:
-    """Small steps of one phase, to see what they take."""
+    """Small steps of one phase, to measure what they take."""
 
     def __init__(self, run: TrainingRun, index: int, trained: Any) -> None:
         self.run, self.index, self.trained = run, index, trained
@@ -159,12 +159,12 @@ class Tries:
         own = run.backbone.resolution
         self.seen = self.side if recipe.guidance.space == "latents" else recipe.guidance.resolution or own
         rescaled = recipe.guidance.rescale_over if recipe.guidance.rescale else 1
-        self.together = math.lcm(recipe.cameras.ring, rescaled)  # views that cannot be parted
+        self.together = math.lcm(recipe.cameras.ring, rescaled)  # views that cannot be split
         self._warm = False
         self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
 
     def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
-        """Ways to take less, the dearest in time and quality last."""
+        """Ways to take less memory, the costliest in time and quality last."""
         views = self.recipe.train.batch_size
         for recompute in range(3):
             yield Levers(views, views, recompute)
@@ -174,14 +174,14 @@ class Tries:
             side //= 2
 
     def costs(self, levers: Levers) -> tuple[int, int]:
-        """Bytes of all that is there whatever the number of views, and of one more view."""
+        """Bytes that do not depend on the number of views, and bytes of each view."""
         key = levers.recompute, levers.side
         if key not in self._known:
             large = 1.0 if self.seen <= _SMALL else 0.5
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if not self._warm:
-                    self._peak(levers, large / 2)  # libraries are imported, kernels and texts cached
+                    self._peak(levers, large / 2)  # warm-up: imports libraries, caches kernels and texts
                     self._warm = True
                 state, more = self._peak(levers, large)
                 less = self._peak(levers, large / 2)[1]
@@ -193,13 +193,13 @@ class Tries:
         return self._known[key]
 
     def _views(self, folder: Path) -> dict[str, Path]:
-        """What earlier phases are to make, blank: as many views, to compare with."""
+        """Blank stand-ins for the views that earlier phases will make, for penalties to compare with."""
         made = [(name, phase.task) for name, phase in self.run.phases[: self.index]]
         return {n: blank_views(task, folder / n) for n, task in made if isinstance(task, PseudoViewsTask)}
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
-        """Bytes of the field with what is kept of it, and of one step on the fewest views, whose sides have this share of the
-        pixels."""
+        """Bytes of the field with everything kept of it, and of one step on the fewest views, at this share of their usual
+        side."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))
@@ -221,7 +221,7 @@ class Tries:
 
 
 def step_once(run: TrainingRun, task: Any) -> None:
-    """The gradients of a run's last step, added to what is there."""
+    """Adds the gradients of a run's last step to the existing ones."""
     updates = task.updates(max(0, task.steps - 1), 0)
     while True:
         with run.accelerator.autocast():
@@ -232,8 +232,7 @@ def step_once(run: TrainingRun, task: Any) -> None:
 
 
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
-    """The recipe with what a plan changed in the one that an interrupted run was begun with: measured again, it could come
-    out otherwise."""
+    """The recipe with the changes that a plan made when an interrupted run began: measured again, they could differ."""
     data = dump(recipe)
 
     def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of the subject from all around, made of renders of an asset that does not look like it yet."""
+"""Pictures of the subject from all around, made from renders of an asset that only resembles it so far."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from shared.sources.phase_pictures import KEPT
 from shared.train.generate import Generate, Shot
 from shared.train.phase_context import PhaseContext
 
-_ASSET = "asset"  # whose pictures they are where the prompt names concepts that were learned before
+_ASSET = "asset"  # the subject of the pictures if the prompt uses only concepts learned before
 
 
 class PseudoViews(Generate):
-    """See `PseudoViewsTask`. Raises ValueError where no earlier phase makes an asset, or several subjects are learned."""
+    """See `PseudoViewsTask`. Raises ValueError if no earlier phase makes an asset, or several subjects are learned."""
 
     def __init__(self, context: PhaseContext) -> None:
         self.recipe = recipe_of(context)
@@ -36,15 +36,15 @@ class PseudoViews(Generate):
         self.task: PseudoViewsTask = task
         made = [r for r in context.earlier if isinstance(r, DistillRecipe) and isinstance(r.task, DistillTask)]
         if not made:
-            raise ValueError(f"phases.{context.name}: no earlier phase makes an asset to take views of")
+            raise ValueError(f"phases.{context.name}: no earlier phase makes an asset to render views of")
         if len(context.subjects) > 1:
             raise ValueError(
-                f"phases.{context.name}: its pictures are of one subject, and {len(context.subjects)} are learned"
+                f"phases.{context.name}: its pictures show one subject, but {len(context.subjects)} are learned"
             )
         if not context.subjects and any("{concept}" in prompt for prompt in self.task.prompts):
             raise ValueError(
-                f"phases.{context.name}.task.prompts: {{concept}} is the subject that is learned, and there is none: name a "
-                "loaded concept"
+                f"phases.{context.name}.task.prompts: {{concept}} stands for the learned subject, but none is learned: use a "
+                "loaded concept's name"
             )
         self.shown_by, self.cameras = made[-1], self.task.cameras()
         super().__init__(context)
@@ -52,7 +52,7 @@ class PseudoViews(Generate):
 
     @property
     def field(self) -> Any:
-        """The asset as the earlier phase left it."""
+        """The asset's field as the earlier phase left it."""
         if self._field is None:
             by, backbone = self.shown_by, self.context.backbone
             channels = 3
@@ -63,7 +63,7 @@ class PseudoViews(Generate):
         return self._field
 
     def planned(self) -> Iterator[Shot]:
-        """One for each view, told the side that it shows; where there are several prompts, for each."""
+        """One for each view and prompt, with words for the side that it shows."""
         owner = next(iter(self.context.subjects), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")
@@ -92,12 +92,12 @@ class PseudoViews(Generate):
         return context.make(self.texts(shots), [shot.seed for shot in shots], self.recipe, start)
 
     def depends_on(self) -> Mapping[str, Tensor]:
-        """What was learned, and the asset."""
+        """The learned tensors, and the asset's field."""
         return {**self.state_dict(), **{k: v for k, v in self.context.carried.items() if k.startswith(FIELD)}}
 
 
 def blank_views(task: PseudoViewsTask, folder: Path) -> Path:
-    """The folder of a phase with white pictures in place of the views that it is yet to make, for whoever tries a later one."""
+    """A folder with white pictures instead of the views that a phase will make, for trying out later phases."""
     cameras, kept = task.cameras(), []
     write_picture(torch.ones(3, 16, 16), folder / "blank.png", {})
     for i in range(len(cameras)):
@@ -107,5 +107,5 @@ def blank_views(task: PseudoViewsTask, folder: Path) -> Path:
 
 
 def _seen_from(cameras: Cameras, i: int) -> dict[str, Any]:
-    """One of the cameras, as a list of kept pictures holds it."""
+    """One of the cameras, as stored in the list of kept pictures."""
     return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}

@@ -1,4 +1,4 @@
-"""Pictures of the subject from all around, as a recipe asks for them."""
+"""Pictures of the subject from all around: their settings in a recipe."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Angle = Annotated[float, Field(ge=-90, le=90)]
 
 
 class PseudoViewsTask(GenerateTask):
-    """Renders of the earlier phase's asset, turned into pictures of the subject: some noise is added and taken away again with
-    the concept as it is by now (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). A later phase learns from
-    them (`sources.NAME.kind=phase_pictures`) and compares with them (`references.kind=phase`).
+    """Turns renders of the earlier phase's asset into pictures of the subject: adds some noise and denoises it with the concept
+    learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases learn from them
+    (`sources.NAME.kind=phase_pictures`) and compare with them (`references.kind=phase`).
 
-    num: views, evenly around the thing, the first at its front, with these elevations in turn; strength: the share of the
-    denoising steps that are taken: with more of it they look more like the subject and less like the render. prompts: of each
-    view, with {concept}; none: the recipe's prompt. Both get the words for the view.
+    num: views, evenly around the thing, the first at its front, cycling through these elevations; strength: the share of
+    denoising steps that are run: higher values look more like the subject and less like the render. prompts: for each view,
+    with {concept}; none: the recipe's prompt. Words for the view are added to both.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -31,11 +31,11 @@ class PseudoViewsTask(GenerateTask):
     strength: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def count(self, steps: int, subjects: int) -> int:
-        """How many steps it takes: one for each batch of pictures."""
+        """The number of steps: one for each batch of pictures."""
         return -(-self.num * max(1, len(self.prompts)) // self.batch_size)
 
     def cameras(self) -> Cameras:
-        """From where each view is seen."""
+        """The camera of each view."""
         azimuths = [360 * i / self.num for i in range(self.num)]
         elevations = [self.elevation_deg[i % len(self.elevation_deg)] for i in range(self.num)]
         return Cameras.of(azimuths, elevations, look_at_distance(self.fov_deg, self.fill), self.fov_deg)

@@ -14,14 +14,14 @@ from pcs_3d.regularize.base import Seen
 from pcs_3d.view_prompts import ScenePrompts
 from shared.config import unknown
 
-#: From a scene's prompts and the concepts' strengths to what guides it.
+#: (prompts, strengths of concepts) -> the scores that guide a scene.
 Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 
 
 def scene_prompts(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None
 ) -> ScenePrompts:
-    """What a recipe says of its teacher's prompts; of those of a region, which says its own or leaves the recipe's."""
+    """The teacher's prompts as the recipe sets them; for a region, its own, or the recipe's where it has none."""
     said = (region.prompt if region else "") or recipe.prompt
     negative = (region.negative if region else "") or recipe.negative
     prompt = f"{said} {recipe.setting}".strip()
@@ -32,13 +32,13 @@ def scene_prompts(
 def regional_scores(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], strengths: Mapping[str, float], opened: Opened
 ) -> Scores:
-    """What guides a phase: one for the whole, and one for each region that has a prompt or concepts of its own.
+    """The scores that guide a phase: for the whole, and for each region with its own prompt or concepts.
 
     Args:
         strengths: of all concepts that have adapters
 
     Raises:
-        ValueError: a region names a concept that is not there
+        ValueError: a region names an unknown concept
     """
     parts: Mapping[str, RegionPart] = recipe.guidance.regions
     owned = {concept for part in parts.values() for concept in part.concepts or ()}
@@ -47,7 +47,7 @@ def regional_scores(
             if concept not in strengths:
                 raise ValueError(
                     f"guidance.regions.{name}.concepts: {unknown(concept, strengths, 'concept with adapters')} Learned words "
-                    "act where a prompt says them."
+                    "act where a prompt uses them."
                 )
     shared = {name: strength for name, strength in strengths.items() if name not in owned}
     whole = opened(scene_prompts(recipe, class_nouns), shared)
@@ -63,7 +63,7 @@ def regional_scores(
 
 
 class ShownRegions:
-    """The regions of a phase that are told something of their own, in its views."""
+    """Finds the regions with their own guidance in a phase's views."""
 
     def __init__(self, parts: Mapping[str, RegionPart]) -> None:
         self.regions: dict[str, Inside] = {name: part.build() for name, part in parts.items() if part.is_told_more}

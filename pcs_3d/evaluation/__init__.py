@@ -1,1 +1,1 @@
-"""Finished assets measured: against the true thing where it is known, and by what their renders show."""
+"""Measures finished assets: against the true thing if it is known, and by their renders."""

@@ -1,4 +1,4 @@
-"""A mesh brought over its truth: by scale and translation alone. A thing whose front is elsewhere stays so."""
+"""Aligns a mesh with its truth, by scale and translation only: a wrong front is not corrected."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.views import PaintedMesh, silhouettes
 
-_SIDE = 64  # pixels of the outlines that are compared
-_MOMENTS = 4  # times that size and middle are brought over those of the truth
-_EVERY = 2  # only every second view is looked at
+_SIDE = 64  # pixels of the silhouettes that are compared
+_MOMENTS = 4  # iterations of matching size and centre to the truth's
+_EVERY = 2  # only every second view is used
 _COARSE, _FINE = (
     (0.06, 0.03, 0.015),
     (0.006, 0.003),
@@ -25,7 +25,7 @@ _LIMITS = (0.1, 10.0)
 
 @dataclass(frozen=True)
 class _Outlines:
-    """Of silhouettes [B, H, W]: areas [B] and middles [B, 2] (x right, y up, -1 to 1)."""
+    """Areas [B] and centres [B, 2] (x right, y up, -1 to 1) of silhouettes [B, H, W]."""
 
     areas: Tensor
     middles: Tensor
@@ -48,11 +48,11 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
-    """The mesh at the size and place at which its outlines overlap most with those of the truth; as it is where nothing is
+    """The mesh at the size and position at which its silhouettes overlap most with the truth's; unchanged if nothing is
     better.
 
-    truth: bool [B, H, W], seen by the same cameras. Areas and middles give a first guess, a search by coordinates the rest;
-    one size and one place in space hold for all views. Its turn is never touched.
+    truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, a coordinate search refines it; one
+    size and one position apply to all views. The mesh is never rotated.
     """
     around, truth = around[::_EVERY], truth[::_EVERY]
     if (given := _overlap(mesh, truth, around)) == 1:
@@ -101,7 +101,7 @@ def _by_moments(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMes
             break
         larger = math.sqrt(float(wanted.areas.sum() / found.areas.sum()))
         scale = min(max(mesh.scale * larger, _LIMITS[0]), _LIMITS[1])
-        # A picture's half is so many radii wide at the thing.
+        # Half a view's width, in radii, at the thing's distance.
         width = (around.distance / around.focal).double()[:, None]
         shift = torch.linalg.lstsq(axes.reshape(-1, 3), ((wanted.middles - found.middles) * width).reshape(-1, 1))
         x, y, z = (torch.tensor(mesh.offset, dtype=torch.float64) + shift.solution[:, 0]).tolist()

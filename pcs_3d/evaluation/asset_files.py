@@ -1,4 +1,4 @@
-"""What is judged: a folder that `pcs 3d create` wrote, or a mesh of any origin."""
+"""What is evaluated: a folder that `pcs 3d create` wrote, or a mesh of any origin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST = 1 << 24  # bytes of an asset.json
 
 @dataclass(frozen=True)
 class Judged:
-    """name; file of the mesh; the mesh; what its asset.json says (empty for a bare mesh)."""
+    """name; the mesh's file; the mesh; the content of its asset.json (empty for a bare mesh)."""
 
     name: str
     file: Path
@@ -26,13 +26,13 @@ class Judged:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def said(self, key: str) -> str:
-        """A text of asset.json; "" where it has none."""
+        """A text from asset.json; "" if it has none."""
         value = self.about.get(key)
         return value if isinstance(value, str) else ""
 
     @property
     def costs(self) -> dict[str, Any]:
-        """Time and memory of making it; empty where it does not say."""
+        """Time and memory of making it; empty if not recorded."""
         value = self.about.get("costs")
         return dict(value) if isinstance(value, Mapping) else {}
 
@@ -40,7 +40,7 @@ class Judged:
 def read_judged(path: Path | str) -> Judged:
     """The asset in a folder, or the mesh in a file.
 
-    Raises ValueError for what is not there, a folder without an asset, a file that is no mesh, and a mesh without faces.
+    Raises ValueError for a missing path, a folder without an asset, a file that is not a mesh, and a mesh without faces.
     """
     path = expanded(path)
     if not path.exists():
@@ -49,7 +49,7 @@ def read_judged(path: Path | str) -> Judged:
         return Judged(path.name, path, painted_mesh(path))
     if not (path / MESH).is_file():
         what = "an asset without a mesh (export was null)" if (path / ABOUT).is_file() else "no asset"
-        raise ValueError(f"{path} holds {what}: {MESH}, which `pcs 3d create` writes, is not in it")
+        raise ValueError(f"{path} holds {what}: there is no {MESH} in it, which `pcs 3d create` writes")
     about = _about(path / ABOUT) if (path / ABOUT).is_file() else {}
     return Judged(path.resolve().name, path / MESH, painted_mesh(path / MESH), about)
 
@@ -62,5 +62,5 @@ def _about(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {str(error)[:200]}") from None
     if not isinstance(about, dict):
-        raise ValueError(f"{file} is not what `pcs 3d create` writes: it holds no table")
+        raise ValueError(f"{file} is not what `pcs 3d create` writes: it is not a JSON object")
     return about

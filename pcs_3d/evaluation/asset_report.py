@@ -1,4 +1,4 @@
-"""What an evaluation of an asset found: an `AssetReport`, kept as JSON, CSV, renders and one HTML page."""
+"""The result of evaluating an asset: an `AssetReport`, saved as JSON, CSV, renders and one HTML page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SCHEMA_VERSION = 1
 
 
 class ViewRow(Row):
-    """One view, and all that was measured on it."""
+    """One view and its measurements."""
 
     azimuth_deg: float
-    file: str  # below the report's folder
+    file: str  # in the report's folder
     truth_file: str = ""
     scores: dict[str, float | None] = {}
     seen: dict[str, str] = {}  # azimuth and name of the view, as instruments read them
@@ -32,7 +32,7 @@ class ViewRow(Row):
 
 
 class Curve(Row):
-    """One score once around the thing; of the truth and of the sphere as well, where they have it."""
+    """One score by azimuth around the thing; also for the truth and the sphere, if they have it."""
 
     key: str
     title: str
@@ -43,20 +43,20 @@ class Curve(Row):
 
 
 class Placed(Row):
-    """How the mesh was brought over its truth. It was not turned."""
+    """How the mesh was aligned with its truth. It was not rotated."""
 
     scale: float
     offset: tuple[float, float, float]
 
 
 class AssetReport(BaseModel):
-    """The whole evaluation of one asset. `files` (bytes by name) are kept beside the JSON."""
+    """The whole evaluation of one asset. `files` (bytes by name) are saved beside the JSON."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
     medium: Literal["asset"] = "asset"
     name: str
-    file: str  # the mesh that was judged
+    file: str  # the evaluated mesh
     prompt: str = ""  # as instruments read it
     truth: str = ""
     backbone: str = ""
@@ -67,9 +67,9 @@ class AssetReport(BaseModel):
     curves: list[Curve] = []
     geometry: Geometry
     placed: Placed | None = None
-    references: list[str] = []  # files below the report's folder
+    references: list[str] = []  # files in the report's folder
     instruments: list[Instrument] = []
-    costs: dict[str, Any] = {}  # of making it, as it says itself
+    costs: dict[str, Any] = {}  # of making it, as recorded in the asset
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
     viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh

@@ -27,7 +27,7 @@ __all__ = ["Against", "Yardstick", "evaluate", "measure", "plain"]
 def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
     """Measure the asset in a folder or the mesh in a file.
 
-    Raises ValueError for an asset, a truth, pictures or model folders that are not there or are none.
+    Raises ValueError for an asset, a truth, pictures or model folders that are missing or invalid.
     """
     judged = read_judged(asset)
     progress("instruments")
@@ -36,7 +36,7 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
 
 @torch.no_grad()
 def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
-    """The report of one asset; a yardstick serves any number of them that are of one thing and prompt."""
+    """The report of one asset; a yardstick can be reused for all assets of the same thing and prompt."""
     judge, tools = by.judge, by.judge.tools
     progress("renders")
     renders = draw(judged.mesh, by.around)
@@ -72,7 +72,7 @@ def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lam
 def _arms(
     judged: Judged, renders: Views, by: Yardstick, progress: Callable[[str], None]
 ) -> tuple[Arms, Compared | None]:
-    """The asset, and beside it the truth and a sphere in its mean colour, all looked at in the same way."""
+    """The asset, and for comparison the truth and a sphere in its mean colour, all measured in the same way."""
     chance = None if by.judge.verifier is None else by.judge.verifier.chance
     looks = by.judge.look(renders, by.true)
     if by.true is None:
@@ -107,20 +107,20 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:
-        said.append("No truth was given: outlines, colours and identity are not measured (--truth NAME or FILE).")
+        said.append("No truth was given: silhouettes, colours and identity are not measured (--truth NAME or FILE).")
     elif judge.verifier is None:
         said.append(
-            "Identity is not verified: look-alikes and a bar are known of the toybox's things alone. "
-            "Likeness to the truth from the same side stands in its place where there is an encoder."
+            "Identity is not verified: look-alikes and a bar exist only for the toybox's things. "
+            "With an encoder, likeness to the truth from the same side replaces it."
         )
     if tools.attributes is None:
         said.append("Views are not read: only the toybox's own instruments know front, side and back.")
     if tools.text_image is None:
         said.append("CLIP-T and CLIP-I are not measured: give --clip FOLDER.")
     elif not prompt:
-        said.append("CLIP-T is not measured: no prompt is known (--prompt).")
+        said.append("CLIP-T is not measured: the prompt is unknown; give --prompt.")
     if judge.references is None:
-        said.append("Likeness to pictures is not measured by azimuth: none were given (--references).")
+        said.append("Likeness to pictures is not measured by azimuth: give --references FOLDER.")
     if re.search(r"<[^<>]*>", judged.said("prompt")) and "thing" in prompt.split():
-        said.append("The prompt's learned name was read as “thing”: say what it is with --class-noun.")
+        said.append("The prompt's learned name was read as “thing”: set its class with --class-noun.")
     return said

@@ -1,4 +1,4 @@
-"""The numbers of a report: means of what was measured view by view, beside the truth and the generic thing."""
+"""The headline numbers of a report: means over views, next to those of the truth and the sphere."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Unit = Literal["rate", "score", "cosine", "count", "share"]
 
 @dataclass(frozen=True)
 class Arm:
-    """All that was measured on one thing: by view, shape included, and the PSNR over all views (NaN: no truth)."""
+    """All measurements of one thing: by view, shape included, and the PSNR over all views (NaN: no truth)."""
 
     looks: Looks
     psnr: float = math.nan
 
     def mean(self, key: str) -> float | None:
-        """The mean over views; None where it was not measured."""
+        """The mean over views; None if it was not measured."""
         values = [v for v in self.looks.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
 class Arms:
-    """The asset; where there are any, the true thing and a sphere in its mean colour."""
+    """The asset; and if there is a truth, the true thing and a sphere in its mean colour."""
 
     asset: Arm
     truth: Arm | None = None
@@ -49,23 +49,23 @@ class Measure:
     explanation: str = ""
 
 
-_ALIGNED = "Overlap of the outlines with the truth's, after scale and translation were aligned and the turn was not."
+_ALIGNED = "Overlap of the silhouettes with the truth's, after aligning scale and translation but not rotation."
 _COLORS = (
-    f"Inside either outline, after the same alignment, over all views at once; at most {BEST_DB:.0f}. Colours are compared "
-    "without light; a true thing of the toybox has light on it."
+    f"Inside either silhouette, after the same alignment, over all views together; at most {BEST_DB:.0f}. The asset's colours "
+    "are unlit; a true thing of the toybox is lit."
 )
 _VERIFIED = (
-    "Views that are recognised among look-alikes and at least as like the references as 95 % of true renders are."
+    "Views that are recognised among look-alikes and at least as similar to the references as 95 % of true renders are."
 )
 _RETRIEVED = (
-    "Retrieval: nearer to the thing than to any other of its class and colours. A sphere may pass: see identity."
+    "Retrieval: closer to the thing than to any other of its class and colours. A sphere may pass: see identity."
 )
 _JANUS = (
     "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
     "A guess that is always “front” gets 31 %, “side” 62 %."
 )
-_ERROR = "Between the camera and what the pose estimator reads; 90 where nothing is known."
-_FRONTS = "Quarters around the thing in which most views look like its front: 1 is right."
+_ERROR = "Between the camera and the pose estimator's reading; 90 if it has none."
+_FRONTS = "Quarters around the thing in which most views look like its front: 1 is correct."
 
 MEASURES: Mapping[str, Measure] = {
     "iou": Measure("Silhouette IoU", "score", explanation=_ALIGNED),
@@ -73,7 +73,7 @@ MEASURES: Mapping[str, Measure] = {
     "verified": Measure("Identity", "rate", explanation=_VERIFIED),
     "recognised": Measure("Recognised among look-alikes", "rate", explanation=_RETRIEVED),
     "likeness": Measure(
-        "Likeness to references", "cosine", explanation="Mean cosine with the two most alike pictures."
+        "Likeness to references", "cosine", explanation="Mean cosine with the two most similar pictures."
     ),
     "likeness_true": Measure("Likeness to the truth from the same side", "cosine"),
     "clip_t": Measure("Prompt (CLIP-T)", "cosine", explanation="Cosine of a render with the prompt in plain words."),
@@ -87,7 +87,7 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def headline(arms: Arms, shape: Geometry | None = None) -> list[Score]:
-    """Every score that was measured; `base` is the sphere's, `truth` the true thing's. shape: None where there is no mesh."""
+    """Every score that was measured; `base` is the sphere's, `truth` the true thing's. shape: None if there is no mesh."""
     scores = []
     for key, measure in MEASURES.items():
         if (value := _of(arms.asset, key)) is None:
@@ -138,7 +138,7 @@ def _geometry(shape: Geometry) -> list[Score]:
 
 
 def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
-    """Every score by azimuth, of all things that have it."""
+    """Every score by azimuth, for each of the things that have it."""
     found = []
     for key, measure in MEASURES.items():
         if key not in arms.asset.looks.scores:
@@ -150,7 +150,7 @@ def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
 
 
 def said(score: Score, value: float | None) -> str:
-    """A value of a score for people."""
+    """A score's value as text."""
     if value is not None and score.key == "watertight":
         return "yes" if value else "no"
     if value is not None and score.unit == "count" and float(value).is_integer():
@@ -159,7 +159,7 @@ def said(score: Score, value: float | None) -> str:
 
 
 def line(score: Score) -> str:
-    """A headline score as one line, with what stands beside it."""
+    """A headline score as one line, with the truth's and the sphere's."""
     beside = {"true thing": score.truth, "sphere": score.base, "chance": score.chance}
     return "   ".join(
         [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]

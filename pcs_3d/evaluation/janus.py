@@ -1,4 +1,4 @@
-"""Is the thing seen from where the camera is? The many-faced thing (Janus problem) shows its front on several sides."""
+"""Does each view show the side that its camera looks at? An asset with the Janus problem shows its front on several sides."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _QUARTERS = (0.0, 90.0, 180.0, 270.0)
 
 @dataclass(frozen=True)
 class ReadViews:
-    """azimuths [B] in degrees, 0 at the front, as they are read off B pictures; names: front, side, back or above, as the
-    recognizer says."""
+    """azimuths [B] in degrees, 0 at the front, estimated from B pictures; names: front, side, back or above, from the
+    recognizer."""
 
     azimuths: Tensor
     names: tuple[str, ...]
 
 
 def read_views(pixels: Tensor) -> ReadViews:
-    """What the toybox's pose estimator and its recognizer say of pictures [B, 3, H, W] in [-1, 1], one by one."""
+    """Readings of the toybox's pose estimator and recognizer for pictures [B, 3, H, W] in [-1, 1], one by one."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.evaluators.recognizer import load_recognizer
     from shared.toybox.motions.motion import PATH
@@ -37,7 +37,7 @@ def read_views(pixels: Tensor) -> ReadViews:
 
 
 def sectors(azimuth_deg: float) -> set[str]:
-    """front within 45 degrees of it, back from 135 on, side between; both on the border of two."""
+    """front up to 45 degrees, back from 135 degrees, side between; on a border, both."""
     turn = abs((azimuth_deg + 180) % 360 - 180)
     low, high = EDGES_DEG
     within = {"front": turn <= low, "side": low <= turn <= high, "back": turn >= high}
@@ -45,13 +45,13 @@ def sectors(azimuth_deg: float) -> set[str]:
 
 
 def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]:
-    """Whether the sectors read off each view are among those that its camera is in."""
+    """Whether each view's estimated sectors include one that its camera is in."""
     return [bool(seen & sectors(azimuth)) for seen, azimuth in zip(named, azimuths, strict=True)]
 
 
 def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
     """In how many of the four quarters around a thing (front, left, back, right) most views look like its front: 1 for a
-    thing with one front, 4 for one that looks at everyone. Views on the border of two quarters are left out."""
+    thing with one front, 4 for one with a front on every side. Views on the border of two quarters are left out."""
     count = 0
     for middle in _QUARTERS:
         apart = [abs((a - middle + 180) % 360 - 180) for a in azimuths]
@@ -61,5 +61,5 @@ def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
 
 
 def turned_by(read: Tensor, azimuths: Tensor) -> Tensor:
-    """[B]: degrees between what is read and the camera, 0 to 180."""
+    """[B]: degrees between the estimate and the camera, 0 to 180."""
     return wrapped_deg(read - azimuths).abs()

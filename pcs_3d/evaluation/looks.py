@@ -1,4 +1,4 @@
-"""What instruments for pictures say of an asset's renders, one by one."""
+"""Measures an asset's renders one by one with instruments for pictures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # of the true renders that set the bar
 
 @dataclass(frozen=True)
 class Looks:
-    """Of B views of one thing: scores by name, [B] each, NaN where one does not apply; names of what was seen; fronts, how
-    many were found (None: nothing reads views)."""
+    """Measurements of B views of one thing: scores by name, [B] each, NaN where one does not apply; names of what was seen;
+    fronts, how many were found (None: no instrument reads views)."""
 
     scores: Mapping[str, list[float]]
     seen: list[dict[str, str]] = field(default_factory=list)
@@ -32,14 +32,14 @@ class Looks:
 
 
 class Judge:
-    """Looks at renders of one thing after the other with the same instruments.
+    """Measures renders of several things with the same instruments.
 
     Args:
-        instruments: what there is to measure with
+        instruments: the available instruments
         around: the cameras of all renders
-        prompt: in plain words; "" where none is known
+        prompt: in plain words; "" if unknown
         references: [R, 3, H, W] in [-1, 1], or None
-        toy: the true thing, where it is one of the toybox: only then is it told from look-alikes
+        toy: the true thing, if it is one of the toybox's: only then can it be told from look-alikes
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Judge:
             self._know(toy)
 
     def _know(self, toy: TrueToy) -> None:
-        """Look-alikes, and how alike the references true renders are: 95 % of them pass."""
+        """Finds the look-alikes, and the bar: how similar to the references 95 % of true renders are."""
         held = toy.held
         shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
         shown = shown if self.references is None else self.references
@@ -64,7 +64,7 @@ class Judge:
         self.least = float(torch.quantile(torch.cat(likeness), 1 - PASSING))
 
     def look(self, views: Views, true: Views | None = None) -> Looks:
-        """Everything that can be measured. true: the true thing from the same cameras."""
+        """Measures everything possible. true: the true thing from the same cameras."""
         pixels, scores = as_model_pixels(views), dict[str, list[float]]()
         tools = self.tools
         if tools.text_image is not None:
@@ -109,8 +109,8 @@ class Judge:
 
 
 def raised(toy: TrueToy, around: Cameras) -> list[Views]:
-    """True renders that say how alike the references a thing is: from the sides of these cameras and several heights, in other
-    light each time."""
+    """True renders that set the bar for similarity to the references: from these cameras' azimuths at several elevations, each
+    in different light."""
     found = []
     for number, elevation in enumerate(_ELEVATIONS_DEG, 1):
         higher = Cameras.of(around.azimuth_deg, elevation)

@@ -1,4 +1,4 @@
-"""The page of an asset's report: renders around it, scores, and every score by azimuth; nothing is fetched."""
+"""The page of an asset's report: renders around it, scores, and every score by azimuth; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Line:
 
 
 def lines(curve: Curve) -> list[Line]:
-    """What a curve has of the asset, the truth and the sphere."""
+    """A curve's lines for the asset, the truth and the sphere."""
     columns = [
         (arm, values, color) for arm, color in zip(ARMS, COLORS, strict=False) if (values := getattr(curve, arm))
     ]
@@ -57,7 +57,7 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """A score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" of no values."""
+    """A score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" without values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

@@ -1,4 +1,4 @@
-"""How much an asset's outlines and colours are those of its truth, and what kind of mesh it is."""
+"""How well an asset's silhouettes and colours match its truth, and properties of its mesh."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.evaluation.alignment import aligned, iou
 from pcs_3d.evaluation.views import PaintedMesh, Views, draw
 
-BEST_DB = 60.0  # of colours that are equal
+BEST_DB = 60.0  # for equal colours
 _BEHIND = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A mesh over its truth: per view overlap of the outlines (0 to 1) and PSNR of the colours in dB, [B]; PSNR over all
-    views; and at which size and place, as `aligned` finds them."""
+    """A mesh compared with its truth: per view, overlap of the silhouettes (0 to 1) and PSNR of the colours in dB, [B] each;
+    PSNR over all views; and the size and position that `aligned` found."""
 
     iou: Tensor
     psnr: Tensor
@@ -30,15 +30,15 @@ class Compared:
 
 
 def compared(mesh: PaintedMesh, truth: Views, around: Cameras) -> Compared:
-    """Aligned in scale and translation alone, and compared view by view."""
+    """Aligns the mesh by scale and translation only, and compares it view by view."""
     placed = aligned(mesh, truth.masks, around)
     views = draw(placed, around, truth.masks.shape[-1])
     return Compared(*differences(views, truth), placed, views)
 
 
 def differences(views: Views, truth: Views) -> tuple[Tensor, Tensor, float]:
-    """Views as they are against those of the truth: overlap of the outlines and PSNR of the colours in dB, float64 [B] each;
-    PSNR over all views."""
+    """Compares views, unaligned, with those of the truth: overlap of the silhouettes and PSNR of the colours in dB, float64 [B]
+    each; PSNR over all views."""
     errors = [_errors(view, t) for view, t in zip(_each(views), _each(truth), strict=True)]
     psnr = torch.tensor([_decibels(e) for e in errors], dtype=torch.float64)
     return iou(views.masks, truth.masks), psnr, _decibels(torch.cat(errors))
@@ -49,8 +49,8 @@ def _each(views: Views) -> list[tuple[Tensor, Tensor]]:
 
 
 def _errors(view: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Tensor:
-    """Squared errors of pixels that either of the two covers, on black and on white alike: what is missing must not pass
-    for a thing of the background's colour."""
+    """Squared errors of the pixels that either of the two covers, on black and on white, so that a missing part does not pass
+    as one in the background's colour."""
     (pixels, mask), (wanted, true_mask) = view, truth
     parts = []
     for level in _BEHIND:
@@ -68,9 +68,9 @@ def _decibels(errors: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a mesh of radius 1, its equal corners taken for one: numbers of triangles and vertices, whether it is closed, its
-    connected parts and the largest one's share of the triangles, volume in radii³ and its share of the box around it
-    (None: it is not closed, and holds none)."""
+    """Properties of a mesh of radius 1, with coincident vertices merged: numbers of triangles and vertices, whether it is
+    closed, its connected parts and the largest one's share of the triangles, volume in radii³ and its share of the bounding
+    box (None if it is not closed)."""
 
     faces: int
     vertices: int
@@ -82,7 +82,7 @@ class Geometry:
 
 
 def geometry(mesh: PaintedMesh) -> Geometry:
-    """What a mesh is like. Seams of textures, along which files list corners twice, are no edges."""
+    """Properties of a mesh. Seams of textures, along which files repeat vertices, do not count as edges."""
     import trimesh
 
     corners = mesh.vertices.double().numpy()

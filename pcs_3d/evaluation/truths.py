@@ -1,4 +1,4 @@
-"""What an asset is compared with: a held-out thing of the toybox, or a mesh in a file."""
+"""What an asset is compared with: a held-out thing of the toybox, or a mesh file."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _MESHES = (".glb", ".obj", ".ply")
 
 
 class Truth(Protocol):
-    """The thing as it truly is."""
+    """The true thing."""
 
     @property
     def name(self) -> str:
-        """What it is called in a report."""
+        """Its name in a report."""
         ...
 
     def views(self, around: Cameras, side: int = SIDE) -> Views:
-        """As these cameras see it."""
+        """Its views from these cameras."""
         ...
 
 
 @dataclass(frozen=True)
 class TrueMesh:
-    """The mesh in a file."""
+    """A mesh file."""
 
     name: str
     mesh: PaintedMesh
@@ -47,7 +47,7 @@ class TrueMesh:
 
 @dataclass(frozen=True)
 class TrueToy:
-    """A held-out thing of the toybox, which draws it with light on it, cut out and put on white."""
+    """A held-out thing of the toybox: rendered lit, cut out and placed on white."""
 
     held: HeldOut
 
@@ -61,8 +61,8 @@ class TrueToy:
 
     @property
     def plain(self) -> TrueToy:
-        """A generic thing of the class: its usual form in the same two colours; what is this thing's own, proportions and
-        pattern, is left out."""
+        """A generic thing of the class: its usual shape in the same two colours, without this thing's own proportions and
+        pattern."""
         thing = self.held.thing
         return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
 
@@ -70,7 +70,7 @@ class TrueToy:
         return self.lit(around, [0] * len(around), side)
 
     def lit(self, around: Cameras, seeds: Sequence[int], side: int = SIDE) -> Views:
-        """One view for each camera and seed of the light. The cameras' distance and field of view must be the toybox's."""
+        """One view for each camera and light seed. The cameras' distance and field of view must be the toybox's."""
         angles = zip(around.azimuth_deg.tolist(), around.elevation_deg.tolist(), seeds, strict=True)
         scenes = [Scene((self.held.thing,), "white studio", (Camera(a, e),), "photo", s) for a, e, s in angles]
         drawn = render(scenes, side)
@@ -79,22 +79,22 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """The truth that a user names: a subject of the toybox ("development-car"), or a mesh file.
+    """The truth given by a user: a subject of the toybox ("development-car"), or a mesh file.
 
-    Raises ValueError for a file that is not there or is no mesh, and for an unknown subject, with those that there are.
+    Raises ValueError for a file that is missing or not a mesh, and for an unknown subject, listing the known ones.
     """
     if Path(name).suffix.lower() in _MESHES or "/" in name or expanded(name).exists():
         path = expanded(name)
         if not path.is_file():
-            raise ValueError(f"--truth {name}: there is no such file")
+            raise ValueError(f"--truth {name}: no such file")
         return TrueMesh(path.name, painted_mesh(path))
     try:
         return TrueToy(held_out(name))
     except ValueError as error:
-        raise ValueError(f"--truth: {error} Or name a mesh file ({', '.join(_MESHES)}).") from None
+        raise ValueError(f"--truth: {error} Or give a mesh file ({', '.join(_MESHES)}).") from None
 
 
 def mean_color(views: Views) -> Tensor:
-    """[3]: of all that the thing covers."""
+    """[3]: the mean colour of the pixels that the thing covers."""
     inside = views.pixels.permute(0, 2, 3, 1)[views.masks]
     return inside.mean(0) if len(inside) else torch.full((3,), 0.5)

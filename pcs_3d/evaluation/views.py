@@ -1,4 +1,4 @@
-"""Meshes with the colours of their file, and how they look from all around."""
+"""Meshes with the colours of their files, rendered from all around."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pcs_3d.renderers.mesh import on_screen
 from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 
 VIEWS, SIDE = 16, 128
-_FINER = 2  # each pixel is drawn as so many by so many, and averaged
+_FINER = 2  # supersampling: each pixel is the mean of 2 × 2 samples
 
 
 @dataclass(frozen=True)
 class Views:
-    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the thing covers half a pixel or more."""
+    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the thing covers at least half a pixel."""
 
     pixels: Tensor
     masks: Tensor
@@ -30,8 +30,8 @@ class Views:
 
 @dataclass(frozen=True)
 class PaintedMesh:
-    """Triangles with one texture or colours at vertices: pieces as `read_mesh` gives them, each with faces; then made
-    larger by `scale` and moved by `offset`."""
+    """Triangles with a texture or vertex colours: pieces from `read_mesh`, each with faces; then scaled by `scale` and moved by
+    `offset`."""
 
     pieces: tuple[Piece, ...]
     scale: float = 1.0
@@ -50,11 +50,11 @@ class PaintedMesh:
         return torch.from_numpy(np.concatenate([p.faces + s for p, s in zip(self.pieces, starts, strict=False)]))
 
     def placed(self, scale: float, offset: tuple[float, float, float]) -> PaintedMesh:
-        """The same mesh, elsewhere and of another size."""
+        """The same mesh, scaled and moved."""
         return replace(self, scale=scale, offset=offset)
 
     def colors(self, faces: Tensor, shares: Tensor) -> Tensor:
-        """[N, 3] in [0, 1] at shares [N, 3] of the corners of triangles [N], as the file has them."""
+        """[N, 3] in [0, 1] at barycentric coordinates [N, 3] in triangles [N], from the file."""
         out, first = torch.zeros(len(faces), 3), 0
         for piece in self.pieces:
             mine = (faces >= first) & (faces < first + len(piece.faces))
@@ -65,20 +65,21 @@ class PaintedMesh:
 
 
 def cameras() -> Cameras:
-    """The cameras that every asset is judged from: once around, the first at the front."""
+    """The cameras of every evaluation: once around, the first at the front."""
     return turntable(VIEWS)
 
 
 def painted_mesh(path: Path) -> PaintedMesh:
-    """The mesh in a GLB, OBJ or PLY file, of radius 1 around the origin. ValueError as `read_mesh`, and for points alone."""
+    """The mesh in a GLB, OBJ or PLY file, of radius 1 around the origin. Raises ValueError as `read_mesh` does, and for a file
+    with only points."""
     pieces = tuple(p for p in read_mesh(path) if len(p.faces))
     if not pieces:
-        raise ValueError(f"{path} has points and no faces: only meshes can be evaluated")
+        raise ValueError(f"{path} has points but no faces: only meshes can be evaluated")
     return PaintedMesh(pieces)
 
 
 def sphere(color: Tensor) -> PaintedMesh:
-    """The generic thing: a ball of radius 1 in one colour [3]."""
+    """A ball of radius 1 in one colour [3], as a floor for scores."""
     import trimesh
 
     ball = trimesh.creation.icosphere(3)
@@ -106,8 +107,8 @@ def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
 
 
 def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FINER) -> Tensor:
-    """bool [B, side, side]: `draw(...).masks`, for much less: the views are drawn below each other in one tall picture, each
-    with half a picture of room above and below for what reaches out of it; what reaches further is squeezed into it."""
+    """bool [B, side, side]: `draw(...).masks`, much faster: the views are drawn below each other in one tall picture, each
+    with a margin of half a picture above and below for what exceeds it; anything beyond is squeezed into the margin."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * finer
     corners, depths = [], []
     for i in range(len(around)):
@@ -122,10 +123,10 @@ def silhouettes(mesh: PaintedMesh, around: Cameras, side: int, finer: int = _FIN
 
 
 def as_model_pixels(views: Views) -> Tensor:
-    """[B, 3, H, W] in [-1, 1], as instruments take pictures."""
+    """[B, 3, H, W] in [-1, 1], the format that instruments take."""
     return 2 * views.pixels - 1
 
 
 def angle_name(azimuth_deg: float) -> str:
-    """What a view's file is called: "022" of 22.5 degrees."""
+    """The file name of a view: "022" for 22.5 degrees."""
     return f"{math.floor(azimuth_deg):03d}"

@@ -1,4 +1,4 @@
-"""What assets of one thing are held against: its truth, instruments that know it, and the floors; measured once."""
+"""What assets of one thing are measured against: its truth, instruments that know it, and the floors; computed once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from shared.metrics.scorer import fill
 from shared.runner.judging import references
 from shared.toybox.reference_sets import shown_in
 
-_SIDE = 64  # pixels of the references, as those of the toybox's own instruments
+_SIDE = 64  # pixels of the references, as for the toybox's own instruments
 
 
 @dataclass(frozen=True)
 class Against:
-    """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures;
-    prompt: default that of the asset; class_noun: takes the place of names in it; clip, dino: model folders."""
+    """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures; prompt:
+    default: the asset's; class_noun: replaces names in it; clip, dino: model folders."""
 
     truth: str | None = None
     references: Path | None = None
@@ -43,8 +43,7 @@ class Against:
 
 @dataclass
 class Yardstick:
-    """truth: None where none is known; true: it, as the judge's cameras see it; shown: the references [R, 3, H, W] in
-    [-1, 1]."""
+    """truth: None if unknown; true: its views from the judge's cameras; shown: the references [R, 3, H, W] in [-1, 1]."""
 
     judge: Judge
     truth: Truth | None
@@ -54,9 +53,9 @@ class Yardstick:
     @staticmethod
     @torch.no_grad()
     def of(against: Against, prompt: str = "", backbone: str = "") -> Yardstick:
-        """prompt, backbone: of the assets, as they say themselves.
+        """prompt, backbone: as recorded in the assets.
 
-        Raises ValueError for a truth, pictures or model folders that are not there or are none.
+        Raises ValueError for a truth, pictures or model folders that are missing or invalid.
         """
         truth = None if against.truth is None else read_truth(against.truth)
         shown, truth = _references(against, truth)
@@ -75,14 +74,14 @@ class Yardstick:
 
     @cached_property
     def truth_arm(self) -> Arm:
-        """The true thing itself. Call it where there is a truth."""
+        """Measurements of the true thing. Requires a truth."""
         assert self.true is not None
         same = [1.0] * len(self.true.masks), [BEST_DB] * len(self.true.masks)
         return Arm(with_shape(self.judge.look(self.true, self.true), *same), BEST_DB)
 
     @cached_property
     def sphere_arm(self) -> Arm:
-        """A sphere in the truth's mean colour, aligned as assets are. Call it where there is a truth."""
+        """Measurements of a sphere in the truth's mean colour, aligned as assets are. Requires a truth."""
         assert self.true is not None
         ball = compared(sphere(mean_color(self.true)), self.true, self.around)
         looks = self.judge.look(ball.views, self.true)
@@ -90,8 +89,8 @@ class Yardstick:
 
     @cached_property
     def generic_scores(self) -> dict[str, float | None]:
-        """What a generic thing of the class gets, by key: the class's usual form in the true thing's two colours, seen as it
-        is. Empty where the truth is none of the toybox's things."""
+        """Scores of a generic thing of the class, by key: the class's usual shape in the true thing's two colours, not aligned.
+        Empty if the truth is not one of the toybox's things."""
         if self.true is None or not isinstance(self.truth, TrueToy):
             return {}
         with torch.no_grad():
@@ -102,17 +101,17 @@ class Yardstick:
 
 
 def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
-    """What was seen, and what was compared view by view."""
+    """The measurements of views, with those of shape added."""
     return replace(looks, scores={"iou": iou, "psnr": psnr, **looks.scores})
 
 
 def plain(prompt: str, class_noun: str) -> str:
-    """A prompt in the words of an instrument, which knows no learned names: "a photo of a <my-mug>" -> "a photo of a mug"."""
+    """A prompt for instruments, which do not know learned names: "a photo of a <my-mug>" -> "a photo of a mug"."""
     return fill(re.sub(r"<[^<>]*>", "{concept}", prompt), class_noun, class_noun).strip()
 
 
 def _references(against: Against, truth: Truth | None) -> tuple[Tensor | None, Truth | None]:
-    """The pictures; and the thing that they show, where they are an album of the toybox and no truth is named."""
+    """The pictures; and the thing they show, if they are a toybox album and no truth is given."""
     if against.references is None:
         return None, truth
     subject = read_subject(against.references, against.class_noun)

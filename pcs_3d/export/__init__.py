@@ -1,1 +1,1 @@
-"""From a field to files that other programs open, each read back and compared."""
+"""From a field to files for other programs, each read back and compared."""

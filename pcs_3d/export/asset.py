@@ -21,8 +21,8 @@ from pcs_3d.fields.grids import by_chunks
 
 @dataclass(frozen=True)
 class Exported:
-    """files: what was written; faces, watertight, volume (radii³; None where it is not closed): of the mesh; notes: what was
-    chosen and left out."""
+    """files: what was written; faces, watertight, volume (radii³; None if not closed): of the mesh; notes: what was chosen and
+    left out."""
 
     files: tuple[Path, ...]
     faces: int
@@ -32,14 +32,14 @@ class Exported:
 
 
 def export_asset(field: Any, folder: Path, settings: ExportSettings | None = None, name: str = "asset") -> Exported:
-    """`NAME.glb`, `NAME.obj` with MTL and PNG, `NAME.ply`, and `NAME.splats.ply` of Gaussians, in a folder that is there.
+    """Writes `NAME.glb`, `NAME.obj` with MTL and PNG, `NAME.ply`, and for Gaussians `NAME.splats.ply`, into an existing folder.
 
-    Raises ValueError for a field without a surface, one of latents, and one of values that are not numbers, before anything
-    is written.
+    Raises ValueError for a field without a surface, of latents, or with values that are not finite, before anything is
+    written.
     """
     settings = settings or ExportSettings()
     if field.channels != 3:
-        raise ValueError(f"the field holds latents of {field.channels} channels, and files hold colours")
+        raise ValueError(f"the field holds latents with {field.channels} channels, but files need colours")
     found = extract(field, settings.resolution, settings.threshold, settings.all_parts)
     mesh = simplified(found, settings.faces)
     colors = surface_colors(field)
@@ -56,7 +56,7 @@ def export_asset(field: Any, folder: Path, settings: ExportSettings | None = Non
 
 
 def surface_colors(field: Any) -> Callable[[Tensor], Tensor]:
-    """What a field shows at points [N, 3] on its surface: [N, 3], on the CPU, without gradient."""
+    """Returns a function from points [N, 3] on a field's surface to colours [N, 3], on the CPU, without gradient."""
 
     @torch.no_grad()
     def colors(points: Tensor) -> Tensor:

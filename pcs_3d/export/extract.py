@@ -1,4 +1,4 @@
-"""Triangles out of fields: densities on a grid, where the surface is, and what belongs to it."""
+"""Extracts triangles from fields: densities on a grid, the threshold of the surface, and its largest part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CANDIDATES = 48  # thresholds tried
 @dataclass(frozen=True)
 class Extracted:
     """vertices: float64 [V, 3] in radii of the thing; faces: int64 [F, 3], counter-clockwise seen from outside; notes: what
-    was chosen and what was left out, as sentences."""
+    was chosen and left out, as sentences."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -27,19 +27,19 @@ class Extracted:
 
 @torch.no_grad()
 def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
-    """Densities [R, R, R] at the nodes of a grid over the bound, on the CPU. ValueError where any is no number."""
+    """Densities [R, R, R] at the nodes of a grid over the bound, on the CPU. Raises ValueError if any is not finite."""
     places = nodes(resolution, field.bound).reshape(-1, 3)
     grid = by_chunks(lambda p: field.density(p.to(field.device)).float().cpu(), places).view((resolution,) * 3)
     if not bool(grid.isfinite().all()):
-        raise ValueError("the field holds densities that are not numbers (NaN or Inf): its training failed")
+        raise ValueError("the field holds densities that are not finite (NaN or Inf): its training failed")
     return grid
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
     """The surface of a field: its own triangles, or where its density passes a threshold.
 
-    threshold: per radius; None: the one at which the outlines fit those that are seen (`automatic_threshold`). Unless
-    `all_parts`, only the largest connected part stays. Raises ValueError for a field without a surface.
+    threshold: per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
+    `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface.
     """
     if isinstance(field, SurfaceField):
         with torch.no_grad():
@@ -51,25 +51,25 @@ def extract(field: Any, resolution: int = 96, threshold: float | None = None, al
     if not grid.max() > level:
         raise ValueError(
             f"the field is empty: its largest density is {grid.max():.3g}, and the surface is where it passes {level:.3g}. "
-            "Train it for longer, or with a larger guidance scale"
+            "Train it longer, or with a larger guidance scale"
         )
     notes = [f"threshold {level:.3g}"]
     if not all_parts:
         grid, left = _largest_part(grid, level)
-        notes += [f"{left:.1%} of the volume was not connected to the rest and left out"] * (left > 0)
+        notes += [f"{left:.1%} of the volume was not connected to the rest and was left out"] * (left > 0)
     vertices, faces = _marched(grid, level)
     return Extracted(vertices * step - step - field.bound, faces, tuple(notes))
 
 
 def automatic_threshold(grid: np.ndarray, step: float) -> float:
-    """The density at which to cut: where the outlines of what is above it, seen along the three axes, overlap most with the
-    places that are more than half opaque; the middle of all that do so equally well. ValueError for an empty field."""
+    """The density at which to cut: the one whose silhouettes along the three axes overlap most with the pixels that are more
+    than half opaque; the middle one if several fit equally well. Raises ValueError for an empty field."""
     opaque = [1 - np.exp(-grid.sum(axis) * step) > 0.5 for axis in range(3)]
     largest = float(grid.max())
     if not any(o.any() for o in opaque):
         raise ValueError(
             f"the field is empty: its largest density is {largest:.3g}, and no ray through it is more than half opaque. "
-            "Train it for longer, or with a larger guidance scale"
+            "Train it longer, or with a larger guidance scale"
         )
     levels = np.geomspace(max(largest * 1e-4, 1e-6), largest * 0.95, _CANDIDATES)
     fits = np.array([np.mean([_overlap(grid.max(a) > level, o) for a, o in enumerate(opaque)]) for level in levels])
@@ -82,7 +82,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
-    """The grid without what is not connected to the largest part, and the share of the volume that this was."""
+    """The grid with only its largest connected part, and the share of the volume that was removed."""
     from scipy import ndimage
 
     labels, count = ndimage.label(grid > level)  # type: ignore[misc]
@@ -94,7 +94,7 @@ def _largest_part(grid: np.ndarray, level: float) -> tuple[np.ndarray, float]:
 
 
 def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Marching cubes on a grid with a layer of nothing around it, so that what touches the bound is closed there."""
+    """Marching cubes on a grid padded with empty cells, so that the surface is closed at the bound."""
     from skimage.measure import marching_cubes
 
     vertices, faces, _, _ = marching_cubes(np.pad(grid, 1), level, gradient_direction="ascent")
@@ -102,7 +102,7 @@ def _marched(grid: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _welded(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without vertices that lie on one another and triangles that have lost a corner to that."""
+    """Merges coincident vertices and drops the triangles that this makes degenerate."""
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=True, validate=False)
@@ -125,18 +125,18 @@ def _largest_faces(vertices: np.ndarray, faces: np.ndarray, all_parts: bool) -> 
     kept = faces if all_parts else faces[of_face == sizes.argmax()]
     used, numbers = np.unique(kept, return_inverse=True)
     left = len(faces) - len(kept)
-    notes = (f"{left} triangles were not connected to the rest and left out",) if left else ()
+    notes = (f"{left} triangles were not connected to the rest and were left out",) if left else ()
     return Extracted(vertices[used], numbers.reshape(-1, 3), notes)
 
 
 def simplified(mesh: Extracted, faces: int) -> Extracted:
-    """At most about so many triangles, by quadric error (fast-simplification)."""
+    """Reduces a mesh to at most about `faces` triangles, by quadric error (fast-simplification)."""
     if len(mesh.faces) <= faces:
         return mesh
     try:
         import fast_simplification
     except ImportError:
-        note = f"{len(mesh.faces)} triangles were not made {faces}: pip install fast-simplification"
+        note = f"{len(mesh.faces)} triangles were not simplified to {faces}: pip install fast-simplification"
         return Extracted(mesh.vertices, mesh.faces, (*mesh.notes, note))
     simplify: Any = fast_simplification.simplify
     vertices, triangles = simplify(

@@ -1,4 +1,4 @@
-"""Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which viewers of splats read."""
+"""Gaussians as a PLY file in the layout of 3DGS (https://arxiv.org/abs/2308.04079), which splat viewers read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _NAMES = ("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacit
 
 
 def write_gaussians(path: Path, splats: Splats) -> Path:
-    """Places, colours as harmonics of degree 0, opacities before sigmoid, logarithms of scales, quaternions w first. z up.
-    ValueError for latents, and where what is read back differs."""
+    """Writes positions, colours as spherical harmonics of degree 0, opacities before sigmoid, log scales, and quaternions with
+    w first; z up. Raises ValueError for latents, and if what is read back differs."""
     if splats.features.shape[1] != 3:
-        raise ValueError(f"Gaussians of {splats.features.shape[1]} channels are latents, and a PLY file holds colours")
+        raise ValueError(
+            f"Gaussians with {splats.features.shape[1]} channels are latents, but a PLY file needs colours"
+        )
     n = len(splats.means)
     columns = [
         splats.means, splats.means.new_zeros(n, 3), (splats.features - 0.5) / _C0,
@@ -26,7 +28,7 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
     ]  # fmt: skip
     table = np.concatenate([c.detach().float().cpu().numpy() for c in columns], 1).astype("<f4")
     if not np.isfinite(table).all():
-        raise ValueError("the Gaussians hold values that are not numbers (NaN or Inf): their training failed")
+        raise ValueError("the Gaussians hold values that are not finite (NaN or Inf): their training failed")
     head = ["ply", "format binary_little_endian 1.0", f"element vertex {n}", *(f"property float {k}" for k in _NAMES)]
     with atomic_write(path) as temporary:
         temporary.write_bytes("\n".join([*head, "end_header\n"]).encode() + table.tobytes())
@@ -36,7 +38,7 @@ def write_gaussians(path: Path, splats: Splats) -> Path:
 
 
 def read_gaussians(path: Path) -> np.ndarray:
-    """[N, 17]: the table of a PLY file, as trimesh reads it."""
+    """[N, 17]: the table of a PLY file, as read by trimesh."""
     import trimesh
 
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""The page of an asset: the mesh to turn, what was asked, what it took; one file, which loads nothing."""
+"""The page of an asset: the mesh to turn, the request, time and memory; one file, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shared.metrics.html import inline, render, seconds, size
 
 PAGE = "report.html"
 _STILLS = {"000": "front", "090": "its left", "180": "back", "270": "its right"}  # of the renders
-_LARGEST = 448  # pixels of a picture of what was known
+_LARGEST = 448  # side in pixels of a picture of what the model learned
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:
     """The page of the asset in a folder.
 
     Args:
-        about: what its asset.json holds
+        about: the content of its asset.json
         recipe: of the phase that finished it
-        known: label and PNG of what the model was taught
+        known: label and PNG of what the model learned
     """
     mesh = folder / "asset.glb"
     return render(
@@ -61,12 +61,12 @@ def _asked(recipe: Any, about: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _spent(costs: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {
         "training_seconds": "Optimisation",
-        "validation_seconds": "Pictures on the way",
-        "class_pictures_seconds": "Reading and making pictures to learn from",
+        "validation_seconds": "Validation pictures",
+        "class_pictures_seconds": "Reading and generating training pictures",
     }
     rows = [(name, seconds(costs[key])) for key, name in names.items() if costs.get(key)]
     if "training_peak_memory" in costs:
-        of = "all of the process" if costs.get("training_peak_memory_of") == "process" else "tensors on the GPU"
+        of = "whole process" if costs.get("training_peak_memory_of") == "process" else "tensors on the GPU"
         rows.append((f"Peak memory ({of})", size(costs["training_peak_memory"])))
     if "estimated_memory" in costs:
         rows.append(("Estimated before", f"{size(costs['estimated_memory'])}, of {size(costs['memory_budget'])}"))

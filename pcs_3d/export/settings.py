@@ -1,4 +1,4 @@
-"""How a finished field becomes files."""
+"""How a finished field is written to files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from shared.config import Part
 
 
 class ExportSettings(Part):
-    """resolution: nodes along a side of the grid that densities are asked on; threshold: None, found automatically; faces: the
-    most triangles; texture: pixels along a side; all_parts: also what is not connected to the largest part; picture: pixels
-    along a side of renders and turntable; frames: of the turntable."""
+    """resolution: nodes along a side of the grid on which the surface is extracted; threshold: density of the surface, None:
+    found automatically; faces: the maximum number of triangles; texture: pixels along a side; all_parts: keep parts that are
+    not connected to the largest one; picture: pixels along a side of renders and turntable; frames: of the turntable."""
 
     resolution: Annotated[int, Setting(ge=8, le=512)] = 96
     threshold: Annotated[float, Setting(gt=0)] | None = None

@@ -1,4 +1,4 @@
-"""A texture for a mesh: cut open and laid flat (xatlas), and painted with what the field shows at each place."""
+"""A texture for a mesh: unwrapped with xatlas and baked from the field's colours at each point."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pcs_3d.renderers.rasterize import barycentric, nearest_faces
 
 @dataclass(frozen=True)
 class Textured:
-    """vertices [V, 3] (those on seams several times), faces [F, 3], uv [V, 2] in [0, 1] (v up), texture: 8 bits [H, W, 3], its
-    first row at v = 1; normals [V, 3]: unit, those of the smooth surface."""
+    """vertices [V, 3] (repeated on seams), faces [F, 3], uv [V, 2] in [0, 1] (v up), texture: 8 bits [H, W, 3], its first row
+    at v = 1; normals [V, 3]: unit, of the smooth surface."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -29,8 +29,8 @@ class Textured:
 def textured(mesh: Extracted, colors: Callable[[Tensor], Tensor], size: int = 512) -> Textured:
     """A mesh with a texture of size×size pixels.
 
-    colors: points [N, 3] on the surface -> [N, 3] in [0, 1]. What no triangle covers takes the colour of the nearest pixel
-    that one does, so that no seam shows when a viewer interpolates or shrinks the texture.
+    colors: points [N, 3] on the surface -> [N, 3] in [0, 1]. Pixels outside all triangles take the colour of the nearest
+    covered one, so that no seam shows when a viewer interpolates or shrinks the texture.
     """
     import trimesh
     import xatlas
@@ -59,7 +59,7 @@ def _baked(
     face = nearest_faces(corners, torch.ones(len(faces), 3, dtype=torch.float64), size, size)
     y, x = (face >= 0).nonzero(as_tuple=True)
     if not len(y):
-        raise ValueError("the texture is so small that no pixel of it lies in a triangle: make it larger")
+        raise ValueError("the texture is too small, none of its pixels lies in a triangle: increase export.texture")
     chosen = face[y, x]
     shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5)
     points = (shares[..., None] * torch.from_numpy(vertices[faces])[chosen]).sum(1).float()

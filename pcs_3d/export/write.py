@@ -1,4 +1,4 @@
-"""Meshes as GLB, OBJ with MTL and PNG, and PLY; each is read back and compared."""
+"""Writes meshes as GLB, OBJ with MTL and PNG, and PLY; each is read back and compared."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from pcs_3d.export.texture import Textured
 from shared.io.outputs import atomic_write
 
-_CLOSE = 1e-5  # of coordinates that were read back, in radii
+_CLOSE = 1e-5  # tolerance of coordinates that were read back, in radii
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
-    """glTF in one file: y up, the thing's front toward +z, one rough material with the texture. ValueError where what is read
-    back differs."""
+    """Writes glTF in one file: y up, the thing's front towards +z, one rough material with the texture. Raises ValueError if
+    what is read back differs."""
     import trimesh
     from trimesh.visual.material import PBRMaterial
 
@@ -30,8 +30,8 @@ def write_glb(path: Path, mesh: Textured) -> Path:
 
 
 def write_obj(path: Path, mesh: Textured) -> list[Path]:
-    """Wavefront OBJ, y up, with its material and texture beside it: `x.obj`, `x.mtl`, `x.png`. ValueError where what is read
-    back differs."""
+    """Writes Wavefront OBJ, y up, with its material and texture beside it: `x.obj`, `x.mtl`, `x.png`. Raises ValueError if
+    what is read back differs."""
     vertices, normals = _y_up(mesh.vertices), _y_up(mesh.normals)
     stem = path.stem
     lines = [f"mtllib {stem}.mtl", "o thing"]
@@ -52,7 +52,7 @@ def write_obj(path: Path, mesh: Textured) -> list[Path]:
 
 
 def write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> Path:
-    """Binary PLY, z up, with colours [V, 3] in [0, 1] at vertices. ValueError where what is read back differs."""
+    """Writes binary PLY, z up, with colours [V, 3] in [0, 1] at vertices. Raises ValueError if what is read back differs."""
     rgba = np.concatenate([(colors.clip(0, 1) * 255).round(), np.full((len(colors), 1), 255)], 1).astype(np.uint8)
     made = _trimesh(vertices, faces, None, None, None)
     made.visual.vertex_colors = rgba
@@ -81,7 +81,7 @@ def _image(texture: np.ndarray) -> Any:
 
 
 def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, texture: np.ndarray | None) -> None:
-    """ValueError where the file does not hold these triangles, in order, and this texture."""
+    """Raises ValueError unless the file holds these triangles, in order, and this texture."""
     import trimesh
     from trimesh.resolvers import FilePathResolver
 
@@ -89,7 +89,7 @@ def _compare(file: Path, kind: str, vertices: np.ndarray, faces: np.ndarray, tex
     stream = io.BytesIO(file.read_bytes())
     scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)  # type: ignore[arg-type]
     (read,) = scene.geometry.values()
-    corners = np.asarray(read.vertices)[np.asarray(read.faces)]  # loaders may number vertices otherwise
+    corners = np.asarray(read.vertices)[np.asarray(read.faces)]  # loaders may renumber vertices
     mine = vertices[faces]
     if corners.shape != mine.shape or np.abs(corners - mine).max() > _CLOSE * max(1.0, np.abs(mine).max()):
         raise ValueError(f"the {kind} file does not hold the mesh that was written to it")

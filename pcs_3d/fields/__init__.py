@@ -1,4 +1,4 @@
-"""What is optimised: representations of a thing in space. A new one is one file and one line in the union."""
+"""What is optimised: representations of a thing in 3D. A new one is one file and one line in the union."""
 
 from typing import Annotated
 

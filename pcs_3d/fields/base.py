@@ -1,4 +1,4 @@
-"""What the representations have in common: settings, what is trained at which rate, and how they are saved."""
+"""What the fields have in common: settings, what is trained at which rate, and how they are saved."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Length = Annotated[float, Setting(gt=0, le=100)]
 class FieldPart(KindPart):
     """Base of the settings of fields.
 
-    bound: half the side of the cube that the thing is in, in its radii. start: what is there before the first step. lr: of
-    the shape; lr_features: of the colours, None: as the shape's.
+    bound: half the side of the cube around the thing, in its radii. start: the content before the first step. lr: rate of
+    the shape; lr_features: rate of the colours, None: the shape's.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer
@@ -37,16 +37,16 @@ class FieldPart(KindPart):
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """The same where the guidance has these regions, by name: itself, unless it asks where they are."""
+        """The settings with the guidance's regions, by name: itself, unless it needs to know where they are."""
         return self
 
     def check(self) -> None:
-        """ValueError for a file to start from that cannot be read."""
+        """Raises ValueError if the file to start from cannot be read."""
         self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
-        """The field that it describes, on the CPU. channels: 3 colours, or those of latents. ValueError for a file to start
-        from that cannot be read."""
+        """The field that it describes, on the CPU. channels: 3 colours, or those of latents. Raises ValueError if the file to
+        start from cannot be read."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class BaseField(nn.Module):
         return next(self.parameters()).device
 
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
-        """What is trained: name, parameters, rate."""
+        """What is trained, each with name, parameters and rate."""
         raise NotImplementedError
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -80,16 +80,18 @@ class BaseField(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
-            raise ValueError(f"the saved state is of another field: {', '.join(wrong)} is only in one of the two")
+            raise ValueError(f"the saved state is of another field: {', '.join(wrong)}: in only one of the two")
         for name, value in mine.items():
             if value.shape != state[name].shape:
-                raise ValueError(f"the saved {name} is {list(state[name].shape)}, and the field's {list(value.shape)}")
+                raise ValueError(
+                    f"the saved {name} is {list(state[name].shape)}, but the field's is {list(value.shape)}"
+                )
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(state[name])
 
     def colored(self, raw: Tensor) -> Tensor:
-        """Values without bounds as features: colours in [0, 1]; latents as they are."""
+        """Unbounded values as features: colours in [0, 1]; latents unchanged."""
         return raw.sigmoid() if self.channels == 3 else raw
 
     def inside(self, points: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class BaseField(nn.Module):
 
 
 class BaseVolume(BaseField):
-    """Base of the fields that can be asked at any point."""
+    """Base of the fields that can be evaluated at any point."""
 
     normal_step = 1e-2  # of finite differences, as a share of the bound
 
@@ -113,8 +115,8 @@ class BaseVolume(BaseField):
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:
-        """By differences at the corners of a tetrahedron: four questions instead of six, and no second derivative of the
-        field, which interpolation has none of."""
+        """By differences at the corners of a tetrahedron: four evaluations instead of six, and no second derivative, which
+        interpolation does not have."""
         corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
         step = self.normal_step * self.bound
         values = self.density(points[..., None, :] + step * corners)

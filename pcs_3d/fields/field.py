@@ -1,4 +1,4 @@
-"""What every representation offers to what renders, penalises and exports it."""
+"""The protocols that every field offers to renderers, penalties and export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.trainable import TrainableGroup
 class Sample:
     """A field at points [..., 3].
 
-    density: [...], per radius of the thing, not negative. features: [..., K], colours in [0, 1] (K = 3) unless the field is
+    density: [...], per radius of the thing, at least 0. features: [..., K], colours in [0, 1] (K = 3) unless the field is
     rendered in latent space.
     """
 
@@ -44,13 +44,13 @@ class Splats:
     features: Tensor
 
 
-#: A parameter that takes the place of another: which, and int64 [N], which of its rows each row was, -1: a new one.
+#: A parameter that replaces another: the old one, and int64 [N], the old row that each row comes from, -1: none.
 Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 
 @runtime_checkable
 class Field(Protocol):
-    """A thing in space, learned by gradients. The space is the cube [-bound, bound]³ around the origin; outside is nothing."""
+    """A thing in 3D, learned by gradients. The space is the cube [-bound, bound]³ around the origin; outside is nothing."""
 
     bound: float
     channels: int  # K: 3 colours, or the channels of latents
@@ -65,13 +65,13 @@ class Field(Protocol):
         ...
 
     def advance(self, step: int, steps: int) -> Replaced | None:
-        """What changes with time (finer levels, splitting, pruning), before step `step` of `steps`. Where `groups` are others
-        now, what their parameters came from; else None. Called again for the same step, also after the field was saved and
-        loaded, it changes nothing more."""
+        """Makes the changes due before step `step` of `steps` (finer levels, splitting, pruning). If `groups` have changed,
+        returns what their parameters came from, else None. Calling it again for the same step, also after the field was saved
+        and loaded, changes nothing more."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it is, fp32, on the CPU."""
+        """The whole state, fp32, on the CPU."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -85,19 +85,19 @@ class Field(Protocol):
 
 @runtime_checkable
 class VolumeField(Field, Protocol):
-    """A field that can be asked at any point."""
+    """A field that can be evaluated at any point."""
 
     def at(self, points: Tensor) -> Sample:
-        """[..., 3] -> density [...] and features [..., K], differentiable; nothing outside of the bound."""
+        """[..., 3] -> density [...] and features [..., K], differentiable; 0 density outside the bound."""
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """[..., 3] -> [...]: `at(points).density`, for less where the field can."""
+        """[..., 3] -> [...]: `at(points).density`, cheaper where the field can."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Along rays [N, 3], [N, 3] at distances [N, S]: two densities [N, S] that `density` lies between, for less where the
-        field can: what is empty or hidden for certain is not asked again."""
+        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper where the field
+        can: samples that are certainly empty or hidden are then not evaluated."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class SurfaceField(Field, Protocol):
     """A field that is drawn as triangles."""
 
     def surface(self) -> Surface:
-        """Its triangles, differentiable in what it trains of its shape. ValueError where there are none."""
+        """Its triangles, differentiable in the trained part of its shape. Raises ValueError if there are none."""
         ...
 
     def features_at(self, points: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class SplatField(Field, Protocol):
 
 @runtime_checkable
 class GridField(Field, Protocol):
-    """A field whose values lie on grids, so that neighbours can be compared."""
+    """A field with values on grids, so that neighbours can be compared."""
 
     def total_variation(self) -> Tensor:
         """The mean squared difference between neighbours."""

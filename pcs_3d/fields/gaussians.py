@@ -1,4 +1,4 @@
-"""Gaussians (3DGS, https://arxiv.org/abs/2308.04079), split and pruned while they learn."""
+"""Gaussians (3DGS, https://arxiv.org/abs/2308.04079), split and pruned during training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TRAINED = ("means", "log_scales", "rotations", "raw_opacities", "raw_features")
 
 
 class Gaussians(FieldPart):
-    """count: at the start, in the start's shape. every: steps between splitting and pruning, 0: never; until: up to which
-    share of the steps; threshold: of the mean length of the gradient of a place, above which a Gaussian is split or copied;
-    prune: less opaque ones vanish; most: there are never more."""
+    """count: number at the start, in the start's shape. every: steps between splitting and pruning, 0: never; until: the share
+    of the steps during which this happens; threshold: mean gradient norm of a Gaussian's position above which it is split or
+    copied; prune: opacity below which Gaussians are removed; most: the maximum number."""
 
     drawn_by: ClassVar[str] = "splat"
     kind: Literal["gaussians"] = "gaussians"
@@ -44,8 +44,8 @@ class GaussianField(BaseVolume):
     """N Gaussians: means [N, 3], log_scales [N, 3], rotations [N, 4] (quaternions of any length), raw_opacities [N] and
     raw_features [N, K] before sigmoid.
 
-    pull, pulled [N]: the lengths of the gradients of each place since Gaussians were last split, and how many these were;
-    advanced: at which step that was, so that it happens once.
+    pull, pulled [N]: the sum of gradient norms of each position since the last split, and their number; advanced: the step of
+    the last split, so that it happens once.
     """
 
     means: nn.Parameter
@@ -62,7 +62,7 @@ class GaussianField(BaseVolume):
         self.part, self.seed = part, seed
         draw, shape, n = torch.Generator().manual_seed(seed), part.start.shape(), part.count
         means = shape.surface_points(n, draw)
-        if part.start.kind == "blob":  # within the ball, not on it
+        if part.start.kind == "blob":  # inside the ball, not on its surface
             means = 0.85 * means * torch.rand(n, 1, generator=draw) ** (1 / 3)
         colors = shape.colors(means) if channels == 3 else None
         features = torch.zeros(n, channels) if colors is None else raw_colors(colors)
@@ -82,7 +82,7 @@ class GaussianField(BaseVolume):
             self.means.register_hook(self._watch)
 
     def _watch(self, grad: Tensor) -> None:
-        length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)  # of a step that the loop takes back
+        length = grad.detach().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0)  # from a step that the loop reverts
         self.pull += length
         self.pulled += length > 0
 
@@ -93,7 +93,7 @@ class GaussianField(BaseVolume):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         means = state.get("means")
-        if means is not None and means.ndim == 2 and len(means) != len(self.means):  # as many as there were
+        if means is not None and means.ndim == 2 and len(means) != len(self.means):  # resized to the saved number
             sized = [v.detach().new_zeros(len(means), *v.shape[1:]) for v in (getattr(self, k) for k in _TRAINED)]
             self._become(sized)
         super().load_state_dict(state)
@@ -105,7 +105,7 @@ class GaussianField(BaseVolume):
         )  # fmt: skip
 
     def advance(self, step: int, steps: int) -> Replaced | None:
-        if step == 0:  # of a later phase, which counts anew
+        if step == 0:  # in a later phase, steps start again at 0
             self.advanced.zero_()
         due = self.part.every and step and step % self.part.every == 0 and step <= self.part.until * steps
         if not due or int(self.advanced) == step:
@@ -117,13 +117,13 @@ class GaussianField(BaseVolume):
         return {getattr(self, name): (old, rows) for name, old in zip(_TRAINED, former, strict=True)}
 
     def _regroup(self, step: int) -> Tensor:
-        """Large Gaussians whose places are pulled about become two, small ones are copied; what is hardly seen goes.
-        int64 [N]: which of the former ones each is, -1: a new one."""
+        """Splits large Gaussians with large position gradients in two, copies small ones, and removes nearly transparent ones.
+        Returns int64 [N]: the former index of each, -1: a new one."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values = [getattr(self, name).detach() for name in _TRAINED]
         keep = values[3].sigmoid() >= self.part.prune
         if not keep.any():
-            keep = values[3] == values[3].max()  # one remains
+            keep = values[3] == values[3].max()  # at least one remains
         pulled = self.pull / self.pulled.clamp_min(1)
         more = ((pulled > self.part.threshold) & keep).nonzero()[:, 0]
         more = more[pulled[more].argsort(descending=True, stable=True)][: max(0, self.part.most - int(keep.sum()))]
@@ -141,7 +141,7 @@ class GaussianField(BaseVolume):
         return self.at(points).density
 
     def at(self, points: Tensor) -> Sample:
-        """Sums over Gaussians, blocks of points at a time, each with those that reach it (DreamGaussian,
+        """Sums over Gaussians, in blocks of points, each with the Gaussians that reach it (DreamGaussian,
         https://arxiv.org/abs/2309.16653, section 3.3): for export, not for rendering."""
         flat, splats = points.reshape(-1, 3), self.splats()
         blocks = ((flat / self.bound + 1) * 4).long().clamp(0, 7)

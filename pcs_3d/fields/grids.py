@@ -1,4 +1,4 @@
-"""Dense grids of values over the cube [-bound, bound]³: where their nodes are, and what is between them."""
+"""Dense grids of values over the cube [-bound, bound]³: positions of nodes, and interpolation between them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 
 def nodes(resolution: int, bound: float) -> Tensor:
-    """[R, R, R, 3]: the places of a grid's nodes; indices run along x, y, z, and the outermost nodes lie on the bound."""
+    """[R, R, R, 3]: positions of a grid's nodes; indices run along x, y, z, and the outermost nodes lie on the bound."""
     line = torch.linspace(-bound, bound, resolution)
     return torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
 
 
 def trilinear(grid: Tensor, points: Tensor, bound: float) -> Tensor:
-    """Values between nodes: grid [R, R, R, C], points [..., 3] -> [..., C]; beyond the bound those of its surface.
+    """Interpolated values: grid [R, R, R, C], points [..., 3] -> [..., C]; beyond the bound, those on its surface.
 
     Differentiable in both, once.
     """
@@ -42,7 +42,7 @@ def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class _WeightedRows(torch.autograd.Function):
-    """As `embedding_bag`, whose backward pass sorts the rows and takes four times as long on a CPU."""
+    """Like `embedding_bag`, whose backward pass sorts the rows and takes four times as long on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class _WeightedRows(torch.autograd.Function):
 def of_cells(
     cells: Sequence[Tensor], origins: Tensor, directions: Tensor, distances: Tensor, bound: float
 ) -> tuple[list[Tensor], Tensor]:
-    """The values of cells between nodes, each [R, R, R], that rays [N, 3], [N, 3] are in at distances [N, S]: each [N, S]; and
-    bool [N, S]: within the bound, beyond which values are some cell's or other.
+    """For each grid of cell values [R, R, R], the values [N, S] of the cells that rays [N, 3], [N, 3] are in at distances
+    [N, S]; and bool [N, S]: whether within the bound (outside it, values are arbitrary).
 
-    One axis after the other, each contiguous, and numbers of 32 bits: a third of the time of doing so with points [N, S, 3].
+    One axis at a time, each contiguous, with 32-bit integers: a third of the time it takes with points [N, S, 3].
     """
     size = len(cells[0])
     scale = size / (2 * bound)
@@ -83,13 +83,13 @@ def of_cells(
         inside &= (place >= 0) & (place <= size)
         number.mul_(size).add_(place.clamp_(0, size - 1).int())
     row = number.view(-1)
-    # index_select: the same by brackets takes four times as long on a CPU
+    # index_select: indexing with brackets takes four times as long on a CPU
     return [values.reshape(-1).index_select(0, row).view(distances.shape) for values in cells], inside
 
 
 def cell_maxima(grid: Tensor) -> Tensor:
-    """[R, R, R] values at nodes -> [R-1, R-1, R-1]: the largest at the eight corners of each cell, which no value between
-    them exceeds."""
+    """[R, R, R] values at nodes -> [R-1, R-1, R-1]: the largest of each cell's eight corners, an upper bound of the
+    interpolated values."""
     for axis in range(3):
         low, high = grid.narrow(axis, 0, grid.shape[axis] - 1), grid.narrow(axis, 1, grid.shape[axis] - 1)
         grid = torch.maximum(low, high)
@@ -108,5 +108,5 @@ def total_variation(grid: Tensor) -> Tensor:
 
 
 def by_chunks(function: Callable[[Tensor], Tensor], points: Tensor, size: int = 1 << 17) -> Tensor:
-    """function(points [N, 3]) -> [N, ...], computed for so many points at a time."""
+    """function(points [N, 3]) -> [N, ...], computed for `size` points at a time."""
     return torch.cat([function(chunk) for chunk in points.split(size)])

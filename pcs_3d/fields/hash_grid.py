@@ -1,5 +1,5 @@
-"""Features in hash tables of several resolutions and a small MLP (Instant NGP, https://arxiv.org/abs/2201.05989), in torch
-alone, so that it runs wherever torch does."""
+"""Features in hash tables of several resolutions and a small MLP (Instant NGP, https://arxiv.org/abs/2201.05989), in pure
+torch, so that it runs wherever torch does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pcs_3d.fields.grids import weighted_rows
 from pcs_3d.fields.networks import NetworkField
 from shared.trainable.base import Rate
 
-_PRIMES = (1, 2654435761, 805459861)  # of the paper, section 3
+_PRIMES = (1, 2654435761, 805459861)  # the paper's, section 3
 
 
 class HashGrid(FieldPart):
-    """levels of cells from coarsest to finest (nodes along a side), each with a table of 2^table rows of features. unlock: over
-    which share of the steps finer levels join, one after the other; 0: all at once."""
+    """`levels` levels of cells from coarsest to finest (nodes along a side), each with a table of 2^table rows of features.
+    unlock: the share of the steps over which finer levels are added one by one; 0: all from the start."""
 
     kind: Literal["hash_grid"] = "hash_grid"
     levels: Annotated[int, Setting(ge=1, le=24)] = 8
@@ -72,7 +72,7 @@ class HashField(NetworkField):
         sides = torch.stack([1 - along, along], 1)
         weights = sides[:, :, None, None, 0] * sides[:, None, :, None, 1] * sides[:, None, None, :, 2]
         size = self.tables.shape[1]
-        if side**3 <= size:  # every node has a row of its own
+        if side**3 <= size:  # each node has its own row
             rows = (x[:, :, None, None] * side + y[:, None, :, None]) * side + z[:, None, None]
         else:
             a, b, c = (v * prime for v, prime in zip((x, y, z), _PRIMES, strict=True))

@@ -1,4 +1,4 @@
-"""A thing of which only some regions may change."""
+"""A field that may change only in some regions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from shared.trainable import TrainableGroup
 
 
 class LocalEdit(Voxels):
-    """Two grids that begin alike: the start, which stays as it is, and what is learned, which is seen inside the regions alone.
-    Outside of them the field is the start, bit for bit (as the separate fields of FocalDreamer,
-    https://arxiv.org/abs/2308.10608).
+    """Two grids that begin equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside them
+    the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
 
-    regions: where it may change; none: those of the guidance. fill: the density there at first, per radius, where the start has
-    less: a grey fog that something can grow from.
+    regions: where it may change; none: those of the guidance. fill: the lowest initial density there, per radius: a grey fog
+    that something can grow from.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,7 +39,7 @@ class LocalEdit(Voxels):
     def check(self) -> None:
         if not self.regions:
             raise ValueError(
-                "field.kind = local_edit: say where it may change: guidance.regions.hat.kind=box guidance.regions.hat.lo=[…] "
+                "field.kind = local_edit: set where it may change: guidance.regions.hat.kind=box guidance.regions.hat.lo=[…] "
                 "guidance.regions.hat.hi=[…], in radii of the thing"
             )
         super().check()
@@ -50,7 +49,7 @@ class LocalEdit(Voxels):
 
 
 class LocalEditField(BaseVolume):
-    """(1 - w) kept + w learned, with w in [0, 1] of how much a point is inside the regions."""
+    """(1 - w) kept + w learned, where w in [0, 1] is how much a point is inside the regions."""
 
     def __init__(self, part: LocalEdit, channels: int) -> None:
         super().__init__(part.bound, channels)
@@ -109,11 +108,11 @@ class LocalEditField(BaseVolume):
         return torch.where(share > 0, unit(torch.lerp(kept, self.learned.normals(points), share)), kept)
 
     def total_variation(self) -> Tensor:
-        """Of what is learned."""
+        """Total variation of the learned grid."""
         return self.learned.total_variation()
 
 
 def _somewhere(share: Tensor) -> Tensor:
-    """int64: the points in a region; where there are none one that is not, so that a gradient of 0 reaches the field."""
+    """int64: the points in a region; if there are none, one outside, so that a gradient of 0 reaches the field."""
     some = share.nonzero()[:, 0]
     return some if len(some) else some.new_zeros(min(1, len(share)))

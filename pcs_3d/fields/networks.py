@@ -1,4 +1,4 @@
-"""What the fields made of networks have in common: a small MLP adds to values on a coarse grid that hold the start."""
+"""What the network fields have in common: a small MLP added to a coarse grid that holds the start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _START = 32  # nodes along a side of the grid that holds the start
 
 
 class NetworkField(BaseVolume):
-    """density = softplus(start + MLP(encoding)), as DreamFusion adds its blob. The last layer starts at 0, so that the field
-    is its start."""
+    """density = softplus(start + MLP(encoding)), as DreamFusion adds its blob. The last layer starts at 0, so the field begins
+    as its start."""
 
     start: Tensor
 
@@ -48,7 +48,7 @@ class NetworkField(BaseVolume):
 
 
 def mlp(widths: list[int], generator: torch.Generator) -> nn.Sequential:
-    """Layers with SiLU between; the last one is 0."""
+    """Linear layers with SiLU between them; the last starts at 0."""
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
         layer = nn.Linear(before, after)

@@ -1,4 +1,4 @@
-"""What a field holds before its first step: a blob, what is in a file, or what an earlier phase has made."""
+"""What a field holds before its first step: a blob, a file's mesh, or the result of an earlier phase."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from shared.config import KindPart, PathText, default_kind
 
 
 class StartPart(KindPart):
-    """Base of the starts. density: inside, per radius; softness: within how many radii of the surface it is small: soft
-    things look as large as hard ones."""
+    """Base of the starts. density: inside, per radius; softness: the width, in radii, over which the density falls off inside
+    the surface, so that soft things look as large as hard ones."""
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
 
     def shape(self) -> Shape:
-        """How far each point is from the surface, and its colours there. ValueError where that cannot be known."""
+        """Distances to the surface, and the colours there. Raises ValueError if they cannot be known."""
         raise NotImplementedError
 
     def triangles(self) -> Surface:
-        """Its triangles. ValueError where it has none."""
+        """Its triangles. Raises ValueError if it has none."""
         raise ValueError(
             f"field.start.kind = {self.kind} has no triangles: start from a file, or from an earlier phase"
         )
 
     def check(self) -> None:
-        """ValueError for a file that cannot be read."""
+        """Raises ValueError for a file that cannot be read."""
         self.shape()
 
     def values(self, places: Tensor, channels: int) -> Tensor:
-        """[N, 1 + K] at [N, 3]: of the density before softplus, and `features`."""
+        """[N, 1 + K] at [N, 3]: the density before softplus, and `features`."""
         solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % of it at the surface
         raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
         return torch.cat([raw[:, None], self.features(places, channels)], 1)
 
     def features(self, places: Tensor, channels: int) -> Tensor:
-        """[N, K] at [N, 3]: the colours of the nearest place on the surface, before sigmoid, where K is 3 and they are known;
-        else grey, or latents of 0."""
+        """[N, K] at [N, 3]: the colours of the nearest surface point, before sigmoid, if K is 3 and they are known; else grey,
+        or latents of 0."""
         colors = self.shape().colors(places) if channels == 3 else None
         return torch.zeros(len(places), channels) if colors is None else raw_colors(colors)
 
 
 class Blob(StartPart):
-    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2), of so many radii of the thing."""
+    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius in radii of the thing."""
 
     kind: Literal["blob"] = "blob"
     radius: Annotated[float, Setting(gt=0, le=10)] = 0.5
@@ -62,10 +62,10 @@ class Blob(StartPart):
 
 
 class MeshFile(StartPart):
-    """A mesh or points: GLB, OBJ or PLY, brought to one radius (1: what cameras are made for) around the origin.
+    """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: what cameras are made for) around the origin.
 
-    up: which of the file's axes is up; None: z in PLY, y elsewhere, as the formats have it. azimuth_deg: the thing is turned
-    so far to its left, for files whose front is elsewhere.
+    up: which of the file's axes is up; None: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the thing
+    by this angle to its left, for files whose front points elsewhere.
     """
 
     kind: Literal["file"] = "file"
@@ -82,25 +82,25 @@ class MeshFile(StartPart):
     def triangles(self) -> Surface:
         pieces = [p for p in read_mesh(self._named(), self.up, self.azimuth_deg) if len(p.faces)]
         if not pieces:
-            raise ValueError(f"field.start.path: {self.path} has points and no triangles, which are needed here")
+            raise ValueError(f"field.start.path: {self.path} has only points, but triangles are needed here")
         offsets = np.cumsum([0, *(len(p.vertices) for p in pieces)])
         faces = np.concatenate([p.faces + offset for p, offset in zip(pieces, offsets[:-1], strict=True)])
-        # What a file has once for each side of a seam of its texture is one place, and one corner of the surface.
+        # Files repeat vertices on both sides of a texture's seam; here each position is one vertex of the surface.
         places, number = np.unique(np.concatenate([p.vertices for p in pieces]), axis=0, return_inverse=True)
         return Surface(torch.from_numpy(self.radius * places).float(), torch.from_numpy(number.reshape(-1)[faces]))
 
     def _named(self) -> Path:
         if self.path is None:
-            raise ValueError("field.start.path is not said: name a mesh (GLB, OBJ or PLY), field.start.path=thing.glb")
+            raise ValueError("field.start.path is not set: give a mesh (GLB, OBJ or PLY), field.start.path=thing.glb")
         return self.path
 
 
 class PhaseStart(StartPart):
-    """What an earlier phase of the recipe has made, whatever kind of field that was: a volume takes densities and colours from
-    a volume as they are; all else starts from the surface.
+    """The result of an earlier phase of the recipe, whatever its kind of field: a volume takes over a volume's densities and
+    colours; everything else starts from the surface.
 
-    resolution: nodes along a side of the grid on which a surface is looked for; threshold: of the density there, None: found
-    automatically; faces: the most triangles; all_parts: also what is not connected to the largest part.
+    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, None: found
+    automatically; faces: the maximum number of triangles; all_parts: keep parts that are not connected to the largest one.
     """
 
     kind: Literal["phase"] = "phase"
@@ -115,14 +115,13 @@ class PhaseStart(StartPart):
         raise ValueError("field.start.kind = phase: there is no earlier phase that makes an asset")
 
     def check(self) -> None:
-        """There is nothing to look at before that phase has ended."""
+        """Nothing to check before that phase has ended."""
 
 
 class Handed(StartPart):
-    """What an earlier phase has made; stands in no recipe.
+    """The result of an earlier phase; not used in recipes.
 
-    surface: its triangles; known: how far from it a point is, and its colours, or latents; volume: the field itself, where it
-    is one.
+    surface: its triangles; known: distances to it, and its colours, or latents; volume: the field itself, if it is a volume.
     """
 
     kind: Literal["handed"] = "handed"
@@ -159,7 +158,7 @@ Start = Annotated[Blob | MeshFile | PhaseStart, Setting(discriminator="kind"), d
 
 
 def first_grid(start: StartPart, resolution: int, bound: float, channels: int) -> Tensor:
-    """[R, R, R, 1 + K] values without bounds at nodes (`StartPart.values`)."""
+    """[R, R, R, 1 + K] unbounded values at nodes (`StartPart.values`)."""
     places = nodes(resolution, bound).reshape(-1, 3)
     return start.values(places, channels).reshape(resolution, resolution, resolution, -1)
 
@@ -171,10 +170,10 @@ def first_features(start: StartPart, resolution: int, bound: float, channels: in
 
 
 def raw_colors(colors: Tensor) -> Tensor:
-    """What sigmoid makes colours in [0, 1] of; never quite 0 or 1."""
+    """The inverse of sigmoid for colours in [0, 1], kept away from 0 and 1."""
     return colors.clamp(0.02, 0.98).logit()
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """What softplus makes `value` of."""
+    """The inverse of softplus."""
     return value + torch.log(-torch.expm1(-value))

@@ -20,8 +20,8 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 
 class Tetrahedra(FieldPart):
-    """resolution³ nodes with a signed distance and a place that may move by almost half a cell; colours on a grid of so many
-    nodes. lr: of distances, in cells; lr_places: of the places."""
+    """resolution³ nodes with a signed distance and a position that may move by almost half a cell; colours on a grid with
+    color_resolution nodes along a side. lr: rate of distances, in cells; lr_places: rate of the positions."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["tetrahedra"] = "tetrahedra"
@@ -49,7 +49,7 @@ class TetrahedraField(BaseField):
         self.moves = nn.Parameter(torch.zeros_like(places))
         features = first_features(part.start, part.color_resolution, part.bound, channels)
         self.raw_features = nn.Parameter(features.contiguous())
-        self.places, self.tets = places, tetrahedra(part.resolution)  # not state: the settings say them
+        self.places, self.tets = places, tetrahedra(part.resolution)  # not saved: they follow from the settings
 
     def to(self, device: torch.device | str) -> TetrahedraField:  # type: ignore[override]
         self.places, self.tets = self.places.to(device), self.tets.to(device)
@@ -72,18 +72,18 @@ class TetrahedraField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of colours before sigmoid."""
+        """Total variation of the colours before sigmoid."""
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """[R, R, R, 3]: the gradient of the signed distance, per radius: of length 1 where it is one."""
+        """[R, R, R, 3]: the gradient of the signed distance, per radius: of length 1 for a true distance."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 
 
 def tetrahedra(resolution: int) -> Tensor:
-    """int64 [6 (R-1)³, 4]: each cell of a grid of R³ nodes in six tetrahedra around its diagonal (Kuhn), all of positive
-    volume; neighbouring cells share triangles."""
+    """int64 [6 (R-1)³, 4]: each cell of a grid of R³ nodes, split into six tetrahedra around its diagonal (Kuhn), all of
+    positive volume; neighbouring cells share triangles."""
     strides = torch.tensor([resolution**2, resolution, 1])
     line = torch.arange(resolution - 1)
     first = (torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3) * strides).sum(-1)
@@ -98,7 +98,7 @@ def tetrahedra(resolution: int) -> Tensor:
 @lru_cache
 def _triangles() -> Tensor:
     """[16, 2, 3]: for each pattern of corners inside (bit i: corner i) up to two triangles, as edges, -1 where there is none;
-    counter-clockwise seen from outside of a tetrahedron of positive volume."""
+    counter-clockwise seen from outside a tetrahedron of positive volume."""
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     edge = {frozenset(pair): i for i, pair in enumerate(_EDGES.tolist())}
     out = torch.full((16, 2, 3), -1)
@@ -121,7 +121,7 @@ def _triangles() -> Tensor:
 
 def marching_tetrahedra(nodes: Tensor, distances: Tensor, tets: Tensor) -> Surface:
     """The triangles where a distance [V], negative inside, is 0 along edges of tetrahedra [T, 4] between nodes [V, 3];
-    differentiable in both. ValueError where it is 0 nowhere."""
+    differentiable in both. Raises ValueError if it is 0 nowhere."""
     inside = distances < 0
     corners = inside[tets]
     crossed = corners.any(1) & ~corners.all(1)

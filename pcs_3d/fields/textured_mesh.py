@@ -1,4 +1,4 @@
-"""A mesh that stays as it is and takes other colours."""
+"""A fixed mesh with trainable colours."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shared.trainable.base import Rate
 
 
 class TexturedMesh(FieldPart):
-    """The triangles of a file, or of what an earlier phase has made (`start`), and colours on a grid of so many nodes around
-    them, which are those of the start at first."""
+    """The triangles of a file, or of an earlier phase's result (`start`), and colours on a grid with `resolution` nodes along a
+    side around them, which begin as the start's."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["textured_mesh"] = "textured_mesh"
@@ -27,7 +27,7 @@ class TexturedMesh(FieldPart):
     lr: Rate = 0.1
 
     def check(self) -> None:
-        """ValueError for a file that cannot be read, or has no triangles."""
+        """Raises ValueError for a file that cannot be read or has no triangles."""
         if isinstance(self.start, MeshFile):
             self.start.triangles()
 
@@ -55,7 +55,7 @@ class TexturedMeshField(BaseField):
         return [("features", [self.raw_features], self.part.feature_rate)]
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
-        for name in ("vertices", "faces"):  # as many as there were
+        for name in ("vertices", "faces"):  # resized to the saved number
             kept = state.get(name)
             if kept is not None and kept.ndim == 2 and kept.shape[1] == 3:
                 setattr(self, name, getattr(self, name).new_zeros(kept.shape))
@@ -68,5 +68,5 @@ class TexturedMeshField(BaseField):
         return self.colored(grids.trilinear(self.raw_features, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of colours before sigmoid."""
+        """Total variation of the colours before sigmoid."""
         return grids.total_variation(self.raw_features)

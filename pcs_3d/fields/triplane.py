@@ -15,7 +15,7 @@ from shared.trainable.base import Rate
 
 
 class Triplane(FieldPart):
-    """resolution² features of so many channels on each of the planes xy, xz and yz, added up and read by an MLP."""
+    """resolution² features on each of the planes xy, xz and yz, summed and decoded by an MLP."""
 
     kind: Literal["triplane"] = "triplane"
     resolution: Annotated[int, Setting(ge=4, le=2048)] = 64
@@ -42,6 +42,6 @@ class TriplaneField(NetworkField):
         return F.grid_sample(self.planes, places, align_corners=True, padding_mode="border")[:, :, 0].sum(0).T
 
     def total_variation(self) -> Tensor:
-        """Of the planes' features."""
+        """Total variation of the planes' features."""
         p = self.planes
         return (p[:, :, 1:] - p[:, :, :-1]).square().mean() + (p[..., 1:] - p[..., :-1]).square().mean()

@@ -17,8 +17,8 @@ from shared.trainable.base import Rate
 
 
 class Voxels(FieldPart):
-    """resolution³ nodes of density and colours, with what is between them interpolated before softplus and sigmoid, so that
-    surfaces may be sharper than cells."""
+    """resolution³ nodes of density and colours, interpolated before softplus and sigmoid, so that surfaces can be sharper than
+    cells."""
 
     kind: Literal["voxels"] = "voxels"
     resolution: Annotated[int, Setting(ge=4, le=512)] = 64
@@ -47,7 +47,7 @@ class VoxelField(BaseVolume):
         ]
 
     def at(self, points: Tensor) -> Sample:
-        both = torch.cat([self.raw_density, self.raw_features], -1)  # looked up once
+        both = torch.cat([self.raw_density, self.raw_features], -1)  # one lookup for both
         raw = grids.trilinear(both, points, self.bound)
         return Sample(F.softplus(raw[..., 0]) * self.inside(points), self.colored(raw[..., 1:]))
 
@@ -57,7 +57,7 @@ class VoxelField(BaseVolume):
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
         version = self.raw_density._version, self.raw_density.data_ptr()
-        if self._cells is None or self._cells[0] != version:  # found again whenever the optimizer has moved the grid
+        if self._cells is None or self._cells[0] != version:  # recomputed whenever the optimizer has changed the grid
             raw = F.softplus(self.raw_density.detach()[..., 0])
             self._cells = version, (-grids.cell_maxima(-raw), grids.cell_maxima(raw))
         (least, most), inside = grids.of_cells(self._cells[1], origins, directions, distances, self.bound)
@@ -68,5 +68,5 @@ class VoxelField(BaseVolume):
         return unit(-grids.trilinear(slope, points, self.bound))
 
     def total_variation(self) -> Tensor:
-        """Of densities and of colours, as they are before softplus and sigmoid."""
+        """Total variation of densities and colours, before softplus and sigmoid."""
         return grids.total_variation(self.raw_density) + grids.total_variation(self.raw_features)

@@ -1,1 +1,1 @@
-"""What pulls renders toward what a diffusion model knows: one engine, its settings and its parts."""
+"""Guidance: pulls renders towards what a diffusion model knows. One engine, its settings and its parts."""

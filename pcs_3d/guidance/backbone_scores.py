@@ -1,4 +1,4 @@
-"""A diffusion model with concepts as what guidance asks."""
+"""A diffusion model with concepts as the teacher of a guidance."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from shared.types import Conditioning
 class BackboneScores:
     """`Scores` of a backbone.
 
-    Adapters are switched by set alone: the teacher is the backbone with `concepts` at their strengths, the student that set
-    and `student`, the base neither. The base is asked with class nouns in the place of names.
+    Adapters are switched only by set: the teacher is the backbone with `concepts` at their strengths, the student that set
+    plus `student`, the base neither. For the base, class nouns replace names in prompts.
 
     Args:
         concepts: name -> strength, of adapters and learned words
         resolution: pixels of the shorter side that views are scaled to before they are encoded; None: the backbone's own
-        joint_views: so many views in turn attend to each other
+        joint_views: this many consecutive views attend to each other
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class BackboneScores:
 
     @contextmanager
     def under(self, adapters: Adapters) -> Iterator[None]:
-        """Inside, exactly these adapters are on."""
+        """Within the context, exactly these adapters are on."""
         sets: dict[Adapters, dict[str, float]] = {"base": {}, "teacher": self.concepts}
         if adapters == "student":
             if STUDENT not in self.backbone.adapters:
                 raise ValueError(
-                    "guidance.student: it has no adapters: add trainable.student_lora.kind=lora with "
+                    "guidance.student has no adapters: add trainable.student_lora.kind=lora with "
                     "adapter_set=student and group=student"
                 )
             sets["student"] = {**self.concepts, STUDENT: 1.0}
@@ -70,7 +70,7 @@ class BackboneScores:
             yield
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
-        """The noise for each ask; asks of one set of adapters are one pass of the network."""
+        """The noise for each ask; asks with the same set of adapters share one pass of the network."""
         known: dict[Ask, Tensor] = {}
         used: list[Adapters] = list(dict.fromkeys(ask.adapters for ask in asks))
         for adapters in used:
@@ -108,7 +108,7 @@ class BackboneScores:
         return self.texts.mixed(rows, t)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Through the autoencoder, in the precision it was loaded in; float32. ValueError for a size that does not fit."""
+        """Through the autoencoder, in its own precision; returns float32. Raises ValueError for a size that does not fit."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

@@ -1,4 +1,4 @@
-"""A network that is told from where its picture is taken, as VSD's student is (arXiv 2305.16213, section 3.2)."""
+"""Conditions a denoiser on cameras, as for VSD's student (https://arxiv.org/abs/2305.16213, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shared.trainable.base import TrainableGroup, TrainablePart
 
 
 class CameraEmbedding(TrainablePart):
-    """Camera-to-world matrices through two linear layers, added to the embedding of time. The second layer starts at 0, so
-    the start is the identity."""
+    """Camera-to-world matrices through two linear layers, added to the time embedding. The second layer starts at 0, so that
+    at first nothing changes."""
 
     kind: Literal["camera_embedding"] = "camera_embedding"
     adapter_set: str = STUDENT
     group: str = STUDENT
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """ValueError where the denoiser has no embedding of time that cameras could be added to."""
+        """Raises ValueError if the denoiser has no time embedding that cameras could be added to."""
         adapter = CameraAdapter(backbone, slot, seed)
         backbone.add_adapter(name, adapter)
         return TrainableGroup(slot, list(adapter.parameters()), self.lr, self.weight_decay, group=self.group)
@@ -48,7 +48,7 @@ class CameraAdapter:
 
     @contextmanager
     def seeing(self, cameras: Cameras, blind: bool = False) -> Iterator[None]:
-        """Inside, rows of predictions are seen by these cameras, over and over where there are more rows."""
+        """Within the context, predictions use these cameras row by row, repeated if there are more rows."""
         before, self._matrices = self._matrices, matrices(cameras) * (0.0 if blind else 1.0)
         try:
             yield
@@ -87,7 +87,7 @@ class CameraAdapter:
 
 
 def matrices(cameras: Cameras) -> Tensor:
-    """Camera to world, [B, 16]: columns are the picture's right, its up, toward the camera, and the camera's place."""
+    """Camera to world, [B, 16]: columns are the picture's right, its up, the direction to the camera, and its position."""
     out = torch.zeros(len(cameras), 4, 4)
     out[:, :3, :3] = cameras.axes.mT
     out[:, :3, 3] = cameras.positions
@@ -100,6 +100,4 @@ def _time_embedding(backbone: Backbone, component: str) -> nn.Module:
     for name in ("time_embedding", "time_text_embed"):
         if isinstance(found := getattr(network, name, None), nn.Module):
             return found
-    raise ValueError(
-        f"camera_embedding: the {component} of {backbone.family} has no embedding of time to add cameras to"
-    )
+    raise ValueError(f"camera_embedding: the {component} of {backbone.family} has no time embedding to add cameras to")

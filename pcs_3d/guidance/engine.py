@@ -15,14 +15,14 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: A point of evaluation and what is asked there.
+#: A point of evaluation and the ask there.
 Place = tuple[str, Ask]
 
 
 @dataclass(frozen=True)
 class Guided:
-    """The gradient [B, C, h, w] on a view's latents, and how it came about. eps: the guided prediction at (z_t, t); x0: the
-    clean latents that it stands for."""
+    """The gradient [B, C, h, w] on a view's latents, and what it was computed from. eps: the guided prediction at (z_t, t);
+    x0: the clean latents that it implies."""
 
     grad: Tensor
     noised: Noised
@@ -69,8 +69,8 @@ def guide(
 
 
 def surrogate(z: Tensor, grad: Tensor) -> Tensor:
-    """½ |z - sg(z - grad)|² / B: a scalar whose gradient in z [B, C, h, w] is grad / B. What z came from gets it; no
-    network between z and grad does."""
+    """½ |z - sg(z - grad)|² / B: a scalar whose gradient in z [B, C, h, w] is grad / B. It flows into what z was computed
+    from, and not through the networks between z and grad."""
     return 0.5 * (z - (z - grad).detach()).square().sum() / len(z)
 
 
@@ -89,10 +89,12 @@ def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> 
 
 
 def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
-    """x0 [B, C, h, w] moved by `share` to the spread of the unguided `plain`, taken over each `together` views in turn.
-    ValueError where B is no multiple of it."""
+    """x0 [B, C, h, w] rescaled by `share` towards the spread of the unguided `plain`, computed over each `together` consecutive
+    views. Raises ValueError unless B is a multiple of it."""
     if len(x0) % together:
-        raise ValueError(f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is no multiple of it")
+        raise ValueError(
+            f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is not a multiple of it"
+        )
     groups = (-1, together, *x0.shape[1:])
     factor = plain.reshape(groups).flatten(1).std(1) / x0.reshape(groups).flatten(1).std(1)
     factor = spread(factor.repeat_interleave(together), x0)
@@ -100,7 +102,7 @@ def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
 
 
 def _weights(settings: Guidance, noised: Noised, moment: Moment, like: Tensor) -> dict[str, Tensor]:
-    """Term -> its coefficient, [B, 1, 1, 1]; those that are 0 for every view are left out, and nobody is asked."""
+    """Term -> its coefficient, [B, 1, 1, 1]; terms that are 0 for every view are left out and not predicted."""
     scale, share = moment.of(settings.scale), noised.t.double() / 1000
     out = {}
     for name, term in settings.terms.items():
@@ -119,7 +121,7 @@ def _place(term: Term) -> Place:
 def _predictions(
     settings: Guidance, scores: Scores, noised: Noised, views: Views, weights: dict[str, Tensor]
 ) -> dict[Place, Tensor]:
-    """Each prediction that is needed, once."""
+    """Each needed prediction, once."""
     known: dict[Place, Tensor] = {}
     for point in ("t", "s"):
         asks = [term.ask for name, term in settings.terms.items() if name in weights and term.at == point]

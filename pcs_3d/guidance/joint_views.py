@@ -1,4 +1,4 @@
-"""Views of one thing that attend to each other, as in a model of several views."""
+"""Views of one thing that attend to each other, as in a multi-view model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ SELF = Where(kinds=frozenset({"self"}))
 
 @dataclass(frozen=True)
 class JointViews:
-    """Self-attention over `count` views in turn together: each place attends to all places of all of them (MVDream,
-    https://arxiv.org/abs/2308.16512, section 3.1, where the weights of a model of pictures are what its training starts from).
-    An edit for `Backbone.attending`."""
+    """Self-attention joined over `count` consecutive views: each position attends to all positions of all of them (MVDream,
+    https://arxiv.org/abs/2308.16512, section 3.1, where training starts from an image model's weights). An edit for
+    `Backbone.attending`."""
 
     count: int
 
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """k and v become [B, H, count · L, d]. ValueError where B is no multiple of `count`."""
+        """k and v become [B, H, count · L, d]. Raises ValueError unless B is a multiple of `count`."""
         if len(k) % self.count:
             raise ValueError(
-                f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is no multiple of it"
+                f"guidance.joint_views = {self.count}: a step has {len(k)} views, which is not a multiple of it"
             )
         return q, self._joined(k), self._joined(v), bias
 

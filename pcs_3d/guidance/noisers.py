@@ -1,6 +1,6 @@
-"""From a view's latents to noisy ones: at random, with one noise for good, or along the model's own trajectory.
+"""From a view's latents to noisy ones: at random, with one fixed noise, or along the model's own trajectory.
 
-Each gives `Noised`: where to ask the teacher, and what noise the guided prediction is compared with.
+Each returns `Noised`: where to ask the teacher, and which noise the guided prediction is compared with.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Noised:
-    """z_t [B, C, h, w] at t [B], and the noise `target` [B, C, h, w]; `start`: an earlier point of the trajectory, where
-    there is one."""
+    """z_t [B, C, h, w] at t [B], and the noise `target` [B, C, h, w]; `start`: an earlier point of the trajectory, if there is
+    one."""
 
     z_t: Tensor
     t: Tensor
@@ -33,13 +33,11 @@ class Noised:
     start: tuple[Tensor, Tensor] | None = None
 
     def at(self, point: Literal["t", "s"]) -> tuple[Tensor, Tensor]:
-        """Where a term is evaluated. ValueError where there is no earlier point."""
+        """Where a term is evaluated. Raises ValueError if there is no earlier point."""
         if point == "t":
             return self.z_t, self.t
         if self.start is None:
-            raise ValueError(
-                "guidance.terms: at: s is the earlier point of noiser.kind=interval, and this noiser has none"
-            )
+            raise ValueError("guidance.terms: at: s is the earlier point of noiser.kind=interval; this noiser has none")
         return self.start
 
 
@@ -56,7 +54,7 @@ def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Noise drawn on the CPU, so that devices agree; with an offset for each view and channel."""
+    """Noise, drawn on the CPU so that devices agree, with an offset for each view and channel."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)
@@ -78,7 +76,7 @@ class RandomNoise(Part):
 
 
 class FixedNoise(Part):
-    """The same noise in every step, one for each place in the batch."""
+    """The same noise in every step, one for each index in the batch."""
 
     kind: Literal["fixed"] = "fixed"
     seed: int = 0
@@ -94,12 +92,12 @@ class FixedNoise(Part):
 class Interval(Part):
     """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eq. 14 to 17): z is noised a little, follows
     the model's unconditional DDIM inversion to s = t - delta, and takes one more step to t. The target is the prediction at
-    (z_s, s) that made that step."""
+    (z_s, s), used for that last step."""
 
     kind: Literal["interval"] = "interval"
     delta: Schedule = 0.08
-    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the steps before s, at most
-    steps: Annotated[int, Field(ge=0)] = 5  # before s
+    stride: Annotated[float, Field(gt=0, le=1)] = 0.2  # largest step before s
+    steps: Annotated[int, Field(ge=0)] = 5  # steps before s
     offset: Annotated[float, Field(ge=0)] = 0.0
     told: Told = "null"
 
@@ -128,13 +126,13 @@ class Inversion(Part):
     in `steps` equal steps. The target is the noise that it implies, (z_t - alpha z) / sigma: with the weight sigma / alpha
     the gradient is z - x0(z_t).
 
-    `scale` is guidance in this package's convention; the paper's -7.5 is of eps_c + s (eps_c - eps_u).
+    `scale` is guidance in this package's convention; the paper's -7.5 is for eps_c + s (eps_c - eps_u).
     """
 
     kind: Literal["inversion"] = "inversion"
     steps: Annotated[int, Field(ge=1)] = 10
     scale: float = -6.5
-    jitter: Share = 1.0  # t is later by a random part of one step, this much of it at most
+    jitter: Share = 1.0  # t is moved later by a random part of one step, at most this share
     eta: Annotated[float, Field(ge=0)] = 0.3  # fresh noise, relative to that of one ancestral step
 
     def __call__(

@@ -1,5 +1,5 @@
-"""A teacher that knows a scene: the exact scores of Gaussians around the true view of each camera. What a guidance does is
-then known, and an asset that it makes can be compared with the truth."""
+"""A teacher that knows a scene: the exact scores of Gaussians around the true view of each camera. With it, a guidance's
+gradient is known exactly, and an asset can be compared with the truth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pcs_3d.guidance.noisers import noised
 from pcs_3d.guidance.scores import Adapters, Ask, Told, coefficients
 from pcs_3d.view_prompts import Views
 
-#: Cameras of B views -> the mean of what is there, in latents [B, C, h, w].
+#: Cameras of B views -> the mean of the scene's views, in latents [B, C, h, w].
 Means = Callable[[Cameras], Tensor]
 
 
@@ -23,15 +23,15 @@ class OracleScores:
     sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
 
     Args:
-        scene: mean and spread for what is told; what is not named there is as "prompt"
-        student: the means that the student has come to believe, of the spread of "prompt"; its parameters are the caller's
+        scene: mean and spread for each kind of conditioning; missing kinds are as "prompt"
+        student: the means that the student has learned, with the spread of "prompt"; the caller owns its parameters
     """
 
     discrete_time = True
 
     def __init__(self, scene: Mapping[Told, tuple[Means, float]], student: Means | None = None) -> None:
         if "prompt" not in scene:
-            raise ValueError('scene: it says nothing of "prompt"')
+            raise ValueError('scene needs an entry for "prompt"')
         self.scene, self.student = dict(scene), student
         steps = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
         self.alphas_cumprod = torch.cumprod(1 - steps**2, 0)

@@ -1,4 +1,5 @@
-"""Perp-Neg: what speaks against other views, without what speaks for this one (https://arxiv.org/abs/2304.04968)."""
+"""Perp-Neg: negatives for the other views, without their component along this view's prompt
+(https://arxiv.org/abs/2304.04968)."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ Curve = tuple[float, float, float]
 
 
 class PerpNeg(Part):
-    """The prompt's embedding moves from one view's to the next with the azimuth; the views that it is not are negatives.
+    """The prompt's embedding is interpolated between views by azimuth; the other views are negatives.
 
-    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (section 3.2 and 4.2). The weights are
-    -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves. `strength` scales them all; from
-    above there are none.
+    eps = eps_0 + s (e_pos + sum_i w_i perp(e_i, e_pos)), e = eps - eps_0 (sections 3.2 and 4.2). The weights are
+    -(a exp(-b r) + c), where r falls from 1 to 0 between two views: threestudio's curves. `strength` scales them all; views
+    from above have no negatives.
     """
 
     side_back: Curve = (1.0, 0.5, -0.606)
@@ -29,7 +30,7 @@ class PerpNeg(Part):
     strength: float = 1.0
 
     def rows(self, told: str, prompts: ScenePrompts, views: Views) -> list[Mix]:
-        """Of "prompt", "away_near" and "away_far": what each view's conditioning is mixed of. The near one is the view
+        """For "prompt", "away_near" and "away_far": the texts mixed for each view's conditioning. The near one is the view
         that the camera moves away from, the far one the view beyond."""
         return [
             self._row(told, prompts, direction, around, nameless)
@@ -53,7 +54,7 @@ class PerpNeg(Part):
         return ((1.0, text(near if told == "away_near" else far)),)  # type: ignore[arg-type]
 
     def weights(self, prompts: ScenePrompts, cameras: Cameras) -> Tensor:
-        """[B, 2], not above 0: of the near and the far negative."""
+        """[B, 2], at most 0: weights of the near and the far negative."""
         rows = []
         for direction, around in zip(prompts.words.directions(cameras), _around(cameras), strict=True):
             r = 1 - around if around < 1 else 2 - around

@@ -1,4 +1,4 @@
-"""The loss on pixels beside the one on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
+"""The loss on pixels that is added to the one on latents (HiFA, https://arxiv.org/abs/2305.18766, eq. 8)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pixel_loss(settings: Guidance, scores: Scores, guided: Guided, pixels: Tenso
     """The surrogate of w(t) (alpha / sigma) (x - D(x0)) on views x [B, 3, H, W] in [0, 1]: a scalar."""
     with torch.no_grad():
         decoded = scores.decode(guided.x0).to(pixels)
-        if decoded.shape[-2:] != pixels.shape[-2:]:  # views are scaled to what the model knows
+        if decoded.shape[-2:] != pixels.shape[-2:]:  # views are scaled to the model's size
             decoded = F.interpolate(decoded, pixels.shape[-2:], mode="bilinear", antialias=True)
         alpha, sigma = coefficients(scores, guided.noised.t, pixels)
         weight = time_weight(settings, scores, guided.noised.t, pixels) * alpha / sigma

@@ -1,4 +1,4 @@
-"""Texts encoded once for as long as what they mean stays the same: by the content of concepts, not by their names."""
+"""Encodes each text once, as long as its meaning stays the same: cached by the content of concepts, not by their names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from shared.types import Conditioning, SiteContext
 class PromptCache:
     """Encodes texts with `<name>`s under the adapters that are on.
 
-    Two encodings are the same where the text, the words and tensors of the concepts that it names, and the adapters of text
-    encoders that are on are. A concept that was trained on, or another one of the same name, is encoded anew.
+    An encoding is reused if the text, the words and tensors of the concepts in it, and the active adapters of text encoders
+    are the same. A concept that was trained further, or another one of the same name, is encoded again.
 
     Args:
-        on_device: a context inside which text encoders can be used
+        on_device: a context in which text encoders can be used
     """
 
     def __init__(self, backbone: Backbone, on_device: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -37,7 +37,7 @@ class PromptCache:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], t: Tensor) -> Conditioning:
-        """B texts -> one conditioning; t [B] is looked at where a name varies with time."""
+        """B texts -> one conditioning; t [B] matters only if a name varies with time."""
         words = [expand(text, self.backbone.placeholders) for text in texts]
         if "time" in self.backbone.varies_with(words):
             with self.on_device():
@@ -62,7 +62,7 @@ class PromptCache:
         return self._kept[key]
 
     def _meaning(self, text: str) -> str:
-        """What a text's encoding depends on besides its words."""
+        """A hash of everything a text's encoding depends on besides its words."""
         backbone, strengths = self.backbone, self.backbone.strengths
         parts = [backbone.checkpoint]
         for name in names_in(text):
@@ -79,7 +79,7 @@ class PromptCache:
         return self._touches_text[id(adapter)][1]
 
     def _hash(self, holder: Any) -> str:
-        """sha256 of its tensors, computed again where one of them was written to."""
+        """sha256 of its tensors, recomputed when one of them has changed."""
         versions = tuple((p.data_ptr(), p._version) for p in holder.parameters())
         known = self._hashes.get(id(holder))
         if known is None or known[0] is not holder or known[1] != versions:
@@ -91,7 +91,7 @@ class PromptCache:
 
 
 def _mixed(parts: Sequence[Conditioning], weights: Sequence[Tensor]) -> Conditioning:
-    """Row by row the weighted sum of several conditionings; a name stands where it stands in any of them."""
+    """The weighted sum of several conditionings, row by row; names keep their positions from any of them."""
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         shaped = [w.to(v.dtype).reshape(-1, *([1] * (v.ndim - 1))) for w, v in zip(weights, tensors, strict=True)]

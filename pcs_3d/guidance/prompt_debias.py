@@ -1,4 +1,5 @@
-"""Words that speak for one side of a thing, left out of the prompts of the others (D-SDS, arXiv 2303.15413, section 4.2)."""
+"""Leaves words that imply one side of a thing out of the prompts for the others (D-SDS, https://arxiv.org/abs/2303.15413,
+section 4.2)."""
 
 from __future__ import annotations
 
@@ -18,18 +19,19 @@ _QUESTION = "this image is depicting a {mask} view of {prompt}"
 
 
 class PromptDebias(Part):
-    """A masked language model says how likely a view is given the prompt, and given the prompt without a word. For a view,
-    the word goes where p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold` ("smiling", behind).
+    """A masked language model estimates how likely a view is given the prompt, and given the prompt without a word. For a
+    view, a word is removed if p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold` ("smiling",
+    from behind).
 
-    Concepts and their class nouns always stay: the language model knows nothing of what was learned. It reads class nouns
-    in the place of names.
+    Concepts and their class nouns always stay: the language model does not know what was learned, and reads class nouns
+    instead of names.
     """
 
-    model: PathText  # a local folder with a masked language model of transformers, BERT for example
+    model: PathText  # a local folder with a masked language model for transformers, such as BERT
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. ValueError where the folder holds no such model, or it does not know the views."""
+        """The prompt of each direction. Raises ValueError if the folder has no such model, or it does not know the views."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()
@@ -47,7 +49,7 @@ class PromptDebias(Part):
 
 
 class _Reader:
-    """A masked language model, asked about views."""
+    """A masked language model that estimates views."""
 
     def __init__(self, folder: Any) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -57,7 +59,7 @@ class _Reader:
             self.model: Any = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"debias.model = {folder}: no masked language model: {str(error).splitlines()[0]}"
+                f"debias.model = {folder}: not a masked language model: {str(error).splitlines()[0]}"
             ) from None
         pieces = {d: self.tokenizer.encode(d, add_special_tokens=False) for d in DIRECTIONS}
         unknown = [d for d, ids in pieces.items() if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id]

@@ -1,4 +1,5 @@
-"""Other prompts and concepts in parts of a view (locally conditioned diffusion, https://arxiv.org/abs/2303.12218, eq. 5)."""
+"""Different prompts and concepts in parts of a view (locally conditioned diffusion, https://arxiv.org/abs/2303.12218,
+eq. 5)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ _OWN: frozenset[Told] = frozenset({"prompt", "plain_prompt", "negative", "away_n
 
 
 class RegionalScores:
-    """`Scores` that are those of the whole but where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
-    sum_r m_r eps_r, for all that is told in words. Where regions overlap, they share. The base, the student, and what is told
-    nothing are as of the whole.
+    """The whole's `Scores`, except where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
+    sum_r m_r eps_r, for all text prompts. Overlapping regions share. The base, the student and unconditional predictions are
+    always the whole's.
 
     Args:
         regions: by name; the same model, with their own prompts and concepts
@@ -37,7 +38,7 @@ class RegionalScores:
         if mine and views.regions:
             mixed = {ask: found[ask] for ask in mine}
             for name, share in _shares(views.regions, z_t).items():
-                if bool(share.any()):  # a region that no view shows is not asked
+                if bool(share.any()):  # skips a region that no view shows
                     for ask, eps in zip(mine, self.regions[name].eps(mine, z_t, t, views), strict=True):
                         mixed[ask] = mixed[ask] + share * (eps - found[ask])
             found |= mixed
@@ -57,7 +58,7 @@ class RegionalScores:
 
 
 def _shares(regions: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """How much each region counts in each cell of latents, [B, 1, h, w], together at most 1."""
+    """The weight of each region in each latent cell, [B, 1, h, w]; together at most 1."""
     fitted = {name: F.interpolate(share.to(like), like.shape[-2:], mode="area") for name, share in regions.items()}
     total = torch.stack(list(fitted.values())).sum(0).clamp_min(1)
     return {name: share / total for name, share in fitted.items()}

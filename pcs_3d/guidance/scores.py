@@ -1,4 +1,4 @@
-"""What guidance asks of a diffusion model: noise predictions for views, under named conditions."""
+"""The teacher's protocol: noise predictions for views, under named conditions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pcs_3d.view_prompts import Views
 
 #: Which adapters are on. base: none; teacher: the loaded concepts; student: those and the student's.
 Adapters = Literal["base", "teacher", "student"]
-#: What the model is told of a view (`ScenePrompts.rows`, and of Perp-Neg the two directions to keep away from).
+#: The kind of conditioning (`ScenePrompts.rows`, and for Perp-Neg the two directions to avoid).
 Told = Literal["prompt", "plain_prompt", "negative", "null", "away_near", "away_far"]
 
 
@@ -31,11 +31,11 @@ class Scores(Protocol):
     discrete_time: bool  # trained on whole timesteps
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of times [B] in [0, 1000)."""
+        """alpha and sigma at times [B] in [0, 1000)."""
         ...
 
     def eps(self, asks: Sequence[Ask], z_t: Tensor, t: Tensor, views: Views) -> list[Tensor]:
-        """The noise in z_t [B, C, h, w] at t [B] for each ask, without gradients, in the precision of z_t."""
+        """The noise in z_t [B, C, h, w] at t [B] for each ask, without gradients, in z_t's precision."""
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ class Scores(Protocol):
         ...
 
     def prediction_loss(self, ask: Ask, z: Tensor, noise: Tensor, t: Tensor, views: Views) -> Tensor:
-        """The plain diffusion loss on clean latents z [B, C, h, w], with gradients: a scalar. To be called, and its
-        backward pass run, inside `under`."""
+        """The plain diffusion loss on clean latents z [B, C, h, w], with gradients: a scalar. Call it, and run its backward
+        pass, inside `under`."""
         ...
 
     def under(self, adapters: Adapters) -> AbstractContextManager[None]:
-        """Inside, these adapters are on."""
+        """Within the context, these adapters are on."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""One guidance: a table of terms, a noiser, a weighting, and what is done to the result."""
+"""One guidance: a table of terms, a noiser, a weighting, and how the result is post-processed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Weighting = Literal["sds", "uniform", "fantasia3d", "noise_to_signal"]
 
 
 class Term(Part):
-    """One prediction in the sum. Its coefficient is `plain` + `scaled` · s, with s the guidance scale; 0 outside of the
-    times [from_t, until_t), which are shares of the range of t."""
+    """One prediction in the sum. Its coefficient is `plain` + `scaled` · s, with s the guidance scale; 0 outside the times
+    [from_t, until_t), which are shares of the range of t."""
 
-    kind: Told = "prompt"  # what the model is told; the term's name, where nothing is said
+    kind: Told = "prompt"  # kind of conditioning; default: the term's name
     adapters: Adapters = "teacher"
     at: Literal["t", "s"] = "t"
     plain: Schedule = 0.0
@@ -39,8 +39,8 @@ class Term(Part):
 class Guidance(Part):
     """grad = w(t) (sum_i a_i eps_i - target), on the latents of a view.
 
-    Guidance scale, everywhere in this package: eps_u + s (eps_c - eps_u); 0 is without the prompt, 1 is plain. Papers and
-    programs that write eps_c + s' (eps_c - eps_u) have s' = s - 1.
+    The guidance scale s is used as eps_u + s (eps_c - eps_u) everywhere in this package: 0 ignores the prompt, 1 is no
+    guidance. Papers and programs that write eps_c + s' (eps_c - eps_u) have s' = s - 1.
 
     w(t) with z_t = alpha z + sigma eps: `sds` sigma² (which is 1 - alpha_bar), `uniform` 1, `fantasia3d` alpha sigma²,
     `noise_to_signal` sigma / alpha, under which the gradient with random noise is z - x0(z_t).
@@ -50,43 +50,45 @@ class Guidance(Part):
         "prompt": {"kind": "prompt", "scaled": 1.0},
         "negative": {"kind": "negative", "plain": 1.0, "scaled": -1.0},
     }
-    target: Literal["noise", "none"] = "noise"  # the noiser's, or nothing
+    target: Literal["noise", "none"] = "noise"  # the noiser's noise, or nothing
     scale: Schedule = 100.0
     noiser: Noiser = RandomNoise()
     times: Times = Times()
     weighting: Weighting = "sds"
-    weight: Schedule = 1.0  # of the whole gradient
+    weight: Schedule = 1.0  # factor of the whole gradient
     normalize: Literal["sum", "mean"] = "sum"  # over channels and cells of a view; mean does not depend on their number
     clip: Schedule | None = None  # elementwise, of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
-    rescale: Share = 0.0  # of x0 to its spread without guidance (https://arxiv.org/abs/2305.08891, eq. 15)
-    rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is taken together: those of a ring
-    regions: Slot[Region] = {}  # parts of space that are asked for something of their own
+    rescale: Share = 0.0  # share of rescaling x0 to its unguided spread (https://arxiv.org/abs/2305.08891, eq. 15)
+    rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is computed together: those of a ring
+    regions: Slot[Region] = {}  # parts of space with their own prompt or concepts
     joint_views: Annotated[int, Field(ge=1)] = 1  # views of a ring that attend to each other (`JointViews`)
     perp_neg: PerpNeg | None = None
     student: StudentSettings | None = None
     pixel_weight: Schedule = 0.0  # HiFA's loss between the view and the decoded x0
-    space: Literal["pixels", "latents"] = "pixels"  # what fields show: colours that are encoded, or latents
+    space: Literal["pixels", "latents"] = "pixels"  # what fields render: colours, which are then encoded, or latents
     resolution: Annotated[int, Field(ge=8)] | None = (
-        None  # pixels that a view is scaled to and encoded; the backbone's own
+        None  # pixels that views are scaled to before encoding; default: the backbone's own
     )
 
     def speaks(self, moment: Moment) -> bool:
-        """Whether the teacher is asked: where neither latents nor pixels weigh anything, penalties alone train the field."""
+        """Whether the teacher is needed: if the weights of latents and pixels are 0, only penalties train the field."""
         return moment.of(self.weight) != 0 or moment.of(self.pixel_weight) != 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Guidance:
         asks_student = any(term.adapters == "student" for term in self.terms.values())
         if asks_student and self.student is None:
-            raise ValueError("terms: one asks the student, and nothing teaches it: add student: {}")
+            raise ValueError("terms: one uses the student, but nothing trains it: add student: {}")
         if any(term.at == "s" for term in self.terms.values()) and self.noiser.kind != "interval":
-            raise ValueError("terms: at: s is the earlier point of noiser.kind=interval")
+            raise ValueError("terms: at: s is the earlier point of noiser.kind=interval: set that, or leave out at")
         if not self.terms:
-            raise ValueError("terms: there is none, so nothing guides")
+            raise ValueError("terms: none is set, so nothing guides the field")
         kinds = [term.kind for term in self.terms.values() if term.adapters == "teacher" and term.at == "t"]
         for need, why in (("prompt", self.rescale or self.perp_neg), ("null", self.perp_neg)):
             if why and need not in kinds:
-                raise ValueError(f"rescale and perp_neg need a term of kind {need}, and there is none")
+                raise ValueError(f"rescale and perp_neg need a term of kind {need}, but there is none")
         if self.space == "latents" and (self.resolution is not None or self.pixel_weight != 0):
-            raise ValueError("space: latents are not scaled to a resolution, and have no pixels to compare")
+            raise ValueError(
+                "space = latents: latents cannot be scaled and have no pixels to compare: leave out resolution and pixel_weight"
+            )
         return self

@@ -1,4 +1,4 @@
-"""Which noise levels guidance looks at in a step."""
+"""The noise levels used by guidance in a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.config import Part
 class Times(Part):
     """Times t in [0, 1000), as shares of that range.
 
-    Without `anneal` they are uniform between `low` and `high`. With it they are not random: they fall from high to low as
+    Without `anneal` they are uniform between `low` and `high`. With it they are deterministic and fall from high to low as
     high - (high - low) (step / steps)^anneal; 1 as in DreamGaussian (https://arxiv.org/abs/2309.16653), 0.5 as in HiFA
     (https://arxiv.org/abs/2305.18766, section 3.3).
     """
@@ -26,11 +26,11 @@ class Times(Part):
     same: bool = False  # one time for all views of a step
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:
-        """[count]; whole numbers where the model was trained on timesteps. ValueError where low is above high by now."""
+        """[count]; integers if the model was trained on timesteps. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 now."""
         low, high = moment.of(self.low), moment.of(self.high)
         if not 0 <= low <= high <= 1:
             raise ValueError(
-                f"guidance.times: low = {low:g} and high = {high:g} at step {moment.step + 1} are no range"
+                f"guidance.times: low = {low:g} and high = {high:g} at step {moment.step + 1}: need 0 ≤ low ≤ high ≤ 1"
             )
         if self.anneal is None:
             u = torch.rand(1 if self.same else count, generator=generator)
@@ -40,5 +40,5 @@ class Times(Part):
 
 
 def whole(t: Tensor, discrete: bool) -> Tensor:
-    """Times that a model takes: steps, or strictly between none and all of the noise."""
+    """Times that a model accepts: integer steps, or strictly between no noise and full noise."""
     return t.floor().clamp(0, 999).long() if discrete else t.clamp(1e-3, 999.999)

@@ -1,1 +1,1 @@
-"""Triangles and points: reading them from files, and what is known about a shape made of them."""
+"""Triangles and points: reading them from files, and the shapes they form."""

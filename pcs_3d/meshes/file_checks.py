@@ -1,4 +1,4 @@
-"""What is looked at in a file of somebody else's before it is decoded: sizes, and which other files it wants to read."""
+"""Checks on untrusted mesh files before they are decoded: sizes, and references to other files."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ _MAX_HEADER = 2**16
 
 
 def check_size_of(path: Path) -> None:
-    """ValueError for a file that is none, is empty or is larger than 256 MB."""
+    """Raises ValueError for a path that is not a file, and for a file that is empty or larger than 256 MB."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
     if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes, and a mesh may have up to {MAX_BYTES}: simplify it first")
+        raise ValueError(f"{path} has {size} bytes; a mesh may have at most {MAX_BYTES}: simplify it first")
 
 
 def check_glb(path: Path) -> None:
-    """ValueError for a GLB whose parts do not fit each other, that holds too much, or that wants files beside it."""
+    """Raises ValueError for a GLB that is inconsistent, holds too much, or needs other files."""
     data = path.read_bytes()
     if len(data) < 20 or data[:4] != b"glTF" or data[16:20] != b"JSON":
-        raise ValueError(f"{path} is no GLB file")
+        raise ValueError(f"{path} is not a GLB file")
     (length,) = struct.unpack_from("<I", data, 12)
     if 20 + length > len(data):
-        raise ValueError(f"{path} is cut off: it says that it begins with {length} bytes, and holds {len(data) - 20}")
+        raise ValueError(
+            f"{path} is cut off: its first part should have {length} bytes, and only {len(data) - 20} are there"
+        )
     try:
         tree = json.loads(data[20 : 20 + length])
         binary = data[28 + length :]
         _check_gltf(path, tree, binary)
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is no GLB file: what it says of its contents cannot be read") from None
+        raise ValueError(f"{path} is not a GLB file: its JSON part cannot be read") from None
 
 
 def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
     if needed := tree.get("extensionsRequired"):
         known = {"KHR_texture_transform", "KHR_materials_unlit", "KHR_mesh_quantization"}
         if other := sorted(set(needed) - known):
-            raise ValueError(f"{path} needs the glTF extension {other[0]}, which is not read: export it without")
+            raise ValueError(f"{path} needs the glTF extension {other[0]}, which is not supported: export it without")
     views, total = tree.get("bufferViews", []), 0
     for item in [*tree.get("buffers", []), *tree.get("images", [])]:
         if (uri := item.get("uri")) is not None and not str(uri).startswith("data:"):
@@ -58,7 +60,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         total += count
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
-            raise ValueError(f"{path} says that it holds {count} values where there are not so many, or too many")
+            raise ValueError(f"{path} declares {count} values, more than it holds or than are allowed")
     for image in tree.get("images", []):
         if "uri" in image:
             check_picture(path, _data_uri(path, image["uri"]))
@@ -74,65 +76,67 @@ def _check_views(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         start, size, buffer = int(view.get("byteOffset", 0)), int(view["byteLength"]), int(view.get("buffer", 0))
         inside = not buffers or "uri" not in buffers[buffer]
         if start < 0 or size < 0 or (inside and start + size > len(binary)):
-            raise ValueError(f"{path} says that a part of it ends at byte {start + size}, and holds {len(binary)}")
+            raise ValueError(
+                f"{path} is cut off: a part of it ends at byte {start + size}, but only {len(binary)} are there"
+            )
 
 
 def _data_uri(path: Path, uri: str) -> bytes:
     try:
         return base64.b64decode(uri.partition("base64,")[2], validate=True)
     except binascii.Error:
-        raise ValueError(f"{path} holds a picture that cannot be read") from None
+        raise ValueError(f"{path} contains an image that cannot be read") from None
 
 
 def check_picture(path: Path, data: bytes) -> None:
-    """ValueError for a picture of too many pixels, by its head alone."""
+    """Raises ValueError for an image with too many pixels, reading only its header."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError, SyntaxError):
-        raise ValueError(f"{path} holds a texture that cannot be read as a picture") from None
+        raise ValueError(f"{path} contains a texture that cannot be read as an image") from None
     if width * height > MAX_PIXELS // 4:
-        raise ValueError(f"{path} holds a texture of {width}×{height} pixels: make it smaller first")
+        raise ValueError(f"{path} contains a texture of {width}×{height} pixels: make it smaller first")
 
 
 def check_ply(path: Path) -> None:
-    """ValueError for a PLY whose head promises more than the file can hold, or than is read."""
+    """Raises ValueError for a PLY whose header declares more than the file can hold, or than is allowed."""
     with path.open("rb") as stream:
         head = stream.read(_MAX_HEADER)
     end = head.find(b"end_header")
     if head[:3] != b"ply" or end < 0:
-        raise ValueError(f"{path} is no PLY file")
+        raise ValueError(f"{path} is not a PLY file")
     for line in head[:end].decode("latin-1").splitlines():
         words = line.split()
         if words[:1] == ["element"] and (len(words) != 3 or not words[2].isdigit()):
-            raise ValueError(f"{path} is no PLY file: {line!r}")
+            raise ValueError(f"{path} is not a PLY file: {line!r}")
         if words[:1] == ["element"] and (count := int(words[2])) > min(path.stat().st_size, 2 * MAX_POINTS):
-            raise ValueError(f"{path} says that it holds {count} × {words[1]}, more than fit into it or are read")
+            raise ValueError(f"{path} declares {count} × {words[1]}, more than fit into it or are allowed")
 
 
 def check_obj(path: Path) -> None:
-    """ValueError for an OBJ that is no text, or has too many lines of points."""
+    """Raises ValueError for an OBJ that is not text, or has too many points."""
     count = 0
     with path.open("rb") as stream:
         for line in stream:
             if b"\0" in line:
-                raise ValueError(f"{path} is no OBJ file")
+                raise ValueError(f"{path} is not an OBJ file")
             count += line.startswith(b"v ")
     if count > MAX_POINTS:
-        raise ValueError(f"{path} has {count} points, and up to {MAX_POINTS} are read: simplify it first")
+        raise ValueError(f"{path} has {count} points; at most {MAX_POINTS} are read: simplify it first")
 
 
 class FolderResolver:
-    """For trimesh: files beside a mesh (materials, textures), inside its folder alone."""
+    """For trimesh: files beside a mesh (materials, textures), only from inside its folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.refused: list[str] = []  # trimesh swallows what is raised in here
+        self.refused: list[str] = []  # trimesh swallows exceptions raised here
 
     def get(self, name: str) -> bytes:
-        """The content of the file `name`. ValueError when it leads out of the folder or is too large."""
+        """The content of the file `name`. Raises ValueError if it is outside the folder or too large."""
         try:
             name = str(name).strip().removeprefix("./").removeprefix(".\\")
             file = safe_relative(self.path.parent, name)

@@ -1,4 +1,4 @@
-"""Meshes and points from GLB, OBJ and PLY files, whatever is in them, brought to radius 1 around the origin."""
+"""Meshes and points from GLB, OBJ and PLY files, even hostile ones, scaled to radius 1 around the origin."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Triangles with one texture, or points: vertices [V, 3], faces [F, 3] (none: points); colours in [0, 1] per vertex
-    [V, 3], or a texture [H, W, 3] in 8 bits with uv [V, 2] (v up), or neither."""
+    """Triangles with one texture, or points: vertices [V, 3], faces [F, 3] (empty: points); colours in [0, 1] per vertex
+    [V, 3], or an 8-bit texture [H, W, 3] with uv [V, 2] (v up), or neither."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -33,11 +33,11 @@ class Piece:
 
 
 def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> list[Piece]:
-    """The pieces of a file, with x forward, y left, z up, together of radius 1 around the origin.
+    """The pieces of a file, with x forward, y left, z up, scaled together to radius 1 around the origin.
 
-    Points that are no numbers go, with the triangles they are in, and so do triangles without area. Raises ValueError for a
-    file that is none of these formats, holds or promises too much, refers to files outside of its folder, or has nothing
-    left.
+    Points with non-finite coordinates are dropped, along with their triangles, and so are triangles without area. Raises
+    ValueError for a file that is in none of these formats, holds or declares too much, refers to files outside its folder,
+    or has nothing left.
     """
     path = expanded(path)
     if path.suffix.lower() not in _CHECKS:
@@ -46,11 +46,11 @@ def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg
     _CHECKS[path.suffix.lower()](path)
     pieces = [p for p in map(_cleaned, _loaded(path)) if len(p.vertices)]
     if not pieces:
-        raise ValueError(f"{path} holds no triangles and no points whose coordinates are numbers")
+        raise ValueError(f"{path} holds no triangles and no points with finite coordinates")
     if any(len(p.faces) for p in pieces):
         pieces = [p for p in pieces if len(p.faces)]
     elif sum(len(p.vertices) for p in pieces) < 16:
-        raise ValueError(f"{path} has no triangles, and too few points to make a shape of")
+        raise ValueError(f"{path} has no triangles, and too few points to form a shape")
     return _normalised(path, pieces, up or ("z" if path.suffix.lower() == ".ply" else "y"), azimuth_deg)
 
 
@@ -66,10 +66,10 @@ def _loaded(path: Path) -> list[Piece]:
         for name in scene.graph.nodes_geometry:
             matrix, geometry = scene.graph[name]
             pieces.append(_piece(scene.geometry[geometry], np.asarray(matrix, dtype=np.float64)))
-    except Exception as error:  # whatever a parser makes of hostile bytes
+    except Exception as error:  # a parser may raise anything on hostile bytes
         raise ValueError(f"{path} cannot be read as a mesh: {type(error).__name__}: {str(error)[:200]}") from None
     if resolver.refused:
-        raise ValueError(f"{path} refers to what is not read: {resolver.refused[0]}")
+        raise ValueError(f"{path} refers to a file that is not read: {resolver.refused[0]}")
     return pieces
 
 
@@ -87,7 +87,7 @@ def _piece(geometry: Any, matrix: np.ndarray) -> Piece:
         return replace(piece, colors=np.tile(plain, (len(vertices), 1)))
     points = not len(faces)
     colors = geometry.colors if points and hasattr(geometry, "colors") else getattr(visual, "vertex_colors", None)
-    known = points or getattr(visual, "kind", None) is not None  # trimesh makes up a grey where there is none
+    known = points or getattr(visual, "kind", None) is not None  # trimesh invents a grey if there is none
     colors = np.asarray(colors if known and colors is not None else [])
     if colors.ndim == 2 and len(colors) == len(vertices) and colors.shape[1] >= 3:
         return replace(piece, colors=colors[:, :3] / 255.0)
@@ -108,7 +108,7 @@ def _texture(visual: Any) -> np.ndarray | None:
 
 
 def _cleaned(piece: Piece) -> Piece:
-    """Without points that are no numbers, and without triangles that refer to them, to none, or have no area."""
+    """Drops points that are not finite, and triangles that refer to them or to missing points, or have no area."""
     good = np.asarray((np.isfinite(piece.vertices) & (np.abs(piece.vertices) < 1e30)).all(1))
     if piece.uv is not None and (len(piece.uv) != len(good) or not np.isfinite(piece.uv).all()):
         piece = replace(piece, uv=None, texture=None)
@@ -132,7 +132,7 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
     centre = (every.min(0) + every.max(0)) / 2
     radius = float(np.sqrt(((every - centre) ** 2).sum(1).max()))
     if not radius > 1e-30:
-        raise ValueError(f"{path} has no extent: all its points are in one place")
+        raise ValueError(f"{path} has no extent: all its points coincide")
     turn = np.eye(3) if up == "z" else np.eye(3)[[2, 0, 1]]  # glTF: y up, z forward, x to the left
     angle = math.radians(azimuth_deg)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -141,7 +141,7 @@ def _normalised(path: Path, pieces: list[Piece], up: str, azimuth_deg: float) ->
 
 
 def sampled(pieces: list[Piece], count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Points [N, 3] spread evenly over triangles, or the points themselves, and their colours [N, 3] in [0, 1] where any piece
+    """Points [N, 3] spread evenly over triangles, or the points themselves, and their colours [N, 3] in [0, 1] if any piece
     has some (grey elsewhere). The same pieces give the same points."""
     rng = np.random.default_rng(0)
     areas = [_areas(p) for p in pieces]
@@ -167,7 +167,8 @@ def _areas(piece: Piece) -> np.ndarray:
 
 
 def colors_on(piece: Piece, corners: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] in [0, 1] at shares [N, 3] of the vertices `corners` [N, 3] of triangles; grey where there are none."""
+    """Colours [N, 3] in [0, 1] at barycentric coordinates `share` [N, 3] in triangles with vertices `corners` [N, 3]; grey if
+    there are none."""
     if piece.texture is not None and piece.uv is not None:
         u, v = np.einsum("nk,nkd->nd", share, piece.uv[corners]).T % 1.0
         h, w = piece.texture.shape[:2]

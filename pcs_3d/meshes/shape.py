@@ -1,4 +1,4 @@
-"""Shapes as fields start from them: a signed distance and colours at any point."""
+"""Shapes that fields start from: a signed distance and colours at any point."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
-# How far beyond the nearest point of a surface the one may be that is found, as a share. In the middle of a ball all are the
-# nearest, and a search for the very nearest one looks at each of them.
+# Relative tolerance of nearest-point searches. At the centre of a ball all points are equally near, and an exact search would
+# visit every one of them.
 _ROUGHLY = 0.05
-_FEW = 2000  # points that colours far from the surface are taken from
-_RESOLUTION = 64  # cells along a side in which inside and outside are told apart
+_FEW = 2000  # surface points that provide colours far from the surface
+_RESOLUTION = 64  # cells along a side for telling inside from outside
 _SAMPLES = 120_000  # points on the surface of a mesh
 
 
@@ -27,11 +27,11 @@ class Shape(Protocol):
     """A thing of radius about 1 around the origin, x forward, y to its left, z up."""
 
     def distance(self, points: Tensor) -> Tensor:
-        """[N, 3] -> [N]: to the surface, negative inside."""
+        """[N, 3] -> [N]: distances to the surface, negative inside."""
         ...
 
     def colors(self, points: Tensor) -> Tensor | None:
-        """[N, 3] -> [N, 3] in [0, 1]: those of the nearest place on the surface; None where nothing is known of them."""
+        """[N, 3] -> [N, 3] in [0, 1]: those of the nearest surface point; None if the shape has none."""
         ...
 
     def surface_points(self, count: int, generator: torch.Generator) -> Tensor:
@@ -56,16 +56,16 @@ class BallShape:
 
 
 class SampledShape:
-    """A shape known by points on its surface.
+    """A shape given by points on its surface.
 
-    What cannot be reached from outside without crossing cells that hold such points is inside: that needs no normals and no
-    closed surface, and an open or non-manifold mesh becomes a shell of one cell.
+    Space that cannot be reached from outside without crossing cells with such points is inside: this needs neither normals
+    nor a closed surface, and turns an open or non-manifold mesh into a shell one cell thick.
 
     Args:
-        points: [N, 3] on the surface, within a cube of half the side `reach`
+        points: [N, 3] on the surface, within a cube of side 2 · `reach`
         colors: [N, 3] in [0, 1], or None
-        normals: [N, 3], unit, outward, of a closed surface, where they are known for certain: distances close to it are
-            along them, to less than a cell
+        normals: [N, 3], unit, outward, of a closed surface, if they are reliable: close to the surface, distances are then
+            measured along them, to less than a cell
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SampledShape:
         self._few = np.arange(0, len(points), max(1, len(points) // _FEW))
         self._few_tree = KDTree(points[self._few])
         self._cell = _cell_size(points, self._tree, reach)
-        size = math.ceil(2 * reach / self._cell) + 4  # outside all around
+        size = math.ceil(2 * reach / self._cell) + 4  # a margin of outside all around
         self._half = size * self._cell / 2
         shell = np.zeros((size,) * 3, dtype=bool)
         shell[tuple(((points + self._half) / self._cell).astype(int).clip(0, size - 1).T)] = True
@@ -87,7 +87,7 @@ class SampledShape:
         core = filled & ~shell  # type: ignore[operator]
         to_core = np.asarray(ndimage.distance_transform_edt(~core)) if core.any() else np.full(shell.shape, np.inf)
         to_outside = np.asarray(ndimage.distance_transform_edt(filled))
-        self._thin = to_core > 2  # nothing but shell: walls and handles thinner than two cells
+        self._thin = to_core > 2  # only shell: walls and handles thinner than two cells
         self._side = np.where(self._thin, 1.0, to_core - to_outside)  # positive outside
 
     def distance(self, points: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SampledShape:
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
         signed = np.where(outside, away, -away)
-        # What is thin is as thick as a cell: nothing would be inside of it.
+        # Thin parts are given the thickness of a cell, otherwise nothing would be inside them.
         signed = np.where(thin, away - 0.6 * self._cell, signed)
         if self.point_normals is not None:
             along = ((asked - self.points[nearest]) * self.point_normals[nearest]).sum(-1)
@@ -113,7 +113,7 @@ class SampledShape:
             return None
         asked = points.detach().cpu().numpy()
         away, nearest = map(np.asarray, self._tree.query(asked, distance_upper_bound=4 * self._cell))
-        far = np.isinf(away)  # as most nodes of a fine grid: of those, any place close to the nearest one will do
+        far = np.isinf(away)  # like most nodes of a fine grid: for them, any point close to the nearest one will do
         nearest[far] = self._few[self._few_tree.query(asked[far])[1]]
         return torch.from_numpy(self.point_colors[nearest]).float()
 
@@ -123,8 +123,8 @@ class SampledShape:
 
 
 def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
-    """Cells so large that hardly any that the surface crosses is without a point: 14 on average, where they lie at random.
-    One hole, and the inside would be outside."""
+    """The cell size at which hardly any cell that the surface crosses has no point: 14 on average if they are random. A single
+    hole would turn the inside into outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))
@@ -133,7 +133,7 @@ def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
 def shape_of_file(
     path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0, radius: float = 1.0
 ) -> SampledShape:
-    """The shape in a GLB, OBJ or PLY file, of this radius. ValueError as `read_mesh`."""
+    """The shape in a GLB, OBJ or PLY file, scaled to this radius. Raises ValueError as `read_mesh` does."""
     from pcs_3d.meshes.read_mesh import read_mesh, sampled
 
     points, colors = sampled(read_mesh(path, up, azimuth_deg), _SAMPLES)

@@ -1,4 +1,4 @@
-"""A mesh as a page to turn it on: three.js and the mesh in one file, which loads nothing."""
+"""An interactive page for a mesh: three.js and the mesh in one file, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from pcs_3d.meshes.read_mesh import Piece
 
-_FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # as the toybox's cameras, with some room to turn
-_AMBIENT, _LAMP = 0.75, 0.45  # most of the light comes from everywhere: textures have their shading in them
-_MARK = "init();"  # with which trimesh's page begins to draw; it makes the renderer at once, and reads the mesh later
+_FOV_DEG, _ELEVATION_DEG, _FILL = 24.53, 15.0, 0.8  # like the toybox's cameras, with some room to turn
+_AMBIENT, _LAMP = 0.75, 0.45  # mostly ambient light, because textures contain their shading
+_MARK = "init();"  # where trimesh's page starts drawing: it creates the renderer at once and reads the mesh later
 
-#: What trimesh's viewer leaves out: textures are sRGB, and its only lamp is at the camera.
+#: Adds what trimesh's viewer lacks: sRGB textures, and light other than the lamp at the camera.
 _LIGHT = f"""
 if (typeof renderer !== "undefined" && renderer) {{
   renderer.outputEncoding = THREE.sRGBEncoding;
@@ -25,8 +25,8 @@ if (typeof renderer !== "undefined" && renderer) {{
 
 
 def viewer_html(pieces: Sequence[Piece]) -> str:
-    """A page of its own that shows the pieces (of `read_mesh`: x forward, y left, z up, radius 1) from the front, and turns
-    them as a mouse or a finger drags: trimesh's viewer, with its textures as bright as they are."""
+    """A standalone page that shows the pieces (from `read_mesh`: x forward, y left, z up, radius 1) from the front and turns
+    them by mouse or touch: trimesh's viewer, with textures at their true brightness."""
     import trimesh
     from trimesh.scene.cameras import Camera
     from trimesh.viewer.notebook import scene_to_html
@@ -40,12 +40,12 @@ def viewer_html(pieces: Sequence[Piece]) -> str:
     scene.camera_transform = place
     page = scene_to_html(scene)
     head, mark, tail = page.rpartition(_MARK)
-    assert mark, "trimesh's viewer begins in another way"
+    assert mark, "trimesh's viewer has changed: its start marker was not found"
     return head + mark + _LIGHT + tail
 
 
 def _geometry(piece: Piece) -> Any:
-    """For trimesh, with y up and the front toward +z."""
+    """For trimesh, with y up and the front towards +z."""
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals

@@ -1,4 +1,4 @@
-"""A box along the axes."""
+"""An axis-aligned box."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Corner = tuple[float, float, float]
 
 
 class Box(RegionPart):
-    """Between the corners lo and hi, as boxes that a user draws (https://arxiv.org/abs/2303.12218, section 4)."""
+    """An axis-aligned box between the corners lo and hi, like the boxes that a user draws (https://arxiv.org/abs/2303.12218,
+    section 4)."""
 
     kind: Literal["box"] = "box"
     lo: Corner

@@ -1,4 +1,4 @@
-"""A ball, or the inside of a mesh: a region known by its signed distance."""
+"""A ball, or the inside of a mesh: a region given by a signed distance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pcs_3d.meshes.shape import BallShape, shape_of_file
 from pcs_3d.regions.base import Inside, RegionPart
 from shared.config import PathText
 
-_CELLS, _REACH = 40, 1.5  # of the grid that a mesh's distances are kept on, in its own radii
+_CELLS, _REACH = 40, 1.5  # of the grid that holds a mesh's distances, in the mesh's radii
 
 
 class Sdf(RegionPart):
-    """Where a signed distance is negative: of a mesh in a file, brought to this radius around the centre; without a file, of a
-    ball. grown: what is so close to it, in radii of the thing, is inside, too."""
+    """Where a signed distance is negative: that of a mesh file, scaled to this radius around the centre, or without a file, of
+    a ball. grown: points this close to it, in radii of the thing, are also inside."""
 
     kind: Literal["sdf"] = "sdf"
     path: PathText | None = None
     center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     radius: Annotated[float, Field(gt=0, le=10)] = 0.5
-    up: Literal["y", "z"] | None = None  # as of `field.start`
+    up: Literal["y", "z"] | None = None  # as in `field.start`
     azimuth_deg: float = 0.0
     grown: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -50,6 +50,6 @@ class Sdf(RegionPart):
 
 
 def _asked(grid: Tensor, own: Tensor) -> Tensor:
-    """Distances [...] at [..., 3]; what is beyond the grid is at least as far as its border."""
+    """Distances [...] at [..., 3]; points beyond the grid are at least as far as its border."""
     place = own.reshape(1, -1, 1, 1, 3) / _REACH
     return F.grid_sample(grid, place, padding_mode="border", align_corners=True).reshape(own.shape[:-1])

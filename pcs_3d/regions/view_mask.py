@@ -1,4 +1,4 @@
-"""What a drawn mask covers in one view."""
+"""A region drawn as a mask over one view."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shared.io.decode import read_mask
 
 
 class ViewMask(RegionPart):
-    """All that lies behind the bright part of a mask, drawn over a render from this camera, where its depth along the camera's
-    axis is within `depth` radii of the middle: (0, 2) is the far half."""
+    """Everything behind the bright part of a mask drawn over a render from this camera, with a depth along the camera's axis
+    within `depth` radii of the middle: (0, 2) is the far half."""
 
     kind: Literal["view_mask"] = "view_mask"
     path: PathText

@@ -1,4 +1,4 @@
-"""Penalties on a thing in space. A new one is one file (or a class beside its kin) and one line in the union."""
+"""Penalties on fields. A new one is one file (or a class next to related ones) and one line in the union."""
 
 from typing import Annotated
 

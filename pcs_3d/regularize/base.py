@@ -1,4 +1,4 @@
-"""What penalties on a thing in space see, and what they have in common."""
+"""What penalties on fields see, and what they have in common."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.config import KindPart
 
 @dataclass(frozen=True)
 class Pictures:
-    """R pictures of the thing whose cameras are known: pixels [R, 3, H, W] in [0, 1], masks [R, 1, H, W] or None."""
+    """R pictures of the thing with known cameras: pixels [R, 3, H, W] in [0, 1], masks [R, 1, H, W] or None."""
 
     pixels: Tensor
     cameras: Cameras
@@ -36,8 +36,8 @@ _ONLY = Moment(0, 1)
 
 @dataclass(frozen=True)
 class Seen:
-    """The views of one step, as penalties look at them. draw: renders the field from other cameras, as the step does;
-    settings: how these were drawn; pictures: of the thing; generator: of this step."""
+    """The views of one step, as penalties see them. draw: renders the field from other cameras, as the step does; settings:
+    how these views were drawn; pictures: references of the thing; generator: this step's."""
 
     field: Any
     cameras: Cameras
@@ -52,7 +52,7 @@ class Seen:
 def _not_negative(schedule: Any) -> Any:
     values = (schedule,) if isinstance(schedule, int | float) else (schedule[1], *schedule[2::2])
     if min(values) < 0:
-        raise ValueError("a weight is not negative")
+        raise ValueError("a weight must not be negative")
     return schedule
 
 
@@ -62,33 +62,33 @@ Weight = Annotated[Schedule, AfterValidator(_not_negative)]
 class GeometryPenalty(KindPart):
     """A scalar added to the loss of a step: its weight at that step times its value."""
 
-    needs_normals: ClassVar[bool] = False  # views are drawn with normals
-    needs_pictures: ClassVar[bool] = False  # pictures of the thing, with their cameras (`references`)
-    needs_masks: ClassVar[bool] = False  # and all of them have masks
+    needs_normals: ClassVar[bool] = False  # views drawn with normals
+    needs_pictures: ClassVar[bool] = False  # pictures of the thing with their cameras (`references`)
+    needs_masks: ClassVar[bool] = False  # masks for all of these pictures
     weight: Weight = 1.0
 
     def __call__(self, seen: Seen) -> Tensor:
-        """The weighted scalar; 0 without a look at anything where the weight is 0."""
+        """The weighted scalar; 0, without computing the value, if the weight is 0."""
         weight = seen.moment.of(self.weight)
         if weight == 0:
             return seen.rendering.pixels.new_zeros(())
         return weight * self.value(seen)
 
     def value(self, seen: Seen) -> Tensor:
-        """The scalar. ValueError for a field or a renderer that has not what it looks at."""
+        """The scalar. Raises ValueError if field or renderer lack what it needs."""
         raise NotImplementedError
 
     def missing(self, what: str) -> ValueError:
-        """The error for what is not there."""
+        """The error for a missing requirement."""
         return ValueError(f"penalties: {self.kind} needs {what}")
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Points [count, 3] drawn from what the views show, each sample of a ray as probable as it weighs, and the unit directions
-    [count, 3] they are seen along. Without gradient. None of an empty view: [0, 3]."""
+    """Points [count, 3] drawn from what the views show, with samples of rays as probable as their weights, and the unit
+    directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
-        raise penalty.missing("a field that rays are marched through (renderer.kind=volume)")
+        raise penalty.missing("a field rendered by marching rays (renderer.kind=volume)")
     weights = rendering.weights.detach().reshape(-1)
     origins, directions = (r.reshape(-1, 3) for r in seen.cameras.rays(*rendering.pixels.shape[-2:]))
     total = weights.cumsum(0)

@@ -19,12 +19,12 @@ class TotalVariation(GeometryPenalty):
 
     def value(self, seen: Seen) -> Tensor:
         if not isinstance(seen.field, GridField):
-            raise self.missing("a field of grids: voxels, triplane or tetrahedra")
+            raise self.missing("a field made of grids: voxels, triplane or tetrahedra")
         return seen.field.total_variation()
 
 
 class Eikonal(GeometryPenalty):
-    """mean (|∇s| − 1)² near the surface: distances that are distances (https://arxiv.org/abs/2002.10099)."""
+    """mean (|∇s| − 1)² near the surface, so that s is a true distance (https://arxiv.org/abs/2002.10099)."""
 
     kind: Literal["eikonal"] = "eikonal"
 
@@ -45,7 +45,7 @@ class Laplacian(GeometryPenalty):
         surface = field.surface()
         ends = surface.faces[:, [0, 1, 1, 2, 2, 0]].reshape(
             -1, 2
-        )  # each edge of a closed mesh comes once in each direction
+        )  # each edge of a closed mesh occurs once in each direction
         summed = torch.zeros_like(surface.vertices).index_add(0, ends[:, 0], surface.vertices[ends[:, 1]])
         count = torch.bincount(ends[:, 0], minlength=len(summed)).clamp_min(1)[:, None]
         return ((summed / count - surface.vertices) / field.cell).square().sum(-1).mean()

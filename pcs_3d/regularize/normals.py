@@ -13,8 +13,8 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen, seen_points
 
 
 class Orientation(GeometryPenalty):
-    """Σ sg(w) · max(0, n · d)², the mean over rays: what is seen faces the camera (Ref-NeRF, https://arxiv.org/abs/2112.03907,
-    eq. 11). points: samples that stand for all, drawn by their weight w."""
+    """Σ sg(w) · max(0, n · d)², averaged over rays: visible surfaces face the camera (Ref-NeRF,
+    https://arxiv.org/abs/2112.03907, eq. 11). points: number of samples drawn, by their weight w, to estimate it."""
 
     kind: Literal["orientation"] = "orientation"
     points: Annotated[int, Setting(ge=16)] = 1024
@@ -28,7 +28,7 @@ class Orientation(GeometryPenalty):
 
 
 class NormalSmoothness(GeometryPenalty):
-    """mean |n(p) − n(p + ε)|² at points that are seen, ε normal with deviation `reach` radii: smooth in space."""
+    """mean |n(p) − n(p + ε)|² at visible points, ε normal with standard deviation `reach` radii: normals smooth in space."""
 
     kind: Literal["normal_smoothness"] = "normal_smoothness"
     points: Annotated[int, Setting(ge=16)] = 1024
@@ -52,7 +52,7 @@ class NormalImageSmoothness(GeometryPenalty):
     def value(self, seen: Seen) -> Tensor:
         normals = seen.rendering.normals
         if normals is None:
-            raise self.missing("views that are drawn with normals")
+            raise self.missing("views drawn with normals")
         hit = (seen.rendering.opacity.detach() > 0.5).to(normals)
         total, count = normals.new_zeros(()), normals.new_zeros(())
         for axis in (-1, -2):
@@ -72,7 +72,7 @@ class NormalConsistency(GeometryPenalty):
         from pcs_3d.fields.field import SurfaceField
 
         if not isinstance(seen.field, SurfaceField):
-            raise self.missing("a field that is drawn as triangles")
+            raise self.missing("a field drawn as triangles")
         surface = seen.field.surface()
         a, b, c = surface.vertices[surface.faces].unbind(1)
         normals = F.normalize(torch.linalg.cross(b - a, c - a, dim=-1), dim=-1, eps=1e-12)

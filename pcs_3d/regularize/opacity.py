@@ -1,4 +1,4 @@
-"""Penalties on how opaque pictures are."""
+"""Penalties on the opacity of views."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class Sparsity(GeometryPenalty):
-    """mean √(o² + 0.01): the thing is no larger than it has to be (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
+    """mean √(o² + 0.01): the thing stays as small as it can (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
 
     kind: Literal["sparsity"] = "sparsity"
 
@@ -21,7 +21,7 @@ class Sparsity(GeometryPenalty):
 
 
 class Opaque(GeometryPenalty):
-    """The entropy of opacities, −o log o − (1 − o) log (1 − o): a pixel is covered or it is not (threestudio's `opaque`)."""
+    """The entropy of opacities, −o log o − (1 − o) log (1 − o): a pixel is either covered or not (threestudio's `opaque`)."""
 
     kind: Literal["opaque"] = "opaque"
 
@@ -31,8 +31,8 @@ class Opaque(GeometryPenalty):
 
 
 class ZVariance(GeometryPenalty):
-    """The variance of depth along rays, where something is hit: surfaces instead of fog (HiFA,
-    https://arxiv.org/abs/2305.18766, eq. 9)."""
+    """The variance of depth along rays that hit something: surfaces instead of fog (HiFA, https://arxiv.org/abs/2305.18766,
+    eq. 9)."""
 
     kind: Literal["z_variance"] = "z_variance"
 

@@ -1,4 +1,4 @@
-"""The thing as it is known from pictures."""
+"""Penalties that compare the field with pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Count = Annotated[int, Setting(ge=1)]
 
 
 class ReferenceViews(GeometryPenalty):
-    """The field, seen from where pictures of the thing were taken, looks like them: the mean squared error of pixels, on a grey
-    background, and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures a step,
-    drawn at random. outside: how much pixels count that the masks leave out; 0 where an outline is not to follow the pictures.
-    Without masks all pixels count, and the field stands on the colour of each picture's border."""
+    """Makes the field match pictures of the thing from their cameras: the mean squared error of pixels, on a grey background,
+    and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures per step, drawn at
+    random. outside: the weight of pixels outside the masks; 0 if the silhouette should not follow the pictures. Without masks
+    all pixels count, and the field is drawn on the colour of each picture's border."""
 
     needs_pictures: ClassVar[bool] = True
     kind: Literal["reference_views"] = "reference_views"
@@ -40,7 +40,7 @@ class ReferenceViews(GeometryPenalty):
 
 
 class Silhouette(GeometryPenalty):
-    """mean (o − mask)² of opacities, seen from where pictures with masks were taken: the outline alone."""
+    """mean (o − mask)² of opacities, seen from the cameras of pictures with masks: only the silhouette."""
 
     needs_pictures: ClassVar[bool] = True
     needs_masks: ClassVar[bool] = True
@@ -50,16 +50,16 @@ class Silhouette(GeometryPenalty):
     def value(self, seen: Seen) -> Tensor:
         drawn, chosen = _drawn(self, seen, self.count)
         if chosen.masks is None:
-            raise self.missing("pictures of the thing that all have masks")
+            raise self.missing("pictures of the thing, all with masks")
         return F.mse_loss(drawn.opacity, chosen.masks)
 
 
 def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering, Pictures]:
-    """The field from where `count` of the pictures, drawn at random, were taken, and these pictures; on grey, or without masks
-    on the colour of each picture's border."""
+    """The field as seen by the cameras of `count` random pictures, and these pictures; on grey, or without masks on the colour
+    of each picture's border."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
-        raise penalty.missing("pictures of the thing whose cameras are known (references)")
+        raise penalty.missing("pictures of the thing with known cameras (references)")
     where = "cpu" if seen.generator is None else seen.generator.device
     order = torch.randperm(len(pictures.pixels), generator=seen.generator, device=where)
     at = order[:count].to(pictures.pixels.device)
@@ -74,7 +74,6 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
 
 
 def border_color(pixels: Tensor) -> Tensor:
-    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: what is behind a thing where that is
-    plain."""
+    """[B, 3, 1, 1]: the median of each channel along the border of pictures [B, 3, H, W]: the colour of a plain background."""
     rows, columns = pixels[..., [0, -1], :].flatten(2), pixels[..., 1:-1, [0, -1]].flatten(2)
     return torch.cat([rows, columns], -1).median(-1).values[..., None, None]

@@ -1,4 +1,4 @@
-"""From a field and cameras to pictures. A new renderer is one file and one line in the union."""
+"""Renderers: from a field and cameras to views. A new one is one file and one line in the union."""
 
 from typing import Annotated
 

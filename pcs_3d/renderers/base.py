@@ -10,23 +10,25 @@ from shared.config import KindPart, unknown
 
 
 class RendererPart(KindPart):
-    """Base of the settings of renderers, which draw: nothing is kept between pictures."""
+    """Base of the settings of renderers, which also draw: they keep no state between views."""
 
     draws: ClassVar[type]  # the protocol of the fields that it draws
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
-        """B views of a field, differentiable in it. ValueError for a field that it cannot draw, and for settings that do not
+        """B views of a field, differentiable in it. Raises ValueError for a field that it cannot draw, or settings that do not
         fit it."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:
-        """ValueError where field, background, shading and this renderer do not go together."""
+        """Raises ValueError if field, background, shading and this renderer do not fit together."""
         if not isinstance(field, self.draws):
-            raise ValueError(f"renderer: {self.kind} draws no {type(field).__name__}: choose another kind of renderer")
+            raise ValueError(
+                f"renderer: {self.kind} cannot draw a {type(field).__name__}: choose another renderer.kind"
+            )
         if settings.shading not in ("albedo", "lambertian", "textureless", "normal"):
             raise ValueError("shading: " + unknown(settings.shading, ["albedo", "lambertian", "textureless", "normal"]))
         if field.channels != 3 and settings.shading != "albedo":
-            raise ValueError(f"shading: {settings.shading} is for colours, and the field has {field.channels} channels")
+            raise ValueError(f"shading: {settings.shading} is for colours, but the field has {field.channels} channels")
         given, b = tuple(settings.background.shape), len(cameras)
         if given not in ((b, field.channels, 1, 1), (b, field.channels, settings.height, settings.width)):
             raise ValueError(f"background: {list(given)} does not fit {b} views of {field.channels} channels and "

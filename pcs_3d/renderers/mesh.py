@@ -1,4 +1,4 @@
-"""Triangles drawn through a z-buffer, with outlines that have a gradient."""
+"""Triangles drawn through a z-buffer, with differentiable silhouettes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pcs_3d.renderers.shading import lamps, shaded
 
 
 class Mesh(RendererPart):
-    """finer: each pixel is drawn as so many by so many, and averaged."""
+    """finer: supersampling; each pixel is the mean of finer × finer samples."""
 
     draws: ClassVar[type] = SurfaceField
     kind: Literal["mesh"] = "mesh"
@@ -47,7 +47,7 @@ class Mesh(RendererPart):
         self, field: SurfaceField, surface: Surface, bend: Tensor, camera: Cameras, lamp: Tensor, settings: RenderSettings,
         row: int,
     ) -> Tensor:  # fmt: skip
-        """[H, W, K + 5]: colours on the background, opacity, depth along the axis, normals; times opacity but for colours."""
+        """[H, W, K + 5]: colours on the background; opacity; depth along the axis and normals, both times opacity."""
         height, width = settings.height * self.finer, settings.width * self.finer
         places, depth = on_screen(surface.vertices, camera, height, width)
         corners, depths = places[surface.faces], depth[surface.faces]
@@ -56,7 +56,7 @@ class Mesh(RendererPart):
         y, x = covered.nonzero(as_tuple=True)
         chosen = face[y, x]
         shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5) / depths[chosen]
-        shares = (shares / shares.sum(-1, keepdim=True))[..., None]  # in space, not on the screen
+        shares = (shares / shares.sum(-1, keepdim=True))[..., None]  # perspective-correct
         points = (shares * surface.vertices[surface.faces[chosen]]).sum(1)
         normals = unit((shares * bend[surface.faces[chosen]]).sum(1))
         colors = shaded(field.features_at(points), normals, points, lamp.expand_as(points), settings)
@@ -70,7 +70,7 @@ class Mesh(RendererPart):
 
 
 def on_screen(points: Tensor, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Places [N, 2] in pixels (x right, y down) and depths [N] of points [N, 3] for one camera."""
+    """Positions [N, 2] in pixels (x right, y down) and depths [N] of points [N, 3] for one camera."""
     places, depth = camera.project(points)
     half = min(height, width) / 2
     middle = points.new_tensor([width / 2, height / 2])
@@ -78,7 +78,7 @@ def on_screen(points: Tensor, camera: Cameras, height: int, width: int) -> tuple
 
 
 def vertex_normals(surface: Surface) -> Tensor:
-    """[V, 3]: unit normals, those of the triangles around weighted by their area."""
+    """[V, 3]: unit normals, the area-weighted mean over adjacent triangles."""
     a, b, c = surface.vertices[surface.faces].unbind(1)
     flat = torch.linalg.cross(b - a, c - a, dim=-1)
     summed = torch.zeros_like(surface.vertices).index_add(0, surface.faces.reshape(-1), flat.repeat_interleave(3, 0))

@@ -1,18 +1,18 @@
-"""Which triangle is seen where: a z-buffer, without gradient; and silhouettes that have one."""
+"""Which triangle is visible where: a z-buffer, without gradient; and silhouettes with one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_PAIRS = 1 << 22  # of triangles and pixels, looked at at a time
+_PAIRS = 1 << 22  # of triangles and pixels, tested at a time
 
 
 @torch.no_grad()
 def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> Tensor:
-    """int64 [H, W]: the nearest triangle at the middle of each pixel, -1 where there is none.
+    """int64 [H, W]: the nearest triangle at each pixel's centre, -1 where there is none.
 
-    corners: [F, 3, 2] in pixels, x right, y down, the first pixel's middle at 0.5; depths: [F, 3], above 0 in front of the
+    corners: [F, 3, 2] in pixels, x right, y down, the first pixel's centre at 0.5; depths: [F, 3], above 0 in front of the
     camera. Triangles that reach behind the camera and those without area are not drawn.
     """
     low = (corners.amin(1) - 0.5).ceil().long().clamp_min(0)
@@ -40,13 +40,13 @@ def nearest_faces(corners: Tensor, depths: Tensor, height: int, width: int) -> T
 
 
 def _chunks(faces: Tensor, count: Tensor) -> list[Tensor]:
-    """The faces in pieces of about so many pixels."""
+    """The faces in chunks of about `_PAIRS` pairs of triangles and pixels."""
     piece = (count.cumsum(0) - 1) // _PAIRS
     return list(faces.split(torch.unique_consecutive(piece, return_counts=True)[1].tolist())) if len(faces) else []
 
 
 def barycentric(corners: Tensor, points: Tensor) -> Tensor:
-    """Shares [N, 3] of the corners [N, 3, 2] that make the points [N, 2]; all negative for a triangle without area."""
+    """Barycentric coordinates [N, 3] of points [N, 2] in triangles [N, 3, 2]; all negative for a triangle without area."""
     a, b, c = corners.unbind(1)
     whole = cross(b - a, c - a)
     parts = torch.stack(
@@ -62,8 +62,8 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
-    """int64 [E, 2], vertices: edges where the seen side of a mesh ends: between a triangle that faces the camera and one that
-    does not, or of one triangle alone. corners: [F, 3, 2] as above."""
+    """int64 [E, 2], vertices: edges where the visible side of a mesh ends: between a triangle that faces the camera and one
+    that does not, or with only one triangle. corners: [F, 3, 2] as above."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -73,12 +73,12 @@ def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
 
 
 def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
-    """Blend neighbouring pixels where a silhouette runs between their middles: the gradient that moves outlines (Laine et
+    """Blends neighbouring pixels where a silhouette runs between their centres: the gradient that moves silhouettes (Laine et
     al., https://arxiv.org/abs/2011.03277, section 3.6).
 
     values: [H, W, K], with the background; covered: bool [H, W]; edges: [E, 2, 2] in pixels, of silhouettes. A pixel pair is
-    blended by where the edge that is nearest to the covered one crosses the line between them. Steep edges blend pixels side
-    by side, flat ones those above each other: with both, an outline that moves would change its area twice.
+    blended by where the edge nearest to the covered one crosses the line between them. Steep edges blend pixels side by side,
+    flat ones pixels above each other: with both, a moving silhouette would change its area twice.
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)

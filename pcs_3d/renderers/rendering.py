@@ -1,4 +1,4 @@
-"""What a renderer gives, and what it is asked for."""
+"""A renderer's input and output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Rendering:
 
     pixels: [B, K, H, W] in [0, 1], on the background; opacity: [B, 1, H, W] in [0, 1]; depth: [B, 1, H, W] from the camera,
     expected over what is hit; normals: [B, 3, H, W] in world coordinates, of unit length where something is hit, 0 elsewhere;
-    None where they were not asked for. weights [B, H, W, S], distances [B, H, W, S]: of samples along rays, where rays are
-    marched, for penalties.
+    None if not requested. weights [B, H, W, S], distances [B, H, W, S]: of samples along rays, if rays are marched, for
+    penalties.
     """
 
     pixels: Tensor
@@ -34,7 +34,7 @@ class Rendering:
 class RenderSettings:
     """How a view is drawn.
 
-    background: [B, K, H, W] or [B, K, 1, 1] in [0, 1]. light: [B, 3] positions of a point light, for shading that has one.
+    background: [B, K, H, W] or [B, K, 1, 1] in [0, 1]. light: [B, 3] positions of a point light, for shadings that use one.
     """
 
     height: int
@@ -47,6 +47,6 @@ class RenderSettings:
 
 
 class Renderer(Protocol):
-    """From a field to pictures, differentiable in the field."""
+    """From a field to views, differentiable in the field."""
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering: ...

@@ -1,4 +1,4 @@
-"""Where along a ray a field is asked."""
+"""Where along a ray a field is sampled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 
 
 def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Where rays [N, 3] enter and leave the cube [-bound, bound]³, each [N], not behind the camera; a ray that misses it
-    leaves before it enters."""
+    """Where rays [N, 3], [N, 3] enter and leave the cube [-bound, bound]³, each [N], not behind the camera; for a ray that
+    misses it, the exit is before the entry."""
     tiny = torch.full_like(directions, 1e-9).copysign(directions)
     inverse = 1 / torch.where(directions.abs() < 1e-9, tiny, directions)
     first, second = (-bound - origins) * inverse, (bound - origins) * inverse
@@ -17,7 +17,7 @@ def through_cube(origins: Tensor, directions: Tensor, bound: float) -> tuple[Ten
 
 
 def stratified(near: Tensor, far: Tensor, count: int, generator: Generator | None) -> Tensor:
-    """Edges [N, count + 1] of intervals from near to far [N]; with a generator the inner ones are moved by up to half an
+    """Edges [N, count + 1] of intervals from near to far [N]; with a generator, the inner edges are jittered by up to half an
     interval."""
     places = torch.arange(count + 1, device=near.device, dtype=near.dtype).expand(len(near), -1)
     if generator is not None:
@@ -30,7 +30,7 @@ def by_importance(edges: Tensor, weights: Tensor, count: int, generator: Generat
     """Edges [N, count + 1] of intervals that each hold the same share of the weights [N, S] between edges [N, S + 1]: the
     inverse of their distribution function (NeRF, https://arxiv.org/abs/2003.08934, section 5.2).
 
-    A little of the weight is spread evenly, so that rays that hit nothing have samples, too. (nerfacc's own needs CUDA.)
+    A little of the weight is spread evenly, so that rays that hit nothing have samples, too. (nerfacc's version needs CUDA.)
     """
     weights = weights + 1e-3 + 0.05 * weights.mean(-1, keepdim=True)
     cumulated = torch.cat([torch.zeros_like(weights[:, :1]), weights.cumsum(-1)], 1)

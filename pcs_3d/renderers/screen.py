@@ -1,4 +1,4 @@
-"""What can be told of a surface from its depth in a picture."""
+"""Normals and distances of a surface from its depth in a view."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def along_rays(depth: Tensor, cameras: Cameras) -> Tensor:
 
 
 def normals_of_distance(distance: Tensor, opacity: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Distances from the cameras [B, H, W, 1] -> unit normals [B, H, W, 3] in the world, toward the camera, 0 where less
+    """Distances from the cameras [B, H, W, 1] -> unit normals [B, H, W, 3] in the world, towards the camera, 0 where less
     than half is covered, and points [B, H, W, 3]."""
     origins, directions = (r.to(distance) for r in cameras.rays(*distance.shape[1:3]))
     points = origins + directions * distance

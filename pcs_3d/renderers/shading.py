@@ -1,4 +1,4 @@
-"""Colours as they are seen: plain, lit by one lamp, without texture, or as directions of the surface."""
+"""Shading of colours: plain, lit by one lamp, without texture, or as normals."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pcs_3d.cameras import Cameras
 from pcs_3d.renderers.rendering import RenderSettings
 
 AMBIENT = 0.3
-"""How much of a colour is seen where no light falls; DreamFusion draws it from 0.1 to 1."""
+"""The share of a colour that is visible without light; DreamFusion draws it from 0.1 to 1."""
 
 
 def needs_normals(settings: RenderSettings) -> bool:
-    """Whether the shading asks for them."""
+    """Whether the shading needs normals."""
     return settings.shading != "albedo"
 
 
 def lamps(cameras: Cameras, settings: RenderSettings) -> Tensor:
-    """[B, 3]: where the light is; at the camera where it is said nowhere."""
+    """[B, 3]: position of the light; by default the camera's."""
     return cameras.positions if settings.light is None else settings.light
 
 
 def shaded(features: Tensor, normals: Tensor | None, points: Tensor, lamp: Tensor, settings: RenderSettings) -> Tensor:
     """Features [N, K] of points [N, 3] with normals [N, 3], lit from lamp [N, 3] -> [N, K].
 
-    lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7); textureless: the same of white;
+    lambertian: colour · (ambient + (1 − ambient) · max(0, n·l)) (DreamFusion, eq. 7); textureless: the same for white;
     normal: (n + 1) / 2 in world coordinates.
     """
     if settings.shading == "albedo":

@@ -1,4 +1,4 @@
-"""Gaussians drawn onto the picture (3DGS, https://arxiv.org/abs/2308.04079): by gsplat on a GPU, else in torch."""
+"""Gaussian splatting (3DGS, https://arxiv.org/abs/2308.04079): by gsplat on a GPU, else in torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BLUR = 0.3  # added to the variances, in pixels²: no Gaussian falls between pi
 
 
 class Splat(RendererPart):
-    """tile: side of the squares of pixels that share a list of Gaussians. engine: gsplat needs CUDA; auto takes it there where
-    it can be imported."""
+    """tile: side, in pixels, of the squares that share a list of Gaussians. engine: gsplat needs CUDA; auto uses it there if it
+    can be imported."""
 
     draws: ClassVar[type] = SplatField
     kind: Literal["splat"] = "splat"
@@ -35,7 +35,7 @@ class Splat(RendererPart):
         splats = field.splats()
         fast = self.engine != "torch" and splats.means.is_cuda and gsplat() is not None
         if self.engine == "gsplat" and not fast:
-            raise ValueError("renderer.engine: gsplat is not installed, or the field is not on a GPU: use torch")
+            raise ValueError("renderer.engine = gsplat: it is not installed, or the field is not on a GPU: use torch")
         draw = _by_gsplat if fast else self._by_torch
         colors, opacity, depth = draw(splats, cameras, settings.height, settings.width)
         depth, normals = along_rays(depth, cameras), None
@@ -43,7 +43,7 @@ class Splat(RendererPart):
             normals, points = normals_of_distance(depth, opacity.detach(), cameras)
             lit = lamps(cameras, settings)[:, None, None].expand_as(points)
             normal, point, lamp = (n.reshape(-1, 3) for n in (normals, points, lit))
-            # Colours are sums weighted by opacity; they are lit as one surface.
+            # Colours are opacity-weighted sums; they are lit as one surface.
             seen = shaded(colors.reshape(-1, colors.shape[-1]), normal, point, lamp, settings)
             seen = seen.view(*normals.shape[:3], -1)
             own = settings.shading in ("textureless", "normal")
@@ -60,7 +60,7 @@ class Splat(RendererPart):
         return colors, opacity, depth
 
     def _view(self, splats: Splats, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Colours [H, W, K], opacity and depth [H, W, 1] of one view: per tile a list of Gaussians from near to far."""
+        """Colours [H, W, K], opacity and depth [H, W, 1] of one view, from a list of Gaussians per tile, near to far."""
         places, spread, depth = projected(splats, camera, height, width)
         lists = self._lists(places, spread, depth, splats, (height, width))  # [T, M], -1: nothing
         rows, columns = -(-height // self.tile), -(-width // self.tile)
@@ -109,15 +109,15 @@ class Splat(RendererPart):
 
 
 def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places [N, 2] in pixels, variances and covariance [N, 3] (xx, xy, yy) in pixels² of the projected Gaussians (EWA), and
-    depths [N]."""
+    """Positions [N, 2] in pixels, variances and covariance [N, 3] (xx, xy, yy) in pixels² of the projected Gaussians (EWA),
+    and depths [N]."""
     shorter = min(height, width)
     local = (splats.means - camera.positions[0]) @ camera.axes[0].T
     depth = -local[:, 2]
     zoom = camera.focal[0] * shorter / 2 / depth.clamp_min(0.05)
     places = torch.stack([width / 2 + local[:, 0] * zoom, height / 2 - local[:, 1] * zoom], -1)
     zero = torch.zeros_like(zoom)
-    lean = zoom / depth.clamp_min(0.05)  # toward the camera: larger
+    lean = zoom / depth.clamp_min(0.05)  # larger towards the camera
     jacobian = torch.stack([zoom, zero, local[:, 0] * lean, zero, -zoom, -local[:, 1] * lean], -1).view(-1, 2, 3)
     frame = rotation_matrices(splats.rotations) * splats.scales[:, None]
     half = jacobian @ (camera.axes[0] @ frame)
@@ -127,7 +127,7 @@ def projected(splats: Splats, camera: Cameras, height: int, width: int) -> tuple
 
 @lru_cache
 def gsplat() -> Any:
-    """gsplat's rasterization; None where it is not installed. Imported when it is first asked for: it may build kernels."""
+    """gsplat's rasterization; None if it is not installed. Imported on first use, because it may build kernels."""
     try:
         from gsplat import rasterization  # pyright: ignore[reportMissingImports]
     except ImportError:

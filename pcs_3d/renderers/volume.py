@@ -20,10 +20,10 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 
 
 class Volume(RendererPart):
-    """samples: along each ray, between where it enters and leaves the field's bound; importance: so many more where a first
-    look finds something, all of them there; hidden: samples that certainly weigh less in their pixel are left out, gradient
-    and all, for most lie in empty cells or behind the surface; rays: drawn at a time; recompute: what samples hold is not
-    kept but computed again in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
+    """samples: number along each ray inside the field's bound; importance: number of additional samples, all placed where a
+    first pass finds something; hidden: samples that certainly have less weight in their pixel are skipped, gradient included,
+    because most lie in empty cells or behind the surface; rays: number drawn at a time; recompute: recomputes the samples'
+    activations in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
 
     draws: ClassVar[type] = VolumeField
     kind: Literal["volume"] = "volume"
@@ -56,20 +56,21 @@ class Volume(RendererPart):
         )
 
     def _rays(self, field: VolumeField, rays: Tensor, settings: RenderSettings) -> tuple[Tensor, ...]:
-        """Of rays [N, 9] (origin, direction, lamp): colours, opacity, depth, normals, and the samples' weights and places."""
+        """Colours, opacity, depth, normals, and the samples' weights and distances, for rays [N, 9] (origin, direction,
+        lamp)."""
         with torch.no_grad():
             edges = self._edges(field, rays, settings.generator)
             middles = (edges[:, 1:] + edges[:, :-1]) / 2
             kept, hit = self._worthwhile(field, rays, edges, middles)
         draw = partial(self._drawn, field, rays, settings, edges, (kept, hit))
-        if self.recompute and torch.is_grad_enabled():  # where samples are was drawn above, and is not drawn again
+        if self.recompute and torch.is_grad_enabled():  # sample positions were drawn above and are reused
             return checkpoint(draw, use_reentrant=False, preserve_rng_state=False)
         return draw()
 
     def _drawn(
         self, field: VolumeField, rays: Tensor, settings: RenderSettings, edges: Tensor, chosen: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, ...]:
-        """What is seen of the samples that are worthwhile (`_worthwhile`)."""
+        """The rendered values of the worthwhile samples (`_worthwhile`)."""
         from nerfacc import accumulate_along_rays
 
         (kept, hit), middles = chosen, (edges[:, 1:] + edges[:, :-1]) / 2
@@ -94,7 +95,7 @@ class Volume(RendererPart):
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(rays[:, :3], rays[:, 3:6], field.bound)
-        far = torch.maximum(near, far)  # of a ray that misses the cube all intervals have no length, and weigh nothing
+        far = torch.maximum(near, far)  # for a ray that misses the cube, all intervals have length and weight 0
         edges = stratified(near, far, self.samples, generator)
         if not self.importance:
             return edges
@@ -103,12 +104,12 @@ class Volume(RendererPart):
         return by_importance(edges, weights, self.samples + self.importance, generator)
 
     def _worthwhile(self, field: VolumeField, rays: Tensor, edges: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples may weigh more than `hidden`, as numbers in [N · S], and which rays [M] have some."""
+        """Which samples may weigh more than `hidden`, as indices into [N · S], and which rays [M] have some."""
         from nerfacc import render_transmittance_from_density
 
         least, most = field.between(rays[:, :3], rays[:, 3:6], middles)
         most = most * (edges[:, 1:] - edges[:, :-1])
-        hit = (most > self.hidden).any(-1).nonzero()[:, 0]  # a sample weighs no more than that
+        hit = (most > self.hidden).any(-1).nonzero()[:, 0]  # an upper bound of each sample's weight
         if not len(hit):
             hit = hit.new_zeros(1)
         edges = edges[hit]
@@ -121,8 +122,8 @@ class Volume(RendererPart):
 
 
 def _weights(edges: Tensor, density: Tensor, kept: Tensor, hit: Tensor) -> Tensor:
-    """Of samples [N, S] between edges [N, S + 1] in their pixels, where those numbered `kept` have a density and all others
-    have none; only the rays `hit` have any."""
+    """Weights of samples [N, S] between edges [N, S + 1] in their pixels, where only those with indices `kept` have a density;
+    only the rays `hit` have any."""
     from nerfacc import render_weight_from_density
 
     n, s = len(edges), edges.shape[1] - 1

@@ -1,4 +1,4 @@
-"""A threestudio checkout, and what is written into one."""
+"""A threestudio checkout, and the files written into it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from shared.config import expanded
 from shared.io.outputs import atomic_write
 
-#: What is written: place in the checkout -> the file of this package that it is a copy of.
+#: Written files: path in the checkout -> the file of this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
 _OURS = "pcs 3d threestudio install"  # in the first lines of each
 
 
 def check_checkout(folder: Path) -> Path:
-    """The folder, absolute. ValueError where it holds no threestudio."""
+    """The folder, absolute. Raises ValueError if it holds no threestudio."""
     folder = expanded(folder).resolve()
     for name in ("launch.py", "threestudio/__init__.py", "custom"):
         if not (folder / name).exists():
             raise ValueError(
-                f"{folder} is no threestudio checkout: it has no {name}. "
+                f"{folder} is not a threestudio checkout: it has no {name}. "
                 "git clone https://github.com/threestudio-project/threestudio"
             )
     return folder
 
 
 def version_of(folder: Path) -> str:
-    """threestudio's, as its sources say it; "" where they do not."""
+    """threestudio's version, from its sources; "" if they have none."""
     found = re.search(r'^__version__ = "([^"]*)"', (folder / "threestudio/__init__.py").read_text("utf-8"), re.M)
     return found[1] if found else ""
 
@@ -38,7 +38,7 @@ def content(name: str) -> str:
 
 
 def differing(folder: Path) -> dict[str, bool]:
-    """Of the files that are not there as they would be written: whether something else is in their place."""
+    """The files that are not as they would be written -> whether something else is in their place."""
     places = {name: folder / name for name in WRITTEN}
     return {
         n: p.exists() for n, p in places.items() if not p.is_file() or p.read_text("utf-8", "replace") != content(n)
@@ -46,16 +46,16 @@ def differing(folder: Path) -> dict[str, bool]:
 
 
 def install(folder: Path, overwrite: bool = False) -> list[Path]:
-    """Write the extension and a configuration; the files that were written. ValueError, before anything is written, for a
-    folder that is no checkout and for files that someone has changed or that are not ours."""
+    """Writes the extension and a configuration; returns the written files. Raises ValueError, before anything is written, for
+    a folder that is not a checkout and for files that were changed or are not ours."""
     folder = check_checkout(folder)
     wanted = differing(folder)
     for name in [n for n, there in wanted.items() if there]:
         ours = (folder / name).is_file() and _OURS in (folder / name).read_text("utf-8", "replace")
         if not ours:
-            raise ValueError(f"{folder / name} exists already and is not of this program: move it away")
+            raise ValueError(f"{folder / name} already exists and was not written by this program: move it away")
         if not overwrite:
-            raise ValueError(f"{folder / name} differs from what would be written: keep it, or give --overwrite")
+            raise ValueError(f"{folder / name} differs from what would be written: give --overwrite to replace it")
     for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / name) as temporary:

@@ -1,4 +1,4 @@
-"""What of a threestudio checkout works on this machine."""
+"""Checks which parts of a threestudio checkout work on this machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import torch
 from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, version_of
 from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
-_PATIENCE = 600  # seconds, for an import that reads from a cold disk
-#: Whether something works (None: it need not), and what it is.
+_PATIENCE = 600  # seconds, for an import from a cold disk
+#: Whether something works (None: it is optional), and what it is.
 Finding = tuple[bool | None, str]
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """What works, what does not, and how to mend it, one after the other. ValueError for a folder that is no checkout."""
+    """Yields what works, what does not, and how to fix it. Raises ValueError for a folder that is not a checkout."""
     folder = check_checkout(folder)
     yield True, f"{folder}: threestudio {version_of(folder) or 'of an unknown version'}"
     wrong = differing(folder)
     for name in WRITTEN:
         if name not in wrong:
-            yield True, f"{name} is as this program writes it"
+            yield True, f"{name} is up to date"
         elif not wrong[name]:
             yield False, f"{name} is missing: pcs 3d threestudio install {folder}"
         else:
-            theirs = name.endswith(".yaml")  # a configuration is there to be changed
+            theirs = name.endswith(".yaml")  # users are meant to change a configuration
             yield (
                 (None if theirs else False),
                 (f"{name} differs from what this program writes: pcs 3d threestudio install {folder} --overwrite"),
@@ -48,7 +48,7 @@ def findings(folder: Path) -> Iterator[Finding]:
 
 
 def _tried(folder: Path) -> Iterator[Finding]:
-    """Imports threestudio and the extension in a process of their own."""
+    """Imports threestudio and the extension in a separate process."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-W", "ignore", "-m", "pcs_3d.threestudio.probe", str(folder)]
@@ -65,10 +65,10 @@ def _tried(folder: Path) -> Iterator[Finding]:
     except ValueError:
         found = {}
     if "classes" not in found:
-        why = found.get("error") or (ran.stderr.strip().splitlines() or ["it stopped without a word"])[-1]
+        why = found.get("error") or (ran.stderr.strip().splitlines() or ["it stopped without an error message"])[-1]
         yield False, f"threestudio does not import: {why}"
         return
-    yield True, f"threestudio imports: {found['classes']} classes of its own"
+    yield True, f"threestudio imports: it registers {found['classes']} classes"
     if found.get("error"):
         yield False, f"custom/pcs does not import: {found['error']}"
     elif found["ours"]:
@@ -78,11 +78,11 @@ def _tried(folder: Path) -> Iterator[Finding]:
 def _how_to_start(folder: Path, gone: list[str]) -> Finding:
     gpu = torch.cuda.is_available()
     if gpu and not gone:
-        return True, "start it as ever: python launch.py --config configs/pcs-dreamfusion.yaml --train"
-    why = " and ".join(["packages are absent"] * bool(gone) + ["there is no GPU"] * (not gpu))
+        return True, "start it as usual: python launch.py --config configs/pcs-dreamfusion.yaml --train"
+    why = " and ".join(["packages are missing"] * bool(gone) + ["there is no GPU"] * (not gpu))
     cpu = "" if gpu else " --cpu"
     return None, (
-        f"{why}, so launch.py cannot start by itself: pcs 3d threestudio run {folder}{cpu} "
-        "--config configs/pcs-dreamfusion.yaml --train; hash grids, rasterizers and what else is named above as absent "
-        "stop with an error there when they are used"
+        f"{why}, so launch.py cannot start on its own; use: pcs 3d threestudio run {folder}{cpu} "
+        "--config configs/pcs-dreamfusion.yaml --train. Whatever is listed above as missing (hash grids, rasterizers, …) "
+        "then stops with an error when it is used"
     )

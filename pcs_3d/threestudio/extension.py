@@ -1,6 +1,6 @@
-"""What threestudio finds in its registry: `pcs-prompt-processor`, `pcs-guidance`, `pcs-volume-renderer`, `pcs-exporter`.
+"""Registers `pcs-prompt-processor`, `pcs-guidance`, `pcs-volume-renderer` and `pcs-exporter` with threestudio.
 
-Imported by `custom/pcs` of a checkout when its `launch.py` starts; outside of one there is no threestudio to import.
+Imported by a checkout's `custom/pcs` when its `launch.py` starts; outside a checkout, threestudio cannot be imported.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _teacher(cfg: Any, device: torch.device) -> Teacher:
 
 @register("pcs-prompt-processor")
 class PersonalizedPromptProcessor(BaseObject):
-    """A prompt that names concepts as `<name>`, with the recipe's words for views. Encodings are kept in memory alone, by the
-    content of concepts. threestudio's own guidance can ask it, too: of words, not of LoRA or weights."""
+    """A prompt that refers to concepts as `<name>`, with the recipe's words for views. Encodings are cached only in memory, by
+    the content of concepts. threestudio's own guidance can use it, too, for learned words, but not for LoRA or weights."""
 
     @dataclass
     class Config(BaseObject.Config):
@@ -58,15 +58,15 @@ class PersonalizedPromptProcessor(BaseObject):
 
 @register("pcs-guidance")
 class PersonalizedGuidance(BaseObject):
-    """The guidance of any recipe of one phase (`pcs methods`); concepts folder -> strength. `steps` is how long the run is,
-    for what changes over it."""
+    """The guidance of any single-phase recipe (`pcs methods`); concepts: folder -> strength. `steps` is the length of the run,
+    for schedules."""
 
     @dataclass
     class Config(BaseObject.Config):
-        backbone: str = ""  # a folder, a file or a hub id; else what the first concept was learned on, else the toybox
+        backbone: str = ""  # folder, file or hub id; default: the first concept's model, else the toybox
         concepts: dict[str, float] = field(default_factory=dict)
         recipe: str = "dreamfusion"
-        settings: list[str] = field(default_factory=list)  # over the recipe: guidance.scale=50
+        settings: list[str] = field(default_factory=list)  # on top of the recipe: guidance.scale=50
         precision: str = "auto"
         steps: int = 10000
         seed: int = 0
@@ -92,7 +92,7 @@ class PersonalizedGuidance(BaseObject):
         **batch: Any,
     ) -> dict[str, Any]:
         if guidance_eval:
-            raise ValueError("freq.guidance_eval: pcs-guidance has no pictures of its own to show: set it to 0")
+            raise ValueError("freq.guidance_eval: pcs-guidance has no evaluation images to show: set it to 0")
         cameras = cameras_of(elevation, azimuth, camera_distances, batch.get("fovy"))
         moment = Moment(self.step, self.cfg.steps)
         return losses(self.teacher, prompt_utils, rgb, cameras, moment, self.cfg.seed, rgb_as_latents)
@@ -121,13 +121,13 @@ class BatchedVolumeRenderer(VolumeRenderer):
     ) -> dict[str, Tensor]:
         if "c2w" in kwargs:
             check_cameras(kwargs["c2w"])
-        if bg_color is not None and bg_color.ndim == 2:  # of views, or of all rays
+        if bg_color is not None and bg_color.ndim == 2:  # one per view, or one per ray
             whole = len(bg_color) == rays_d[..., 0].numel()
             bg_color = bg_color.reshape(*rays_d.shape[:3], -1) if whole else bg_color[:, None, None]
         how = March(self.cfg.radius, self.cfg.samples, self.cfg.importance, self.cfg.hidden, self.cfg.chunk)
         parts = Parts(self.geometry, self.material, self.background, kwargs if self.training else {})
         draw = None
-        if self.training:  # from the seed that launch.py has set
+        if self.training:  # from the seed set by launch.py
             draw = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         return how.render(parts, Rays(rays_o, rays_d, light_positions, bg_color), self.training, draw)
 
@@ -140,7 +140,7 @@ class AssetExporter(Exporter):
     class Config(Exporter.Config):
         save_name: str = "asset"
         resolution: int = 96
-        threshold: float | None = None  # found by itself
+        threshold: float | None = None  # None: found automatically
         faces: int = 20_000
         texture: int = 512
 
@@ -149,7 +149,7 @@ class AssetExporter(Exporter):
     def __call__(self) -> list[Any]:
         cfg = self.cfg
         how = ExportSettings(resolution=cfg.resolution, threshold=cfg.threshold, faces=cfg.faces, texture=cfg.texture)
-        self.folder = TemporaryDirectory()  # threestudio copies from it when this has returned
+        self.folder = TemporaryDirectory()  # threestudio copies from it after this returns
         made = export_asset(Lifted(self.geometry, self.material), Path(self.folder.name), how, cfg.save_name)
         for note in made.notes:
             info(note)

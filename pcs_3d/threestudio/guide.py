@@ -1,4 +1,4 @@
-"""One step of guidance on the views that a system of threestudio has rendered."""
+"""One step of guidance on views rendered by a threestudio system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.train.loop import generator
 
 
 def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tensor | None = None) -> Cameras:
-    """From threestudio's batch: degrees, and `fovy` in radians. Its world is this package's: x is the front, z is up."""
+    """From threestudio's batch: degrees, and `fovy` in radians. Its axes are this package's: x is the front, z is up."""
     fov_deg = torch.full_like(distances, 45.0) if fovy is None else fovy * (180 / math.pi)
     return Cameras.of(azimuth.cpu(), elevation.cpu(), distances.cpu(), fov_deg.cpu())
 
@@ -26,14 +26,14 @@ def cameras_of(elevation: Tensor, azimuth: Tensor, distances: Tensor, fovy: Tens
 def losses(
     teacher: Teacher, prompts: Any, rgb: Tensor, cameras: Cameras, moment: Moment, seed: int, latents: bool = False
 ) -> dict[str, Any]:
-    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log. A student learns.
+    """`loss_sds`, a scalar whose gradient is the guidance's, and numbers for the log. Also trains a student, if there is one.
 
     Args:
-        rgb: [B, H, W, 3] in [0, 1]; with `latents` [B, h, w, C], which are taken as they are
+        rgb: [B, H, W, 3] in [0, 1]; with `latents`, [B, h, w, C], used as they are
 
     Raises:
-        ValueError: prompts of another processor or of another teacher, latents of other channels, or no pixels for a recipe
-            that compares them
+        ValueError: prompts from a different processor or teacher, latents with the wrong number of channels, or no pixels for
+            a recipe that compares them
     """
     if not isinstance(prompts, Prompts) or prompts.teacher is not teacher:
         raise ValueError(
@@ -50,7 +50,7 @@ def losses(
         weight = moment.of(settings.pixel_weight)
         if weight and latents:
             raise ValueError(
-                "guidance.pixel_weight: the renderer gives latents, which have no pixels to compare: set "
+                "guidance.pixel_weight: the renderer outputs latents, which have no pixels to compare: set "
                 "settings: [guidance.pixel_weight=0], or render colours"
             )
         if weight:
@@ -66,7 +66,7 @@ def _as_latents(given: Tensor, teacher: Teacher) -> Tensor:
     channels, *size = backbone.latent_shape(backbone.resolution, backbone.resolution)
     if given.shape[1] != channels:
         raise ValueError(
-            f"the renderer gives latents of {given.shape[1]} channels, and those of {backbone.name} have {channels}: set "
+            f"the renderer outputs latents with {given.shape[1]} channels, but {backbone.name} needs {channels}: set "
             "material.n_output_dims and background.n_output_dims"
         )
     return given if list(given.shape[-2:]) == size else F.interpolate(given, size, mode="bilinear")

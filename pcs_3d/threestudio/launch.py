@@ -1,4 +1,4 @@
-"""threestudio's own `launch.py`, started where something that it takes for granted is not there."""
+"""Starts threestudio's own `launch.py` on a machine that lacks something it takes for granted."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
 
 
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
-    """Run it with these arguments, in this process and inside the checkout's folder.
+    """Runs it with these arguments, in this process and in the checkout's folder.
 
-    Packages of `REPLACEABLE` that are absent are stood in for. cpu: Lightning trains on the CPU and in full precision, and
-    threestudio's modules take their tensors there. ValueError where there is no GPU and `cpu` is not said, and where a
-    package without a stand-in is missing.
+    Missing packages of `REPLACEABLE` are replaced by stand-ins. cpu: Lightning trains on the CPU in full precision, and
+    threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, and if a package
+    without a stand-in is missing.
     """
     if not (cpu or torch.cuda.is_available()):
-        raise ValueError("there is no GPU here, and threestudio asks for one: add --cpu")
+        raise ValueError("threestudio needs a GPU, and there is none: add --cpu")
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))
     missing = absent()
     if missing:
-        print(f"pcs: not installed, and stood in for: {', '.join(missing)}", file=sys.stderr)
+        print(f"pcs: not installed, replaced by stand-ins: {', '.join(missing)}", file=sys.stderr)
     imported(missing)
     if cpu:
         train_on_cpu()
@@ -39,10 +39,10 @@ def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
 
 
 def imported(missing: Sequence[str]) -> Any:
-    """The module `threestudio` of the folder that comes first in `sys.path`."""
+    """The module `threestudio` from the first folder in `sys.path`."""
     try:
         with standing_in(missing), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names in torch.cuda.amp
+            warnings.simplefilter("ignore", FutureWarning)  # about names in torch.cuda.amp
             return import_module("threestudio")
     except ModuleNotFoundError as error:
         package = NEEDED.get(error.name or "", error.name)
@@ -50,7 +50,7 @@ def imported(missing: Sequence[str]) -> Any:
 
 
 def train_on_cpu() -> None:
-    """Lightning's `Trainer` for whoever asks it for a GPU."""
+    """Makes Lightning's `Trainer` use the CPU when asked for a GPU."""
     import pytorch_lightning as lightning  # pyright: ignore[reportMissingImports]
 
     real = lightning.Trainer
@@ -62,7 +62,7 @@ def train_on_cpu() -> None:
 
 
 def tensors_on_cpu() -> None:
-    """threestudio's modules, as they are imported already, take the CPU for their device."""
+    """Makes threestudio's already imported modules use the CPU as their device."""
     misc = import_module("threestudio.utils.misc")
     before = misc.get_device
     for name, module in list(sys.modules.items()):

@@ -1,4 +1,4 @@
-"""A geometry of threestudio with its material as a field of this package, for export."""
+"""A threestudio geometry and its material as a field of this package, for export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pcs_3d.fields.field import Sample
 
 
 class Lifted(BaseVolume):
-    """ValueError for a geometry without densities and for a material without colours."""
+    """Raises ValueError for a geometry without densities, and for a material without colours."""
 
     def __init__(self, geometry: Any, material: Any) -> None:
         super().__init__(float(geometry.cfg.radius), 3)
@@ -24,11 +24,11 @@ class Lifted(BaseVolume):
         flat = points.reshape(-1, 3)
         found = self.geometry(flat, output_normal=False)
         if "density" not in found:
-            raise ValueError(f"exporter: {type(self.geometry).__name__} has no density to cut a surface from")
+            raise ValueError(f"exporter: {type(self.geometry).__name__} has no density to extract a surface from")
         density = found["density"].reshape(points.shape[:-1]) * self.inside(points)
         shown = self.material.export(points=flat, **found)
         if "albedo" not in shown:
-            raise ValueError(f"exporter: {type(self.material).__name__} says no colours (albedo) of its own")
+            raise ValueError(f"exporter: {type(self.material).__name__} has no colours (albedo) of its own")
         return Sample(density, shown["albedo"].reshape(*points.shape[:-1], 3))
 
     def density(self, points: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Rays marched through a geometry of threestudio in one batch, with what its systems read of a renderer.
+"""Marches rays through a threestudio geometry in one batch, with the outputs that its systems expect of a renderer.
 
-No CUDA kernel: intervals are drawn by `pcs_3d.renderers.sampling`, and nerfacc's batched functions weigh them.
+Uses no CUDA kernels: intervals come from `pcs_3d.renderers.sampling`, weights from nerfacc's batched functions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """samples: intervals of a ray in the cube [-radius, radius]³; importance: so many more where a first look found something;
-    hidden: samples that weigh less in their pixel are left out, gradient and all; chunk: rays at a time, where nothing is
-    learned."""
+    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional ones where a first pass found
+    something; hidden: samples with less weight in their pixel are skipped, gradient included; chunk: rays at a time, outside
+    training."""
 
     radius: float = 1.0
     samples: int = 64
@@ -29,14 +29,14 @@ class March:
 
     def render(self, parts: Parts, rays: Rays, training: bool, generator: Generator | None = None) -> dict[str, Tensor]:
         """`comp_rgb`, `comp_rgb_fg` and `comp_rgb_bg` [B, H, W, C], `opacity`, `depth` and `z_variance` [B, H, W, 1], with
-        normals `comp_normal` [B, H, W, 3]; in training also what is known of each of the M samples: `weights`, `t_points`,
+        normals `comp_normal` [B, H, W, 3]; in training also values of each of the M samples: `weights`, `t_points`,
         `t_intervals` [M, 1], `t_dirs`, `points` [M, 3], `ray_indices` [M] and the geometry's own output.
 
         Raises ValueError for a geometry without densities.
         """
         if not hasattr(parts.geometry, "forward_density"):
             name = type(parts.geometry).__name__
-            raise ValueError(f"renderer: pcs-volume-renderer marches through densities, and {name} has none")
+            raise ValueError(f"renderer: pcs-volume-renderer needs a density, and {name} has none")
         b, h, w = rays.directions.shape[:3]
         flat = torch.cat([rays.origins, rays.directions, rays.lights_like_directions()], -1).reshape(-1, 9)
         drawn = [self._rays(parts, each, generator) for each in ([flat] if training else flat.split(self.chunk))]
@@ -48,7 +48,7 @@ class March:
         return {**out, **drawn[0].samples} if training else out
 
     def _rays(self, parts: Parts, rays: Tensor, generator: Generator | None) -> Drawn:
-        """Of rays [N, 9]: origin, direction, light."""
+        """For rays [N, 9]: origin, direction, light."""
         from nerfacc import accumulate_along_rays, render_weight_from_density
 
         origins, directions, lights = rays.split(3, -1)
@@ -84,7 +84,7 @@ class March:
 
     @torch.no_grad()
     def _worthwhile(self, parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-        """Which samples weigh more than `hidden`, as numbers in [N · S]; at least one, so that a gradient reaches the
+        """Which samples weigh more than `hidden`, as indices into [N · S]; at least one, so that a gradient reaches the
         geometry."""
         from nerfacc import render_weight_from_density
 
@@ -101,7 +101,7 @@ class March:
         from nerfacc import render_weight_from_density
 
         near, far = through_cube(origins, directions, self.radius)
-        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # a ray that misses has no length
+        edges = stratified(near, torch.maximum(near, far), self.samples, generator)  # a ray that misses has length 0
         if not self.importance:
             return edges
         density = densities(parts, origins, directions, edges)
@@ -115,25 +115,25 @@ def middles(edges: Tensor) -> Tensor:
 
 
 def densities(parts: Parts, origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
-    """In the middles of intervals, [N, S]."""
+    """Densities at the middles of intervals, [N, S]."""
     points = origins[:, None] + middles(edges)[..., None] * directions[:, None]
     return parts.geometry.forward_density(points.reshape(-1, 3)).reshape(len(edges), -1)
 
 
 def check_cameras(c2w: Tensor) -> None:
-    """ValueError where the axes of cameras [B, 4, 4] are not at right angles. threestudio's data modules cross those of exactly
-    three cameras along the wrong dimension, and rays then go anywhere."""
+    """Raises ValueError if the axes of cameras [B, 4, 4] are not orthogonal. For exactly three cameras, threestudio's data
+    modules take cross products along the wrong dimension, and rays go astray."""
     axes = c2w[:, :3, :3].float()
     if not torch.allclose(axes @ axes.mT, torch.eye(3, device=axes.device).expand_as(axes), atol=1e-3):
         raise ValueError(
-            "the axes of the cameras are not at right angles: threestudio computes those of exactly three cameras wrongly; "
-            "set data.batch_size, data.n_val_views and data.n_test_views to other numbers than 3"
+            "the axes of the cameras are not orthogonal: threestudio computes them wrongly for exactly three cameras; "
+            "set data.batch_size, data.n_val_views and data.n_test_views to anything but 3"
         )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """threestudio's modules, and what its systems say of the shading."""
+    """threestudio's modules, and the shading that its systems ask for."""
 
     geometry: Any
     material: Any
@@ -143,8 +143,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Rays:
-    """origins, directions (unit): [B, H, W, 3]; lights: [B, 3]; behind: colours [B, H, W, C] or [B, 1, 1, C] that take the
-    background's place."""
+    """origins, directions (unit): [B, H, W, 3]; lights: [B, 3]; behind: colours [B, H, W, C] or [B, 1, 1, C] that replace the
+    background's."""
 
     origins: Tensor
     directions: Tensor
@@ -158,7 +158,7 @@ class Rays:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Of N rays: what their pixels show [N, K], and what is known of their samples."""
+    """The result for N rays: the values of their pixels [N, K], and those of their samples."""
 
     pixels: dict[str, Tensor]
     samples: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""`python -m pcs_3d.threestudio.probe CHECKOUT`: imports it and its extension, and prints what came of that as JSON."""
+"""`python -m pcs_3d.threestudio.probe CHECKOUT`: imports it and its extension, and prints the outcome as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pcs_3d.threestudio.stand_ins import absent
 
 
 def probe(checkout: Path) -> dict[str, Any]:
-    """classes: that threestudio registers; ours: those of the extension; error: what one of the two imports failed with."""
+    """classes: those that threestudio registers; ours: the extension's; error: why one of the two imports failed."""
     os.chdir(checkout)
     sys.path.insert(0, str(checkout))
     try:

@@ -1,7 +1,7 @@
-"""Stand-ins for packages that threestudio imports and a machine does not have.
+"""Stand-ins for packages that threestudio imports but that are not installed.
 
-threestudio imports all of its modules at once, so that one CUDA extension that cannot be built keeps everything from
-running. A stand-in lets the import pass and says what is missing as soon as anything of it is called.
+threestudio imports all of its modules at once, so a single CUDA extension that cannot be built stops everything. A stand-in
+lets the import succeed and raises an error naming the package as soon as anything in it is called.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-#: Module -> package, of what threestudio imports and nothing can stand in for.
+#: Module -> package, for imports of threestudio that cannot be replaced.
 NEEDED = {
     "cv2": "opencv-python-headless", "einops": "einops", "imageio": "imageio", "imageio_ffmpeg": "imageio-ffmpeg",
     "jaxtyping": "jaxtyping", "matplotlib": "matplotlib", "nerfacc": "nerfacc", "omegaconf": "omegaconf",
     "pytorch_lightning": "lightning", "scipy": "scipy", "tensorboard": "tensorboard", "torchmetrics": "torchmetrics",
     "trimesh": "trimesh", "typeguard": "typeguard",
 }  # fmt: skip
-#: Package -> what of threestudio needs it, and how to get it.
+#: Package -> which part of threestudio needs it, and how to install it.
 REPLACEABLE: Mapping[str, str] = {
     "IPython": "Zero-1-to-3; pip install ipython",
     "kornia": "Zero-1-to-3; pip install kornia",
@@ -33,11 +33,11 @@ REPLACEABLE: Mapping[str, str] = {
     "wandb": "logging to wandb; pip install wandb",
     "torchvision": "Zero-1-to-3, CO3D data and perceptual losses; pip install torchvision, of PyTorch's own version",
 }
-_ASKING = ("threestudio", "extern")  # whose imports are answered: everyone else sees a package that is not there
+_ASKING = ("threestudio", "extern")  # only their imports get stand-ins: for all other importers, the package is missing
 
 
 class _Missing(type):
-    """The type of stand-ins, which are classes so that they can stand in annotations and be derived from."""
+    """The type of stand-ins, which are classes so that they work in annotations and as base classes."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -48,12 +48,12 @@ class _Missing(type):
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         package = cls.__name__.partition(".")[0]
-        raise ImportError(f"{cls.__name__} is not here: {package} is not installed ({REPLACEABLE.get(package, '')})")
+        raise ImportError(f"{cls.__name__} is missing: {package} is not installed ({REPLACEABLE.get(package, '')})")
 
 
 def stand_in(name: str) -> Any:
-    """What stands for `name`, a package or something in one. Calling it raises ImportError."""
-    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls it; there is none
+    """The stand-in for `name`, a package or something in one. Calling it raises ImportError."""
+    own = {"free_temporary_memory": lambda: None} if name == "tinycudann" else {}  # threestudio calls it
     return _Missing(name, (), own)
 
 
@@ -64,8 +64,8 @@ def absent() -> list[str]:
 
 @contextmanager
 def standing_in(names: Sequence[str]) -> Iterator[None]:
-    """Inside, threestudio's own modules can import these packages; nobody else can, and `sys.modules` holds nothing of
-    them: libraries that look for torchvision, say, find none."""
+    """Within the context, only threestudio's own modules can import these packages, and `sys.modules` does not contain them:
+    libraries that look for torchvision, for example, do not find it."""
     made, real = {name: stand_in(name) for name in names}, builtins.__import__
 
     def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

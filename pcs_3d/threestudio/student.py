@@ -1,4 +1,4 @@
-"""VSD's student beside a system of threestudio, whose own optimizers know nothing of it."""
+"""VSD's student alongside a threestudio system, whose own optimizers do not include it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shared.backbones.protocol import Backbone
 from shared.optimizers import AdamW
 from shared.train.loop import generator
 
-_STREAM = 2**47  # draws of its own
+_STREAM = 2**47  # a separate random stream
 
 
 class Student:
-    """The adapters of the set `student` on a backbone, taught once in each step by the optimizer that the recipe names.
+    """The adapters of the set `student` on a backbone, trained once per step by the recipe's optimizer.
 
-    threestudio's checkpoints hold none of it: a resumed run teaches a new one, and says so. ValueError where the recipe
-    trains something else beside the field.
+    threestudio's checkpoints do not include it: a resumed run trains a new one, with a warning. Raises ValueError if the
+    recipe trains anything other than this and the field.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe3D) -> None:
@@ -32,7 +32,7 @@ class Student:
         for slot, part in recipe.trainable.items():
             if part.adapter_set != STUDENT or part.group != self.settings.group:
                 raise ValueError(
-                    f"trainable.{slot}: beside the field only a student learns: say adapter_set={STUDENT} and "
+                    f"trainable.{slot}: only a student can be trained besides the field: set adapter_set={STUDENT} and "
                     f"group={self.settings.group}"
                 )
         groups = [part.inject(backbone, STUDENT, slot, recipe.seed) for slot, part in recipe.trainable.items()]
@@ -47,9 +47,9 @@ class Student:
 
     @torch.enable_grad()
     def learn(self, scores: Scores, z: Tensor, views: Views, moment: Moment, seed: int) -> float:
-        """One step on latents z [B, C, h, w]; the loss before it."""
+        """Takes one step on latents z [B, C, h, w]; returns the loss before it."""
         if moment.step and not self.taught:
-            warnings.warn(f"VSD's student begins anew at step {moment.step}: no checkpoint holds it", stacklevel=2)
+            warnings.warn(f"VSD's student starts anew at step {moment.step}: checkpoints do not hold it", stacklevel=2)
         self.taught = True
         device, dtype = z.device.type, self.backbone.dtype
         with scores.under(STUDENT), torch.autocast(device, dtype, enabled=dtype != torch.float32):

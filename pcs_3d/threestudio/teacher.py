@@ -1,4 +1,4 @@
-"""What threestudio's YAML says of a teacher: a backbone with concepts, and the recipe that it guides by."""
+"""The teacher set in threestudio's YAML: a backbone with concepts, and the recipe whose guidance it uses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shared.runner.open_runner import check_precision, open_runner
 
 @dataclass(frozen=True)
 class Asked:
-    """backbone: a folder, a file or a hub id; "": the one that the first concept was learned on, without concepts the toybox.
-    concepts: (folder, strength). recipe: its name; settings: `key=value`, over the recipe's."""
+    """backbone: a folder, a file or a hub id; "": the first concept's model, or the toybox without concepts. concepts: (folder,
+    strength). recipe: its name; settings: `key=value`, applied on top of the recipe's."""
 
     backbone: str
     concepts: tuple[tuple[str, float], ...]
@@ -36,12 +36,12 @@ class Asked:
     def of(
         backbone: str, concepts: Mapping[str, float], recipe: str, settings: Sequence[str], device: str, precision: str
     ) -> Asked:
-        """The same from what a YAML holds."""
+        """The same, from a YAML's values."""
         return Asked(backbone, tuple(concepts.items()), recipe, tuple(settings), device, precision)
 
 
 class Teacher:
-    """A runner with its concepts, a recipe, and the student where the recipe has one. ValueError for a recipe of several
+    """A runner with its concepts, a recipe, and the student if the recipe has one. Raises ValueError for a recipe with
     phases."""
 
     def __init__(self, asked: Asked) -> None:
@@ -59,7 +59,7 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """One for all that ask the same, for as long as any of them holds it: what is learned anew in between is read anew."""
+    """A teacher shared by all equal requests, for as long as any of them holds it; afterwards concepts are read anew."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
@@ -67,27 +67,27 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """The recipe, of which guidance and the words for views are used. ValueError where threestudio cannot follow it."""
+    """The recipe, of which only guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
     recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D)
     if recipe.phases:
         raise ValueError(
-            f"recipe = {asked.recipe}: it has phases ({', '.join(recipe.phases)}), and threestudio's stages are runs of "
-            "their own: choose a recipe without, such as dreamfusion or csd"
+            f"recipe = {asked.recipe}: it has phases ({', '.join(recipe.phases)}), but threestudio's stages are separate "
+            "runs: choose a recipe without phases, such as dreamfusion or csd"
         )
     for key, there in (("regions", bool(recipe.guidance.regions)), ("joint_views", recipe.guidance.joint_views > 1)):
         if there:
-            raise ValueError(f"guidance.{key}: threestudio's batches and fields know nothing of it: leave it out")
+            raise ValueError(f"guidance.{key}: threestudio's batches and fields do not support it: leave it out")
     return recipe
 
 
 class Prompts:
-    """What the prompt processor hands to a guidance, ours or threestudio's own.
+    """What the prompt processor passes to a guidance, ours or threestudio's own.
 
-    ValueError for a prompt that is empty or too long, or does not name a loaded subject.
+    Raises ValueError for a prompt that is empty or too long, or leaves out a loaded subject.
     """
 
-    use_perp_neg = False  # threestudio's own guidance asks for it; ours has a part for it
+    use_perp_neg = False  # read by threestudio's own guidance; ours has a part for it
 
     def __init__(self, teacher: Teacher, prompt: str, negative: str | None = None) -> None:
         changes = {"prompt": prompt} if negative is None else {"prompt": prompt, "negative": negative}
@@ -105,14 +105,14 @@ class Prompts:
         self, elevation: Tensor, azimuth: Tensor, camera_distances: Tensor, view_dependent_prompting: bool = True
     ) -> Tensor:
         """[2 B, L, D] for views from elevation [B] and azimuth [B] in degrees: those of the prompt, then those of the
-        negative prompt. ValueError for a concept whose words differ by layer or by time."""
+        negative prompt. Raises ValueError for a concept whose words differ by layer or by time."""
         seen = Views(Cameras.of(azimuth.cpu(), elevation.cpu()), (False,) * len(azimuth))
         told = "prompt" if view_dependent_prompting else "plain_prompt"
         rows = [*self.scene.rows(told, seen), *self.scene.rows("negative", seen)]
         backbone = self.teacher.runner.backbone
         if backbone.varies_with([self.scene.text(None)]):
             raise ValueError(
-                "a concept's words differ by layer or by time, and threestudio's own guidance takes one text for all: "
+                "a concept's words differ by layer or by time, but threestudio's own guidance uses one text for all: "
                 "use guidance_type: pcs-guidance"
             )
         with self.scores.under("teacher"):

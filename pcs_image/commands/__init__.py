@@ -1,1 +1,1 @@
-"""Command lines of `pcs_image`: thin doors to the runner."""
+"""Command lines of `pcs_image`: thin wrappers around the runner."""

@@ -13,9 +13,9 @@ app = typer.Typer(help="Personalized pictures.", no_args_is_help=True)
 
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated")
 _LORA = typer.Option(
-    [], "--lora", help="a LoRA file of another program (diffusers, peft, kohya), FILE or FILE:STRENGTH; can be repeated"
+    [], "--lora", help="a LoRA file from another program (diffusers, peft, kohya), FILE or FILE:STRENGTH; repeatable"
 )
-_TOKEN = typer.Option([], help='what the LoRA\'s trainer called the thing ("sks mug"); one for each --lora')
+_TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug"); one for each --lora')
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
@@ -55,7 +55,7 @@ def generate(
     token: list[str] = _TOKEN,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each further picture adds one"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each next picture adds one"),
     strength: list[str] = typer.Option(
         [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
     ),
@@ -111,13 +111,13 @@ def evaluate(
     concept: list[str] = _CONCEPT,
     lora: list[str] = _LORA,
     token: list[str] = _TOKEN,
-    class_noun: str = typer.Option("", help="what the LoRA's thing is; default: the token without its first word"),
+    class_noun: str = typer.Option("", help="class of the LoRA's subject; default: the token without its first word"),
     prompts: str = typer.Option("", help="a prompt set (toybox, dreambench) or a file; default: the backbone's own"),
     out: Path = typer.Option(
         Path("report"), help="folder for index.html, report.json, CSV tables and pictures", **PATH
     ),
     references: Path = typer.Option(
-        None, help="the subject's pictures; default: a folder beside the concept, called as when it was learned", **PATH
+        None, help="the subject's pictures; default: a folder beside the concept, named as when it was learned", **PATH
     ),
     gallery: Path = typer.Option(
         None, help="a folder of folders: other things of the same class, for identity retrieval", **PATH
@@ -138,8 +138,8 @@ def evaluate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure a concept, or a LoRA of another program: subject fidelity, prompt following, drift, copying, diversity, time
-    and memory."""
+    """Measure a concept, or a LoRA from another program: subject fidelity, prompt following, drift, copying, diversity,
+    time and memory."""
     from pcs_image.runner import ImageRunner
     from shared.commands.progress import Lines
     from shared.io.outputs import check_output
@@ -180,21 +180,27 @@ def benchmark(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
+    subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
+    grid: list[str] = typer.Option(
+        [], "--grid", help="key=value,value: one row per value, and per combination where several are given"
+    ),
+    control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copies, time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.experiment import failures_told
-    from shared.benchmark.toybox import BenchmarkSettings, run
+    from shared.benchmark.toybox import BenchmarkSettings, count_or_names, run
 
-    settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(overrides))
+    settings = BenchmarkSettings(
+        split, count_or_names(subjects), limit, num, out, device, tuple(overrides), tuple(grid), control
+    )
     comparison = run(ImageRunner, recipes or [], settings)
     print(comparison.markdown())
     failures_told(comparison.failures, len(comparison.reports))

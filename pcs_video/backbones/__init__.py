@@ -1,1 +1,1 @@
-"""The model families that make clips."""
+"""Model families that make clips."""

@@ -1,4 +1,4 @@
-"""AnimateDiff (https://arxiv.org/abs/2307.04725): a U-Net of pictures with motion modules between its layers."""
+"""AnimateDiff (https://arxiv.org/abs/2307.04725): an image U-Net with motion modules between its layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.io.model_folders import quiet
 
 DEFAULT_FRAMES = 16
 _UNWRAPPED = (
-    "all but proj_in and proj_out of motion modules: diffusers calls them by keyword, which peft's layers do not take"
+    "all but proj_in and proj_out of motion modules: diffusers calls them by keyword, which peft's layers do not accept"
 )
 ROLES: Mapping[str, Sequence[RoleSpec]] = {
     **PICTURE_ROLES,
@@ -32,17 +32,16 @@ _ENDS = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", 
 class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
     """A diffusers `AnimateDiffPipeline` behind the protocol.
 
-    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go through its layers of pictures alone: of
-    one frame, motion modules are not the identity, and a subject is to be learned, and to look, as without them. So a
-    concept that was learned on the U-Net of pictures loads here unchanged, and one that trains both kinds of layer is one
-    concept.
+    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers: for a single
+    frame, motion modules are not the identity, and a subject should be learned, and look, as without them. So a concept that
+    was learned on the image U-Net loads here unchanged, and one that trains both kinds of layers is a single concept.
 
     Args:
         pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen
         name: as the user gave it
 
     Raises:
-        ValueError: when the U-Net is of a kind that this family does not cover, or its motion module does not fit it
+        ValueError: the U-Net is of a kind that this family does not cover, or its motion module does not fit it
     """
 
     family = "animatediff"
@@ -57,11 +56,11 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Its own concepts, and those of the U-Net of pictures."""
+        """Its own concepts, and those of the image U-Net."""
         return frozenset({self.family, StableDiffusionBackbone.family})
 
     def pipeline(self) -> Any:
-        """An `AnimateDiffPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """An `AnimateDiffPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import AnimateDiffPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         return AnimateDiffPipeline(
@@ -73,7 +72,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """The output of the network, [B, C, F, h, w] for clips and [B, C, h, w] for pictures, in its own parametrisation;
+        """The network's output, [B, C, F, h, w] for clips and [B, C, h, w] for pictures, in its own parametrisation;
         otherwise as `StableDiffusionBackbone.predict`."""
         return super().predict(x_t, t, conditioning)
 
@@ -85,7 +84,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
         return self._pictures(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _follow(self) -> None:
-        """The way of pictures uses what was wrapped, and recomputes what is recomputed, as the whole network does."""
+        """Makes the image path use the same wrapped layers and gradient checkpointing as the whole network."""
         shares(self.unet, self._pictures, _ENDS)
         for picture, clip in zip(_blocks(self._pictures), _blocks(self.unet), strict=True):
             picture.gradient_checkpointing = clip.gradient_checkpointing
@@ -94,7 +93,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
 
 def _without_motion(unet: Any) -> Any:
-    """A `UNet2DConditionModel` of the very layers of a `UNetMotionModel`, without its motion modules."""
+    """A `UNet2DConditionModel` that shares the layers of a `UNetMotionModel`, without its motion modules."""
     from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
     config = unet.config
@@ -122,7 +121,7 @@ def _without_motion(unet: Any) -> Any:
         shares(clip, picture, _BLOCK)
     left = [name for name, parameter in pictures.named_parameters() if parameter.is_meta]
     if left:
-        raise ValueError(f"animatediff: the U-Net has no {left[0]}, which its layers of pictures need")
+        raise ValueError(f"animatediff: the U-Net has no {left[0]}, which its image layers need")
     return pictures.eval()
 
 
@@ -131,14 +130,14 @@ def _blocks(unet: Any) -> list[Any]:
 
 
 def with_motion(pipe: Any, adapter: Any) -> Any:
-    """An `AnimateDiffPipeline` of a `StableDiffusionPipeline` and a `MotionAdapter`.
+    """An `AnimateDiffPipeline` from a `StableDiffusionPipeline` and a `MotionAdapter`.
 
-    Raises ValueError when the motion module was made for another U-Net.
+    Raises ValueError if the motion module was made for another U-Net.
     """
     from diffusers import AnimateDiffPipeline, UNetMotionModel  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        with quiet():  # diffusers warns of the precision, which is the U-Net's
+        with quiet():  # diffusers warns about the precision, which is the U-Net's
             unet: Any = UNetMotionModel.from_unet2d(pipe.unet, adapter)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the motion module does not fit the U-Net: {str(error).splitlines()[0]}") from None

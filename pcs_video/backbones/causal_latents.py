@@ -1,4 +1,4 @@
-"""Clips through a causal autoencoder: the first frame alone, then groups of frames, each one latent frame."""
+"""Clips through a causal autoencoder: the first frame by itself, then groups of frames, each becoming one latent frame."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from shared.backbones.latents import LatentCodec
 
 
 class CausalCodec(LatentCodec):
-    """The autoencoder half of a family whose autoencoder takes r n + 1 frames to n + 1 latent ones.
+    """The autoencoder half of a family whose autoencoder maps r n + 1 frames to n + 1 latent ones.
 
-    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no axis of frames. Latent units are
-    (z - mean) / spread, of each channel: a family gives the two. `frame_factor` is r.
+    Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latent units are
+    (z - mean) / spread per channel, both set by the family. `frame_factor` is r.
     """
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,8 @@ class CausalCodec(LatentCodec):
         return self.vae.decode(z, return_dict=False)[0]
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, f, h, w) of a clip. ValueError when the size is not a multiple of what the model
-        needs, or the number of frames is not r n + 1; it names the nearest that are."""
+        """(C, h, w) of a picture, (C, f, h, w) of a clip. Raises ValueError, naming the nearest valid values, if the size is
+        not a multiple of what the model needs, or the number of frames is not r n + 1."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -68,12 +68,12 @@ class CausalCodec(LatentCodec):
 
 
 def check_causal_frames(family: str, frames: int, factor: int) -> int:
-    """The latent frames of a clip. ValueError, naming the nearest, when it is not `factor` n + 1 frames long."""
+    """The number of latent frames of a clip. Raises ValueError, naming the nearest, unless it has `factor` n + 1 frames."""
     more, rest = divmod(frames - 1, factor)
     if frames < 1 or rest:
         nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"
         raise ValueError(
-            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames: nearest is {nearest}"
+            f"a clip of {frames} frames does not fit {family}, which makes {factor}n + 1 frames: the nearest is {nearest}"
         )
     return more + 1
 

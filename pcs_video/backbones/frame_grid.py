@@ -1,4 +1,4 @@
-"""How many frames a model can make, read from its folder: said before its gigabytes are loaded."""
+"""How many frames a model can make, read from its folder, so that errors come before its gigabytes are loaded."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pcs_video.backbones.framewise import check_framewise_frames
 from shared.backbones.load import TOYBOX
 from shared.config import expanded
 
-Check = Callable[[int], object]  # ValueError for a number of frames that cannot be made
+Check = Callable[[int], object]  # raises ValueError for a number of frames that cannot be made
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
-    """What refuses a number of frames that the model cannot make, as its `latent_shape` does.
+    """A function that refuses numbers of frames that the model cannot make, as its `latent_shape` does.
 
     Args:
-        source: as of `load_backbone`; None: the toybox
-        motion_adapter: a folder with a diffusers `MotionAdapter`, for a model of pictures
+        source: as for `load_backbone`; None: the toybox
+        motion_adapter: a folder with a diffusers `MotionAdapter`, for an image model
 
-    None where the files do not say: a model that is not here yet, one file, a family of another package. Opening it will.
+    Returns None if the files do not tell: a model that is not downloaded yet, a single file, a family of another package.
+    Opening the model then checks it.
     """
     if source is None or str(source) == TOYBOX:
         from shared.toybox.weights import backbone_path, motion_adapter_path
@@ -47,14 +48,14 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
 
 
 def _ltx_factor(vae: Mapping[str, Any]) -> int:
-    """As `AutoencoderKLLTXVideo` has it: stated, or of its patches and of the levels that halve time."""
+    """As in `AutoencoderKLLTXVideo`: stated, or computed from its patches and the levels that halve time."""
     stated = vae.get("temporal_compression_ratio")
     halved = vae.get("spatio_temporal_scaling", (True, True, True, False))
     return stated or vae.get("patch_size_t", 1) * 2 ** sum(halved)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """What a configuration says; nothing where it cannot be read: opening the model says why."""
+    """A configuration's content; empty if it cannot be read: opening the model will report why."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

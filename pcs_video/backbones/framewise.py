@@ -1,4 +1,4 @@
-"""Clips through an autoencoder of pictures: frame by frame."""
+"""Clips through an image autoencoder, frame by frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRAMES_AT_ONCE = 2**18  # pixels: one frame of 512x512; the autoencoder's activa
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:
-    """A function of pictures [N, C, H, W] on every frame of clips [B, C, F, H, W]; pictures pass as they are.
+    """Applies a function of pictures [N, C, H, W] to every frame of clips [B, C, F, H, W]; also accepts pictures.
 
     Args:
         at_once: frames per call; None: all of them
@@ -27,9 +27,9 @@ def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int |
 
 
 class FramewiseCodec(LatentCodec):
-    """A backbone's autoencoder of pictures, applied to pictures [B, 3, H, W] and clips [B, 3, F, H, W] alike.
+    """A backbone's image autoencoder, applied to pictures [B, 3, H, W] and clips [B, 3, F, H, W] alike.
 
-    `most_frames` is how many the model was made for.
+    `most_frames` is the number of frames the model was made for.
     """
 
     most_frames: int
@@ -52,7 +52,7 @@ class FramewiseCodec(LatentCodec):
         return by_frame(super().decode, latents, max(1, FRAMES_AT_ONCE // pixels))
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, F, h, w) of a clip. ValueError when the size is not a multiple of what the model
+        """(C, h, w) of a picture, (C, F, h, w) of a clip. Raises ValueError if the size is not a multiple of what the model
         needs, or there are fewer than 2 frames, or more than it was made for."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
@@ -62,7 +62,7 @@ class FramewiseCodec(LatentCodec):
 
 
 def check_framewise_frames(family: str, frames: int, most: int) -> None:
-    """ValueError, naming the nearest, for a clip of fewer than 2 frames, or of more than `most`."""
+    """Raises ValueError, naming the nearest, for a clip of fewer than 2 or more than `most` frames."""
     if not 2 <= frames <= most:
         nearest = min(max(frames, 2), most)
         raise ValueError(
@@ -71,7 +71,7 @@ def check_framewise_frames(family: str, frames: int, most: int) -> None:
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
-    """`picture` takes over these submodules of `clip`, where it has them: the very same objects."""
+    """Makes `picture` share these submodules of `clip`, where it has them: the same objects, not copies."""
     for name in names:
         if getattr(picture, name, None) is not None:
             setattr(picture, name, getattr(clip, name))

@@ -1,4 +1,4 @@
-"""LTX-Video (https://arxiv.org/abs/2501.00103): flow matching on strongly compressed clips, positions in seconds."""
+"""LTX-Video (https://arxiv.org/abs/2501.00103): flow matching on strongly compressed clips, with positions in seconds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shared.types import Conditioning
 
 
 class LTXBackbone(VideoTransformerBackbone):
-    """A diffusers `LTXPipeline` (text to video) behind the protocol. Each latent cell is one token inside.
+    """A diffusers `LTXPipeline` (text to video) behind the protocol. Each latent cell is one token.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
         name: as the user gave it
-        max_sequence_length: T5 tokens per prompt; default the smaller of 128 and what the tokenizer says
+        max_sequence_length: T5 tokens per prompt; default: the smaller of 128 and the tokenizer's limit
 
     Raises:
-        ValueError: when the transformer joins several cells to one token, or reads other channels than the autoencoder's
+        ValueError: the transformer joins several cells into one token, or its channels differ from the autoencoder's
     """
 
     family = "ltx"
@@ -33,9 +33,9 @@ class LTXBackbone(VideoTransformerBackbone):
     default_steps = 50
     masks_context = True
     time_per_frame = True
-    #: Frames per second that clips are made and learned at: the network knows when a frame is, not its number.
+    #: Frames per second that clips are generated and learned at: the network gets each frame's time, not its number.
     frame_rate: float | None = 25.0
-    #: The noise level that an autoencoder with a time of its own is told when it decodes.
+    #: The noise level for decoding, for an autoencoder that is conditioned on one.
     decode_time: float = 0.0
 
     def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
@@ -56,7 +56,7 @@ class LTXBackbone(VideoTransformerBackbone):
         self._set_sites("transformer_blocks", len(self.transformer.transformer_blocks))
 
     def pipeline(self) -> Any:
-        """An `LTXPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """An `LTXPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import LTXPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -78,7 +78,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return mean, std / self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Some versions decode at a noise level, and add noise of their own inside, which is the same each time here."""
+        """Some versions decode at a noise level and add noise inside, which is the same each time here."""
         timed = self.vae.config.timestep_conditioning
         t = z.new_full([len(z)], self.decode_time) if timed else None
         with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):
@@ -88,7 +88,7 @@ class LTXBackbone(VideoTransformerBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As `LTXPipeline`: even sigmas, shifted by the number of tokens where the scheduler does that."""
+        """As in `LTXPipeline`: evenly spaced sigmas, shifted by the number of tokens if the scheduler does that."""
         import numpy as np
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
@@ -124,7 +124,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return out.transpose(1, 2).unflatten(2, (frames, height, width))
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._components[component](ids)[0], None  # T5 looks at the padding; the transformer does not
+        return self._components[component](ids)[0], None  # T5 attends to the padding; the transformer does not
 
     def _processor_for(self, layer: Any) -> type[Processor] | None:
         from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
@@ -135,7 +135,7 @@ class LTXBackbone(VideoTransformerBackbone):
 def _check(config: Any, channels: int) -> None:
     if (config.patch_size, config.patch_size_t) != (1, 1):
         raise ValueError(
-            f"ltx: patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size} are not covered"
+            f"ltx: patches of {config.patch_size_t}x{config.patch_size}x{config.patch_size} are not supported"
         )
     if config.in_channels != channels:
-        raise ValueError(f"ltx: the transformer reads {config.in_channels} channels, and gets {channels}")
+        raise ValueError(f"ltx: the transformer needs {config.in_channels} channels, but gets {channels}")

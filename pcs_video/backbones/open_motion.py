@@ -1,4 +1,4 @@
-"""From a backbone of pictures to one of clips."""
+"""Turns an image backbone into one for clips."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from shared.io.model_folders import load_network
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
-    """`backbone` where it makes clips already; a Stable Diffusion or the toybox with motion modules.
+    """`backbone` itself if it already makes clips; a Stable Diffusion or the toybox with motion modules added.
 
     Args:
         folder: of a diffusers `MotionAdapter`; None: the toybox's own on the toybox
 
     Raises:
-        ValueError: it makes pictures and no folder is given, the folder holds no motion module, or one of another U-Net;
-            a folder is given and it makes clips already
+        ValueError: it makes pictures and no folder is given, the folder has no motion module, or one for another U-Net; or
+            a folder is given but it already makes clips
     """
     if backbone.frames is not None:
         if folder is not None:
-            raise ValueError(f"motion_adapter={folder}: {backbone.name} makes clips already; leave it out")
+            raise ValueError(f"motion_adapter={folder}: {backbone.name} already makes clips: leave it out")
         return backbone
     if not isinstance(backbone, StableDiffusionBackbone):
-        raise ValueError(f"{backbone.name} ({backbone.family}) makes pictures, and no motion module is made for it")
+        raise ValueError(f"{backbone.name} ({backbone.family}) makes pictures, and motion modules do not support it")
     where = _folder(backbone, folder)
     made = AnimateDiffBackbone(with_motion(backbone.pipeline(), _adapter(where, backbone.dtype)), backbone.name)
     made.world = backbone.world
@@ -41,7 +41,7 @@ def _folder(backbone: Backbone, folder: str | Path | None) -> Path:
     if backbone.world is None:
         raise ValueError(
             f"{backbone.name} makes pictures: give motion_adapter=FOLDER (--motion-adapter), a diffusers MotionAdapter "
-            "for it, or a folder of an AnimateDiffPipeline as the backbone"
+            "for it, or an AnimateDiffPipeline's folder as the backbone"
         )
     from shared.toybox.weights import motion_adapter_path
 
@@ -52,5 +52,5 @@ def _adapter(folder: Path, dtype: Any) -> Any:
     from diffusers import MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"motion_adapter={folder}: there is no diffusers MotionAdapter (no config.json)")
+        raise ValueError(f"motion_adapter={folder}: not a diffusers MotionAdapter: it has no config.json")
     return load_network(MotionAdapter, folder, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The attention layers of the video transformers, with edits and maps."""
+"""The attention layers of video transformers, with edits and maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.backbones.attention_processors import Processor
 
 
 def is_plain(layer: Any, default: type) -> bool:
-    """Whether a layer computes with diffusers' own processor, and nothing that it can be set to beside that."""
+    """Whether a layer uses diffusers' default processor, with none of its optional settings."""
     now = layer.processor
     return (
         type(now) is default
@@ -32,8 +32,8 @@ class WanProcessor(Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [B, N, C], and of cross-attention text [B, L, C] -> [B, N, C]."""
-        assert attention_mask is None, "Wan attends to the padding, which is zeros, too"
+        """Tokens [B, N, C], and for cross-attention text [B, L, C] -> [B, N, C]."""
+        assert attention_mask is None, "Wan also attends to the padding, which is zeros"
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in _projected(attn, hidden_states, encoder_hidden_states))
         if rotary_emb is not None:
             cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
@@ -52,7 +52,7 @@ class LTXProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [B, N, C], and of cross-attention text [B, L, C] with a bias [B, 1, L] -> [B, N, C]."""
+        """Tokens [B, N, C], and for cross-attention text [B, L, C] with a bias [B, 1, L] -> [B, N, C]."""
         from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
         q, k, v = _projected(attn, hidden_states, encoder_hidden_states)
@@ -72,7 +72,7 @@ def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, L, H, d] turned by angles [1, L, 1, d / 2], neighbours as pairs."""
+    """[B, L, H, d] rotated by angles [1, L, 1, d / 2], neighbours as pairs."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 

@@ -1,4 +1,4 @@
-"""What the video transformers share: joint attention over places and frames, cross-attention to the text, flow matching."""
+"""What video transformers share: joint attention over places and frames, cross-attention to the text, flow matching."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.types import Conditioning
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _LEAVES = {"": _QKVO, ".kv": "to_[kv]", ".q": "to_q", ".qk": "to_[qk]"}
 _T5 = r"encoder\.block\.\d+\.layer\.\d+\."
-_NOTE = "the layers of self_attention, which attends over places and frames at once; there are none for time alone"
+_NOTE = "the layers of self_attention, which attends jointly over places and frames; there are none for time only"
 
 
 def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) -> dict[str, tuple[RoleSpec, ...]]:
@@ -26,7 +26,7 @@ def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) ->
 
     Args:
         networks: names of the components
-        block: pattern of a block's name, with the last dot
+        block: pattern of a block's name, including the trailing dot
         feed_forward: name of the feed-forward module in a block
     """
 
@@ -49,10 +49,10 @@ def transformer_roles(networks: Sequence[str], block: str, feed_forward: str) ->
 
 
 class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
-    """A diffusers pipeline of one T5, one kind of video transformer and a causal autoencoder behind the protocol.
+    """A diffusers pipeline with one T5, one kind of video transformer and a causal autoencoder behind the protocol.
 
-    Clips are [B, C, f, h, w] and pictures [B, C, h, w], which are clips of one frame inside. Prompts are read as they are:
-    what the pipelines tidy up first (HTML entities, runs of blanks) is not touched here.
+    Clips are [B, C, f, h, w]; pictures [B, C, h, w] are handled as clips of one frame. Prompts are used as they are: unlike
+    the pipelines, this does not clean up HTML entities and repeated spaces.
     """
 
     why_one_context = "all of its layers share one projection of the text"
@@ -60,13 +60,13 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computation: some parameters stay in float32 where the others do not."""
+        """Precision of the computation: some parameters may stay in float32."""
         network: Any = self.denoiser
         return network.dtype
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """The pipelines sample in float32, whatever the network is in."""
+        """The pipelines sample in float32, whatever the network's precision."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def sites(self) -> tuple[Site, ...]:
@@ -77,19 +77,19 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
         return ()
 
     def _set_sites(self, block: str, blocks: int) -> None:
-        """Block by block self-attention, then cross-attention."""
+        """Lists the sites: block by block, self-attention, then cross-attention."""
         names = [(f"{block}.{i}.attn{n}", n) for i in range(blocks) for n in (1, 2)]
         self._sites = tuple(Site(name, "self" if n == 1 else "cross", self.latent_multiple) for name, n in names)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity noise - x_0, of the shape of x_t.
+        """The velocity noise - x_0, in the shape of x_t.
 
         Args:
             x_t: [B, C, f, h, w], or pictures [B, C, h, w]
-            t: [B] or a scalar; [B, f] where the network is told a time for each token (`time_per_frame`)
+            t: [B] or a scalar; [B, f] if the network takes a time for each token (`time_per_frame`)
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids; for shapes that do not agree
+            ValueError: a context per site, image tokens, regions or size_ids; or shapes that do not match
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
@@ -104,6 +104,6 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
 
 
 def per_token(t: Tensor, frames: int, tokens: int) -> Tensor:
-    """[B] or [B, f] -> [B, tokens]: of each token its frame's time; all frames have as many tokens."""
+    """[B] or [B, f] -> [B, tokens]: each token's time is its frame's; all frames have equally many tokens."""
     each = t if t.ndim == 2 else t[:, None].expand(-1, frames)
     return each.repeat_interleave(tokens // frames, dim=1)

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): flow matching on clips; in 2.2 one expert for each range of noise."""
+"""Wan 2.1 and 2.2 (https://arxiv.org/abs/2503.20314): flow matching on clips; 2.2 has one expert for each range of noise."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from shared.types import Conditioning
 class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
-    With two experts, `transformer` predicts at the times from `boundary` on and `transformer_2` below it. They have the
-    same layers: a role names those of both, and a site stands for the layer of whichever predicts.
+    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. They have the
+    same layers: a role refers to those of both, and a site to the layer of whichever predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
         name: as the user gave it
-        max_sequence_length: tokens per prompt; default the smaller of 512 and what the tokenizer says
+        max_sequence_length: tokens per prompt; default: the smaller of 512 and the tokenizer's limit
 
     Raises:
-        ValueError: when the transformer reads more than noisy latents (image to video), or an expert is missing
+        ValueError: the transformer takes more than noisy latents (image to video), or an expert is missing
     """
 
     family = "wan"
@@ -62,7 +62,7 @@ class WanBackbone(VideoTransformerBackbone):
         self._set_sites("blocks", len(pipe.transformer.blocks))
 
     def pipeline(self) -> Any:
-        """A `WanPipeline` around the same networks, with the base tokenizer and a scheduler of its own."""
+        """A `WanPipeline` around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import WanPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -77,7 +77,7 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def boundary(self) -> float:
-        """The time from which on the first expert predicts."""
+        """The time from which upwards the first expert predicts."""
         return 1000.0 * (self.boundary_ratio or 0.0)
 
     # --- the autoencoder -----------------------------------------------------------------------------------
@@ -98,12 +98,12 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """`transformer` from the boundary on, `transformer_2` below it; or `transformer` at all times."""
+        """`transformer` from the boundary upwards, `transformer_2` below it; or `transformer` at all times."""
         low = {"transformer_2": (0.0, self.boundary)} if len(self.experts) > 1 else {}
         return {"transformer": (self.boundary, 1000.0), **low}
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As `WanPipeline`: the shift is the scheduler's own."""
+        """As in `WanPipeline`: the shift is the scheduler's own."""
         scheduler.set_timesteps(steps, device=self.device)
         scheduler.set_begin_index(0)
 
@@ -117,9 +117,9 @@ class WanBackbone(VideoTransformerBackbone):
             return self._ask(next(iter(asked)), clips, t, context)
         if self._is_attended:
             raise ValueError(
-                f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, and attention "
-                "is edited or watched: its maps would not be of one network. Predict one side at a time (train.batch_size=1, "
-                "or a range of noise on one side)"
+                f"{self.family}: these times are on both sides of {self.boundary:g}, where the experts change, but attention "
+                "is edited or watched, so its maps must come from one network. Predict one side at a time "
+                "(train.batch_size=1, or a range of noise on one side)"
             )
         parts = [self._ask(name, clips[index], t[index], context[index]) for name, index in asked.items()]
         return torch.cat(parts)[torch.cat(list(asked.values())).argsort()]
@@ -142,7 +142,7 @@ class WanBackbone(VideoTransformerBackbone):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance; with `low_noise_guidance`, that while the second expert predicts."""
+        """Classifier-free guidance; the second expert uses `low_noise_guidance` if it is set."""
         if self.low_noise_guidance is None or len(self.experts) == 1:
             return super().predict_guided(x_t, t, positive, negative, guidance)
         high = per_row(self._told(t, x_t)) >= self.boundary
@@ -150,7 +150,7 @@ class WanBackbone(VideoTransformerBackbone):
         return super().predict_guided(x_t, t, positive, negative, strength)
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """UMT5 does not look at padding, and the network is told zeros there."""
+        """UMT5 does not attend to padding, and the network gets zeros there."""
         hidden = self._components[component](ids, attention_mask=mask)[0]
         return hidden * mask[..., None].to(hidden.dtype), None
 
@@ -163,14 +163,14 @@ class WanBackbone(VideoTransformerBackbone):
 def _check(experts: Mapping[str, Any], channels: int) -> None:
     for name, network in experts.items():
         if network is None:
-            raise ValueError(f"wan: the pipeline has no {name}, which its boundary_ratio needs")
+            raise ValueError(f"wan: the pipeline has no {name}, which its boundary_ratio requires")
         config = network.config
         if config.in_channels != channels or config.image_dim or config.added_kv_proj_dim:
             raise ValueError(
-                f"wan: the {name} reads {config.in_channels} channels and gets {channels}, or pictures beside the text: "
-                "text to video is covered, image to video is not"
+                f"wan: the {name} needs {config.in_channels} channels and gets {channels}, or takes images besides text: "
+                "only text to video is supported, not image to video"
             )
         if config.patch_size[0] != 1 or config.patch_size[1] != config.patch_size[2]:
-            raise ValueError(f"wan: the {name} has patches of {list(config.patch_size)}, and 1 x n x n are covered")
+            raise ValueError(f"wan: the {name} has patches of {list(config.patch_size)}; only 1 x n x n is supported")
     if len({len(network.blocks) for network in experts.values()}) > 1:
         raise ValueError("wan: its two experts have different numbers of blocks")

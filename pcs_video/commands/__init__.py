@@ -1,1 +1,1 @@
-"""What `pcs video` does on a command line."""
+"""The command lines of `pcs video`."""

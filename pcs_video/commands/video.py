@@ -19,7 +19,7 @@ _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if th
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
 _DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
 _MOTION = typer.Option(
-    None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: what the backbone has", **PATH
+    None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: the backbone's own", **PATH
 )
 
 
@@ -33,7 +33,7 @@ def personalize(
     device: str = _DEVICE,
     download: bool = _DOWNLOAD,
 ) -> None:
-    """Learn a motion from clips, or a thing from pictures for use in clips. The concept is a folder."""
+    """Learn a motion from clips, or a subject from pictures for use in clips. The concept is a folder."""
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.commands.learning import Learning, Medium, learn
@@ -47,20 +47,20 @@ def generate(
     prompts: list[str] = typer.Argument(help='"a photo of a <my-mug> <zigzag> on the beach"; can be repeated'),
     concept: list[str] = _CONCEPT,
     out: Path = typer.Option(
-        Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder where there are several clips", **PATH
+        Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder for several clips", **PATH
     ),
     num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; each further clip adds one"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; each next clip adds one"),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
-    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, where `out` is a folder"),
+    kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if `out` is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets motion be decided before the thing is"
+        [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets the motion be decided before the subject"
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
-    prefix: Path = typer.Option(None, help="a clip that the clip begins with, and continues", **PATH),
-    prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix; default: all that it has"),
+    prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),
+    prefix_frames: int = typer.Option(None, min=1, max=10_000, help="frames of --prefix to use; default: all"),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
     invert_prompt: str = typer.Option("", help=steering.PROMPT),
@@ -83,7 +83,7 @@ def generate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing file or folder"),
 ) -> None:
-    """Generate clips with any number of concepts, subjects and motions together. Each file records what made it."""
+    """Generate clips with any number of subjects and motions. Each file records everything needed to reproduce it."""
     from pcs_video.clips import ClipFiles
     from pcs_video.clips import generate as film
     from pcs_video.runner import VideoRunner, clip_rate, opening
@@ -125,15 +125,15 @@ def evaluate(
     ),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and clips", **PATH),
     references: Path = typer.Option(
-        None, help="the motion's clips; default: a folder beside the concept, called as when it was learned", **PATH
+        None, help="the motion's clips; default: a folder beside the concept, named as when it was learned", **PATH
     ),
-    pictures: Path = typer.Option(None, help="the subject's pictures; default: likewise", **PATH),
+    pictures: Path = typer.Option(None, help="the subject's pictures; default: found in the same way", **PATH),
     gallery: Path = typer.Option(None, help="a folder of folders: other things of the subject's class", **PATH),
     num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
-        "unnamed", help="clips with the motion loaded: not named (unnamed), at strength 0 (off), or none"
+        "unnamed", help="comparison clips: motion loaded but not in the prompt (unnamed), at strength 0 (off), or none"
     ),
     compensate_camera: bool = typer.Option(False, help="motion fidelity without the camera's own movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
@@ -154,7 +154,7 @@ def evaluate(
     download: bool = _DOWNLOAD,
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure a motion, a subject, or one of each in clips: motion, leakage, identity, how much moves and how steady it is."""
+    """Measure a motion, a subject, or one of each in clips: motion, leakage, identity, amount of motion and steadiness."""
     from pcs_video.runner import VideoRunner, clip_rate, opening
     from shared.commands.progress import Lines
     from shared.evaluation.clips.prompt_sets import load_clip_prompts
@@ -171,7 +171,7 @@ def evaluate(
     from shared.sampling.settings import SamplingSettings
 
     if not concept:
-        raise ValueError("evaluate takes at least one --concept: a motion, a subject, or one of each")
+        raise ValueError("evaluate needs at least one --concept: a motion, a subject, or one of each")
     read = [p for p in (references, pictures, gallery, clip, dino) if p is not None]
     check_output(out, overwrite, [*read_by(concept, backbone), *read])
     check_guidance(guidance, "--guidance")
@@ -202,9 +202,9 @@ def benchmark(
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
     motions: int = typer.Option(6, min=1, max=10_000, help="how many of the split's motions"),
     subjects: int = typer.Option(
-        4, min=0, max=10_000, help="how many of the split's things each motion is shown by; 0: none"
+        4, min=0, max=10_000, help="how many of the split's subjects to show each motion on; 0: none"
     ),
-    subject_recipe: str = typer.Option("dreambooth_lora", help="the recipe by which things are learned, from pictures"),
+    subject_recipe: str = typer.Option("dreambooth_lora", help="recipe that learns the subjects from pictures"),
     limit: int = typer.Option(1, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(4, min=1, max=10_000, help="clips per prompt"),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),
@@ -212,11 +212,11 @@ def benchmark(
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe for motions, for example train.steps=100"
     ),
-    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the recipe for things"),
+    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the recipe for subjects"),
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:
-    """Compare recipes for motions on the toybox's held-out motions and things: motion, identity, leakage, time."""
+    """Compare recipes for motions on the toybox's held-out motions and subjects: motion, identity, leakage, time."""
     from pcs_video.recipe import VideoRecipe
     from pcs_video.runner import VideoRunner
     from shared.benchmark.experiment import failures_told

@@ -1,1 +1,1 @@
-"""Parts that a recipe of clips has besides those of the core."""
+"""Parts for recipes of clips that the core does not have."""

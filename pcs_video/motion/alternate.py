@@ -1,4 +1,4 @@
-"""The thing and what the model knew of its class in turn, where the two do not fit one batch."""
+"""Alternates between learning the subject and preserving its class, when the two do not fit into one batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shared.train.tune import Tune
 
 
 class AlternateTask(TuneTask):
-    """Every `every`-th step is one of preservation: it learns from class examples by the penalties that ask for them, the
-    other steps from the subject by all else. So pictures of a thing and clips that keep its motion can be learned in one
-    phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
+    """Every `every`-th step is for preservation: it learns from class examples through the penalties that need them; the other
+    steps learn from the subject with everything else. So pictures of a subject and clips that preserve motion can be learned
+    in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    `rest`: adapter sets that are off in steps of preservation, as Still-Moving's adapter for frozen clips.
+    `rest`: adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
     """
 
     kind: Literal["alternate"] = "alternate"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -27,7 +27,7 @@ class AlternateTask(TuneTask):
 
 
 class Alternate(Tune):
-    """See `AlternateTask`. Raises ValueError where no penalty asks for class examples, and for sets that are not there."""
+    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, and for unknown adapter sets."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__(context)
@@ -35,7 +35,7 @@ class Alternate(Tune):
         self.task: AlternateTask = task
         if not self.data.with_priors:
             raise ValueError(
-                "task.kind=alternate: no penalty asks for class examples: add regularize.prior.kind=prior_preservation"
+                "task.kind=alternate: no penalty needs class examples: add regularize.prior.kind=prior_preservation"
             )
         sets = [name for name in context.adapter_sets if name in self.backbone.adapters]
         missing = next((name for name in task.rest if name not in sets), None)
@@ -43,7 +43,7 @@ class Alternate(Tune):
             raise ValueError(f"task.rest: {unknown(missing, sets, 'adapter set')}")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss: of class examples, or of the subject."""
+        """One loss: on class examples, or on the subject."""
         preserves = step % self.task.every == self.task.every - 1
         batch = self.data.batch(step, micro, "prior" if preserves else "instance")
         yield from self.of_one_role(step, micro, batch, resting=self.task.rest if preserves else ())

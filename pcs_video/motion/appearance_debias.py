@@ -1,4 +1,4 @@
-"""The loss that looks at how frames differ, and not at what they have in common."""
+"""The loss on how frames differ, which discounts what they have in common."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class AppearanceDebias(Penalty):
     """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow.
 
     phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
-    the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames an error that all frames share weighs 0.17
-    of what it weighs in the plain loss, one that is each frame's own 2.8 times as much: what a clip looks like is learned
-    less than how it moves. Where masks or padding say that some places count less, they do here, too: the difference of two
-    frames counts as much as the one that counts less there.
+    the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames, an error shared by all frames has 0.17 times
+    its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned more than its looks.
+    Weights from masks or padding apply here, too: the difference of two frames gets the lower of their weights at each place.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})
@@ -28,9 +27,9 @@ class AppearanceDebias(Penalty):
     beta: Annotated[float, Field(ge=0)] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
-        """ValueError for pictures: they have no frames that could differ."""
+        """Raises ValueError for pictures, which have no frames to compare."""
         if step.prediction.ndim != 5:
-            raise ValueError("regularize.appearance_debias compares the frames of clips, and this batch holds pictures")
+            raise ValueError("regularize.appearance_debias compares frames of clips, but this batch holds pictures")
         rows, frames = len(step.prediction), step.prediction.shape[2]
         draw = torch.Generator().manual_seed(step.index)
         anchors = torch.randint(frames, (rows,), generator=draw)
@@ -45,10 +44,10 @@ class AppearanceDebias(Penalty):
 
 
 def debiased_error(error: Tensor, anchors: Tensor, beta: float) -> Tensor:
-    """|phi(error)|^2, of the shape of `error` [B, C, F, h, w]; phi is linear, so that of a difference is the difference.
+    """|phi(error)|^2, in the shape of `error` [B, C, F, h, w]; phi is linear, so phi(target) - phi(prediction) is phi(error).
 
     Args:
-        anchors: [B], the number of the frame that each row's others are compared with
+        anchors: [B], index of the frame that each row's frames are compared with
     """
     error = error.float()
     return ((beta**2 + 1) ** 0.5 * error - beta * _anchor_of(error, anchors)).square()

@@ -1,4 +1,4 @@
-"""A camera that moves: latents are shifted from frame to frame."""
+"""A moving camera: shifts latents from frame to frame."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shared.sampling.settings import SamplingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Distance = Annotated[float, Field(ge=-1, le=1)]
-_STREAM = 2**40  # of the draws that fill what comes into view, apart from the seeds of noise
+_STREAM = 2**40  # random stream for filling what comes into view, separate from the noise
 
 
 class CameraPan(SamplingHookBase):
     """The camera control of MotionBooth (https://arxiv.org/abs/2406.17758), without training.
 
-    By the last frame the camera has moved by `right` of the picture's width and `down` of its height, evenly; what is
-    shown moves the other way. The latents of each frame are shifted by whole cells, a part of the way in each of the
-    steps between `start` and `end`. What comes into view is filled with values drawn from the same row (column, for a
-    vertical shift) outside of the `boxes` of subjects, so that its spread stays what the noise level asks for.
+    By the last frame the camera has moved evenly by `right` of the picture's width and `down` of its height; the content
+    moves the other way. Each frame's latents are shifted by whole cells, a part of the way in each of the steps between
+    `start` and `end`. What comes into view is filled with values drawn from the same row (column, for a vertical shift)
+    outside the `boxes` of subjects, so that its spread matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
@@ -48,22 +48,22 @@ class CameraPan(SamplingHookBase):
         return self
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> CameraPan:
-        """ValueError where a picture is made, for frames that are not, and for a path shorter than one latent cell."""
+        """Raises ValueError for a picture, for boxes of frames that do not exist, and for a path shorter than a latent cell."""
         *frames, height, width = output_size(backbone, settings)
         if not frames:
-            raise ValueError("a camera moves in a clip, and a picture is made")
+            raise ValueError("a camera can move only in a clip, not in a picture")
         check_frames(self.boxes, frames[0])
         _, _, rows, columns = backbone.latent_shape(height, width, *frames)
         if (self.right or self.down) and not (round(self.right * columns) or round(self.down * rows)):
             raise ValueError(
-                f"a camera that moves by {self.right:g} of the width and {self.down:g} of the height does not move by one "
-                f"of the {columns}x{rows} latent cells: ask for {max(1 / columns, 1 / rows):.2g} or more"
+                f"a camera that moves by {self.right:g} of the width and {self.down:g} of the height moves by less than one "
+                f"of the {columns}x{rows} latent cells: use {max(1 / columns, 1 / rows):.2g} or more"
             )
         return self
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         steps = [i for i in range(step.steps) if self.start <= i / step.steps < self.end]
-        if not steps:  # few steps: the one where the range begins
+        if not steps:  # too few steps: use the one where the range begins
             steps = [min(int(self.start * step.steps), step.steps - 1)]
         if step.index not in steps:
             return latents
@@ -92,10 +92,10 @@ class CameraPan(SamplingHookBase):
 
 
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
-    """[C, h, w] seen by a camera that moved by so many cells along an axis (1 down, 2 right).
+    """[C, h, w] as seen by a camera that moved by `cells` along an axis (1 down, 2 right).
 
     What comes into view is drawn, for each place, from the same row (axis 2) or column (axis 1) of `plane`, where
-    `source` [h, w] says that it may be; from anywhere in it where it may be nowhere.
+    `source` [h, w] allows it; from all of it if it allows none.
     """
     size = plane.shape[axis]
     cells = max(-size, min(size, cells))

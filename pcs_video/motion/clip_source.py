@@ -19,21 +19,21 @@ from shared.types import Example, Subject
 class Clips(SourcePart):
     """Every clip of every subject: the examples of role "instance" that motions are learned from.
 
-    `window` says which frames: rate, stride, length, start, and how many windows of each clip. Masks are the user's where
-    they lie beside the clip, else its transparency, else there are none. The caption is the user's own, or "" for the
-    prompt part to fill.
+    `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the user's
+    if there are any beside the clip, else its transparency, else none. The caption is the user's own, or "" for the prompt
+    part to fill.
     """
 
     kind: Literal["clips"] = "clips"
     window: ClipWindow = ClipWindow()
-    fit: ResizeMode = "cover"  # how frames that are not square become so
+    fit: ResizeMode = "cover"  # how non-square frames are made square
     apart: bool = False  # each frame as a picture
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         found = {path: s.masks.get(path) for s in subjects.values() for path in s.clips}
         if not found:
             raise ValueError("there are no clips: give subject.clips=FOLDER")
-        for path, mask in found.items():  # what is too short, or has other masks, is said before a model is loaded
+        for path, mask in found.items():  # reports short clips and mismatched masks before a model is loaded
             clip = open_frames(path)
             self.window.picks(clip)
             if mask is not None:
@@ -41,7 +41,7 @@ class Clips(SourcePart):
         return found
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError, naming the file, when a clip or its masks cannot be used; see `read_windows`."""
+        """Raises ValueError, naming the file, if a clip or its masks cannot be used; see `read_windows`."""
         for name, subject in context.subjects.items():
             for path in subject.clips:
                 caption = subject.captions.get(path, "")

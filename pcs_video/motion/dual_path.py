@@ -1,4 +1,4 @@
-"""Learning a motion apart from what it is shown on: two paths, one for what a clip looks like."""
+"""Learns a motion separately from its clips' looks: two paths, one for each."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from shared.train.task import Update, Updates
 from shared.train.tune import Tune
 from shared.types import Batch
 
-_PATHS = 2**44  # a stream of draws of its own
+_PATHS = 2**44  # a separate random stream
 
 
 class DualPathTask(TuneTask):
-    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2), each step both, one after the other.
+    """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2); each step runs both, one after the other.
 
-    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (where latents
-    join frames, the first, which alone is a picture), with nothing else in training switched on. The temporal path: parts
-    of the group `temporal` learn the whole clip, while the clip's own spatial adapters say what it looks like and stay as
-    they are. With the probability `skip` the spatial path and its adapters rest. Where a penalty asks for class examples (the
-    base model's own clips), the temporal path learns from those, too, with no clip's spatial adapters on.
+    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (if latents join
+    frames, the first, the only one that is a picture by itself), with nothing else in training switched on. The temporal path:
+    parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters provide its looks and are fixed.
+    With probability `skip`, the spatial path and its adapters are off. If a penalty needs class examples (the base model's own
+    clips), the temporal path also learns from those, with no spatial adapters on.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -38,7 +38,7 @@ class DualPathTask(TuneTask):
 
 
 class DualPath(Tune):
-    """See `DualPathTask`. Raises ValueError where a path has nothing to train, or the spatial parts are no clip's own."""
+    """See `DualPathTask`. Raises ValueError if a path has nothing to train, or spatial parts are shared by clips."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__(context)
@@ -48,14 +48,14 @@ class DualPath(Tune):
         for path in (task.spatial, task.temporal):
             if path not in groups:
                 there = ", ".join(sorted(groups)) or "none"
-                raise ValueError(f"task.kind=dual_path: no part has the optimizer group {path!r}. There are: {there}.")
+                raise ValueError(f"task.kind=dual_path: no part has the optimizer group {path!r}. Groups: {there}.")
         parts = {slot: part for slot, part in self.recipe.trainable.items() if part.group == task.spatial}
         shared = next((slot for slot, part in parts.items() if not part.per_source), None)
         if shared is not None:
-            raise ValueError(f"trainable.{shared}: a spatial part of dual_path is each clip's own: per_source=true")
+            raise ValueError(f"trainable.{shared}: dual_path needs a spatial part for each clip: per_source=true")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Two losses: of one frame, then of the clip; and one of class examples where a penalty asks for them."""
+        """Two losses: on one frame, then on the clip; and one on class examples if a penalty needs them."""
         batch = self.data.batch(step, micro, "instance")
         if batch.latents.ndim != 5:
             raise ValueError("task.kind=dual_path learns from clips: give subject.clips=FOLDER")
@@ -72,7 +72,7 @@ class DualPath(Tune):
 
     @contextmanager
     def _only(self, batch: Batch) -> Iterator[None]:
-        """Inside, of what is in training only the adapters of this clip are on."""
+        """Within the context, of the adapters in training only this clip's are on."""
         with self.backbone.active(self.context.loaded_strengths), self.learning_from(batch.sources):
             yield
 

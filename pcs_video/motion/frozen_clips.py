@@ -1,4 +1,4 @@
-"""Pictures as clips in which nothing moves."""
+"""Pictures as still clips."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from shared.types import Example, Role, Subject
 
 
 class FrozenClips(SourcePart):
-    """Every picture of another source, `length` times in a row: a clip that stands still.
+    """Every picture of another source, repeated `length` times: a still clip.
 
     Still-Moving (https://arxiv.org/abs/2407.08674, section 4) learns from such clips both what "no motion" is and what a
-    thing looks like where the layers of motion act; CustomCrafter (https://arxiv.org/abs/2408.13239) the latter alone.
+    subject looks like with motion layers active; CustomCrafter (https://arxiv.org/abs/2408.13239) only the latter.
     """
 
     kind: Literal["frozen_clips"] = "frozen_clips"
     length: int = Field(default=16, ge=2)  # frames
     pictures: Annotated[Source, default_kind("references")] = References()
-    role: Role = "instance"  # of the clips, whatever that of the pictures is
+    role: Role = "instance"  # of the clips, whatever the role of the pictures
 
     @property
     def gives(self) -> Role:

@@ -1,4 +1,4 @@
-"""A motion as vectors added where frames look at each other."""
+"""A motion as vectors added where frames attend to each other."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from shared.trainable.branch import BranchAdapter, place_of
 
 
 class MotionEmbeddings(TrainablePart):
-    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one of each frame
-    for queries and keys, one of each frame and place for values; all start at 0.
+    """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one per frame for queries and
+    keys, one per frame and place for values; all start at 0.
 
-    They are made for clips of `frames` frames and pictures of `resolution` pixels, and resized for others. The values'
-    embeddings see places, and so what is where: outside of training they act by their differences from frame to frame.
+    They are made for clips of `frames` frames and `resolution` pixels, and resized for others. Values' embeddings depend on
+    the place and so could store looks: outside training, they act through their differences from frame to frame.
     """
 
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2
-    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, the coarsest first; None: all
+    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; None: all
     frames: Annotated[int, Field(ge=2)] | None = None  # None: the backbone's own
     resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; None: the backbone's own
     values: Values = "differences"
@@ -38,14 +38,14 @@ class MotionEmbeddings(TrainablePart):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Hook the temporal attention layers and unfreeze the embeddings.
 
-        Raises ValueError where no layer attends between frames alone, and for frames or sides that do not fit.
+        Raises ValueError if no layer attends only between frames, and for frames or sides that do not fit.
         """
         side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
         sites = [site for site in backbone.sites() if site.kind == "temporal"]
         if not sites or not frames:
             raise ValueError(
-                f"trainable.{slot}: motion embeddings are added where places look at their other frames, and {backbone.family} "
-                "has no attention for that alone; learn the motion as a LoRA on queries and keys (motion_director_joint)"
+                f"trainable.{slot}: motion embeddings need attention only between frames, and {backbone.family} has none; "
+                "learn the motion as a LoRA on queries and keys instead (motion_director_joint)"
             )
         *_, length, height, width = backbone.latent_shape(side, side, frames)
         scales = sorted({site.scale for site in sites}, reverse=True)[: self.coarsest]

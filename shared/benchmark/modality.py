@@ -37,7 +37,7 @@ class Asked:
     steps: int | None = None  # denoising steps; None: those of the concept's recipe
     motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
-    asset_recipe: str = "hifa"
+    asset_recipe: str = "texture_refinement"
     asset_settings: tuple[str, ...] = ()  # key=value applied on top of it
     floor: bool = False  # also make everything without the concept
     judged: EvaluationSettings = field(default_factory=EvaluationSettings)  # references, gallery, clip, dino

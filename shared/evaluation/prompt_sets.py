@@ -108,7 +108,7 @@ def load_prompts(name: str | Path, class_noun: str = "") -> PromptSet:
         return _from_yaml(shipped)
     path = expanded(name)
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
-        missing = " No such file either." if path.suffix else ""
+        missing = " There is no such file either." if path.suffix else ""
         raise ValueError(
             unknown(text, prompt_sets(), "prompt set") + missing + " You can also give your own .yaml or .txt file."
         )

@@ -69,7 +69,7 @@ def _own_comments(part: type[BaseModel]) -> dict[str, str]:
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             words = [said[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in said]
-            words = [w for w in words if not w.startswith(("type:", "noqa", "fmt:"))]
+            words = [w for w in words if not w.startswith(("type:", "noqa", "fmt:", "pyright:"))]
             if words:
                 out[node.target.id] = " ".join(words)
     return out

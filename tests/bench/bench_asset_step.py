@@ -1,11 +1,11 @@
-"""Where an iteration of score distillation spends its time, and how many rendered views a second it optimises.
+"""Where an iteration of score distillation spends its time, and how many rendered views per second it optimises.
 
     python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
 
 Prints the split of an iteration (render, encode, teacher, backward, optimizer, the rest) and rendered views per second of
-optimisation, with a concept loaded: a learned word and a LoRA on all attention layers, which are random, for what they say
-costs nothing. Views are counted per second on the clock, and per second of processor time: that is one core's rate, also
-where other programs take turns on it.
+optimisation, with a concept loaded: a learned word and a LoRA on all attention layers, both random, since their content
+does not affect the cost. Views are counted per second of wall-clock time and of processor time: the latter is one core's
+rate, even if other programs share it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Stepping:
         )  # fmt: skip
 
     def split(self, steps: int) -> Clock:
-        """Seconds by what they were spent on, over so many steps of the loop."""
+        """Seconds by activity, over `steps` steps of the loop."""
         clock = Clock()
         clock.seconds = dict.fromkeys(SHOWN, 0.0)
         for owner, method, name in (
@@ -81,7 +81,7 @@ class Stepping:
         return clock
 
     def steps(self, first: int, count: int) -> float:
-        """Takes so many steps; the seconds that they took."""
+        """Takes `count` steps; returns the seconds that they took."""
         self.loop.budget = Budget(steps=first + count)
         start = time.perf_counter()
         for _ in self.loop.run(first):
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--backbone")
-    parser.add_argument("--set", action="append", default=[], help="key=value of the recipe; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="key=value applied to the recipe; can be repeated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         stepping = Stepping(options, Path(temporary))
-        stepping.steps(0, 3)  # texts are encoded, kernels warm up
+        stepping.steps(0, 3)  # warm-up: encodes texts, caches kernels
         turns = max(2, options.steps // 5)
         begun = time.process_time()
         rates = [5 * stepping.views / stepping.steps(10 + 5 * turn, 5) for turn in range(turns)]

@@ -1,10 +1,10 @@
-"""Where a training step on clips spends its time, and what the caches gain: ratios measured in one run.
+"""Where a training step on clips spends its time, and what the caches gain, as ratios within one run.
 
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), steps per second of the
-suite against a plain loop without caches, taken in turns so that a machine whose speed drifts favours neither, and the
-peak memory of both, each in a process of its own (on a GPU: of tensors).
+suite against a plain loop without caches, alternating so that drifting machine speed favours neither, and the peak memory
+of both, each in a separate process (on a GPU: of tensors).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOTION = "development-zigzag"
 
 
 class Stepping:
-    """A run at the point where its first phase would start stepping."""
+    """A run just before the first step of its first phase."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, cache: bool) -> None:
         work = folder / ("suite" if cache else "plain")
@@ -55,7 +55,7 @@ class Stepping:
         self.optimizers = Optimizers(self.task.groups(), recipe.train.optimizers, self.run.accelerator)
 
     def step(self, index: int, clock: Clock | None = None) -> None:
-        """Every update of one step: its loss, its gradients, its optimizers."""
+        """Runs every update of one step: loss, gradients, optimizers."""
         quiet, accelerator = clock or Clock(), self.run.accelerator
         updates = self.task.updates(index, 0)
         while True:
@@ -71,16 +71,16 @@ class Stepping:
 
 
 def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
-    """Bytes at the most, of a process that makes two steps."""
+    """Peak bytes of a process that takes two steps."""
     command = [sys.executable, __file__, "--memory", name, "--folder", str(folder), "--recipe", options.recipe]
     command += ["--frames", str(options.frames), *(["--backbone", options.backbone] if options.backbone else [])]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
-    """Steps per second of both, by turns."""
+    """Steps per second of both, alternating."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
-    for index in range(2):  # caches fill, kernels warm up
+    for index in range(2):  # warm-up: fills caches
         suite.step(index)
         plain.step(index)
     at_once = min(4, steps)

@@ -1,15 +1,15 @@
-"""Speed and peak memory of a LoRA training step of video models at full size, with random weights, on a GPU.
+"""Speed and peak memory of a LoRA training step of full-size video models, with random weights, on a GPU.
 
     PYTHONPATH=. python3 tests/bench/bench_full_size.py [--seconds 30] [--device cuda] [--tiny] [--out FILE]
 
-Prints the device and the versions of torch and diffusers, then a table with one line for each measurement: the model, frames
-x size of its clip, whether layers are recomputed in backward (checkpointing), how many parameters are trained, the median
-seconds of a step, steps per second, the peak of allocated GPU memory in the steps, and the mean utilisation of the GPU.
-A measurement that fails leaves one line that says why, and the next one begins. Nothing is downloaded or read.
+Prints the device and the versions of torch and diffusers, then a table with one line per measurement: the model, frames x
+size of its clip, whether layers are recomputed in the backward pass (checkpointing), the number of trained parameters, the
+median seconds of a step, steps per second, the peak of allocated GPU memory in the steps, and the mean GPU utilisation.
+A measurement that fails leaves one line with the reason, and the next one begins. Nothing is downloaded or read.
 
-The denoiser alone is measured: latents and text states are random, as if they came from caches. Its weights are frozen and
-in bfloat16, as the pipelines load them; the suite's own LoRA of rank 32, on all attention layers, is in float32, under
-autocast to bfloat16, and AdamW trains it. `--tiny` is the same at tiny sizes: a test of this script, on a CPU, too.
+Only the denoiser is measured: latents and text states are random, as if they came from caches. Its weights are frozen and in
+bfloat16, as the pipelines load them; the suite's own LoRA of rank 32, on all attention layers, is in float32, under autocast
+to bfloat16, and trained by AdamW. `--tiny` does the same at tiny sizes, also on a CPU, to test this script.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from shared.trainable.lora import Lora
 RANK = 32
 LORA = f"the suite's own (shared.trainable.lora.Lora, rank {RANK}, all attention layers)"
 WARM_UPS = 2
-LEAST_STEPS = 3  # are timed, however long they take
+LEAST_STEPS = 3  # timed at least, however long they take
 MOST_STEPS = 500
 WEIGHT_STD = 0.02  # small enough that activations stay finite through all layers
 
 
 class Network:
-    """One denoiser and its table of roles: all of a backbone that a LoRA asks for when it is injected."""
+    """One denoiser and its table of roles: the parts of a backbone that injecting a LoRA needs."""
 
     def __init__(self, name: str, model: nn.Module, role_table: Mapping[str, Sequence[RoleSpec]]) -> None:
         self.components = {name: model}
@@ -60,7 +60,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Case:
-    """A model that is measured.
+    """A model to measure.
 
     Args:
         build: makes the model, on the default device and in the default dtype
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table; `error` says why there are no numbers."""
+    """One line of the table; `error` is why there are no numbers."""
 
     model: str
     clip: str
@@ -117,7 +117,7 @@ def animatediff(tiny: bool) -> Case:
 
     latents, clip = ((1, 4, 4, 8, 8), "4 x 64x64") if tiny else ((1, 4, 16, 64, 64), "16 x 512x512")
     roles = ("cross_attention", "self_attention", "temporal_attention")
-    text = (latents[2], 77, width)  # this network takes them once for each frame
+    text = (latents[2], 77, width)  # this network takes one for each frame
     return Case("AnimateDiff, SD 1.5", "unet", build, ROLES, roles, latents, text, clip)
 
 
@@ -149,7 +149,7 @@ def wan(tiny: bool) -> Case:
 
 @contextmanager
 def half_precision() -> Iterator[None]:
-    """What is made in here is in bfloat16."""
+    """Within the context, tensors are created in bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -159,7 +159,7 @@ def half_precision() -> Iterator[None]:
 
 
 def random_model(case: Case, device: torch.device) -> Any:
-    """The model with small random weights, frozen, in the precision that `from_pretrained` would leave it in."""
+    """The model with small random weights, frozen, in the precision that `from_pretrained` would give it."""
     with device, half_precision():
         model = case.build().eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -173,7 +173,7 @@ def random_model(case: Case, device: torch.device) -> Any:
 
 
 class Utilisation:
-    """Samples in a thread how busy the GPU is, as NVML tells it; `mean` is None where it does not."""
+    """Samples GPU utilisation from NVML in a thread; `mean` is None if NVML is unavailable."""
 
     def __init__(self, device: torch.device, every: float = 0.1) -> None:
         self._device, self._every = device, every
@@ -195,7 +195,7 @@ class Utilisation:
         while not self._end.wait(self._every):
             try:
                 self._samples.append(torch.cuda.utilization(self._device))
-            except Exception:  # no pynvml, or a driver that does not say: the column stays empty
+            except Exception:  # no pynvml, or an unsupported driver: the column stays empty
                 return
 
     @property
@@ -254,19 +254,19 @@ def measure(case: Case, row: Row, device: torch.device, seconds: float) -> None:
 
 
 def measured(case: Case, checkpointing: bool, device: torch.device, seconds: float) -> Row:
-    """The row of a measurement, whatever happens in it."""
+    """The row of a measurement, even if it fails."""
     row = Row(case.name, case.clip, checkpointing)
     try:
         measure(case, row, device, seconds)
     except torch.OutOfMemoryError:
         row.error = "out of memory"
-    except Exception as error:  # the next measurement is worth having all the same
+    except Exception as error:  # the next measurement may still succeed
         row.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
     gc.collect()
     if device.type == "cuda":
         try:
             torch.cuda.empty_cache()
-        except Exception as error:  # after some errors CUDA is of no more use: the next row says so itself
+        except Exception as error:  # some errors make CUDA unusable: the next row will report that
             row.error = row.error or f"{type(error).__name__} on freeing memory"
     return row
 
@@ -295,8 +295,8 @@ def line(texts: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timed steps, for each measurement")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: a test of this script")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of timed steps per measurement")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test this script")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="a file for the rows, as JSON")
     options = parser.parse_args()
@@ -310,7 +310,7 @@ def main() -> None:
             began = time.perf_counter()
             row = measured(case, checkpointing, device, options.seconds)
             rows.append(row)
-            print(f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True)  # should the rest be cut off
+            print(f"[{time.perf_counter() - began:.0f} s] {line(cells(row))}", flush=True)  # if the rest is cut off
             if options.out:
                 options.out.write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     print(f"\nLoRA: {LORA}")

@@ -1,9 +1,9 @@
-"""Score distillation against the truth: each guidance, through the whole engine, from the exact scores of a known thing.
+"""Score distillation against the truth: each guidance, through the whole engine, with the exact scores of a known thing.
 
     python tests/bench/bench_oracle.py [GUIDANCE …]
 
-Prints the overlap of outlines (IoU) and the PSNR of renders over 16 views that no step had seen. Aims: 0.9 and 25 dB. A few
-minutes of one core.
+Prints the overlap of silhouettes (IoU) and the PSNR of renders over 16 views not seen in training. Targets: 0.9 and 25 dB.
+Takes a few minutes on one core.
 """
 
 from __future__ import annotations

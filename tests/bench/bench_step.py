@@ -1,9 +1,9 @@
-"""Where a training step's time goes, and what the caches gain: ratios measured in one run.
+"""Where a training step spends its time, and what the caches gain, as ratios within one run.
 
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer) and steps per second of
-the suite against a plain loop without caches, taken in turns so that a machine whose speed drifts favours neither.
+the suite against a plain loop without caches, alternating so that drifting machine speed favours neither.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimiz
 
 
 class Clock:
-    """Seconds by name; nested blocks count once, for the inner one."""
+    """Seconds by name; nested blocks count only for the inner one."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(SHOWN, 0.0)
@@ -59,7 +59,7 @@ class Clock:
 
 
 def prepare(recipe: str, backbone: str | None, folder: Path, cache: bool) -> tuple[TrainingRun, Tune, Optimizers]:
-    """A session at the point where its first phase would start stepping."""
+    """A session just before the first step of its first phase."""
     settings = [f"subject.images={folder}", "subject.class_noun=duck", f"train.cache={str(cache).lower()}"]
     settings += [f"backbone={backbone}"] if backbone else []
     resolved = load(
@@ -101,7 +101,7 @@ def main() -> None:
         cached = prepare(options.recipe, options.backbone, folder, cache=True)
         plain = prepare(options.recipe, options.backbone, folder, cache=False)
         rates: dict[str, list[float]] = {"suite": [], "plain": []}
-        for index in range(3):  # caches fill, kernels warm up
+        for index in range(3):  # warm-up: fills caches
             step(*cached, index)
             step(*plain, index)
         rounds = max(2, options.steps // 10)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step runs on any Stable Diffusion folder; what it prints is a measurement, not a test."""
+"""The benchmark of a training step runs on any Stable Diffusion folder; its output is a measurement and is not tested."""
 
 from __future__ import annotations
 

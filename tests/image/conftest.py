@@ -1,4 +1,4 @@
-"""A tiny backbone in a folder, photos, concepts learned from them, and the command line run in this process."""
+"""A tiny backbone in a folder, photos, concepts learned from them, and the command line, run in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupted(pcs, monkeypatch) -> Callable[..., Ran]:
-    """`pcs(…)` for a training that Ctrl-C stops after its first step."""
+    """`pcs(…)` for a training run that Ctrl-C stops after its first step."""
 
     def call(*arguments: Any) -> Ran:
         import os
@@ -71,7 +71,7 @@ def tiny_folder(tmp_path_factory, make_tiny_sd) -> Path:
 
 @pytest.fixture(scope="session")
 def learn(tiny_folder, photos) -> Callable[..., list[str]]:
-    """The arguments of `pcs image personalize` for a run of two steps: learn("dreambooth_lora", "output=…")."""
+    """Arguments of `pcs image personalize` for a run of two steps: learn("dreambooth_lora", "output=…")."""
 
     def arguments(recipe: str, *settings: str, images: Path | None = photos, noun: str = "mug") -> list[str]:
         subject = [f"subject.images={images}", f"subject.class_noun={noun}"] if images else []

@@ -1,4 +1,4 @@
-"""Commands that must fail with a clear message and leave everything as it was."""
+"""Commands that must fail with a clear message and change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def tree(root: Path) -> dict[str, int]:
 
 
 def refusing(pcs: Callable, root: Path) -> Callable[..., str]:
-    """The message on standard error of a command that must fail and leave everything under `root` as it was."""
+    """Runs a command that must fail and leave everything under `root` unchanged; returns its message on standard error."""
 
     def call(*arguments, code: int = 2) -> str:
         before = tree(root)

@@ -1,4 +1,4 @@
-"""`pcs concept evaluate`: one concept in pictures, clips and an asset, judged by one encoder; and what is refused at once."""
+"""`pcs concept evaluate`: one concept in pictures, clips and an asset, scored by one encoder; and what is refused up front."""
 
 from __future__ import annotations
 
@@ -27,12 +27,22 @@ ASSET = (
     "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=16", "export.faces=100",
     "export.picture=32", "export.frames=8", "export.texture=64",
 )  # fmt: skip
-CHEAP = ("--limit", "1", "--num", "1", "--steps", "1", *(part for s in ASSET for part in ("--set-asset", s)))
+CHEAP = (
+    "--asset-recipe",
+    "hifa",
+    "--limit",
+    "1",
+    "--num",
+    "1",
+    "--steps",
+    "1",
+    *(part for s in ASSET for part in ("--set-asset", s)),
+)
 
 
 @pytest.fixture(scope="module")
 def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A held-out thing of the toybox, hardly learned."""
+    """A held-out thing of the toybox, barely trained."""
     from shared.cli import build, run
 
     folder = tmp_path_factory.mktemp("duck")
@@ -45,7 +55,7 @@ def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
-    for name in ("BEHIND", "PER_PROMPT"):  # so many true pictures take most of the time
+    for name in ("BEHIND", "PER_PROMPT"):  # true pictures would take most of the time
         monkeypatch.setattr(measure_true, name, 16)
     out = tmp_path / "report"
     ran = pcs("concept", "evaluate", duck, "--in", "3d,image,video", *CHEAP, "--out", out)
@@ -55,10 +65,10 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     assert [(r["modality"], r["made"], r["frames"]) for r in rows] == [
         ("image", "1", "1"), ("video", "1", "16"), ("3d", "1", "16"),
     ]  # fmt: skip
-    for row in rows:  # the same measures everywhere, each beside what true pictures or renders pass
+    for row in rows:  # the same measures everywhere, each with the rate of true pictures or renders
         assert all(0 <= float(row[k]) <= 1 for k in ("identity", "identity.truth", "recognised", "class", "copied"))
         assert float(row["identity.truth"]) > 0.5 and float(row["identity_i"]) < 0.9
-    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt asks for nothing more"
+    assert rows[0]["text"] and rows[1]["text"] and not rows[2]["text"], "an asset's prompt has no more conditions"
     shots = list(csv.DictReader((out / "shots.csv").open()))
     assert [s["text"] for s in shots] == ["a photo of a <duck> on the beach"] * 2 + ["a photo of a <duck>"]
     assert all((out / s["file"]).is_file() for s in shots)
@@ -121,7 +131,7 @@ def test_only_what_is_installed_appears():
 
 
 def known(shown: Sequence[torch.Tensor], true: tuple[torch.Tensor, torch.Tensor], texts: str) -> Made:
-    """Frames of a car, in one modality or another."""
+    """Frames of a car, in some modality."""
     held = album.held_out("development-car")
     case = Case("car", "car", album.pictures(held.thing), gallery=album.gallery(held), fresh=album.fresh(held))
     shots = [Shot(text, "a photo of a car", 0, frames) for text, frames in zip(texts, shown, strict=True)]
@@ -142,12 +152,12 @@ def test_the_thing_itself_is_verified_in_any_modality_and_its_look_alike_is_not(
     assert shots[0].scores["identity"] == pytest.approx(identity.truth) and identity.truth > 0.5
     assert shots[1].scores["identity"] == 0
     assert identity.value == pytest.approx(0.5) and shots[0].scores["ceiling"] == identity.truth
-    assert row.frames == 12 and identity.low is None, "both are of one prompt"
+    assert row.frames == 12 and identity.low is None, "both are from one prompt"
 
 
 def test_intervals_are_shares_as_their_values_are_and_none_passes_one(tools):
     true = album.fresh(album.held_out("development-car"))
-    half = true[:6], torch.cat([true[:3], -true[:3]])  # of these at most every other passes
+    half = true[:6], torch.cat([true[:3], -true[:3]])  # at most half of these are verified
     row, _ = scores_of("x", known([true[:2], true[2:4]], half, "ab"), tools, Path())
     identity = row.score("identity")
     assert identity and identity.truth and identity.truth <= 0.5 and identity.value == 1

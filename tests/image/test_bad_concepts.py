@@ -1,4 +1,4 @@
-"""Concepts that are missing, of another model, damaged or hostile: one clear message, and nothing of theirs is run."""
+"""Concepts that are missing, for another model, damaged or hostile: one clear message, and none of their content is run."""
 
 from __future__ import annotations
 

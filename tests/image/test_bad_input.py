@@ -1,4 +1,4 @@
-"""What users get wrong: each time one clear message, exit code 2, no traceback, and nothing half-written."""
+"""User mistakes: each gives one clear message, exit code 2, no traceback, and no half-written output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refused(pcs, tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def learning(refused, learn, tmp_path) -> Callable[..., str]:
-    """A run of textual inversion into `tmp_path`, which must be refused."""
+    """A run of textual inversion into `tmp_path` that must be refused."""
 
     def call(*settings: str, images: Path | None = None, recipe: str = "textual_inversion", **options) -> str:
         images = {"images": images} if images else {}
@@ -72,7 +72,7 @@ def test_a_picture_of_one_pixel(learning, painted, tmp_path):
 
 
 def test_a_picture_of_30000_by_30000(learning, painted, tmp_path):
-    """Refused by its header: the rest is not even there."""
+    """Refused by its header: the file has nothing else."""
     folder = painted(tmp_path / "photos")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -275,7 +275,7 @@ def test_overwrite_does_not_delete_what_pcs_did_not_write(refused, learn, concep
 
 
 def test_no_output_lies_in_what_is_read(refused, learn, painted, tiny_folder, concepts, tmp_path):
-    """Said before anything is read, whatever it is: pictures, masks, a recipe's other folders, models, concepts."""
+    """Reported before anything is read: pictures, masks, a recipe's other folders, models, concepts."""
     mine, other = painted(tmp_path / "mine"), painted(tmp_path / "other")
     source = ("sources.more.kind=folder", f"sources.more.images={other}", "sources.more.prompt=a mug")
     for out, arguments in (

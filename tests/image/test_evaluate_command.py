@@ -1,4 +1,4 @@
-"""`pcs image evaluate` from a concept folder to the report, with a tiny DINO and pictures of one's own."""
+"""`pcs image evaluate` from a concept folder to the report, with a tiny DINO and the user's own pictures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_help_says_where_references_are_looked_for(pcs):
 
 
 def test_the_runner_evaluates(pcs, arguments, concepts, photos, dino, tiny_folder, tmp_path):
-    """The same as the command, and one of several loaded concepts; what was learned here needs no references."""
+    """The same as the command; also one of several loaded concepts; concepts learned in this run need no references."""
     assert pcs(*arguments, "--out", tmp_path / "report").code == 0
     by_command = json.loads((tmp_path / "report" / "report.json").read_text())
     runner = ImageRunner(load_backbone(tiny_folder))

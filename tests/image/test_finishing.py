@@ -1,4 +1,4 @@
-"""The end of a run: preview, concept, checkpoints; whatever comes between them, nothing that was learned is lost."""
+"""The end of a run: preview, concept, checkpoints; whatever interrupts it, nothing learned is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_preview_that_cannot_be_painted_does_not_lose_the_concept(pcs, learn, 
 def test_a_run_that_is_stopped_while_its_preview_is_painted_gets_one_on_resuming(
     pcs, learn, photos, tmp_path, monkeypatch, error
 ):
-    """Also where one of two concepts is there already: the state is kept until both are whole."""
+    """Also if one of two concepts already exists: the state is kept until both are complete."""
 
     def stop(*arguments: Any) -> Any:
         if arguments[1] == "b":

@@ -1,4 +1,4 @@
-"""A real process, killed or asked to stop in mid-training, and the run that goes on afterwards."""
+"""A real process, killed or stopped in mid-training, and the run that resumes afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = ("phases.pivot.train.steps=2", "phases.tune.train.steps=30", "train.chec
 
 @pytest.fixture(autouse=True)
 def hang_ups_are_heard():
-    """Processes inherit what is ignored, and under nohup the signal of a closed terminal is."""
+    """Processes inherit ignored signals, and nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -76,7 +76,7 @@ def test_a_kill_in_mid_training_then_resume_gives_the_same_tensors(pcs, learn, w
     try:
         wait_for(in_second_phase(training), process, tmp_path)
     finally:
-        process.kill()  # SIGKILL: nothing of ours runs any more
+        process.kill()  # SIGKILL: none of our code runs after this
     assert process.wait() == -signal.SIGKILL and not concept.exists()
     left = sorted(p.name for p in training.iterdir())
     refused = pcs(*arguments)
@@ -114,7 +114,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_where(pcs, learn, whole, tmp
 
 
 def test_a_closed_terminal_does_not_lose_the_state(pcs, learn, whole, tmp_path):
-    """The kernel sends SIGHUP, and whatever is printed from then on is an error."""
+    """The kernel sends SIGHUP, and printing fails from then on."""
     concept, training = tmp_path / "cut" / "mug.concept", tmp_path / "cut" / "mug.training"
     arguments = learn("pivotal_tuning", *STEPS, f"output={concept}")
     terminal, inside = os.openpty()
@@ -146,7 +146,7 @@ def test_nohup_goes_on_when_the_terminal_is_closed(learn, whole, tmp_path):
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("library", ["importlib.metadata", "typer", "torch"])
 def test_a_signal_while_libraries_are_imported_ends_a_command_at_once(learn, tmp_path, number, expected, library):
-    """In the first second of a process: the signal comes when `library` is about to be imported."""
+    """In the first second of a process: the signal arrives just before `library` is imported."""
     code = IMPORTS.format(library=library, number=int(number))
     arguments = learn("pivotal_tuning", f"output={tmp_path / 'mug.concept'}")
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)

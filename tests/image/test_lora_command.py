@@ -1,4 +1,4 @@
-"""`--lora FILE`: another program's file is judged and used like a concept. The oracle: the concept it was exported from."""
+"""`--lora FILE`: another program's file is used and evaluated like a concept. Oracle: the concept it was exported from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.io.decode import read_picture
 
 @pytest.fixture(scope="module")
 def exported(concepts, tiny_folder, tmp_path_factory):
-    """`rex` as diffusers' files: what a trainer of another program leaves."""
+    """`rex` as diffusers files, like those that other trainers write."""
     from shared.concept import export
     from shared.concept.open_backbone import load_backbone_of
 

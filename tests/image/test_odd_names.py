@@ -1,4 +1,4 @@
-"""Pictures with every name that a system allows, through the whole command line: nothing learned is lost to a name."""
+"""Pictures with any name that the system allows, through the whole command line: no name makes a run lose its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ shared.cli.main([])
 
 @pytest.fixture
 def odd(painted, tmp_path: Path) -> Path:
-    """A folder with an odd name of odd names; one picture has a mask and a caption."""
+    """An oddly named folder of oddly named pictures, one of them with a mask and a caption."""
     folder = painted(tmp_path / "caf\udce9 \u202f#1", n=len(NAMES))
     for i, name in enumerate(NAMES):
         (folder / f"{i}.png").rename(folder / f"{name}.png")
@@ -63,7 +63,7 @@ def test_a_run_with_odd_names_is_interrupted_and_resumed(pcs, interrupted, learn
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_odd_text_can_be_printed_on_any_terminal(tmp_path: Path, encoding: str) -> None:
-    """Messages name files and prompts; a terminal that cannot show a character gets its escape."""
+    """Messages contain file names and prompts; a terminal that cannot show a character gets its escape sequence."""
     (tmp_path / "\udcff").mkdir()
     (tmp_path / "\udcff" / "\u202f写.txt").write_text("x")
     arguments = ("image", "personalize", "textual_inversion", f"subject.images={tmp_path / chr(0xDCFF)}")

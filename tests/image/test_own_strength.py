@@ -1,4 +1,4 @@
-"""A recipe's default for the strength by step: kept in the concept, used when pictures are made, and overridable."""
+"""A recipe's default strength by step: kept in the concept, used in generation, and overridable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT = "a photo of a <rex> on the beach"
 
 @pytest.fixture(scope="module")
 def late(learn, tmp_path_factory):
-    """A concept whose recipe leaves it out of the first half of the steps."""
+    """A concept whose recipe turns it off in the first half of the steps."""
     from shared.cli import build, run
 
     path = tmp_path_factory.mktemp("own") / "rex.concept"

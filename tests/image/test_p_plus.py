@@ -1,4 +1,4 @@
-"""P+: rows of its own for each cross-attention layer, learned, saved, loaded, weakened, and not exported."""
+"""P+: separate rows for each cross-attention layer, learned, saved, loaded, scaled, and not exported."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_users_own_files(tmp_path: Path) -> None:
         text,
         "\ufeff" + text,
         "\ufeff" + text.removeprefix("# my prompts\n"),
-    ):  # what some editors begin with
+    ):  # byte order marks that some editors write
         (tmp_path / "mine.txt").write_text(whole, encoding="utf-8")
         assert load_prompts(tmp_path / "mine.txt").prompts[0].text == "a {concept} on the moon"
     assert [p.text for p in load_prompts(tmp_path / "mine.txt").prompts] == [

@@ -1,4 +1,4 @@
-"""Every recipe in `configs/image`: the start, what is saved, and what is left after ejection. Each new file is tried too."""
+"""Every recipe in `configs/image`: its start, what is saved, and what is left after ejection. New files are included."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def new(make_tiny_sd: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With masks: some recipes require them."""
+    """Photos with masks, which some recipes require."""
     return paint(tmp_path_factory.mktemp("shipped") / "photos")
 
 

@@ -1,4 +1,4 @@
-"""Evaluation, reports and comparisons, with drawn pictures in place of a diffusion model."""
+"""Evaluation, reports and comparisons, with drawn pictures instead of a diffusion model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from shared.benchmark.aggregate import Goal
 from shared.benchmark.experiment import Experiment, benchmark, compare, pictures
 from shared.config import validate
-from shared.evaluation.evaluate import Case, Shots, evaluate
+from shared.evaluation.evaluate import Case, KeptPictures, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
@@ -46,7 +46,7 @@ class _Who:
     info = InstrumentInfo("hue of the thing", "which thing it is", True, {"identity": 0.96})
 
     def images(self, pixels: Tensor) -> Tensor:
-        """The mean colour of what differs from the top row."""
+        """The mean colour of the pixels that differ from the top row."""
         away = (pixels - pixels[:, :, :1].mean((2, 3), keepdim=True)).norm(dim=1, keepdim=True) > 0.7
         mean = (pixels * away).sum((2, 3)) / away.sum((2, 3)).clamp_min(1)
         return F.normalize(mean - mean.mean(1, keepdim=True), dim=1)
@@ -86,7 +86,7 @@ REFERENCES = torch.stack([_draw(0, b, s) for b, s in (("beach", 1), ("snow", 2),
 
 
 def _generate(subject: int, spoiled: Sequence[int] = ()):
-    """Pictures of a subject where the prompt says; for seeds in `spoiled` a copy of the first reference."""
+    """Pictures of a subject on the prompt's background; for seeds in `spoiled`, a copy of the first reference."""
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -140,7 +140,7 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     assert {p.seed for p in copied} == {23} and all("copies reference 1" in p.flags and p.failed for p in copied)
     assert report.value("copied") == pytest.approx(1 / 3)
     assert report.value("identity") == pytest.approx(2 / 3)
-    assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach; asked for was snow
+    assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach, but the prompt asks for snow
     wrong = next(p for p in made if p.prompt == 1 and p.seed == 23)
     assert "background: beach, asked for snow" in wrong.flags
     identity = report.score("identity")
@@ -196,7 +196,7 @@ def test_csv_holds_every_picture_and_prompt(report: Report, folder: Path) -> Non
 
 
 class _Page(HTMLParser):
-    """Checks the nesting, and collects pictures and anything that would load from elsewhere."""
+    """Checks the nesting, and collects pictures and anything that would be loaded from elsewhere."""
 
     VOID = frozenset({"meta", "img", "br", "link", "hr", "input"})
 
@@ -384,3 +384,20 @@ def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_pa
         Experiment({}, ["s"], "two", [1])
     with pytest.raises(ValueError, match="would share a folder"):
         Experiment({"a b": None, "a_b": None}, ["s"], "two", [1])
+
+
+def test_evaluations_that_share_kept_pictures_make_those_of_the_base_model_once() -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def base(texts: list[str], seeds: list[int], progress: Any) -> Tensor:
+        calls.append(tuple(texts))
+        return _generate(5)(texts, seeds, progress)
+
+    kept: KeptPictures = {}
+    first = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
+    made = len(calls)
+    again = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
+    assert made > 0 and len(calls) == made and again.scores == first.scores
+    assert again.costs.base_seconds_per_picture == first.costs.base_seconds_per_picture
+    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # other seeds are other pictures
+    assert len(calls) > made

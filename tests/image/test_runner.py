@@ -1,4 +1,4 @@
-"""The public face: personalize, generate, and that what was saved is what is shown."""
+"""The public interface: personalize, generate, and that a saved concept reproduces its pictures."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_several_concepts_each_with_its_strength(tiny_folder, concepts):
     alone = on(tiny_folder, (concepts["mug"], 1.0)).generate(
         ["a photo of a <mug> and a sks dog"] * 2, [0, 1], SamplingSettings(**FAST)
     )
-    assert torch.equal(none, alone), "at strength 0 an adapter is not there"
+    assert torch.equal(none, alone), "at strength 0 an adapter has no effect"
     turned = pictures(on(tiny_folder, (concepts["rex"], 1.0), (concepts["mug"], 1.0)), prompt)
     assert torch.allclose(full, turned, atol=1e-4), "the order of loading does not matter"
     both.unload("rex")

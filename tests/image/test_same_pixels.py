@@ -14,7 +14,7 @@ SEED = 11
 
 
 def theirs(folder: Path, exported: Path, prompt: str, **how: Any) -> np.ndarray:
-    """What a user of diffusers gets from the model's folder and the exported files: uint8 [H, W, 3]."""
+    """The picture that diffusers makes from the model's folder and the exported files: uint8 [H, W, 3]."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
@@ -59,6 +59,6 @@ def test_the_command_line_gives_the_pixels_of_diffusers(
     painted = ours(ours_say, "--concept", concepts[name]).astype(int)
     expected = theirs(tiny_folder, exported, they_say, **how).astype(int)
     assert painted.shape == (32, 32, 3)
-    assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, "but for rounding at a border"
+    assert abs(painted - expected).max() <= 1 and (painted != expected).mean() < 0.01, "except for rounding at a border"
     plain = ours(they_say.replace("<mug> mug", "mug").replace("sks dog", "dog")).astype(int)
-    assert (plain != expected).mean() > 0.3, "the concept shows"
+    assert (plain != expected).mean() > 0.3, "the concept has an effect"

@@ -1,4 +1,4 @@
-"""A thing whose truth is known: verified identity, freedom and the three-term trade-off from evaluation to table."""
+"""A thing with known truth: verified identity, freedom and the three-term trade-off, from evaluation to table."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from shared.metrics.html import report_html
 from shared.metrics.report import Report
 from shared.metrics.scorer import Scorer
 
-# A world of shaded squares: the hue says which thing it is, the brighter side which way it is turned.
+# A world of shaded squares: the hue identifies the thing, the brighter side its pose.
 BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
-BEYOND = 0.55  # distance from the background's colour that belongs to the thing
+BEYOND = 0.55  # distance from the background's colour beyond which a pixel belongs to the thing
 
 
 def _draw(hue: float, turn: float, background: str, seed: int) -> Tensor:
-    """`[3, 32, 32]` in [-1, 1]; `turn` in quarters of a full turn: 0 is bright above, 1 to the right, 2 below."""
+    """`[3, 32, 32]` in [-1, 1]; `turn` in quarter turns: 0 is bright at the top, 1 on the right, 2 at the bottom."""
     rng = np.random.default_rng([seed, 5])
     picture = torch.tensor(BACK[background]).view(3, 1, 1).expand(3, 32, 32).clone()
     color = torch.tensor(colorsys.hsv_to_rgb(hue, 1.0, 0.9)).view(3, 1, 1)
@@ -69,7 +69,7 @@ class _Grid:
 
 
 def _lighter_half(grey: Tensor, mask: Tensor) -> str:
-    """ "front" where the thing is brighter above its middle than below."""
+    """ "front" if the thing is brighter above its middle than below."""
     rows = mask.any(1).nonzero()[:, 0]
     middle = int(rows.float().mean()) if len(rows) else 16
     above, below = (
@@ -109,7 +109,7 @@ PROMPTS = validate(
 
 
 class _Square:
-    """The true thing of this world."""
+    """The true thing in this world."""
 
     key = "square"
 
@@ -127,7 +127,7 @@ class _Square:
 
 
 def _paint(hue: float, turn: float | None = None, every_second: float | None = None):
-    """A model that paints a hue, turned by the seed or always as `turn`; every second seed shows another hue."""
+    """A model that draws one hue, turned by the seed or always by `turn`; every second seed shows another hue."""
 
     def generate(prompts: list[str], seeds: list[int], progress: Any = None) -> Tensor:
         out = []
@@ -263,7 +263,7 @@ def test_things_that_the_instruments_do_not_know_stand_apart() -> None:
 
 
 def test_faces_are_judged_where_one_can_be_seen() -> None:
-    """In this world a square is seen from the front when its upper half is the brighter."""
+    """In this world a square is seen from the front if its upper half is brighter."""
     tools = TOOLS
     scorer = Scorer(REFERENCES, tools, "face", "me", _case().gallery)
     pictures = torch.stack([_draw(0.0, 0.4, "snow", 4), _draw(0.0, 2.5, "snow", 4), _draw(0.0, 2.5, "snow", 4)])

@@ -1,4 +1,4 @@
-"""The training folder is an output like any other: what pcs did not write stays, and is named before anything begins."""
+"""The training folder is an output like any other: files that pcs did not write stay, and are named before a run begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pcs image personalize` is told and says: instruments, starting anew, progress; and what it leaves alone."""
+"""Options and output of `pcs image personalize`: instruments, starting over, progress; and what it does not touch."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def test_the_best_state_by_a_dino_is_kept(pcs, learn, dino, tmp_path):
     assert metrics["mixed_precision"] == "no" and metrics["training_peak_memory"] > 0
 
 
-# --- starting anew -------------------------------------------------------------------------------
+# --- starting over -------------------------------------------------------------------------------
 
 
 def test_overwrite_starts_anew_where_a_run_was_interrupted(pcs, learn, tmp_path):
-    """Also with another recipe, and where what was left is damaged."""
+    """Also with another recipe, and if the old state is damaged."""
     out, training = tmp_path / "x.concept", tmp_path / "x.training"
     wild = learn("textual_inversion", f"output={out}", "trainable.tokens.lr=1e30")
     assert pcs(*wild).code == 1 and list(training.glob("checkpoint-*"))
@@ -178,7 +178,7 @@ def test_class_pictures_are_counted_while_they_are_made(pcs, learn, tmp_path, mo
     assert steps == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"], "each step of two pictures of two steps, twice"
     shutil.rmtree(tmp_path / "x.concept")
     again = pcs(*learn("dreambooth_lora", f"output={tmp_path / 'x.concept'}", *more))
-    assert again.code == 0 and "class pictures" not in again.err, "they are there already"
+    assert again.code == 0 and "class pictures" not in again.err, "they already exist"
     for what in ("pictures of step 1", "pictures of step 2", "the preview of 'x'"):
         assert re.search(rf"^{what}, denoising steps: (\d+) of \1$", again.err, re.MULTILINE), what
 
@@ -231,7 +231,7 @@ def test_steps_that_make_pictures_have_no_loss(capsys, monkeypatch):
 
 
 def test_no_speed_is_told_of_steps_whose_time_is_not_known(capsys, monkeypatch):
-    """Class pictures before the first step, previews between steps, and steps that have no loss."""
+    """Class pictures before the first step, previews between steps, and steps without a loss."""
     now = [0.0]
     monkeypatch.setattr("shared.commands.progress.time.monotonic", lambda: now[0])
     with Bar() as bar:

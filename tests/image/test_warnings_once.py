@@ -1,4 +1,4 @@
-"""A real command line on odd pictures: each warning comes once, however often a picture is read."""
+"""A real command line on odd pictures: each warning appears once, however often a picture is read."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def recipe(name: str, *settings: str) -> PictureRecipe:
 def session(
     backbone: Any, how: PictureRecipe, folder: Path, scores: Scores | None = None, **changes: Any
 ) -> TrainingRun:
-    """A run of it; with `scores` these guide it, and not the backbone."""
+    """A run of it; `scores`, if given, guide it instead of the backbone."""
 
     def distill(context: Any) -> Distill:
         return Distill(context) if scores is None else Distill(context, lambda *_: scores)

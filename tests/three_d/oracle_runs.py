@@ -1,4 +1,4 @@
-"""A field of real density and colour, optimised by the whole engine under a teacher that knows a solid thing exactly."""
+"""A real field of density and colour, optimised by the whole engine with a teacher that knows a solid thing exactly."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ COMMON = (
     "shading={lambertian: 0, textureless: 0, ambient: 1}",
     "cameras={elevation_deg: [-10, 50], fov_deg: [24.53, 24.53], distance: [5, 5], jitter: 0, roll_deg: 0, look_at: 0}",
 )
-#: Guidance -> what is set besides: no pure noise where a schedule's steps count from thousands, a sum over a view where the
-#: recipe has a mean, and pixels in place of latents, of which any shape can show the same.
+#: Guidance -> additional settings: no pure noise where a schedule's steps are in the thousands, a sum over a view where the
+#: recipe has a mean, and pixels instead of latents, which any shape can reproduce.
 GUIDANCES: dict[str, tuple[str, ...]] = {
     "dreamfusion": (),
     "csd": (),
@@ -54,14 +54,14 @@ GUIDANCES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """How well a thing was found again, over 16 views that no step had seen."""
+    """How well a thing was recovered, over 16 views not seen in training."""
 
     iou: float
     psnr: float  # dB
 
 
 def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Found:
-    """Runs a shipped recipe's guidance, without its penalties: the weights of those belong to a model's scores."""
+    """Runs a shipped recipe's guidance, without its penalties, whose weights are for a real model's scores."""
     how = load(name, [*COMMON, *GUIDANCES[name], *settings], "3d", Recipe3D)
     how = how.model_copy(update={"penalties": {}})
     seen = _remembered(lambda cameras: 2 * true_views(cameras, SIDE).pixels - 1)
@@ -83,7 +83,7 @@ def reconstructed(backbone: Any, name: str, folder: Path, *settings: str) -> Fou
 
 
 def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tensor]:
-    """Of the last cameras asked for: a step asks several times."""
+    """Caches the result for the last cameras, because a step needs it several times."""
     last: list[Any] = [None, None]
 
     def of(cameras: Cameras) -> Tensor:
@@ -96,14 +96,14 @@ def _remembered(means: Callable[[Cameras], Tensor]) -> Callable[[Cameras], Tenso
 
 
 def _oracle(seen: Callable[[Cameras], Tensor], **more: Any) -> OracleScores:
-    """The prompt knows each view; what is asked without it knows it less surely."""
+    """With the prompt, the teacher knows each view; without it, it is less certain."""
     scene = {"prompt": (seen, 0.05), "plain_prompt": (seen, 0.05)}
     scene |= {told: (seen, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
 
 
 class _Taught(Distill):
-    """With a student that is a field too: it learns what the asset looks like by now, from any side."""
+    """With a student that is also a field: it learns what the asset currently looks like from any side."""
 
     def __init__(self, context: Any, seen: Callable[[Cameras], Tensor]) -> None:
         recipe = context.recipe
@@ -116,7 +116,7 @@ class _Taught(Distill):
         super().__init__(context, lambda *_: _oracle(seen, student=believed))
 
     def _check_groups(self) -> None:
-        """The student is no part of the backbone here."""
+        """Here the student is not part of the backbone."""
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         mine = {name: list(parts) for name, parts in self.field.groups().items()}

@@ -1,4 +1,4 @@
-"""What is on a page that shows a mesh."""
+"""Reads pages that show a mesh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import trimesh
 
 
 def viewer_of(page: str) -> tuple[str, Any]:
-    """The page without its viewer, and the mesh in that."""
+    """The page without its viewer, and the viewer's mesh."""
     frame = re.search(r'srcdoc="([^"]*)"', page)
     assert frame, "a viewer is a page within the page"
     shown = mesh_in(unescape(frame[1]))

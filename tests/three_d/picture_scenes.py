@@ -1,4 +1,4 @@
-"""The simplest asset there is, for tests: a learnable picture for each of some views; and the truth that it is to become."""
+"""The simplest possible asset, for tests: a learnable picture for each of several views; and its truth."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ VIEWS, SIDE = 4, 32
 
 
 def view_of(cameras: Cameras) -> Tensor:
-    """[B]: the number of the view that is nearest to each camera's azimuth."""
+    """[B]: index of the view nearest to each camera's azimuth."""
     return ((wrapped_deg(cameras.azimuth_deg) + 180) / 360 * VIEWS).long().clamp_max(VIEWS - 1)
 
 
 @cache
 def true_pictures(side: int = SIDE) -> Tensor:
-    """[VIEWS, 3, S, S] in [-1, 1]: smooth colours, and a square elsewhere in each view."""
+    """[VIEWS, 3, S, S] in [-1, 1]: smooth colours, and a square at a different place in each view."""
     draw = torch.Generator().manual_seed(5)
     ground = F.interpolate(torch.rand(VIEWS, 3, 4, 4, generator=draw), (side, side), mode="bilinear")
     pictures = 0.1 + 0.8 * ground
@@ -47,7 +47,7 @@ def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
 
 class PicturesField(nn.Module):
     """A picture for each view, [VIEWS, K, S, S], before the sigmoid. With `grows`, it begins at half the size and doubles
-    halfway through the run: other parameters."""
+    halfway through the run, with new parameters."""
 
     def __init__(self, side: int, channels: int, lr: float, seed: int, grows: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class PicturesField(nn.Module):
         return {}
 
     def pictures(self) -> Tensor:
-        """[VIEWS, K, S, S]: in [0, 1], or latents as they are."""
+        """[VIEWS, K, S, S]: in [0, 1], or latents unchanged."""
         whole = F.interpolate(self.raw, (self.side, self.side), mode="nearest")
         return whole.sigmoid() if self.channels == 3 else whole
 
@@ -105,7 +105,7 @@ class Slides(Part):
 
 
 class PictureRecipe(DistillRecipe):
-    """A recipe of such an asset, without the penalties that shipped recipes have: pictures have no shape."""
+    """A recipe for such an asset, without the penalties of shipped recipes, because pictures have no shape."""
 
     field: Pictures = Pictures()
     renderer: Slides = Slides()

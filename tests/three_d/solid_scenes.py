@@ -1,4 +1,4 @@
-"""A thing whose views are known exactly, for the oracle: coloured ellipsoids, met by rays in closed form."""
+"""A thing with exactly known views, for the oracle: coloured ellipsoids, intersected with rays in closed form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from pcs_3d.cameras import Cameras, turntable
 
-#: centre, half axes, colour: a body, a head at its front (+x), a tail and a hat that stands on one side.
+#: centre, half axes, colour: a body, a head at its front (+x), a tail and a hat on one side.
 PARTS = (
     ((0.0, 0.0, -0.15), (0.55, 0.42, 0.38), (0.85, 0.2, 0.2)),
     ((0.48, 0.0, 0.3), (0.27, 0.27, 0.27), (0.2, 0.35, 0.9)),
     ((-0.6, 0.0, 0.05), (0.22, 0.16, 0.2), (0.15, 0.7, 0.3)),
     ((0.0, 0.38, 0.2), (0.2, 0.2, 0.3), (0.95, 0.8, 0.15)),
 )
-_OVER = 3  # rays a pixel and axis
+_OVER = 3  # rays per pixel and axis
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrueViews:
 
 
 def true_views(cameras: Cameras, side: int) -> TrueViews:
-    """What cameras see of the thing, without shading."""
+    """The cameras' views of the thing, without shading."""
     origins, directions = cameras.rays(side * _OVER, side * _OVER)
     nearest = torch.full(directions.shape[:-1], torch.inf)
     colors = torch.ones_like(directions)
@@ -47,12 +47,12 @@ def true_views(cameras: Cameras, side: int) -> TrueViews:
 
 
 def unseen_cameras() -> Cameras:
-    """16 cameras whose azimuths and elevations no training view has exactly."""
+    """16 cameras whose azimuths and elevations match no training view exactly."""
     around = turntable(16)
     return Cameras.of(around.azimuth_deg + 11.25, torch.tensor([0.0, 12.0, 24.0, 36.0]).repeat(4).tolist())
 
 
 def overlap(opacity: Tensor, coverage: Tensor) -> float:
-    """Intersection over union of what is more than half there; the mean over views [B, 1, S, S]."""
+    """Intersection over union of what is more than half covered; the mean over views [B, 1, S, S]."""
     a, b = opacity > 0.5, coverage > 0.5
     return float(((a & b).sum((1, 2, 3)) / (a | b).sum((1, 2, 3))).mean())

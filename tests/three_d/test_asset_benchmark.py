@@ -1,4 +1,4 @@
-"""`pcs 3d benchmark` on the toybox with next to no training: cells, tables, going on, and what is refused."""
+"""`pcs 3d benchmark` on the toybox with almost no training: cells, tables, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ def test_an_asset_is_made_again_only_where_it_would_be_another(sd, tmp_path: Pat
 
     first = made(how(), {"adapter": "1"})
     assert made(how(), {"adapter": "1"}) == first
-    second = made(how(), {"adapter": "2"})  # what the thing was learned as is another
+    second = made(how(), {"adapter": "2"})  # the concept has changed
     assert second != first and made(how("field.resolution=10"), {"adapter": "2"}) != second
     empty = how("train.steps=2", "export.threshold=1e9")
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert not out.exists(), "what was made of something else does not pass for it"
+    assert not out.exists(), "an asset of something else is not reused"
     log = tmp_path / "asset.training" / "log.jsonl"
     before = log.read_text()
     with pytest.raises(ValueError, match="empty"):
         made(empty, {})
-    assert log.read_text() == before, "the steps that were done are not done again"
+    assert log.read_text() == before, "finished steps are not repeated"
 
 
 def test_what_is_wrong_is_said_before_anything_runs(pcs, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_every_thing_counts_once_and_intervals_draw_whole_things():
     assert row.sphere["iou"] == 0.4 and row.generic["iou"] == 0.5 and row.scores["iou"].truth == 1
     assert row.training_seconds == 10 and row.failed == {"c": "no"}
     one = aggregate_assets("r", {"a": cell(1.0, 0.8)}, {})
-    assert one.scores["iou"].low is None, "one thing says nothing of how things differ"
+    assert one.scores["iou"].low is None, "a single thing has no spread over things"
 
 
 def test_means_over_things_are_shares_where_one_asset_says_yes_or_no():
@@ -164,9 +164,9 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
     for made, met in (
         (cell(0.6, 0.7), True),
         (cell(0.4, 0.7), False),  # identity
-        (cell(0.6, 0.5), False),  # outlines
+        (cell(0.6, 0.5), False),  # silhouettes
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
-        (cell(0.6, 0.7, generic=0.8), False),  # no better than any thing of the class
+        (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic thing of the class
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None

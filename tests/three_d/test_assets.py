@@ -1,4 +1,4 @@
-"""Assets of every kind of field: grown, interrupted, and written as files that other programs open."""
+"""Assets with every kind of field: optimised, interrupted, and written as files that other programs open."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_page_says_what_was_known_asked_and_spent(sd, tmp_path):
     assert "a photo &amp; &lt;mug&gt;" in page and "<iframe" not in page
     assert base64.b64encode(preview.read_bytes()).decode() in page and "mug: 0.7" in page
     assert "data:video/mp4;base64," in page and page.count("data:image/png") == 5, "the preview, and four sides"
-    assert "of the process" in page and "default-src 'none'" in page
+    assert "whole process" in page and "default-src 'none'" in page
 
 
 def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path):
@@ -117,8 +117,8 @@ def test_a_field_without_a_surface_is_no_asset_and_its_state_stays(sd, tmp_path)
 
 @pytest.mark.parametrize(("kind", "stop"), [("voxels", 2), ("gaussians", 3), ("gaussians", 2)])
 def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, stop):
-    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is a split that is about to
-    be made, or one that has been made."""
+    """Bit for bit. The Gaussians are split before their third and fifth step (2 and 4): `stop` is just before a split or just
+    after one."""
     settings = ("train.steps=5", f"train.checkpoint_every={stop}")
     whole = finish(run_of(new_sd(), recipe(kind, *settings), tmp_path / "whole"))
     steps = run_of(new_sd(), recipe(kind, *settings), tmp_path / "run").steps()
@@ -133,7 +133,7 @@ def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, kind, sto
 
 
 def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
-    """The first step after a split moves those that stayed as Adam does that remembers, and not as one that begins."""
+    """In the first step after a split, Adam moves the old Gaussians with their moments, not like new ones."""
     kept = []
 
     class Watched(GaussianField):
@@ -150,7 +150,7 @@ def test_gaussians_keep_their_moments_when_others_are_split(new_sd, tmp_path):
     (found, at_split), *_ = kept
     rows = next(iter(found.values()))[1]
     moved = (after["field/raw_features"] - at_split["raw_features"])[rows >= 0].abs()
-    fresh = part.feature_rate  # what a first step of Adam is long, whatever the gradient
+    fresh = part.feature_rate  # length of Adam's first step, whatever the gradient
     assert float(moved.max()) > 0 and float((moved - fresh).abs().median()) > 1e-3 * fresh
 
 
@@ -168,9 +168,9 @@ def test_a_recipe_draws_each_field_with_its_renderer_and_survives_its_dump(kind)
     ("settings", "why"),
     [
         (["field.kind=gaussians", "renderer.kind=volume"], "a field of kind gaussians is drawn by splat"),
-        (["guidance.space=latents", "guidance.resolution=null"], "no colours that files could hold: set export=null"),
+        (["guidance.space=latents", "guidance.resolution=null"], "no colours to write to files: set export=null"),
         (["penalties.silhouette={}"], "penalties.silhouette compares with the subject's pictures"),
-        (["penalties.sparsity.weight=-1"], "a weight is not negative"),
+        (["penalties.sparsity.weight=-1"], "a weight must not be negative"),
         (["penalties.sparsty={}"], "Did you mean 'sparsity'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a person can get wrong about an asset: said before anything begins, and nothing is left half-written."""
+"""User mistakes with assets: reported before anything begins, and nothing is left half-written."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_cameras_that_see_nothing_are_refused_by_the_recipe(setting):
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """From its call on no file may grow above so many bytes: what is written beyond fails, as on a full disk."""
+    """After its call, no file may grow beyond this many bytes: writes fail as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -92,10 +92,10 @@ def test_a_full_disk_leaves_no_asset_and_the_state_to_go_on_from(sd, tmp_path, f
 
 
 def test_a_run_that_is_killed_resumes_bit_for_bit(new_sd, tmp_path):
-    """SIGKILL, at whatever it is doing after its second checkpoint."""
+    """SIGKILL, at any point after its second checkpoint."""
     how, folder = recipe("voxels", "train.steps=5", "train.checkpoint_every=1"), tmp_path / "run"
     whole = finish(run_of(new_sd(), how, tmp_path / "whole"))
-    torch.set_num_threads(1)  # a fork has no other threads than the one that forks
+    torch.set_num_threads(1)  # a fork keeps only the thread that forks
     child = multiprocessing.get_context("fork").Process(target=_begun, args=(run_of(new_sd(), how, folder),))
     child.start()
     end = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""Cameras: where they look, at every batch size, and that they are those of the toybox's pictures."""
+"""Cameras: where they look, at every batch size, and that they match the toybox's."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def wrote(field, folder: Path, settings) -> None:
 def test_every_shipped_recipe_resolves_and_survives_its_dump(name, place):
     found = load(name, place, "3d", Recipe3D)
     assert validate(Recipe3D, json.loads(json.dumps(dump(found)))) == found
-    assert (found.setting != "") == (not place), "the small world's own words stay there"
+    assert (found.setting != "") == (not place), "the toybox's words are used only there"
     lines = recipe_files("3d")[name].read_text().splitlines()
     assert "https://" in lines[0] + lines[1]
     assert all(paper in "".join(lines[:6]) for paper in read_yaml(recipe_files("3d")[name])["papers"])
@@ -78,7 +78,7 @@ def test_an_asset_is_a_folder_that_says_how_it_was_made(sd, tmp_path, monkeypatc
     assert read_clip(tmp_path / "asset" / "turntable.mp4", ClipWindow(length=48)).frames.shape[1] == 48
     assert asset.views(how.cameras.sample(3, _start(), torch.Generator())).pixels.shape == (3, 3, 32, 32)
     assert checkpoint.load(tmp_path / "asset.training") is None and not sd.adapters
-    assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders while it grows"
+    assert list((tmp_path / "asset.training" / "samples").glob("*.png")), "renders during training"
     assert about["backbone"] == "sd" and str(tmp_path) not in json.dumps(about), "without the folders of this machine"
     with pytest.raises(ValueError, match="exists"):
         AssetFiles(tmp_path / "asset").check()

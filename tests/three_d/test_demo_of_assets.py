@@ -25,7 +25,7 @@ def test_a_thing_becomes_a_mesh_and_one_whole_turn(tmp_path: Path) -> None:
     demo.check(asked)
     line, shown = demo.show(asked, Bars(nullcontext, nullcontext))
     assert isinstance(line, str) and "asset.glb" in line
-    assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text  # nothing was learned: its class
+    assert isinstance(shown, Exhibit) and "a photo of a robot" in shown.text  # nothing learned: its class is used
     assert all(file.is_file() for file in shown.more.values())
     turn = read_clip(shown.file, ClipWindow(length=24)).frames
     assert turn.shape[1] == 24

@@ -1,4 +1,4 @@
-"""Score distillation on the loop: what is trained, what is asked of whom, interruption and numbers that are none."""
+"""Score distillation on the loop: what is trained, which adapters predict what, interruption and NaNs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
-    """A concept `mug` with a token and a LoRA that does something."""
+    """A concept `mug` with a token and a LoRA that has an effect."""
     LearnableToken(vectors=1).attach(backbone, "mug", "mug", 0)
     Lora(rank=2).inject(backbone, "mug", "lora", 0)
     draw = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ def teach(backbone: StableDiffusionBackbone, strength: float = 1.0) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("name", ["dreamfusion", "prolificdreamer"])
 def test_an_interrupted_run_equals_the_uninterrupted(new_sd, tmp_path, name, stop):
-    """Bit for bit: the field, whose parameters are others from step 3 on, the student, moments and what is drawn."""
+    """Bit for bit: the field, whose parameters are replaced at step 3, the student, moments and random draws."""
     whole = finish(session(new_sd(), recipe(name, *GROWS), tmp_path / "whole"))
     run = session(new_sd(), recipe(name, *GROWS, f"train.checkpoint_every={stop}"), tmp_path / "run")
     steps = run.steps()
@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(new_sd, tm
     assert same(
         finish(session(new_sd(), how, tmp_path / "run"), resume=True),
         finish(session(new_sd(), how, tmp_path / "other")),
-    ), "and the run goes on from there as if nothing had been"
+    ), "and the run continues from there unchanged"
 
 
 def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
@@ -119,11 +119,11 @@ def test_ctrl_c_saves_after_the_step(new_sd, tmp_path):
     assert state is not None and state.step == 2
 
 
-# --- who is asked, and what is trained -------------------------------------------------------
+# --- which adapters predict, and what is trained ---------------------------------------------
 
 
 def first_step(backbone, how, folder) -> Distill:
-    """The task of a run as it is when its first step begins."""
+    """The task of a run just before its first step."""
     run = session(backbone, how, folder, loaded_strengths={n: s for n, s in backbone.strengths.items()})
     return Distill(run.context(0, run._unfreeze(run.phases[0][1])))
 
@@ -198,7 +198,7 @@ def test_a_step_trains_the_field_and_then_the_student_each_by_its_own_loss(new_s
     ("settings", "why"),
     [
         (["guidance.student.group=other"], "nothing is trained in the optimizer group"),
-        (["trainable.more={kind: lora}"], "a distill phase trains the field"),
+        (["trainable.more={kind: lora}"], "a distill phase trains only the field"),
         (["cameras.ring=4"], "must be a multiple of cameras.ring"),
     ],
 )  # fmt: skip
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(new_sd, tmp_path, se
 
 
 def test_parts_and_teachers_of_every_parametrisation(new_sd, make_tiny_sd_v, flux, tmp_path):
-    """Epsilon, v and flow: what the teacher sees as noise is what its own formulas say."""
+    """Epsilon, v and flow: the teacher's noise prediction follows from its own formulas."""
     for i, backbone in enumerate((new_sd(), StableDiffusionBackbone(make_tiny_sd_v(), "tiny"), flux)):
         side = f"train.resolution={32}"
         task = first_step(backbone, recipe("dreamfusion", side, "guidance.resolution=32"), tmp_path / str(i))

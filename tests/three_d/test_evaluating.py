@@ -1,4 +1,4 @@
-"""Assets measured: the truth is like itself and nothing else is, and nothing is ever turned to fit."""
+"""Measuring assets: only the truth matches itself, and nothing is ever rotated to fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLAIN_CAR = TrueToy(HeldOut("plain", Thing("car", "red", "blue"), ()))  # its sh
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
-    """A box, long from front to back, of which every side has another colour."""
+    """A box, long from front to back, with a different colour on each side."""
     mesh = trimesh.creation.box((1, 1, 1)).apply_scale((0.4, 0.5, 1.4))  # glTF: z is forward
     mesh.unmerge_vertices()
     side = np.asarray(mesh.face_normals).round() @ np.array([1, 2, 3]) + 3
@@ -66,8 +66,8 @@ def test_a_mesh_is_like_itself_wherever_it_stands_and_however_large(box, scale, 
 def test_a_turned_mesh_is_not_turned_back(box, tmp_path):
     truth, mesh = draw(painted_mesh(box), AROUND), painted_mesh(turned(box, tmp_path / "t.glb", 90))
     found = compared(mesh, truth, AROUND)
-    assert found.iou.mean() < 0.65  # the best that size and place can do
-    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what turning it would have given
+    assert found.iou.mean() < 0.65  # the best that size and position can do
+    assert iou(draw(mesh, AROUND).masks, truth.masks.roll(4, 0)).min() > 0.97  # what rotation would have given
 
 
 def test_what_is_missing_does_not_pass_for_a_white_thing():
@@ -90,9 +90,9 @@ def test_true_views_of_the_toybox_are_those_of_the_same_cameras():
     for mask, x, y in zip(views.masks, column, row, strict=True):
         seen = torch.zeros_like(mask)
         seen[y, x] = True
-        assert mask[y, x].float().mean() > 0.99  # no point of the shape is outside
+        assert mask[y, x].float().mean() > 0.99  # no point of the shape is outside its mask
         grown = torch.nn.functional.max_pool2d(seen[None].float(), 5, 1, 2)[0] > 0
-        assert grown[mask].float().mean() > 0.99  # and nothing is drawn where there are none
+        assert grown[mask].float().mean() > 0.99  # and nothing is drawn where there are no points
 
 
 def test_a_thing_with_four_fronts_is_found_out():

@@ -1,4 +1,4 @@
-"""Assets: a ball's volume, a closed surface, its colours in the files that are read back; and what cannot be exported."""
+"""Exported assets: a ball's volume, a closed surface, its colours in the files read back; and what cannot be exported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ExportSettings(resolution=28, texture=96, faces=100_000)
 
 
 class Striped(Solid):
-    """A ball with a soft edge whose left half is red and whose right half is blue."""
+    """A ball with a soft edge, a red left half and a blue right half."""
 
     def at(self, points):
         density = 40 * torch.sigmoid(50 * (self.size - points.norm(dim=-1)))
@@ -42,7 +42,7 @@ def test_a_ball_becomes_a_closed_mesh_of_its_volume_whose_files_hold_its_colours
     for name in ("asset.glb", "asset.obj"):
         mesh = trimesh.load(tmp_path / name, force="mesh", process=False)
         colors = np.asarray(mesh.visual.to_color().vertex_colors)[:, :3] / 255
-        left = mesh.vertices[:, 0]  # y up, front toward z, left along x
+        left = mesh.vertices[:, 0]  # y up, front towards z, left along x
         assert (colors[left > 0.1, 0] > 0.9).mean() > 0.98 and (colors[left < -0.1, 2] > 0.9).mean() > 0.98
         assert np.abs(mesh.vertices).max(0) == pytest.approx([0.6] * 3, rel=0.05)
         outward = (mesh.face_normals * mesh.triangles_center).sum(1)

@@ -1,4 +1,4 @@
-"""What every field has to do: be saved and read, be learned as a whole, begin as its start; and what single ones promise."""
+"""What every field must do: save and load, train all parameters, begin as its start; and what individual fields promise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(field, cameras, **settings):
 
 
 def stirred(field):
-    """The same field, away from its start: the last layers of networks are 0 there, and pass no gradient on."""
+    """The same field, moved away from its start, where networks' last layers are 0 and pass no gradient."""
     pull = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in field.groups()["main"]:
@@ -85,7 +85,7 @@ def test_normals_point_away_from_what_is_dense(kind):
     normals = field.normals(points)
     assert torch.allclose(normals.norm(dim=-1), torch.ones(50), atol=1e-4)
     assert float((normals * points / 0.5).sum(-1).min()) > 0.9
-    assert float(field.density(points * 4).abs().max()) == 0  # outside of the bound
+    assert float(field.density(points * 4).abs().max()) == 0  # outside the bound
 
 
 def test_values_between_nodes_are_those_of_torch_with_both_gradients():
@@ -130,7 +130,7 @@ def test_gaussians_split_where_they_are_pulled_and_vanish_where_nothing_is_seen(
     old = rows >= 0
     assert torch.equal(field.means[old], before[rows[old]]) and not bool((rows >= 28).any())
     assert [len(p) for group in field.groups()["main"] for p in group.parameters] == [33] * 5
-    same.advance(5, 100)  # as a run that was resumed here does
+    same.advance(5, 100)  # as a run resumed here does
     assert torch.equal(same.means, field.means)
 
 
@@ -139,7 +139,7 @@ def test_gaussians_split_once_at_a_step_also_when_a_run_resumes_there():
     field = part.build()
     field.means.sum().backward()
     field.advance(5, 100)
-    field.pull += 1  # the step that was taken back
+    field.pull += 1  # from the reverted step
     again = part.build()
     again.load_state_dict(field.state_dict())
     assert torch.equal(again.means, field.means)

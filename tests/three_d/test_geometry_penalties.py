@@ -1,4 +1,4 @@
-"""Penalties: their value in closed form, the way their gradient points, and how their weights change."""
+"""Penalties: their value in closed form, the direction of their gradient, and how their weights change."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
 
 
 def test_what_masks_leave_out_may_count_for_nothing():
-    """Where an outline is not to follow the pictures: outside of the masks anything may be seen."""
+    """For silhouettes that should not follow the pictures: anything may be visible outside the masks."""
     field = Voxels(resolution=12).build()
-    field.raw_features.data += 3  # not as grey as what is behind it
+    field.raw_features.data += 3  # different from the grey background
     with torch.no_grad():
         truth = Volume(samples=32).render(field, CAMERAS, view(3, 20, background=0.5))
     mask = torch.zeros_like(truth.opacity)

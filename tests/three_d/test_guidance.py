@@ -1,4 +1,4 @@
-"""One engine: the methods as its settings, held to their papers' formulas in float64."""
+"""One engine: the methods as its settings, compared with their papers' formulas in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def means(seed: int):
-    """A picture for each azimuth: the same whatever other cameras there are."""
+    """A picture for each azimuth, independent of the other cameras."""
     wave = random(3, 4, 4, seed=seed)
     return lambda cameras: wave * (1 + torch.deg2rad(cameras.azimuth_deg.double()).cos())[:, None, None, None]
 
@@ -56,7 +56,7 @@ def guided(settings: Guidance, scores: OracleScores, moment: Moment = START, z=Z
 
 
 def parts(scores: OracleScores, made, views=VIEWS):
-    """alpha, sigma, and a function that asks at (z_t, t)."""
+    """alpha, sigma, and a function for predictions at (z_t, t)."""
     alpha, sigma = coefficients(scores, made.noised.t, made.noised.z_t)
     ask = lambda told, adapters="teacher": scores.eps([Ask(told, adapters)], made.noised.z_t, made.noised.t, views)[0]  # noqa: E731
     return alpha, sigma, ask
@@ -121,9 +121,7 @@ def test_csd_is_sds_at_an_endless_scale(scores):
     last = Moment(9, 10)
     csd = guided(shipped("csd"), scores, last)
     _, _, ask = parts(scores, csd)
-    assert close(csd.grad, ask("prompt") - ask("negative")), (
-        "in the second half the negative prompt alone speaks against it"
-    )
+    assert close(csd.grad, ask("prompt") - ask("negative")), "in the second half only the negative prompt is subtracted"
     sds = shipped("dreamfusion", "guidance.weighting=uniform", "guidance.scale=1e9", "guidance.times.high=0.5")
     limit = guided(sds, scores, last)
     assert torch.equal(limit.noised.z_t, csd.noised.z_t) and torch.allclose(limit.grad / 1e9, csd.grad, atol=1e-7)
@@ -187,7 +185,7 @@ def test_sdi_moves_to_x0_and_stays_where_the_teacher_wants_it():
 
 
 def test_inversion_asks_for_less_of_the_prompt(scores):
-    """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is of eps_c + s (eps_c - eps_u)."""
+    """eps_u + s (eps_c - eps_u) with s = -6.5: the paper's -7.5 is for eps_c + s (eps_c - eps_u)."""
     t = torch.tensor([500, 500])
     asked = Inversion()._eps(scores, Z, t, VIEWS)
     c, u = scores.eps([Ask("prompt"), Ask("negative")], Z, t, VIEWS)
@@ -209,7 +207,7 @@ def test_x0_reconstruction_and_its_rescaling(scores):
     plain = (whole.noised.z_t - sigma * ask("prompt")) / alpha
     assert float(whole.x0.std()) == pytest.approx(float(plain.std()), rel=1e-9), "both views together"
     assert close(whole.grad, Z - whole.x0, rtol=1e-7)
-    with pytest.raises(ValueError, match="a step has 2 views, which is no multiple"):
+    with pytest.raises(ValueError, match="a step has 2 views, which is not a multiple"):
         guided(shipped("dreamfusion", "guidance.rescale=1", "guidance.rescale_over=4"), scores)
     half = rescaled(Z, 3 * Z, 0.5, 1)
     assert close(half, 2 * Z)
@@ -272,7 +270,7 @@ def _no_noise():
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing teaches it"),
+        (["guidance.terms.student={kind: plain_prompt, adapters: student, plain: -1}"], "nothing trains it"),
         (["guidance.terms.start={kind: negative, at: s}"], "at: s is the earlier point"),
         (["guidance.perp_neg={}"], "need a term of kind null"),
         (["guidance.space=latents", "guidance.pixel_weight=1"], "have no pixels"),

@@ -1,4 +1,4 @@
-"""What one phase has made is what the next one starts from, whatever their fields; and the recipes that need it."""
+"""Each phase starts from the previous one's result, whatever their fields; and the recipes that need this."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _start():
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("name", ["magic3d", "dream_gaussian"])
 def test_a_run_resumed_behind_the_hand_over_equals_the_uninterrupted(new_sd, tmp_path, name, every):
-    """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step further. What is
-    carried in the end is the later field alone."""
+    """Bit for bit, from the first phase's end (`every` = 0: nothing is saved within phases) or one step later. In the end
+    only the later field is carried."""
 
     def run(folder: str):
         how = small(name, tmp_path, f"train.checkpoint_every={every}")
@@ -140,7 +140,7 @@ def first() -> torch.nn.Module:
 
 
 def solid(field, resolution: int = 32) -> Tensor:
-    """bool [R, R, R]: what is inside of the surface that would be exported."""
+    """bool [R, R, R]: what is inside the surface that would be exported."""
     mesh = extract(field, 40)
     inside = trimesh.Trimesh(mesh.vertices, mesh.faces).voxelized(2.2 / resolution).fill()
     places = nodes(resolution, 1.05).reshape(-1, 3).numpy()
@@ -181,7 +181,7 @@ def test_gaussians_start_on_the_surface_and_a_mesh_starts_from_gaussians():
 
 def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_path):
     split = trimesh.creation.icosphere(1)
-    split.unmerge_vertices()  # as exporters write flat triangles, and seams of textures
+    split.unmerge_vertices()  # as exporters write flat triangles and seams of textures
     split.export(tmp_path / "split.obj")
     field = TexturedMesh(start={"path": tmp_path / "split.obj"}, resolution=6).build()  # type: ignore[arg-type]
     assert len(field.vertices) == 42 and len(field.faces) == 80
@@ -199,10 +199,10 @@ def test_a_given_mesh_is_one_surface_across_its_seams_and_part_of_the_state(tmp_
     [
         ("dreamfusion", ["field.start.kind=phase"], r"^field.start.kind = phase: no earlier phase makes an asset"),
         ("magic3d", ["phases.coarse.field.start.kind=phase"], r"phases.coarse.field.start.kind = phase: no earlier"),
-        ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid: .*start.kind=phase"),
-        ("texture_personalization", [], r"field.start.path is not said: name a mesh"),
+        ("magic3d", ["phases.fine.field.start={kind: blob}"], r"is of kind hash_grid; .*start.kind=phase"),
+        ("texture_personalization", [], r"field.start.path is not set: give a mesh"),
         ("magic3d", ["phases.coarse.guidance={space: latents, resolution: null}", "phases.coarse.export=null"],
-         "say the same guidance.space in both"),
+         "set the same guidance.space in both"),
     ],
 )  # fmt: skip
 def test_fields_that_cannot_begin_are_refused_before_anything_does(sd, tmp_path, name, settings, why):
@@ -214,13 +214,13 @@ def test_fields_that_cannot_begin_are_refused_before_anything_does(sd, tmp_path,
 
 def test_an_empty_field_is_nothing_to_start_from():
     empty = Voxels(resolution=10, start=Blob(density=1e-3)).build()
-    with pytest.raises(ValueError, match=r"start.kind = phase: there is nothing .* the field is empty"):
+    with pytest.raises(ValueError, match=r"start.kind = phase: the earlier phase left nothing .* the field is empty"):
         handed(empty, PhaseStart(resolution=12))
 
 
 def test_a_penalty_that_does_not_fit_says_how_to_leave_it_out(sd, tmp_path):
     how = load("dreamfusion", [*TINY, "train.resolution=16", "field.kind=gaussians", "field.count=40"], "3d", Recipe3D)
-    with pytest.raises(ValueError, match=r"orientation needs a field .* without it: penalties.orientation=null"):
+    with pytest.raises(ValueError, match=r"orientation needs a field .* to leave it out: penalties.orientation=null"):
         finish(session(sd, how, tmp_path / "run"))  # type: ignore[arg-type]
 
 

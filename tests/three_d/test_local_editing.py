@@ -1,4 +1,4 @@
-"""Editing a part of an asset: the part becomes what the teacher knows, and the rest stays as it was."""
+"""Editing a part of an asset: the part becomes what the teacher knows, and the rest stays unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOX = Box(lo=(-0.4, -0.4, 0.3), hi=(0.4, 0.4, 0.9), softness=0.1)
 
 
 def edited(fill: float = 2.0) -> LocalEditField:
-    """A ball whose region holds something else altogether."""
+    """A ball whose region holds something completely different."""
     start = Blob(radius=0.5, density=40)
     field = LocalEdit(resolution=20, start=start, regions={"hat": BOX}, fill=fill).build()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def edited(fill: float = 2.0) -> LocalEditField:
 
 
 def places() -> tuple[Tensor, Tensor]:
-    """Points, and how deep each is in the box (below 0: outside)."""
+    """Points, and the depth of each in the box (below 0: outside)."""
     at = 2.2 * torch.rand(6000, 3, generator=torch.Generator().manual_seed(1)) - 1.1
     return at, torch.minimum(at - torch.tensor(BOX.lo), torch.tensor(BOX.hi) - at).amin(-1)
 
@@ -120,8 +120,7 @@ def recipe(*more: str) -> Recipe3D:
 
 
 def test_what_the_teacher_knows_of_the_region_grows_there(sd, tmp_path):
-    """The teacher of the whole knows the start in red, which the field cannot become; that of the region knows a green
-    block there."""
+    """The whole's teacher knows the start in red, which the field cannot become; the region's knows a green block there."""
     settings = ("train.steps=40", "field.lr=0.5", "field.lr_features=0.5", "guidance.scale=7.5",
                 "guidance.regions.hat.prompt=a photo of a green hat", "cameras.elevation_deg=[0, 40]", "penalties=null",
                 "background.random=0.0", "background.colors=[[1.0, 1.0, 1.0]]")  # fmt: skip
@@ -172,7 +171,7 @@ def test_a_region_s_concepts_are_on_there_and_nowhere_else():
     scores: Any = regional_scores(recipe(*more), {}, {"a": 1.0, "b": 0.5}, opened)
     said = "a photo of a ball with a hat"
     assert asked == [(said, "dull", {"a": 1.0}), (said, "dull", {"b": 0.5}), ("a bow", "ugly", {"a": 1.0})]
-    assert set(scores.regions) == {"hat", "bow"}, "one that is told nothing of its own is as the rest"
+    assert set(scores.regions) == {"hat", "bow"}, "a region without its own prompt is like the rest"
     with pytest.raises(ValueError, match=r"regions.hat.concepts: .*'c'.* a, b"):
         regional_scores(recipe("guidance.regions.hat.concepts=[c]"), {}, {"a": 1.0, "b": 0.5}, opened)
 
@@ -193,7 +192,7 @@ def test_an_edit_takes_steps_and_equals_its_resumed_run(new_sd, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["guidance.regions=null"], r"field.kind = local_edit: say where it may change"),
+        (["guidance.regions=null"], r"field.kind = local_edit: set where it may change"),
         (["guidance.regions.hat.concepts=[my-hat]"], r"guidance.regions.hat.concepts: .*'my-hat'"),
         (["guidance.regions.hat.prompt=a photo of a <my-hat>"], r"names <my-hat>, which is not loaded"),
         (["guidance.regions.more={kind: sdf, path: nowhere.glb}"], r"nowhere.glb"),

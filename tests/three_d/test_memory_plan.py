@@ -1,4 +1,4 @@
-"""Runs that fit into so much memory: what is estimated is what is used, and what takes less gives the same field."""
+"""Runs that fit into a memory budget: the estimate matches the use, and saving memory gives the same field."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_what_is_there_at_once():
 
 
 def actual(backbone, folder, *settings):
-    """Bytes of a step of all views."""
+    """Bytes used by a step with all views."""
     run = run_of(backbone, recipe("voxels", *RENDERS, *settings), folder)
     task = Distill(run.context(0, run._unfreeze(run.phases[0][1])))
     step_once(run, task)
@@ -78,7 +78,7 @@ def test_views_go_through_in_turns_where_they_do_not_fit_together(sd, tmp_path):
     assert fitting(tries, fixed + 8 * one_more, True) == (Levers(8, 8), fixed + 8 * one_more)
     assert fitting(tries, fixed + 5 * one_more, True) == (Levers(4, 8), fixed + 4 * one_more)
     with pytest.raises(
-        ValueError, match=r"--vram 1.0 MiB: this takes at least about .* \(1 of 8 views .*give --vram \d+M"
+        ValueError, match=r"--vram 1.0 MiB: this needs at least about .* \(1 of 8 views .*give --vram \d+M"
     ):
         fitting(tries, 2**20, True)
 

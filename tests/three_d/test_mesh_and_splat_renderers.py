@@ -1,4 +1,4 @@
-"""Triangles and Gaussians: outlines and depths in closed form, gradients, occlusion, every batch size."""
+"""Triangles and Gaussians: silhouettes and depths in closed form, gradients, occlusion, every batch size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_nearest_triangle_is_seen_and_what_is_behind_the_camera_is_not():
     depths = torch.tensor([[4.0] * 3, [2.0] * 3, [-1.0] * 3, [3.0] * 3, [1.0] * 3])
     face = nearest_faces(corners, depths, 10, 12)
     assert face[3, 3] == 1 and face[8, 8] == 0 and set(face.unique().tolist()) == {0, 1}
-    assert int((face == 1).sum()) in (6, 10)  # half of 16 pixels, but for those whose middles lie on the edge
+    assert int((face == 1).sum()) in (6, 10)  # half of 16 pixels, except those whose centres lie on the edge
 
 
 def lone(opacity: float = 0.8, size: float = 0.25):
@@ -73,7 +73,7 @@ def test_one_gaussian_is_drawn_as_its_formula_says():
     middles = torch.arange(32) + 0.5 - 16
     squared = middles[:, None] ** 2 + middles**2
     expected = 0.8 * torch.exp(-squared / (2 * (spread**2 + 0.3)))
-    assert (drawn.opacity - expected).abs().max() < 6e-3  # it is cut off at three deviations
+    assert (drawn.opacity - expected).abs().max() < 6e-3  # Gaussians are cut off at three standard deviations
     assert torch.allclose(drawn.depth[:, 0, 16, 16], torch.tensor(5.0), atol=0.01)
     red = 0.8 * torch.sigmoid(torch.tensor(5.0)) + 0.2 * 0.25
     assert float(drawn.pixels[1, 0, 16, 16].detach()) == pytest.approx(float(red), abs=0.02)

@@ -1,4 +1,4 @@
-"""Every guidance, through the whole task and loop, finds the scene that a perfect teacher knows."""
+"""Every guidance, through the whole task and loop, recovers the scene that a perfect teacher knows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def known(cameras: Cameras) -> Tensor:
 
 
 def oracle(**more) -> OracleScores:
-    """The prompt knows each view; what is asked without it knows it less surely."""
+    """With the prompt, the teacher knows each view; without it, it is less certain."""
     scene = {"prompt": (known, 0.05), "plain_prompt": (known, 0.05)}
     scene |= {told: (known, 0.7) for told in ("negative", "null", "away_near", "away_far")}
     return OracleScores(scene, **more)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def test_a_guidance_recovers_the_scene(sd, tmp_path, name, settings):
 
 
 def test_a_field_of_latents_recovers_them_too(sd, tmp_path):
-    """SJC optimises what the teacher sees, without an encoder; here that is the picture in [-1, 1]."""
+    """SJC optimises the teacher's latents directly, without an encoder; here they are the picture in [-1, 1]."""
     how = recipe("sjc", *LONG, "train.resolution=32")
     truth = true_pictures()
     means = lambda cameras: torch.cat([truth, truth[:, :1]], 1)[view_of(cameras)]  # noqa: E731  four channels
@@ -68,14 +68,14 @@ def test_a_field_of_latents_recovers_them_too(sd, tmp_path):
 
 
 class Taught(Distill):
-    """With the student of an oracle, which learns a picture for each view."""
+    """With an oracle's student, which learns a picture for each view."""
 
     def __init__(self, context, pictures: nn.Parameter) -> None:
         self.learned = pictures
         super().__init__(context, lambda *_: oracle(student=lambda cameras: pictures[view_of(cameras)]))
 
     def _check_groups(self) -> None:
-        """The student is no part of the backbone here."""
+        """Here the student is not part of the backbone."""
 
     def groups(self):
         return {**self.field.groups(), "student": [TrainableGroup("student", [self.learned], 0.02)]}
@@ -94,11 +94,11 @@ def test_vsd_recovers_the_scene_with_a_student_that_learns_beside_the_field(sd, 
     losses = [record.parts["student"] for _, record in run.steps()]
     assert fidelity(run.carried) > 25
     assert sum(losses[-50:]) < sum(losses[:50])
-    assert psnr(pictures.detach(), true_pictures()) > 20, "the student knows what the renders have come to be"
+    assert psnr(pictures.detach(), true_pictures()) > 20, "the student has learned the current renders"
 
 
 def test_a_thing_in_space_is_found_again_from_sides_that_were_never_seen(sd, tmp_path):
-    """Shape and colours, by a field, a renderer and cameras as users have them; `bench_oracle.py` runs every guidance so."""
+    """Shape and colours, with a field, a renderer and cameras as in real use; `bench_oracle.py` does this for all guidances."""
     found = reconstructed(sd, "dreamfusion", tmp_path)
     assert found.iou > 0.9
     assert found.psnr > 25

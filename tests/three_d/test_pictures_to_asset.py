@@ -1,4 +1,4 @@
-"""Recipes that learn a thing from pictures and make an asset of it in one run."""
+"""Recipes that learn a subject from pictures and make an asset of it in one run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dreambooth3d(*more: str) -> Recipe3D:
 
 
 class Watched(PseudoViews):
-    """Remembers what sampling started from."""
+    """Records what sampling started from."""
 
     seen: list[Any] = []
 
@@ -70,7 +70,7 @@ class Watched(PseudoViews):
 
 
 def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]]:
-    """A runner, and by phase the adapters that were on in it."""
+    """A runner, and the active adapters in each phase."""
     on: dict[str, dict[str, float]] = {}
 
     class Tuned(Tune):
@@ -90,8 +90,8 @@ def watched_runner(backbone: Any) -> tuple[Runner3D, dict[str, dict[str, float]]
 
 
 def test_the_phases_of_dreambooth3d(new_sd, tmp_path, subject):
-    """Views start from the asset's renders, seen by cameras that the last phase compares them with; the adapter of what was
-    learned fully is on while they are made, and off where the asset is finished."""
+    """Views start from the asset's renders, and the last phase compares them from the same cameras; the fully trained adapter
+    is on while they are made, and off when the asset is finished."""
     how, backbone, Watched.seen = dreambooth3d(), new_sd(), []
     watched, on = watched_runner(backbone)
     asset = watched.create(how, tmp_path / "run", subject, tensorboard=False)
@@ -138,7 +138,7 @@ def run_of(backbone: Any, how: Recipe3D, folder: Path, subjects: dict[str, Any])
 
 
 def test_each_phase_can_be_resumed(new_sd, tmp_path, subject):
-    """Interrupted after the first views, and in the phase after them, a run ends as the uninterrupted does, bit for bit."""
+    """Interrupted after the first views, and in the phase after them, a run ends like an uninterrupted one, bit for bit."""
     how = dreambooth3d("phases.views.task={num: 2, batch_size: 1}", "phases.final.train.steps=2", "sampling.steps=2",
                        "phases.views.train.checkpoint_every=1", "phases.final.train.checkpoint_every=1")  # fmt: skip
     whole = state_of(run_of(new_sd(), how, tmp_path / "whole", subject))
@@ -179,7 +179,7 @@ def test_without_masks_a_field_is_compared_on_the_colour_around_each_picture():
 
 
 def test_views_of_a_ring_attend_to_each_other_and_to_no_others(sd):
-    """Equal views see nothing new; another view in the ring changes a view; another ring does not."""
+    """Equal views change nothing; a different view in the ring changes a view; a different ring does not."""
     prompts = ScenePrompts("a photo of a mug")
     plain, joint = BackboneScores(sd, prompts, {}), BackboneScores(sd, prompts, {}, joint_views=2)
     z = torch.randn(4, *sd.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
@@ -192,7 +192,7 @@ def test_views_of_a_ring_attend_to_each_other_and_to_no_others(sd):
     for a, b in zip(alone, together, strict=True):
         assert float((a - b).abs().max()) > 1e-3
     apart = [torch.cat(pair) for pair in zip(asked(joint, z[:2]), asked(joint, z[2:]), strict=True)]
-    # the second pair has other words for its views: compare what is told nothing
+    # the second pair has different words for its views, so compare the predictions without a prompt
     assert torch.allclose(apart[1], together[1], atol=1e-5)
     twice = z[[0, 0, 1, 1]]
     assert torch.allclose(asked(joint, twice)[1], asked(plain, twice)[1], atol=1e-5)

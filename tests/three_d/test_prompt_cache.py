@@ -1,4 +1,4 @@
-"""Embeddings are kept by what concepts hold, and mixed row by row."""
+"""Embeddings are cached by the content of concepts, and mixed row by row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_strengths_and_adapters_of_text_encoders_count_and_others_do_not(named):
     with torch.no_grad():
         next(named.adapters["unet-only"][0].parameters()).add_(1.0)
     cache.encode(["a dog"], T)
-    assert len(cache) == 1, "what acts in the denoiser alone changes no text"
+    assert len(cache) == 1, "adapters only in the denoiser change no text"
     Lora(rank=1, roles=("text_encoder",)).inject(named, "wordy", "lora", 0)
     cache.encode(["a dog"], T)
     assert len(cache) == 2
@@ -52,7 +52,7 @@ def test_strengths_and_adapters_of_text_encoders_count_and_others_do_not(named):
     assert len(cache) == 3
     with named.active({}):
         cache.encode(["a dog"], T)
-    assert len(cache) == 3, "off, it is as if it were not there"
+    assert len(cache) == 3, "when off, it has no effect"
 
 
 def test_rows_are_mixed_by_their_weights(sd):
@@ -76,7 +76,7 @@ def test_a_camera_embedding_starts_as_nothing_and_leaves_without_a_trace(sd):
         with adapter.seeing(looked(0.0, 90.0).cameras, blind=True):
             blind = sd.predict(z, t, text)
         assert not torch.allclose(seen, before) and not torch.allclose(seen, blind)
-        assert torch.equal(sd.predict(z, t, text), before), "nobody sees anything outside"
+        assert torch.equal(sd.predict(z, t, text), before), "no cameras outside the context"
         state = adapter.state_dict()
         assert all(k.startswith("unet.camera_embedding.") for k in state)
         with pytest.raises(ValueError, match="do not fit"):

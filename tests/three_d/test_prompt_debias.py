@@ -1,4 +1,4 @@
-"""Words that speak for one view are left out of the others' prompts, by what a real masked language model says."""
+"""Words that imply one view are left out of the others' prompts, as judged by a real masked language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "image", "is", "d
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny BERT that has learned one thing: what smiles is seen from the front."""
+    """A tiny BERT that has learned one fact: smiling things are seen from the front."""
     path = tmp_path_factory.mktemp("bert")
     (path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(path / "vocab.txt"))
@@ -55,5 +55,5 @@ def test_a_concept_and_its_class_always_stay(folder):
 
 
 def test_a_folder_without_such_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no masked language model"):
+    with pytest.raises(ValueError, match="not a masked language model"):
         PromptDebias(model=tmp_path).prompts("a dog", {})

@@ -1,4 +1,4 @@
-"""Regions of space: where they are, where views show them, and what is asked there."""
+"""Regions: where they are, where views show them, and how they are guided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_ball_is_where_it_was_put_and_grows():
 
 
 def test_the_inside_of_a_mesh_is_a_region_where_it_was_put(tmp_path):
-    """A block of 4 by 2 by 2, somewhere, whose corners come to lie on a ball of radius 0.5."""
+    """A block of 4 by 2 by 2, anywhere, scaled so that its corners lie on a ball of radius 0.5."""
     trimesh.creation.box((4, 2, 2)).apply_translation([3, 0, 0]).export(tmp_path / "block.ply")
     mesh = Sdf(path=tmp_path / "block.ply", center=(0.1, -0.1, 0.0), radius=0.5, softness=0.0)
     half = 0.5 * torch.tensor([2.0, 1, 1]) / 6**0.5
@@ -46,7 +46,7 @@ def test_the_inside_of_a_mesh_is_a_region_where_it_was_put(tmp_path):
 
 
 def test_a_drawn_mask_is_what_lies_behind_it_in_its_view(tmp_path):
-    """Its left half, seen from the thing's left, where the front is on the left."""
+    """The mask's left half, seen from the thing's left, where the front is on the left."""
     drawn = np.zeros((40, 60), np.uint8)
     drawn[:, :30] = 255
     Image.fromarray(drawn).save(tmp_path / "mask.png")
@@ -99,7 +99,7 @@ def test_each_cell_is_guided_by_the_region_that_it_shows():
         assert torch.allclose(found[i][0, :, :2, 2:], c[i][0, :, :2, 2:])
         assert torch.allclose(found[i][0, :, :2, :2], (b[i] + c[i])[0, :, :2, :2] / 2), "they share"
         assert torch.allclose(found[i][:, :, 3, 0], (0.75 * a[i] + 0.25 * b[i])[:, :, 3, 0])
-    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), "what is told nothing, and the base, stay"
+    assert torch.equal(found[1], a[1]) and torch.equal(found[2], a[2]), "unconditional predictions and the base stay"
 
 
 def test_a_region_that_no_view_shows_is_not_asked():

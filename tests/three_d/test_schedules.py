@@ -28,7 +28,8 @@ def test_schedules_in_steps_and_in_shares_of_the_run():
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [([1, 2], "no schedule"), ([0, 1, 2, 3, 4], "no schedule"), ([6, 1.0, 2.0, 3], "later"), ([0.0, 1.0, 2.0, 1.5], "shares"),
+    [([1, 2], "not a schedule"), ([0, 1, 2, 3, 4], "not a schedule"), ([6, 1.0, 2.0, 3], "increase"),
+     ([0.0, 1.0, 2.0, 1.5], "shares"),
      ([-1, 1.0, 2.0, 3], "shares")],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(wrong, why):
@@ -56,5 +57,5 @@ def test_random_times_stay_in_their_range_and_may_be_one_for_all_views():
     one = drawn(Times(same=True), 3)
     assert len(set(one.tolist())) == 1 and len(set(drawn(Times(), 3).tolist())) > 1
     assert drawn(Times(), 3).dtype == torch.long and drawn(Times(), 3, discrete=False).is_floating_point()
-    with pytest.raises(ValueError, match="at step 91 are no range"):
+    with pytest.raises(ValueError, match="at step 91: need 0 ≤ low"):
         drawn(Times(low=0.5, high=[0.0, 0.9, 0.1, 1.0]), 90)

@@ -1,4 +1,4 @@
-"""Colours from pictures that a concept makes of renders: the recipe, the masks of views, and a teacher that is not asked."""
+"""Colours from pictures made from renders with a concept: the recipe, the masks of views, and that no teacher is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_pr
 
 
 def test_the_last_phase_paints_the_form_by_pictures_and_asks_no_teacher(sd, tmp_path):
-    """Without a subject of its own: the prompt's words, or loaded concepts, say what is painted."""
+    """Without its own subject: the prompt's words, or loaded concepts, determine the pictures."""
     asked: dict[str, list[int]] = {}
 
     class Counted(Distill):
@@ -63,7 +63,10 @@ def test_what_compares_with_views_that_are_yet_to_be_made_can_be_fitted_into_mem
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (["phases.views.task.prompts=['a photo of a {concept}']"], "is the subject that is learned, and there is none"),
+        (
+            ["phases.views.task.prompts=['a photo of a {concept}']"],
+            "stands for the learned subject, but none is learned",
+        ),
         (["phases.paint.penalties.reference_views=null"], "nothing trains the field"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Prompts and guidance for threestudio, against the contract that its documentation gives to extensions, and, where a checkout
-is given (`PCS_THREESTUDIO=DIR`), against that checkout's own base classes."""
+"""Prompts and guidance for threestudio, tested on the contract that its documentation gives to extensions and, if a checkout is
+given (`PCS_THREESTUDIO=DIR`), on that checkout's own base classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(make_tiny_sd, tmp_path_factory) -> SimpleNamespace:
 
 
 def both(threestudio, folders, recipe: str = "dreamfusion", prompt: str = PROMPT, **guidance):
-    """Prompt processor and guidance, as a configuration makes them."""
+    """Prompt processor and guidance, as a configuration creates them."""
     shared = {"backbone": folders.backbone, "concepts": {folders.concept: 0.8}, "recipe": recipe}
     settings = guidance.pop("settings", SETTINGS)
     words = threestudio.find("pcs-prompt-processor")({"prompt": prompt, **shared, "settings": settings})
@@ -93,12 +93,12 @@ def test_a_student_learns_beside_the_field_and_nothing_else_does(threestudio, fo
         out = guidance(rgb, words(), **looked(2))
         losses.append(out["student"])
     assert losses[-1] < losses[0]
-    assert rgb.grad is None, "what it learns on is not moved by that"
+    assert rgb.grad is None, "training it does not change the views"
     assert all(torch.equal(a, b) for a, b in zip(concept, tensors("my-mug"), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, tensors("student"), strict=True))
     words, guidance = both(threestudio, folders, "prolificdreamer", settings=["guidance.scale=2"])
     guidance.update_step(0, 5)
-    with pytest.warns(UserWarning, match="begins anew at step 5"):
+    with pytest.warns(UserWarning, match="starts anew at step 5"):
         guidance(rgb, words(), **looked(2))
     with pytest.raises(ValueError, match=r"trainable\.more"):
         both(threestudio, folders, "prolificdreamer", settings=["trainable.more.kind=lora"])

@@ -1,4 +1,4 @@
-"""What is written into a threestudio checkout, what is said of one, and how its launch.py starts without what it needs.
+"""What is written into a threestudio checkout, what the doctor reports, and how its launch.py starts with packages missing.
 
 With `PCS_THREESTUDIO=DIR` the launch.py of that checkout runs 20 steps with a concept.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """What stands for one: the contract's package and a launch.py that says what it was told."""
+    """A stand-in for one: the contract's package and a launch.py that prints its arguments."""
     return Path(shutil.copytree(CONTRACT, tmp_path / "threestudio"))
 
 
@@ -60,7 +60,7 @@ def test_what_someone_changed_or_wrote_is_not_lost(checkout, pcs):
     assert config.read_text() == content("configs/pcs-dreamfusion.yaml")
     (checkout / "custom/pcs/__init__.py").write_text("print('another extension')")
     ran = pcs("3d", "threestudio", "install", checkout, "--overwrite")
-    assert ran.code == 2 and "not of this program" in ran.err
+    assert ran.code == 2 and "not written by this program" in ran.err
 
 
 @pytest.mark.parametrize("command", ["install", "doctor", "run"])
@@ -85,7 +85,7 @@ def test_every_key_of_the_configuration_is_one_that_the_extension_has(checkout, 
     forget()
 
 
-# --- what is said ----------------------------------------------------------------------------
+# --- the doctor ------------------------------------------------------------------------------
 
 
 def test_a_checkout_without_the_extension_is_told_how_to_get_it(checkout, pcs):
@@ -110,7 +110,7 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
     found = list(doctor.findings(checkout))
     assert all(works is not False for works, _ in found), found
     lines = [what for works, what in found if works]
-    assert any("imports: 0 classes" in line for line in lines)
+    assert any("it registers 0 classes" in line for line in lines)
     assert "registered: pcs-exporter, pcs-guidance, pcs-prompt-processor, pcs-volume-renderer" in lines
     (checkout / "custom/pcs/__init__.py").write_text("import no_such_extension")
     found = [what for works, what in doctor.findings(checkout) if works is False]
@@ -120,11 +120,11 @@ def test_what_the_extension_registers_is_tried(checkout, monkeypatch):
     assert any("does not import" in what and "no_such_package" in what for what in found)
 
 
-# --- what is not there -----------------------------------------------------------------------
+# --- missing packages ------------------------------------------------------------------------
 
 
 def asked_by(name: str, source: str) -> dict:
-    """The names of a module of this name that consists of this source."""
+    """The namespace of a module with this name and source."""
     scope = {"__name__": name}
     exec(source, scope)
     return scope
@@ -171,7 +171,7 @@ def test_launching_without_a_gpu_asks_for_the_cpu_to_be_said(checkout, pcs, monk
 
 @pytest.fixture
 def real(tmp_path) -> Path:
-    """The checkout that is given, with `custom` and `configs` of its own."""
+    """The given checkout, with separate `custom` and `configs` folders."""
     if not CHECKOUT:
         pytest.skip("no threestudio checkout: set PCS_THREESTUDIO=DIR, and run with its packages installed")
     folder = tmp_path / "checkout"
@@ -183,7 +183,7 @@ def real(tmp_path) -> Path:
 
 
 def started(*arguments: object) -> str:
-    """What `pcs 3d threestudio …` prints, in a process of its own."""
+    """The output of `pcs 3d threestudio …` in a separate process."""
     command = [sys.executable, "-W", "ignore", "-m", "shared.cli", "3d", "threestudio", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

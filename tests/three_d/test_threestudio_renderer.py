@@ -1,5 +1,5 @@
-"""The renderer and the exporter for threestudio, against closed forms: on the documented contract, and on a checkout's own base
-classes where one is given."""
+"""The renderer and the exporter for threestudio, compared with closed forms: on the documented contract, and on a checkout's
+own base classes if one is given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSITY, RADIUS = 3.0, 0.7
 
 
 class Ball(nn.Module):
-    """A density inside of a ball, red at +x and green at -x."""
+    """A density inside a ball, red at +x and green at -x."""
 
     def __init__(self, sharp: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def batch(count: int, side: int = 16) -> dict[str, Tensor]:
 
 
 def opacity_of(given: dict[str, Tensor]) -> Tensor:
-    """Of the ball, in closed form: [B, H, W, 1]."""
+    """The ball's opacity in closed form: [B, H, W, 1]."""
     middle = (given["rays_o"] * given["rays_d"]).sum(-1)
     half = (RADIUS**2 - (given["rays_o"].square().sum(-1) - middle**2)).clamp_min(0).sqrt()
     return -torch.expm1(-DENSITY * 2 * half)[..., None]
@@ -81,7 +81,7 @@ def test_every_view_of_a_batch_is_drawn_as_it_should_be(threestudio, count, cfg)
         assert front[0] > 5 * front[1], "the red side faces the camera at azimuth 0"
         hit = truth > 0.9
         assert ((out["depth"] / out["opacity"].clamp_min(1e-5))[hit] - 3.0).abs().max() < RADIUS + 0.1
-    assert "weights" not in out, "what is known of each sample is for losses alone"
+    assert "weights" not in out, "values per sample are only for losses"
 
 
 def test_training_losses_find_what_they_read_of_each_sample(threestudio):
@@ -94,7 +94,7 @@ def test_training_losses_find_what_they_read_of_each_sample(threestudio):
     total = torch.zeros(2 * 16 * 16).index_add(0, out["ray_indices"], out["weights"][:, 0])
     torch.testing.assert_close(total, out["opacity"].flatten())
     facing = out["comp_normal"][0, 8, 8] * 2 / out["opacity"][0, 8, 8] - 1
-    assert facing[0] > 0.5, "what is seen faces the camera"
+    assert facing[0] > 0.5, "visible surfaces face the camera"
     out["opacity"].sum().backward()
     assert made.geometry.amount.grad > 0
 
@@ -114,7 +114,7 @@ def test_three_cameras_that_were_crossed_along_the_wrong_axis_are_refused(threes
     made, c2w = renderer(threestudio), torch.eye(4).repeat(3, 1, 1)
     made(**batch(3), c2w=c2w)
     c2w[0, :3, 0] = torch.tensor([0.6, 0.8, 0.0])
-    with pytest.raises(ValueError, match="other numbers than 3"):
+    with pytest.raises(ValueError, match="anything but 3"):
         made(**batch(3), c2w=c2w)
 
 

@@ -1,4 +1,4 @@
-"""The mesh on a page: whole, in the middle, seen from the front, and nothing that would have to be loaded."""
+"""The mesh on a page: complete, centred, seen from the front, and nothing else to load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.three_d.pages import glb_in, mesh_in
 
 
 def pieces() -> list[Piece]:
-    """A ball with another picture on each half, and a red nose in front of it."""
+    """A ball with a different picture on each half, and a red nose in front of it."""
     ball, nose = trimesh.creation.icosphere(2), trimesh.creation.icosphere(1, radius=0.2)
     corners = np.asarray(ball.vertices) * 0.8
     texture = np.zeros((4, 4, 3), np.uint8)
@@ -34,11 +34,9 @@ def test_the_viewer_holds_the_mesh_and_looks_at_its_front():
     local = np.concatenate([g.vertices for g in scene.geometry.values()]) - eye[:3, 3]
     right, up, depth = (local @ eye[:3, :3]).T * [[1], [1], [-1]]
     shown = np.abs([right, up]) / (depth * np.tan(np.radians(scene.camera.fov[:, None]) / 2))
-    assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "all of it is in the picture, and fills it"
+    assert depth.min() > 0 and 0.5 < shown.max() < 0.95, "it is all in view, and fills the view"
     (nose,) = [g for name, g in scene.geometry.items() if kinds[name] == "vertex"]
-    assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, (
-        "the front is toward the camera"
-    )
+    assert np.linalg.norm(nose.centroid - eye[:3, 3]) < np.linalg.norm(eye[:3, 3]) - 0.5, "the front faces the camera"
     assert eye[1, 1] > 0.9 and 0 < eye[1, 3] < eye[2, 3], "up is up, and the camera a little above"
 
 

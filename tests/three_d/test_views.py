@@ -1,4 +1,4 @@
-"""Where a thing is looked at from, what is behind it, and what the teacher is told of that."""
+"""Cameras and backgrounds of views, and the teacher's prompts for them."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_backgrounds_and_shadings():
     assert later.draw(cameras, Moment(0, 10), generator(0, 0))[0] == "albedo"
     shading, light = later.draw(cameras, Moment(5, 10), generator(0, 0))
     assert shading == "lambertian" and light.shape == (3, 3)
-    with pytest.raises(ValueError, match="no proportions"):
+    with pytest.raises(ValueError, match="not valid proportions"):
         Shadings(ambient=0.0).draw(cameras, NOW, generator(0, 0))
 
 
-# --- what the teacher is told ----------------------------------------------------------------
+# --- the teacher's prompts -------------------------------------------------------------------
 
 
 def test_directions_and_their_words_next_to_the_noun():
@@ -175,7 +175,40 @@ def test_perp_neg_mixes_neighbours_and_leaves_the_view_from_above_alone():
     weights = part.weights(prompts, views.cameras)
     assert weights[5].tolist() == [0.0, 0.0]
     assert float(weights[4, 1]) == pytest.approx(-(1.0 + 0.967), rel=1e-6), (
-        "behind, the front is kept away from the most"
+        "from behind, the front is the strongest negative"
     )
     assert [r[0][1] for r in part.rows("away_near", prompts, views)[:5]] == [front, front, side, side, side]
     assert [r[0][1] for r in part.rows("away_far", prompts, views)[:5]] == [side, side, front, front, front]
+
+
+# --- mixed views -------------------------------------------------------------------------------
+
+
+def around(*azimuth_deg: float, elevation_deg: float = 0.0) -> Cameras:
+    return Cameras.of(torch.tensor(azimuth_deg), torch.full((len(azimuth_deg),), elevation_deg))
+
+
+def test_embeddings_are_mixed_near_the_border_of_two_views():
+    words = ViewWords(front_deg=45.0, back_deg=45.0, blend_deg=10.0)
+    front, near, border, side, back = words.shares(around(-20.0, 40.0, -45.0, 90.0, 170.0))
+    assert front == {"front": 1.0} and side == {"side": 1.0} and back == {"back": 1.0}
+    assert near == {"front": pytest.approx(0.75), "side": pytest.approx(0.25)}
+    assert border == {"front": pytest.approx(0.5), "side": pytest.approx(0.5)}
+    (above,) = words.shares(around(0.0, elevation_deg=65.0))
+    assert above == {"front": pytest.approx(0.25), "overhead": pytest.approx(0.75)}
+    for camera in words.shares(around(*range(-180, 180, 7), elevation_deg=52.0)):
+        assert sum(camera.values()) == pytest.approx(1.0)
+
+
+def test_without_a_blend_each_camera_has_one_view():
+    words, cameras = ViewWords(), around(*range(-180, 181, 5))
+    assert words.shares(cameras) == [{d: 1.0} for d in words.directions(cameras)]
+
+
+def test_the_teacher_is_told_the_mixed_prompts():
+    scene = ScenePrompts("a photo of a duck", words=ViewWords(blend_deg=10.0))
+    (row,) = scene.rows("prompt", Views(around(50.0), (False,)))
+    assert dict((text, share) for share, text in row) == {
+        "a photo of a duck, front view": pytest.approx(0.25),
+        "a photo of a duck, side view": pytest.approx(0.75),
+    }

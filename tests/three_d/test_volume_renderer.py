@@ -1,4 +1,4 @@
-"""Volumes: opacity, depth and colour in closed form, gradients by differences, the same at every batch size."""
+"""Volumes: opacity, depth and colour in closed form, gradients by finite differences, the same at every batch size."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_densities_lie_between_what_their_cells_say():
     density = field.density(points)
     assert bool((least <= density + 1e-5).all() and (density <= most + 1e-5).all())
     field.raw_density.data.add_(5)
-    field.raw_density.data = field.raw_density.data.clone()  # a new tensor, as `to` makes one
+    field.raw_density.data = field.raw_density.data.clone()  # a new tensor, as `to` creates one
     assert bool((field.density(points) <= field.between(*rays)[1][:, 0] + 1e-5).all())
 
 
@@ -112,7 +112,7 @@ def test_shading_shows_the_normals_of_a_ball(shading):
     camera = Cameras.of([0.0], 0.0)
     drawn = Volume(samples=96).render(field, camera, view(1, shading=shading))
     middle = drawn.pixels[0, :, 15:17, 15:17].mean((1, 2))
-    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]  # it faces +x, and the light
+    expected = [1.0, 1.0, 1.0] if shading == "textureless" else [1.0, 0.5, 0.5]  # it faces +x and the light
     assert torch.allclose(middle, torch.tensor(expected), atol=0.03)
     rim = drawn.pixels[0, :, 15, :][:, drawn.opacity[0, 0, 15] > 0.9][:, -1]
     assert rim[0] < 0.75 and (shading != "normal" or rim[1] > 0.8)  # the picture's right is +y

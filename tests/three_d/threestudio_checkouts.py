@@ -1,4 +1,4 @@
-"""What the tests for threestudio share: where checkouts are, and a concept to take there."""
+"""Shared by the tests for threestudio: where checkouts are, and a concept to use there."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def forget() -> None:
 
 @contextmanager
 def registry(folder: str) -> Iterator[Any]:
-    """The module `threestudio` of a folder, with the extension in it."""
+    """The module `threestudio` of a folder, with the extension registered."""
     forget()
-    if find_spec("omegaconf"):  # where a checkout puts names that it does not put twice
+    if find_spec("omegaconf"):  # a checkout registers resolver names there, and only once
         import_module("omegaconf").OmegaConf.clear_resolvers()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -46,7 +46,7 @@ def registry(folder: str) -> Iterator[Any]:
 
 
 def write_concept(backbone, path: Path, seed: int = 0) -> Path:
-    """Learned words and a LoRA of which something is to be seen."""
+    """Learned words and a LoRA with a visible effect."""
     modifier = LearnableToken(vectors=2, with_class_noun=True)
     modifier.attach(backbone, "my-mug", "mug")
     Lora(roles=("cross_attention",), rank=2).inject(backbone, "my-mug", "lora", 0)

@@ -1,4 +1,4 @@
-"""Tiny clips and models on disk, and what most tests of clips do with them."""
+"""Tiny clips and models on disk, and common fixtures for tests of clips."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[
 
 @pytest.fixture(scope="session")
 def picture_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callable[..., Any]) -> Path:
-    """The same without motion modules: a tiny StableDiffusionPipeline's folder."""
+    """The same model without motion modules: a tiny StableDiffusionPipeline's folder."""
     folder = tmp_path_factory.mktemp("sd")
     make_tiny_sd().save_pretrained(folder)
     return folder
@@ -57,7 +57,7 @@ def picture_model(tmp_path_factory: pytest.TempPathFactory, make_tiny_sd: Callab
 
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The motion modules alone: a MotionAdapter's folder."""
+    """Only the motion modules: a MotionAdapter's folder."""
     folder = tmp_path_factory.mktemp("adapter")
     motion_adapter().save_pretrained(folder)
     return folder

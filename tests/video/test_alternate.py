@@ -1,4 +1,4 @@
-"""A thing and clips of its class in turn, and adapters that belong to the learning alone."""
+"""Alternating between a subject and clips of its class, and adapters used only in training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(backbone: Any, photos: Path, folder: Path, *settings: str) -> TrainingRu
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[str]]]:
-    """Of each prediction with a gradient: axes of the latents, and the adapter sets that are on."""
+    """For each prediction with a gradient: number of axes of the latents, and the active adapter sets."""
     out: list[tuple[int, set[str]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -81,7 +81,7 @@ def test_what_is_temporary_acts_in_steps_alone_and_rests_where_it_is_told(
     session = run(clips, photos, tmp_path, *ALTERNATE, *TEMPORARY, "task.rest=[frozen]")
     assert session.kept_sets == ("mug",) and "frozen" in session.sets_of_the_run
     for _ in session.steps():
-        assert clips.strengths["frozen"] == 0.0  # between steps, where pictures are made
+        assert clips.strengths["frozen"] == 0.0  # between steps, when pictures are generated
     assert [sets for _, sets in seen] == [{"mug", "frozen"}, {"mug"}] * 2
 
 
@@ -96,7 +96,7 @@ def test_a_temporary_adapter_learns(clips: Any, photos: Path, tmp_path: Path) ->
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], photos: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, with turns, a temporary adapter and branches."""
+    """Bit for bit, with alternating steps, a temporary adapter and branches."""
     settings = (*ALTERNATE, *TEMPORARY, "task.rest=[frozen]", "train.checkpoint_every=2")
     settings += ("trainable.side.kind=bottleneck", "trainable.side.width=2", "trainable.side.lr=0.01")
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     [
         (
             ("task.kind=alternate", "regularize.prior=null", "sources.class_pictures=null"),
-            "no penalty asks for class examples",
+            "no penalty needs class examples",
         ),
         (
             (*ALTERNATE, *TEMPORARY, "task.rest=[frozn]"),

@@ -35,7 +35,7 @@ def ask(backbone: Any, x: Tensor, prompts: tuple[str, ...]) -> Tensor:
 
 
 def scramble(adapter: Any, seed: int = 1) -> None:
-    """Random weights, so that the adapter does something."""
+    """Random weights, so that the adapter has an effect."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
@@ -56,7 +56,7 @@ def test_clips_go_through_the_whole_network(clips: AnimateDiffBackbone) -> None:
     assert torch.equal(ask(clips, x, prompts), expected)
     other = x.clone()
     other[:, :, 4] += 1
-    assert not torch.allclose(ask(clips, other, prompts)[:, :, 0], expected[:, :, 0])  # frames see each other
+    assert not torch.allclose(ask(clips, other, prompts)[:, :, 0], expected[:, :, 0])  # frames attend to each other
 
 
 def test_pictures_go_through_the_network_of_pictures(clips: AnimateDiffBackbone, make_tiny_sd: Make) -> None:
@@ -64,14 +64,14 @@ def test_pictures_go_through_the_network_of_pictures(clips: AnimateDiffBackbone,
     x, prompts = noise(2, 4, 8, 8), ("a mug", "a dog")
     assert torch.equal(ask(clips, x, prompts), ask(pictures, x, prompts))
     one_frame = ask(clips, x[:, :, None], prompts)[:, :, 0]
-    assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)  # what this is for
+    assert not torch.allclose(one_frame, ask(pictures, x, prompts), atol=1e-3)  # the reason for the image path
 
 
 @pytest.mark.parametrize("role", ["self_attention", "cross_attention", "denoiser", "conv"])
 def test_what_is_injected_acts_on_clips_and_pictures_alike(
     clips: AnimateDiffBackbone, make_tiny_sd: Make, role: str
 ) -> None:
-    """An adapter of layers of pictures changes both ways as it changes the U-Net of pictures, and leaves no trace."""
+    """An adapter on image layers changes both paths as it changes the image U-Net, and leaves no trace."""
     x, prompts = noise(1, 4, 8, 8), ("a mug",)
     before_picture, before_clip = ask(clips, x, prompts), ask(clips, noise(1, 4, 3, 8, 8), prompts)
     Lora(roles=(role,), rank=2).inject(clips, "mug", "lora", 0)
@@ -82,7 +82,7 @@ def test_what_is_injected_acts_on_clips_and_pictures_alike(
         for key, parameter in zip(each.state_dict(), each.parameters(), strict=True):
             seed = sum(key.replace("motion_modules", "").encode())
             parameter.data = 0.3 * noise(*parameter.shape, seed=seed)
-    if role == "denoiser":  # of a U-Net with motion modules, theirs too
+    if role == "denoiser":  # including the motion modules
         assert any("motion_modules" in key for key in adapter.state_dict())
     else:
         assert adapter.state_dict().keys() == pictures.adapters["mug"][0].state_dict().keys()
@@ -103,7 +103,7 @@ def test_motion_adapters_do_not_touch_pictures(clips: AnimateDiffBackbone) -> No
 
 
 def test_recomputed_pictures_have_the_same_gradients(clips: AnimateDiffBackbone) -> None:
-    """Gradient checkpointing of the whole network holds on the way of pictures, too."""
+    """Gradient checkpointing of the whole network also applies to the image path."""
     group = Lora(rank=2).inject(clips, "mug", "lora", 0)
     scramble(clips.adapters["mug"][0])
     context = clips.encode(["a mug"])

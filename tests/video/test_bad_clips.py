@@ -1,4 +1,4 @@
-"""What users get wrong with clips: each time one clear message, exit code 2, no traceback, and nothing half-written."""
+"""User mistakes with clips: each gives one clear message, exit code 2, no traceback, and no half-written output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """The message of a command that must fail before a network is loaded, and leave everything as it was."""
+    """Runs a command that must fail before a network is loaded and change nothing; returns its message."""
 
     def unexpected(*_: Any, **__: Any) -> Any:
         raise AssertionError("a network was loaded")
@@ -50,7 +50,7 @@ def learning(refused: Refused, clip_model: Path, tmp_path: Path) -> Refused:
 
 
 def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) -> None:
-    """What `tests/core/test_clip_bad_files.py` says of each file is what a run says, at its beginning."""
+    """A run reports at its start what `tests/core/test_clip_bad_files.py` expects for each file."""
     cases: dict[str, Callable[[Path], Any]] = {
         "found only a.mp4 (empty, 0 bytes)": lambda f: (f / "a.mp4").write_bytes(b""),
         "a.mp4": lambda f: (f / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500)),
@@ -69,7 +69,7 @@ def test_clips_that_cannot_be_learned_from(learning: Refused, tmp_path: Path) ->
 
 
 def test_masks_that_do_not_match_the_frames(learning: Refused, tmp_path: Path) -> None:
-    """Too few of them, or of another size: said at once, and not when the latents are made."""
+    """Too few of them, or of another size: reported at once, not when latents are computed."""
     folder = tmp_path / "clips"
     write_clip(folder / "a", moving_square(0, 6), 8)
     write_clip(tmp_path / "few" / "a", moving_square(0, 3).sign(), 8)

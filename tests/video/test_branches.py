@@ -1,4 +1,4 @@
-"""Branches beside layers: what they compute, that they start as nothing and leave without a trace, kept in a concept."""
+"""Branches beside layers: what they compute, that they start as the identity and leave no trace, saved in a concept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ask(backbone: Any, frames: int = 5, rows: int = 8, columns: int = 8) -> Tens
 
 
 def learn(backbone: Any, part: Any, training: bool = False) -> Any:
-    """Inject a part with random parameters."""
+    """Injects a part with random parameters."""
     part.inject(backbone, "m", "part", 0)
     (adapter,) = backbone.adapters["m"]
     for number, parameter in enumerate(adapter.parameters()):
@@ -145,7 +145,7 @@ def test_only_the_coarsest_grids_are_taken(clips: AnimateDiffBackbone) -> None:
 
 
 def test_a_lora_on_the_same_layer_does_not_see_what_is_added(clips: AnimateDiffBackbone) -> None:
-    """Whichever comes first, the two act alike."""
+    """The result is the same whichever is added first."""
     outputs = []
     for order in ("lora first", "lora last"):
         if order == "lora first":

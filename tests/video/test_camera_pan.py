@@ -1,4 +1,4 @@
-"""A camera that moves by shifting latents: how far, what fills the gap, and that no clip depends on its batch."""
+"""A camera moved by shifting latents: how far, what fills the gap, and that no clip depends on its batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(pan: CameraPan, x: Tensor, steps: int = 20, seeds: tuple[int, ...] = (1,
 
 @pytest.mark.parametrize(("right", "down"), [(0.5, 0.0), (-0.25, 0.0), (0.0, 0.5), (0.25, -0.25)])
 def test_each_frame_is_shifted_by_its_share_of_the_way(right: float, down: float) -> None:
-    """A ramp of values says where each came from, wherever nothing was filled in."""
+    """With a ramp of values, each one that was not filled in shows where it came from."""
     side, frames = 16, 5
     place = torch.arange(side * side, dtype=torch.float32).view(1, 1, 1, side, side)
     made = run(CameraPan(right=right, down=down), place.repeat(2, 1, frames, 1, 1))
@@ -72,10 +72,10 @@ def test_a_clip_is_sampled_with_it(make_tiny_sd: Any) -> None:
         return last.latents
 
     still = ask(CameraPan())
-    assert (ask(CameraPan(right=0.5)) - still).abs().max() > 0.01  # with so few steps, in one of them
+    assert (ask(CameraPan(right=0.5)) - still).abs().max() > 0.01  # with so few steps, all in one of them
     for pan, frames, message in [
-        (CameraPan(right=0.5), 0, "a camera moves in a clip, and a picture is made"),
-        (CameraPan(right=0.01), 4, "does not move by one of the 8x8 latent cells: ask for 0.12 or more"),
+        (CameraPan(right=0.5), 0, "a camera can move only in a clip, not in a picture"),
+        (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells: use 0.12 or more"),
         (CameraPan(right=0.5, boxes={"mug": {9: [0, 0, 1, 1]}}), 4, "go up to frame 9, and 4 frames are made"),
     ]:
         with pytest.raises(ValueError, match=message):

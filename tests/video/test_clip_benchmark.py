@@ -1,4 +1,4 @@
-"""`pcs video benchmark` on the toybox with an untrained motion module and next to no training: cells, tables, going on."""
+"""`pcs video benchmark` on the toybox with an untrained motion module and almost no training: cells, tables, resuming."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_cells_are_motions_with_things_or_motions_alone():
 
 
 def report(motion: str, hits: tuple[int, ...], identity: tuple[float, ...], truth: float = 0.5) -> ClipReport:
-    """Clips with these scores, and as many of the base model that show nothing."""
+    """Clips with these scores, and as many from the base model that score 0."""
     rows = [
         ClipRow(
             kind=kind, prompt=0, text="", seed=i, file=f"{i}.webp",
@@ -95,7 +95,7 @@ def test_clips_of_all_cells_are_pooled_and_identity_stays_relative_to_true_pictu
     assert row.value("motion_recognised") == 0.75 and row.scores["motion_recognised"].base == 0
     assert row.value("identity") == pytest.approx((1.0 + 0.5 + 0.25 + 0.25) / 4)
     assert row.value("both") == pytest.approx((1.0 + 0.5 + 0 + 0.25) / 4)
-    # Drawn by motion: of two, both are a, both are b, or one of each.
+    # Resampled by motion: of two, both are a, both are b, or one of each.
     assert (row.scores["motion_recognised"].low, row.scores["motion_recognised"].high) == (0.5, 1.0)
 
 
@@ -103,6 +103,6 @@ def test_goals_ask_for_all_their_parts_and_the_best_product_stands_first():
     reports = {("good", "a"): report("a", (1, 1), (0.5, 0.5)), ("bad", "a"): report("a", (0, 1), (0.1, 0.1))}
     table = compare_clips(reports, {("bad", "b"): "RuntimeError: no"}, ClipGoal(0.6, 0.6, 0.3, 0.45))
     assert [r.recipe for r in table.rows] == ["good", "bad"] and [table.met(r) for r in table.rows] == ["yes", "no"]
-    assert table.rows[0].scores["identity"].low is None, "one motion says nothing of how motions differ"
+    assert table.rows[0].scores["identity"].low is None, "a single motion has no spread over motions"
     assert ClipGoal().met(table.rows[0]) is None and ClipGoal(both=1.01).met(table.rows[0]) is False
     assert "1, 1 failed" in table.markdown() and "RuntimeError: no" in table.csv()

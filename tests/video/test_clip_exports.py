@@ -1,4 +1,4 @@
-"""Subjects and a motion together, here and as files that diffusers' AnimateDiffPipeline loads beside each other."""
+"""Subjects and a motion together, here and as files that diffusers' AnimateDiffPipeline loads together."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def learned(backbone: Any, name: str, folder: Path, kind: str = "subject", recip
 
 @pytest.fixture(scope="module")
 def concepts(make_tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Concept]:
-    """Two things learned on the U-Net of pictures, and a motion learned on motion modules."""
+    """Two subjects learned on the image U-Net, and a motion learned on motion modules."""
     folder = tmp_path_factory.mktemp("concepts")
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     clips = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")
@@ -72,14 +72,14 @@ def test_two_subjects_and_a_motion_act_in_one_clip(concepts: dict[str, Concept],
     for name in names:
         assert (ask(**{name: 0.0}) - together).abs().max() > 1e-3, name
     assert torch.equal(ask(), together)
-    with pytest.raises(ValueError, match="dog"):  # a thing that is loaded is named, a motion may go unnamed
+    with pytest.raises(ValueError, match="dog"):  # a loaded subject must be in the prompt, a motion need not
         runner.generate(["a <mug>"], [3], SETTINGS)
     two = {"spin": 0.5}
     assert (ask(**two) - together).abs().max() > 1e-3
 
 
 def test_two_motions_at_once_add_up(concepts: dict[str, Concept], make_tiny_sd: Any) -> None:
-    """Allowed: each acts with its own strength, named or not, whichever came first; one of a name is refused."""
+    """Allowed: each acts with its own strength, in the prompt or not, in any order; a repeated name is refused."""
 
     def made(**strengths: float) -> Tensor:
         runner = VideoRunner(AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny"))
@@ -98,7 +98,7 @@ def test_two_motions_at_once_add_up(concepts: dict[str, Concept], make_tiny_sd: 
 def test_a_subject_is_weaker_while_the_motion_is_decided(
     concepts: dict[str, Concept], make_tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CustomCrafter's strengths by step, from a concept's own recipe of clips; what is said instead comes first."""
+    """CustomCrafter's strengths by step, from the concept's own recipe; explicit settings override them."""
     settings = ["sampling.strength=0.4@0,0.8@0.1", "subject.images=photos", "output=mug.concept", "backbone=tiny"]
     recipe = load("subject_lora", settings, "video", VideoRecipe)
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")

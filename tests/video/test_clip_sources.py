@@ -1,4 +1,4 @@
-"""Clips that nobody gave: pictures that stand still, frames apart, and clips of the base model."""
+"""Clips that are not the user's: still clips from pictures, single frames, and the base model's own clips."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_frames_apart_are_pictures(clip_folder: Path, tmp_path: Path) -> None:
 
 
 class Maker:
-    """Noise in place of a model's clips, and how often it was asked."""
+    """Noise instead of a model's clips, counting the calls."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -61,7 +61,7 @@ class Maker:
 
 
 def noise(seed: int, frames: int) -> Tensor:
-    """[3, (frames), 32, 32]; the first two frames of a clip are alike."""
+    """[3, (frames), 32, 32]; the first two frames of a clip are equal."""
     size = (3, frames, 32, 32) if frames else (3, 32, 32)
     made = torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     if frames:
@@ -76,7 +76,7 @@ def test_the_models_own_clips_are_made_once_and_kept_without_loss(tmp_path: Path
     assert len(make.asked) == len(set(make.asked)) == 3 and source.gives == "prior"
     assert {(e.role, e.caption, e.owners) for e in first} == {("prior", "a photo of a mug", ("mug",))}
     for example, seed in zip(first, make.asked, strict=True):
-        assert float((example.pixels - noise(seed, 4)).abs().max()) <= 1.01 / 255  # eight bits
+        assert float((example.pixels - noise(seed, 4)).abs().max()) <= 1.01 / 255  # 8-bit rounding
     again = list(source.model_copy(update={"num_images": 4}).examples(context(subject, tmp_path, make)))
     assert len(make.asked) == 4 and all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=False))
     next(Path(first[1].source).glob("*.png")).write_bytes(b"damaged")

@@ -1,4 +1,4 @@
-"""A motion judged in clips: by functions that make known clips, and from the command line with a tiny model."""
+"""Evaluating a motion in clips: with functions that make known clips, and from the command line with a tiny model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PAGE_FILES = {"index.html", "report.json", "scores.csv", "clips.csv", "sheet.png
 
 
 def maker(step: tuple[int, int], look: int = 0, spread: bool = True) -> Callable[..., Tensor]:
-    """Makes clips of a patch that goes by `step`; each prompt and seed on a ground of its own."""
+    """Makes clips of a patch that moves by `step`; each prompt and seed has its own background."""
 
     def make(prompts: Sequence[str], seeds: Sequence[int], progress: Any) -> Tensor:
         told = [sum(map(ord, p)) % 97 for p in prompts]
@@ -77,7 +77,7 @@ def judged(makers: Makers, scorer: ClipScorer | None = None, case: ClipCase | No
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipReport, Path]:
-    """A model that has learned the motion and shows it when asked; the base model moves things down."""
+    """A model that has learned the motion and shows it when prompted; the base model moves things down."""
     out = tmp_path_factory.mktemp("judged") / "report"
     return judged(Makers(maker((3, 0)), maker((0, 3)), maker((0, 3))), out=out), out
 
@@ -92,7 +92,7 @@ def test_a_motion_that_was_learned_is_told_from_the_base_model_s(good: tuple[Cli
     assert leak.value is not None and leak.among_high is not None and leak.value < leak.among_high + 0.3
     assert report.value("frozen") == 0 and report.value("dynamic") == 1
     keys = [s.key for s in report.scores]
-    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "neither stands alone"
+    assert keys.index("temporal_consistency") == keys.index("dynamic_degree") + 1, "each needs the other"
     assert report.value("spread") and "clip_t" not in keys and "identity" not in keys
     assert any("No CLIP was given" in note for note in report.notes)
     rows = report.of_kind("concept")
@@ -153,7 +153,7 @@ def test_what_is_wrong_with_a_clip_is_said_in_words() -> None:
 
 
 class SeesPaths:
-    """Reads the path off the direction in which a patch goes: to the right it is the motion, else it stands still."""
+    """Estimates the path from a patch's direction: to the right is the motion, anything else is standing still."""
 
     def __init__(self, known: KnownMotion) -> None:
         self.known = known

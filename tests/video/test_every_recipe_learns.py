@@ -1,4 +1,4 @@
-"""Every shipped recipe of clips: two steps on a tiny model change what it says and nothing else, and are kept."""
+"""Every shipped recipe for clips: two steps on a tiny model change what it should and nothing else, and are saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, paint
 SHORT = "sources.clips.window.length=4"
 _PICTURES = ("pictures.num_images=2", "pictures.steps=1")
 _CLIPS = ("num_images=2", "steps=1", "frames=4")
-#: What makes each fit a tiny model.
+#: Settings that make each fit a tiny model.
 SMALL: dict[str, tuple[str, ...]] = {
     "animatediff_motion_lora": (SHORT,),
     "customcrafter": (
@@ -51,7 +51,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")
 SETTINGS = SamplingSettings("", 3.0, 2, height=32, width=32, frames=4)
-#: Parts of the concept, by recipe: what stays of the parts that were trained.
+#: Parts of the concept, by recipe: which of the trained parts are kept.
 KEPT = {"still_moving": {"lora", "spatial"}, "motion_director": {"temporal"}, "motion_director_joint": {"temporal"}}
 
 
@@ -96,7 +96,7 @@ def test_two_steps_are_learned_and_kept(
     assert parts == KEPT.get(name, trained) and (parts <= trained)
     fresh = VideoRunner(load_backbone(clip_model))
     fresh.load(concept)
-    assert torch.equal(shown(fresh), made)  # what was saved is what is shown
+    assert torch.equal(shown(fresh), made)  # the saved concept reproduces the clip
     with fresh.backbone.active({}):
         without = fresh.make([fresh.backbone.placeholders["thing"].words or "a"], [0], SETTINGS)
         assert torch.isfinite(made).all() and without.shape == made.shape

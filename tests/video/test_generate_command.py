@@ -1,4 +1,4 @@
-"""`pcs video generate` with what steers a clip, and what is refused before a model is loaded."""
+"""`pcs video generate` with steering options, and what is refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Ask = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
-    """`pcs video generate …`: exit code and standard error."""
+    """Runs `pcs video generate …`; returns exit code and standard error."""
 
     def call(*arguments: Any) -> tuple[int, str]:
         capsys.readouterr()
@@ -82,8 +82,8 @@ def test_what_steers_is_refused_before_a_model_is_loaded(ask: Ask, given: Path, 
         (("--pan", "2,0"), "--pan '2,0': write RIGHT,DOWN, each between -1 and 1"),
         (("--first-frame", clip), "--first-frame: .*clip is a clip: give it as --prefix"),
         (("--prefix", photo), "--prefix: .*0.png is one picture: use --first-frame"),
-        (("--prefix", clip, "--first-frame", photo), "both say how the clip begins"),
-        (("--prefix-frames", 2), "--prefix-frames says how much of --prefix is used"),
+        (("--prefix", clip, "--first-frame", photo), "both set how the clip begins"),
+        (("--prefix-frames", 2), "--prefix-frames sets how much of --prefix is used"),
         (("--prefix", clip, "--prefix-frames", 9), "--prefix: .*clip holds 6 frames, and the first 9"),
         (("--out", given / "clip", "--invert", given / "clip" / "0.png", "--overwrite"), "clip"),
     ]:
@@ -106,7 +106,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may be loaded."""
+    """Fails if any model is loaded."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a network was loaded")
@@ -115,7 +115,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(ask: Callable[[int], Any], frames: int) -> str:
-    """The error for a number of frames, or nothing."""
+    """The error for a number of frames, or ""."""
     try:
         ask(frames)
     except ValueError as error:
@@ -126,7 +126,7 @@ def said(ask: Callable[[int], Any], frames: int) -> str:
 def test_a_model_s_folder_says_what_it_can_make(
     folders: dict[str, Path], clip_model: Path, picture_model: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    """As the model itself, once it is loaded, says."""
+    """The same as the loaded model itself."""
     cases = [(folders["wan"], None), (folders["ltx"], None), (clip_model, None), (picture_model, adapter_folder)]
     for source, adapter in cases:
         check = frame_check(source, adapter)

@@ -1,4 +1,4 @@
-"""A first frame, a prefix or a region of a clip that is kept: against diffusers' image-to-video pipelines."""
+"""A given first frame, prefix or region of a clip is kept: compared with diffusers' image-to-video pipelines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def latents(backbone: Any, settings: SamplingSettings, prompt: str = "a red mug"
 
 
 def test_ltx_is_told_that_a_first_frame_is_clean(photo: Path) -> None:
-    """As `LTXImageToVideoPipeline`, which starts from the same latents."""
+    """As in `LTXImageToVideoPipeline`, started from the same latents."""
     ltx = LTXBackbone(build_ltx(), "tiny")
     given = GivenFrames(path=photo)
     ours = latents(ltx, SamplingSettings("blurry", 4.0, 4, height=32, width=32, frames=9, hooks=(given,)))
@@ -82,7 +82,7 @@ def test_wan_with_a_time_per_token_is_told_so_too(photo: Path) -> None:
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=0)
 
 
-FRAMES = {"animatediff": (6, 3, 3), "wan": (9, 5, 2), "ltx": (17, 9, 2)}  # of a clip; of a prefix, in latents
+FRAMES = {"animatediff": (6, 3, 3), "wan": (9, 5, 2), "ltx": (17, 9, 2)}  # clip frames, clip latents, prefix latents
 
 
 def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
@@ -102,7 +102,7 @@ def test_a_prefix_stays_and_what_follows_follows_it(family: str, clip: Path, mak
 
 
 def test_a_region_of_a_clip_stays(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """The upper half, in the second and third frame alone."""
+    """The upper half, only in the second and third frame."""
     backbone = make("animatediff", make_tiny_sd)
     masks = torch.full((3, 9, 32, 32), -1.0)
     masks[:, 1:3, :16] = 1
@@ -178,7 +178,7 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
 
 
 def test_a_first_frame_that_is_given_while_learning_has_no_noise_and_no_loss(tmp_path: Path) -> None:
-    """Of clips as often as asked; a network that reads one time refuses it."""
+    """For the requested share of clips; a network with a single time per clip refuses it."""
     part, x = Uniform(clean_first_frame=0.25), noise(400, 1, 3, 1, 1)
     t = part.draw_times(400, torch.Generator().manual_seed(0), False)
     each = part.of_frames(t, x, torch.Generator().manual_seed(1))
@@ -191,7 +191,7 @@ def test_a_first_frame_that_is_given_while_learning_has_no_noise_and_no_loss(tmp
 
 
 def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_sd: Any) -> None:
-    """The whole step, against the loss of the noisy frame by hand."""
+    """The whole step, compared with the noisy frame's loss computed by hand."""
     folder = tmp_path / "clips"
     folder.mkdir()
     clip.rename(folder / "a")

@@ -1,4 +1,4 @@
-"""What is LTX's own: padding that is not looked at, positions in seconds, sizes that shift the noise, a decoder with noise."""
+"""What is specific to LTX: masked padding, positions in seconds, noise shifted by size, a decoder with noise."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_noise_is_shifted_by_the_number_of_tokens(ltx: LTXBackbone) -> None:
 
 def test_a_decoder_that_adds_noise_is_the_pipeline_s_and_the_same_each_time() -> None:
     ltx = LTXBackbone(build_ltx(timed_decoder=True), "tiny")
-    for module in ltx.vae.decoder.modules():  # at first they are 0
+    for module in ltx.vae.decoder.modules():  # they are initialised to 0
         for key in ("per_channel_scale1", "per_channel_scale2"):
             if getattr(module, key, None) is not None:
                 getattr(module, key).data.fill_(0.3)
@@ -116,7 +116,7 @@ def test_a_decoder_that_adds_noise_is_the_pipeline_s_and_the_same_each_time() ->
     ("change", "message"),
     [
         ({"in_channels": 8}, "the transformer reads 8 channels, and gets 4"),
-        ({"patch_size": 2, "in_channels": 16}, "patches of 1x2x2 are not covered"),
+        ({"patch_size": 2, "in_channels": 16}, "patches of 1x2x2 are not supported"),
     ],
 )
 def test_other_kinds_of_ltx_are_refused(change: dict[str, Any], message: str) -> None:

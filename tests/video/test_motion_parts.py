@@ -1,4 +1,4 @@
-"""The parts for motion alone: what weighs what, whose adapter is on when, one draw for a whole clip."""
+"""Parts for motion: weights of errors, which adapters are on when, one random draw for a whole clip."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_error_that_all_frames_share_weighs_less_than_one_of_each_frame() -> 
 
 
 def test_the_debiased_loss_counts_where_the_plain_one_does() -> None:
-    """With inside=0, outside=1 the subject of each frame is left out of both; errors there change neither."""
+    """With inside=0 and outside=1, both leave out the subject in each frame; errors there change neither."""
     objective, part = Denoising(inside=0, outside=1), AppearanceDebias(beta=1.0)
     draw = torch.Generator().manual_seed(0)
     target, error = torch.randn(2, 4, 6, 8, 8, generator=draw), torch.randn(2, 4, 6, 8, 8, generator=draw)
@@ -87,8 +87,8 @@ def run(backbone: Any, clip_folder: Path, tmp_path: Path, *settings: str, resume
 def test_each_clip_has_spatial_adapters_of_its_own(
     clips: AnimateDiffBackbone, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each step one clip's spatial adapters learn, on one frame, with the temporal ones off; then the temporal ones
-    learn from the clip while its spatial ones stay. Nothing of the other clip changes."""
+    """In each step one clip's spatial adapters learn from one frame, with the temporal ones off; then the temporal ones
+    learn from the clip while its spatial ones are fixed. Nothing of the other clip changes."""
     seen: list[tuple[int, dict[str, float]]] = []
     predict = AnimateDiffBackbone.predict
 
@@ -110,7 +110,7 @@ def test_each_clip_has_spatial_adapters_of_its_own(
 
     other = ({"spatial@1", "spatial@2"} - {own}).pop()
     assert moved(own) and moved("m") and not moved(other)
-    assert clips.strengths[own] == 0.0  # off again outside of its clip's steps
+    assert clips.strengths[own] == 0.0  # off again outside its clip's steps
     steps.close()
 
 
@@ -150,7 +150,10 @@ def test_the_spatial_path_rests_as_often_as_asked(
     [
         (("trainable.spatial=null",), "unknown group 'spatial'"),
         (("task.spatial=looks",), "no part has the optimizer group 'looks'. There are: spatial, temporal"),
-        (("trainable.spatial.per_source=false",), r"trainable\.spatial: .*each clip's own: per_source=true"),
+        (
+            ("trainable.spatial.per_source=false",),
+            r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true",
+        ),
         (("train.batch_size=2",), "a batch holds one picture or clip; set train.batch_size=1"),
     ],
 )
@@ -164,7 +167,7 @@ def test_paths_that_cannot_be_are_refused(
 def test_an_interrupted_run_equals_an_uninterrupted_one(
     make_tiny_sd: Callable[..., Any], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """k + m steps equal k steps, stop, resume, m steps, bit for bit: spatial adapters of single clips included."""
+    """k + m steps equal k steps, stop, resume, m steps, bit for bit, including the spatial adapters of each clip."""
 
     def fresh(folder: str, resume: bool = False) -> TrainingRun:
         backbone = AnimateDiffBackbone(build_animatediff(make_tiny_sd()), "tiny")

@@ -1,4 +1,4 @@
-"""A motion learned from clips and a thing from pictures, through the public face: files in, concepts, clips out."""
+"""A motion learned from clips and a subject from pictures, through the public interface: from files to concepts and clips."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def test_a_motion_is_learned_saved_and_shown(name: str, clip_model: Path, clip_f
     before = clips(fresh)
     assert not torch.allclose(made, before, atol=1e-3)
     fresh.load(read(out))
-    assert torch.equal(clips(fresh), made)  # what was saved is what is shown
+    assert torch.equal(clips(fresh), made)  # the saved concept reproduces the clip
     fresh.unload("slide")
     assert torch.equal(clips(fresh), before)
     meta = read(out).meta
     assert meta.kind == "motion" and meta.backbone.family == "animatediff"
     touched = [layer for layers in meta.layers.values() for layer in layers]
-    assert touched and all("motion_modules" in layer for layer in touched)  # what the clips look like is not kept
+    assert touched and all("motion_modules" in layer for layer in touched)  # the clips' looks are not kept
     assert sorted(r.file for r in meta.references) == ["a.mp4", "b"] and all(r.sha256 for r in meta.references)
 
 
 def test_a_motion_and_a_thing_learned_from_pictures_act_together(
     clip_model: Path, picture_model: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """The very folder that `pcs image` made names the thing in a clip, beside a motion."""
+    """The folder made by `pcs image` works unchanged in a clip, together with a motion."""
     photos = paint(tmp_path / "photos")
     settings = ["train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2", "preview.num=0"]
     settings += ["trainable.lora.lr=0.05", "sources.class_pictures=null", "regularize.prior=null"]
@@ -100,9 +100,9 @@ def test_a_model_of_pictures_gets_a_motion_module(
     assert torch.equal(clips(made), clips(whole))
     with pytest.raises(ValueError, match="makes pictures: give motion_adapter=FOLDER"):
         open_runner(VideoRunner, str(picture_model), [], "cpu")
-    with pytest.raises(ValueError, match="makes clips already; leave it out"):
+    with pytest.raises(ValueError, match="already makes clips: leave it out"):
         open_runner(VideoRunner, str(clip_model), [], "cpu", motion_adapter=adapter_folder)
-    with pytest.raises(ValueError, match=r"there is no diffusers MotionAdapter \(no config.json\)"):
+    with pytest.raises(ValueError, match=r"not a diffusers MotionAdapter: it has no config.json"):
         open_runner(VideoRunner, str(picture_model), [], "cpu", motion_adapter=tmp_path)
 
 
@@ -122,8 +122,8 @@ def test_clips_are_written_with_what_made_them(clip_model: Path, tmp_path: Path)
 def test_where_clips_cannot_go_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for files, count, message in (
-        (ClipFiles(tmp_path / "x.avi"), 1, "is written as .mp4, .gif or .webp"),
-        (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, and 2 clips are asked for"),
+        (ClipFiles(tmp_path / "x.avi"), 1, "can be written as .mp4, .gif or .webp"),
+        (ClipFiles(tmp_path / "x.mp4"), 2, "is one file, but there will be 2 clips"),
         (ClipFiles(tmp_path / "there.mp4"), 1, "already exists"),
         (ClipFiles(tmp_path / "x", kind="avi"), 1, "unknown format 'avi'"),
     ):

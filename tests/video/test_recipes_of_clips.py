@@ -1,4 +1,4 @@
-"""The shipped recipes of clips: they resolve, say where they come from, and are listed and shown."""
+"""The shipped recipes for clips: they resolve, name their papers, and are listed and shown."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_a_recipe_resolves_and_is_kept_as_it_is(name: str) -> None:
     full = written(name, "video", VideoRecipe)
     assert full.papers and full.title and recipe_files("video")[name].read_text().startswith("# ")
     assert all(paper.startswith("https://arxiv.org/abs/") for paper in full.papers)
-    assert recipe.train.steps <= full.train.steps  # the small world learns faster
+    assert recipe.train.steps <= full.train.steps  # the toybox learns faster
 
 
 def test_the_small_world_leaves_motions_on_motion_modules() -> None:
-    """The rules for pictures (LoRAs on all kinds of layer) are not those for clips."""
+    """The rules for pictures (LoRAs on all kinds of layers) do not apply to clips."""
     recipe = load("motion_director", (), "video", VideoRecipe)
     assert recipe.trainable["temporal"].places == ("temporal_attention", "temporal_feed_forward")
     assert recipe.train.resolution == 64 and recipe.sampling.steps == 25
@@ -35,7 +35,7 @@ def test_methods_lists_and_shows_them(capsys: pytest.CaptureFixture[str]) -> Non
     assert model_of("video") is VideoRecipe
     assert run(build(), ["methods"]) == 0
     listed = capsys.readouterr().out
-    assert "video: A motion apart from looks (test-time fine-tuning)" in listed and all(
+    assert "video: A motion separated from looks (test-time fine-tuning)" in listed and all(
         name in listed for name in SHIPPED
     )
     assert run(build(), ["methods", "show", "motion_director"]) == 0

@@ -1,4 +1,4 @@
-"""Boxes that say where a thing is to be: as they are written, and what attention makes of them."""
+"""Boxes that place a subject: how they are written, and their effect on attention."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def make(family: str, make_tiny_sd: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("family", BACKBONES)
 @torch.no_grad()
 def test_words_are_looked_at_inside_the_box_of_each_frame_alone(family: str, make_tiny_sd: Any) -> None:
-    """The maps, against the softmax of the plain maps' logarithms with the bias added by hand."""
+    """Compares the maps with the softmax of the plain maps' logarithms plus the bias."""
     backbone, prompts = make(family, make_tiny_sd), ["a red mug on a table", "a dog and a red mug"]
     side = 4 if family == "wan" else 8
     x = torch.randn(2, 4, *BACKBONES[family], side, side, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_words_are_looked_at_inside_the_box_of_each_frame_alone(family: str, mak
     times = [0, 2.5] if family == "wan" else list(range(frames))
     inside = box_masks(boxes.boxes["red mug"], [float(t) for t in times], *site.grid(side, side)).flatten(1)
     before, after = maps[0][name], maps[1][name]
-    if family == "wan":  # the frames of a row are one after another among its queries
+    if family == "wan":  # a row's queries list its frames one after another
         before, after = (m.unflatten(2, (frames, -1)).transpose(1, 2) for m in (before, after))
     else:
         before, after = (m.unflatten(0, (4, frames)) for m in (before, after))

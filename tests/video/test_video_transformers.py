@@ -1,4 +1,4 @@
-"""What holds for Wan (one expert and two) and LTX alike, on tiny networks of the real classes."""
+"""What Wan (with one and two experts) and LTX have in common, on tiny networks of the real classes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_pictures_are_clips_of_one_frame(backbone: Any) -> None:
 
 
 def test_clips_to_latents_and_back(backbone: Any) -> None:
-    """Against the autoencoder alone and the mean and spread of each channel that the tiny models state."""
+    """Compared with the autoencoder by itself and the tiny models' mean and spread of each channel."""
     frames, vae = frames_of(backbone), backbone.vae
     pixels = noise(2, 3, frames, 32, 32).clamp(-1, 1)
     mean = torch.tensor([0.3, -0.2, 0.1, 0.0]).view(1, -1, 1, 1, 1)
@@ -85,7 +85,7 @@ def test_clips_to_latents_and_back(backbone: Any) -> None:
         torch.testing.assert_close(backbone.decode(latents), vae.decode(posterior.mean).sample, atol=1e-4, rtol=0)
     pixels.requires_grad_(True)
     backbone.encode_pixels(pixels).square().sum().backward()
-    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # of every frame
+    assert pixels.grad is not None and bool((pixels.grad.abs().sum((0, 1, 3, 4)) > 0).all())  # in every frame
 
 
 def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
@@ -94,7 +94,9 @@ def test_frames_and_sizes_that_do_not_fit_are_refused(backbone: Any) -> None:
     for n in range(3):
         assert backbone.latent_shape(32, 48, n * r + 1) == (4, n + 1, 4, 6)
     for wrong, nearest in ((r, f"1 and {r + 1}"), (2 * r, f"{r + 1} and {2 * r + 1}"), (0, "1"), (-r, "1")):
-        with pytest.raises(ValueError, match=f"a clip of {wrong} frames .* {r}n \\+ 1 frames: nearest is {nearest}$"):
+        with pytest.raises(
+            ValueError, match=f"a clip of {wrong} frames .* {r}n \\+ 1 frames: the nearest is {nearest}$"
+        ):
             backbone.latent_shape(32, 32, wrong)
     with pytest.raises(ValueError, match="nearest is"):
         backbone.encode_pixels(torch.zeros(1, 3, r, 32, 32))
@@ -135,7 +137,7 @@ def test_roles_are_exact_and_apart_or_ports_that_say_whose_layers_they_borrow(ba
     ports: dict[str, set[tuple[str, str]]] = {}
     for role in (r for r in EXCLUSIVE if r in backbone.roles()):
         groups = backbone.group(role)
-        assert [g.component for g in groups] == networks(backbone)  # of every expert
+        assert [g.component for g in groups] == networks(backbone)  # in every expert
         for group in groups:
             for layer in ((group.component, m) for m in group.modules):
                 if group.resolution == "port":
@@ -173,7 +175,7 @@ def test_what_is_injected_acts_and_leaves_no_trace(backbone: Any, role: str) -> 
 
 
 def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
-    learn(backbone, roles=("attention",), min_rank=1)  # the rank at each row's own time, then and now
+    learn(backbone, roles=("attention",), min_rank=1)  # the rank follows each row's own time
     adapters = backbone.adapters["my-mug"]
     parameters = [p for a in adapters for p in a.parameters()]
     text = backbone.encode(["a mug", "a dog"])
@@ -183,7 +185,7 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
         return list(torch.autograd.grad(loss, parameters))
 
     plain = gradients()
-    assert all(bool((g != 0).any()) for g in plain)  # of every expert
+    assert all(bool((g != 0).any()) for g in plain)  # in every expert
     with recomputed(backbone, True):
         assert all(backbone.components[n].gradient_checkpointing for n in networks(backbone))
         for a, b in zip(plain, gradients(), strict=True):
@@ -194,7 +196,7 @@ def test_recomputed_layers_have_the_same_gradients(backbone: Any) -> None:
 def test_a_training_step_mixes_no_devices() -> None:
     for family in ("wan", "ltx"):
         backbone = FAMILIES[family]()
-        # UMT5 looks at the values of its mask, and here are none
+        # UMT5 reads the values of its mask, and meta tensors have none
         text_roles = ("text_encoder",) if family == "ltx" else ()
         Lora(rank=2, roles=("attention", *text_roles)).inject(backbone, "thing", "lora", 0)
         told = backbone.encode(["a photo of a mug", "a dog"])

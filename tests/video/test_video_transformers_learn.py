@@ -1,4 +1,4 @@
-"""Learning on Wan (one expert and two) and LTX: from pictures and clips, kept as concepts, exported for diffusers."""
+"""Learning on Wan (with one and two experts) and LTX: from pictures and clips, saved as concepts, exported to diffusers."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_a_step_on_clips_changes_the_adapter_alone(backbone: Any, longer_clips: 
 def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     backbone: Any, longer_clips: Path, tmp_path: Path
 ) -> None:
-    """MotionDirector's port trains where there is no layer for time alone: Q and K for the motion, in the blocks that are
-    asked for; what the clips look like elsewhere, and nothing of it in what is kept."""
+    """MotionDirector's port works without layers for time only: the motion goes into Q and K of the chosen blocks, the clips'
+    looks go elsewhere and are not kept."""
     settings = ("task.skip=0", "trainable.temporal.blocks=1", "noise.low=0.8", "trainable.spatial.rank=2")
     run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director_joint", *settings)
     finish(run)
@@ -98,7 +98,7 @@ def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
     moved = {
         n for a in backbone.adapters["m"] for n, v in a.state_dict().items() if "lora_B" in n and v.abs().max() > 0
     }
-    assert moved and all(n.startswith(networks(backbone)[0] + ".") for n in moved)  # the expert for much noise
+    assert moved and all(n.startswith(networks(backbone)[0] + ".") for n in moved)  # the expert for high noise
     assert any("self_attention" in note for note in run.ports)
 
 
@@ -111,7 +111,7 @@ def test_a_motion_can_be_kept_to_one_expert() -> None:
 def test_the_path_of_pictures_learns_the_frame_that_is_one(
     backbone: Any, longer_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A latent frame of several frames is no picture: MotionDirector's spatial path takes the first, each time."""
+    """A latent frame of several frames is not a picture: MotionDirector's spatial path always takes the first."""
     shown: list[Tensor] = []
     add_noise = type(backbone).add_noise
 
@@ -130,7 +130,7 @@ def test_the_path_of_pictures_learns_the_frame_that_is_one(
 
 
 def test_masks_of_clips_are_joined_as_the_autoencoder_joins_frames(backbone: Any, tmp_path: Path) -> None:
-    """A thing that is masked in the second frame alone is nowhere in the first latent frame, and in 1/r of the next."""
+    """A mask only in the second frame covers nothing of the first latent frame, and 1/r of the next."""
     frames = frames_of(backbone)
     mask = torch.zeros(1, frames, 32, 32)
     mask[:, 1, :16] = 1
@@ -171,7 +171,7 @@ def test_a_concept_is_saved_and_loaded(new: Callable[[], Any], tmp_path: Path) -
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_exports_are_what_diffusers_loads(new: Callable[[], Any], tmp_path: Path, dora: bool) -> None:
-    """Clips of the pipeline that loads the files by README's own lines are the clips that the concept makes here."""
+    """A pipeline that loads the files as the README says makes the same clips as the concept does here."""
     backbone = new()
     modifier = LearnableToken(vectors=2)
     words = modifier.attach(backbone, "Cup_2", "mug").words

@@ -1,4 +1,4 @@
-"""What is Wan's own: UMT5's zeros at the padding, two experts by noise, one time per token."""
+"""What is specific to Wan: UMT5's zeros at the padding, two experts by noise, one time per token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wan() -> WanBackbone:
 
 @pytest.fixture
 def experts() -> WanBackbone:
-    """They change at t = 700."""
+    """Two experts that change at t = 700."""
     return WanBackbone(build_wan(experts=2), "tiny")
 
 
@@ -107,7 +107,7 @@ def test_attention_of_both_experts_at_once_is_refused(experts: WanBackbone) -> N
 
 
 def test_one_time_per_token_is_the_pipeline_s(wan: WanBackbone) -> None:
-    """As Wan 2.2 5B is called."""
+    """As for Wan 2.2 5B."""
     backbone = WanBackbone(build_wan(time_per_token=True), "tiny")
     seen: list[Tensor] = []
     backbone.denoiser.register_forward_pre_hook(lambda m, a, k: seen.append(k["timestep"]), with_kwargs=True)
@@ -128,7 +128,7 @@ def test_both_experts_are_exported_each_to_a_file_that_says_how(experts: WanBack
 
 
 def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
-    """What the family's solver calls flow_shift is Euler's shift."""
+    """The family's solver calls it flow_shift, Euler's calls it shift."""
     assert make_scheduler(wan).config.flow_shift == make_scheduler(wan, "flow_euler").config.shift == 3.0
     settings = SamplingSettings("blurry", 4.0, 3, "flow_euler", height=32, width=32, frames=5)
     ours = sample(wan, ["a red mug", "a dog"], seeds=[3, 4], settings=settings)
@@ -141,7 +141,7 @@ def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
     ("change", "message"),
     [
         ({"in_channels": 8}, "the transformer reads 8 channels and gets 4"),
-        ({"image_dim": 8, "added_kv_proj_dim": 24}, "image to video is not"),
+        ({"image_dim": 8, "added_kv_proj_dim": 24}, "only text to video is supported"),
         ({"patch_size": (2, 2, 2)}, r"has patches of \[2, 2, 2\]"),
     ],
 )
@@ -156,5 +156,5 @@ def test_other_kinds_of_wan_are_refused(change: dict[str, Any], message: str) ->
 def test_a_missing_expert_is_refused() -> None:
     pipe = build_wan()
     pipe.register_to_config(boundary_ratio=0.9)
-    with pytest.raises(ValueError, match="has no transformer_2, which its boundary_ratio needs"):
+    with pytest.raises(ValueError, match="has no transformer_2, which its boundary_ratio requires"):
         WanBackbone(pipe, "tiny")

@@ -1,4 +1,4 @@
-"""LoRA files that other programs wrote for Wan and LTX: merged weights and diffusers' own loader are the oracles."""
+"""LoRA files from other programs for Wan and LTX: merged weights and diffusers' own loader are the oracles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random Wan and LTX pipelines of the real diffusers classes. Pictures are 32x32, latents 4x4x4."""
+"""Tiny random Wan and LTX pipelines, made of the real diffusers classes. Pictures are 32x32, latents 4x4x4."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build_wan(seed: int = 0, *, experts: int = 1, time_per_token: bool = False) 
 
 
 def build_ltx(seed: int = 0, *, timed_decoder: bool = False) -> Any:
-    """A fresh `LTXPipeline`: two blocks, 8n + 1 frames; `timed_decoder` as from version 0.9.1 on."""
+    """A fresh `LTXPipeline`: two blocks, 8n + 1 frames; `timed_decoder` as in version 0.9.1 and later."""
     from diffusers import (
         AutoencoderKLLTXVideo,
         FlowMatchEulerDiscreteScheduler,

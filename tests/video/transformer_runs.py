@@ -1,4 +1,4 @@
-"""Tiny backbones of video transformers, and what most tests do with them."""
+"""Tiny backbones of video transformers, and helpers for their tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2": lambda: WanBackbone(build_wan(experts=2), "tiny"),
     "ltx": lambda: LTXBackbone(build_ltx(), "tiny"),
 }
-TIMES = torch.tensor([900, 300])  # on both sides of where Wan 2.2's experts change
+TIMES = torch.tensor([900, 300])  # on both sides of the boundary between Wan 2.2's experts
 
 
 def frames_of(backbone: Any) -> int:

@@ -144,7 +144,7 @@ def load_clip_prompts(name: str | Path) -> ClipPromptSet:
     if text in clip_prompt_sets():
         path = FOLDER / f"{text}.yaml"
     if path.suffix.lower() not in (".yaml", ".yml", ".txt") or not path.is_file():
-        missing = " No such file either." if path.suffix else ""
+        missing = " There is no such file either." if path.suffix else ""
         raise ValueError(
             unknown(text, clip_prompt_sets(), "prompt set for clips")
             + missing

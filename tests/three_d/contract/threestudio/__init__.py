@@ -1,4 +1,4 @@
-"""What threestudio's documentation promises to extensions, and nothing more: a registry of classes by name."""
+"""Only what threestudio's documentation promises to extensions: a registry of classes by name."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Objects are made of a mapping, read strictly by their nested `Config`, and of what `configure` takes."""
+"""Objects are built from a mapping, parsed strictly by their nested `Config`, and the arguments of `configure`."""
 
 from dataclasses import dataclass
 
