@@ -9,6 +9,7 @@ from shared.benchmark.cross_modal_report import CrossModalReport, ModalityRow, S
 from shared.benchmark.cross_modal_scores import scores_of
 from shared.benchmark.modality import Asked, Modality
 from shared.config import unknown
+from shared.io.failures import of_the_disk
 from shared.io.outputs import atomic_folder, check_output
 from shared.metrics.instruments import load_instruments
 from shared.runner.bars import Bars
@@ -65,6 +66,8 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
             try:
                 row, of_it = scores_of(name, modality.make(inside, bars), tools, folder)
             except Exception as error:
+                if of_the_disk(error):
+                    raise
                 row, of_it = ModalityRow(name=name, failed=f"{type(error).__name__}: {error}"), []
             rows.append(row)
             shots += of_it

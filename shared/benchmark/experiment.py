@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from shared.benchmark.aggregate import Goal, aggregate
 from shared.benchmark.comparison_table import Comparison
+from shared.io.failures import of_the_disk
 from shared.io.locks import hold
 from shared.io.outputs import write_text
 from shared.metrics.report import SCHEMA_VERSION, Instrument, Report
@@ -151,6 +152,8 @@ class _Kept(Generic[R]):
         try:
             report = self.run(recipe, subject, folder / "work")
         except Exception as error:
+            if of_the_disk(error):
+                raise
             message = f"{type(error).__name__}: {error}"
             about = {"error": message, "traceback": traceback.format_exc(), "report": None}
             write_text(kept, json.dumps({"key": mark, "inputs": dict(key), **about}, indent=1, default=str))

@@ -53,7 +53,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 def of_the_machine(error: BaseException) -> bool:
     """Whether memory or the disk failed rather than the user's input: no file should be called damaged because of it."""
-    return out_of_memory(error) or system_error(error) in _OF_WRITING
+    return out_of_memory(error) or of_the_disk(error)
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether writing failed: where several things are made in turn, the next one would fail, too."""
+    return system_error(error) in _OF_WRITING
 
 
 def in_words(error: BaseException) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from shared.backbones.added_tokens import TokenOverlay
-from shared.benchmark.experiment import Experiment, benchmark
+from shared.benchmark.experiment import Experiment, benchmark, pictures
 from shared.cli import run
 from shared.io.decode import named_errors
 from shared.io.locks import holding
@@ -161,6 +163,25 @@ with holding():
     print("held", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_comparison_stops_where_the_disk_is_full_and_not_where_one_cell_needs_too_much_memory(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def cell(failure: Exception) -> Callable[..., Any]:
+        def run_cell(recipe: str, subject: str, folder: Path) -> Any:
+            ran.append(recipe)
+            raise failure
+
+        return run_cell
+
+    two = Experiment({"a": 1, "b": 2}, ["mug"], "a photo of a mug", range(1))
+    table: Any = pictures()
+    with pytest.raises(OSError, match="No space left"):
+        benchmark(cell(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), two, tmp_path / "full", table)
+    assert ran == ["a"] and not list((tmp_path / "full").rglob("cell.json"))
+    failures = benchmark(cell(MemoryError()), two, tmp_path / "small", table).failures
+    assert ran == ["a", "a", "b"] and len(failures) == 2
 
 
 def test_an_output_is_one_command_s_until_it_ends_or_is_killed(tmp_path: Path) -> None:
