@@ -133,7 +133,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         ),
         (
             (*CLASS, *TEMPORARY, "trainable.lora.adapter_set=frozen"),
-            r"trainable\.lora\.adapter_set = 'frozen': temporary parts are switched by that name",
+            r"trainable\.lora\.adapter_set = 'frozen': temporary parts use this name",
         ),
     ],
 )

@@ -171,7 +171,7 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
     with torch.no_grad():
         alike = clips.predict(x, torch.full((1, 3), 300), text)
     assert torch.equal(alike, clips.predict(x, torch.tensor(300), text).detach())
-    with pytest.raises(ValueError, match="animatediff reads one time for all frames of a clip"):
+    with pytest.raises(ValueError, match="animatediff takes one timestep for all frames of a clip"):
         clips.predict(x, torch.tensor([[0, 300, 300]]), text)
     with pytest.raises(ValueError, match=r"t is \[1, 2\], and must be a scalar or \[1\], or \[1, 3\]"):
         clips.add_noise(x, x, torch.tensor([[0, 300]]))
@@ -207,5 +207,5 @@ def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_
         torch.testing.assert_close(task.losses(state)["denoising"], by_hand)
     clips = make("animatediff", make_tiny_sd)
     run = run_on_clips(clips, folder, tmp_path / "other", 4, "animatediff_motion_lora", *settings)
-    with pytest.raises(ValueError, match="noise.clean_first_frame = 1: animatediff reads one time for all frames"):
+    with pytest.raises(ValueError, match="noise.clean_first_frame = 1: animatediff takes one timestep for all frames"):
         finish(run)
