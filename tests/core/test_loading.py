@@ -135,5 +135,5 @@ def test_one_file_does_not_ask_the_network_either(hub: str, tmp_path: Path) -> N
     safetensors.torch.save_file(
         {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(4)}, tmp_path / "one.safetensors"
     )
-    with pytest.raises(ValueError, match=r"one\.safetensors.*With --download"):
+    with pytest.raises(ValueError, match=r"one\.safetensors.*Use --download"):
         load_backbone(tmp_path / "one.safetensors")

@@ -166,9 +166,9 @@ def test_no_word_to_start_from_is_an_error(sd):
 
 def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
     LearnableToken().attach(sd, "a", "mug")
-    with pytest.raises(ValueError, match="'a' is already named here"):
+    with pytest.raises(ValueError, match="'a' is already attached"):
         LearnableToken().attach(sd, "a", "mug")
-    with pytest.raises(ValueError, match="'a' is already named here"):
+    with pytest.raises(ValueError, match="'a' is already attached"):
         RareToken().attach(sd, "a", "mug")
     assert list(sd.placeholders) == ["a"] and sd.tokens.tokens == ("<a>",)
 

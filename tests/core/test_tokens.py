@@ -122,7 +122,7 @@ def test_tokens_that_cannot_be_added(sd: StableDiffusionBackbone, tokens: tuple[
     with pytest.raises(ValueError, match=message):
         sd.add_placeholder(FixedPlaceholder("new", tokens))
     assert "new" not in sd.placeholders
-    with pytest.raises(ValueError, match="already named"):
+    with pytest.raises(ValueError, match="already attached"):
         sd.add_placeholder(FixedPlaceholder("taken", ()))
 
 
@@ -189,7 +189,7 @@ def test_words_are_found_whole_and_everywhere(family: str, request: pytest.Fixtu
     at = backbone.word_positions(prompts, END).int().argmax(1)
     assert at.tolist() == [int((row != tokenizer.pad_token_id).sum()) - (family == "flux") for row in ids]
     for nothing in ("", "  "):
-        with pytest.raises(ValueError, match="no words"):
+        with pytest.raises(ValueError, match="words must not be empty"):
             backbone.word_positions(prompts, nothing)
 
 

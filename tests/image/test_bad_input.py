@@ -152,7 +152,7 @@ def test_a_class_noun_that_is_needed(learning):
 
 
 def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
-    assert "no model at nowhere: there is no such file or folder" in learning("backbone=nowhere")
+    assert "no model at nowhere: no such file or folder" in learning("backbone=nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.txt").write_text("x")
     message = learning(f"backbone={tmp_path / 'model'}")

@@ -173,7 +173,7 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
     assert torch.equal(alike, clips.predict(x, torch.tensor(300), text).detach())
     with pytest.raises(ValueError, match="animatediff takes one timestep for all frames of a clip"):
         clips.predict(x, torch.tensor([[0, 300, 300]]), text)
-    with pytest.raises(ValueError, match=r"t is \[1, 2\], and must be a scalar or \[1\], or \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"t has shape \[1, 2\], but must be a scalar, \[1\], or \[1, 3\]"):
         clips.add_noise(x, x, torch.tensor([[0, 300]]))
 
 

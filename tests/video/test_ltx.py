@@ -73,7 +73,7 @@ def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
     with pytest.raises(ValueError, match="ltx: context_mask is missing: this network must know"):
         ltx.predict(x, t, replace(a, context_mask=None))
     wan = WanBackbone(build_wan(), "tiny")
-    with pytest.raises(ValueError, match="wan: context_mask is for a network that must know"):
+    with pytest.raises(ValueError, match="wan: context_mask is only for networks that need to know"):
         wan.predict(x, t, replace(wan.encode(["a mug"]), context_mask=a.context_mask))
 
 
