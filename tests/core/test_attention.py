@@ -325,7 +325,7 @@ def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -
     for where in (Where(scales=frozenset({16})), Watch(kinds=frozenset({"joint"}))):
         edit: Any = where if isinstance(where, Watch) else At(nothing, where)
         condition = "scale 16" if edit is not where else "kind joint"
-        refused = f"no attention layer is of {condition}. There are: cross at scale 1, cross at scale 2"
+        refused = f"no attention layer matches {condition}. Available: cross at scale 1, cross at scale 2"
         with pytest.raises(ValueError, match=refused), sd.attending(edit):
             pass
 

@@ -72,7 +72,7 @@ def test_class_pictures_of_a_subject_without_a_class_noun(tiny, photos, tmp_path
 
 def test_pictures_of_a_phase_that_does_not_come_before(tiny, photos, tmp_path):
     settings = ("phases.tune.sources.made.kind=phase_pictures", "phases.tune.sources.made.phase=tune")
-    refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* There are: pivot")
+    refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* Available: pivot")
 
 
 def test_a_picture_of_two_subjects_needs_a_mask_from_each(tiny, photos, bare, tmp_path):

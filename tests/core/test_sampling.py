@@ -156,7 +156,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
         return lambda: sample(sd, options.pop("prompts", PROMPTS), **{"seeds": SEEDS, "steps": 2, **options})
 
     for call, message in [
-        (ask(scheduler="dmp++"), r"unknown scheduler 'dmp\+\+'. Did you mean 'dpm\+\+'\? There are: ddim"),
+        (ask(scheduler="dmp++"), r"unknown scheduler 'dmp\+\+'. Did you mean 'dpm\+\+'\? Available: ddim"),
         (ask(scheduler="flow_euler"), "unknown scheduler 'flow_euler'"),
         (ask(prompts=["a mug " * 40]), "would cut"),
         (ask(negative="a mug " * 40), "would cut"),
@@ -173,7 +173,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
     flux = FluxBackbone(tiny_flux)
     with pytest.raises(ValueError, match="flux reads no negative prompt"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, negative="bad", height=32, width=32)
-    with pytest.raises(ValueError, match="There are: flow_euler, flow_euler_sde"):
+    with pytest.raises(ValueError, match="Available: flow_euler, flow_euler_sde"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, scheduler="ddim", height=32, width=32)
     assert "dpm++" in scheduler_names(sd) and set(scheduler_names(flux)) == set(FLOW)
 

@@ -154,13 +154,13 @@ class Holder(Part):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"type": "OTF"}, r"unknown adapter type 'OTF'\. Did you mean 'OFT'\? There are: BEFT, BOFT"),
+        ({"type": "OTF"}, r"unknown adapter type 'OTF'\. Did you mean 'OFT'\? Available: BEFT, BOFT"),
         (
             {"type": "PREFIX_TUNING"},
             r"'PREFIX_TUNING' cannot be used: it learns prompts for a language model.*Available:",
         ),
         ({"type": "OSF"}, "'OSF' cannot be used: .*it trains nothing on convolutions"),
-        ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*There are: alpha, .*\br\b"),
+        ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*Available: alpha, .*\br\b"),
         ({"type": "LORA", "settings": {"bias": "all"}}, "settings of LORA: unknown key 'bias'"),
         ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four': must have the type of peft's default, 8"),
         (

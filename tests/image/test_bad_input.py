@@ -118,7 +118,7 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
         ("trane.steps=3", "unknown key 'trane'. Did you mean 'train'?"),
         (
             "trainable.tokens.rate=3",
-            "trainable.tokens: unknown key 'rate'. There are: adapter_set, group, kind, lr, per_source, temporary, "
+            "trainable.tokens: unknown key 'rate'. Available: adapter_set, group, kind, lr, per_source, temporary, "
             "weight_decay",
         ),
         ("trainable.x.kind=lorra", "trainable.x: unknown kind 'lorra'. Did you mean 'lora'?"),
