@@ -36,7 +36,7 @@ def learning(refused, learn, tmp_path) -> Callable[..., str]:
 
 
 def test_no_pictures(refused, learn, learning, tmp_path):
-    assert "no pictures: give subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
+    assert "no pictures: set subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
     assert f"{tmp_path / 'gone'} does not exist" in learning(images=tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     assert f"no pictures in {tmp_path / 'empty'}: found nothing" in learning(images=tmp_path / "empty")
@@ -189,7 +189,7 @@ def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tm
     assert "choose auto, no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
     assert "--device 'tpu7' cannot be used here" in refused(*generate, "--device", "tpu7")
     assert "multiples of" in refused(*generate, "--height", 33)
-    assert "'x' is no strength" in refused(
+    assert "'x' is not a strength" in refused(
         "image", "generate", "a <mug>", "--concept", f"{mug}:x", "--out", tmp_path / "o"
     )
     assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
