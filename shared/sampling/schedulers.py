@@ -1,4 +1,4 @@
-"""Schedulers by name, built from a backbone's own configuration, as `X.from_config(pipe.scheduler.config)` is."""
+"""Schedulers by name, built from a backbone's own configuration, like `X.from_config(pipe.scheduler.config)`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def scheduler_names(backbone: Backbone) -> tuple[str, ...]:
-    """The names that `make_scheduler` knows for this backbone."""
+    """The names that `make_scheduler` accepts for this backbone."""
     return tuple(sorted(FLOW if backbone.prediction_type == "flow" else DIFFUSION))
 
 
 def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
-    """A fresh diffusers scheduler: the named one, or the backbone's own kind where no name is given.
+    """Makes a new diffusers scheduler: the named one, or the backbone's own kind if no name is given.
 
     Raises:
-        ValueError: on an unknown name; lists those that fit the family
+        ValueError: for an unknown name; lists those that fit the family
     """
     import diffusers
 
@@ -48,6 +48,8 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     if name not in choices:
         raise ValueError(f"{backbone.family}: {unknown(name, choices, 'scheduler')}")
     kind, settings = choices[name]
-    if "flow_shift" in default.config and "shift" not in default.config:  # the same by other names: UniPC's, Euler's
+    if (
+        "flow_shift" in default.config and "shift" not in default.config
+    ):  # the same setting, by UniPC's and Euler's names
         settings = {**settings, "shift": default.config["flow_shift"]}
     return getattr(diffusers, kind).from_config(default.config, **settings)

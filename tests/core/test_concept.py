@@ -335,7 +335,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {"text_encoder": torch.zeros(2, 99)}}),
-            r"embeddings of text_encoder are \[2, 99\], this model needs \[2, 16\]",
+            r"embeddings of text_encoder are \[2, 99\], but this model needs \[2, 16\]",
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}),

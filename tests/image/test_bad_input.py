@@ -90,7 +90,10 @@ def test_a_mask_of_another_size(learning, painted, tmp_path):
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
     message = learning(images=folder)
-    assert "masks/1.png is 30x32 pixels, and its picture" in message and "is 32x32: they must be of one size" in message
+    assert (
+        "masks/1.png is 30x32 pixels, but its picture" in message
+        and "is 32x32: they must have the same size" in message
+    )
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def test_an_unknown_role_scheduler_or_precision(learning):
 
 def test_a_class_noun_that_is_needed(learning):
     assert "no subject.class_noun" in learning(recipe="dreambooth_lora", noun="")
-    assert "give subject.class_noun or modifier.init" in learning(noun="")
+    assert "set subject.class_noun or modifier.init" in learning(noun="")
 
 
 def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
