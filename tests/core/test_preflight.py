@@ -53,7 +53,7 @@ def test_one_mask_of_several_is_enough_for_a_penalty_and_not_where_each_is_requi
     asked = ("train.batch_size=1", "train.steps=3", "trainable.tokens.lr=0.1")
     finish(session(tiny(), small("textual_inversion", LOCALISATION, *asked), folder, tmp_path / "run"))
     required = ("masks.given.require=true",)
-    refused("textual_inversion", required, tiny, folder, tmp_path / "no", "1.png has no mask, and this recipe requires")
+    refused("textual_inversion", required, tiny, folder, tmp_path / "no", "1.png has no mask, but this recipe requires")
 
 
 def test_a_folder_of_pictures(tiny, photos, tmp_path):

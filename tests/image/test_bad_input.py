@@ -223,7 +223,7 @@ def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
     assert "too long" in refused(*generate, "a <mug>", "--negative", "bad " * 60)
     assert "<nope>" in refused(*generate, "a <mug>", "--negative", "<nope>")
     message = refused(*generate, "a photo of a mug on the beach")
-    assert "'mug' is loaded but the prompt" in message and "write <mug>" in message
+    assert "'mug' is loaded, but the prompt" in message and "write <mug>" in message
     message = refused(*generate, "a photo of a <mug> and a <dog>")
     assert "names <dog>, which is not loaded; loaded concepts: <mug>" in message
     assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt"
