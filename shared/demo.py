@@ -109,7 +109,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
             else:
                 yield made
     yield f"page         {asked.out / 'index.html'}"
-    yield f"Scores on the toybox say little about full-size models. Done in {time.perf_counter() - start:.0f} s."
+    yield f"These are toy numbers: they come from the toybox. Done in {time.perf_counter() - start:.0f} s."
 
 
 def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:
