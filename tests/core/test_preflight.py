@@ -66,7 +66,7 @@ def test_a_folder_of_pictures(tiny, photos, tmp_path):
 def test_class_pictures_of_a_subject_without_a_class_noun(tiny, photos, tmp_path):
     subjects = {"mug": read_subject(photos)}
     recipe = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.words=sks")
-    with pytest.raises(ValueError, match=r"sources\.class_pictures: class pictures need .*'mug' has no"):
+    with pytest.raises(ValueError, match=r"sources\.class_pictures: class pictures use .*'mug' has no"):
         session(tiny(), recipe, photos, tmp_path / "run", subjects=subjects)
 
 

@@ -152,7 +152,7 @@ def test_folder_of_class_pictures(tmp_path: Path) -> None:
         list(Folder(images=str(real)).examples(two))
     with pytest.raises(ValueError, match=r"unknown subject 'c'. Available: a, b"):
         list(Folder(images=str(real), subject="c").examples(two))
-    with pytest.raises(ValueError, match=r"needs subject.class_noun, and 'b' has none"):
+    with pytest.raises(ValueError, match=r"needs subject.class_noun, but 'b' has none"):
         list(Folder(images=str(real), subject="b", prompt="a {class_noun}").examples(two))
     with pytest.raises(ValueError, match="nowhere does not exist"):
         list(Folder(images=str(tmp_path / "nowhere")).examples(context(tmp_path)))
@@ -241,7 +241,7 @@ def test_two_subjects_of_one_class_share_pictures_and_a_class_is_needed(tmp_path
     subjects = {"a": Subject((), "mug"), "b": Subject((), "mug"), "c": Subject((), "cat")}
     examples = list(Generated(num_images=2).examples(context(tmp_path, painter, subjects=subjects)))
     assert [e.owner for e in examples] == ["a", "a", "b", "b", "c", "c"] and painter.made == 4
-    with pytest.raises(ValueError, match=r"class pictures need 'a photo of a {class_noun}', and 'd' has no"):
+    with pytest.raises(ValueError, match=r"class pictures use 'a photo of a {class_noun}', but 'd' has no"):
         list(Generated().examples(context(tmp_path, painter, subjects={"d": Subject(())})))
 
 
