@@ -339,7 +339,7 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}),
-            "embeddings are for none, this model's are text_encoder",
+            "embeddings are for none, but this model needs text_encoder",
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "weights": {"w.unet.nowhere.weight": torch.ones(1)}}),

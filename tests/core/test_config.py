@@ -197,7 +197,7 @@ def test_a_file_holds_one_mapping(tmp_path):
         ("a: 1\n\tb: 2", "line 2"),
         (b"a: \xff\xfe", "not readable YAML"),
         ("- a\n- b", "mapping of keys, not a list"),
-        ("word", "holds str"),
+        ("word", "not a str"),
         ("a: 1\na: 2", "duplicate key 'a'"),
         ("train: {steps: 1, steps: 2}", "duplicate key 'steps'"),
         ("a: 1\n---\nb: 2", "line 2"),

@@ -183,7 +183,7 @@ def test_masks_of_another_size(tmp_path: Path) -> None:
     folder(tmp_path, "a.png")
     (tmp_path / "masks").mkdir()
     Image.new("L", (10, 20), 255).save(tmp_path / "masks/a.png")
-    with pytest.raises(ValueError, match=r"mask .*masks/a\.png is 10x20 pixels, but its picture .*a\.png is 48x32"):
+    with pytest.raises(ValueError, match=r"mask .*masks/a\.png is 10x20 pixels, and its picture .*a\.png is 48x32"):
         read_subject(tmp_path)
 
 

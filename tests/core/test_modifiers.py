@@ -198,7 +198,7 @@ def test_the_state_goes_round(sd):
     assert torch.equal(two.state_dict()["text_encoder"], one.state_dict()["text_encoder"])
     with pytest.raises(ValueError, match=r"are \[1, 16\], but this model needs \[2, 16\]"):
         two.load_state_dict({"text_encoder": torch.zeros(1, 16)})
-    with pytest.raises(ValueError, match="this model.s are text_encoder"):
+    with pytest.raises(ValueError, match="but this model needs text_encoder"):
         two.load_state_dict({"text_encoder_2": torch.zeros(2, 16)})
 
 

@@ -110,7 +110,7 @@ def test_tokens_are_matched_exactly(sd: StableDiffusionBackbone) -> None:
 
 REFUSED = [
     (("mug</w>",), "already in the vocabulary"),
-    (("<a b>",), "blanks"),
+    (("<a b>",), "whitespace"),
     (("<x>", "<x>"), "twice"),
     (("<taken>",), "already"),
 ]

@@ -90,10 +90,7 @@ def test_a_mask_of_another_size(learning, painted, tmp_path):
     (folder / "masks").mkdir()
     Image.new("L", (30, 32), 255).save(folder / "masks" / "1.png")
     message = learning(images=folder)
-    assert (
-        "masks/1.png is 30x32 pixels, but its picture" in message
-        and "is 32x32: they must have the same size" in message
-    )
+    assert "masks/1.png is 30x32 pixels, and its picture" in message and "is 32x32: they must be of one size" in message
 
 
 # --- names -----------------------------------------------------------------------------------
