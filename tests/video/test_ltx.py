@@ -70,7 +70,7 @@ def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
     with pytest.raises(ValueError, match="only some of them have this stream"):
         Conditioning.cat([a, replace(b, context_mask=None)])
     x, t = noise(1, 4, 2, 4, 4), torch.tensor(500)
-    with pytest.raises(ValueError, match="ltx: context_mask is missing: this network must know"):
+    with pytest.raises(ValueError, match="ltx: context_mask is missing: this network needs to know"):
         ltx.predict(x, t, replace(a, context_mask=None))
     wan = WanBackbone(build_wan(), "tiny")
     with pytest.raises(ValueError, match="wan: context_mask is only for networks that need to know"):
