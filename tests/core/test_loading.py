@@ -81,7 +81,7 @@ def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> Non
     for source, message in [
         (tmp_path / "nowhere", f"no such file or folder.*{families}"),
         (stray, f"no model_index.json. It contains: notes.txt.*{families}"),
-        (foreign, f"holds a KandinskyPipeline.*{families}"),
+        (foreign, f"contains a KandinskyPipeline.*{families}"),
         (broken, "not readable JSON"),
         (tmp_path / "model.ckpt", "not a .safetensors file"),
         (tmp_path / "model.safetensors", "cannot load"),

@@ -136,7 +136,7 @@ def test_positions_of_plain_words(sd: StableDiffusionBackbone) -> None:
 
 def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(2, 16)))
-    with pytest.raises(ValueError, match=r"vectors for text_encoder must be \[1, 16\]"):
+    with pytest.raises(ValueError, match=r"text_encoder vectors must be \[1, 16\]"):
         sd.encode(["<x>"])
 
 
