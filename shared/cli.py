@@ -1,4 +1,4 @@
-"""`pcs`: finds the commands that the installed packages offer (entry points `pcs.commands`) and turns errors into words.
+"""`pcs`: collects the commands of the installed packages (entry points `pcs.commands`) and turns errors into messages.
 
 Command modules import only the CLI library at the top; everything heavy is imported inside a command.
 """
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     import typer
 
 GROUP = "pcs.commands"
-_PRINTED: set[str] = set()  # the warnings that this command has printed
-_STOPPED = 130  # what typer returns, and a shell expects, after Ctrl-C
+_PRINTED: set[str] = set()  # warnings already printed by this command
+_STOPPED = 130  # what typer returns, and shells expect, after Ctrl-C
 
 
 def build() -> typer.Typer:
-    """The whole command tree. A package whose commands cannot be loaded is reported; the others work."""
+    """Builds the whole command tree. A package whose commands cannot be loaded is reported; the others still work."""
     from importlib.metadata import entry_points
 
     import typer
 
     app = typer.Typer(
         name="pcs",
-        help="Learn a subject from a few pictures, save it as a concept, generate it in new scenes, measure how well.",
+        help="Learn a subject from a few pictures, save it as a concept, generate it in new scenes, and measure the result.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -51,18 +51,18 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit code 0; 1 where the run failed, 2 where the user's input is wrong, 130 after Ctrl-C, 143 after SIGTERM, 129
-    after SIGHUP.
+    """Runs `pcs`. Exit code 0; 1 if the run failed, 2 for wrong user input, 130 after Ctrl-C, 143 after SIGTERM, 129 after
+    SIGHUP.
 
-    The signals end a command in the same way: what is half-written is removed, a training saves its state.
+    All these signals end a command in the same way: half-written files are removed, and training saves its state.
     """
     heed_stops()
     try:
         code = _main(arguments)
-    except KeyboardInterrupt:  # while the commands were found
+    except KeyboardInterrupt:  # while the commands were being collected
         print("stopped", file=sys.stderr)
         code = _STOPPED
-    if code == _STOPPED:  # past Python's own end, which reports SIGINT where the signal came inside an `exec`
+    if code == _STOPPED:  # skip Python's own exit, which reports SIGINT if the signal came inside an `exec`
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -76,9 +76,7 @@ def _main(arguments: list[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a name of somebody's file ends no command, whatever the terminal shows
+        if isinstance(stream, io.TextIOWrapper):  # an unprintable file name must not end a command
             stream.reconfigure(errors="backslashreplace")
     _PRINTED.clear()
     warnings.showwarning = _warn
@@ -88,7 +86,7 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
-    """Run one command line; its exit code. Errors of users become one message without a traceback."""
+    """Runs one command line and returns its exit code. User errors become one message without a traceback."""
     import click
     import typer
 
@@ -99,7 +97,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
             _check_bytes(argument)
         with holding():
             result: Any = typer.main.get_command(app)(args=arguments, standalone_mode=False)
-        if result == _STOPPED:  # Ctrl-C, as newer versions of typer return it; older ones raise Abort
+        if result == _STOPPED:  # Ctrl-C: newer versions of typer return this, older ones raise Abort
             print("stopped", file=sys.stderr)
         return result if isinstance(result, int) else 0
     except Exception as error:
@@ -119,8 +117,8 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 
 def _check_bytes(argument: str) -> None:
-    """ValueError for bytes that are not UTF-8, unless they are part of the name of a file or folder that is there: that
-    is the one thing that a system lets be called so."""
+    """Raises ValueError for bytes that are not UTF-8, unless they are part of the path of an existing file or folder: only
+    those may have such names."""
     if argument.isascii():
         return
     from shared.config import expanded
@@ -146,7 +144,7 @@ def _failed(error: Exception) -> int:
 
 
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    """Each warning once, however often and from wherever it comes."""
+    """Prints each warning only once, wherever it comes from."""
     text = _clean(message)
     if text not in _PRINTED:
         _PRINTED.add(text)
@@ -154,7 +152,7 @@ def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = N
 
 
 def _clean(text: Any) -> str:
-    from shared.io.terminal import printable  # pictures and concepts of others have their names and words in messages
+    from shared.io.terminal import printable  # messages can contain names from other people's files
 
     return printable(text)
 

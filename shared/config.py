@@ -1,4 +1,4 @@
-"""Configuration: YAML layers and `key=value` overrides become one validated model, with errors meant for users."""
+"""Configuration: merges YAML layers and `key=value` overrides into one validated model, with errors written for users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Part(BaseModel):
-    """Base of every part and of every group of settings: frozen, and strict about its keys."""
+    """Base of every part and every group of settings: frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
 
@@ -32,25 +32,25 @@ class Part(BaseModel):
 
 
 class KindPart(Part):
-    """Base of what the slots of a recipe hold: parts of several kinds."""
+    """Base of the parts in a recipe's slots, which come in several kinds."""
 
     kind: str
 
     @property
     def taxonomy(self) -> str:
-        """What it is called where recipes are compared."""
+        """Its name in comparisons of recipes."""
         return self.kind.replace("_", " ")
 
 
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
-    """One sentence: what is unknown, the nearest valid one, and all that there are."""
+    """An error text: what is unknown, the nearest valid name, and all valid names."""
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {value!r}.{hint} There are: {', '.join(names) or 'none'}."
+    return f"unknown {what} {value!r}.{hint} Available: {', '.join(names) or 'none'}."
 
 
-#: What a concept, a subject or a part may be called.
+#: Valid names of concepts, subjects and parts.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
@@ -61,7 +61,7 @@ def _kinds_from_keys(value: Any) -> Any:
         return value
     for key in value:
         if not re.match(NAME, str(key)):
-            raise ValueError(f"{str(key)!r} cannot be a part's name: letters, digits, - and _ only")
+            raise ValueError(f"{str(key)!r} cannot be a part's name: use only letters, digits, - and _")
     return {
         k: ({"kind": k, **v} if isinstance(v, Mapping) else v if v is not None else None)
         for k, v in value.items()
@@ -70,9 +70,9 @@ def _kinds_from_keys(value: Any) -> Any:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as a user writes it, its leading `~` or `~user` expanded, once: expanding what comes out changes nothing.
+    """Expands a leading `~` or `~user` in a path as a user writes it; expanding the result again changes nothing.
 
-    `./~` is the folder called `~`, and so is `~nobody` the one called so where there is no such user.
+    `./~` is the folder called `~`; `~nobody` is the folder of that name if there is no such user.
     """
     text = os.path.expanduser(os.fspath(path))
     out = Path(text)
@@ -83,11 +83,11 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str | os.PathLike):
         return value
     if not os.fspath(value) or "\0" in str(value):
-        raise ValueError("must name a file or folder")
+        raise ValueError("must be the path of a file or folder")
     return expanded(value)
 
 
-#: A file or folder as the user names it.
+#: The path of a file or folder, as the user writes it.
 PathText = Annotated[Path, BeforeValidator(_path)]
 #: A name, or a file or folder.
 NameOrPath = Annotated[str, BeforeValidator(lambda v: str(expanded(v)) if isinstance(v, str) and v[:1] == "~" else v)]
@@ -108,7 +108,7 @@ def _is_slot(mark: Any) -> bool:
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """For a slot that holds one part: which kind is meant where none is said (`noise.offset=0.1`)."""
+    """For a slot that holds one part: the kind to use if none is given (`noise.offset=0.1`)."""
 
     def fill(value: Any) -> Any:
         return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
@@ -118,7 +118,7 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def parts_of(kind: str) -> BeforeValidator:
-    """For a mapping of parts under free names: which kind is meant where none is said (`train.optimizers.main.eps=1e-6`)."""
+    """For a mapping of parts under free names: the kind to use if none is given (`train.optimizers.main.eps=1e-6`)."""
 
     def fill(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -130,8 +130,8 @@ def parts_of(kind: str) -> BeforeValidator:
 
 
 def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """Field -> the kind that is meant where none is said, of the slots that hold one part; nested as the fields are, "*"
-    for any key of a mapping of parts. For `merge`."""
+    """Field -> its default kind, for slots that hold one part; nested like the fields, with "*" for any key of a mapping of
+    parts. For `merge`."""
     out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         marks = [getattr(mark, "func", None) for mark in field.metadata]
@@ -147,11 +147,11 @@ def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The layer `over` laid on the layer `base`. Mappings merge; anything else replaces; a changed `kind` drops its
+    """Applies the layer `over` on top of the layer `base`. Mappings merge; anything else replaces; a changed `kind` drops its
     stale siblings.
 
     Args:
-        kinds: which kind is meant where none is said, by key, nested as the layers are, "*" for any key; else the key
+        kinds: default kinds by key, nested like the layers, with "*" for any key; without one, the key is the kind
     """
     kinds, out = kinds or {}, dict(base)
     for key, value in over.items():
@@ -167,18 +167,17 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     return out
 
 
-_MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes a second for each million
+_MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1 s per million
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data: tags run nothing, aliases (which can grow without bound, or hold themselves) and keys that come twice
-    are errors. Where YAML 1.1 reads 1e-4 as text, and no and 2024-01-01 as something else, here they are what they look
-    like."""
+    """Plain data: tags run no code; aliases (which can expand without bound, or contain themselves) and duplicate keys are
+    errors. Unlike in YAML 1.1, 1e-4 is a number, and no and 2024-01-01 are text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark
+                problem="aliases (*name) are not supported", problem_mark=self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
 
@@ -186,7 +185,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -204,15 +203,15 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """A value as YAML has it; "" where there is none. yaml.YAMLError on anything else."""
+    """Parses one YAML value; "" for blank text. yaml.YAMLError for invalid YAML."""
     return yaml.load(text, Loader=_Loader) if text.strip() else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping. ValueError on anything else; nothing in it is executed."""
+    """Reads a YAML file that holds one mapping. ValueError for anything else; nothing in it is executed."""
     size = path.stat().st_size
     if size > _MAX_YAML:
-        raise ValueError(f"{path} is {size:,} bytes, and at most {_MAX_YAML:,} are read: is it the file that you mean?")
+        raise ValueError(f"{path} has {size:,} bytes, and the limit is {_MAX_YAML:,}: is it the right file?")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except RecursionError:
@@ -225,7 +224,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of keys, and holds {type(data).__name__}")
+        raise ValueError(f"{path} must contain a mapping of keys, not a {type(data).__name__}")
     return data
 
 
@@ -233,7 +232,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """The validated model. ValueError with one line per problem: the key, the value, the choices."""
+    """Validates the data. ValueError with one line per problem: the key, the value, the choices."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -251,7 +250,7 @@ def _line(problem: Mapping[str, Any], data: Any) -> str:
         if inside or (isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node)):
             node = node[part]
         elif i < len(loc) - 1 or problem["type"] not in ("missing",):
-            continue  # the tag of a union: no key of the user's
+            continue  # the tag of a union, not one of the user's keys
         path.append(str(part))
     key = ".".join(path)
     value = problem.get("input")

@@ -1,8 +1,8 @@
-"""The demo: a held-out thing of the toybox, learned once, in everything that the installed packages make of it.
+"""The demo: a held-out thing of the toybox, learned once and used in every modality that is installed.
 
-A package offers its part by an entry point `pcs.demo`, named by the modality, whose value is a module with two functions:
-`check(asked)`, which refuses what cannot be done before anything is, and `show(asked, bars)`, which does it and yields lines
-to print and `Exhibit`s for the page. Parts come in the order of `ORDER`; a later one uses the concepts of an earlier one.
+A package adds its part with an entry point `pcs.demo`, named after the modality, whose value is a module with two functions:
+`check(asked)` refuses invalid requests before any work, and `show(asked, bars)` does the work and yields lines to print and
+`Exhibit`s for the page. Parts run in the order of `ORDER`; a later one uses the concepts of an earlier one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __all__ = ["Asked", "Bars", "DemoPart", "Exhibit", "parts", "run"]
 
 GROUP = "pcs.demo"
 ORDER = ("image", "video", "3d")
-_WIDEST = 1600  # pixels of a picture on the page
-_TILES = 5  # pictures in a row of the overview
+_WIDEST = 1600  # the maximum width in pixels of a picture on the page
+_TILES = 5  # pictures per row of the overview
 _TILE = 128  # pixels
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is shown, and where it goes."""
+    """What to show, and where to write it."""
 
     out: Path
     subject: str
@@ -58,36 +58,36 @@ class Asked:
 
     @property
     def concept(self) -> Path:
-        """Of the thing."""
+        """The concept's folder."""
         return self.out / f"my-{self.thing.thing.class_name}.concept"
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Something on the page: a PNG or an animated WebP, and the files of the demo's folder that say more about it."""
+    """An item on the page: a PNG or an animated WebP, with links to files in the demo's folder."""
 
     title: str
     file: Path
     text: str
     scores: Sequence[tuple[str, str]] = ()
-    more: Mapping[str, Path] = field(default_factory=dict)  # what a link says -> where it leads
-    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: its row of the overview; None: it has none
+    more: Mapping[str, Path] = field(default_factory=dict)  # link text -> target
+    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: its row of the overview; None: no row
 
 
 class DemoPart(Protocol):
-    """What a package's module offers."""
+    """The module that a package provides."""
 
     def check(self, asked: Asked) -> None:
-        """ValueError for what is unknown."""
+        """Raises ValueError for unknown names."""
         ...
 
     def show(self, asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-        """Does it; yields lines to print, and what the page shows."""
+        """Does the work; yields lines to print, and items for the page."""
         ...
 
 
 def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
-    """The parts of the installed packages in order, or the `chosen` ones. ValueError for one that none offers."""
+    """The parts of the installed packages in order, or only the `chosen` ones. ValueError for an unknown one."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -98,7 +98,7 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Does the parts of these names, or all; yields what was made. ValueError for what is unknown, or an `out` that exists."""
+    """Runs the named parts, or all; yields lines to print. ValueError for unknown names, or an `out` that exists."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
@@ -123,7 +123,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
     claim(asked.out, "overview.png")
     yield f"overview     {write_picture(contact_sheet(rows, _TILE), asked.out / 'overview.png')}"
     yield f"page         {asked.out / 'index.html'}"
-    yield f"These are toy numbers, of the toybox. Done in {time.perf_counter() - start:.0f} s."
+    yield f"These are toy numbers: they come from the toybox. Done in {time.perf_counter() - start:.0f} s."
 
 
 def _write_page(asked: Asked, exhibits: Sequence[Exhibit]) -> None:

@@ -1,7 +1,7 @@
 """The objects that pass between the parts of the suite: frozen dataclasses, shapes in comments.
 
 Legend: B batch, C channels, H and W pixels, h and w latent cells, L text tokens, D width of the text context, F frames,
-f latent frames. An axis in brackets is there for clips alone: [3, (F), H, W] is a picture [3, H, W] or a clip [3, F, H, W].
+f latent frames. An axis in parentheses exists only for clips: [3, (F), H, W] is a picture [3, H, W] or a clip [3, F, H, W].
 Pixels are float32 in [-1, 1] unless a name says otherwise; masks are float32 in [0, 1]; `t` is the model's own training
 time, in [0, 1000): for epsilon and v models a timestep, for flow matching 1000 * sigma.
 """
@@ -27,44 +27,44 @@ class Subject:
     """What the user gives: pictures or clips of one thing (or of one motion), and what kind of thing it is."""
 
     images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
-    class_noun: str = ""  # "mug"; empty where the concept has none (a style, a motion)
+    class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
     captions: Mapping[Path, str] = field(default_factory=dict)  # optional, by picture or clip
     masks: Mapping[Path, Path] = field(default_factory=dict)  # optional, by picture or clip
     clips: tuple[Path, ...] = ()  # files, or folders of frames
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Pictures and clips: all that is learned from."""
+        """All pictures and clips to learn from."""
         return (*self.images, *self.clips)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture or clip on its way into a batch. It may show several subjects, each with a mask of its own.
+    """One picture or clip on its way into a batch. It may show several subjects, each with its own mask.
 
-    Raises ValueError when pixels, masks and valid area are not of one size.
+    Raises ValueError when pixels, masks and valid area differ in size.
     """
 
     pixels: Tensor  # [3, (F), H, W] in [-1, 1]
-    caption: str  # may hold {concept}, {class_noun} or <name>; resolved by the prompt part
-    owners: tuple[str, ...]  # the subjects in it, the one that its caption names first
+    caption: str  # may contain {concept}, {class_noun} or <name>; resolved by the prompt part
+    owners: tuple[str, ...]  # the subjects in it; first the one that its caption names
     role: Role = "instance"
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [1, (F), H, W] in [0, 1]: where it is
     valid: Tensor | None = None  # [1, (F), H, W] in [0, 1]: where the picture is real (not padding)
-    source: str = ""  # the file or the recipe it came from; key of caches
-    user_caption: bool = False  # True: the caption is the user's own, templates do not replace it
+    source: str = ""  # the file or the recipe it came from; used as a cache key
+    user_caption: bool = False  # True: the caption is the user's own, and templates do not replace it
 
     def __post_init__(self) -> None:
         if not self.owners:
             raise ValueError(f"{self.source}: a picture needs an owner")
         if self.pixels.ndim not in (3, 4) or self.pixels.shape[0] != 3:
             shape = list(self.pixels.shape)
-            raise ValueError(f"{self.source}: pixels are [3, H, W], of a clip [3, F, H, W], and these are {shape}")
+            raise ValueError(f"{self.source}: pixels must be [3, H, W], for a clip [3, F, H, W], not {shape}")
         planes = {**{f"the mask of {n}": m for n, m in self.masks.items()}, "the valid area": self.valid}
         for what, plane in planes.items():
             if plane is not None and self.pixels.numel() and plane.shape != (1, *self.pixels.shape[1:]):
                 size = list(self.pixels.shape[1:])
-                raise ValueError(f"{self.source}: {what} is {list(plane.shape)}, and its picture {size}")
+                raise ValueError(f"{self.source}: {what} has shape {list(plane.shape)}, but its picture {size}")
 
     @property
     def owner(self) -> str:
@@ -76,7 +76,7 @@ class Example:
         return self.pixels.ndim == 4
 
     def frames(self) -> list[Example]:
-        """A clip's frames, each a picture with its masks. Only of a clip whose pixels are there."""
+        """A clip's frames as pictures with their masks. Only for clips whose pixels have not been dropped."""
         return [
             replace(
                 self,
@@ -89,7 +89,7 @@ class Example:
 
     @staticmethod
     def clip(frames: Sequence[Example]) -> Example:
-        """Pictures of one size as the frames of one clip; what they have besides is that of the first."""
+        """Joins pictures of one size into a clip; its other fields are those of the first."""
         valid = [f.valid for f in frames if f.valid is not None]
         return replace(
             frames[0],
@@ -100,7 +100,7 @@ class Example:
 
     @property
     def mask(self) -> Tensor | None:
-        """[1, (F), H, W]: where any of the subjects is; None where nothing says so."""
+        """[1, (F), H, W]: where any of the subjects is; None without masks."""
         return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
@@ -108,7 +108,7 @@ class Example:
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """A copy with every mask [1, H, W] (of a clip: of each frame) changed in the same way; itself without masks."""
+        """A copy with `change` applied to every mask [1, H, W] (for a clip, per frame); itself if it has no masks."""
         if not self.masks:
             return self
 
@@ -120,18 +120,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are trained on together. Raises ValueError when they are not of one number."""
+    """Rows that are trained on together. Raises ValueError when their counts differ."""
 
     captions: tuple[str, ...]  # B, fully expanded
-    owners: tuple[tuple[str, ...], ...]  # B; as of an example
+    owners: tuple[tuple[str, ...], ...]  # B; as in `Example`
     role: tuple[Role, ...]  # B
     latents: Tensor  # [B, C, (f), h, w]
     owner_masks: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # owner -> [B, 1, (f), h, w]; 0 where it is not in an example
-    mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: an example's masks together; 1 where nothing is masked
+    )  # owner -> [B, 1, (f), h, w]; all 0 for examples without it
+    mask: Tensor | None = None  # [B, 1, (f), h, w] in [0, 1]: the union of an example's masks; all 1 if it has none
     valid: Tensor | None = None  # [B, 1, (f), h, w]
-    pixels: Tensor | None = None  # [B, 3, (F), H, W], where a part asks for them (the need "pixels")
+    pixels: Tensor | None = None  # [B, 3, (F), H, W], if a part needs them (the need "pixels")
     sources: tuple[str, ...] = ()  # B: where each example came from
 
     def __post_init__(self) -> None:
@@ -139,20 +139,20 @@ class Batch:
         counts |= {"latents": len(self.latents), **{f"owner_masks.{n}": len(m) for n, m in self.owner_masks.items()}}
         counts |= {k: len(v) for k in ("mask", "valid", "pixels") if (v := getattr(self, k)) is not None}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"a batch holds different numbers of examples: {counts}")
+            raise ValueError(f"the fields of a batch have different numbers of examples: {counts}")
 
     @property
     def size(self) -> int:
         return len(self.captions)
 
     def with_role(self, role: Role) -> Tensor:
-        """Boolean [B] on the CPU: which examples have this role."""
+        """Bool [B] on the CPU: which examples have this role."""
         return torch.tensor([r == role for r in self.role])
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """One further stream of K/V next to the text (IP-Adapter and kin)."""
+    """An extra stream of keys and values next to the text (IP-Adapter and similar methods)."""
 
     tokens: Tensor  # [B, N, D]
     scale: float = 1.0
@@ -161,7 +161,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class SiteContext:
-    """Text context of one attention site, K and V apart (P+, NeTI, Perfusion)."""
+    """Text context of one attention site, with separate K and V (P+, NeTI, Perfusion)."""
 
     key: Tensor  # [B, L, D]
     value: Tensor  # [B, L, D]
@@ -169,7 +169,7 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told besides the noisy picture and the time."""
+    """The network's inputs besides the noisy picture and the time."""
 
     context: Tensor | Mapping[str, SiteContext]  # [B, L, D], or one per site name (see `Backbone.sites`)
     pooled: Tensor | None = None  # [B, P]: FLUX and SDXL
@@ -177,13 +177,13 @@ class Conditioning:
     token_positions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> bool [B, L]
     size_ids: Tensor | None = None  # [B, 6]: SDXL's sizes and crops
     regions: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> [B, 1, h, w]
-    context_mask: Tensor | None = None  # bool [B, L], False at padding, for networks that must not look at it (LTX)
+    context_mask: Tensor | None = None  # bool [B, L], False at padding, for networks that must not attend to it (LTX)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack along the batch, as classifier-free guidance does.
+        """Concatenates along the batch, as classifier-free guidance does.
 
-        Raises ValueError when the parts do not carry the same streams.
+        Raises ValueError when the parts do not have the same streams.
         """
         first = parts[0]
         sites = [set() if isinstance(p.context, Tensor) else set(p.context) for p in parts]
@@ -222,7 +222,7 @@ class Conditioning:
         )
 
     def per_site(self, sites: Sequence[str]) -> Conditioning:
-        """The same conditioning with its one context written out for each site."""
+        """The same conditioning with its single context repeated for each site."""
         if not isinstance(self.context, Tensor):
             return self
         return replace(self, context={s: SiteContext(self.context, self.context) for s in sites})
@@ -237,7 +237,7 @@ def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
     if all(t is None for t in tensors):
         return None
     if any(t is None for t in tensors):
-        raise ValueError("cannot batch conditionings of which only some carry this stream")
+        raise ValueError("cannot batch conditionings when only some of them have this stream")
     return torch.cat([t for t in tensors if t is not None])
 
 
@@ -256,14 +256,14 @@ def _cat_positions(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step as penalties see it. What a part declared as its needs is read through `need`."""
+    """One training step as penalties see it. A part reads its declared needs with `need`."""
 
     index: int
     batch: Batch
     backbone: Backbone
     conditioning: Conditioning
     noise: Tensor  # [B, C, (f), h, w]
-    t: Tensor  # [B]; [B, f] where frames of clips have times of their own
+    t: Tensor  # [B]; [B, f] if the frames of clips have different times
     x_t: Tensor  # [B, C, (f), h, w]
     prediction: Tensor  # [B, C, (f), h, w], in the backbone's own parametrisation
     target: Tensor  # [B, C, (f), h, w]

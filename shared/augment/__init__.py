@@ -1,4 +1,4 @@
-"""How an example changes each time it is drawn: flip, resize, colour, background."""
+"""Random changes to an example each time it is drawn: flip, resize, colour, background."""
 
 from __future__ import annotations
 

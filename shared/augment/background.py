@@ -1,4 +1,4 @@
-"""Another background behind the subject, so that the background is not learned."""
+"""Replaces the background behind the subject, so that it is not learned."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Fill = Literal["color", "noise", "grey"]
 
 
 class Background(Augmentation):
-    """Replaces what is outside the mask, with probability `p`, by one of `fills` (DreamTuner's random masking).
+    """Replaces everything outside the mask, with probability `p`, with one of `fills` (DreamTuner's random masking).
 
-    "color": one random colour; "noise": uniform noise per pixel; "grey": 0. Needs a mask on every example that it may
-    change: ValueError names the picture that has none. Captions that describe the background become untrue.
+    "color": one random colour; "noise": uniform noise per pixel; "grey": 0. Every example that it may change needs a mask;
+    ValueError names a picture without one. Captions that describe the background become wrong.
     """
 
     kind: Literal["background"] = "background"
@@ -32,7 +32,7 @@ class Background(Augmentation):
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
         if example.mask is None:
-            raise ValueError(f"augment background needs a mask for {example.source}: put it in masks/ beside it")
+            raise ValueError(f"augment background needs a mask for {example.source}: put it in masks/ next to it")
         if uniform(0, 1, generator) >= self.p:
             return example
         ground = self._ground(example.pixels, self.fills[integer(len(self.fills), generator)], generator)

@@ -1,4 +1,4 @@
-"""What every augmentation has in common."""
+"""The base class of all augmentations."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from shared.types import Example, Role
 
 
 class Augmentation(KindPart):
-    """Changes an example as it is drawn: picture, mask and valid area together, with the generator it is given.
+    """Changes an example as it is drawn: picture, mask and valid area together, with the given generator.
 
-    Runs after the prompt part (captions are filled) and after the masks.
+    Runs after the prompt part (captions are filled in) and after the masks.
     """
 
     roles: tuple[Role, ...] = ("instance", "prior")  # which examples are changed
 
     @property
     def random(self) -> bool:
-        """Whether two calls may differ; where nothing is random, latents are cached."""
+        """Whether two calls may differ; if no augmentation is random, latents are cached."""
         return True
 
     def __call__(self, example: Example, generator: torch.Generator) -> Example:
-        """The changed example; examples of other roles pass as they are. All frames of a clip are changed alike."""
+        """Returns the changed example; other roles are passed through. All frames of a clip are changed alike."""
         if example.role not in self.roles:
             return example
         if not example.is_clip:
@@ -34,15 +34,15 @@ class Augmentation(KindPart):
         return Example.clip(frames)
 
     def apply(self, example: Example, generator: torch.Generator) -> Example:
-        """A picture, changed."""
+        """Changes a picture."""
         raise NotImplementedError
 
 
 def uniform(low: float, high: float, generator: torch.Generator) -> float:
-    """One number from [low, high)."""
+    """Draws a number from [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def integer(limit: int, generator: torch.Generator) -> int:
-    """One of 0 … limit - 1."""
+    """Draws an integer from 0 … limit - 1."""
     return int(torch.randint(limit, (), generator=generator))

@@ -1,4 +1,4 @@
-"""Small changes of light."""
+"""Small changes in brightness, contrast and saturation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class ColorJitter(Augmentation):
-    """Brightness, contrast and saturation, each by a factor from [1 - a, 1 + a]; padding keeps its grey.
+    """Multiplies brightness, contrast and saturation by factors from [1 - a, 1 + a]; padding stays grey.
 
-    Keep them small: colour is a part of most things' identity.
+    Keep them small: colour is part of most subjects' identity.
     """
 
     kind: Literal["color_jitter"] = "color_jitter"

@@ -1,4 +1,4 @@
-"""Mirror left and right."""
+"""Mirrors pictures left to right."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SIDES = re.compile(r"\b(left|right|leftmost|rightmost)\b", re.IGNORECASE)
 
 
 class Flip(Augmentation):
-    """Mirrors with probability `p`, except a picture whose caption says left or right: that would become untrue.
+    """Mirrors with probability `p`, except pictures whose captions mention left or right, which would become wrong.
 
-    Things with writing or asymmetric parts on them should not be flipped at all.
+    Do not flip subjects with text or asymmetric parts.
     """
 
     kind: Literal["flip"] = "flip"

@@ -1,4 +1,4 @@
-"""Custom Diffusion's resizing: the thing smaller or larger in the frame, and said so in the caption."""
+"""Custom Diffusion's resizing: makes the subject smaller or larger in the frame, and adds this to the caption."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from shared.types import Example, Role
 
 
 class RandomResize(Augmentation):
-    """Resizes the picture by a factor from `scale` and places it, or a cut of it, at random (arXiv 2212.04488, 3.2).
+    """Resizes the picture by a factor from `scale` and places it, or a crop of it, at random (arXiv 2212.04488, 3.2).
 
-    Below `small_below` one of `small_words` joins the caption, above 1 one of `large_words`; an empty caption stays
-    empty. What is not picture is grey, and 0 in `valid`; `margin` pixels of the picture's rim count as invalid too,
-    because the autoencoder mixes them with the padding. The reference code draws sizes from two ranges; the paper's one
-    range is used.
+    Below `small_below`, one of `small_words` is added to the caption, above 1 one of `large_words`; an empty caption stays
+    empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is invalid too, because the
+    autoencoder mixes it with the padding. Sizes are drawn from one range as in the paper; its code uses two.
     """
 
     kind: Literal["random_resize"] = "random_resize"
@@ -35,7 +34,7 @@ class RandomResize(Augmentation):
     def _ordered(self) -> RandomResize:
         low, high = self.scale
         if not 0.05 <= low <= high <= 8:
-            raise ValueError(f"scale must be two factors from 0.05 to 8, the smaller first, not {low}, {high}")
+            raise ValueError(f"scale must be two factors from 0.05 to 8, smaller first, not {low}, {high}")
         return self
 
     @property
@@ -68,12 +67,12 @@ class RandomResize(Augmentation):
 
 
 def resized(plane: Tensor, size: tuple[int, int], mode: str, low: float) -> Tensor:
-    """[C, H, W] at another (height, width), anti-aliased; values stay in [low, 1]."""
+    """Resizes [C, H, W] to (height, width), anti-aliased; values are clamped to [low, 1]."""
     return F.interpolate(plane[None], size=size, mode=mode, antialias=True, align_corners=False)[0].clamp(low, 1)
 
 
 def placed(plane: Tensor, height: int, width: int, top: int, left: int) -> Tensor:
-    """A plane set into a frame of zeros at (top, left), or, where it is larger, cut from there."""
+    """Puts a plane into a frame of zeros at (top, left), or crops it from there if it is larger."""
     h, w = plane.shape[-2:]
     if h >= height:
         return plane[:, top : top + height, left : left + width].contiguous()

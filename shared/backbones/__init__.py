@@ -1,4 +1,4 @@
-"""The model families behind one protocol. Importing this loads no model library."""
+"""Model families behind one protocol. Importing this loads no model library."""
 
 from __future__ import annotations
 

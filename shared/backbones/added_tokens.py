@@ -1,9 +1,9 @@
-"""The token overlay: words that a base model does not have, without touching its embedding table or its tokenizer.
+"""The token overlay: adds words to a base model without touching its embedding table or its tokenizer.
 
 Added tokens get ids after the base vocabulary, in a copy of the tokenizer. The text encoder never sees those ids: it
-is given a harmless base id in their place, and while it runs a hook puts the learned vectors where those ids were. So
-tables keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations (`argmax` of the
-ids) stays right, and when the last token leaves, everything is what it was.
+gets a harmless base id in their place, and while it runs a hook inserts the learned vectors at those positions. So tables
+keep their size, gradients reach the vectors, the end-of-text pooling of old CLIP configurations (`argmax` of the ids)
+stays correct, and removing the last token restores the original state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from shared.io.terminal import check_utf8
 
-#: Stands for the token that ends the text, wherever words are asked for. No learned token holds blanks, so it is none.
+#: Stands for the end-of-text token wherever words are expected. No learned token contains whitespace, so none can equal it.
 END = "<end of text>"
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Prompts as one text encoder reads them, padded to its length."""
+    """Prompts tokenized for one text encoder, padded to its length."""
 
     ids: Tensor  # [B, L], added tokens with their own ids
     mask: Tensor  # [B, L], 1 at text, 0 at padding
@@ -37,7 +37,7 @@ class TokenOverlay:
 
     Args:
         tokenizers: the base tokenizers; never changed
-        max_length: tokens per prompt that each text encoder reads, specials included
+        max_length: tokens per prompt that each text encoder reads, including special tokens
     """
 
     def __init__(self, tokenizers: Mapping[str, Any], max_length: Mapping[str, int]) -> None:
@@ -47,18 +47,18 @@ class TokenOverlay:
         self.tokens: tuple[str, ...] = ()
 
     def check_new(self, tokens: Sequence[str]) -> None:
-        """Raises ValueError when a token is empty, has blanks, comes twice, or is taken."""
+        """Raises ValueError when a token is empty, contains whitespace, is repeated, or is taken."""
         for i, token in enumerate(map(check_utf8, tokens)):
             if not token or any(c.isspace() for c in token):
-                raise ValueError(f"token {token!r} must not be empty or hold blanks")
+                raise ValueError(f"token {token!r} must not be empty or contain whitespace")
             if token in tokens[:i]:
-                raise ValueError(f"token {token!r} is named twice")
+                raise ValueError(f"token {token!r} is listed twice")
             for component, tokenizer in self.current.items():
                 if token in tokenizer.get_vocab():
-                    raise ValueError(f"token {token!r} is already in the vocabulary of {component}: choose another")
+                    raise ValueError(f"token {token!r} is already in the vocabulary of {component}; choose another")
 
     def set(self, tokens: Sequence[str]) -> None:
-        """The base tokenizers plus exactly these tokens, matched exactly (case, hyphens and digits count)."""
+        """Resets to the base tokenizers plus these tokens, matched exactly (case, hyphens and digits count)."""
         self.tokens = tuple(tokens)
         if not tokens:
             self.current = dict(self.base)
@@ -72,9 +72,9 @@ class TokenOverlay:
             self.current[component] = fresh
 
     def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
-        """`prompts` padded and cut to the encoder's length, as diffusers' pipelines do it."""
+        """Tokenizes `prompts`, padded and truncated to the encoder's length as in diffusers' pipelines."""
         out = self.current[component](
-            [check_utf8(prompt) for prompt in prompts],  # tokenizers call anything else a wrong type
+            [check_utf8(prompt) for prompt in prompts],  # on bad text, tokenizers only complain of a wrong type
             padding="max_length",
             max_length=self.max_length[component],
             truncation=True,
@@ -83,7 +83,7 @@ class TokenOverlay:
         return Tokenized(out.input_ids.to(device), out.attention_mask.to(device))
 
     def overflow(self, component: str, prompt: str) -> str:
-        """What of `prompt` this encoder would not read; empty when all fits."""
+        """The end of `prompt` that this encoder would truncate; "" if it all fits."""
         tokenizer = self.current[component]
         room = self.max_length[component] - tokenizer.num_special_tokens_to_add()
         out = tokenizer(check_utf8(prompt), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -96,7 +96,7 @@ class TokenOverlay:
         return [self.current[component].convert_tokens_to_ids(t) for t in tokens]
 
     def find(self, component: str, ids: Tensor, tokens: Sequence[str], words: str) -> Tensor:
-        """Bool [B, L]: where a concept stands: its added tokens where it has some, else all places of its `words`."""
+        """Bool [B, L]: the positions of a concept: of its added tokens if it has any, else every occurrence of its `words`."""
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
         positions = torch.zeros_like(ids, dtype=torch.bool)
@@ -112,14 +112,14 @@ class TokenOverlay:
         return positions
 
     def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
-        """Bool [B, L] on the CPU: where whole `words` stand in prompts as this encoder reads them; all places, none of them
-        where the words are only a part of others, or cut. Added tokens count as words.
+        """Bool [B, L] on the CPU: every position of the whole `words` in prompts as this encoder reads them. Matches inside
+        longer words, or truncated ones, do not count. Added tokens count as words.
 
         Args:
-            words: text, in any case; or END, the token that ends the text
+            words: text, in upper or lower case; or END, the end-of-text token
 
         Raises:
-            ValueError: when there are no words
+            ValueError: when `words` is empty
         """
         length = self.max_length[component]
         out = self.current[component](
@@ -133,15 +133,15 @@ class TokenOverlay:
         for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
             spans = [
                 (a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets
-            ]  # T5's may hold the blank
+            ]  # T5's may include the space
             starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
             for start, end in (match.span() for match in pattern.finditer(prompt)):
-                if start in starts and end in ends:  # else it is inside of another token
+                if start in starts and end in ends:  # else it is inside another token
                     positions[row] |= torch.tensor([start <= a < b <= end for a, b in spans])
         return positions
 
     def filler(self, component: str) -> int:
-        """A base id to stand where an added token is: the first that is no special token."""
+        """A base id to put in place of an added token: the first that is not a special token."""
         special = set(self.base[component].all_special_ids)
         return next(i for i in range(len(special) + 1) if i not in special)
 
@@ -149,26 +149,26 @@ class TokenOverlay:
         """Base ids of `words` without special tokens. ValueError when there are none."""
         ids = self.base[component](check_utf8(words), add_special_tokens=False)["input_ids"]
         if not ids:
-            raise ValueError(f"{words!r} holds no word that {component} could read")
+            raise ValueError(f"{words!r} contains no word that {component} can read")
         return list(ids)
 
     def pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """What the base tokenizer makes of `words`, without its marks for word borders."""
+        """The base tokenizer's pieces of `words`, without its word-boundary marks."""
         pieces = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
         return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in pieces) if p)
 
 
 def _whole(words: str, exact: bool) -> re.Pattern[str]:
-    """Finds `words` with any blanks between them, and no letter or digit right before or after."""
+    """A pattern for `words` with any whitespace between them, and no letter or digit right before or after."""
     parts = check_utf8(words).split()
     if not parts:
-        raise ValueError("the positions of no words were asked for")
+        raise ValueError("words must not be empty: their positions in a prompt are needed")
     before, after = (r"(?<!\w)" if words.strip()[0].isalnum() else "", r"(?!\w)" if words.strip()[-1].isalnum() else "")
     return re.compile(before + r"\s+".join(map(re.escape, parts)) + after, 0 if exact else re.IGNORECASE)
 
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Index into `token_ids` at every place of `ids`, or -1: [B, L]."""
+    """Index into `token_ids` at every position of `ids`, or -1: [B, L]."""
     out = torch.full_like(ids, -1)
     for i, token in enumerate(token_ids):
         out[ids == token] = i
@@ -182,7 +182,7 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
     Args:
         embedding: the token embedding; its output is [B, L, d]
         places: [B, L], index into the vectors, or -1
-        vectors: [n, d], or [B, n, d] where every sample has its own; differentiable
+        vectors: [n, d], or [B, n, d] if each sample has its own; differentiable
     """
 
     def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Vectors of several placeholders as one table: [N, d], or [B, N, d] as soon as one of them has vectors per sample."""
+    """Vectors of several placeholders as one table: [N, d], or [B, N, d] if any of them has vectors per sample."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)
@@ -209,7 +209,7 @@ def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
 def same_embeddings(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Whether two sets of vectors give the same encoding *and* the same gradients, so that one run serves both.
 
-    Rows that are learned are the same only when they are the same memory: sites that start equal must learn apart.
+    Trainable rows are the same only if they share memory: sites that start equal must be able to diverge.
     """
 
     def equal(x: Tensor, y: Tensor) -> bool:

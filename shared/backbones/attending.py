@@ -1,4 +1,4 @@
-"""The one owner of attention: who changes it, who watches it, and how it is computed. Nothing else sets a processor."""
+"""The one owner of attention: applies edits, records maps, and chooses the computation. Nothing else sets a processor."""
 
 from __future__ import annotations
 
@@ -31,27 +31,26 @@ class Attending:
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """[B], the times of the prediction under way; None outside of one."""
+        """[B], the times of the current prediction; None outside one."""
         return self._predictions.time
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """A context for later, in which layers run again as of the prediction that is under way now."""
+        """A context to enter later, in which layers run again as they did in the current prediction."""
         return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
-        """Inside, attention layers compute with these edits, in their order, and keep the maps that are watched.
+        """Inside, attention layers apply these edits in order, and record the maps that are watched.
 
-        A plain edit acts at every site, `At(edit, where)` at some; layers that nobody edits or watches keep their own fast
-        processor. Blocks nest: inner edits come after outer ones, and outer records go on. Processors come back as the
-        same objects, also after exceptions. With gradient checkpointing, stay inside until the backward pass is over:
-        it runs the layers again.
+        A plain edit acts at every site, `At(edit, where)` at some; layers that are neither edited nor watched keep their own
+        fast processor. Blocks nest: inner edits come after outer ones, and outer records continue. The original processor
+        objects are restored, also after exceptions. With gradient checkpointing, stay inside until the backward pass has
+        finished, because it runs the layers again.
 
-        A layer that carries a processor other than diffusers' default, somebody's own, is never replaced: an edit or
-        record for it is refused.
+        A custom processor (anything but diffusers' default) is never replaced: an edit or record for its layer is refused.
 
         Raises:
-            ValueError: when an edit or watch matches no site, or a site of it carries a processor of somebody's own
+            ValueError: when an edit or watch matches no site, or one of its sites has a custom processor
         """
         record = Record({s.name: s for s in self.sites() if any(isinstance(e, Watch) and s in e for e in edits)})
         plans = self._plans(edits, record)
@@ -69,12 +68,12 @@ class Attending:
                 self._predictions.forget()
 
     def _layers(self, site: Site) -> list[Any]:
-        """The layer of a site; of a model with several denoisers, that of each."""
+        """The layer of a site: one in each denoiser."""
         return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
 
     @property
     def _is_attended(self) -> bool:
-        """Whether any layer is edited or watched now."""
+        """Whether any layer is currently edited or watched."""
         return any(_plan(layer) is not None for site in self.sites() for layer in self._layers(site))
 
     def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record) -> list[tuple[Any, Any]]:
@@ -83,7 +82,7 @@ class Attending:
             where = edit.where if isinstance(edit, At) else edit
             if isinstance(where, Where) and not any(s in where for s in self.sites()):
                 choices = ", ".join(sorted({f"{s.kind} at scale {s.scale}" for s in self.sites()}))
-                raise ValueError(f"{self.family}: no attention layer is of {where}. There are: {choices}.")
+                raise ValueError(f"{self.family}: no attention layer matches {where}. Available: {choices}.")
         out = []
         for site in self.sites():
             chosen = [e.edit if isinstance(e, At) else e for e in edits if not isinstance(e, Watch) and _acts(e, site)]
@@ -94,8 +93,8 @@ class Attending:
                 kind = self._processor_for(layer)
                 if kind is None:
                     raise ValueError(
-                        f"{self.family}: {site.name} computes with {type(layer.processor).__name__}, which is not "
-                        f"diffusers' default: it cannot be edited or watched"
+                        f"{self.family}: {site.name} has the processor {type(layer.processor).__name__}, which is not "
+                        f"diffusers' default, so it cannot be edited or watched"
                     )
                 plan = _plan(layer) or Plan(site, self._predictions)
                 joined = ((*plan.edits, *chosen), (*plan.records, *records))
@@ -103,7 +102,7 @@ class Attending:
         return out
 
     def _processor_for(self, layer: Any) -> type[Processor] | None:
-        """The processor of ours that computes what this layer's does; None for a layer with one of somebody's own."""
+        """Our processor class for this layer's computation; None for a layer with a custom processor."""
         return type(layer.processor) if isinstance(layer.processor, Processor) else _processor_of(layer)
 
 
@@ -112,7 +111,7 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 
 def _plan(layer: Any) -> Plan | None:
-    """What is already planned for a layer by an outer block."""
+    """The plan that an outer block has set for a layer."""
     return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 

@@ -1,4 +1,4 @@
-"""What changes attention; `Backbone.attending` applies it."""
+"""Edits of attention, applied by `Backbone.attending`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shared.backbones.attention_sites import Site, Where
 
 
 class Edit(Protocol):
-    """Changes what an attention layer computes with."""
+    """Changes the inputs of an attention layer's computation."""
 
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The same, changed: q [B, H, Lq, d], k and v [B, H, Lk, d], and what is added to the scores before the softmax,
-        [B or 1, H or 1, Lq or 1, Lk] or None. Lk may change, the other sizes may not. It runs again, with the same
-        arguments, where a forward pass is recomputed."""
+        """Returns changed q [B, H, Lq, d], k and v [B, H, Lk, d], and the bias added to the scores before the softmax,
+        [B or 1, H or 1, Lq or 1, Lk] or None. Lk may change, other sizes may not. When a forward pass is recomputed, it is
+        called again with the same arguments."""
         ...
 
 

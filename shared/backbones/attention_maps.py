@@ -1,4 +1,4 @@
-"""What attention was seen: the maps that are asked for, and their record."""
+"""Attention maps: which ones to record, and the record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.backbones.attention_sites import Site, Where
 
 @dataclass(frozen=True)
 class Watch(Where):
-    """Asks for the maps of some sites: the softmax's probabilities, after all edits, float32, differentiable."""
+    """Requests the maps of some sites: softmax probabilities after all edits, float32, differentiable."""
 
     heads: Literal["mean", "all"] = "mean"
-    #: Which prediction's maps stay where several are made: a penalty's own further predictions must not replace what it
-    #: is to read. A forward pass that is recomputed for its gradient belongs to no new prediction, and overwrites.
+    #: Which maps to keep when there are several predictions: a penalty's own extra predictions must not replace the maps it
+    #: reads. A forward pass recomputed for its gradient is not a new prediction, and overwrites.
     keep: Literal["first", "last"] = "last"
 
 
@@ -25,17 +25,17 @@ class Watch(Where):
 class Record(Mapping[str, Tensor]):
     """Attention maps by site name, in the order of the forward pass: [B, Lq, Lk], or [B, H, Lq, Lk] with `heads="all"`.
 
-    Empty until something was predicted. Queries of a joint site are its text, then the picture's rows; so are its keys.
+    Empty until the first prediction. At a joint site, queries and keys are the text tokens, then the picture's, row by row.
     """
 
-    sites: Mapping[str, Site]  # those that are watched
+    sites: Mapping[str, Site]  # the watched ones
     maps: dict[str, Tensor] = field(default_factory=dict)
-    passes: dict[str, int | None] = field(default_factory=dict)  # the prediction that a map is of
+    passes: dict[str, int | None] = field(default_factory=dict)  # the prediction that each map belongs to
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.maps:
             known = name in self.sites
-            raise KeyError(f"{name}: {'nothing was predicted yet' if known else 'not a site that is watched'}")
+            raise KeyError(f"{name}: {'nothing has been predicted yet' if known else 'this site is not watched'}")
         return self.maps[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -48,11 +48,11 @@ class Record(Mapping[str, Tensor]):
         return name in self.maps
 
     def text_map(self, name: str, length: int) -> Tensor:
-        """How the picture looks at the text: [B, h*w, L], or [B, H, h*w, L]; of a joint site, that part of its map.
+        """The picture's attention to the text: [B, h*w, L], or [B, H, h*w, L]; for a joint site, that part of its map.
 
         Args:
-            name: a site that is watched, of kind "cross" or "joint"
-            length: L, the tokens of the text context
+            name: a watched site of kind "cross" or "joint"
+            length: L, the number of text tokens
 
         Raises:
             ValueError: for a site of another kind, which has no text
@@ -61,5 +61,5 @@ class Record(Mapping[str, Tensor]):
         if kind == "cross":
             return self[name]
         if kind != "joint":
-            raise ValueError(f"{name} is {kind} attention: it does not look at text")
+            raise ValueError(f"{name} is {kind} attention, which does not attend to text")
         return self[name][..., length:, :length]

@@ -1,4 +1,4 @@
-"""The need for attention maps: what a penalty watches is said before the prediction."""
+"""The need for attention maps: a penalty declares what it watches before the prediction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.types import Batch, Step
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Serves the maps of a step's own prediction, which further predictions of the step do not replace.
+    """Provides the maps of a step's own prediction; the step's other predictions do not replace them.
 
     Args:
-        kinds: which layers are watched; a family's that it has
-        scales: at which scales; empty: the one whose shorter side is nearest to `cells`
-        cells: rows or columns of a map
+        kinds: the kinds of layers to watch, as far as the family has them
+        scales: the scales to watch; empty: the one whose shorter side is nearest to `cells`
+        cells: the target size of a map's shorter side
     """
 
     kinds: frozenset[Kind] = frozenset({"cross", "joint"})
@@ -27,7 +27,7 @@ class AttentionMaps:
     name: str = "attention_maps"
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Record]:
-        """Gives the record. ValueError when the backbone has no such layers."""
+        """Yields the record. ValueError when the backbone has no such layers."""
         return backbone.attending(Watch(kinds=self.kinds, scales=self._scales(backbone, batch), keep="first"))
 
     def value(self, step: Step, entered: Record) -> Record:

@@ -1,4 +1,4 @@
-"""Attention layers that call edits and keep maps: for each kind of diffusers layer, what its default processor computes."""
+"""Attention processors that apply edits and record maps; each computes the same as diffusers' default for its layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.backbones.attention_sites import Site
 
 
 class Predictions(Protocol):
-    """Which prediction is under way, and whose rows it holds."""
+    """The current prediction, and the batch rows it holds."""
 
     number: int | None  # None while a forward pass is recomputed
 
@@ -26,7 +26,7 @@ class Predictions(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at one site besides the attention itself."""
+    """What to do at one site besides the attention itself."""
 
     site: Site
     predictions: Predictions
@@ -59,8 +59,8 @@ class Plan:
 
 
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk], in float32 at least, also where the network is in half precision
-    or autocast.
+    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk], in at least float32, even if the network runs in half precision or
+    autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -139,7 +139,7 @@ class FluxProcessor(Processor):
         """Picture [B, N, C] and text [B, L, C] -> the same; in single blocks both are `hidden_states`."""
         from diffusers.models.embeddings import apply_rotary_emb
 
-        assert attention_mask is None, "FLUX attends to the padding, too"
+        assert attention_mask is None, "FLUX also attends to padding"
         norms = (attn.norm_q, attn.norm_k, None)
         parts = [_heads(hidden_states, (attn.to_q, attn.to_k, attn.to_v), norms, attn.head_dim)]
         if attn.added_kv_proj_dim is not None:

@@ -1,4 +1,4 @@
-"""Which rows of a caller's batch a layer's tensors belong to, also under guidance and when a pass is recomputed."""
+"""Maps a layer's tensors to rows of the caller's batch, also under guidance and in recomputed passes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shared.backbones.attention_sites import Site
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a caller's batch a layer's tensors belong to.
+    """The rows of the caller's batch that a layer's tensors belong to.
 
-    Along the batch, a layer's tensors hold `len(index) * repeat` entries: each row `repeat` times in a row (once in a
-    picture model; once for each frame or place in a model of clips).
+    Along the batch axis, a layer's tensors have `len(index) * repeat` entries: `repeat` consecutive ones per row (one in a
+    picture model; one per frame or position in a clip model).
     """
 
-    index: tuple[int, ...]  # row of the batch that was asked for; under classifier-free guidance each comes twice
-    negative: tuple[bool, ...]  # whether it is told the negative prompt
+    index: tuple[int, ...]  # row of the caller's batch; with classifier-free guidance each appears twice
+    negative: tuple[bool, ...]  # whether it has the negative prompt
     repeat: int = 1
 
     @staticmethod
@@ -31,31 +31,31 @@ class Rows:
 
     @staticmethod
     def guided(batch: int) -> Rows:
-        """The negative half first, as `predict_guided` asks for them."""
+        """The negative half first, in the order of `predict_guided`."""
         return Rows(tuple(range(batch)) * 2, (True,) * batch + (False,) * batch)
 
     def indices(self, device: torch.device) -> Tensor:
-        """int64, one for each entry of the layer's batch."""
+        """int64, one per entry of the layer's batch."""
         return torch.tensor(self.index, device=device).repeat_interleave(self.repeat)
 
     def negatives(self, device: torch.device) -> Tensor:
-        """bool, one for each entry of the layer's batch."""
+        """bool, one per entry of the layer's batch."""
         return torch.tensor(self.negative, device=device).repeat_interleave(self.repeat)
 
 
 @dataclass
 class PredictionRows:
-    """Which prediction is under way, and whose rows it holds; remembered for forward passes that are recomputed."""
+    """The current prediction, and the batch rows it holds; remembered for recomputed forward passes."""
 
     number: int | None = None
-    time: Tensor | None = None  # [B], of the prediction under way, or of the one that is recomputed
+    time: Tensor | None = None  # [B], of the current prediction, or of the one being recomputed
     _count: int = 0
     _rows: Rows | None = None
     _seen: dict[tuple[str, int], set[Rows]] = field(default_factory=dict)
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
-        """Inside, a new prediction of `batch` rows is made at the times t [B]: plain rows, or those that `holding` said."""
+        """Inside, a new prediction of `batch` rows runs at times t [B]; its rows are those set by `holding`, else plain."""
         before, rows = (self.number, self._rows, self.time), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
@@ -68,7 +68,7 @@ class PredictionRows:
 
     @contextmanager
     def at_time(self, t: Tensor | None) -> Iterator[None]:
-        """Inside, what is recomputed belongs to a prediction at these times."""
+        """Inside, recomputed layers belong to a prediction at these times."""
         before, self.time = self.time, t
         try:
             yield
@@ -77,7 +77,7 @@ class PredictionRows:
 
     @contextmanager
     def holding(self, rows: Rows) -> Iterator[None]:
-        """Inside, a prediction of this many rows is one of these rows."""
+        """Inside, a prediction with this number of rows has these rows."""
         before, self._rows = self._rows, rows
         try:
             yield
@@ -85,25 +85,25 @@ class PredictionRows:
             self._rows = before
 
     def rows(self, site: Site, entries: int) -> Rows:
-        """The rows behind `entries` along a layer's batch: of the prediction under way, or of the one that is recomputed.
+        """The rows of a layer whose batch has `entries` entries: of the current prediction, or of the one being recomputed.
 
         Raises:
-            ValueError: in a recomputed pass, where two predictions of this size differed in their rows
+            ValueError: in a recomputed pass, when two predictions of this size had different rows
         """
         key = (site.name, entries)
         if self.number is not None and self._rows is not None:
-            assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} are no multiple of {self._rows}"
+            assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} is not a multiple of {self._rows}"
             rows = replace(self._rows, repeat=entries // len(self._rows.index))
             self._seen.setdefault(key, set()).add(rows)
             return rows
         seen = self._seen.get(key) or {Rows.plain(entries)}
         if len(seen) > 1:
             raise ValueError(
-                f"{site.name} is recomputed for its gradient, and predictions with and without guidance had "
-                f"{entries} rows: edits cannot tell which it was. Predict them under `attending` blocks of their own."
+                f"{site.name} is recomputed for its gradient, but predictions with and without guidance both had "
+                f"{entries} rows, so edits cannot tell them apart. Run them in separate `attending` blocks."
             )
         return next(iter(seen))
 
     def forget(self) -> None:
-        """What was remembered goes."""
+        """Clears what was remembered."""
         self._seen.clear()

@@ -1,4 +1,4 @@
-"""Where a model attends: its attention layers, and choosing some of them."""
+"""A model's attention layers, and how to select some of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ Kind = Literal["cross", "self", "joint", "temporal"]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: where text meets the picture, the picture itself, both at once, or a place its other frames."""
+    """One attention layer: picture to text (cross), within the picture (self), both at once (joint), or across frames
+    (temporal)."""
 
     name: str  # dotted path in the denoiser
     kind: Kind
-    scale: int  # how many times smaller than the latent grid it works
+    scale: int  # how many times smaller than the latent grid its grid is
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns that its queries form for latents of this height and width; odd sides round up."""
+        """Rows and columns of its queries for latents of this height and width; odd sides round up."""
         return -(-height // self.scale), -(-width // self.scale)
 
 
 @dataclass(frozen=True)
 class Where:
-    """Some of a backbone's sites: those that meet every condition that is given."""
+    """Some of a backbone's sites: those that meet every given condition."""
 
     sites: frozenset[str] | None = None  # by name
     kinds: frozenset[Kind] | None = None

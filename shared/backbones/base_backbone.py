@@ -1,4 +1,4 @@
-"""What the model families share: placeholders and adapters by concept name, and the identity of the weights."""
+"""What model families share: placeholders and adapters by concept name, and the identity of the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.types import Conditioning
 
 
 class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
-    """A frozen pipeline's parts, and what is attached to them. Families fill in the abstract methods.
+    """A frozen pipeline's components, and what is attached to them. Families implement the abstract methods.
 
     Args:
         name: as the user gave it
@@ -41,10 +41,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     default_guidance: float = 7.5
     default_steps: int = 50
     discrete_time: bool = True  # trained on whole timesteps
-    time_per_frame: bool = False  # whether `predict` takes a time for each frame of a clip, t [B, f]
+    time_per_frame: bool = False  # whether `predict` takes one time per frame of a clip, t [B, f]
     world: World | None = None
-    frames: int | None = None  # of a clip, where nobody says how many; None: it makes pictures
-    frame_rate: float | None = None  # frames per second, where the network is told
+    frames: int | None = None  # the default number of frames of a clip; None: it generates pictures
+    frame_rate: float | None = None  # frames per second, for networks that take it as input
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.tokens = TokenOverlay(tokenizers, max_length)
         self.vae: Any = vae
         self.scheduler = scheduler
-        self.placement: Placement | None = None  # where networks take turns on the device
+        self.placement: Placement | None = None  # set when networks take turns on the device
         self.adapters: dict[str, list[Adapter]] = {}
         self.placeholders: dict[str, Placeholder] = {}
         self._strengths: dict[str, float] = {}  # of adapters
@@ -75,11 +75,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self.checkpoint = checkpoint_identity(networks)
         self.autoencoder = checkpoint_identity({"vae": vae})
 
-    # --- what there is -------------------------------------------------------------------------------------
+    # --- components ----------------------------------------------------------------------------------------
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit here; a family made of another's layers names that one too."""
+        """The families whose concepts can fit here; a family built from another's layers lists that one too."""
         return frozenset({self.family})
 
     @property
@@ -88,12 +88,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with the times [from, to) at which it does; one for all times, or several."""
+        """The components that predict, each with its time range [from, to); one for all times, or several."""
         return {next(iter(self._components)): (0.0, 1000.0)}
 
     @property
     def device(self) -> torch.device:
-        """That computes: networks that take turns there may be in main memory now."""
+        """The device that computes; networks that take turns there may currently be in main memory."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
@@ -102,7 +102,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """Of latents while they are sampled, as in the family's diffusers pipeline."""
+        """The dtype of latents during sampling, as in the family's diffusers pipeline."""
         return self.dtype
 
     @property
@@ -110,12 +110,12 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self._components
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
-        """Moves every network, in place; with a `device`, all of them stay there from now on."""
+        """Moves every network, in place; with `device`, all of them stay there from now on."""
         if self.placement and device is not None:
             self.placement.close()
             self.placement = None
         target: dict[str, Any] = {"device": device} if device is not None else {}
-        if dtype is not None:  # diffusers warns of every `dtype` argument, None too
+        if dtype is not None:  # diffusers warns about any `dtype` argument, even None
             target["dtype"] = dtype
         for module in (*self._components.values(), self.vae):
             module.to(**target)
@@ -126,7 +126,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the roles there are."""
+        """The modules of a role, one Group per component. ValueError lists the available roles."""
         return resolve(role, self.role_table, self._components, self.family)
 
     def sites(self) -> tuple[Site, ...]:
@@ -134,15 +134,15 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         raise NotImplementedError
 
     def text_sites(self) -> tuple[str, ...]:
-        """Names of the sites where each layer can have a text context of its own."""
+        """Names of the sites that can each have their own text context."""
         return tuple(s.name for s in self.sites() if s.kind == "cross")
 
-    # --- what is attached ----------------------------------------------------------------------------------
+    # --- attached concepts ---------------------------------------------------------------------------------
 
     def add_placeholder(self, placeholder: Placeholder) -> None:
         """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
         if placeholder.name in self.placeholders:
-            raise ValueError(f"a concept named {placeholder.name!r} is already named here; remove it first")
+            raise ValueError(f"a concept named {placeholder.name!r} is already attached; remove it first")
         self.tokens.check_new(placeholder.tokens)
         self.placeholders[placeholder.name] = placeholder
         self._placeholder_strengths[placeholder.name] = 1.0
@@ -154,7 +154,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         adapter.set_strength(self._strengths.setdefault(name, 1.0))
 
     def remove(self, name: str) -> None:
-        """Ejects all that is attached under this name. ValueError when nothing is."""
+        """Ejects everything attached under this name. ValueError when there is nothing."""
         if name not in self.adapters and name not in self.placeholders:
             raise ValueError(self._unknown([name]))
         for adapter in reversed(self.adapters.pop(name, [])):
@@ -166,23 +166,23 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.placeholders.values() for t in n.tokens])
-        self._warned.clear()  # what is cut may be a concept's name now
+        self._warned.clear()  # truncated text may now contain a concept's name
 
-    # --- strengths by named set ----------------------------------------------------------------------------
+    # --- strengths by adapter set --------------------------------------------------------------------------
 
     @property
     def strengths(self) -> dict[str, float]:
-        """How strong each concept's adapters (without any: its learned words) are now (a copy); 0 is off."""
+        """The current strength of each concept's adapters, or of its learned words if it has none (a copy); 0 is off."""
         learned = {name: s for name, s in self._placeholder_strengths.items() if self.placeholders[name].components}
         return {**learned, **self._strengths}
 
     @contextmanager
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off.
+        """Inside, exactly these adapters are on, with these strengths; all others are off.
 
-        Learned words take the strength that is given for their concept; those of others keep theirs, for they act only
-        where a prompt says them. What was before comes back, also from nested blocks and after exceptions. Names of
-        concepts that learned nothing are allowed: there is nothing to switch. ValueError on other names.
+        Learned words take the strength given for their concept; those of other concepts keep theirs, because they act only
+        if the prompt contains them. Previous strengths are restored, also in nested blocks and after exceptions. Concepts that
+        learned nothing are allowed and have nothing to switch. ValueError for other names.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:
@@ -197,11 +197,11 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             self._say(words)
 
     def set_strength(self, name: str, strength: float) -> None:
-        """A lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when nothing of
-        that name is here that a strength could scale."""
+        """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
+        unknown or a strength can scale nothing of it."""
         if name not in self.strengths:
             known = name in self.placeholders
-            words = f"{name!r} learned nothing that a strength could scale: it is said in words that the model knows"
+            words = f"{name!r} learned nothing that a strength could scale: it uses only words the model already knows"
             raise ValueError(words if known else self._unknown([name]))
         self._say({name: float(strength)})
         self._switch({name: float(strength)})
@@ -221,7 +221,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _unknown(self, names: Sequence[str]) -> str:
         loaded = ", ".join(sorted({*self.adapters, *self.placeholders})) or "none"
-        return f"nothing named {', '.join(map(repr, names))} is loaded. There are: {loaded}."
+        return f"nothing named {', '.join(map(repr, names))} is loaded. Loaded: {loaded}."
 
     # --- prediction ----------------------------------------------------------------------------------------
 
@@ -230,45 +230,47 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         raise NotImplementedError
 
     def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
-        """Raises ValueError for what a conditioning carries and no family here reads yet, and for another batch size."""
+        """Raises ValueError for conditioning that no family here supports yet, and for a wrong batch size."""
         if conditioning.batch_size != batch:
-            raise ValueError(f"{self.family}: {batch} noisy pictures, and a conditioning for {conditioning.batch_size}")
+            raise ValueError(f"{self.family}: {batch} noisy pictures, but a conditioning for {conditioning.batch_size}")
         if conditioning.image_tokens:
-            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, and none is attached")
+            raise ValueError(f"{self.family}: image tokens need an image encoder's attention, but none is attached")
         if conditioning.regions:
             names = ", ".join(sorted(conditioning.regions))
             raise ValueError(
-                f"{self.family}: regions ({names}) need attention that is kept to them, and none is attached"
+                f"{self.family}: regions ({names}) need attention restricted to them, but none is attached"
             )
         if conditioning.size_ids is not None:
-            raise ValueError(f"{self.family}: size_ids are for models that read picture sizes, and this one does not")
+            raise ValueError(f"{self.family}: size_ids are for models that take picture sizes, and this one does not")
         if (conditioning.context_mask is not None) != self.masks_context:
-            why = "is missing: this network" if self.masks_context else "is for a network that"
-            raise ValueError(f"{self.family}: context_mask {why} must know where the text is padding")
+            why = "is missing: this network needs" if self.masks_context else "is only for networks that need"
+            raise ValueError(f"{self.family}: context_mask {why} to know where the text is padding")
 
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
-        """The times that the network is told: [B], or [B, f] where it reads one for each frame. ValueError where frames
-        have times of their own and it does not."""
+        """The times to pass to the network: [B], or [B, f] if it takes one per frame. ValueError when frames have different
+        times and it does not."""
         t = frame_times(t, x_t)
         if t.ndim == 1 or self.time_per_frame:
             return t
         if not bool((t == t[:, :1]).all()):
-            raise ValueError(f"{self.family} reads one time for all frames of a clip, and these frames have several")
+            raise ValueError(
+                f"{self.family} takes one timestep for all frames of a clip, but these frames have several"
+            )
         return t[:, 0]
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether sampling with this guidance looks at the negative prompt."""
+        """Whether sampling with this guidance uses the negative prompt."""
         return guidance > 1
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; plain without `negative`.
+        """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; unguided without `negative`.
 
         Args:
             x_t: [B, C, h, w]
-            t: a scalar or [B]; [B, f] where `time_per_frame`
-            guidance: 1 is none; diffusers' convention, negative + guidance * (positive - negative)
+            t: a scalar or [B]; also [B, f] if `time_per_frame`
+            guidance: 1 is no guidance; diffusers' convention, negative + guidance * (positive - negative)
         """
         t = self._told(t, x_t)
         if negative is None:

@@ -50,12 +50,12 @@ ROLES = {
 class FluxBackbone(FlowMatching, BaseBackbone):
     """A diffusers `FluxPipeline` behind the protocol.
 
-    Latents are unpacked [B, C, h, w] outside; 2x2 cells become one token inside. Time is t = 1000 * sigma.
+    Latents are [B, C, h, w] (unpacked) at the interface; internally, 2x2 cells become one token. Time is t = 1000 * sigma.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
         name: as the user gave it
-        max_sequence_length: T5 tokens per prompt; default the smaller of 512 and what the tokenizer says
+        max_sequence_length: T5 tokens per prompt; default: the tokenizer's limit, at most 512
     """
 
     family = "flux"
@@ -65,9 +65,9 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     latent_multiple = 2
     default_guidance = 3.5
     default_steps = 28
-    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which reads no scale: no second prediction
-    #: What `predict` tells a guidance-distilled transformer where nothing else is said. At 1 it is nearest to the
-    #: velocity without guidance, which is what the training target is.
+    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which takes no scale: no second prediction
+    #: The default scale that `predict` passes to a guidance-distilled transformer. At 1 its output is closest to the
+    #: unguided velocity, which is the training target.
     training_guidance = 1.0
 
     def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:
@@ -90,7 +90,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         channels = self.transformer.config.in_channels
         if channels != 4 * self.vae.config.latent_channels:
             packed = 4 * self.vae.config.latent_channels
-            raise ValueError(f"flux: the transformer reads {channels} channels, and gets {packed} (control or fill?)")
+            raise ValueError(f"flux: the transformer expects {channels} channels but gets {packed} (control or fill?)")
         self.resolution = 128 * self.vae_factor
         self.num_train_timesteps = 1000
         doubles, singles = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
@@ -99,7 +99,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         self._sites = tuple(Site(n, "joint", 2) for n in names)
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline around the same networks, with the base tokenizers and a scheduler of its own."""
+        """A diffusers pipeline around the same networks, with the base tokenizers and its own scheduler."""
         from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -116,11 +116,11 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
     @property
     def distilled(self) -> bool:
-        """Whether the transformer reads a guidance scale (FLUX.1-dev) instead of a second, negative prediction."""
+        """Whether the transformer takes a guidance scale (FLUX.1-dev) instead of a second, negative prediction."""
         return bool(self.transformer.config.guidance_embeds)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As `FluxPipeline`: even sigmas, shifted by the number of picture tokens where the scheduler does that."""
+        """As in `FluxPipeline`: evenly spaced sigmas, shifted by the number of picture tokens if the scheduler does that."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -143,10 +143,10 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         Args:
             x_t: [B, C, h, w], unpacked
             t: [B] or a scalar
-            guidance: the scale told to a guidance-distilled transformer; default `training_guidance`
+            guidance: the scale for a guidance-distilled transformer; default `training_guidance`
 
         Raises:
-            ValueError: for a context per site, image tokens, regions or size_ids; for shapes that do not agree
+            ValueError: for a context per site, image tokens, regions or size_ids; for mismatched shapes
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):
@@ -171,24 +171,24 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
-        """A guidance-distilled transformer reads the scale itself and no negative prompt."""
+        """A guidance-distilled transformer takes the scale itself and no negative prompt."""
         return not self.distilled and guidance > 1
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Distilled guidance where the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
+        """Distilled guidance if the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
         if self.distilled and negative is None:
             return self.predict(x_t, t, positive, guidance)
         return super().predict_guided(x_t, t, positive, negative, guidance)
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = self._components[component](ids)  # no mask: FLUX attends to the padding, too
+        out = self._components[component](ids)  # no mask: FLUX also attends to padding
         return out[0], out.pooler_output if component == self.pooled_component else None
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 * w/2, 4C]: each 2x2 of cells is one token."""
+    """[B, C, h, w] -> [B, h/2 * w/2, 4C]: each 2x2 block of cells is one token."""
     b, c, h, w = latents.shape
     cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), c * 4)

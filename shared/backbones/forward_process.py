@@ -1,6 +1,6 @@
-"""The forward process and the parametrisations of a prediction, as pure functions of (alpha, sigma).
+"""The forward process and prediction parametrisations, as pure functions of (alpha, sigma).
 
-`x_t = alpha * x_0 + sigma * noise`. Variance preserving (epsilon, v, sample): alpha^2 + sigma^2 = 1.
+`x_t = alpha * x_0 + sigma * noise`. Variance-preserving (epsilon, v, sample): alpha^2 + sigma^2 = 1.
 Flow matching: alpha = 1 - sigma.
 
     epsilon   Ho et al., DDPM, arXiv 2006.11239, eq. 14:         p = noise
@@ -21,15 +21,15 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Training times, one for each example: [B], whole ones staying whole; without `batch` as they are: a scalar, [B], or
-    [B, f] for each frame of clips.
+    """Training times, one per example: [B]; integers stay integers. Without `batch`, the given shape is kept: a scalar, [B],
+    or [B, f] with one time per frame of clips.
 
     Args:
         t: a scalar or [B]
-        batch: B, where it is known
+        batch: B, if known
 
     Raises:
-        ValueError: for any other shape: it would broadcast against the examples in silence
+        ValueError: for any other shape, which would silently broadcast against the examples
     """
     t = torch.as_tensor(t, device=device)
     if batch is None and t.ndim <= 2:
@@ -37,13 +37,13 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
     if t.ndim > 1 or (t.ndim == 1 and batch not in (None, len(t))):
         size = "B" if batch is None else batch
         raise ValueError(
-            f"t is {list(t.shape)}, and must be a scalar or [{size}]: one time for each example of the batch"
+            f"t has shape {list(t.shape)}, but must be a scalar or [{size}]: one time per example of the batch"
         )
     return t if batch is None else t.expand(batch)
 
 
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
-    """Training times of `latents`: [B], or [B, f] where t has one for each frame of clips [B, C, f, h, w].
+    """Training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
 
     ValueError for any other shape, as in `times`.
     """
@@ -53,24 +53,24 @@ def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
     frames = (len(latents), latents.shape[2])
     if t.shape != frames:
         raise ValueError(
-            f"t is {list(t.shape)}, and must be a scalar or [{frames[0]}], or {list(frames)}: one for each frame of a clip"
+            f"t has shape {list(t.shape)}, but must be a scalar, [{frames[0]}], or {list(frames)}: one time per frame"
         )
     return t
 
 
 def per_row(t: Tensor) -> Tensor:
-    """[B] or [B, f] -> [B]: of each clip the noisiest frame's time, for what asks when a prediction is made."""
+    """[B] or [B, f] -> [B]: the time of each clip's noisiest frame, for code that needs one time per example."""
     return t.amax(1) if t.ndim == 2 else t
 
 
 class ForwardProcess:
-    """The diffusion half of a backbone: a family says `prediction_type` and gives `alpha_sigma`."""
+    """The diffusion half of a backbone: a family sets `prediction_type` and implements `alpha_sigma`."""
 
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t = alpha * x_0 + sigma * noise; both of the shape of `t`: a scalar, [B] or [B, f]. ValueError for other
-        shapes."""
+        """alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`: a scalar, [B] or [B, f]. ValueError for
+        other shapes."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +82,12 @@ class ForwardProcess:
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, (f), h, w] at training times t: [B] or a scalar, of clips also [B, f]."""
+        """x_t [B, C, (f), h, w] at training times t: [B] or a scalar, for clips also [B, f]."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to predict: [B, C, (f), h, w], as x0 and noise; t as of `add_noise`."""
+        """What the network is trained to predict: [B, C, (f), h, w], like x0 and noise; t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
@@ -98,7 +98,7 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction at x_t stands for; all [B, C, (f), h, w], t as of `add_noise`."""
+        """The clean latents that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
             out = prediction
@@ -111,7 +111,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t stands for; all [B, C, (f), h, w], t as of `add_noise`."""
+        """The noise that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction

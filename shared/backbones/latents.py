@@ -1,4 +1,4 @@
-"""Pictures to latents and back, with the autoencoder's scale and shift."""
+"""Encoding pixels to latents and back, with the autoencoder's scale and shift."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LatentCodec:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean where no generator is given."""
+        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
@@ -61,14 +61,14 @@ class LatentCodec:
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
 
     def _use_vae(self) -> None:
-        """Before its `encode` and `decode`, which are no forward pass that a hook would see."""
+        """Called before the autoencoder's `encode` and `decode`, because forward hooks do not see those."""
         if self.placement:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture; ValueError when the size is not a multiple of what the model needs, and for frames."""
+        """(C, h, w) of a picture. ValueError for `frames`, and when a side is not a multiple of what the model needs."""
         if frames is not None:
-            raise ValueError(f"frames = {frames}: {self.family} makes pictures, and no clips")
+            raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(

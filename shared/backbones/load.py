@@ -1,4 +1,4 @@
-"""From what a user writes (a folder, a file, a hub id, nothing) to a backbone."""
+"""Loads a backbone from what a user gives: a folder, a file, a hub id, or nothing."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def _flux(pipe: Any, name: str) -> Backbone:
 
 
 Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> the backbone around it
-#: diffusers' pipeline classes that a family covers, and how the family wraps one. Packages add theirs: `families`.
+#: diffusers pipeline class -> how its family wraps it. Packages add theirs: see `families`.
 FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
 }
 GROUP = "pcs.families"  # entry points: diffusers' pipeline class = "module:function", a `Wrap`
 TOYBOX = "toybox"
-#: Models that come with a world of their own, by the name that a user gives.
+#: Models with their own world, by the name that a user gives.
 WORLDS: Mapping[str, World] = {
     TOYBOX: World(
         overlay="toybox",
         prompts="toybox",
         instruments="toybox",
         side=64,
-        unseen="are not from the toybox, and the toybox has never seen the real world: what it paints will be toys. Give "
-        "backbone=PATH to a Stable Diffusion folder for real photos.",
+        unseen="are not from the toybox, and the toybox has never seen the real world: it will generate toys. For real "
+        "photos, set backbone=PATH to a Stable Diffusion folder.",
         find=("from shared.toybox.weights import backbone_path  # where the toybox's folder is", "backbone_path()"),
     )
 }
-_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # of no use here, and slow to load
-_MAY_DOWNLOAD = "With --download (download=True) it is fetched."
+_UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # not needed here, and slow to load
+_MAY_DOWNLOAD = "Use --download (download=True) to fetch it."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -67,19 +67,19 @@ def load_backbone(
     memory: int | None = None,
     prepare: Callable[[Backbone], Backbone] | None = None,
 ) -> Backbone:
-    """The backbone that `source` names, frozen, for `device` (default: the CPU) in `dtype` (default: float32).
+    """Loads the backbone at `source`, frozen, on `device` (default: the CPU) in `dtype` (default: float32).
 
     Args:
-        source: nothing or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
-            checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` beside `NAME.safetensors`, or
+        source: None or "toybox" for the embedded one; a diffusers folder (with `model_index.json`); a `.safetensors`
+            checkpoint of Stable Diffusion 1.x/2.x (with its configuration in the folder `NAME/` next to `NAME.safetensors`, or
             in the hub's cache); or a hub id `owner/name`
-        download: whether the hub may be asked for what is not in its cache; without it, no network is used
+        download: whether to fetch from the hub what is not in its cache; without it, no network is used
         memory: bytes of `device` for the networks; those that do not fit together take turns there
-            (`shared.backbones.placement`). Default: a share of what is free on a GPU, all that is needed elsewhere
-        prepare: makes of it what the caller works with, before it goes to the device (motion modules are added)
+            (`shared.backbones.placement`). Default: a share of the free memory on a GPU, no limit elsewhere
+        prepare: modifies the backbone before it goes to the device (adds motion modules, for example)
 
     Raises:
-        ValueError: says what was found there, and which families exist; or which file lacks which key
+        ValueError: says what was found there and which families exist, or which file lacks which key
     """
     import torch
 
@@ -88,7 +88,7 @@ def load_backbone(
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
     path = _toybox_path() if name == TOYBOX else expanded(name)
     if name != TOYBOX and path.exists():
-        name = str(path.resolve())  # a concept notes it, and is used from other folders
+        name = str(path.resolve())  # a concept records it, and is used from other folders
     dtype = dtype or torch.float32
     if path.is_dir():
         backbone = _from_folder(path, name, dtype)
@@ -97,7 +97,7 @@ def load_backbone(
     elif _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         backbone = _from_folder(_from_hub(name, download), name, dtype)
     else:
-        raise ValueError(f"no model at {name}: there is no such file or folder. {_families()}")
+        raise ValueError(f"no model at {name}: no such file or folder. {_families()}")
     backbone.world = WORLDS.get(name)
     if name == TOYBOX:
         _toybox_defaults(backbone)
@@ -108,7 +108,7 @@ def load_backbone(
 
 
 def _toybox_defaults(backbone: Backbone) -> None:
-    """The guidance and steps that the toybox's card states."""
+    """Sets the guidance and steps stated in the toybox's card."""
     from shared.toybox.weights import sampling_defaults
 
     stated = sampling_defaults()
@@ -116,27 +116,29 @@ def _toybox_defaults(backbone: Backbone) -> None:
 
 
 def register_family(pipeline: str, wrap: Wrap) -> None:
-    """Let `load_backbone` open diffusers pipelines of this class, from now on in this process.
+    """Lets `load_backbone` open diffusers pipelines of this class, for the rest of this process.
 
-    An installed package names its own in the entry points `pcs.families` instead, and is imported when a model is one of
-    them. ValueError when the class has a family already.
+    An installed package registers its own under the entry points `pcs.families` instead, and is imported only when such a
+    model is opened. ValueError when the class already has a family.
     """
     if pipeline in families():
-        raise ValueError(f"{pipeline} has a family already: each pipeline class is opened in one way")
+        raise ValueError(f"{pipeline} already has a family, and a pipeline class can have only one")
     FAMILIES[pipeline] = wrap
 
 
 def families() -> dict[str, Wrap]:
-    """diffusers' pipeline classes that can be opened, ours and those of installed packages; nothing is imported yet.
+    """The diffusers pipeline classes that can be opened, ours and those of installed packages; imports none of them.
 
-    ValueError when two offer the same class.
+    ValueError when two packages register the same class.
     """
     from importlib.metadata import entry_points
 
     out = dict(FAMILIES)
     for entry in entry_points(group=GROUP):
         if entry.name in out:
-            raise ValueError(f"{entry.value} offers {entry.name}, which has a family already: uninstall one of the two")
+            raise ValueError(
+                f"{entry.value} registers {entry.name}, which already has a family: uninstall one of the two"
+            )
         out[entry.name] = _imported(entry)
     return out
 
@@ -146,9 +148,7 @@ def _imported(entry: Any) -> Wrap:
 
 
 def _families() -> str:
-    return (
-        f"A backbone is a diffusers folder of one of: {', '.join(sorted(families()))}; or leave it out for the toybox."
-    )
+    return f"A backbone must be a diffusers folder of one of: {', '.join(sorted(families()))}; leave it out for the toybox."
 
 
 def _toybox_path() -> Path:
@@ -162,7 +162,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype) -> Backbone:
     if not index.is_file():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{path} is not a diffusers folder: it has no model_index.json, and holds {inside}. {_families()}"
+            f"{path} is not a diffusers folder: it has no model_index.json. It contains: {inside}. {_families()}"
         )
     return _wrap(_load(_class_of(index), path, dtype, name), name)
 
@@ -174,12 +174,12 @@ def _class_of(index: Path) -> str:
         raise ValueError(f"{index} is not readable JSON") from None
     kind = data.get("_class_name") if isinstance(data, dict) else None
     if not isinstance(kind, str) or kind not in families():
-        raise ValueError(f"{index.parent} holds a {kind}, and no family here covers that. {_families()}")
+        raise ValueError(f"{index.parent} contains a {kind}, which no family here supports. {_families()}")
     return kind
 
 
 def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
-    """The folder's pipeline; its networks one by one, each of them whole."""
+    """Loads the folder's pipeline; its networks are loaded and checked one by one."""
     import diffusers
 
     pipeline = getattr(diffusers, kind)
@@ -193,7 +193,7 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
     try:
         with quiet():
             pipe = pipeline.from_pretrained(path, local_files_only=True, **networks, **extra)
-    except Exception as error:  # whatever a broken folder raises is about the user's files
+    except Exception as error:  # whatever a broken folder raises, the fault is in the user's files
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {name} as {kind}: {first_line(error)}") from error
@@ -205,8 +205,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """The classes of the networks of a diffusers folder. ValueError when a part is not there that the pipeline needs, or
-    may do without (Wan's second expert) and the folder's index names."""
+    """The network classes of a diffusers folder. ValueError when a part is missing that the pipeline requires, or that is
+    optional (Wan's second expert) but listed in the folder's index."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -217,22 +217,22 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
     for part in sorted(needed):
         entry = index.get(part)
         if not isinstance(entry, list) or None in entry or not (path / part).is_dir():
-            raise ValueError(f"cannot load {name} as {pipeline.__name__}: there is no {part} in {path}")
+            raise ValueError(f"cannot load {name} as {pipeline.__name__}: {path} has no {part}")
         library, kind = map(str, entry)
         part_class = getattr(import_module(library), kind, None) if library in ("diffusers", "transformers") else None
         if part_class is None:
-            raise ValueError(f"cannot load {name}: its {part} is a {kind} of {library}, which is not installed here")
+            raise ValueError(f"cannot load {name}: its {part} is a {kind} from {library}, which is not available here")
         if isinstance(part_class, type) and issubclass(part_class, nn.Module):
             out[part] = part_class
     return out
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
-    """One file holds weights alone. Its configuration and tokenizer are those of the folder beside it under its name, where
-    there is one (a diffusers folder, which needs no weights), else those in the hub's cache."""
+    """A single file holds only weights. Its configuration and tokenizer come from the folder with the same name next to it,
+    if there is one (a diffusers folder, which needs no weights), else from the hub's cache."""
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{path} is not a .safetensors file; other formats can run code and are not read. {_families()}"
+            f"{path} is not a .safetensors file; other formats can run code, so they are not supported. {_families()}"
         )
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
@@ -250,9 +250,9 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
         more = "" if download else f". {_MAY_DOWNLOAD}"
         raise ValueError(
             f"cannot load {path} as a Stable Diffusion 1.x/2.x checkpoint: {first_line(error)}. "
-            f"One file needs the model's configuration and tokenizer, from the hub's cache or from a diffusers folder "
-            f"{beside} (its weights are not needed). A diffusers folder needs nothing, and where there is a network, one "
-            f"becomes the other: python -c 'from diffusers import StableDiffusionPipeline as P; "
+            f"A single file also needs the model's configuration and tokenizer, from the hub's cache or from a diffusers "
+            f"folder {beside} (which needs no weights). A diffusers folder is complete on its own; to convert the file to "
+            f"one on a machine with network access: python -c 'from diffusers import StableDiffusionPipeline as P; "
             f"P.from_single_file({str(path)!r}).save_pretrained({path.stem!r})'{more}"
         ) from error
     check_filled(pipe.components, path)
@@ -260,17 +260,17 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
 
 
 def check_filled(components: Mapping[str, Any], path: Path) -> None:
-    """ValueError where a file left a network's parameters without values."""
+    """Raises ValueError when a file left parameters of a network without values."""
     from torch import nn
 
     for part, network in components.items():
         lost = [n for n, p in network.named_parameters() if p.is_meta] if isinstance(network, nn.Module) else []
         if lost:
-            raise ValueError(f"{path} lacks {len(lost)} keys of the {part}, for example {lost[0]}: it is not whole")
+            raise ValueError(f"{path} is incomplete: it lacks {len(lost)} keys of the {part}, for example {lost[0]}")
 
 
 def _from_hub(name: str, download: bool) -> Path:
-    """The folder of a hub id in the cache; with `download`, what is missing there is fetched first."""
+    """The cached folder of a hub id; with `download`, missing files are fetched first."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
@@ -283,7 +283,7 @@ def _from_hub(name: str, download: bool) -> Path:
     except Exception as error:
         if isinstance(error, ValueError) or of_the_machine(error):
             raise
-        why = f"the hub did not give it ({first_line(error)})" if download else "it is not in the hub's cache"
+        why = f"the hub did not provide it ({first_line(error)})" if download else "it is not in the hub's cache"
         more = "" if download else f" {_MAY_DOWNLOAD}"
         raise ValueError(f"no model at {name}: no such folder, and {why}.{more} {_families()}") from error
 
@@ -292,5 +292,5 @@ def _wrap(pipe: Any, name: str) -> Backbone:
     kind = type(pipe).__name__
     known = families()
     if kind not in known:
-        raise ValueError(f"{name} holds a {kind}, and no family here covers that. {_families()}")
+        raise ValueError(f"{name} contains a {kind}, which no family here supports. {_families()}")
     return known[kind](pipe, name)

@@ -1,7 +1,7 @@
-"""Roles: names for groups of modules that hold in every architecture, resolved by patterns over leaf names.
+"""Roles: architecture-independent names for groups of modules, resolved by patterns over leaf names.
 
-A family gives a table `role -> RoleSpec`s. Names are those of the untouched network: wrappers that peft puts around a
-layer (`to_k.base_layer`, `to_k.lora_A.default`) do not show.
+A family gives a table `role -> RoleSpec`s. Names are those of the unmodified network: peft's wrappers around a layer
+(`to_k.base_layer`, `to_k.lora_A.default`) do not appear.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BASE = ".base_layer"
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """Leaves of `component` whose dotted name matches `pattern` in full.
+    """Leaves of `component` whose full dotted name matches `pattern`.
 
     Leaves are linear and convolution layers, which any adapter can wrap; with `of="parameters"` they are all modules that
-    hold parameters of their own, norms and embeddings included.
+    directly hold parameters, including norms and embeddings.
     """
 
     component: str
@@ -36,8 +36,8 @@ class RoleSpec:
 
 
 def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """The two roles that every family has: each linear and convolution layer of the denoiser, and each module of it that
-    holds parameters, which is what full fine-tuning trains."""
+    """The two roles that every family has: all linear and convolution layers of the denoiser, and all its modules that hold
+    parameters, for full fine-tuning."""
     return {
         "denoiser": (RoleSpec(component, ".*"),),
         "denoiser.all": (RoleSpec(component, ".*", of="parameters"),),
@@ -48,14 +48,14 @@ def leaf_names(module: nn.Module) -> tuple[str, ...]:
     """Dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
 
     Args:
-        module: any network; layers inside an adapter's wrapper are not listed, the wrapped layer is, under its own name
+        module: any network; a layer wrapped by an adapter is listed under its own name, the adapter's layers are not
     """
     return _unwrapped(module, [name for name, child in module.named_modules() if isinstance(child, LEAVES)])
 
 
 def parameter_holders(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of the modules that hold parameters of their own, as they were before anything wrapped them; what an
-    adapter added is not listed. A network that holds some itself is "" among them."""
+    """Dotted names of the modules that directly hold parameters, as they were before anything wrapped them; what an adapter
+    added is not listed. The network itself is listed as "" if it holds some."""
     holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
     return _unwrapped(module, holders)
 
@@ -75,7 +75,7 @@ def _unwrapped(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def there_are(table: Mapping[str, Sequence[RoleSpec]], components: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The roles of a table that match something in these networks, by name."""
+    """The roles of a table that match something in these networks, sorted by name."""
     names = _Names(components)
     return tuple(sorted(role for role, specs in table.items() if any(names.of(spec) for spec in specs)))
 
@@ -86,7 +86,7 @@ def resolve(
     """The groups of a role, one per component.
 
     Raises:
-        ValueError: when the family has no such role, or it matches nothing in this network; both list the roles
+        ValueError: when the family has no such role, or it matches nothing in this network; lists the available roles
     """
     if role not in table:
         raise ValueError(f"{family}: {unknown(role, there_are(table, components), 'role')}")
@@ -96,12 +96,12 @@ def resolve(
     if not groups:
         where = ", ".join(spec.component for spec in table[role])
         listed = ", ".join(there_are(table, components))
-        raise ValueError(f"{family}: role {role!r} matches no layer of this {where}. There are: {listed}.")
+        raise ValueError(f"{family}: role {role!r} matches no layer of this {where}. Available: {listed}.")
     return tuple(groups)
 
 
 class _Names:
-    """The leaves of networks, each network walked once."""
+    """The leaves of networks; each network is traversed only once."""
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
         self._components = components

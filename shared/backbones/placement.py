@@ -1,4 +1,4 @@
-"""Where a model's networks are: on the device that computes, or in main memory until they are used."""
+"""Where a model's networks are: on the device, or in main memory until they are used."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Of a GPU's free memory, what networks may take together; the rest is for activations, gradients and pictures.
+#: The share of a GPU's free memory for networks; the rest is for activations, gradients and pictures.
 SHARE = 0.7
 
 
 def to_evict(
     present: Sequence[str], sizes: Mapping[str, int], needed: str, budget: int, pinned: Collection[str] = ()
 ) -> list[str]:
-    """Which networks must leave the device so that `needed` fits beside the others.
+    """Which networks must leave the device so that `needed` fits next to the others.
 
     Args:
-        present: those on the device, the least recently used first
+        present: those on the device, least recently used first
         sizes: bytes of each
         budget: bytes for all of them
-        pinned: those that stay, whatever it costs
+        pinned: those that must stay
 
     Returns:
-        as few as possible, in that order; all that may go where even that is not enough
+        just enough of them, in that order; all that may leave if even that is not enough
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []
@@ -38,50 +38,50 @@ def to_evict(
 
 
 def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
-    """ValueError when the largest network alone does not fit into the free memory (bytes)."""
+    """Raises ValueError when the largest network alone does not fit into the free memory (bytes)."""
     name = max(sizes, key=lambda n: sizes[n])
     if sizes[name] > free:
         raise ValueError(
-            f"the {name} takes {sizes[name] / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free: "
-            "choose a smaller model, a smaller precision (--precision bf16), or --device cpu"
+            f"the {name} takes {sizes[name] / 2**30:.1f} GiB, but {device} has only {free / 2**30:.1f} GiB free: "
+            "choose a smaller model, a lower precision (--precision bf16), or --device cpu"
         )
 
 
 def size_of(network: nn.Module) -> int:
-    """Bytes of its parameters and buffers."""
+    """Total bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
 
 class Placement:
-    """Moves networks to the device when they are used, and the least recently used ones away when room is short.
+    """Moves networks to the device when they are used, and the least recently used ones away when memory is short.
 
-    A network that holds parameters in training never leaves: a backward pass wants them where the forward pass had
-    them, and their optimizer's moments are beside them.
+    A network with parameters in training never leaves: the backward pass needs them where the forward pass had them, and
+    their optimizer moments are on the same device.
 
     Args:
         networks: by name
-        device: that computes
-        budget: bytes for all networks on the device; None: room for all
+        device: the one that computes
+        budget: bytes for all networks on the device; None: no limit
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: int | None = None) -> None:
         self.networks, self.device, self.budget = dict(networks), device, budget
-        self.present: list[str] = [] if budget is not None else list(networks)  # the least recently used first
+        self.present: list[str] = [] if budget is not None else list(networks)  # least recently used first
         self._handles: list[Any] = []
 
     def watch(self) -> None:
-        """From now on, every call of a network brings it to the device first."""
+        """Makes every call of a network bring it to the device first."""
         for name, network in self.networks.items():
             self._handles.append(network.register_forward_pre_hook(_Use(self, name)))
 
     def close(self) -> None:
-        """Calls move nothing any more."""
+        """Stops moving networks on calls."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def use(self, name: str) -> None:
-        """This network is on the device; others have left where there was no room for all."""
+        """Brings this network to the device; others leave if there is not enough room."""
         if name in self.present:
             if self.present[-1] != name:
                 self.present.remove(name)
@@ -94,7 +94,7 @@ class Placement:
         self.present.append(name)
 
     def send_away(self, *names: str) -> None:
-        """These networks wait in main memory."""
+        """Moves these networks to main memory."""
         away = [n for n in names if n in self.present]
         for name in away:
             self._move(name, torch.device("cpu"))
@@ -104,7 +104,7 @@ class Placement:
 
     @property
     def away(self) -> set[str]:
-        """The networks that are in main memory now."""
+        """The networks that are currently in main memory."""
         return self.networks.keys() - set(self.present)
 
     def _pinned(self) -> set[str]:
@@ -118,14 +118,14 @@ class Placement:
 
 
 class _Use:
-    """A hook before a network's forward pass."""
+    """Forward pre-hook of a network."""
 
     def __init__(self, placement: Placement, name: str) -> None:
         self.placement, self.name = placement, name
 
     def __call__(self, module: nn.Module, _args: Any) -> None:
         self.placement.use(self.name)
-        if module is not self.placement.networks[self.name]:  # a copy, with some weights of its own
+        if module is not self.placement.networks[self.name]:  # a copy with some of its own weights
             module.to(self.placement.device)
 
 
@@ -135,15 +135,15 @@ def place(
     budget: int | None = None,
     free: Callable[[torch.device], int] | None = None,
 ) -> None:
-    """Everything on `device` where it fits together, else networks that take turns there.
+    """Moves all networks to `device` if they fit together; else makes them take turns there.
 
     Args:
         backbone: in main memory
-        budget: bytes for all networks; default `SHARE` of what is free on a GPU, no limit elsewhere
-        free: bytes free on a device; default what CUDA says
+        budget: bytes for all networks; default `SHARE` of the free memory on a GPU, no limit elsewhere
+        free: free bytes on a device; default: as CUDA reports
 
     Raises:
-        ValueError: the largest network alone is larger than the device
+        ValueError: the largest network alone does not fit into the device's free memory
     """
     networks = {**backbone.components, "vae": backbone.vae}
     sizes = {name: size_of(network) for name, network in networks.items()}

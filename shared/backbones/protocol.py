@@ -1,7 +1,7 @@
 """What a model family offers to the rest of the suite.
 
-A backbone is a frozen diffusion model behind one small protocol. It knows diffusers classes and names *roles* and
-*sites*; it knows no method. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
+A backbone is a frozen diffusion model behind one small protocol. It knows diffusers classes and defines *roles* and
+*sites*; it contains no method logic. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Group:
 
     role: str
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
-    modules: tuple[str, ...]  # linear and convolution layers; of "denoiser.all", every module that holds parameters
+    modules: tuple[str, ...]  # linear and convolution layers; for "denoiser.all", every module that holds parameters
     resolution: Resolution = "exact"
     note: str = ""  # for a port: what it stands in for
 
@@ -41,11 +41,11 @@ class Adapter(Protocol):
 
     @property
     def slot(self) -> str:
-        """Which of the recipe's trainable parts it is; several under one name stay apart by it."""
+        """The recipe's trainable slot it comes from; it keeps several adapters under one name apart."""
         ...
 
     def train(self, mode: bool) -> None:
-        """Whether it acts as in training (dropout and the like); the network itself stays as it is."""
+        """Switches its training behaviour (dropout and the like); the network itself is unaffected."""
         ...
 
     def set_strength(self, strength: float) -> None:
@@ -63,31 +63,31 @@ class Adapter(Protocol):
         ...
 
     def eject(self) -> None:
-        """Restores the modules, their outputs and their repr to what they were."""
+        """Removes it, restoring the modules, their outputs and their repr."""
         ...
 
 
 @runtime_checkable
 class Placeholder(Protocol):
-    """A modifier attached to a backbone for one concept: how `<name>` is said and encoded."""
+    """A modifier attached to a backbone for one concept: how `<name>` is written and encoded."""
 
     name: str
     frozen: bool  # loaded, not in training
     words: str  # what `<name>` becomes in a prompt, e.g. "<my-mug> <my-mug>_1 mug"
     tokens: tuple[str, ...]  # tokens added to the tokenizers; may be empty
-    components: tuple[str, ...]  # the text encoders that what it learned belongs to; empty: it learns nothing
+    components: tuple[str, ...]  # the text encoders it learns vectors for; empty: it learns nothing
     varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """Input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] when they vary with time."""
+        """Input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] if they vary with time."""
         ...
 
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
-        """Change the text encoder's output; `positions` is bool [B, L], True at this concept's tokens."""
+        """Changes the text encoder's output; `positions` is bool [B, L], True at this concept's tokens."""
         ...
 
     def set_strength(self, strength: float) -> None:
-        """0 is what it started from, 1 what was learned. ValueError for another than 1 where it has no way between."""
+        """0 is its initial state, 1 what was learned. ValueError for anything but 1 if it cannot interpolate."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -101,7 +101,7 @@ class Placeholder(Protocol):
         ...
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """What it started from, by the keys of `state_dict`; empty where it has no strengths between."""
+        """Its initial state, with the keys of `state_dict`; empty if it cannot interpolate."""
         ...
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -113,30 +113,30 @@ class Placeholder(Protocol):
 class Backbone(Protocol):
     """A frozen diffusion model. Nothing here trains it; trainable parts inject through `adapters` and `placeholders`.
 
-    Pixels are [B, 3, H, W] and latents [B, C, h, w]; a model of clips takes [B, 3, F, H, W] and [B, C, f, h, w] too.
+    Pixels are [B, 3, H, W] and latents [B, C, h, w]; a clip model also takes [B, 3, F, H, W] and [B, C, f, h, w].
     """
 
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
-    checkpoint: str  # of the weights; differs between two checkpoints of one architecture
-    autoencoder: str  # the same of the autoencoder alone
+    checkpoint: str  # identity of the weights; differs between two checkpoints of one architecture
+    autoencoder: str  # the same for the autoencoder alone
     resolution: int  # default picture size in pixels
-    frames: int | None  # of a clip, where nobody says how many; None: it makes pictures
-    frame_rate: float | None  # frames per second of clips, where the network is told it; None: it is not
-    frame_factor: int  # frames per latent frame; where it is not 1, the first frame is a latent frame alone
+    frames: int | None  # the default number of frames of a clip; None: it generates pictures
+    frame_rate: float | None  # frames per second of clips, for networks that take it as input; None: others
+    frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
-    time_per_frame: bool  # True: `predict` takes a time for each frame of a clip, t [B, f]
-    world: World | None  # a world of its own; None: the real one
+    time_per_frame: bool  # True: `predict` takes one time per frame of a clip, t [B, f]
+    world: World | None  # its own world; None: the real one
     context_component: str  # the text encoder whose hidden states are the context
-    vae: Any  # between pixels and latents; never trained
-    placement: Placement | None  # of networks that take turns on the device; None: all of them stay there
+    vae: Any  # maps between pixels and latents; never trained
+    placement: Placement | None  # set when networks take turns on the device; None: all of them stay there
     adapters: dict[str, list[Adapter]]
     placeholders: dict[str, Placeholder]
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit here, where the layers that they touch are the same; its own among them."""
+        """The families whose concepts can fit here, if the layers they touch are the same; includes its own."""
         ...
 
     @property
@@ -145,60 +145,60 @@ class Backbone(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def latent_dtype(self) -> torch.dtype:
-        """Of latents while they are sampled."""
+        """The dtype of latents during sampling."""
         ...
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts; of several, the first."""
+        """The network that predicts; the first if there are several."""
         ...
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
-        """The components that predict, each with the times [from, to) at which it does: one for all times, or experts for
-        ranges of noise (Wan 2.2), which have the same layers."""
+        """The components that predict, each with its time range [from, to): one for all times, or experts for noise ranges
+        (Wan 2.2), which have the same layers."""
         ...
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        """Every trainable network by name: the denoiser (or several, by noise) and the text encoders."""
+        """Every trainable network by name: the denoiser (or one per noise range) and the text encoders."""
         ...
 
     # text
     @property
     def pooled_component(self) -> str | None:
-        """The text encoder whose pooled output is `Conditioning.pooled`, where there is one."""
+        """The text encoder whose pooled output is `Conditioning.pooled`, if there is one."""
         ...
 
     @property
     def max_length(self) -> Mapping[str, int]:
-        """Tokens per prompt that each text encoder reads, special ones included."""
+        """Tokens per prompt that each text encoder reads, including special tokens."""
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] where a name varies with it."""
+        """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] if a name varies with it."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Where whole `words` stand in these prompts: bool [B, L], over the tokens of the context. `words` may be any text
-        or `shared.backbones.added_tokens.END`, the token that ends the text. ValueError for no words."""
+        """The positions of the whole `words` in these prompts: bool [B, L], over the tokens of the context. `words` may be any
+        text or `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
+        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the prompt is longer than the text encoders read; names what would be cut."""
+        """Raises ValueError when the prompt is longer than the text encoders read; quotes what would be cut."""
         ...
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean where no generator is given."""
+        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units, for caches: each [B, C, h, w]."""
+        """Mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -206,11 +206,11 @@ class Backbone(Protocol):
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, f, h, w) of a clip of `frames`; ValueError when the size is not a multiple of what
-        the model needs, or it cannot make so many frames."""
+        """(C, h, w) of a picture, (C, f, h, w) of a clip of `frames`. ValueError when a side is not a multiple of what the
+        model needs, or it cannot generate that many frames."""
         ...
 
-    # the forward process; every function takes t: [B] or a scalar, of clips also [B, f], one for each frame, and raises
+    # the forward process; every function takes t: [B] or a scalar, for clips also [B, f] (one per frame), and raises
     # ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = alpha * x_0 + sigma * noise."""
@@ -221,29 +221,29 @@ class Backbone(Protocol):
         ...
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` is trained to give, in the model's own parametrisation: [B, C, h, w]."""
+        """What `predict` is trained to output, in the model's own parametrisation: [B, C, h, w]."""
         ...
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents [B, C, h, w] that a prediction [B, C, h, w] at x_t stands for."""
+        """The clean latents [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
         ...
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise [B, C, h, w] that a prediction [B, C, h, w] at x_t stands for."""
+        """The noise [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when the
-        conditioning carries something that it does not read, or frames have times of their own and it reads one."""
+        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when it does not
+        support something in the conditioning, or when frames have different times and it takes only one."""
         ...
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """[B], the times of the prediction under way, for what varies with them; None outside of `predict`."""
+        """[B], the times of the current prediction, for what varies with them; None outside `predict`."""
         ...
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """A context for later, in which layers run again (gradient checkpointing) as of the prediction under way now."""
+        """A context to enter later, in which layers run again (gradient checkpointing) as in the current prediction."""
         ...
 
     # sampling
@@ -256,13 +256,13 @@ class Backbone(Protocol):
         ...
 
     def needs_negative(self, guidance: float) -> bool:
-        """Whether sampling with this guidance looks at the negative prompt."""
+        """Whether sampling with this guidance uses the negative prompt."""
         ...
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance, or the family's own; plain where `negative` is None and nothing is distilled."""
+        """Classifier-free guidance, or the family's own; unguided if `negative` is None and guidance is not distilled."""
         ...
 
     def pipeline(self) -> Any:
@@ -275,13 +275,13 @@ class Backbone(Protocol):
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the roles there are.
+        """The modules of a role, one Group per component. ValueError lists the available roles.
 
-        Of self_attention, cross_attention, temporal_attention, feed_forward, conv and proj no layer is in two exact groups,
-        nor in two ports. A port may borrow layers of one exact group, and then its note names that role: what attends over
-        places and frames at once is "self_attention", and a port for "temporal_attention".
-        "denoiser" is each linear and convolution layer of the denoiser; "denoiser.all" each of its modules that holds
-        parameters of its own, norms and embeddings included, for full fine-tuning.
+        Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
+        or in two ports. A port may borrow layers of one exact group, and then its note names that role: attention over space
+        and time at once is "self_attention", and a port for "temporal_attention".
+        "denoiser" is every linear and convolution layer of the denoiser; "denoiser.all" every module of it that directly
+        holds parameters, including norms and embeddings, for full fine-tuning.
         """
         ...
 
@@ -290,15 +290,15 @@ class Backbone(Protocol):
         ...
 
     def text_sites(self) -> tuple[str, ...]:
-        """Names of the sites where each layer can have a text context of its own; none where text attends jointly."""
+        """Names of the sites that can each have their own text context; empty if text attends jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
-        """Inside, attention layers compute with these edits and keep the maps that are watched; see
-        `shared.backbones.attending`. ValueError when one matches no site, or a layer that is not to be touched."""
+        """Inside, attention layers apply these edits and record the watched maps; see `shared.backbones.attending`.
+        ValueError when one matches no site, or a layer with a custom processor."""
         ...
 
-    # what is attached, by concept name
+    # attached concepts, by name
     def add_placeholder(self, placeholder: Placeholder) -> None:
         """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
         ...
@@ -308,7 +308,7 @@ class Backbone(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Ejects all that is attached under this name; outputs, repr and tokenizers are what they were before."""
+        """Ejects everything attached under this name; outputs, repr and tokenizers are restored."""
         ...
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
@@ -316,28 +316,28 @@ class Backbone(Protocol):
         ...
 
     def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """The sub-tokens that this text encoder's tokenizer makes of `words`."""
+        """The sub-tokens into which this text encoder's tokenizer splits `words`."""
         ...
 
     def table_spread(self, component: str) -> float:
         """Standard deviation over all input embeddings of this text encoder."""
         ...
 
-    # adapters by named set
+    # strengths by adapter set
     @property
     def strengths(self) -> dict[str, float]:
-        """How strong each concept's adapters (without any: its learned words) are now; 0 is off."""
+        """The current strength of each concept's adapters, or of its learned words if it has none; 0 is off."""
         ...
 
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Exactly these adapters are on, with these strengths, inside the `with`; all others are off.
+        """Inside, exactly these adapters are on, with these strengths; all others are off.
 
-        Learned words take the strength that is given for their concept; those of others keep theirs, for they act only
-        where a prompt says them.
+        Learned words take the strength given for their concept; those of other concepts keep theirs, because they act only
+        if the prompt contains them.
         """
         ...
 
     def set_strength(self, name: str, strength: float) -> None:
-        """A lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when nothing of
-        that name is here that a strength could scale."""
+        """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
+        unknown or a strength can scale nothing of it."""
         ...

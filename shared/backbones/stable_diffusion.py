@@ -17,7 +17,7 @@ from shared.types import Conditioning, SiteContext
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
 _CLIP = r"(text_model\.)?encoder\.layers\.\d+\."
 _BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
-_SPATIAL = _BLOCK + r"attentions\.\d+\."  # a motion module holds layers of the same names: see _TEMPORAL
+_SPATIAL = _BLOCK + r"attentions\.\d+\."  # a motion module's layers have the same names: see _TEMPORAL
 _LAYER = _SPATIAL + r"transformer_blocks\.\d+\."
 _TEMPORAL = _BLOCK + r"motion_modules\.\d+\.transformer_blocks\.\d+\.attn[12]\."
 
@@ -27,7 +27,7 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Attention within the picture: in a transformer block, or alone (AttnDownBlock2D has no text)."""
+    """Attention within the picture: in a transformer block, or alone (AttnDownBlock2D takes no text)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
 
@@ -59,7 +59,7 @@ class StableDiffusionBackbone(BaseBackbone):
         name: as the user gave it
 
     Raises:
-        ValueError: when the U-Net is of a kind that this family does not cover (inpainting, guidance-distilled, …)
+        ValueError: when this family does not support this kind of U-Net (inpainting, guidance-distilled, …)
     """
 
     family = "stable_diffusion"
@@ -87,7 +87,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes: dict[str, tuple[nn.Module, Any]] = {}
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline around the same networks, with the base tokenizer and a scheduler of its own."""
+        """A diffusers pipeline around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         parts: dict[str, Any] = {**self._components, "safety_checker": None, "feature_extractor": None}
@@ -105,7 +105,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the forward process -------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """From the scheduler's table at whole times, exactly; between them alpha_bar is interpolated linearly.
+        """From the scheduler's table, exact at whole timesteps; in between, alpha_bar is interpolated linearly.
 
         Args:
             t: [B] or a scalar, in [0, 1000); [B, f] for frames of clips
@@ -123,7 +123,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's output, of the shape of x_t, in the backbone's own parametrisation.
+        """The U-Net's output, in the shape of x_t and the backbone's own parametrisation.
 
         Args:
             x_t: [B, C, h, w]
@@ -131,7 +131,7 @@ class StableDiffusionBackbone(BaseBackbone):
             conditioning: its context is one tensor, or one `SiteContext` for each of `text_sites()`
 
         Raises:
-            ValueError: for sites without a context, image tokens, regions or size_ids; for shapes that do not agree
+            ValueError: for sites without a context, image tokens, regions or size_ids; for mismatched shapes
         """
         self._refuse_unread(conditioning, len(x_t))
         context = conditioning.context
@@ -147,11 +147,11 @@ class StableDiffusionBackbone(BaseBackbone):
         return self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
-        """All sites' keys and values side by side, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.
+        """Concatenates all sites' keys and values, [B, L, 2*S*D]; each `to_k` and `to_v` takes its own slice.
 
-        The contexts travel as the network's ordinary argument, and the slicing hooks hold no state: so gradient
-        checkpointing, which runs the layers again in the backward pass, sees what the forward pass saw. On a plain
-        context (of width D) the hooks do nothing.
+        The contexts are passed as the network's ordinary argument, and the slicing hooks are stateless, so gradient
+        checkpointing, which runs the layers again in the backward pass, sees the same inputs as the forward pass. On a
+        plain context (of width D) the hooks do nothing.
         """
         names = self.text_sites()
         missing = [n for n in names if n not in contexts]
@@ -168,7 +168,7 @@ class StableDiffusionBackbone(BaseBackbone):
         known = self._routes.get(path)
         if known is not None and known[0] is module:
             return
-        if known is not None:  # the layer was wrapped or unwrapped since
+        if known is not None:  # the layer has since been wrapped or unwrapped
             known[1].remove()
 
         def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -179,7 +179,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes[path] = (module, module.register_forward_pre_hook(take))
 
     def remove(self, name: str) -> None:
-        """Ejects all that is attached under this name. ValueError when nothing is."""
+        """Ejects everything attached under this name. ValueError when there is nothing."""
         super().remove(name)
         if not self.placeholders:
             for _, handle in self._routes.values():
@@ -195,20 +195,18 @@ class StableDiffusionBackbone(BaseBackbone):
 def _check_unet(unet: Any, channels: int) -> None:
     if unet.config.in_channels != channels:
         raise ValueError(
-            f"stable_diffusion: the U-Net reads {unet.config.in_channels} channels and gets {channels} (inpainting?)"
+            f"stable_diffusion: the U-Net expects {unet.config.in_channels} channels but gets {channels} (inpainting?)"
         )
     for key in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type"):
         if unet.config.get(key) is not None:
-            raise ValueError(
-                f"stable_diffusion: U-Nets with {key} ({unet.config[key]!r}) are not covered by this family"
-            )
+            raise ValueError(f"stable_diffusion: this family does not support U-Nets with {key} ({unet.config[key]!r})")
 
 
 def _prediction_type(scheduler: Any) -> str:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS[:3]:
         raise ValueError(
-            f"stable_diffusion: prediction type {kind!r} is not known. There are: {', '.join(PREDICTIONS[:3])}."
+            f"stable_diffusion: unknown prediction type {kind!r}. Supported: {', '.join(PREDICTIONS[:3])}."
         )
     return kind
 
@@ -225,7 +223,7 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 
 def _sites(unet: Any) -> tuple[Site, ...]:
-    """Attention layers in the order of the forward pass, with how much smaller than the latents they work."""
+    """Attention layers in the order of the forward pass, with their scale relative to the latents."""
     from diffusers.models.attention_processor import Attention
 
     scales: dict[str, int] = {}
@@ -240,14 +238,14 @@ def _sites(unet: Any) -> tuple[Site, ...]:
     attention = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
     sites = []
     for prefix, size in scales.items():
-        # a block calls its layers in turn, and after each the motion module of the same number
+        # a block calls its layers in turn, each followed by the motion module of the same number
         inside = sorted((n for n in attention if n.startswith(prefix)), key=lambda n: _turn(n.removeprefix(prefix)))
         sites += [Site(name, _kind(name, attention[name]), size) for name in inside]
     return tuple(sites)
 
 
 def _turn(name: str) -> tuple[int, bool]:
-    """When a block calls an attention layer, by its name inside the block: "attentions.1.…" or "motion_modules.1.…"."""
+    """Sort key for the order in which a block calls its attention layers ("attentions.1.…", "motion_modules.1.…")."""
     return int(name.split(".")[1]), name.startswith("motion_modules.")
 
 

@@ -1,4 +1,4 @@
-"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned vectors in their places."""
+"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned vectors inserted."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class TextEncoding:
-    """The text half of a backbone. A family gives `_run_text` and says which encoder's output is the context."""
+    """The text half of a backbone. A family implements `_run_text` and sets which encoder's output is the context."""
 
     family: str
     name: str
     context_component: str = "text_encoder"  # whose hidden states are the text context
     pooled_component: str | None = None  # whose pooled output is `Conditioning.pooled`
-    masks_context: bool = False  # whether the network is told where the context is padding: `Conditioning.context_mask`
-    why_one_context: str = "its text and picture attend jointly"  # where `text_sites` is empty
+    masks_context: bool = False  # whether the network takes a padding mask of the context: `Conditioning.context_mask`
+    why_one_context: str = "its text and picture attend jointly"  # used if `text_sites` is empty
     tokens: TokenOverlay
     placeholders: dict[str, Placeholder]
     _components: dict[str, nn.Module]
@@ -40,12 +40,12 @@ class TextEncoding:
 
     @property
     def max_length(self) -> Mapping[str, int]:
-        """Tokens per prompt that each text encoder reads, special ones included."""
+        """Tokens per prompt that each text encoder reads, including special tokens."""
         return self.tokens.max_length
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the prompt is longer than the text encoder reads, or any of them a concept's name; names
-        what would be cut. What only a second encoder would not read is a warning."""
+        """Raises ValueError when the context's text encoder would cut the prompt, or any encoder a concept's name; quotes what
+        would be cut. Other text that only a second encoder would cut is a warning."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
@@ -55,26 +55,26 @@ class TextEncoding:
         self._warn_cut([prompt])
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and keep."""
+        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
         texts = self._tokenize(list(prompts))
         return frozenset().union(*(n.varies_with for n in self._used(texts)))
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
         """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
-        table = self._embedding(component).weight  # may wait in main memory
+        table = self._embedding(component).weight  # may be in main memory
         ids = torch.tensor(self.tokens.word_ids(component, words), device=table.device)
         return table[ids].detach().to(self.device, copy=True)
 
     def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """The sub-tokens that this text encoder's tokenizer makes of `words`, without its marks for word borders."""
+        """The sub-tokens into which this text encoder's tokenizer splits `words`, without word-boundary marks."""
         return self.tokens.pieces(component, words)
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """Where whole `words` (a class noun, a concept's tokens, or `END`, the token that ends the text) stand in these
-        prompts: bool [B, L], over the tokens of `Conditioning.context`. A prompt without them has none.
+        """The positions of the whole `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) in these
+        prompts: bool [B, L], over the tokens of `Conditioning.context`. All False for a prompt without them.
 
         Raises:
-            ValueError: when there are no words
+            ValueError: when `words` is empty
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self.tokens.find_words(self.context_component, prompts, words).to(self.device)
@@ -84,18 +84,18 @@ class TextEncoding:
         return float(self._embedding(component).weight.detach().float().std())
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """Prompts, already expanded, as the network is told them.
+        """Encodes expanded prompts into the network's conditioning.
 
-        One run of the text encoder; where a placeholder varies with "site", one run per site whose vectors differ.
+        One run of the text encoder; if a placeholder varies with "site", one run per site whose vectors differ.
         Differentiable with respect to the vectors and to text-encoder adapters.
 
         Args:
             prompts: B texts
-            t: [B] or a scalar, needed where a placeholder that these prompts use varies with "time"
+            t: [B] or a scalar, required if a placeholder used in these prompts varies with "time"
 
         Raises:
-            ValueError: when time is needed and not given, or of another shape, when the family cannot have a context per
-                site, and when a concept's name lies beyond what a text encoder reads (a warning where it is other text)
+            ValueError: when time is required but missing or of the wrong shape, when the family cannot have a context per
+                site, and when a text encoder would cut a concept's name (for other text, a warning)
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._warn_cut(prompts)
@@ -155,8 +155,8 @@ class TextEncoding:
         if not sites:
             names = ", ".join(repr(n.name) for n in used)
             raise ValueError(
-                f"{names}: a text context per attention site (or keys and values apart) needs cross-attention layers "
-                f"that each take their own, and {self.family} has none: {self.why_one_context}"
+                f"{names}: a text context per attention site (or separate keys and values) needs cross-attention layers "
+                f"that each take their own, but {self.family} has none: {self.why_one_context}"
             )
         return sites
 
@@ -170,7 +170,7 @@ class TextEncoding:
         return t
 
     def _readers(self) -> list[str]:
-        """The text encoders that are used, the context's first."""
+        """The text encoders in use, the context's first."""
         return list(dict.fromkeys(c for c in (self.context_component, self.pooled_component) if c))
 
     def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
@@ -190,7 +190,7 @@ class TextEncoding:
         time: Tensor | None,
         site: str | None,
     ) -> list[Tensor]:
-        """Vectors of the used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
+        """Vectors of those used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
         out = []
         batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
         for placeholder in (n for n in used if n.tokens):
@@ -199,7 +199,7 @@ class TextEncoding:
             if vectors is None or tuple(vectors.shape) not in ((n, width), (batch, n, width)):
                 got = None if vectors is None else list(vectors.shape)
                 raise ValueError(
-                    f"{placeholder.name!r}: vectors for {component} must be [{n}, {width}] or [{batch}, {n}, {width}]: {got}"
+                    f"{placeholder.name!r}: {component} vectors must be [{n}, {width}] or [{batch}, {n}, {width}], not {got}"
                 )
             out.append(vectors)
         return out
@@ -224,11 +224,11 @@ class TextEncoding:
         return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One run of a text encoder: hidden states [B, L, D], pooled [B, P] where it has one."""
+        """One run of a text encoder: hidden states [B, L, D], and pooled [B, P] if it has that."""
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
-        """Says once per prompt what an encoder will not read. ValueError when a concept's name is in it."""
+        """Warns once per prompt about text that an encoder cuts. ValueError when that contains a concept's name."""
         for prompt in prompts:
             if prompt in self._warned:
                 continue
@@ -239,15 +239,15 @@ class TextEncoding:
                 if lost:
                     raise ValueError(
                         f"the prompt is too long: {component} of {self.name or self.family} reads {limit} tokens, and "
-                        f"would cut {cut!r}, where {', '.join(map(repr, lost))} is named"
+                        f"would cut {cut!r}, which includes {', '.join(map(repr, lost))}"
                     )
                 if cut:
-                    log.warning("prompt cut at %d tokens of %s: %r is not read", limit, component, cut)
+                    log.warning("prompt truncated to %d tokens for %s: %r is ignored", limit, component, cut)
             self._warned.add(prompt)
 
 
 def _says(placeholder: Placeholder, prompt: str, cut: str) -> bool:
-    """Whether something of a concept's name is lost with `cut`, the end of the prompt."""
+    """Whether cutting `cut`, the end of the prompt, loses part of a concept's name."""
     kept = prompt.rstrip()[: -len(cut)]
     words = [w for w in placeholder.tokens or (placeholder.words,) if w.strip()]
     return any(kept.count(w) < prompt.count(w) for w in words)

@@ -1,4 +1,4 @@
-"""Where the subject is: masks as given, grown and softened, as boxes; in clips followed."""
+"""Where the subject is: masks as given, grown and softened, as boxes, or tracked through clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every mask part has in common."""
+"""The base class of all mask parts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from shared.types import Example
 
 
 def no_mask(picture: object) -> str:
-    """What is said of a picture that must have a mask."""
+    """The error message for a picture that must have a mask."""
     return (
-        f"{picture} has no mask, and this recipe requires one: put it in masks/ beside the pictures, with the same name, "
-        "or give pictures with a transparent background"
+        f"{picture} has no mask, but this recipe requires one: put it in masks/ next to the pictures, with the same name, "
+        "or use pictures with a transparent background"
     )
 
 
 class MaskPart(KindPart):
-    """Changes the mask of an example, always in the same way. Examples without a mask pass."""
+    """Changes the mask of an example, deterministically. Examples without a mask are passed through."""
 
     @property
     def needs_masks(self) -> bool:
-        """Whether each picture of a subject must have come with a mask."""
+        """Whether every picture of a subject must come with a mask."""
         return False
 
     @property
@@ -31,9 +31,9 @@ class MaskPart(KindPart):
         return False
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
-        """The example with the changed mask; the generator is not used."""
+        """Returns the example with its mask changed; the generator is unused."""
         return example.with_masks(self.change)
 
     def change(self, mask: Tensor) -> Tensor:
-        """[1, H, W] in [0, 1] -> the same."""
+        """Changes a mask: [1, H, W] in [0, 1] -> the same shape and range."""
         raise NotImplementedError

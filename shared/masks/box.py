@@ -12,7 +12,7 @@ from shared.masks.base import MaskPart
 
 
 class Box(MaskPart):
-    """1 inside the smallest upright rectangle around the mask (above one half), `margin` pixels larger on each side."""
+    """1 inside the bounding box of the mask (where it is above 0.5), enlarged by `margin` pixels on each side."""
 
     taxonomy: ClassVar[str] = "boxes as masks"
     kind: Literal["box"] = "box"

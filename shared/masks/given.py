@@ -12,7 +12,7 @@ from shared.types import Example
 
 
 class Given(MaskPart):
-    """Keeps masks, as they are or black and white at a threshold; with `require`, each reference must have one."""
+    """Keeps masks as they are, or binarized at a threshold; with `require`, every reference must have one."""
 
     taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"

@@ -14,7 +14,7 @@ from shared.masks.base import MaskPart
 
 
 class Grow(MaskPart):
-    """Grows the mask by a disc of radius `by` (shrinks it where negative), then blurs it with sigma `soften`.
+    """Grows the mask by a disc of radius `by` (shrinks it if negative), then blurs it with sigma `soften`.
 
     Both in pixels of the training resolution.
     """
@@ -30,7 +30,7 @@ class Grow(MaskPart):
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """The largest value within `radius` pixels of each pixel of [1, H, W]."""
+    """The maximum within `radius` pixels of each pixel of [1, H, W]."""
     height = mask.shape[-2]
     out = mask.clone()
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):
@@ -42,7 +42,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def blur(mask: Tensor, sigma: float) -> Tensor:
-    """[1, H, W] blurred by a Gaussian of `sigma` pixels; the edge values go on outside."""
+    """[1, H, W] blurred with a Gaussian of `sigma` pixels; edge values are replicated outside."""
     if sigma == 0:
         return mask
     half = max(1, math.ceil(3 * sigma))

@@ -1,4 +1,4 @@
-"""The masks of a clip on the grid of its latents."""
+"""Pools a clip's masks to its latent grid."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch.nn import functional as F
 
 
 def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """[B, 1, F, H, W] in [0, 1] as [B, 1, f, h, w]: of each latent cell the share that lies in the mask.
+    """[B, 1, F, H, W] in [0, 1] -> [B, 1, f, h, w]: the share of each latent cell that is in the mask.
 
-    In space the mean over the pixels of a cell, as for pictures. In time f = F where frames are encoded one by one
-    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the
-    first latent is the first frame alone, each other one the mean of the next r frames. ValueError for any other f.
+    In space, the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one (AnimateDiff),
+    or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the first latent covers
+    only the first frame, each other one the mean of the next r frames. ValueError for any other f.
     """
     if masks.ndim != 5 or masks.shape[1] != 1:
-        raise ValueError(f"the masks of clips have the shape [B, 1, F, H, W], and these have {list(masks.shape)}")
+        raise ValueError(f"the masks of clips must have the shape [B, 1, F, H, W], not {list(masks.shape)}")
     frames, (latents, height, width) = masks.shape[2], grid
     if min(grid) < 1:
-        raise ValueError(f"a latent grid has at least one cell on each side, not {list(grid)}")
+        raise ValueError(f"a latent grid must have at least one cell per side, not {list(grid)}")
     planes = F.interpolate(masks[:, 0].float(), (height, width), mode="area")  # frames as channels
     if latents == frames:
         return planes[:, None]
@@ -27,7 +27,7 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
         possible = sorted({frames, *(1 + (frames - 1) // r for r in range(1, frames) if (frames - 1) % r == 0)} - {1})
         raise ValueError(
             f"masks of {frames} frames cannot be pooled to {latents} latent frames, only to {possible or [1]}: "
-            "one for each frame, or the first alone and then equal groups"
+            "one per frame, or the first alone and then equal groups"
         )
     groups = planes[:, 1:].unflatten(1, (latents - 1, ratio)).mean(2)
     return torch.cat([planes[:, :1], groups], 1)[:, None]

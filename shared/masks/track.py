@@ -1,4 +1,4 @@
-"""The mask of a clip's first frame, followed through the clip."""
+"""Tracks the mask of a clip's first frame through the clip."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch.nn import functional as F
 from shared.masks.base import MaskPart
 from shared.types import Example
 
-_SIDE = 256  # pixels: flow is estimated at about this size at least
+_SIDE = 256  # pixels: the minimum size, approximately, at which flow is estimated
 
 
 class Track(MaskPart):
-    """Follows the one mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, pass.
+    """Tracks the single mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, are
+    passed through.
 
     flow: "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
-    (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). What was hidden in the first frame
-    and shows later is not found: for that, and for motion of more than about a tenth of the frame from one frame to
-    the next, masks of every frame are needed.
+    (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts that are hidden in the first
+    frame and appear later are not found. For those, and for motion of more than about a tenth of the frame between
+    frames, give a mask for every frame.
     """
 
     taxonomy: ClassVar[str] = "tracked masks"
@@ -41,14 +42,16 @@ class Track(MaskPart):
         return example.with_(masks={**example.masks, **{o: self.follow(frames, m[:, 0]) for o, m in alone.items()}})
 
     def follow(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Frames [3, F, H, W] in [-1, 1] and the mask [1, H, W] of the first -> the masks [1, F, H, W] of all.
+        """Frames [3, F, H, W] in [-1, 1] and the first frame's mask [1, H, W] -> masks [1, F, H, W] of all frames.
 
-        Every frame's mask is the first one seen through the sum of the flows up to there: it is sampled once, so it does
-        not blur from frame to frame. Only the flow well inside the mask counts, and is continued across its edge: at an
-        edge, flow mixes thing and background. ValueError when frames and mask are not of one size.
+        Every frame's mask is the first one sampled through the accumulated flow; it is sampled only once, so it does not
+        blur from frame to frame. Only flow well inside the mask is used, and extrapolated across its edge, because at an
+        edge flow mixes subject and background. ValueError when frames and mask differ in size.
         """
         if frames.ndim != 4 or frames.shape[0] != 3 or mask.shape != (1, *frames.shape[2:]):
-            raise ValueError(f"a mask of {list(mask.shape)} cannot be followed through frames of {list(frames.shape)}")
+            raise ValueError(
+                f"a mask of shape {list(mask.shape)} cannot be tracked in frames of shape {list(frames.shape)}"
+            )
         grey = grey_levels(frames)
         height, width = grey.shape[1:]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -70,7 +73,7 @@ class Track(MaskPart):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """uint8 [F, h, w], small clips enlarged: the patches that flow compares would not fit into 64 pixels."""
+    """uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for the patches that flow compares."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:
@@ -79,7 +82,7 @@ def grey_levels(frames: Tensor) -> np.ndarray:
 
 
 def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """[h, w, 2]: where each pixel of `before` goes, relative to itself, in pixels (x, y)."""
+    """[h, w, 2]: the displacement of each pixel of `before`, in pixels (x, y)."""
     import cv2
 
     if kind == "dis":
@@ -88,7 +91,7 @@ def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray
 
 
 def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
-    """The flow [h, w, 2] inside the mask [h, w], continued smoothly to everywhere: [1, 2, h, w]. 0 for an empty mask."""
+    """The flow [h, w, 2] inside the mask [h, w], extrapolated smoothly everywhere: [1, 2, h, w]. 0 for an empty mask."""
     import cv2
 
     reach = max(mask.shape) // 40
@@ -102,7 +105,7 @@ def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
 
 
 def _inverse(forward: Tensor, here: Tensor) -> Tensor:
-    """u with u(x) = -forward(x + u(x)), by iteration: where each pixel of the later frame came from, relative to itself."""
+    """Solves u(x) = -forward(x + u(x)) by iteration: the offset to where each pixel of the later frame came from."""
     back = -forward
     for _ in range(5):
         back = -_sampled(forward, here + back)
@@ -110,7 +113,7 @@ def _inverse(forward: Tensor, here: Tensor) -> Tensor:
 
 
 def _sampled(planes: Tensor, at: Tensor) -> Tensor:
-    """[1, C, h, w] at the places [1, 2, h, w] (x, y in pixels); outside, the edge goes on."""
+    """Samples [1, C, h, w] at the positions [1, 2, h, w] (x, y in pixels); edge values are replicated outside."""
     height, width = planes.shape[2:]
     scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)])
     grid = at.permute(0, 2, 3, 1) * scale - 1

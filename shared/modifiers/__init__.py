@@ -1,4 +1,4 @@
-"""How a concept is named. A new modifier is one file and one line in the union."""
+"""How a concept is named in prompts. A new modifier is one file and one line in the union."""
 
 from typing import Annotated
 

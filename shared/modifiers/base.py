@@ -1,4 +1,4 @@
-"""What every modifier attaches: the name of one concept on one backbone."""
+"""What every modifier attaches: one concept's name on one backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.types import SiteContext
 
 
 class PlaceholderBase:
-    """Words and nothing learned; the base of the others. Satisfies `shared.backbones.protocol.Placeholder`."""
+    """Plain words that learn nothing; the base of the others. Satisfies `shared.backbones.protocol.Placeholder`."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -26,9 +26,10 @@ class PlaceholderBase:
         return context
 
     def set_strength(self, strength: float) -> None:
-        """Words have none. A placeholder that learns says how it goes from its start to what it learned, or refuses."""
+        """Plain words have no strength. A placeholder that learns interpolates from its start to what it learned, or
+        refuses."""
         if strength != 1 and any(True for _ in self.parameters()):
-            raise ValueError(f"{self.name!r}: what its words learned has no strength but 1; asked for {strength:g}")
+            raise ValueError(f"{self.name!r}: its learned words only work at strength 1, not {strength:g}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
@@ -38,18 +39,18 @@ class PlaceholderBase:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            raise ValueError(f"this concept's name learns nothing, but {len(state)} tensors were given for it")
+            raise ValueError(f"this concept has no learned words, but {len(state)} tensors were given for it")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Empty: no strengths between start and learned."""
+        """Empty: it cannot interpolate between its start and what it learned."""
         return {}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when there is anything to load."""
         if state:
-            raise ValueError(f"{self.name!r} keeps no start of its words, but {len(state)} tensors were given for it")
+            raise ValueError(f"{self.name!r} keeps no initial words, but {len(state)} tensors were given for them")
 
 
 def phrase(words: str, class_noun: str, with_class_noun: bool) -> str:
-    """Modifier and class noun, without an article."""
+    """Joins modifier and class noun, without an article."""
     return f"{words} {class_noun}".strip() if with_class_noun else words

@@ -1,5 +1,5 @@
-"""New tokens whose input embeddings are learned (Textual Inversion, https://arxiv.org/abs/2208.01618), also apart for each
-attention layer (P+, https://arxiv.org/abs/2303.09522)."""
+"""New tokens with learned input embeddings (Textual Inversion, https://arxiv.org/abs/2208.01618), optionally separate for
+each attention layer (P+, https://arxiv.org/abs/2303.09522)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class LearnableToken(KindPart):
-    """`vectors` new tokens per concept; they start as the embedding of `init` (the class noun where none is given).
+    """`vectors` new tokens per concept, which start as the embedding of `init` (default: the class noun).
 
-    Words of more sub-tokens than there are vectors start as their means. With `per: layer` each cross-attention layer
-    reads the whole prompt with vectors of its own (P+, section 3.2): one run of the text encoder per layer."""
+    If the words have more sub-tokens than there are vectors, each vector starts as a mean of them. With `per: layer`, each
+    cross-attention layer reads the whole prompt with its own vectors (P+, section 3.2): one text encoder run per layer."""
 
     kind: Literal["learnable_token"] = "learnable_token"
     vectors: Annotated[int, Field(ge=1, le=64)] = 1
-    init: str = ""  # words; "" is the class noun; "<rand>" is noise with the table's own spread
+    init: str = ""  # words; "": the class noun; "<rand>": noise with the spread of the embedding table
     with_class_noun: bool = False
     per: Literal["layer"] | None = None  # None: the same vectors for all layers
 
@@ -37,18 +37,18 @@ class LearnableToken(KindPart):
         """Adds `<name>`, `<name>_1`, … to the tokenizers.
 
         Raises:
-            ValueError: there is no word to start from, or vectors per layer are asked of a model without cross-attention
+            ValueError: there is no word to start from, or `per` is set for a model without cross-attention
         """
         init = self.init or class_noun
         if not init:
             raise ValueError(
-                "modifier.init is empty and there is no class noun: give subject.class_noun or modifier.init"
+                "modifier.init is empty and there is no class noun: set subject.class_noun or modifier.init"
             )
         sites = backbone.text_sites()
         if self.per and not sites:
             raise ValueError(
-                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers that take a text of their own: "
-                "leave modifier.per out"
+                f"modifier.per={self.per}: {backbone.family} has no cross-attention layers that can each take their own text: "
+                "leave out modifier.per"
             )
         tokens = tuple(f"<{name}>" + (f"_{i}" if i else "") for i in range(self.vectors))
         start = {
@@ -68,9 +68,9 @@ class LearnableToken(KindPart):
 
 
 class LearnedPlaceholder(PlaceholderBase):
-    """The vectors themselves: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
+    """The learned vectors: one parameter `[n, d]` per text encoder, in fp32, outside the embedding table.
 
-    What they started from is kept: at strength s the vectors are start + s * (learned - start).
+    The initial vectors are kept: at strength s the vectors are start + s * (learned - start).
     """
 
     def __init__(self, name: str, words: str, tokens: tuple[str, ...], start: Mapping[str, Tensor]) -> None:
@@ -81,25 +81,25 @@ class LearnedPlaceholder(PlaceholderBase):
         self.strength = 1.0
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """[n, d] at the strength that is set."""
+        """[n, d] at the current strength."""
         return at_strength(self.start[component], self.table[component], self.strength)
 
     def set_strength(self, strength: float) -> None:
-        """0 is the start, 1 what was learned; between and beyond along the line through both."""
+        """0 is the start, 1 what was learned; other values interpolate or extrapolate linearly."""
         self.strength = strength
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """component (for vectors per layer, component and layer) -> what was learned, [n, d]."""
+        """component (for vectors per layer, component and layer) -> learned vectors [n, d]."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """component -> what it started from, [n, d]."""
+        """component -> initial vectors [n, d]."""
         return {c: v.float().cpu().clone() for c, v in self.start.items()}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -107,16 +107,16 @@ class LearnedPlaceholder(PlaceholderBase):
 
     def _load(self, state: Mapping[str, Tensor], into: Mapping[str, Tensor], what: str) -> None:
         if set(state) != set(into):
-            raise ValueError(f"{what} are for {_some(state)}, this model's are {_some(into)}")
+            raise ValueError(f"{what} are for {_some(state)}, but this model needs {_some(into)}")
         for component, vectors in state.items():
             if vectors.shape != into[component].shape:
                 needed = list(into[component].shape)
-                raise ValueError(f"{what} of {component} are {list(vectors.shape)}, this model needs {needed}")
+                raise ValueError(f"{what} of {component} are {list(vectors.shape)}, but this model needs {needed}")
             into[component].copy_(vectors)
 
 
 class LayeredPlaceholder(LearnedPlaceholder):
-    """Vectors for each attention layer, all started alike, so that the start is that of vectors for all layers.
+    """Separate vectors per attention layer, with the same start, which therefore equals that of shared vectors.
 
     Args:
         start: text encoder -> [n, d]
@@ -134,7 +134,7 @@ class LayeredPlaceholder(LearnedPlaceholder):
         self.components, self.sites = tuple(start), sites
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """[n, d] of one layer; their mean for what is no layer's (a pooled text embedding)."""
+        """[n, d] of one layer; their mean if no layer is given (for a pooled text embedding)."""
         if site is not None:
             return super().embeddings(f"{component}.{site}", t, site)
         per_site = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
@@ -147,18 +147,18 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
-    """Rows [n, d] on the line from `start` (0) to `learned` (1); at 1 `learned` itself, at 0 `start` itself."""
+    """Interpolates rows [n, d] from `start` (0) to `learned` (1); at 0 and 1 it returns these objects themselves."""
     if strength in (0.0, 1.0):
         return learned if strength else start
     return start + strength * (learned - start)
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """[vectors, d]: the embeddings of the words' sub-tokens in order.
+    """Initial vectors [vectors, d]: the embeddings of the words' sub-tokens in order.
 
-    Fewer vectors than sub-tokens: each starts as the mean of its share of them, one as the mean of all ("coffee mug").
-    More: the words are repeated, with a little noise so that they can part ways. "<rand>" is noise with the spread of
-    the whole table.
+    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single one as the mean of all:
+    "coffee mug"). With more, the words are repeated with a little noise so that they can diverge. "<rand>" gives noise with
+    the spread of the whole table.
     """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()

@@ -11,7 +11,7 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class PlainText(KindPart):
-    """`<name>` is said in plain words; with none, by the class noun alone."""
+    """`<name>` becomes plain words; without any, only the class noun."""
 
     kind: Literal["plain_text"] = "plain_text"
     words: str = ""
@@ -24,7 +24,7 @@ class PlainText(KindPart):
 class RareToken(KindPart):
     """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
 
-    A token that a tokenizer splits is accepted, with one warning that names the pieces."""
+    A token that a tokenizer splits is accepted, with a warning that lists the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
     token: str = "sks"
@@ -37,8 +37,8 @@ class RareToken(KindPart):
         if split:
             read = "; ".join(f"{c}: {' + '.join(map(repr, pieces))}" for c, pieces in split.items())
             warnings.warn(
-                f"modifier.token={self.token!r} is not one token here ({read}): pieces are words of their own that the "
-                "model knows, so a rarer single token holds a subject better",
+                f"modifier.token={self.token!r} is not a single token here ({read}): the model already knows these pieces "
+                "as words, so a rare single token represents a subject better",
                 stacklevel=2,
             )
         return placeholder

@@ -1,4 +1,4 @@
-"""Distributions of the training time t in [0, 1000), and the noise that goes with it."""
+"""Distributions of the training time t in [0, 1000), and its noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class _Times(Part):
     low: Fraction = 0.0  # fraction of the whole time range: a stage trains on part of it
     high: Fraction = 1.0
-    clean_first_frame: Fraction = 0.0  # of clips: how often the first latent frame is given without noise
+    clean_first_frame: Fraction = 0.0  # for clips: the probability that the first latent frame has no noise
     offset: Annotated[float, Field(ge=0)] = 0.0  # noise offset: one shift per picture and channel
 
     @model_validator(mode="after")
@@ -27,16 +27,16 @@ class _Times(Part):
         return self
 
     def _fractions(self, count: int, generator: torch.Generator) -> Tensor:
-        raise AssertionError("a distribution of times says how it draws")
+        raise AssertionError("a distribution of times must define how it draws")
 
     def draw_times(self, count: int, generator: torch.Generator, discrete: bool) -> Tensor:
-        """[count] in [0, 1000); whole numbers where the model was trained on timesteps."""
+        """Draws [count] times in [0, 1000); whole numbers if the model was trained on timesteps."""
         t = 1000 * (self.low + (self.high - self.low) * self._fractions(count, generator))
         return t.floor().clamp(0, 999) if discrete else t.clamp(1e-3, 999.999)
 
     def of_frames(self, t: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """The times t [B] of `latents`; [B, f], where the first frame of some of these clips is given (t = 0), as LTX-Video
-        learns it (https://arxiv.org/abs/2501.00103)."""
+        """The times t [B] of `latents`, or [B, f] for clips of which some have a noise-free first frame (t = 0), as in
+        LTX-Video's training (https://arxiv.org/abs/2501.00103)."""
         if latents.ndim != 5 or not self.clean_first_frame:
             return t
         given = (torch.rand(len(t), generator=generator) < self.clean_first_frame).to(t.device)
@@ -45,7 +45,7 @@ class _Times(Part):
         return each
 
     def draw_noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Gaussian noise of the shape of `like` [B, C, h, w], drawn on the CPU so that devices agree."""
+        """Gaussian noise with the shape of `like` [B, C, h, w], drawn on the CPU so that it is the same on every device."""
         noise = torch.randn(like.shape, generator=generator)
         if self.offset:
             noise = noise + self.offset * torch.randn(*like.shape[:2], *([1] * (like.ndim - 2)), generator=generator)
@@ -53,7 +53,7 @@ class _Times(Part):
 
 
 class Uniform(_Times):
-    """Every time equally often (DDPM, https://arxiv.org/abs/2006.11239)."""
+    """All times equally likely (DDPM, https://arxiv.org/abs/2006.11239)."""
 
     kind: Literal["uniform"] = "uniform"
 

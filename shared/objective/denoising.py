@@ -1,4 +1,4 @@
-"""The denoising loss, per example, on the backbone's own target."""
+"""The denoising loss per example, on the backbone's own target."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shared.config import Part
 class Denoising(Part):
     """Squared error between prediction and target (epsilon, v or flow velocity).
 
-    `masked` keeps the loss to the subject: sum(m * e^2) / sum(m), so that a small subject weighs as much as a large one;
-    by default wherever a picture came with a mask. `outside` is the weight of the background, which keeps it from being
-    learned as noise, `inside` that of the subject: with inside=0 and outside=1 all but the subject is learned, a motion
-    and not who makes it. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    `masked` restricts the loss to the subject: sum(m * e^2) / sum(m), so that a small subject counts as much as a large one;
+    by default whenever a picture has a mask. `outside` is the weight of the background (above 0, it is not learned as
+    noise), `inside` that of the subject: with inside=0 and outside=1, everything but the subject is learned, such as a
+    motion without its performer. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"
     masked: bool | None = (
-        None  # None: where masks are given; true: the same, and a warning where none are; false: never
+        None  # None: if there are masks; true: the same, with a warning if there are none; false: never
     )
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     inside: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -32,12 +32,12 @@ class Denoising(Part):
     @model_validator(mode="after")
     def _something_counts(self) -> Denoising:
         if self.masked is not False and not self.inside and not self.outside:
-            raise ValueError("inside = 0 and outside = 0: nothing would be learned; set one of the two to 1")
+            raise ValueError("inside = 0 and outside = 0: nothing would be learned; set one of them to 1")
         return self
 
     @property
     def inverts(self) -> bool:
-        """Whether a mask keeps the loss off what it marks."""
+        """Whether the loss weighs the masked area less than the rest."""
         return self.masked is not False and self.inside < self.outside
 
     def example_losses(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -49,10 +49,10 @@ class Denoising(Part):
         return (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
 
     def weight(self, mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """[B, 1, (f), h, w] per-pixel weight, or None where every pixel counts alike.
+        """Returns the per-pixel weight [B, 1, (f), h, w], or None if all pixels count equally.
 
         Args:
-            mask: [B, 1, (f), h, w]; an example that is all mask has no outside, and counts whole
+            mask: [B, 1, (f), h, w]; an example whose mask is 1 everywhere has no outside, and has weight 1 everywhere
             valid: [B, 1, (f), h, w], 0 at padding
         """
         weight = None
@@ -64,13 +64,13 @@ class Denoising(Part):
         return weight
 
     def time_weight(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """[B]: min(SNR, gamma) in the parametrisation of the model; 1 where it is off."""
+        """[B]: min(SNR, gamma), converted to the model's parametrisation; 1 if it is off."""
         if self.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = (x.float() for x in backbone.alpha_sigma(t))
         snr = (alpha / sigma.clamp_min(1e-8)) ** 2
         clipped = snr.clamp_max(self.min_snr_gamma)
-        # the weight belongs to the loss on x_0; each parametrisation's error is that error times a known factor
+        # the weight is defined for the loss on x_0; each parametrisation's error is that error times a known factor
         return {"epsilon": clipped / snr.clamp_min(1e-8), "v_prediction": clipped / (snr + 1), "sample": clipped}.get(
             backbone.prediction_type,
             clipped * sigma**2,  # flow: |v - v'|^2 = |x_0 - x_0'|^2 / sigma^2

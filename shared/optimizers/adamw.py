@@ -1,4 +1,4 @@
-"""AdamW (https://arxiv.org/abs/1711.05101), in full precision and with 8-bit moments (https://arxiv.org/abs/2110.02861)."""
+"""AdamW (https://arxiv.org/abs/1711.05101), in full precision or with 8-bit moments (https://arxiv.org/abs/2110.02861)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class AdamW(OptimizerPart):
 
 
 class AdamW8bit(AdamW):
-    """bitsandbytes' AdamW: a quarter of the memory for the moments, on a GPU."""
+    """bitsandbytes' AdamW: a quarter of the memory for moments; needs a GPU."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"  # type: ignore[assignment]
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         if any(p.device.type == "cpu" for group in groups for p in group["params"]):
-            raise ValueError("train.optimizers: adamw_8bit needs a GPU: use adamw, prodigy or schedule_free here")
+            raise ValueError("train.optimizers: adamw_8bit needs a GPU; on the CPU use adamw, prodigy or schedule_free")
         try:
             from bitsandbytes.optim import AdamW8bit as Quantised  # pyright: ignore[reportMissingImports]
         except ImportError:

@@ -1,4 +1,4 @@
-"""What every optimizer part has in common: how rates change over a run, clipping, and what is saved of its progress."""
+"""The base of all optimizer parts: how rates change over a run, clipping, and the progress that is saved."""
 
 from __future__ import annotations
 
@@ -18,42 +18,41 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class OptimizerPart(Part):
-    """Settings of one optimizer; each trainable part brings its own rate."""
+    """Settings of one optimizer; each trainable part has its own rate."""
 
-    #: Entries of the optimizer's parameter groups that change while it runs, saved beside its per-parameter state.
+    #: Entries of the optimizer's parameter groups that change while it runs, saved with its per-parameter state.
     progress: ClassVar[tuple[str, ...]] = ()
-    averages: ClassVar[bool] = False  # built, it has `eval` and `train`: between them the parameters are averages
-    needs_closure: ClassVar[bool] = False  # evaluates the loss itself, several times per step
+    averages: ClassVar[bool] = False  # whether the optimizer has `eval` and `train`, which switch to averages and back
+    needs_closure: ClassVar[bool] = False  # whether it evaluates the loss itself, several times per step
     weight_decay: NotNegative = 1e-2
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     decay: Fraction = (
-        1.0  # of the run, at its end: where rates fall; less than 1: warm-up, stable, decay (arXiv 2404.06395)
+        1.0  # the last fraction of the run, in which rates fall; below 1: warmup-stable-decay (arXiv 2404.06395)
     )
     max_grad_norm: Positive | None = 1.0
 
     @model_validator(mode="after")
     def _something_falls(self) -> OptimizerPart:
         if self.schedule == "constant" and self.decay != 1:
-            raise ValueError(
-                f"decay = {self.decay} with schedule: constant, which does not fall: choose linear or cosine"
-            )
+            raise ValueError(f"decay = {self.decay} has no effect with schedule: constant; choose linear or cosine")
         return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups with "params", "lr" and "weight_decay". ValueError where it is missing."""
+        """Builds the optimizer for parameter groups with "params", "lr" and "weight_decay". ValueError when it cannot be used
+        here (a missing library or GPU, unsuitable rates)."""
         raise NotImplementedError
 
     def rate(self, lr: float, factor: float) -> float:
-        """The rate of a part whose own is `lr`, at this factor of the schedule."""
+        """The rate of a part with its own rate `lr`, at this factor of the schedule."""
         return lr * factor
 
     def factor(self, step: int, done: float) -> float:
         """The factor on the rates.
 
         Args:
-            step: steps done; rates rise linearly over `warmup` of them
-            done: the spent fraction of what comes after the warm-up, in [0, 1]
+            step: steps done; rates rise linearly over the first `warmup`
+            done: the fraction done of what comes after the warm-up, in [0, 1]
         """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)

@@ -1,4 +1,4 @@
-"""L-BFGS (Liu & Nocedal, 1989): few parameters, a loss without noise."""
+"""L-BFGS (Liu & Nocedal, 1989): for few parameters and a noise-free loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 class Lbfgs(OptimizerPart):
     """torch's L-BFGS, which evaluates a step's loss up to `max_iter` * 1.25 times, each time with the same noise.
 
-    Gradients are not clipped, for its line search compares losses with their gradients.
+    Gradients are not clipped, because its line search compares losses with their gradients.
     """
 
     needs_closure: ClassVar[bool] = True
@@ -30,7 +30,7 @@ class Lbfgs(OptimizerPart):
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         rates = sorted({group["lr"] for group in groups})
         if len(rates) > 1:
-            raise ValueError(f"train.optimizers: lbfgs has one rate for all it trains, and the parts say {rates}")
+            raise ValueError(f"train.optimizers: lbfgs uses one rate for everything, but the parts have {rates}")
         return torch.optim.LBFGS(
             [p for group in groups for p in group["params"]],
             lr=rates[0],

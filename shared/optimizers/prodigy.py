@@ -1,4 +1,4 @@
-"""Prodigy (https://arxiv.org/abs/2306.06101): finds the rate by itself."""
+"""Prodigy (https://arxiv.org/abs/2306.06101): estimates the learning rate itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.optimizers.base import Beta, OptimizerPart, Positive
 
 
 class Prodigy(OptimizerPart):
-    """prodigyopt's Prodigy. The parts' own rates are not used: `lr` multiplies the rate that it finds."""
+    """prodigyopt's Prodigy. The parts' own rates are ignored; `lr` multiplies the estimated rate."""
 
     progress: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
     kind: Literal["prodigy"] = "prodigy"
@@ -19,7 +19,7 @@ class Prodigy(OptimizerPart):
     eps: Positive = 1e-8
     lr: Positive = 1.0
     d_coef: Positive = 1.0  # larger: larger estimates of the rate
-    safeguard_warmup: bool = True  # the estimate does not grow from the rate of the warm-up
+    safeguard_warmup: bool = True  # the low rates of the warm-up do not inflate the estimate
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         from prodigyopt import Prodigy as Optimizer

@@ -1,4 +1,4 @@
-"""What every captions part has in common."""
+"""The base class of all caption parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def _with_place(template: str) -> str:
     return template
 
 
-#: A caption with a place for the concept.
+#: A caption with {concept} in it.
 Template = Annotated[str, AfterValidator(_with_place)]
-#: By owner: what it is called, or its plain class.
+#: Owner -> its words in captions, or its class noun.
 Names = Mapping[str, str]
 
 
@@ -30,10 +30,10 @@ class CaptionPart(KindPart):
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of an empty caption
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
-        """The example with its caption.
+        """Returns the example with its caption.
 
         Args:
-            words: by owner, what it is called
-            class_nouns: by owner, its plain class
+            words: owner -> its words in captions
+            class_nouns: owner -> its class noun
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""From a user's prompt to what the text encoder reads."""
+"""Expands a user's prompt into what the text encoder reads."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from shared.backbones.protocol import Placeholder
 from shared.prompts.foreign_syntax import foreign_syntax
 
-_FOREIGN = frozenset("<([{_:")  # the marks without which there is none
+_FOREIGN = frozenset("<([{_:")  # without these characters there is no foreign syntax
 _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
 
 def names_in(prompt: str) -> tuple[str, ...]:
-    """The concepts a prompt names as `<name>`, in order, each once."""
+    """The concepts that a prompt names as `<name>`, in order, without repeats."""
     return tuple(dict.fromkeys(_NAME.findall(prompt)))
 
 
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
-    """Replace every `<name>` by its words. ValueError for a name that is not loaded; lists those that are.
+    """Replaces every `<name>` with its words. ValueError for a name that is not loaded; lists the loaded ones.
 
-    Warns of the syntax of other programs, which is read as plain words.
+    Warns about the syntax of other programs, which is read as plain words here.
     """
     for name in names_in(prompt):
         if name not in placeholders:
@@ -34,15 +34,15 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
-    """The same prompt with each `<name>` said as its class noun: what the base model would be asked."""
+    """The prompt with each `<name>` replaced by its class noun, for the base model."""
     return re.sub(r"\s+", " ", _NAME.sub(lambda m: class_nouns.get(m.group(1), m.group(0)), prompt)).strip()
 
 
 def check_named(prompt: str, must: Mapping[str, str]) -> None:
-    """ValueError when a loaded subject (name -> kind) is not named in the prompt; motions and styles act unnamed."""
+    """Raises ValueError when the prompt does not name a loaded subject (name -> kind); motions and styles need no name."""
     named = names_in(prompt)
     for name, kind in must.items():
         if kind in ("subject", "identity") and name not in named:
             raise ValueError(
-                f"{name!r} is loaded but the prompt {prompt!r} does not name it: write <{name}> where it should appear"
+                f"{name!r} is loaded, but the prompt {prompt!r} does not name it: write <{name}> where it should appear"
             )

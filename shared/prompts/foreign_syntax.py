@@ -1,4 +1,4 @@
-"""What other programs read in a prompt and this one does not: it would be plain words to the text encoder, in silence."""
+"""Detects other programs' prompt syntax, which the text encoder would silently read as plain words."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], Collection[str]], 
     (_WEIGHT, lambda *_: "words have no weights here; a concept has a strength, --concept PATH:0.8"),
     (
         _SCHEDULE,
-        lambda *_: "words do not change while a picture is made; a concept's strength does, --strength NAME=0@0,1@0.2",
+        lambda *_: "words cannot change between steps; a concept's strength can, --strength NAME=0@0,1@0.2",
     ),
-    (_CHOICE, lambda *_: "write the prompts out, one after another"),
+    (_CHOICE, lambda *_: "write out each prompt separately"),
 )
 
 
 def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
-    """One sentence for each part of a prompt that is the syntax of another program, with how it is written here.
+    """One sentence for each piece of another program's syntax in a prompt, saying how to write it here.
 
     Args:
-        names: of the concepts that are loaded
+        names: the loaded concepts
     """
     for pattern, here in _FORMS:
         for found in pattern.finditer(prompt):
@@ -48,10 +48,10 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
         if not _NAME.fullmatch(found[1]) and not _NETWORK.fullmatch(found[0]):
             known = ", ".join(f"<{n}>" for n in sorted(names)) or "none"
             how = f"write <{name}>" if (name := _fitting(found[1], names)) else "leave the brackets out"
-            yield f"{found[0]!r} is no concept's name, and is read as plain words: {how} (loaded concepts: {known})"
+            yield f"{found[0]!r} is not a concept's name and is read as plain words: {how} (loaded concepts: {known})"
 
 
 def _fitting(text: str, names: Collection[str]) -> str:
-    """The loaded concept that is meant, or the text as a name."""
+    """The loaded concept that the text refers to, else the text as a valid name."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.strip()).strip("-_")
     return next((n for n in names if n.lower() == name.lower()), name)

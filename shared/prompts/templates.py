@@ -35,16 +35,16 @@ SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE
 
 
 class Templates(CaptionPart):
-    """One template is drawn per picture and step; a user's own caption is kept, with the concept put into it.
+    """Draws one template per picture and step; a user's own caption is kept, with the concept inserted.
 
-    In a user's caption `<name>` or `{concept}` marks the place; without either, the class noun is replaced, and where it
-    does not occur either the concept is put in front.
+    In a user's caption, `<name>` or `{concept}` marks the position; without either, the class noun is replaced, and without
+    that the concept is put in front.
     """
 
     kind: Literal["templates"] = "templates"
     set: Literal["plain", "subject", "style"] = "plain"
-    templates: tuple[Template, ...] = ()  # given: used instead of the set
-    user_captions: bool = True  # false: a template in place of each, as where there are none
+    templates: tuple[Template, ...] = ()  # if given, used instead of the set
+    user_captions: bool = True  # false: templates replace the user's captions
 
     @property
     def taxonomy(self) -> str:
@@ -52,7 +52,7 @@ class Templates(CaptionPart):
         return ("one template" if one else "template captions") + (", some empty" if self.drop else "")
 
     def __call__(self, example: Example, generator: torch.Generator, words: Names, class_nouns: Names) -> Example:
-        """Class pictures keep their own caption, or are named by the class noun."""
+        """Class pictures keep their own caption, or get one with the class noun."""
         concept, class_noun = words.get(example.owner, ""), class_nouns.get(example.owner, "")
         choices = self.templates or SETS[self.set]
         pick = choices[int(torch.randint(len(choices), (), generator=generator))]

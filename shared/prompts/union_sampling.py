@@ -1,4 +1,4 @@
-"""Captions of several subjects at once."""
+"""Captions for several subjects at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from shared.types import Example
 
 
 class UnionSampling(CaptionPart):
-    """Each time a picture is drawn, some of its subjects: a random subset that is not empty, named together ("a photo of a
-    <mug> and a <dog>") and counted together, so that the loss sees the union of their masks (Break-A-Scene,
-    https://arxiv.org/abs/2305.16311, section 3.2). Without it, concepts that are always trained together cannot be told
-    apart afterwards.
+    """Each time a picture is drawn, a random non-empty subset of its subjects is named together ("a photo of a <mug> and a
+    <dog>"), and the loss uses the union of their masks (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3.2).
+    Without it, concepts that are always trained together cannot be told apart afterwards.
 
     Class pictures keep their own caption.
     """
@@ -35,6 +34,6 @@ class UnionSampling(CaptionPart):
         return example.with_(owners=subset, masks=masks, caption=text)
 
     def _subset(self, example: Example, drawn: torch.Tensor, generator: torch.Generator) -> tuple[str, ...]:
-        """How many is drawn evenly, then which; in the order that the draw gives."""
+        """Draws a size uniformly, then a subset of that size, in random order."""
         count = 1 + int(torch.randint(len(example.owners), (), generator=generator))
         return tuple(example.owners[int(i)] for i in drawn.argsort()[:count])

@@ -1,1 +1,1 @@
-"""Recipes: their schema, where they are found, and how they are resolved."""
+"""Recipes: their schema, how they are found, and how they are resolved."""

@@ -1,4 +1,4 @@
-"""Which recipes there are, and where they stand in the survey. Light: nothing here imports torch."""
+"""The available recipes, and their place in the survey. Cheap to import: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from shared.config import Part, expanded, unknown
 
 
 class Taxonomy(Part):
-    """Where a method stands in the survey (https://arxiv.org/abs/2405.05538).
+    """A method's place in the survey (https://arxiv.org/abs/2405.05538).
 
-    Recipes say the scheme and the concept; the rest follows from their parts (`shared.recipe.taxonomy`) unless they say
-    it in other words.
+    Recipes set the scheme and the concept; the rest is derived from their parts (`shared.recipe.taxonomy`) unless they
+    override it.
     """
 
     scheme: Literal["test-time fine-tuning", "pre-trained adaptation"] = "test-time fine-tuning"
@@ -28,7 +28,7 @@ class Taxonomy(Part):
 
 
 def config_folder() -> Path:
-    """The `configs` folder: shipped in the wheel beside the packages, or at the top of the checkout."""
+    """The `configs` folder: in the wheel next to the packages, or at the top of the checkout."""
     return Path(str(files("configs")))
 
 
@@ -38,7 +38,7 @@ def recipe_files(modality: str) -> dict[str, Path]:
 
 
 def find(recipe: str, modality: str) -> Path:
-    """A recipe by its name or by a path. ValueError lists the names there are."""
+    """Finds a recipe by name or path. ValueError lists the available names."""
     known = recipe_files(modality)
     if recipe in known:
         return known[recipe]

@@ -1,4 +1,4 @@
-"""A resolved recipe as YAML that explains itself: what a part is stands above it, what a setting is stands behind it."""
+"""A resolved recipe as annotated YAML: each part is explained above it, each setting after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH = 120
 
 
 def explained(recipe: BaseModel, data: Mapping[str, Any]) -> str:
-    """YAML of `data` (the dump of `recipe`), with the documentation of the parts' classes as comments."""
+    """YAML of `data` (the dump of `recipe`), with the documentation of its parts' classes as comments."""
     return "\n".join(_lines(recipe, data, 0)) + "\n"
 
 
@@ -33,7 +33,7 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
                 yield from (f"{pad}  # {line}".rstrip() for line in _documentation(type(part), _WIDTH - 4 - 2 * depth))
             yield from _lines(part, value, depth + 1)
             continue
-        flow = None if isinstance(value, list | dict) else False  # a list in one line, below its key
+        flow = None if isinstance(value, list | dict) else False  # long lists on one line, below their key
         text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH, default_flow_style=flow)
         first, *rest = text.rstrip("\n").split("\n")
         yield f"{pad}{first}" + (f"  # {notes[key]}" if key in notes and not rest else "")
@@ -41,14 +41,14 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
 
 
 def _documentation(part: type[BaseModel], width: int) -> Iterator[str]:
-    """Its docstring, in lines."""
+    """The part's docstring, wrapped into lines."""
     for paragraph in inspect.cleandoc(part.__doc__ or "").split("\n\n"):
         yield from wrap(" ".join(paragraph.split()), max(40, width))
 
 
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Setting -> the comment behind it in the source of its class, those of its bases too. Empty where there is no source."""
+    """Setting -> the comment after it in the source of its class or a base class. Empty if there is no source."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

@@ -1,4 +1,4 @@
-"""The families that methods belong to: one equation each, the settings that matter, when to use one, what it costs."""
+"""The families of methods: for each its equation, the settings that matter, when to use it, and what it costs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Family(Part):
 
 
 def families(modality: str) -> dict[str, Family]:
-    """The families of a modality ("image", "video", "3d") by name, as `configs/families.yaml` has them."""
+    """The families of a modality ("image", "video", "3d") by name, from `configs/families.yaml`."""
     known = yaml.safe_load((config_folder() / "families.yaml").read_text("utf-8"))
     return {name: Family(**entry) for name, entry in known[modality].items()}

@@ -1,4 +1,4 @@
-"""`base:` in a recipe file: the files it inherits from, found and read, root first."""
+"""`base:` in a recipe file: finds and reads the files it inherits from, root first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.recipe.catalog import find, recipe_files
 
 @dataclass(frozen=True)
 class Layer:
-    """One recipe file as it is written, without its `base`."""
+    """The contents of one recipe file, without its `base`."""
 
     path: Path
     data: Mapping[str, Any]
@@ -25,12 +25,12 @@ class Layer:
 
 
 def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
-    """The file and all that it inherits from, the root first.
+    """The file and everything it inherits from, root first.
 
-    `base` is the name of a recipe of the same modality, or a path (`.yaml`), relative to the file that says it.
+    `base` is the name of a recipe of the same modality, or a path (`.yaml`) relative to the file that contains it.
 
     Raises:
-        ValueError: names the file and what its `base` says, where no such recipe is found or the chain is a cycle
+        ValueError: names the file and its `base`, when no such recipe is found or the chain is a cycle
     """
     shipped = {p.resolve() for p in recipe_files(modality).values()}
     layers: list[Layer] = []

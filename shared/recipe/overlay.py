@@ -1,4 +1,4 @@
-"""What a small world changes in every recipe (`configs/overlays/*.yaml`), and what it leaves to the user."""
+"""What a small world changes in every recipe (`configs/overlays/*.yaml`), and how the user's settings override it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from shared.recipe.schema import Recipe
 class Rules:
     """The rules of one overlay file, for the recipes of one modality.
 
-    `common` lies under every recipe, `by_modality` under those of one, `by_trained` under what trains parts of a kind (the
-    first kind of the file that is trained: `alone` for a recipe without phases, `phase` for one phase of several), `by_kind`
-    under every part of that kind (or of `kind.type`), and `recipes` under the shipped ones of that name and what inherits
-    from them. No rule adds a part: one for a part that a recipe does not have, or has of another `kind` than the rule says,
-    is passed over.
+    `common` applies to every recipe, `by_modality` to those of one modality, `by_trained` to recipes or phases that train
+    parts of a kind (the first kind in the file that is trained: `alone` for a recipe without phases, `phase` for one phase of
+    several), `by_kind` to every part of that kind (or `kind.type`), and `recipes` to the shipped recipe of that name and
+    those that inherit from it. Rules never add parts: a rule for a part that a recipe does not have, or has with a different
+    `kind`, is skipped.
     """
 
     file: Mapping[str, Any]
     modality: str
-    kinds: Mapping[str, Any]  # which kind is meant where none is said, as for `merge`
-    slots: Sequence[str] = slots(Recipe)  # what holds parts under free names, those of the modality's own among them
+    kinds: Mapping[str, Any]  # default kinds, as for `merge`
+    slots: Sequence[str] = slots(Recipe)  # the slots of the modality's recipes that hold parts under free names
 
     @classmethod
     def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe) -> Rules:
-        """The rules of `configs/overlays/NAME-MODALITY.yaml`, else of `NAME.yaml`; none where there is neither, or no name."""
+        """The rules of `configs/overlays/NAME-MODALITY.yaml`, else `NAME.yaml`; empty if neither exists or NAME is None."""
         folder = config_folder() / "overlays"
         path = folder / f"{name}-{modality}.yaml"
         path = path if path.is_file() else folder / f"{name}.yaml"
         return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds, slots(model))
 
     def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:
-        """What they change in the recipe `data`.
+        """The changes to the recipe `data`.
 
         Args:
-            methods: the shipped recipes that it is or inherits from, a base first
+            methods: the shipped recipes that it is or inherits from, root first
         """
         phases = mapping(data.get("phases"))
         out = merge(self.file.get("common", {}), mapping(self.file.get("by_modality", {}).get(self.modality)))
@@ -76,7 +76,7 @@ class Rules:
 
 
 def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
-    """A rule without what it says of parts that the recipe, or the phase, does not have, or has of another kind."""
+    """A rule without its settings for parts that the recipe or phase lacks, or has with a different kind."""
     out = {key: part for key, part in rule.items() if not _of_another_kind(part, data.get(key))}
     for slot in slots:
         if isinstance(rule.get(slot), Mapping):
@@ -105,9 +105,9 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The rules without what the user said: a rule gives way to a value that still holds in `full`, the whole recipe.
+    """The rules without what the user set: a rule yields to a user's value that still holds in `full`, the whole recipe.
 
-    What was said outside the phases counts in them too.
+    Values set outside the phases count inside them too.
     """
     top = [{k: v for k, v in layer.items() if k != "phases"} for layer in stated]
     base = {k: v for k, v in full.items() if k != "phases"}
@@ -133,5 +133,5 @@ def _unstated(rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], ful
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping as it is; nothing of anything else (what is wrong there, validation says)."""
+    """The value if it is a mapping, else an empty one (validation reports what is wrong)."""
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""`key=value` of a command line: text for paths and strings, YAML for everything else."""
+"""`key=value` on the command line: literal text for paths and strings, YAML for everything else."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _NONE = type(None)
 
 
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """`["train.steps=5", "subject.images=cats #1"]` as nested mappings, for the fields of `model`.
+    """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, for the fields of `model`.
 
-    Where a field is a path or a string, the text behind = is taken literally, whatever it looks like; every other value
-    is read as YAML. Two things can still be said of such a field:
+    If a field is a path or a string, the text after = is taken literally; every other value is read as YAML. Such a field
+    has two exceptions:
 
-    - `[a.png, b.png]`, where several may be given: YAML's list, of strings; a file or folder of that name wins.
-    - nothing (`subject.masks=`) for a path, and `null` for a string, where the field may be unset. A path may be
-      called null.
+    - `[a.png, b.png]`, if it takes several: a YAML list of strings, unless a file or folder has that name.
+    - empty (`subject.masks=`) for a path and `null` for a string, if the field can be unset. A path may be called null.
 
-    They are one layer: where two set the same key the last one wins, and otherwise their order does not matter.
+    They form one layer: if two set the same key the last one wins; otherwise their order does not matter.
     """
     out: dict[str, Any] = {}
     for item in overrides:
@@ -56,7 +55,7 @@ def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _value(text: str, leaves: set[Any]) -> Any:
-    """The value of a field that may hold any of `leaves`: types, and (type,) for sequences of it."""
+    """The value of a field whose type is any of `leaves`: types, and (type,) for sequences of one."""
     path = Path in leaves
     if not path and (str not in leaves or leaves - {str, _NONE, (str,)}):
         return parse_yaml(text)
@@ -68,7 +67,7 @@ def _value(text: str, leaves: set[Any]) -> Any:
 
 
 class _Texts(yaml.SafeLoader):
-    """YAML in which every scalar is what it looks like: `[2024, true]` are two names."""
+    """YAML in which every scalar is a string: `[2024, true]` is two names."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
@@ -82,7 +81,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
-    """What may stand at a dotted key below an annotation: through models, unions, slots and the phases' overlays."""
+    """The types allowed at a dotted key below an annotation, through models, unions, slots and the phases' overlays."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)
@@ -94,7 +93,7 @@ def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Ite
         yield from ((inner,) for a in arguments[:1] for inner in _leaves(a, (), root)) if sequence else (annotation,)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if annotation is root and names[0] == "phases" and len(names) > 2:
-            yield from _leaves(root, names[2:], root)  # a phase is laid on the recipe
+            yield from _leaves(root, names[2:], root)  # a phase is an overlay of the recipe
         elif names[0] in annotation.model_fields:
             yield from _leaves(annotation.model_fields[names[0]].annotation, names[1:], root)
     elif origin in (dict, Mapping):

@@ -1,4 +1,4 @@
-"""The phases of a recipe: which may be named where, and the whole recipe of each."""
+"""The phases of a recipe: which names are allowed where, and the full recipe of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from shared.recipe.schema import Recipe, dump
 
 R = TypeVar("R", bound=Recipe)
 
-#: What makes a phase of its own of an entry in a file: it says what it trains, or that it does something else.
+#: The keys that let a file add a new phase: what it trains, or its task.
 _OWN = ("trainable", "task")
-#: What a run has once: a phase cannot change it.
+#: Settings of the whole run, which a phase cannot change.
 _ONCE = frozenset(
     (
         *("method", "title", "papers", "taxonomy", "kind", "subject", "subjects", "backbone", "output", "name"),
@@ -23,26 +23,26 @@ _ONCE = frozenset(
 
 
 def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str = "") -> None:
-    """Checks the phases that `layer` names against those of `below`, what it is laid on.
+    """Checks the phases in `layer` against those of `below`, which it is applied to.
 
-    A variant's file may add a phase, one that says its `trainable` or its `task`; the command line (no `file`) may not.
+    A variant's file may add a phase that sets its `trainable` or its `task`; the command line (no `file`) may not.
 
     Raises:
-        ValueError: names the phase and those there are
+        ValueError: names the phase and the existing ones
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
         if name in known or (file and any(key in mapping(phase) for key in _OWN)):
             continue
         head = f"{file}: " if file else ""
-        more = " A phase of its own says its trainable, or its task." if file else ""
+        more = " A new phase must set trainable or task." if file else ""
         raise ValueError(f"{head}phases.{name}: {unknown(str(name), map(str, known), 'phase')}{more}")
 
 
 def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """(name, recipe) of each phase: the recipe with the phase's overlay laid on; one phase where none are named.
+    """Yields (name, recipe) per phase: the recipe with the phase's overlay applied; one phase if there are none.
 
-    A part that the recipe has and a phase does not want is set to null in the phase.
+    A phase drops a part of the recipe by setting it to null.
     """
     if not recipe.phases:
         yield recipe.task.kind, recipe
@@ -52,5 +52,5 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
     for name, phase in recipe.phases.items():
         fixed = sorted(_ONCE & phase.keys())
         if fixed:
-            raise ValueError(f"phases.{name}.{fixed[0]}: this is the same in all phases; say it outside of them")
+            raise ValueError(f"phases.{name}.{fixed[0]}: all phases share this setting; set it outside the phases")
         yield name, validate(type(recipe), merge(base, phase, default_kinds(type(recipe))), where=f"phases.{name}")

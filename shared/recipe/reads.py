@@ -1,4 +1,4 @@
-"""What a recipe reads on this machine: no output may lie there."""
+"""The files and folders that a recipe reads, so that no output overwrites them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES_OR_PATHS = ("backbone", "motion_adapter")  # `NameOrPath`
 
 
 def paths_read(recipe: Recipe) -> list[Path]:
-    """The files and folders that a recipe names, in any phase: pictures, masks, captions, models; not its output."""
+    """The files and folders that a recipe reads in any phase: pictures, masks, captions, models; not its output."""
     return list(dict.fromkeys(path for _, phase in expand_phases(recipe) for path in _paths(phase)))
 
 

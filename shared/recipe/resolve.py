@@ -1,4 +1,4 @@
-"""Finding recipes and resolving them: file, overlay for the backbone, overrides, phases."""
+"""Finds recipes and resolves them: files, the backbone's overlay, overrides, phases."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` wit
 
 
 def model_of(modality: str) -> type[Recipe]:
-    """What recipes of a modality are: the core's own for "image", else what an installed package offers.
+    """The recipe class of a modality: the core's own for "image", else that of an installed package.
 
-    ValueError for a modality that no installed package has recipes of.
+    ValueError for a modality without an installed package.
     """
     from importlib.metadata import entry_points
 
@@ -32,11 +32,11 @@ def model_of(modality: str) -> type[Recipe]:
 
 
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
-    """The resolved recipe. Order: shipped files (a `base` under what inherits from it), the toybox's overlay (on the
-    toybox only), files of the user's own, the user's `key=value`. The overlay adapts the parts that all of these
-    together have.
+    """Resolves a recipe from these layers, lowest priority first: shipped files (a `base` before what inherits from it), the
+    toybox's overlay (only on the toybox), the user's own files, the user's `key=value`. The overlay adapts the parts of the
+    combined recipe.
 
-    Raises ValueError for an unknown recipe, a broken file, or a key or value that no part has.
+    Raises ValueError for an unknown recipe, a broken file, or an invalid key or value.
     """
     layers = read_layers(find(recipe, modality), modality)
     changes = parse_overrides(overrides, model)
@@ -49,7 +49,7 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     stated = [*(layer.data for layer in layers if not layer.shipped), changes]
     try:
         resolved = validate(model, merge(full, unstated(rules, stated, full, _kinds(model)), _kinds(model)))
-        for _ in expand_phases(resolved):  # a wrong key inside a phase is said now, not after an hour
+        for _ in expand_phases(resolved):  # report a wrong key inside a phase now, not after an hour
             pass
     except ValueError as error:
         raise ValueError(_blamed(str(error), layers, model)) from None
@@ -57,13 +57,13 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
 
 
 def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
-    """The recipe as its files say it, for models of full size: without any overlay. Raises ValueError as `load` does."""
+    """The recipe as written in its files, for full-size models: without any overlay. Raises ValueError as `load` does."""
     layers = read_layers(find(recipe, modality), modality)
     return validate(model, _inherited(layers, model), where=layers[-1].path.name)
 
 
 def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
-    """What the files say together: each outranks its base, phases included, as the command line outranks a file."""
+    """Combines the files: each overrides its base, including its phases, just as the command line overrides a file."""
     data = dict(layers[0].data)
     for layer in layers[1:]:
         check_phases(layer.data, data, layer.path.name)
@@ -72,8 +72,8 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
 
 
 def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
-    """Each line of a message headed by the file that brought it: the first of the chain that is wrong in this way.
-    What no file is wrong in comes from the command line, and stays as it is.
+    """Prefixes each line of a message with the first file of the chain that has this error. Lines without one come from the
+    command line and stay unchanged.
     """
     heads: dict[str, str] = {}
     for i, layer in enumerate(layers):
@@ -92,7 +92,7 @@ def _kinds(model: type[Recipe]) -> dict[str, Any]:
 
 
 def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
-    """What the user says laid on a file, and on its phases; a part that the user adds joins those there are."""
+    """Applies the user's changes to a file and its phases; a part that the user adds joins the existing ones."""
     filled = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
     filled, left = _outrank(filled, changes, slots(model), default_kinds(model))
     gone = [name for name, phase in mapping(changes.get("phases")).items() if phase is None]
@@ -105,9 +105,9 @@ def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe
 def _outrank(
     data: Mapping[str, Any], changes: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the user says outranks what a phase says: (data with it laid on the phases, what is left for the base).
+    """Lets the user's changes override the phases: returns (data with changed phases, the changes left for the base).
 
-    A part that only phases have is changed only there; a part that a phase does not want stays away.
+    A part that only phases have is changed only there; a part that a phase has dropped stays out.
     """
     kept = data.get("phases") if changes.get("phases", {}) is not None else None
     phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}
@@ -134,7 +134,7 @@ def _outrank(
 
 
 def _replaced(phase: Any, change: Any) -> Any:
-    """`change`, in the keys that `phase` has."""
+    """`phase` with its own keys replaced from `change`."""
     if not isinstance(phase, Mapping) or not isinstance(change, Mapping):
         return change
     return {k: _replaced(v, change[k]) if k in change else v for k, v in phase.items()}

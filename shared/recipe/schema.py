@@ -1,4 +1,4 @@
-"""A recipe: the slots of design §2 as typed fields, and phases. Data only; `shared.recipe.resolve` finds and resolves them."""
+"""A recipe: its slots as typed fields, and its phases. Data only; `shared.recipe.resolve` finds and resolves recipes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-#: Counts and sizes have bounds far above what anybody trains with: a slip of a key is an error at once, not a full memory.
+#: Counts and sizes have bounds far above any real setting, so that a typo is an immediate error, not a full memory.
 Many = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 _STEPS = 10_000_000
@@ -39,11 +39,11 @@ def _nothing(value: Any) -> Any:
     return {} if value is None else value
 
 
-Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a recipe, laid on the rest of it
+Overlay = Annotated[dict[str, Any], BeforeValidator(_nothing)]  # part of a recipe, applied on top of the rest
 
 
 class SubjectSettings(Part):
-    """The user's pictures of one thing."""
+    """The user's pictures of one subject."""
 
     images: PathText | tuple[PathText, ...]
     class_noun: str = ""
@@ -51,13 +51,13 @@ class SubjectSettings(Part):
     captions: PathText | None = None
 
     def read(self) -> Subject:
-        """What it names, found on disk. Raises ValueError as `shared.io.read_subject.read_subject` does."""
+        """Finds the files on disk. Raises ValueError as `shared.io.read_subject.read_subject` does."""
         images = self.images if isinstance(self.images, Path) else list(self.images)
         return read_subject(images, self.class_noun, self.masks, self.captions)
 
 
 class Validation(Part):
-    """Pictures and scores while training; the best checkpoint is kept by score."""
+    """Pictures and scores during training; the state with the best score is kept."""
 
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0: never
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
@@ -72,11 +72,11 @@ class Train(Part):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     gradient_accumulation: Many = 1
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the device computes it fast
-    resolution: Side | None = None  # pixels; the backbone's own where none is given
-    cache: bool = True  # latents and text that do not vary
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device computes it fast
+    resolution: Side | None = None  # pixels; None: the backbone's own
+    cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (
-        0  # augmented versions of each picture made once and cached; 0: anew each step
+        0  # augmented versions of each picture, computed once and cached; 0: a new one each step
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
@@ -84,24 +84,24 @@ class Train(Part):
 
 
 class Sampling(Part):
-    """How pictures and clips are made, while training and by default afterwards. None: the backbone's own."""
+    """How pictures and clips are generated, during training and by default afterwards. None: the backbone's own setting."""
 
     steps: Many | None = None
     guidance: float | None = None
     scheduler: str | None = None
-    strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept by step: "0@0,1@0.2"; "": throughout
+    strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept, by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
-        """What a sampler is told, without the strength by step, which needs the concept's name."""
+        """The sampler's settings, without the strength by step, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
 
 class PreviewSettings(Part):
-    """The new pictures in a concept's `preview.png`, made after the last step."""
+    """The new pictures in a concept's `preview.png`, generated after the last step."""
 
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
-    resolution: Side | None = None  # pixels; train.resolution where none is given, else the backbone's own
-    steps: Many | None = None  # denoising steps; sampling.steps where none are given, else the backbone's own
+    resolution: Side | None = None  # pixels; None: train.resolution, else the backbone's own
+    steps: Many | None = None  # denoising steps; None: sampling.steps, else the backbone's own
     prompt: str = "a photo of a {concept}"
 
 
@@ -133,26 +133,26 @@ class Recipe(Part):
     train: Train = Train()
     sampling: Sampling = Sampling()
     preview: PreviewSettings = PreviewSettings()
-    task: TaskPart = TuneTask()  # what is done; of each phase, where there are some
+    task: TaskPart = TuneTask()  # what a run, or each of its phases, does
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
     def opening(self) -> dict[str, Any]:
-        """What a runner is told of the backbone besides its name."""
+        """What a runner needs to open the backbone besides its name."""
         return {}
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Recipe:
         if self.subject is not None and self.subjects:
-            raise ValueError("give either subject.* or subjects.NAME.*, not both")
+            raise ValueError("set either subject.* or subjects.NAME.*, not both")
         needs = [k for k, r in self.regularize.items() if r.needs_class_examples]
         if needs and not any(source.gives == "prior" for source in self.sources.values()):
             raise ValueError(
                 f"regularize.{needs[0]} needs class pictures: add sources.class_pictures.kind=generated "
-                "(made by the base model) or =folder (your own)"
+                "(generated by the base model) or =folder (your own)"
             )
         return self
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data; `validate(type(recipe), dump(recipe))` gives it back."""
+    """The recipe as plain data; `validate(type(recipe), dump(recipe))` restores it."""
     return recipe.model_dump(mode="json", by_alias=True)

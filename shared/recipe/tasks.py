@@ -1,5 +1,5 @@
-"""What a phase does, as a recipe says it: `task: tune`, or `task: {kind: generate, num: 16, keep: 4}`. The tasks themselves are
-in `shared.train`; a package with further ones widens the union in its own recipe."""
+"""What a phase does, as set in a recipe: `task: tune`, or `task: {kind: generate, num: 16, keep: 4}`. The tasks themselves are
+in `shared.train`; a package with more tasks widens the union in its own recipe."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class TuneTask(Part):
-    """Learn from what the phase's sources give. off: adapter sets of this run that are off in this phase."""
+    """Learns from the phase's sources. off: adapter sets of this run that are off in this phase."""
 
     kind: Literal["tune"] = "tune"
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """Of what it trains besides the recipe's trainable parts."""
+        """The optimizer groups of what it trains besides the recipe's trainable parts."""
         return frozenset()
 
     @property
     def needs_scores(self) -> bool:
-        """Whether something must score pictures for it."""
+        """Whether it needs scores of its pictures."""
         return False
 
     def count(self, steps: int, subjects: int) -> int:
-        """How many steps it takes, where the recipe says `train.steps` and there are so many subjects."""
+        """How many steps it takes, given `train.steps` and the number of subjects."""
         return steps
 
 
 class GenerateTask(Part):
-    """Make pictures with the concept as it is by now, into a folder that a later phase reads
+    """Generates pictures with the concept learned so far, into a folder that a later phase reads
     (`sources.NAME.kind=phase_pictures`)."""
 
     kind: Literal["generate"] = "generate"
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Count = 8  # pictures per prompt and subject
-    keep: Count | None = None  # of all pictures of a subject, the best so many by the scorers; None: all
-    batch_size: Count = 4  # made at once
+    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; None: all
+    batch_size: Count = 4  # generated at once
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """Of what it trains besides the recipe's trainable parts."""
+        """The optimizer groups of what it trains besides the recipe's trainable parts."""
         return frozenset()
 
     @property
     def needs_scores(self) -> bool:
-        """Whether something must score pictures for it."""
+        """Whether it needs scores of its pictures."""
         return self.keep is not None
 
     def count(self, steps: int, subjects: int) -> int:
-        """How many steps it takes: one for each batch of pictures."""
+        """How many steps it takes: one per batch of pictures."""
         return -(-self.num * len(self.prompts) * subjects // self.batch_size)
 
     @field_validator("prompts")
@@ -63,12 +63,12 @@ class GenerateTask(Part):
     def _names_the_concept(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         for prompt in prompts:
             if "{concept}" not in prompt:
-                raise ValueError(f"the prompt {prompt!r} does not say {{concept}}, where the concept's name goes")
+                raise ValueError(f"the prompt {prompt!r} has no {{concept}}, which marks where the concept's name goes")
         return prompts
 
 
 def named(value: Any) -> Any:
-    """A task by its name alone: `task: tune`."""
+    """Allows a task to be given by name only: `task: tune`."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Where a recipe stands in the survey (https://arxiv.org/abs/2405.05538), read off its slots."""
+"""A recipe's place in the survey (https://arxiv.org/abs/2405.05538), derived from its slots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = {
 
 
 def taxonomy_of(recipe: Recipe) -> Taxonomy:
-    """The recipe's own `taxonomy`, with what it leaves open derived from the slots of all its phases."""
+    """The recipe's own `taxonomy`, with empty fields derived from the slots of all its phases."""
     phases = [phase for _, phase in expand_phases(recipe)]
     derived = {
         "modifier": recipe.modifier.taxonomy,

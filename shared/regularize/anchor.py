@@ -1,4 +1,4 @@
-"""Keeping learned tokens near where they started."""
+"""Keeps learned tokens near their initial values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.types import Step
 
 
 class EmbeddingAnchor(Penalty):
-    """weight * mean squared distance of the token vectors from their start (Cross Initialization,
+    """weight * mean squared distance of the token vectors from their initial values (Cross Initialization,
     https://arxiv.org/abs/2312.15905, eq. 6): tokens that stay near words stay editable."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"token_drift"})

@@ -1,4 +1,4 @@
-"""What every penalty has in common."""
+"""The base class of all penalties."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shared.types import Step
 class Penalty(KindPart):
     """A scalar added to the loss of a step."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # what it asks of a step besides the prediction, by name
-    needs_class_examples: ClassVar[bool] = False  # batches hold class pictures, too
-    needs_masks: ClassVar[bool] = False  # pictures of the subjects have masks
+    needs: ClassVar[frozenset[str]] = frozenset()  # what it needs from a step besides the prediction, by name
+    needs_class_examples: ClassVar[bool] = False  # whether batches must contain class pictures
+    needs_masks: ClassVar[bool] = False  # whether the subjects' pictures must have masks
 
     @property
     def provides(self) -> Sequence[Any]:
-        """The needs (`shared.train.needs.Need`) that it brings itself."""
+        """The needs (`shared.train.needs.Need`) that it provides itself."""
         return ()
 
     def __call__(self, step: Step) -> Tensor:

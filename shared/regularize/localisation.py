@@ -1,4 +1,4 @@
-"""Keeping each concept's word on its own part of the picture."""
+"""Keeps the attention to each concept's words on its own part of the picture."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class Localisation(Penalty):
     """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, eq. 3).
 
-    A is how the picture's places look at the concept's own tokens: the mean over heads, over the watched layers and over
-    the tokens, divided by its greatest value, as the paper's code does. It is compared at 16×16 places, where the layers
-    of a full-size model see objects best. Needs a mask for each subject. With `distance: cross_entropy` the map is read as
-    the chance that a place is the concept's (MotionBooth, https://arxiv.org/abs/2406.17758, eq. 4).
+    A is the picture's attention to the concept's own tokens: the mean over heads, watched layers and tokens, divided by its
+    maximum, as in the paper's code. It is compared at 16×16, the resolution at which the layers of a full-size model localise
+    objects best. Needs a mask for each subject. With `distance: cross_entropy`, the map is the probability that a position
+    belongs to the concept (MotionBooth, https://arxiv.org/abs/2406.17758, eq. 4).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention_maps"})
     needs_masks: ClassVar[bool] = True
     kind: Literal["localisation"] = "localisation"
     weight: Annotated[float, Field(ge=0)] = 1e-2
-    scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the latents; default: the one that is nearest to 16×16
+    scales: tuple[Annotated[int, Field(ge=1)], ...] = ()  # relative to the latents; (): the one nearest to 16×16
     normalize: Literal["max", "none"] = "max"
     distance: Distance = "squared"
 
     @property
     def provides(self) -> tuple[AttentionMaps, ...]:
-        """The need that this part brings."""
+        """The need that this part provides."""
         return (AttentionMaps(scales=frozenset(self.scales)),)
 
     def __call__(self, step: Step) -> Tensor:
         masks = step.batch.owner_masks
-        if not masks:  # of this batch; a run of which no picture has one does not begin
+        if not masks:  # in this batch; a run without any masks is refused at the start
             return step.prediction.sum() * 0
         record: Record = step.need("attention_maps")
         positions = step.conditioning.token_positions
@@ -73,7 +73,7 @@ def localisation_loss(
 ) -> Tensor:
     """Mean over examples of the sum over concepts of the mean distance between map and mask: a scalar.
 
-    A concept counts in the examples whose text names it and where its mask is not empty.
+    A concept counts in examples whose text names it and whose mask for it is not empty.
 
     Args:
         maps: [B, rows * columns of the grid, L], probabilities
@@ -81,8 +81,8 @@ def localisation_loss(
         positions: concept -> bool [B, L]
         masks: concept -> [B, 1, h, w] in [0, 1]
         counted: bool [B], which examples count
-        normalize: "max": each map is divided by its greatest value
-        distance: of a place's value to the mask's there, squared or as cross-entropy
+        normalize: "max": each map is divided by its maximum
+        distance: between map and mask at a position, squared or as cross-entropy
     """
     total = maps.new_zeros(len(maps))
     for owner in sorted(positions.keys() & masks.keys()):
@@ -100,7 +100,7 @@ def localisation_loss(
 
 
 def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
-    """-target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; by hand, for what torch has
-    refuses autocast."""
+    """-target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; written out because torch's
+    version refuses autocast."""
     chance = chance.float().clamp(1e-6, 1 - 1e-6)
     return -(target * chance.log() + (1 - target) * (1 - chance).log())

@@ -1,4 +1,4 @@
-"""Keeping what the model knew about the class while it learns one member of it."""
+"""Keeps what the model knows about the class while it learns one member of it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class PriorPreservation(Penalty):
 
     def __call__(self, step: Step) -> Tensor:
         is_prior = step.batch.with_role("prior").to(step.prediction.device)
-        assert is_prior.any(), "the loop adds class pictures for parts that ask for them"
+        assert is_prior.any(), "batches include class pictures for parts that need them"
         return self.weight * step.need("example_loss")[is_prior].mean()
 
 
 class PriorPrediction(Penalty):
-    """On the same noisy latents and the class prompt, stay where the model was without the concept in training.
+    """Keeps the prediction for the class prompt, on the same noisy latents, as it is without the concept in training.
 
-    |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2, no class pictures needed. "Base" is the model with every
-    concept that was loaded before, without the ones in training: adapters are switched off by name.
+    |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2; needs no class pictures. "Base" is the model with all previously
+    loaded concepts but without those in training, whose adapters are switched off by name.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"class_prediction", "base_class_prediction"})

@@ -1,4 +1,4 @@
-"""What shows progress, for what several packages do in one command."""
+"""Progress displays for commands in which several packages take part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bars:
-    """What shows the progress: `bar()` of a training, `counter()` of everything else."""
+    """Makes progress displays: `bar()` for training, `counter()` for everything else."""
 
     bar: Callable[[], Any]
     counter: Callable[[], Any]

@@ -1,4 +1,4 @@
-"""The runner under every package's own: concepts loaded on one backbone; learn, make, evaluate. A package says how
+"""The base of every package's runner: concepts loaded on one backbone; learn, generate, evaluate. A package defines how
 expanded prompts become its medium (`make`)."""
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from shared.types import Subject
 
 
 class Progress(Protocol):
-    """Who is told how far a run is."""
+    """Receives a run's progress."""
 
     def step(self, phase: str, record: Record, total: int) -> None:
-        """After each step; `total` is the steps of all phases."""
+        """Called after each step; `total` counts the steps of all phases."""
         ...
 
     def pictures(self, what: str, done: int, of: int) -> None:
-        """After each denoising step while class pictures and previews are made."""
+        """Called after each denoising step while class pictures and previews are generated."""
         ...
 
 
@@ -50,45 +50,45 @@ class Progress(Protocol):
 class Runner:
     """One backbone and the concepts attached to it."""
 
-    tasks: ClassVar[TaskTable] = TASKS  # what a recipe's task parts stand for
-    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # of what is made while training
+    tasks: ClassVar[TaskTable] = TASKS  # task part -> how its task is built
+    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # for what is generated during training
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
 
     @classmethod
     def prepared(cls, backbone: Backbone) -> Backbone:
-        """What this runner works with, made of a backbone that was loaded. ValueError where it cannot be."""
+        """Turns a loaded backbone into what this runner works with. ValueError when it cannot."""
         return backbone
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """ValueError for what a plan asks of a model that its files refuse, before it is loaded."""
+        """Raises ValueError when a model's files show that it cannot do what the plan needs, before it is loaded."""
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """What the package makes, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
+        """Generates the package's medium, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
         (prompt, seed) pair.
 
         Args:
             prompts: already expanded
-            progress: told (done, of) after each denoising step, counted for each thing that is made
+            progress: called with (done, total) after each denoising step, in denoising steps of single items
         """
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attach a concept. ValueError when it does not fit, or another of its name is loaded."""
+        """Attaches a concept. ValueError when it does not fit, or one with this name is already loaded."""
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
 
     def unload(self, name: str) -> None:
-        """Take a concept off; the backbone is what it was before."""
+        """Removes a concept and restores the backbone."""
         self.backbone.remove(name)
         del self.loaded[name]
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Of the loaded concepts that have adapters, as the backbone has them."""
+        """The backbone's strengths of the loaded concepts that have adapters."""
         return {name: s for name, s in self.backbone.strengths.items() if name in self.backbone.adapters}
 
     @property
@@ -106,25 +106,25 @@ class Runner:
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> dict[str, Concept]:
-        """Learn every subject in one run; the concepts by name, also left attached.
+        """Learns every subject in one run; returns the concepts by name, and leaves them attached.
 
         Args:
             subjects: name -> pictures
-            workdir: training state, logs and sample pictures
-            resume: go on from the newest checkpoint in `workdir`
+            workdir: for training state, logs and sample pictures
+            resume: resume from the newest checkpoint in `workdir`
             scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
-            progress: told of every step of training, and of every denoising step of class pictures and previews
-            tensorboard: whether the log is also written as TensorBoard's events
+            progress: called after every training step, and every denoising step of class pictures and previews
+            tensorboard: whether to also write the log as TensorBoard events
 
         Raises:
             ValueError: names, pictures or recipe do not fit
-            NotFinite, Interrupted: after the last good state was saved
+            NotFinite, Interrupted: after the last good state has been saved
         """
         for name in subjects:
             if not re.match(NAME, name):
-                raise ValueError(f"a concept cannot be called {name!r}: letters, digits, - and _ only")
+                raise ValueError(f"a concept cannot be called {name!r}: use only letters, digits, - and _")
             if name in self.loaded:
-                raise ValueError(f"a concept named {name!r} is loaded already: choose another name")
+                raise ValueError(f"a concept named {name!r} is already loaded: choose another name")
         run = self._training(
             recipe,
             subjects,
@@ -158,14 +158,13 @@ class Runner:
         must_name: bool = True,
         progress: Steps | None = None,
     ) -> Tensor:
-        """What `make` gives for each (prompt, seed) pair, with the loaded concepts.
+        """Generates one item per (prompt, seed) pair with `make`, with the loaded concepts.
 
-        `<name>` in a prompt is a loaded concept. With `base`, concepts are off and names are said as class nouns.
-        Raises ValueError for a name that is not loaded, and, unless `must_name` is off, for a loaded subject that a
-        prompt does not name.
+        `<name>` in a prompt is a loaded concept. With `base`, concepts are off and names become class nouns. Raises
+        ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every loaded subject.
         """
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: one of each per picture")
+            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one of each per picture")
         placeholders = self.backbone.placeholders
         if base:
             texts = [without(p, self.class_nouns) for p in prompts]
@@ -182,8 +181,8 @@ class Runner:
             return self.make(texts, seeds, settings, progress)
 
     def with_own_strengths(self, settings: SamplingSettings) -> SamplingSettings:
-        """The settings with the strength by step that each loaded concept's recipe says (`sampling.strength`), times the
-        strength that it was loaded with; what the settings say themselves of a concept comes first."""
+        """Adds the strength by step from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
+        with; strengths that the settings already give for a concept take precedence."""
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
         for name, loaded in self.loaded.items():
@@ -193,15 +192,15 @@ class Runner:
         return replace(settings, hooks=(*settings.hooks, *own))
 
     def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:
-        """Measure a loaded concept: what `pcs image evaluate` does.
+        """Measures a loaded concept, as `pcs image evaluate` does.
 
         Raises:
-            ValueError: the concept is not loaded, its pictures are not to be found, there is nothing to measure with
+            ValueError: the concept is not loaded, its pictures cannot be found, or there is nothing to measure with
         """
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """What was learned from, as pictures [N, 3, side, side'] for a sheet."""
+        """What was learned from, as pictures [N, 3, side, side'] for a contact sheet."""
         return references(subject, side)
 
     def _class_pictures(
@@ -221,7 +220,7 @@ class Runner:
     def _training(
         self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
     ) -> TrainingRun:
-        """A run of the recipe with the loaded concepts, not begun."""
+        """A run of the recipe with the loaded concepts, not yet started."""
         known: dict[str, Any] = {
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),
@@ -240,7 +239,7 @@ class Runner:
         return made
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
-        """How a recipe says that pictures are made while training: in the size that it learns."""
+        """A recipe's settings for pictures during training, at its training resolution."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
         hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)
@@ -296,7 +295,7 @@ class Runner:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """The caller's global random state, of the CPU and of every GPU in use, is what it was afterwards."""
+    """Restores the caller's global random state afterwards, of the CPU and of every GPU in use."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):
         yield
@@ -307,7 +306,7 @@ R = TypeVar("R", bound=Runner)
 
 @contextmanager
 def attached(runner: R, concepts: Sequence[tuple[Concept, float]]) -> Iterator[R]:
-    """The runner with these concepts loaded, and without them afterwards."""
+    """Inside, the runner has these concepts loaded; afterwards they are unloaded."""
     names = []
     try:
         for concept, strength in concepts:

@@ -1,4 +1,4 @@
-"""Clips made while training: scored, and watched for a model that has stopped moving."""
+"""Scores clips during training, and warns when a model has stopped moving."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from shared.runner.judging_clips import clip_instruments, read_motion
 from shared.runner.plan import Plan
 from shared.types import Subject
 
-ALARM = 0.5  # of the clips: so many stand still
+ALARM = 0.5  # the fraction of still clips that triggers the warning
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A scorer that says aloud when half of the clips or more have come to stand still."""
+    """A scorer that warns when at least half of the clips stand still."""
 
     scorer: ClipScorer
     name: str
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """See `ClipScorer`; a UserWarning where `frozen` is 0.5 or more."""
+        """See `ClipScorer`; a UserWarning if `frozen` is 0.5 or more."""
         scores = self.scorer(clips, prompts)
         if scores["frozen"] >= ALARM:
             warnings.warn(
-                f"nothing moves in {scores['frozen']:.0%} of the clips made while {self.name} is learned: it may be trained "
-                "for too long or at too high a rate, or the model is not one of clips",
+                f"nothing moves in {scores['frozen']:.0%} of the clips generated while {self.name} is learned: training may "
+                "be too long or its rate too high, or the model is not a clip model",
                 stacklevel=2,
             )
         return scores
@@ -42,10 +42,10 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """One scorer per subject or motion for the clips made while training; None where none are made.
+    """One scorer per subject or motion for the clips generated during training; None if none are generated.
 
-    They know the clips and pictures that are learned from only, and recognise no motion: what chooses the best checkpoint
-    must not be what it is judged by.
+    They use only the clips and pictures that are learned from, and recognise no motion: the best checkpoint must not be
+    chosen by the scores that judge the concept.
     """
     if not makes_previews(planned, clip, dino):
         return None

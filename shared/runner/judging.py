@@ -1,4 +1,4 @@
-"""Scoring concepts: which instruments, which references and look-alikes, and the report."""
+"""Scoring concepts: chooses instruments, references and look-alikes, and writes the report."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ from shared.types import Subject
 
 
 def check_folders(clip: Path | None, dino: Path | None) -> None:
-    """ValueError when a folder to score with is given and is not there."""
+    """Raises ValueError when a given folder to score with does not exist."""
     for option, folder in (("--clip", clip), ("--dino", dino)):
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"{option} {folder}: there is no such folder")
+            raise ValueError(f"{option} {folder}: no such folder")
 
 
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """One scorer per subject for pictures made while training; None where none are made, or nothing can measure them.
+    """One scorer per subject for pictures generated during training; None if none are generated, or nothing can score them.
 
-    They know the references only, never the look-alikes that the finished concept is told from: what chooses the best
-    checkpoint must not be what it is judged by.
+    They use only the references, never the look-alikes that the finished concept is judged against: the best checkpoint must
+    not be chosen by the scores that judge the concept.
     """
     world_instruments = backbone.world and backbone.world.instruments
     if not makes_previews(planned, clip, dino):
         return None
     if not (world_instruments or clip or dino):
         warnings.warn(
-            "pictures are made while training (train.validation.every), but nothing can score them, so the last state "
+            "pictures are generated during training (train.validation.every), but nothing can score them, so the last state "
             "is kept, not the best: give --clip FOLDER or --dino FOLDER",
             stacklevel=2,
         )
         return None
     instruments = load_instruments(clip, dino, world_instruments, str(backbone.device))
-    # What is typical was read off pictures that had passed the autoencoder, references included.
+    # Typical scores were measured on pictures that had been through the autoencoder, including references.
     through = (lambda pixels: round_trip(backbone, pixels)) if instruments.typical else None
     out = {}
     for name, subject in planned.subjects.items():
@@ -78,15 +78,15 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Whether something is made while training that could be scored; a UserWarning where it is not, and something to score
-    it with is given. ValueError when that is not there."""
+    """Whether anything is generated during training that could be scored; a UserWarning if not, but a folder to score it with
+    is given. ValueError when that folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
         return True
     if clip or dino:
         warnings.warn(
-            "--clip and --dino score the pictures made while training, and none are made: "
+            "--clip and --dino score the pictures generated during training, but none are generated: "
             "set train.validation.every=100, for example",
             stacklevel=3,
         )
@@ -107,20 +107,16 @@ def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[st
 class EvaluationSettings:
     """How a concept is judged."""
 
-    prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "" is the backbone's own set
+    prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "": the backbone's own set
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(
-        default_factory=SamplingSettings
-    )  # what is None there is that of the concept's recipe
-    references: Path | None = (
-        None  # a folder; default the pictures that it was learned from, or those beside its folder
-    )
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the concept's recipe
+    references: Path | None = None  # a folder; default: the pictures it was learned from, or those next to its folder
     gallery: Path | None = None  # a folder of folders with pictures of other things of the class
     clip: Path | None = None  # model folders to measure with
     dino: Path | None = None
-    path: Path | None = None  # the concept's folder, for its size; default where it was read from
-    out: Path | None = None  # a folder for the report; None writes none
+    path: Path | None = None  # the concept's folder, for its size; default: where it was read from
+    out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     base: dict[str, KeptPictures] | None = None  # evaluations that share it generate the base model's pictures once
 
@@ -131,13 +127,13 @@ def evaluate_loaded(
     settings: EvaluationSettings = EvaluationSettings(),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Evaluate the concept `name` of those loaded in `runner`; with `settings.out`, the report is written there.
+    """Evaluates the loaded concept `name`; with `settings.out`, the report is written there.
 
     Raises:
-        ValueError: the concept is not loaded, its references are not to be found, or nothing is there to measure with
+        ValueError: the concept is not loaded, its references cannot be found, or there is nothing to measure with
     """
     if name not in runner.loaded:
-        raise ValueError(f"there is no concept {unknown(name, list(runner.loaded), 'concept')}")
+        raise ValueError(unknown(name, list(runner.loaded), "concept"))
     check_folders(settings.clip, settings.dino)
     loaded, backbone = runner.loaded[name], runner.backbone
     world = backbone.world
@@ -158,7 +154,7 @@ def evaluate_loaded(
 
 
 def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
-    """What is judged of a subject, and what is known of it. ValueError when its pictures are not to be found."""
+    """A subject's case: what to judge, and the known facts. ValueError when its pictures cannot be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -188,7 +184,7 @@ def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) 
 
 @torch.no_grad()
 def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] in [-1, 1] as the model's autoencoder gives them back."""
+    """Pictures [N, 3, H, W] in [-1, 1], encoded and decoded by the model's autoencoder."""
     size = pixels.shape[-2] * pixels.shape[-1]
     latents = [
         backbone.latent_moments(p.to(backbone.device))[0] for p in pixels.split(images_per_batch(size, DECODE_PIXELS))
@@ -197,40 +193,40 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
-    """The pictures the concept was learned from: in `folder`, or in the folder of that name beside the concept (`path`).
+    """The pictures the concept was learned from: in `folder`, or in the recorded folder next to the concept (`path`).
 
-    Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
+    Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
     """
     recorded = concept.meta.learned_with.folder_of(concept.meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
-        raise ValueError("give --references FOLDER: a concept holds the hashes of its pictures, not the pictures")
+        raise ValueError("give --references FOLDER: a concept stores the hashes of its pictures, not the pictures")
     subject = read_subject(source, concept.meta.class_noun)
     hashes = {r.sha256 for r in concept.meta.references}
     known = [p for p in subject.images if sha256(p) in hashes]
     if folder is None and len(known) < len(subject.images):
-        raise ValueError(f"{source} holds other pictures than the concept was learned from: give --references FOLDER")
+        raise ValueError(f"{source} has pictures that the concept was not learned from: give --references FOLDER")
     return subject
 
 
 def beside(folder: Path, name: str) -> Path:
-    """The entry of the folder of a concept that it records under a name, plain or escaped."""
+    """The entry of a folder with a recorded name, plain or escaped."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 
 
 def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
-    """Folder of folders: name -> [n, 3, side, side]."""
+    """Reads a folder of folders: name -> [n, 3, side, side]."""
     names = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not names:
-        raise ValueError(f"{folder} holds no folders: a gallery has one folder of pictures per other thing")
+        raise ValueError(f"{folder} contains no folders: a gallery has one folder of pictures per look-alike")
     return {p.name: references(read_subject(p), side) for p in names}
 
 
 def score_line(
     score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
 ) -> str:
-    """A headline score as one line: value, interval, and the base model beside it; what else is known in these words."""
+    """A headline score as one line: value, interval, the base model's value, and other known figures with these labels."""
     if score.value is None:
         return "not measured"
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
@@ -244,12 +240,12 @@ def score_line(
 
 
 def references(subject: Subject, side: int) -> Tensor:
-    """[N, 3, side, side] in [-1, 1]."""
+    """The subject's pictures: [N, 3, side, side] in [-1, 1]."""
     return torch.stack([resize(read_picture(p), side).pixels for p in subject.images])
 
 
 def reference_masks(subject: Subject, side: int) -> Tensor | None:
-    """[N, side, side] in [0, 1], cut as `references` are; None unless every picture has one."""
+    """The masks [N, side, side] in [0, 1], cropped like `references`; None unless every picture has one."""
     if not all(p in subject.masks for p in subject.images):
         return None
     masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]

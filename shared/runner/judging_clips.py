@@ -1,4 +1,4 @@
-"""Judging a motion, a subject, or both in clips: which clips and pictures to compare with, and the report."""
+"""Judging a motion, a subject, or both in clips: chooses the clips and pictures to compare with, and writes the report."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ClipEvaluationSettings:
-    """How concepts are judged in clips."""
+    """How to judge concepts in clips."""
 
     prompts: str = DEFAULT  # a prompt set for clips, or a file
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None there: as the motion's recipe says
-    references: Path | None = None  # the motion's clips; default those that it was learned from, beside its folder
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the motion's recipe
+    references: Path | None = None  # the motion's clips; default: those it was learned from, next to its folder
     pictures: Path | None = None  # the subject's pictures; default likewise
     gallery: Path | None = None  # a folder of folders with pictures of other things of the subject's class
     clip: Path | None = None  # model folders to measure with
     dino: Path | None = None
-    reader: PathReader | None = None  # reads paths of things; None: that of the model's world, where there is one
-    # Clips with the motion loaded and not asked for: its name left out, or named and at strength 0; or none are made.
+    reader: PathReader | None = None  # reads the paths of things; None: that of the model's world, if it has one
+    # Clips with the motion loaded but not requested: its name left out ("unnamed"), or named at strength 0 ("off"); or none.
     false_motion: FalseMotion = "unnamed"
     compensate_camera: bool = False  # in motion fidelity
-    out: Path | None = None  # a folder for the report; None writes none
+    out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     fps: float = 8.0  # of the clips in the report
 
@@ -66,16 +66,16 @@ class ClipEvaluationSettings:
 def evaluate_clips_loaded(
     runner: Painter, settings: ClipEvaluationSettings = ClipEvaluationSettings(), progress: Progress | None = None
 ) -> ClipReport:
-    """Judge the concepts loaded in `runner`, a motion, a subject, or one of each, in clips; with `settings.out` the report
+    """Judges the concepts loaded in `runner` (a motion, a subject, or one of each) in clips; with `settings.out`, the report
     is written there.
 
     Raises:
-        ValueError: other concepts are loaded, their clips or pictures are not to be found, the model makes no clips
+        ValueError: other concepts are loaded, their clips or pictures cannot be found, or the model generates no clips
     """
     check_false_motion(settings.false_motion)
     check_folders(settings.clip, settings.dino)
     if runner.backbone.frames is None:
-        raise ValueError(f"{runner.backbone.name} makes pictures, and no clips")
+        raise ValueError(f"{runner.backbone.name} generates pictures, not clips")
     judged = _Judged.of(runner)
     prompts = load_clip_prompts(settings.prompts)
     texts = ClipTexts(prompts, judged.motion_name, judged.subject_name, judged.class_noun, settings.limit)
@@ -91,7 +91,7 @@ def evaluate_clips_loaded(
 
 
 def check_false_motion(text: str) -> FalseMotion:
-    """One of the ways of `FalseMotion`; ValueError otherwise."""
+    """Returns `text` if it is a `FalseMotion`; ValueError otherwise."""
     if text not in get_args(FalseMotion):
         raise ValueError(f"--false-motion: {unknown(text, get_args(FalseMotion), 'choice')}")
     return text  # type: ignore[return-value]
@@ -113,7 +113,7 @@ class _Judged:
         others = [f"{name} ({kind})" for name, kind in by_kind.items() if name not in (*motions, *subjects)]
         if others or len(motions) > 1 or len(subjects) > 1 or not by_kind:
             said = ", ".join(f"{name} ({kind})" for name, kind in by_kind.items()) or "none"
-            raise ValueError(f"clips are judged with one motion, one subject, or one of each; the concepts are: {said}")
+            raise ValueError(f"clips are judged with one motion, one subject, or one of each; given concepts: {said}")
         first = [runner.loaded[names[0]] if names else None for names in (motions, subjects)]
         return _Judged(*first)
 
@@ -130,7 +130,7 @@ class _Judged:
         return self.subject.concept.meta.class_noun if self.subject else ""
 
     def is_wordless(self, runner: Painter) -> bool:
-        """Whether the motion has no words: a prompt that names it is the prompt that does not."""
+        """Whether the motion has no words, so that prompts with and without its name are the same."""
         placeholder = runner.backbone.placeholders.get(self.motion_name)
         return self.motion is not None and (placeholder is None or not placeholder.words.strip())
 
@@ -140,16 +140,16 @@ class _Judged:
 
 
 def clip_score_line(score: Score) -> str:
-    """A headline score of clips as one line."""
+    """A headline score for clips as one line."""
     if score.key in ("motion_recognised", "motion_fidelity", "leakage"):
         return score_line(score, "true clips", "the motion's clips among themselves")
     return score_line(score)
 
 
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
-    """The clips a motion was learned from: in `folder`, or in the folder of that name beside the concept.
+    """The clips a motion was learned from: in `folder`, or in the recorded folder next to the concept.
 
-    Raises ValueError when they are not there, or are others than the concept's (their hashes are in it).
+    Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
     """
     meta, path = loaded.concept.meta, loaded.concept.path
     if folder is None and loaded.subject is not None and loaded.subject.clips:
@@ -157,17 +157,17 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
     recorded = meta.learned_with.folder_of(meta.name)
     source = folder or (beside(path.resolve().parent, Path(recorded).name) if path and recorded else None)
     if source is None or (folder is None and not source.is_dir()):
-        raise ValueError("give --references FOLDER: a motion holds the hashes of its clips, not the clips")
+        raise ValueError("give --references FOLDER: a motion stores the hashes of its clips, not the clips")
     found = find_clips(expanded(source)).clips
     hashes = {r.sha256 for r in meta.references}
     if folder is None and not all(sha256(p) in hashes for p in found):
-        raise ValueError(f"{source} holds other clips than the motion was learned from: give --references FOLDER")
+        raise ValueError(f"{source} has clips that the motion was not learned from: give --references FOLDER")
     return found
 
 
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """A clip `[3, F, side, side]` as a motion's recipe reads it (rate, stride, length, start); of one that is shorter, all
-    its frames. ValueError for one frame."""
+    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start); if the clip is shorter, all
+    its frames. ValueError for a single frame."""
     window = _window(recipe)
     source = open_frames(path)
     try:
@@ -175,7 +175,7 @@ def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
     except ValueError:
         window = ClipWindow(length=source.count)
     if window.length < 2:
-        raise ValueError(f"{path} holds one frame: nothing moves in it")
+        raise ValueError(f"{path} has only one frame, so nothing moves in it")
     return read_clip(path, window.model_copy(update={"windows": 1}), side).frames
 
 
@@ -188,7 +188,7 @@ def _window(recipe: Mapping[str, Any]) -> ClipWindow:
 
 
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
-    """What clips of this model are measured with; none where nothing is given and it has no world of its own."""
+    """The instruments for this model's clips; empty if none are given and it does not have its own world."""
     if not (clip or dino or backbone.world):
         return Instruments()
     return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))
@@ -216,7 +216,7 @@ def _scorer(
 
 
 def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress | None) -> Scorer:
-    """What tells whether a frame shows the subject: the scorer of pictures, with the bars that true pictures set."""
+    """The picture scorer that decides whether a frame shows the subject, with the thresholds that true pictures set."""
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
         through=case.through, masks=case.masks,

@@ -1,4 +1,4 @@
-"""Learning with files on both ends: a plan becomes concept folders."""
+"""Learning from files to files: turns a plan into concept folders."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def personalize(
     scorers: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Learn and save; the concept folders by name. The training folder keeps logs and samples, not the checkpoints.
+    """Learns and saves; returns the concept folders by name. The training folder keeps logs and samples, not checkpoints.
 
-    Without `resume`, what an earlier run left in the training folder is removed when the first step begins. A run that
-    is stopped at any moment can be resumed until every concept is whole, its preview included.
+    Without `resume`, what an earlier run left in the training folder is removed when the first step begins. An interrupted
+    run can be resumed until every concept is complete, including its preview.
     """
     if planned.finished:
         return dict(planned.outputs)
@@ -39,7 +39,7 @@ def personalize(
     warn_unseen(runner.backbone, planned.subjects)
     side = preview_resolution(runner, recipe)
     if recipe.preview.num:
-        runner.backbone.latent_shape(side, side)  # a size that does not fit is said now
+        runner.backbone.latent_shape(side, side)  # report an invalid size now
     concepts = runner.personalize(
         planned.subjects,
         recipe,
@@ -58,25 +58,25 @@ def personalize(
 
 
 def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None) -> Any:
-    """The preview; None where none is asked for, or where painting it fails: a concept is complete without it."""
+    """The preview; None if it is not wanted or generating it fails, because a concept is complete without it."""
     if not recipe.preview.num:
         return None
     try:
         return preview(runner, name, subject, recipe, progress)
-    except Exception as error:  # whatever it is (out of memory, above all), what was learned is saved
+    except Exception as error:  # whatever it is (most likely out of memory), what was learned must be saved
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"the preview of {name!r} could not be painted, and is left out ({why})", stacklevel=2)
+        warnings.warn(f"the preview of {name!r} could not be generated and is left out ({why})", stacklevel=2)
         return None
 
 
 def preview_resolution(runner: Runner, recipe: Recipe) -> int:
-    """Side of the preview's pictures, in pixels."""
+    """The side of the preview's pictures, in pixels."""
     *_, (_, last) = expand_phases(recipe)
     return recipe.preview.resolution or last.train.resolution or runner.backbone.resolution
 
 
 def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None = None) -> Any:
-    """references | new pictures, as the concept's `preview.png`."""
+    """Generates the concept's `preview.png`: references | new pictures."""
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
     settings = replace(how.settings(), steps=recipe.preview.steps or how.steps, height=side, width=side)

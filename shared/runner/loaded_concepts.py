@@ -1,4 +1,4 @@
-"""Concepts that are attached to a backbone, and what judging needs of whoever holds them."""
+"""Concepts attached to a backbone, and the protocol that judging needs from their runner."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Loaded:
-    """A concept that is attached to a backbone; its strength is the backbone's business."""
+    """A concept attached to a backbone, which manages its strength."""
 
     concept: Concept
-    subject: Subject | None = None  # its pictures, where it was learned here
+    subject: Subject | None = None  # its pictures, if it was learned here
 
 
 class Painter(Protocol):
-    """A backbone with concepts loaded that makes pictures of prompts."""
+    """A backbone with loaded concepts that generates pictures from prompts."""
 
     backbone: Backbone
 

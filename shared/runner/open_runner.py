@@ -1,4 +1,4 @@
-"""From what a command line says to a runner with its concepts loaded."""
+"""Opens a runner with its concepts loaded, from command-line options."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from shared.train.precision import DTYPES, resolve_precision
 
 @dataclass(frozen=True)
 class AskedLora:
-    """A LoRA file of another program, as a command line names it."""
+    """A LoRA file of another program, as given on the command line."""
 
     path: Path
     strength: float = 1.0
-    token: str = ""  # what its trainer called the thing
+    token: str = ""  # the words that the subject had in its training captions
     class_noun: str = ""
 
 
 def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "") -> list[AskedLora]:
-    """`FILE` or `FILE:STRENGTH` each, with its token. ValueError for other numbers of tokens, and for a file that is
-    not there."""
+    """Parses `FILE` or `FILE:STRENGTH` options with their tokens. ValueError when the counts differ or a file does not
+    exist."""
     if tokens and len(tokens) != len(loras):
         raise ValueError(
-            f"{len(tokens)} --token for {len(loras)} --lora: give one for each, in the same order, or none"
+            f"{len(tokens)} --token for {len(loras)} --lora: give one per --lora, in the same order, or none"
         )
     if class_noun and not loras:
-        raise ValueError("--class-noun says what a --lora learned, and none is given: a concept knows its own")
+        raise ValueError("--class-noun is only for --lora, and none is given; a concept stores its own class noun")
     asked = []
     for text, token in zip(loras, tokens or [""] * len(loras), strict=True):
         path, strength = parse_concept(text, "--lora")
@@ -47,27 +47,29 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
 
 
 def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
-    """ValueError unless one thing is to be judged, and a LoRA file says how its thing is called and looks."""
+    """Raises ValueError unless exactly one concept or LoRA is judged, and a LoRA has its token, class noun and references."""
     if len(concepts) + len(loras) != 1:
         counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
         raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
     for lora in loras:
         if not lora.token:
-            raise ValueError(f'--lora {lora.path}: say what its trainer called the thing, --token "sks mug"')
+            raise ValueError(f'--lora {lora.path}: give the words it was trained with, for example --token "sks mug"')
         if not (lora.class_noun or " " in lora.token):
-            raise ValueError(f"--token {lora.token!r} has no class noun after it: say what it is, --class-noun mug")
+            raise ValueError(f"--token {lora.token!r} has no class noun after it: add --class-noun mug, for example")
         if references is None:
             raise ValueError(f"--lora {lora.path}: give --references FOLDER, the pictures that it was trained on")
 
 
 def parse_concept(text: str, option: str = "--concept") -> tuple[Path, float]:
-    """`PATH` or `PATH:STRENGTH`. ValueError when the strength is no number or there is no such folder."""
+    """Parses `PATH` or `PATH:STRENGTH`. ValueError when the strength is not a number."""
     path, sep, strength = text.rpartition(":")
     if sep and not expanded(text).exists():
         try:
             return expanded(path), float(strength)
         except ValueError:
-            raise ValueError(f"{option} {text!r}: {strength!r} is no strength; write PATH:0.8") from None
+            raise ValueError(
+                f"{option} {text!r}: {strength!r} is not a strength; write PATH:0.8, for example"
+            ) from None
     return expanded(text), 1.0
 
 
@@ -84,12 +86,12 @@ def open_runner(
     loras: Sequence[AskedLora] = (),
     **how: Any,
 ) -> R:
-    """A runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
-    was learned on; `download`: whether the hub may be asked for it; `loras`: files of other programs, loaded too; `how`: what
-    the runner's `prepared` is told."""
+    """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
+    concept was learned on. `download`: whether to fetch it from the hub; `loras`: files of other programs to load as well;
+    `how`: arguments of the runner's `prepared`."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
-    if precision == "auto":  # in main memory the weights keep all their bits, and only what is computed is rounded
+    if precision == "auto":  # in main memory the weights stay fp32, and only computations are rounded
         precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
@@ -104,14 +106,14 @@ def open_runner(
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """What `open_runner` opens: `backbone`, or the model that the first concept was learned on; None: the toybox."""
+    """The model that `open_runner` opens: `backbone`, or the one that the first concept was learned on; None: the toybox."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))
 
 
 def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
-    """The folders that `open_runner` reads, the model of the first concept among them: no output may lie there.
+    """The folders that `open_runner` reads, including the first concept's model, so that no output overwrites them.
 
     Args:
         concepts: `PATH[:STRENGTH]`, or folders
@@ -122,7 +124,7 @@ def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
 
 
 def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
-    """Strengths by step, as `StrengthSchedule.parse` reads them; ValueError names the option."""
+    """Parses strengths by step with `StrengthSchedule.parse`; ValueError names the option."""
     try:
         changes = [StrengthSchedule.parse(text) for text in texts]
     except ValueError as error:
@@ -130,12 +132,14 @@ def check_strengths(texts: Sequence[str]) -> list[StrengthSchedule]:
     names = [name for change in changes for name in change.strengths]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--strength: {name!r} is given twice; write all its points in one, separated by commas")
+            raise ValueError(
+                f"--strength: {name!r} is given twice; combine its points in one option, separated by commas"
+            )
     return changes
 
 
 def check_precision(precision: str) -> str:
-    """ "auto", "no", "bf16" or "fp16"; ValueError otherwise."""
+    """Returns `precision` if it is "auto", "no", "bf16" or "fp16"; ValueError otherwise."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision!r}: choose auto, no, bf16 or fp16")
     return precision

@@ -1,4 +1,4 @@
-"""A run as the user asked for it: settings become subjects and outputs, checked before anything heavy begins."""
+"""A run as the user requested it: turns settings into subjects and outputs, and checks them before any heavy work."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as the user asked for it: subjects by name, and where each concept goes."""
+    """A run as the user requested it: subjects by name, and where each concept is saved."""
 
     recipe: Recipe
     subjects: Mapping[str, Subject]
     outputs: Mapping[str, Path]
     workdir: Path
-    finished: bool = False  # there is nothing to resume: the concepts are there, learned in this way
+    finished: bool = False  # nothing to resume: the concepts exist, learned with this recipe
 
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()) -> Plan:
-    """Read the subjects and settle the names. Raises ValueError before anything heavy is loaded or written.
+    """Reads the subjects and determines the names. Raises ValueError before anything heavy is loaded or written.
 
     Args:
-        inputs: what a run reads besides what its recipe names (concepts, scorers): no output may lie there
+        inputs: what a run reads besides its recipe's files (concepts, scorers); outputs must not overlap with it
     """
     subjects = dict(recipe.subjects)
     if recipe.subject is not None:
         stem = recipe.output.name.removesuffix(".concept") if recipe.output else "concept"
         subjects = {recipe.name or stem: recipe.subject}
     if not subjects:
-        raise ValueError("no pictures: give subject.images=FOLDER (and subject.class_noun=WORD)")
+        raise ValueError("no pictures: set subject.images=FOLDER (and subject.class_noun=WORD)")
     one = recipe.subject is not None
     output = recipe.output or Path(f"{next(iter(subjects))}.concept" if one else "concepts")
     outputs = {n: output if one else output / f"{n}.concept" for n in subjects}
     wrong = next((n for n in subjects if not re.match(NAME, n)), None)
     if wrong is not None:
         raise ValueError(
-            f"a concept cannot be called {wrong!r} (letters, digits, - and _): say name=… or another output"
+            f"a concept cannot be called {wrong!r} (use only letters, digits, - and _): set name=… or another output"
         )
     workdir = output.with_name(output.name.removesuffix(".concept") + ".training")
     for path in (*outputs.values(), workdir):
@@ -66,22 +66,24 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
     subjects = {n: s.read() for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
-            check_apart(path, [*subject.files, *subject.masks.values()])  # what links in a folder lead to
+            check_apart(path, [*subject.files, *subject.masks.values()])  # the targets of links in a folder
         for path in subject.images:
-            load(path, subject.masks.get(path))  # one that cannot be read is said now, not after the model is loaded
+            load(path, subject.masks.get(path))  # report an unreadable one now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)
     finished = resume and not begun and not overwrite and _all_there(outputs)
     if finished:
         for name, path in outputs.items():
             _check_learned_so(recipe, read(path), subjects[name])
     elif resume and not begun:
-        warnings.warn(encodable(f"{workdir} holds no interrupted run: this one starts at the beginning"), stacklevel=2)
+        warnings.warn(
+            encodable(f"{workdir} has no interrupted run to resume: starting from the beginning"), stacklevel=2
+        )
     return Plan(recipe, subjects, outputs, workdir, finished)
 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
-    """Whether an interrupted run is to be resumed. ValueError when something that is there would have to give way."""
-    anew = overwrite and not resume  # what an earlier run left is cleared away when this one begins
+    """Whether there is an interrupted run to resume. ValueError when existing files would be overwritten."""
+    anew = overwrite and not resume  # what an earlier run left is removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
         check_output(path, overwrite or (resume and begun))
@@ -92,7 +94,7 @@ def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, 
     if begun:
         check_log(workdir)
     else:
-        check_output(workdir, overwrite=True)  # an earlier run's logs and samples are cleared away, and only they
+        check_output(workdir, overwrite=True)  # only an earlier run's logs and samples may be removed
     return begun
 
 
@@ -101,18 +103,18 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 
 
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
-    """ValueError when a finished concept was learned with another recipe, or from other pictures."""
+    """Raises ValueError when a finished concept was learned with another recipe, or from other pictures."""
     same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
-    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one that was moved meanwhile has none
+    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one moved in the meantime has none
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(
-            f"{concept.path} is finished, and was learned from other pictures: choose another output, or start over with "
+            f"{concept.path} is finished, but was learned from other pictures: choose another output, or start over with "
             "--overwrite"
         )
 
 
 def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
-    """A model of a world of its own takes any picture, and says that it has never seen others."""
+    """Warns when pictures do not come from the world that the model was trained on."""
     world = backbone.world
     for name, subject in subjects.items() if world else ():
         assert world is not None

@@ -1,4 +1,4 @@
-"""What a file says about how it was made."""
+"""The generation settings stored in a picture's file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from shared.sampling.settings import SamplingSettings
 
 
 def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
-    """What a picture's PNG says about how it was made: everything that is needed to make it again. Pictures are given
-    away, so models and files stand there by their last name; the model's fingerprint is its `checkpoint`."""
+    """The PNG metadata of a picture: everything needed to generate it again. Since pictures are shared, models and files are
+    recorded without their folders; `checkpoint` identifies the model's weights."""
     backbone, stated = runner.backbone, settings.stated()
     made = {
         "steps": backbone.default_steps,

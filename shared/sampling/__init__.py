@@ -1,4 +1,4 @@
-"""One sampler, and what may happen between its steps."""
+"""One sampler, and the hooks between its steps."""
 
 from __future__ import annotations
 

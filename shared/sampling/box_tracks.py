@@ -1,4 +1,4 @@
-"""Where things are to be in a picture or clip: a box, or boxes at some frames and straight lines between them."""
+"""Where things should be in a picture or clip: a box, or boxes at some frames, interpolated linearly in between."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Track = Mapping[int, Box]  # by frame
 
 
 def as_track(value: Any, name: str) -> dict[int, Box]:
-    """One box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError says what is wrong."""
+    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError when invalid."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
         value = {0: value}
     if isinstance(value, list | tuple):
@@ -31,21 +31,23 @@ def as_track(value: Any, name: str) -> dict[int, Box]:
 
 def _frame(key: Any, name: str) -> int:
     if not str(key).isdigit():
-        raise ValueError(f"{name}: {key!r} is no frame; frames are counted from 0")
+        raise ValueError(f"{name}: {key!r} is not a frame number; frames are counted from 0")
     return int(key)
 
 
 def _box(box: Any, where: str) -> Box:
     numbers = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
     if not numbers or not all(math.isfinite(x) and 0 <= x <= 1 for x in box):
-        raise ValueError(f"{where}: {box!r} is no box [left, top, right, bottom] in fractions between 0 and 1")
+        raise ValueError(f"{where}: {box!r} is not a box [left, top, right, bottom] in fractions between 0 and 1")
     if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"{where}: {list(box)} is empty: left is less than right, and top (0 is above) than bottom")
+        raise ValueError(
+            f"{where}: {list(box)} is empty: left must be less than right, top (0 at the top) less than bottom"
+        )
     return box[0], box[1], box[2], box[3]
 
 
 def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
-    """A JSON file: name (or words of the prompt) -> what `as_track` reads. ValueError, naming it, where it is none."""
+    """Reads a JSON file: name (or words of the prompt) -> what `as_track` parses. ValueError, naming the file, if invalid."""
     path = expanded(path)
     try:
         data = json.loads(read_text_file(path, "the boxes"))
@@ -53,22 +55,22 @@ def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
         raise ValueError(f"{path} is not readable JSON") from None
     if not isinstance(data, dict) or not data:
         raise ValueError(
-            f'{path}: write {{"NAME": [left, top, right, bottom]}}, or boxes by frame: {{"NAME": {{"0": …}}}}'
+            f'{path}: write {{"NAME": [left, top, right, bottom]}}, or boxes by frame, {{"NAME": {{"0": …}}}}'
         )
     return {str(name): as_track(value, f"{path}: {name}") for name, value in data.items()}
 
 
 def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
-    """ValueError where a box is for a frame that is not made."""
+    """Raises ValueError when a box is for a frame that is not generated."""
     for name, track in tracks.items():
         if max(track) >= frames:
             raise ValueError(
-                f"the boxes of {name!r} go up to frame {max(track)}, and {frames} frames are made (from 0 on)"
+                f"the boxes of {name!r} go up to frame {max(track)}, but only {frames} frames are generated (from 0)"
             )
 
 
 def at(track: Track, frame: float) -> Box:
-    """The box at a frame: as given, on the line between its neighbours, and still before the first and after the last."""
+    """The box at a frame: as given or interpolated linearly; constant before the first and after the last."""
     before = max((f for f in track if f <= frame), default=min(track))
     after = min((f for f in track if f >= frame), default=max(track))
     if before >= after:
@@ -79,12 +81,12 @@ def at(track: Track, frame: float) -> Box:
 
 
 def latent_frame_times(latents: int, factor: int) -> list[float]:
-    """The frame in the middle of what each latent frame stands for: the first alone, then groups of `factor`."""
+    """The middle of the frames that each latent frame covers: the first frame alone, then groups of `factor`."""
     return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
 
 
 def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
-    """Bool [f, h, w]: the cells whose middle lies in the box; at least one."""
+    """Bool [f, h, w]: the cells whose centre is in the box; at least one."""
     out = torch.zeros(len(times), height, width, dtype=torch.bool)
     for i, time in enumerate(times):
         left, top, right, bottom = at(track, time)

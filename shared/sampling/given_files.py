@@ -1,4 +1,4 @@
-"""Pictures and clips that sampling is given, in latents of the size that is sampled."""
+"""Pictures and clips given to the sampler, encoded to latents of the sampled size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file or folder holds a clip; a picture otherwise. ValueError, naming it, where it is neither."""
+    """Whether a file or folder is a clip, not a picture. ValueError, naming it, if it is neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)
@@ -26,7 +26,7 @@ def is_clip(path: Path) -> bool:
 
 
 def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Tensor:
-    """One picture in latents [1, C, h, w]; `size`: (height, width) in pixels, which it is cut to cover.
+    """Encodes a picture to latents [1, C, h, w]; `size`: (height, width) in pixels, which it is cropped to cover.
 
     ValueError, naming it, when it cannot be read.
     """
@@ -35,23 +35,23 @@ def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Te
 
 
 def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cut alike. ValueError when they are of other sizes."""
+    """A picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped alike. ValueError when their sizes differ."""
     fitted = resize(load(path, mask), size, "cover")
     assert fitted.mask is not None
     return fitted.pixels, fitted.mask
 
 
 def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None = None) -> Clip:
-    """The first `frames` frames of a clip, cut to cover `size`. ValueError, naming it, when it is shorter."""
+    """Reads the first `frames` frames of a clip, cropped to cover `size`. ValueError, naming it, when it is shorter."""
     there = open_frames(path).count
     if there < frames:
-        raise ValueError(f"{path} holds {there} frames, and {frames} are needed: ask for fewer, or give a longer clip")
+        raise ValueError(f"{path} has {there} frames, but {frames} are needed: use fewer frames, or a longer clip")
     return read_clip(path, ClipWindow(length=frames), size, "cover", mask)
 
 
 @torch.no_grad()
 def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """[3, (F), H, W] in [-1, 1] -> latents [1, C, (f), h, w], in the precision of sampling."""
+    """[3, (F), H, W] in [-1, 1] -> latents [1, C, (f), h, w], in the sampler's precision."""
     given = pixels[None].to(backbone.device, backbone.dtype)
-    with torch.autocast(given.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
+    with torch.autocast(given.device.type, enabled=False):  # the autoencoder keeps its loaded precision
         return backbone.encode_pixels(given).to(backbone.latent_dtype)

@@ -1,4 +1,4 @@
-"""What is there already: a first frame, a prefix of frames, or a region, kept while the rest is sampled."""
+"""Given content: a first frame, the first frames, or a region, kept while the rest is sampled."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
-_MOST = 0.5  # of a latent cell must be marked for it to be kept
+_MOST = 0.5  # the share of a latent cell that must be masked for the cell to be kept
 
 
 class GivenFrames(SamplingHookBase):
-    """Frames, or a region of them, that what is sampled keeps. Several may be given.
+    """Frames, or a region of them, that the result keeps. Several may be given.
 
-    A picture is the first frame. A clip is the frames to begin with; with a mask, the region that is to be kept of a clip
-    as long as what is made (or of a picture, where a picture is made). At each step what is kept is replaced by its own
-    latents with the noise of that step, and by the clean ones after the last (Lugmayr et al., RePaint, arXiv 2201.09865,
-    eq. 8, without resampling). A family that reads a time for each frame (`time_per_frame`) is instead given whole frames
-    without noise, and told so: t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
+    A picture becomes the first frame, a clip the first frames. With a mask, its region is kept; the clip must then be as
+    long as the result (for a picture, a picture). At each step the kept latents are replaced by the given ones with that
+    step's noise, after the last step by the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8, without
+    resampling). A family that takes a time per frame (`time_per_frame`) instead gets whole frames without noise, at t = 0
+    (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"
     path: PathText
-    mask: PathText | None = None  # white where the clip is kept: a mask for each frame, or one for all of them
-    frames: Annotated[int, Field(ge=1)] | None = None  # of a clip without a mask, only the first so many
+    mask: PathText | None = None  # white where the clip is kept: one mask per frame, or one for all
+    frames: Annotated[int, Field(ge=1)] | None = None  # for a clip without a mask: how many of its first frames to use
 
     def check(self) -> None:
-        """ValueError, naming the file, for what can be said before a model is loaded."""
+        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
         clip = is_clip(self.path)
         if self.mask is None and clip and self.frames is not None and self.frames > open_frames(self.path).count:
             there = open_frames(self.path).count
-            raise ValueError(f"{self.path} holds {there} frames, and the first {self.frames} of them are asked for")
+            raise ValueError(f"{self.path} has only {there} frames, but its first {self.frames} are requested")
         if not clip and self.frames is not None:
-            raise ValueError(f"{self.path} is one picture: a number of frames is for a clip")
+            raise ValueError(f"{self.path} is a picture: a number of frames is only for clips")
         if self.mask is not None and not self.mask.exists():
             raise ValueError(f"{self.mask} does not exist")
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
-        """ValueError when frames or masks do not fit what is sampled, or nothing is left to make."""
+        """Raises ValueError when frames or masks do not fit what is sampled, or nothing is left to generate."""
         self.check()
         *frames, height, width = output_size(backbone, settings)
         shape = backbone.latent_shape(height, width, *frames)
@@ -56,25 +56,23 @@ class GivenFrames(SamplingHookBase):
         elif frames:
             known, kept = self._beginning(backbone, frames[0], (height, width), shape)
         else:
-            raise ValueError(
-                f"{self.path}: a picture is made, and all of it would be given: say with a mask what to keep"
-            )
+            raise ValueError(f"{self.path} would give the whole picture: use a mask to choose what to keep")
         if bool(kept.all()):
-            raise ValueError(f"{self.path} gives everything that is asked for: nothing is left to make")
+            raise ValueError(f"{self.path} already gives everything: nothing is left to generate")
         return KeptLatents(known=known, kept=kept)
 
     def _beginning(
         self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, f, h, w], 0 where nothing is given, and bool [1, 1, f, h, w]."""
+        """Latents [1, C, f, h, w], 0 where nothing is given, and bool [1, 1, f, h, w]: where they are kept."""
         if is_clip(self.path):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
                 raise ValueError(
-                    f"{self.path} gives {count} frames, and {frames} are asked for in all: make a longer clip, or give fewer"
+                    f"{self.path} gives {count} frames of a clip of {frames}: generate a longer clip, or give fewer frames"
                 )
             if count > 1:
-                backbone.latent_shape(*size, count)  # a number of frames that does not fit is said by its name
+                backbone.latent_shape(*size, count)  # report an invalid number of frames as such
             pixels = read_given(self.path, count, size).frames
             given = encoded(backbone, pixels) if count > 1 else encoded(backbone, pixels[:, 0])[:, :, None]
         else:
@@ -87,7 +85,7 @@ class GivenFrames(SamplingHookBase):
     def _region(
         self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, (f), h, w] and bool [1, 1, (f), h, w]."""
+        """Latents [1, C, (f), h, w], and bool [1, 1, (f), h, w]: where they are kept."""
         assert self.mask is not None
         if not frames:
             pixels, mask = masked_picture(self.path, self.mask, size)
@@ -104,13 +102,13 @@ def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 class KeptLatents(SamplingHookBase):
-    """Clean latents [1, C, (f), h, w], and where they are kept: bool [1, 1, (f), h, w]."""
+    """Keeps clean latents `known` [1, C, (f), h, w] where `kept`, bool [1, 1, (f), h, w], is True."""
 
     known: Tensor
     kept: Tensor
 
     def _whole(self, backbone: Backbone) -> Tensor:
-        """Bool [1, 1, f, 1, 1]: the frames that are given whole to a network that can be told so; else none."""
+        """Bool [1, 1, f, 1, 1]: the frames kept whole, for a network that takes a time per frame; else all False."""
         whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
         return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
 

@@ -1,4 +1,4 @@
-"""What happens between denoising steps: hooks around one sampler."""
+"""Hooks between denoising steps, around one sampler."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class DenoisingStep:
     """One denoising step, before its prediction."""
 
     index: int  # 0 … steps - 1
-    steps: int  # calls of the scheduler (second-order ones call twice per step)
+    steps: int  # scheduler calls (two per step for second-order schedulers)
     t: Tensor  # scalar, in the model's training time
     backbone: Backbone
-    prompts: Sequence[str]  # B, expanded; within `during`, what hooks made of them
+    prompts: Sequence[str]  # B, expanded; inside `during`, as changed by hooks
     seeds: Sequence[int]  # B
-    noise: Tensor  # [B, C, (f), h, w], of unit variance: what sampling started from
-    scale: Tensor | float = 1.0  # latents times this are what the network sees; not 1 for schedulers of Karras et al.
+    noise: Tensor  # [B, C, (f), h, w], of unit variance: where sampling started
+    scale: Tensor | float = 1.0  # the network's input is latents times this; not 1 for schedulers of Karras et al.
 
     @property
     def fraction(self) -> float:
-        """How much is done: 0 at the first step, towards 1 at the last."""
+        """The fraction of steps done: 0 at the first step, approaching 1 at the last."""
         return self.index / self.steps
 
     @property
@@ -41,47 +41,47 @@ class DenoisingStep:
         return self.index + 1 == self.steps
 
     def noised(self, x0: Tensor) -> Tensor:
-        """Clean latents [B or 1, C, (f), h, w] as they are at this step, with the noise that sampling started from, in
-        the scheduler's units: [B, C, (f), h, w]."""
+        """Clean latents [B or 1, C, (f), h, w] noised to this step's level with the initial noise, in the scheduler's units:
+        [B, C, (f), h, w]."""
         return self.backbone.add_noise(x0.expand_as(self.noise), self.noise, self.t) / self.scale
 
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """Something that happens between denoising steps. `SamplingHookBase` does nothing, to build on."""
+    """Acts between denoising steps. `SamplingHookBase` implements it with no effect, as a base class."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """What acts in one call of the sampler: itself, or what it makes of files, once. ValueError where they do not fit
-        what is to be sampled."""
+        """Returns the hook for one call of the sampler: itself, or one that has read its files. ValueError when they do not
+        fit what is sampled."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
-        """What sampling starts from, [B, C, (f), h, w] of unit variance, in place of the noise (inversion)."""
+        """Replaces the initial noise, [B, C, (f), h, w] of unit variance (inversion)."""
         ...
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
-        """The prompts from here on this step (delayed subjects)."""
+        """Changes the prompts of this step (delayed subjects)."""
         ...
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """The latents [B, C, (f), h, w] before the prediction (layout gradients, what is given)."""
+        """Changes the latents [B, C, (f), h, w] before the prediction (layout gradients, given frames)."""
         ...
 
     def told(self, step: DenoisingStep, t: Tensor) -> Tensor:
-        """The times that the network is told: a scalar, or [B, f] where it reads one for each frame."""
+        """Changes the times passed to the network: a scalar, or [B, f] if it takes one per frame."""
         ...
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """What holds while this step is predicted (strengths, attention)."""
+        """The context held during this step's prediction (strengths, attention)."""
         ...
 
     def after(self, step: DenoisingStep, latents: Tensor) -> Tensor:
-        """The latents [B, C, (f), h, w] that the step leaves."""
+        """Changes the latents [B, C, (f), h, w] after the step."""
         ...
 
 
 class SamplingHookBase(Part):
-    """A change that hooks nothing."""
+    """A hook that changes nothing."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         return self
@@ -106,12 +106,12 @@ class SamplingHookBase(Part):
 
 
 def check_points(text: str) -> str:
-    """A strength by step without a name ("0@0,1@0.2", or nothing) as it is. ValueError when it is none."""
+    """Returns `text` if it is a valid strength by step without a name ("0@0,1@0.2", or ""). ValueError otherwise."""
     try:
         StrengthSchedule.parse(f"concept={text or '1@0'}")
     except ValueError:
         raise ValueError(
-            f"{text!r} is no strength by step; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
+            f"{text!r} is not a strength by step; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
         ) from None
     return text
 
@@ -119,13 +119,13 @@ def check_points(text: str) -> str:
 class StrengthSchedule(SamplingHookBase):
     """Adapter strengths by step: `{"my-mug": {0: 0, 0.2: 1}}` leaves the mug out of the first fifth of the steps.
 
-    Adapters that are not named keep the strength they have. As delayed subject conditioning of FastComposer
-    (Xiao et al., arXiv 2305.10431, section 4.3) does with text, here for adapters.
+    Other adapters keep their strength. This is the delayed subject conditioning of FastComposer (Xiao et al., arXiv
+    2305.10431, section 4.3), applied to adapters instead of text.
     """
 
     kind: Literal["strength_schedule"] = "strength_schedule"
-    strengths: Mapping[str, Mapping[float, float]]  # concept -> {fraction of steps done: strength from there on}
-    linear: bool = False  # True: strengths in between are interpolated instead of held
+    strengths: Mapping[str, Mapping[float, float]]  # concept -> {fraction of steps done: strength from then on}
+    linear: bool = False  # True: strengths are interpolated linearly between points instead of held
 
     @field_validator("strengths")
     @classmethod
@@ -139,9 +139,9 @@ class StrengthSchedule(SamplingHookBase):
 
     @classmethod
     def parse(cls, text: str) -> StrengthSchedule:
-        """`my-mug=0@0,1@0.2`: strength 0 from the first step on, 1 once a fifth of the steps is done.
+        """Parses `my-mug=0@0,1@0.2`: strength 0 from the first step, 1 once a fifth of the steps is done.
 
-        ValueError when it is written in another way, or a fraction is outside [0, 1] or said twice.
+        ValueError for any other format, or a fraction that is outside [0, 1] or repeated.
         """
         name, _, points = text.partition("=")
         try:
@@ -151,16 +151,16 @@ class StrengthSchedule(SamplingHookBase):
                 raise ValueError("one fraction twice")
         except ValueError:
             usage = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
-            raise ValueError(f"{text!r} is no strength by step; {usage}") from None
+            raise ValueError(f"{text!r} is not a strength by step; {usage}") from None
         return validate(cls, {"strengths": {name: schedule}})
 
     def times(self, factor: float) -> StrengthSchedule:
-        """The same schedule, every strength `factor` times as large."""
+        """The same schedule with every strength multiplied by `factor`."""
         scaled = {n: {f: factor * s for f, s in points.items()} for n, points in self.strengths.items()}
         return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
-        """The strength of one concept when `fraction` of the steps is done; before the first point, the first's."""
+        """One concept's strength when `fraction` of the steps is done; before the first point, that point's strength."""
         points = sorted(self.strengths[name].items())
         before = [p for p in points if p[0] <= fraction] or points[:1]
         after = [p for p in points if p[0] > fraction]

@@ -1,4 +1,4 @@
-"""Several hooks as one."""
+"""Combines several hooks into one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class InTurn:
-    """Hooks that act one after another, each on what those before it left."""
+    """Hooks applied in order, each to the result of the previous one."""
 
     hooks: tuple[SamplingHook, ...]
 

@@ -1,4 +1,4 @@
-"""From clean latents back to the noise that sampling would have made them of: the sampler's own equation, run backwards."""
+"""Inversion: from clean latents back to the noise that would generate them, by running the sampler's equation backwards."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 def invert(
     backbone: Backbone, latents: Tensor, prompts: Sequence[str] = ("",), *, steps: int | None = None, refine: int = 0
 ) -> Tensor:
-    """The noise [B, C, (f), h, w] that deterministic sampling without guidance takes to `latents`, with these prompts.
+    """The noise [B, C, (f), h, w] from which deterministic sampling without guidance gives `latents`, with these prompts.
 
-    For epsilon, v and sample predictions DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et al., arXiv
-    2211.09794, section 3.2), over the times of the DDIM scheduler; for flow matching Euler's method backwards, over the
-    sigmas of the family's own schedule. A step back needs the prediction at where it leads; it is approximated by that of
-    the less noisy latents at the later time, so that the round trip is exact only in the limit of many steps.
+    For epsilon, v and sample predictions, DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et al., arXiv
+    2211.09794, section 3.2), over the DDIM scheduler's times; for flow matching, Euler's method backwards, over the sigmas
+    of the family's own schedule. A step back needs the prediction at its end point, which is approximated by the prediction
+    for the less noisy latents at the later time, so the round trip is exact only in the limit of many steps.
 
     Args:
         latents: clean, in latent units
         prompts: B texts, already expanded, or one for all
         steps: default: the backbone's own
-        refine: how many times each step's prediction is made again at where the step led (Pan et al., arXiv 2309.04907):
-            a fixed point of it is the exact inverse
+        refine: how many times to recompute each step's prediction at its end point (Pan et al., arXiv 2309.04907); a fixed
+            point is the exact inverse
 
     Raises:
-        ValueError: for fewer than one step, or a prompt past the token limit
+        ValueError: for fewer than one step, or a prompt that exceeds the token limit
     """
     steps = backbone.default_steps if steps is None else steps
     if steps < 1 or refine < 0:
@@ -62,7 +62,7 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Times, rising [N]; alpha and sigma of what the sampler leaves last, then at these times, each [N + 1], float64."""
+    """Increasing times [N]; alpha and sigma of the sampler's final latents, then at these times, each [N + 1], float64."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -83,7 +83,7 @@ def _one_back(
     t: Tensor,
     levels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """The latents from which a deterministic step with this prediction leads to x."""
+    """The latents from which a deterministic step with this prediction gives x."""
     (a0, s0), (a1, s1) = levels
     kind = backbone.prediction_type
     if kind == "flow":
@@ -95,31 +95,32 @@ def _one_back(
 
 
 class NoisePrior(SamplingHookBase):
-    """Sampling starts from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
+    """Starts sampling from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
 
-    With p = 1 it is Tune-A-Video's start (https://arxiv.org/abs/2212.11565); between 0.1 and 0.5
-    MotionDirector's for a motion of one clip (https://arxiv.org/abs/2310.08465), which keeps the clip's
-    layout and movement without its looks. The clip is inverted by the model as it is, with the concepts that are loaded.
+    p = 1 is Tune-A-Video's start (https://arxiv.org/abs/2212.11565); 0.1 to 0.5 is MotionDirector's for a motion from a
+    single clip (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without its appearance. The
+    clip is inverted with the current model, including loaded concepts.
     """
 
     kind: Literal["noise_prior"] = "noise_prior"
     path: PathText
     share: Share = 0.3  # p
-    prompt: str = ""  # what the inversion is told
-    steps: Annotated[int, Field(ge=1)] | None = None  # of the inversion; None: as many as sampling
+    prompt: str = ""  # the prompt of the inversion
+    steps: Annotated[int, Field(ge=1)] | None = None  # of the inversion; None: as in sampling
     refine: Annotated[int, Field(ge=0)] = 0  # see `invert`
 
     def check(self) -> None:
-        """ValueError, naming the file, for what can be said before a model is loaded."""
+        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
         is_clip(self.path)
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> MixedNoise:
-        """ValueError when it cannot be read, is no clip (picture) where one is made, or is shorter than what is made."""
+        """Raises ValueError when the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
+        short."""
         *frames, height, width = output_size(backbone, settings)
         backbone.latent_shape(height, width, *frames)
         if is_clip(self.path) != bool(frames):
             here, made = ("a clip", "a picture") if not frames else ("a picture", "a clip")
-            raise ValueError(f"{self.path} is {here}, and {made} is made: it gives no noise for that")
+            raise ValueError(f"{self.path} is {here}, but {made} is generated: its noise does not fit")
         if frames:
             clean = encoded(backbone, read_given(self.path, frames[0], (height, width)).frames)
         else:
@@ -130,7 +131,7 @@ class NoisePrior(SamplingHookBase):
 
 
 class MixedNoise(SamplingHookBase):
-    """`share` of the variance from inverted latents [1, C, (f), h, w], the rest from the noise that was drawn."""
+    """Takes `share` of the variance from inverted latents [1, C, (f), h, w], the rest from the drawn noise."""
 
     inverted: Tensor
     share: Share

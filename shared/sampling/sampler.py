@@ -1,7 +1,7 @@
 """One sampler around diffusers' schedulers, with hooks between the steps.
 
-It gives the pixels that the family's diffusers pipeline gives with the same prompt, negative prompt, guidance, steps,
-scheduler and generators (tested). Each picture has a generator of its own: it does not depend on its batch.
+It gives the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
+scheduler and generators (tested). Each picture has its own generator, so it does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings, Start
 from shared.types import Conditioning
 
-DECODE_PIXELS = 2**18  # one picture of 512x512: the autoencoder's activations are the largest of all
-SAMPLE_PIXELS = 2**20  # pictures that are denoised together: four of 512x512, one of 1024x1024
+DECODE_PIXELS = 2**18  # one 512x512 picture: the autoencoder's activations are the largest of all
+SAMPLE_PIXELS = 2**20  # denoised together: four 512x512 pictures, or one of 1024x1024
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What one step leaves."""
+    """The state after one step."""
 
     index: int
     steps: int
@@ -45,16 +45,16 @@ def sample(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] or clips [B, 3, F, H, W] in [-1, 1], float32, one per seed.
+    """Samples pictures [B, 3, H, W] or clips [B, 3, F, H, W] in [-1, 1], float32, one per seed.
 
     Args:
         prompts: B texts, already expanded, or one for all seeds
-        seeds: B seeds; generators are on the CPU, so that a seed means the same noise on every device
-        progress: told (done, of) after each step, counted for each picture
+        seeds: B seeds; generators are on the CPU, so that a seed gives the same noise on every device
+        progress: called with (done, total) after each step, counted per picture
 
     Raises:
-        ValueError: on prompts past the token limit, sizes that do not fit, unknown schedulers, a negative prompt that
-            would not be read
+        ValueError: for prompts that exceed the token limit, invalid sizes, unknown schedulers, or a negative prompt that
+            would be ignored
     """
     latents = None
     for state in denoise(backbone, prompts, seeds=seeds, settings=settings):
@@ -73,7 +73,7 @@ def sample_all(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """What `sample` gives, on the CPU; as many at once as memory surely holds. One prompt for each seed."""
+    """Like `sample`, but on the CPU and in batches that are sure to fit into memory. One prompt per seed."""
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
@@ -88,22 +88,22 @@ def sample_all(
 
 
 def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:
-    """(H, W) in pixels of a picture, (F, H, W) of a clip: what is asked for, or the backbone's own."""
+    """(H, W) in pixels for a picture, (F, H, W) for a clip: as requested, or the backbone's own."""
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     frames = backbone.frames if settings.frames is None else settings.frames
     return (frames, height, width) if frames else (height, width)
 
 
 def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
-    """The settings with hooks that have read what they need; done again, it changes nothing."""
+    """The settings with hooks that have read their files; calling it again changes nothing."""
     return replace(settings, hooks=InTurn(settings.hooks).ready(backbone, settings).hooks)
 
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Pictures or clips in [-1, 1] of `pixels` = (F *) H * W each; a bounded number of pixels at a time.
+    """Decodes to pictures or clips in [-1, 1] with `pixels` = (F *) H * W each; a bounded number of pixels at a time.
 
-    The autoencoder keeps the precision it was loaded in, also under autocast.
+    The autoencoder keeps its loaded precision, even under autocast.
     """
     at_once = images_per_batch(pixels, DECODE_PIXELS)
     with torch.autocast(latents.device.type, enabled=False):
@@ -111,14 +111,14 @@ def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
 
 
 def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
-    """How many pictures of `pixels` pixels fit into `limit` of them: at least one, and at most `most`."""
+    """How many pictures of `pixels` pixels fit into `limit` pixels: at least one, at most `most`."""
     return max(1, min(most, limit // pixels))
 
 
 def check_guidance(guidance: float | None, where: str = "guidance") -> None:
-    """ValueError for a guidance that is no number."""
+    """Raises ValueError when the guidance is not finite."""
     if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"{where} = {guidance}: give a number, such as 7.5 (1 is none)")
+        raise ValueError(f"{where} = {guidance}: give a number, such as 7.5 (1 means no guidance)")
 
 
 @torch.no_grad()
@@ -158,20 +158,20 @@ def denoise(
 
 
 def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
-    """The times [n] that are left, and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units.
-    ValueError for a start of another shape, or one that leaves no step."""
+    """The remaining times [n], and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units. ValueError
+    for a start of the wrong shape, or one that leaves no steps."""
     if start is None:
         return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
     if start.latents.shape != noise.shape:
-        raise ValueError(f"start: latents are {list(start.latents.shape)}, and what is sampled is {list(noise.shape)}")
+        raise ValueError(f"start: latents are {list(start.latents.shape)}, but {list(noise.shape)} is sampled")
     taken = int(steps * start.strength)
     if not taken:
         raise ValueError(
-            f"strength = {start.strength:g} of {steps} steps is none: take more steps, or a larger strength"
+            f"strength = {start.strength:g} of {steps} steps leaves no steps: use more steps, or a larger strength"
         )
     first = (steps - taken) * getattr(solver, "order", 1)
     times, clean = solver.timesteps[first:], start.latents.to(noise)
-    if hasattr(solver, "set_begin_index"):  # those that count their calls
+    if hasattr(solver, "set_begin_index"):  # schedulers that count their calls
         solver.set_begin_index(first)
     at = times[:1].repeat(len(noise))
     flows = hasattr(solver, "scale_noise")
@@ -179,12 +179,12 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """The latents as the network sees them: some schedulers compute in units of their own."""
+    """The latents in the network's units: some schedulers use their own."""
     return solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
 
 
 class _ConditioningCache:
-    """Conditionings, encoded again only when something they depend on has changed: words, time, strengths."""
+    """Caches conditionings, re-encoding only when words, time or strengths have changed."""
 
     def __init__(self, backbone: Backbone, negatives: Sequence[str] | None) -> None:
         self.backbone = backbone
@@ -215,14 +215,14 @@ def _requests(
     steps: int,
     guidance: float,
 ) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts, one for each picture, checked."""
+    """Prompts and negative prompts, one per picture, checked."""
     if steps < 1 or batch < 1:
         raise ValueError(f"sampling needs at least one step and one seed, got steps={steps} and {batch} seeds")
     guided = backbone.needs_negative(guidance)
     texts = _texts(prompts, batch, "prompts")
     negatives = _texts([negative] if isinstance(negative, str) else negative, batch, "negative prompts")
     if any(negatives) and not guided:
-        raise ValueError(f"{backbone.family} reads no negative prompt at guidance={guidance}: leave it out")
+        raise ValueError(f"{backbone.family} uses no negative prompt at guidance={guidance}: leave it out")
     for text in dict.fromkeys([*texts, *(negatives if guided else ())]):
         backbone.check_prompt(text)
     return texts, negatives
@@ -233,12 +233,12 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
     if len(out) == 1:
         return out * batch
     if len(out) != batch:
-        raise ValueError(f"{len(out)} {what} for {batch} seeds: give one for each seed, or one for all")
+        raise ValueError(f"{len(out)} {what} for {batch} seeds: give one per seed, or one for all")
     return out
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """[B, C, (f), h, w], drawn per picture on the CPU in the precision of sampling, as diffusers' `randn_tensor` does."""
+    """[B, C, (f), h, w], drawn per picture on the CPU in the sampler's precision, as diffusers' `randn_tensor` does."""
     noise = [torch.randn((1, *shape), generator=g, dtype=backbone.latent_dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 

@@ -1,4 +1,4 @@
-"""How pictures are made, as one object that travels from a command line to the sampler."""
+"""Sampling settings, as one object passed from the command line to the sampler."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shared.sampling.hooks import SamplingHook
 
 @dataclass(frozen=True)
 class Start:
-    """Sampling from something that is there instead of from noise alone (SDEdit, https://arxiv.org/abs/2108.01073).
+    """Starts sampling from existing latents instead of pure noise (SDEdit, https://arxiv.org/abs/2108.01073).
 
-    latents: clean, [B, C, (f), h, w]. strength: the share of the steps that are taken, in (0, 1]: a little changes little, and
-    of 1 hardly anything stays. Raises ValueError for another one.
+    latents: clean, [B, C, (f), h, w]. strength: the share of the steps to take, in (0, 1]: a small one changes little, and 1
+    keeps hardly anything. Raises ValueError for any other strength.
     """
 
     latents: Tensor
@@ -24,7 +24,7 @@ class Start:
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(
-                f"strength = {self.strength:g}: it is more than 0, where nothing would change, and at most 1"
+                f"strength = {self.strength:g}: it must be above 0 (where nothing would change) and at most 1"
             )
 
     def __getitem__(self, rows: slice) -> Start:
@@ -33,17 +33,17 @@ class Start:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a sampler is told besides prompts and seeds; None is the backbone's own."""
+    """The sampler's settings besides prompts and seeds; None: the backbone's own."""
 
-    negative: str | tuple[str, ...] = ""  # one text, or one for each picture
-    guidance: float | None = None  # classifier-free guidance, or the distilled one where the model reads it; 1 is none
+    negative: str | tuple[str, ...] = ""  # one text, or one per picture
+    guidance: float | None = None  # classifier-free guidance, or distilled guidance if the model takes it; 1: none
     steps: int | None = None  # scheduler steps
-    scheduler: str | None = None  # a name of `scheduler_names(backbone)`
+    scheduler: str | None = None  # one of `scheduler_names(backbone)`
     height: int | None = None  # pixels
     width: int | None = None
-    frames: int | None = None  # of a clip; 0: a picture, of a model of clips too
-    hooks: tuple[SamplingHook, ...] = field(default=())  # what happens between steps, in order
-    start: Start | None = None  # None: noise
+    frames: int | None = None  # of a clip; 0: a picture, even from a clip model
+    hooks: tuple[SamplingHook, ...] = field(default=())  # applied between steps, in order
+    start: Start | None = None  # None: pure noise
 
     def stated(self) -> dict[str, Any]:
         """What differs from the defaults, by name."""

@@ -1,4 +1,4 @@
-"""Things are painted where boxes say: their words are looked at inside, and not outside."""
+"""Places subjects in boxes: attention to their words is boosted inside and cut off outside."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
-_NEVER = -1e4  # added to a score: nothing is left of it, in half precision too
+_NEVER = -1e4  # added to a score, it removes the attention, even in half precision
 
 
 class SubjectBoxes(SamplingHookBase):
-    """The subject-motion control of MotionBooth (https://arxiv.org/abs/2406.17758), without training.
+    """The training-free subject motion control of MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    In the first steps, while the layout is decided, cross-attention from places inside a thing's box (of their frame) to
-    its words gets `strength` times the share of the picture that is outside of the box added to its scores before the
-    softmax; from places outside, it is cut off. The negative prompt's rows stay as they are.
+    In the first steps, which decide the layout, cross-attention scores from positions inside a subject's box (of their
+    frame) to its words are raised before the softmax by `strength` times the share of the picture outside the box; from
+    positions outside, the words are masked out. Rows of the negative prompt are unchanged.
     """
 
     kind: Literal["subject_boxes"] = "subject_boxes"
@@ -44,13 +44,13 @@ class SubjectBoxes(SamplingHookBase):
         return {str(name): as_track(track, str(name)) for name, track in value.items()}
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SubjectBoxes:
-        """ValueError for frames that are not made."""
+        """Raises ValueError for frames that are not generated."""
         frames = output_size(backbone, settings)[:-2]
         check_frames(self.boxes, frames[0] if frames else 1)
         return self
 
     def during(self, step: DenoisingStep) -> AbstractContextManager[object]:
-        """ValueError for a name that a prompt does not say, and where there is no cross-attention."""
+        """Raises ValueError for a name that is not in a prompt, and for models without cross-attention."""
         positions = {name: self._positions(step, name) for name in self.boxes} if step.index == 0 else None
         if step.fraction >= self.until or not self.strength:
             return nullcontext()
@@ -59,13 +59,13 @@ class SubjectBoxes(SamplingHookBase):
         return step.backbone.attending(At(edit, Where(kinds=frozenset({"cross"}))))
 
     def _positions(self, step: DenoisingStep, name: str) -> Tensor:
-        """Bool [B, L]: where a concept's words, or these words, stand in the prompts."""
+        """Bool [B, L]: the positions of a concept's words, or of these words, in the prompts."""
         placeholder = step.backbone.placeholders.get(name)
         words = placeholder.words if placeholder is not None else name
         found = step.backbone.word_positions(step.prompts, words)
         for prompt, row in zip(step.prompts, found, strict=True):
             if not bool(row.any()):
-                raise ValueError(f"there is a box for {name!r}, and the prompt does not say it: {prompt!r}")
+                raise ValueError(f"there is a box for {name!r}, but it is not in the prompt: {prompt!r}")
         return found
 
 
@@ -85,13 +85,13 @@ class _Boxed:
         return q, k, v, added if bias is None else bias + added.to(bias.dtype)
 
     def _bias(self, name: str, site: Site, q: Tensor, rows: Rows) -> Tensor:
-        """[entries, 1, Lq, L]: a row's frames are entries of their own, or one after another in Lq."""
+        """[entries, 1, Lq, L]: a row's frames are separate entries, or consecutive in Lq."""
         *frames, height, width = self.step.noise.shape[2:]
         times = latent_frame_times(frames[0], self.step.backbone.frame_factor) if frames else [0.0]
         inside = box_masks(self.part.boxes[name], times, *site.grid(height, width))
         grown = self.part.strength * (1 - inside.flatten(1).float().mean(1)).view(-1, 1, 1)
         scores = torch.where(inside, grown, torch.full_like(grown, _NEVER)).to(q.device, q.dtype)
-        assert scores.numel() == rows.repeat * q.shape[2], f"{site.name}: {q.shape[2]} places, {scores.shape} in boxes"
+        assert scores.numel() == rows.repeat * q.shape[2], f"{site.name}: {q.shape[2]} cells, {scores.shape} in boxes"
         scores = scores.reshape(rows.repeat, q.shape[2]).repeat(len(rows.index), 1)
         words = self.positions[name].to(q.device)[rows.indices(q.device)] & ~rows.negatives(q.device)[:, None]
         return scores[:, None, :, None] * words[:, None, None, :].to(q.dtype)

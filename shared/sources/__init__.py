@@ -1,4 +1,4 @@
-"""Where examples come from: the user's pictures, the model's own, a folder. Touches no model in training."""
+"""Where examples come from: the user's pictures, the model's own, or a folder. Touches no model in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every source has in common."""
+"""The base class of all sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.types import Example, Role, Subject
 
 
 class SourcePart(KindPart):
-    """Where examples come from."""
+    """A source of examples."""
 
     @property
     def gives(self) -> Role:
@@ -19,19 +19,19 @@ class SourcePart(KindPart):
         return "instance"
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
-        """What can be known before a model is loaded.
+        """Checks what can be checked before a model is loaded.
 
         Args:
-            earlier: the phases before the one that it is a source of
+            earlier: the phases before the one that has this source
 
         Returns:
-            of its pictures of role "instance", those that are files by now, each with the mask that came with it
+            its pictures of role "instance" that already exist as files, each with its mask if it has one
 
         Raises:
-            ValueError: for files, subjects and phases that are not there
+            ValueError: for missing files, subjects and phases
         """
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Lazily, in the same order each time."""
+        """Yields its examples lazily, in the same order each time."""
         raise NotImplementedError

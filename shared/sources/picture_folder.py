@@ -1,4 +1,4 @@
-"""The user's own pictures of the class, or any further folder of pictures."""
+"""The user's own pictures of the class, or any other folder of pictures."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from shared.types import Example, Role, Subject
 
 
 class Folder(SourcePart):
-    """Pictures of a folder: real class (regularization) pictures, as Custom Diffusion uses them, with role "prior".
+    """Pictures from a folder: real class (regularization) pictures, as in Custom Diffusion, with role "prior".
 
-    Captions `NAME.txt` beside the pictures are used; `prompt` serves the others, with "{class_noun}" filled in. With role
-    "instance" the others are left to the prompt part, as those of the references are.
+    Captions come from `NAME.txt` next to the pictures, else from `prompt`, with "{class_noun}" filled in. With role
+    "instance", missing captions are left to the prompt part, as for the references.
     """
 
     kind: Literal["folder"] = "folder"
     images: PathText
-    subject: str = ""  # whose class it is; may be left out where there is one subject
+    subject: str = ""  # the subject whose class it is; optional if there is only one
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"
-    limit: int = Field(default=0, ge=0)  # the first so many; 0: all
+    limit: int = Field(default=0, ge=0)  # use only the first ones; 0: all
 
     @property
     def gives(self) -> Role:
@@ -42,7 +42,7 @@ class Folder(SourcePart):
         return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError when the folder holds no pictures, one of them cannot be read, or the subject is not clear."""
+        """Raises ValueError when the folder has no pictures, one cannot be read, or the subject is ambiguous."""
         owner, subject = self._read(context.subjects)
         default = self._default.replace("{class_noun}", subject.class_noun)
         for path in subject.images:
@@ -51,14 +51,14 @@ class Folder(SourcePart):
 
     @property
     def _default(self) -> str:
-        """The caption of what has none."""
+        """The caption of pictures without one."""
         return self.prompt if self.role == "prior" else ""
 
     def _read(self, subjects: Mapping[str, Subject]) -> tuple[str, Subject]:
-        """Whose the pictures are, and they themselves."""
+        """Returns the owner of the pictures, and the pictures."""
         owner = owner_among(subjects, self.subject, f"source folder {self.images}")
         noun = subjects[owner].class_noun
         if "{class_noun}" in self._default and not noun:
-            raise ValueError(f"source folder: {self._default!r} needs subject.class_noun, and {owner!r} has none")
+            raise ValueError(f"source folder: {self._default!r} needs subject.class_noun, but {owner!r} has none")
         read = read_subject(self.images, noun)
         return owner, replace(read, images=read.images[: self.limit or None])

@@ -20,21 +20,21 @@ from shared.types import Example, Subject
 class References(SourcePart):
     """Every picture of every subject, `repeats` times: the examples of role "instance" that all methods learn from.
 
-    The mask is the user's where one lies beside the picture, else the picture's transparency, else None. The caption is
-    the user's own, or "" for the prompt part to fill.
+    The mask is the user's if there is one, else the picture's transparency, else None. The caption is the user's own, or
+    "" for the prompt part to fill.
     """
 
     kind: Literal["references"] = "references"
     repeats: int = Field(default=1, ge=1)
-    fit: ResizeMode = "cover"  # how pictures that are not square become so
+    fit: ResizeMode = "cover"  # how pictures are made square
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
+        """Raises ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
         if not context.subjects:
-            raise ValueError("there is no subject: give pictures with subject.images=FOLDER")
+            raise ValueError("there is no subject: set subject.images=FOLDER")
         small: list[str] = []
         for number in range(self.repeats):
             for name, subject in context.subjects.items():
@@ -46,7 +46,7 @@ class References(SourcePart):
                     yield example(picture, name, "instance", context.resolution, self.fit, caption)
             if number == 0 and small:
                 warnings.warn(
-                    encodable(f"enlarged to {context.resolution} pixels, and soft: {names(small)}"),
+                    encodable(f"enlarged to {context.resolution} pixels, so they are blurry: {names(small)}"),
                     UserWarning,
                     stacklevel=2,
                 )

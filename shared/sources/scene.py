@@ -17,16 +17,16 @@ from shared.types import Example, Subject
 
 
 class Scene(SourcePart):
-    """Every picture once, however many subjects name it: one example with a mask for each of them
+    """Every picture once, however many subjects use it: one example with a mask per subject
     (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3).
 
-    A picture that several subjects share needs a mask from each: `subjects.mug.images=scene.png
+    A picture shared by several subjects needs a mask for each: `subjects.mug.images=scene.png
     subjects.mug.masks=masks-mug/ subjects.dog.images=scene.png subjects.dog.masks=masks-dog/`.
     """
 
     kind: Literal["scene"] = "scene"
     repeats: int = Field(default=1, ge=1)
-    fit: ResizeMode = "cover"  # how pictures that are not square become so
+    fit: ResizeMode = "cover"  # how pictures are made square
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
         for place, names in _owners(subjects).items():
@@ -34,14 +34,14 @@ class Scene(SourcePart):
                 path = _own_path(subjects[name], place)
                 if path not in subjects[name].masks and not transparent(path):
                     raise ValueError(
-                        f"{path} shows {', '.join(names)}, and {name!r} has no mask in it: subjects.{name}.masks"
+                        f"{path} shows {', '.join(names)}, but {name!r} has no mask for it: set subjects.{name}.masks"
                     )
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """ValueError, naming file and subject, where a mask is missing, and where cutting leaves nothing of one."""
+        """Raises ValueError, naming file and subject, when a mask is missing, or cropping leaves nothing of one."""
         if not context.subjects:
-            raise ValueError("there is no subject: give pictures with subjects.NAME.images=FILE")
+            raise ValueError("there is no subject: set subjects.NAME.images=FILE")
         self.check(context.subjects, ())
         for _ in range(self.repeats):
             for place, names in _owners(context.subjects).items():
@@ -59,7 +59,7 @@ class Scene(SourcePart):
 
 
 def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
-    """Picture -> the subjects that name it."""
+    """Picture -> the subjects that use it."""
     out: dict[Path, list[str]] = {}
     for name, subject in subjects.items():
         for path in subject.images:
@@ -68,5 +68,5 @@ def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
 
 
 def _own_path(subject: Subject, place: Path) -> Path:
-    """How a subject writes the path of a picture."""
+    """A picture's path as the subject has it."""
     return next(path for path in subject.images if path.resolve() == place)

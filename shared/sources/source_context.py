@@ -1,4 +1,4 @@
-"""What a source is given besides its own settings."""
+"""What a source receives besides its own settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.types import Subject
 
 
 class Generate(Protocol):
-    """Pictures or clips of the model itself, without any concept; one seed per prompt."""
+    """Generates pictures or clips with the base model, without concepts in training; one seed per prompt."""
 
     def __call__(
         self,
@@ -27,8 +27,8 @@ class Generate(Protocol):
         frames: int = 0,
         progress: Steps | None = None,
     ) -> Tensor:
-        """[N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] where `frames` says
-        how long; `progress` is told of every denoising step."""
+        """Returns [N, 3, resolution, resolution] in [-1, 1], or clips [N, 3, frames, resolution, resolution] if `frames` is
+        given; `progress` is called after every denoising step."""
         ...
 
 
@@ -39,18 +39,18 @@ class SourceContext:
     subjects: Mapping[str, Subject]
     resolution: int  # side of the pictures, in pixels
     seed: int
-    cache_dir: Path  # generated pictures are kept here, between runs
-    generate: Generate | None = None  # None: this run cannot make pictures
+    cache_dir: Path  # generated pictures are kept here between runs
+    generate: Generate | None = None  # None: this run cannot generate pictures
     backbone_key: str = ""  # the weights that `generate` uses: `Backbone.checkpoint`
-    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phases that made pictures -> where
-    progress: Callable[[str, int, int], None] | None = None  # told (what, done, of) after each denoising step
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its pictures
+    progress: Callable[[str, int, int], None] | None = None  # called with (what, done, total) after each denoising step
 
 
 def owner_among(subjects: Mapping[str, Subject], name: str, what: str) -> str:
-    """The subject called `name`, or the only one there is. ValueError lists them."""
+    """Returns `name` if it is a subject, or the only subject if it is empty. ValueError lists the subjects."""
     names = ", ".join(sorted(subjects)) or "none"
     if name and name not in subjects:
-        raise ValueError(f"{what}: there is no subject {name!r}. There are: {names}.")
+        raise ValueError(f"{what}: unknown subject {name!r}. Available: {names}.")
     if not name and len(subjects) != 1:
-        raise ValueError(f"{what}: say which subject it belongs to. There are: {names}.")
+        raise ValueError(f"{what}: set the subject it belongs to. Available: {names}.")
     return name or next(iter(subjects))

@@ -1,4 +1,4 @@
-"""Files become examples: what the sources that read pictures share."""
+"""Turns files into examples, for all sources that read pictures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from shared.types import Example, Role
 
 
 def load(path: Path, mask: Path | None) -> Picture:
-    """A picture with its mask. ValueError when they differ in size."""
+    """Reads a picture with its mask. ValueError when they differ in size."""
     picture = read_picture(path)
     if mask is None:
         return picture
     alpha = read_mask(mask)
     if alpha.size != picture.size:
-        sizes = f"{alpha.width}x{alpha.height} pixels, and its picture {path} is {picture.size[0]}x{picture.size[1]}"
-        raise ValueError(f"the mask {mask} is {sizes}: they must be of one size")
+        sizes = f"{alpha.width}x{alpha.height} pixels, but its picture {path} is {picture.size[0]}x{picture.size[1]}"
+        raise ValueError(f"the mask {mask} is {sizes}: they must have the same size")
     return Picture(picture.image, alpha, path=path)
 
 
 def example(picture: Picture, owner: str, role: Role, resolution: int, how: ResizeMode, caption: str) -> Example:
-    """One square example. ValueError when cropping leaves nothing of the mask."""
+    """Makes one square example. ValueError when cropping leaves nothing of the mask."""
     square = resize(picture, resolution, how)
     if square.alpha is not None and square.alpha.getextrema() == (0, 0):
-        raise ValueError(f"{picture.path}: no part of its mask is inside the square that is cut out; use fit=contain")
+        raise ValueError(f"{picture.path}: no part of its mask is inside the square crop; use fit=contain")
     return Example(
         pixels=square.pixels,
         caption=caption,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Averages:
     """An exponential moving average of parameters, in fp32.
 
-    The decay warms up as (1 + step) / (10 + step) and is capped, so that early averages are not held back by the start.
+    The decay warms up as (1 + step) / (10 + step) and is capped, so that early averages forget the initial values quickly.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], cap: float) -> None:
@@ -28,14 +28,16 @@ class Averages:
         return {name: shadow.cpu().clone() for name, shadow in self.shadow.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over saved averages; names must match, their order need not."""
+        """Loads saved averages; names must match, in any order. ValueError if they do not."""
         if state.keys() != self.shadow.keys():
-            raise ValueError(f"{len(state)} saved averages for {len(self.shadow)} parameters: they are of another run")
+            raise ValueError(
+                f"{len(state)} saved averages for {len(self.shadow)} parameters: they belong to another run"
+            )
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
 
     @torch.no_grad()
     def copy_to(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Writes the averages into parameters of these names."""
+        """Writes the averages into the parameters with these names."""
         for name, parameter in parameters.items():
             parameter.copy_(self.shadow[name])

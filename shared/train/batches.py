@@ -1,4 +1,4 @@
-"""From examples to batches: order, captions, augmentation, and the caches of what does not vary."""
+"""From examples to batches: order, captions, augmentation, and caching of what does not vary."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from shared.sampling.sampler import images_per_batch
 from shared.train.loop import generator
 from shared.types import Batch, Example, Role
 
-_ENCODE_PIXELS = 2**18  # at most, per pass of the autoencoder while caching: one picture of 512x512
-#: Steps that never occur: streams for the order of epochs, for cached variants, and for what is done once.
+_ENCODE_PIXELS = 2**18  # the limit per autoencoder pass while caching: one 512x512 picture
+#: Step numbers that never occur, as random streams for epoch order, cached variants, and one-time preparation.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
 
 @dataclass(frozen=True)
 class CachedExample:
-    """One example ready to be batched: the mean and spread of its latents, its masks at latent size."""
+    """One example ready to be batched: the mean and spread of its latents, and its masks at latent size."""
 
     example: Example  # without pixels, unless a part asks for them
     mean: Tensor  # [C, (f), h, w]
     std: Tensor  # [C, (f), h, w]
-    mask: Tensor  # [1, (f), h, w]: all masks together; ones where there is none
+    mask: Tensor  # [1, (f), h, w]: the union of all masks; ones if there is none
     masks: Mapping[str, Tensor]  # owner -> [1, (f), h, w]
     valid: Tensor  # [1, (f), h, w]
 
 
 class Data:
-    """Draws batches. Latents are cached when nothing random is upstream, or as `train.variants` versions of each picture;
-    pixels are dropped as soon as they are encoded.
+    """Draws batches. Latents are cached when no random augmentation is upstream, or else as `train.variants` versions of
+    each picture; pixels are dropped as soon as they are encoded.
 
-    Pictures of role "instance" fill the first `batch_size` places of a batch; where a penalty asks for class pictures,
-    as many follow.
+    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, as many follow.
 
     Args:
         examples: consumed once, in order
-        words: by owner, what it is called in a caption
-        keep_pixels: batches carry pixels, for a part that asks for them
+        words: owner -> its words in a caption
+        keep_pixels: batches carry pixels, for parts that need them
     """
 
     def __init__(
@@ -64,9 +63,9 @@ class Data:
         self._by_role: dict[str, list[Example]] = {"instance": [], "prior": []}
         self._read(examples)
         if not self.instances:
-            raise ValueError("there are no pictures of the subject: the recipe has no source of role instance")
+            raise ValueError("there are no pictures of the subject: the recipe has no source with role instance")
         if self.with_priors and not self.priors:
-            raise ValueError("the recipe asks for class pictures, but its sources gave none")
+            raise ValueError("the recipe needs class pictures, but its sources gave none")
         self.has_masks = any(e.masks for e in self.instances)
         if (recipe.objective.masked or recipe.objective.inverts) and not self.has_masks:
             import warnings
@@ -84,7 +83,7 @@ class Data:
 
     @property
     def cached(self) -> bool:
-        """Whether latents are made once."""
+        """Whether latents are computed once and cached."""
         return self.recipe.train.cache and (not self.random or self.recipe.train.variants > 0)
 
     @property
@@ -94,7 +93,7 @@ class Data:
     # --- reading -------------------------------------------------------------------------------------------
 
     def _read(self, examples: Iterable[Example]) -> None:
-        """Take over the examples; where latents are cached, a bounded number of pixels at a time."""
+        """Reads the examples; if latents are cached, a bounded number of pixels at a time."""
         waiting: dict[str, list[int]] = {"instance": [], "prior": []}
         for number, example in enumerate(examples):
             if example.role == "prior" and not self.with_priors:
@@ -110,7 +109,7 @@ class Data:
                 self._fill(role, indices)
 
     def _prepared(self, example: Example, index: int) -> Example:
-        """What is the same each time: masks, augmentations where none is random, other concepts named in a caption."""
+        """Does what is the same each time: masks, augmentations if none is random, other concepts named in the caption."""
         for mask in self.recipe.masks.values():
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
@@ -123,7 +122,7 @@ class Data:
             raise ValueError(f"the caption of {example.source}: {error}") from None
 
     def _fill(self, role: str, indices: Sequence[int]) -> None:
-        """Cache these examples in every variant, and drop their pixels."""
+        """Caches these examples in every variant, and drops their pixels."""
         of_role = self._by_role[role]
         for variant in range(self._variants):
             ready = []
@@ -140,7 +139,7 @@ class Data:
         if len({e.pixels.shape for e in examples}) > 1:  # pictures and clips, or clips of several lengths
             return [cached for e in examples for cached in self._encode([e])]
         pixels = torch.stack([e.pixels for e in examples]).to(self.backbone.device, self.backbone.dtype)
-        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps the precision it was loaded in
+        with torch.autocast(pixels.device.type, enabled=False):  # the autoencoder keeps its loaded precision
             means, stds = (m.float().cpu() for m in self.backbone.latent_moments(pixels))
         size = means.shape[2:]
         return [
@@ -158,10 +157,10 @@ class Data:
     # --- drawing -------------------------------------------------------------------------------------------
 
     def batch(self, step: int, micro: int, role: Role | None = None) -> Batch:
-        """The examples of one micro-batch; the same for the same (seed, step, micro).
+        """Returns one micro-batch; the same for the same (seed, step, micro).
 
         Args:
-            role: only those of this role; None: of the subject, and of the class where a penalty asks for them
+            role: only examples of this role; None: of the subject, plus of the class if a penalty needs them
         """
         draw = generator(self.recipe.seed, step, micro)
         roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)
@@ -169,8 +168,8 @@ class Data:
         device = self.backbone.device
         if len({r.mean.shape for r in drawn}) > 1:
             raise ValueError(
-                f"train.batch_size = {self.recipe.train.batch_size}: a batch cannot hold pictures and clips, or clips of "
-                "several lengths; set it to 1"
+                f"train.batch_size = {self.recipe.train.batch_size}: a batch cannot mix pictures and clips, or clips of "
+                "different lengths; set it to 1"
             )
         mean, std = (torch.stack([getattr(r, k) for r in drawn]) for k in ("mean", "std"))
         latents = mean + std * torch.randn(mean.shape, generator=draw)
@@ -207,8 +206,8 @@ class Data:
             return self._encode([self._augmented(example, draw)])[0]
         cached = self._cache[(role, index, variant)]
         if self.random:
-            return cached  # an augmentation may have put words into its caption
-        # the caption is drawn anew each time: it costs nothing and is half of the variety there is
+            return cached  # an augmentation may have changed its caption
+        # a new caption is drawn each time: it costs nothing and adds half of the variety
         captioned = self._caption(example, draw)
         updated = captioned.with_(pixels=cached.example.pixels) if self.keep_pixels else captioned
         if captioned.owners == example.owners:
@@ -233,19 +232,19 @@ def _own_name_open(example: Example) -> str:
 
 
 def _without_pixels(example: Example) -> Example:
-    """The masks stay, for what asks whether there are any; pixels of no size stand for those that are encoded."""
+    """Keeps the masks, for checks that there are any, and replaces encoded pixels with an empty tensor."""
     return example.with_(pixels=example.pixels[..., :0, :0].clone())
 
 
 def _mask_of(cached: CachedExample, owner: str) -> Tensor:
-    """[1, (f), h, w]: where an owner is; nowhere in an example that is not its own, everywhere in its own without a mask."""
+    """[1, (f), h, w]: where the owner is. All zeros in other owners' examples, all ones in its own if it has no mask."""
     if owner in cached.masks:
         return cached.masks[owner]
     return torch.ones_like(cached.mask) if owner in cached.example.owners else torch.zeros_like(cached.mask)
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:
-    """A mask at latent size, by area; ones where there is none. Of clips, in time as their autoencoder groups frames."""
+    """A mask resized to latent size by area; ones for None. For clips, time is pooled as the autoencoder groups frames."""
     if mask is None:
         return torch.ones(1, *size)
     if mask.ndim == 4:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps` of it, counted from its very beginning, or after `minutes` from now."""
+    """When a run ends: after `steps`, counted from the start of the run, or `minutes` from now."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -19,11 +19,11 @@ class Budget:
             raise ValueError(f"give either steps or minutes, not both or none: {self.steps=}, {self.minutes=}")
 
     def spent(self, step: int, warmup: int = 0) -> float:
-        """The spent fraction of what comes after `warmup` steps; 1 or more means that it is over."""
+        """The fraction spent of the budget after `warmup` steps; 1 or more means that it is over."""
         if self.steps is not None:
             return (step - warmup) / max(1, self.steps - warmup)
         return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))
 
     def over(self, step: int) -> bool:
-        """Whether no further step is to be taken."""
+        """Whether the run ends before this step."""
         return step >= self.steps if self.steps is not None else self.spent(step) >= 1

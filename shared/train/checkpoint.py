@@ -1,4 +1,4 @@
-"""Training state on disk: written beside, then renamed, so that a kill at any moment leaves the last good one whole."""
+"""Training state on disk: written to a temporary name, then renamed, so that a kill always leaves the last one intact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class State:
-    """Everything a run needs to go on."""
+    """Everything a run needs to resume."""
 
     phase: int
     step: int  # steps done in this phase
@@ -32,14 +32,14 @@ class State:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides `learned`
 
 
 def save(folder: Path, state: State) -> Path:
-    """Write `checkpoint-PP-SSSSSSS` and drop the older ones."""
+    """Writes `checkpoint-PP-SSSSSSS` and removes older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{PREFIX}{state.phase:02d}-{state.step:07d}"
-    while target.exists():  # the same step again: beside it, for it is whole until the new one is
+    while target.exists():  # the same step again: keep the old one until the new one is complete
         target = target.with_name(target.name + "x")
     sweep(folder)
     temporary = beside(target)
@@ -71,12 +71,12 @@ def _write(folder: Path, state: State) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Whatever is called a checkpoint, in order."""
+    """Everything named like a checkpoint, in order."""
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def load(folder: Path) -> State | None:
-    """The newest whole checkpoint, or None. ValueError when one is there and cannot be read."""
+    """Loads the newest checkpoint; None if there is none. ValueError when it cannot be read."""
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
@@ -92,7 +92,7 @@ def load(folder: Path) -> State | None:
 
 
 def amend(folder: Path, **info: Any) -> None:
-    """Say more in the newest checkpoint's `info`; its tensors stay. AssertionError where there is none."""
+    """Adds to the newest checkpoint's `info`; its tensors stay. AssertionError if there is none."""
     checkpoints = _checkpoints(folder)
     assert checkpoints, f"no checkpoint in {folder}"
     file = checkpoints[-1] / "state.json"
@@ -100,13 +100,13 @@ def amend(folder: Path, **info: Any) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what earlier runs wrote into their training folder: checkpoints, logs and samples, and nothing else."""
+    """Removes only what earlier runs wrote into their training folder: checkpoints, logs and samples."""
     drop(folder)
     remove_written(folder)
 
 
 def drop(folder: Path) -> None:
-    """Remove the checkpoints of a run that is done: each vanishes in one moment, whenever a kill comes."""
+    """Removes the checkpoints of a finished run, each one atomically."""
     for path in reversed(_checkpoints(folder)):
         _drop(path)
     if folder.is_dir():
@@ -115,7 +115,7 @@ def drop(folder: Path) -> None:
 
 def _drop(path: Path) -> None:
     if foreign_files(path, 1) if path.is_dir() and not path.is_symlink() else True:
-        remove_written(path)  # what somebody has put there stays
+        remove_written(path)  # files that pcs did not write stay
         return
     gone = beside(path)
     os.rename(path, gone)

@@ -1,4 +1,4 @@
-"""What a run costs: seconds by what they were spent on, and memory."""
+"""What a run costs: seconds by kind of work, and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Clock:
-    """Seconds by kind of work. Inside `on("a")`, `on("b")` stops the first and starts the second; None counts nothing."""
+    """Seconds by kind of work. Inside `on("a")`, `on("b")` stops "a" and starts "b"; `on(None)` counts nothing."""
 
     def __init__(self, spent: Mapping[str, float] | None = None) -> None:
         self._spent = dict(spent or {})
@@ -42,13 +42,13 @@ class Clock:
 
 
 def watch_memory(device: torch.device) -> None:
-    """Start a new measurement of the peak, where the device can: on a GPU."""
+    """Resets the peak memory measurement, on a GPU; elsewhere it does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """The most bytes in use so far, and of what: ("gpu": tensors, since `watch_memory`; "process": all of it)."""
+    """The peak bytes in use, and of what: "gpu" (tensors, since `watch_memory`) or "process" (all its memory)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "gpu"
     unit = 1 if sys.platform == "darwin" else 1024
@@ -56,8 +56,8 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 
 def summary(clock: Clock, device: torch.device, before: int = 0) -> dict[str, float | int | str]:
-    """For a concept's metrics: seconds of optimisation (`training_seconds`), of reading and making the pictures to learn
-    from, and of validation; and the most memory in bytes, where `before` is that of the run before an interruption."""
+    """For a concept's metrics: seconds spent on optimisation (`training_seconds`), on reading and generating the pictures to
+    learn from, and on validation; and peak memory in bytes, where `before` is the peak before an interruption."""
     spent, (peak, of) = clock.spent, peak_memory(device)
     return {
         "training_seconds": round(spent.get("optimisation", 0.0), 3),

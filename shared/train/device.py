@@ -1,4 +1,4 @@
-"""Which device a run computes on."""
+"""The device that a run computes on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def pick_device(name: str | None) -> torch.device:
-    """`name` as a device; where it is None, the GPU if there is one, else the CPU.
+    """Returns `name` as a device; for None, the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: this machine has none of that name; lists those it has
+        ValueError: this machine has no such device; lists the available ones
     """
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:
@@ -17,5 +17,5 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name!r} cannot be used here ({why}). There are: {', '.join(available)}.") from None
+        raise ValueError(f"--device {name!r} cannot be used here ({why}). Available: {', '.join(available)}.") from None
     return device

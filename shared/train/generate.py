@@ -1,4 +1,4 @@
-"""Making pictures as a phase of a run: with the concept as it is by now, into a folder that a later phase reads."""
+"""Generating pictures as a phase of a run, with the concept learned so far, into a folder that a later phase reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.train.task import Updates
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture that is to be made. about: what a later phase is to know of it besides."""
+    """A picture to generate. about: what else a later phase needs to know about it."""
 
     file: str
     owner: str
@@ -34,10 +34,10 @@ class Shot:
 
 
 class Generate(ConceptTask):
-    """One step makes `batch_size` pictures. A picture is known by all that it depends on, so that what an interrupted run
-    has made is not made again and what another run has made is not taken for it.
+    """One step generates `batch_size` pictures. Each file stores a key of everything it depends on, so that a resumed run
+    reuses its own pictures and never those of another run.
 
-    Raises ValueError when the run cannot make pictures.
+    Raises ValueError when the run cannot generate pictures.
     """
 
     def __init__(self, context: PhaseContext) -> None:
@@ -45,7 +45,7 @@ class Generate(ConceptTask):
         self.settings: Any = context.recipe.task
         assert isinstance(self.settings, GenerateTask)
         if context.make is None:
-            raise ValueError(f"phase {context.name}: this run cannot make pictures")
+            raise ValueError(f"phase {context.name}: this run cannot generate pictures")
         self.shots = list(self.planned())
         self.steps = self.settings.count(context.recipe.train.steps, len(context.subjects))
         self._key = ""
@@ -63,7 +63,7 @@ class Generate(ConceptTask):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def pictures(self, shots: Sequence[Shot]) -> Tensor:
-        """[N, 3, H, W] in [-1, 1]."""
+        """Generates these pictures: [N, 3, H, W] in [-1, 1]."""
         assert self.context.make is not None
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 
@@ -77,7 +77,7 @@ class Generate(ConceptTask):
         return self.state_dict()
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Makes the pictures of this step; there is no loss."""
+        """Generates this step's pictures; there is no loss."""
         first = step * self.settings.batch_size
         self._paint(self.shots[first : first + self.settings.batch_size])
         if self.context.progress:
@@ -98,7 +98,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """sha256 of what a picture depends on besides its prompt and seed; what was learned does not change here."""
+        """sha256 of what a picture depends on besides its prompt and seed; learned tensors do not change in this phase."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())
@@ -116,7 +116,7 @@ class Generate(ConceptTask):
             return False
 
     def result(self) -> list[dict[str, Any]]:
-        """Writes and gives the list of the pictures that are kept: of each subject the best by score, or all."""
+        """Writes and returns the list of kept pictures: per subject the best by score, or all."""
         for first in range(0, len(self.shots), self.settings.batch_size):
             self._paint(self.shots[first : first + self.settings.batch_size])
         kept: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The state before the last update, so that a loss that is no number costs one step and not the run."""
+"""The state before the last update, so that a non-finite loss costs one step and not the run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from shared.train.optim import Optimizers
 
-MOST = 2**26  # numbers in training; more than that are not copied, the last checkpoint stays
-_WILD = 1000.0  # a loss so many times the lowest one is no longer called good
+MOST = 2**26  # trained values; with more, nothing is copied and the last checkpoint has to do
+_WILD = 1000.0  # a loss this many times the lowest one no longer counts as good
 
 
 class LastGood:
-    """A copy of the parameters and moments that gave the last good loss: those that the update after it started from.
+    """A copy of the parameters and moments that gave the last good loss, from before the update that followed.
 
-    The parameters at the time when a loss is no number are the ones that produced it, and nothing to go on from.
+    When a loss is not finite, the current parameters are the ones that produced it, so training cannot continue from them.
     """
 
     def __init__(self, optimizers: Optimizers) -> None:
         self.optimizers = optimizers
-        self.step: int | None = None  # steps done in the state that is kept; None: none is
+        self.step: int | None = None  # steps done in the kept state; None: nothing is kept
         self.small = self._is_small()
         self._lowest = math.inf
         self._kept: list[tuple[Tensor, dict[str, Any]]] = []
@@ -30,7 +30,7 @@ class LastGood:
 
     @torch.no_grad()
     def keep(self, step: int, loss: float) -> None:
-        """Called before an update, with the number of steps done and the loss of the parameters as they are."""
+        """Called before an update, with the number of steps done and the loss of the current parameters."""
         if not self.small or (self._lowest > 0 and loss > _WILD * self._lowest):
             return
         self._lowest = min(self._lowest, loss)
@@ -41,7 +41,7 @@ class LastGood:
         self._progress = self.optimizers.progress()
 
     def forget(self) -> None:
-        """Nothing is kept any more: other parameters are trained now."""
+        """Drops the kept state, because different parameters are trained from now on."""
         self.step, self._kept, self._progress = None, [], {}
         self.small = self._is_small()
 
@@ -50,8 +50,7 @@ class LastGood:
 
     @torch.no_grad()
     def put_back(self) -> int | None:
-        """The parameters and moments as they were kept; the number of steps done there, None where nothing good was
-        kept."""
+        """Restores the kept parameters and moments; returns the steps done in that state, None if no good state is kept."""
         if self.step is None or not all(bool(values.isfinite().all()) for values, _ in self._kept):
             return None
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):

@@ -1,4 +1,4 @@
-"""What a run learns, as one flat mapping: token vectors and adapters, and back again."""
+"""What a run learns (token vectors and adapters) as one flat mapping, and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from shared.backbones.protocol import Adapter, Backbone
 
 
 def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter]:
-    """All adapters of these sets; a set that nothing was injected under has none."""
+    """All adapters of these sets; a set with nothing injected has none."""
     return [adapter for name in adapter_sets for adapter in backbone.adapters.get(name, [])]
 
 
 def gather(backbone: Backbone, names: Sequence[str], adapter_sets: Sequence[str]) -> dict[str, Tensor]:
-    """`placeholder/<concept>/<component>` and `adapter/<slot>/<tensor>`, fp32, on the CPU."""
+    """Returns `placeholder/<concept>/<component>` and `adapter/<slot>/<tensor>`, fp32, on the CPU."""
     out = {}
     for name in names:
         for key, value in backbone.placeholders[name].state_dict().items():
@@ -33,9 +33,9 @@ def restore(
     state: Mapping[str, Tensor],
     fresh: bool = False,
 ) -> None:
-    """The inverse of `gather`. ValueError when tensors are missing, left over or of another shape.
+    """The inverse of `gather`. ValueError when tensors are missing, left over or of the wrong shape.
 
-    With `fresh`, an adapter of which nothing was saved keeps its start: the phase that adds it has only begun.
+    With `fresh`, an adapter with no saved tensors keeps its initial values: the phase that adds it is just starting.
     """
     left = dict(state)
     for name in names:

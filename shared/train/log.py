@@ -19,20 +19,20 @@ from shared.train.loop import Record
 
 
 def check_log(folder: Path) -> None:
-    """ValueError when files that pcs did not write are where a log or sample pictures would replace them."""
+    """Raises ValueError when a log or sample pictures would replace files that pcs did not write."""
     foreign = foreign_files(folder, sys.maxsize) if folder.is_dir() else []
     in_the_way = [f for f in foreign if f.split("/")[0] in ("log.jsonl", "samples", "phases")]
     if in_the_way:
         raise ValueError(
-            f"{folder} holds what pcs did not write, where a training writes ({names(in_the_way)}): move it away first"
+            f"{folder} holds files that pcs did not write and training would replace ({names(in_the_way)}): move them away"
         )
 
 
 class Log:
-    """`log.jsonl` and TensorBoard events in one folder, made when there is something to write.
+    """`log.jsonl` and TensorBoard events in one folder, which is created on the first write.
 
-    Of an earlier log in the folder, lines past the step `start` are dropped. What is written is added to the folder's
-    list of files (`shared.io.foreign_files`); ValueError where that would replace a file that pcs did not write.
+    Lines of an earlier log past step `start` are dropped. Written files are added to the folder's list of files
+    (`shared.io.foreign_files`); ValueError when one would replace a file that pcs did not write.
     """
 
     def __init__(self, folder: Path, start: int = 0, tensorboard: bool = True) -> None:
@@ -62,7 +62,7 @@ class Log:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         file = self._open()
-        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         with writing(self.path):
             file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
             file.flush()
@@ -77,8 +77,8 @@ class Log:
             self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
 
     def samples(self, step: int, pixels: Tensor) -> None:
-        """Pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1] of the state in training: a sheet in `samples/`, and
-        each in TensorBoard."""
+        """Logs pictures [N, 3, H, W] or clips [N, 3, F, H, W] in [-1, 1] of the state in training: a sheet in `samples/`,
+        and each one in TensorBoard."""
         from shared.io.contact_sheets import grid, stills, write_picture
 
         pixels = stills(pixels)
@@ -97,7 +97,7 @@ class Log:
 
 
 def flat(record: Record) -> dict[str, float]:
-    """What is logged of one step."""
+    """The values logged for one step."""
     rates = {f"lr/{k}": v for k, v in record.lr.items()}
     parts = {f"loss/{k}": v for k, v in record.parts.items()}
     loss = {} if record.loss is None else {"loss": record.loss}
@@ -107,5 +107,5 @@ def flat(record: Record) -> dict[str, float]:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut by a kill
+    except (ValueError, KeyError, TypeError):  # a line truncated by a kill
         return 2**62

@@ -1,7 +1,7 @@
-"""The loop: a generator of steps. Logging, saving, pictures and pages stay outside it.
+"""The loop: a generator of steps. Logging, saving and sampling stay outside it.
 
-Every random draw of step i comes from a generator seeded with (seed, i): no generator state has to be saved, and k + m steps
-equal k steps, stop, resume, m steps.
+Every random draw of step i comes from a generator seeded with (seed, i). No generator state has to be saved, and k steps,
+stop, resume, m steps equal k + m steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shared.train.last_good_state import LastGood
 from shared.train.optim import NotFinite, Optimizers
 from shared.train.task import Regrouped, Update, Updates, UpdateSource
 
-#: Of a step: what is trained from there on; None: as before.
+#: Step -> what is trained from that step on; None: no change.
 Regroup = Callable[[int], Regrouped | None]
 
 
@@ -29,26 +29,26 @@ class Record:
     """What one step did."""
 
     step: int  # steps done, this one included
-    loss: float | None  # None: a step without a loss (pictures are made)
+    loss: float | None  # None: a step without a loss (one that generates pictures)
     parts: Mapping[str, float]
     lr: Mapping[str, float]
     grad_norm: float
 
 
 def generator(seed: int, step: int, micro: int = 0) -> torch.Generator:
-    """The CPU generator of one micro-batch; streams of different steps do not overlap in practice."""
+    """Returns the CPU generator of one micro-batch; streams of different steps do not overlap in practice."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB + 1) % 2**63
     return torch.Generator().manual_seed(mixed)
 
 
 @dataclass
 class Loop:
-    """Takes a task's steps.
+    """Runs a task's steps.
 
     Args:
-        good: keeps the state to go back to when a loss or a gradient is no number
-        averages: moving averages of what is trained, updated after each step
-        regroup: asked before each step; moments of parameters that stay are kept, and `good` begins anew
+        good: keeps the state to roll back to when a loss or a gradient is not finite
+        averages: moving averages of the trained parameters, updated after each step
+        regroup: called before each step. On a change, parameters that stay keep their moments, and `good` starts over
     """
 
     task: UpdateSource
@@ -62,10 +62,10 @@ class Loop:
     regroup: Regroup | None = None
 
     def run(self, start: int = 0) -> Iterator[Record]:
-        """Yield a `Record` after each step, from `start` until the budget is spent.
+        """Yields a `Record` after each step, from `start` until the budget is spent.
 
-        Raises NotFinite before parameters are touched by a bad gradient, and after an update that left values that are
-        not finite in them; `good` then holds the state to go back to.
+        Raises NotFinite when a loss or a gradient is not finite, before it changes any parameter; `good` then holds the state
+        to roll back to.
         """
         step = start
         while not self.budget.over(step):
@@ -95,7 +95,7 @@ class Loop:
         return Record(step + 1, done.loss, done.parts, self.optimizers.rates(), done.norm)
 
     def _seed(self, step: int, micro: int) -> None:
-        torch.manual_seed(generator(self.seed, step, micro).initial_seed() % 2**31)  # dropout draws from the global one
+        torch.manual_seed(generator(self.seed, step, micro).initial_seed() % 2**31)  # dropout uses the global generator
 
     def _next(self, updates: Updates) -> Update | None:
         with self.accelerator.autocast():
@@ -118,7 +118,7 @@ class Loop:
             done.norm, done.kept = self.optimizers.step(group, self.accelerator, step, before, closure), True
 
     def _again(self, group: str, step: int) -> torch.Tensor:
-        """The loss of one optimizer group and its gradients, computed again with the same noise; those of others stay."""
+        """Recomputes one optimizer group's loss and gradients with the same noise; other groups' gradients are kept."""
         self.optimizers.zero_grad(group)
         total = torch.zeros(())
         for micro in range(self.gradient_accumulation):
@@ -133,7 +133,7 @@ class Loop:
 
 
 class _Sums:
-    """What a step adds up to over its micro-batches."""
+    """A step's totals over its micro-batches."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches

@@ -1,4 +1,4 @@
-"""How many bytes a computation takes at the most, beyond what was there before it; and sizes as people write them."""
+"""The peak memory that a computation adds; and parsing of sizes as people write them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """ "8G", "8 GiB", "512M", "1.5gb": bytes, in powers of 1024. ValueError names the option."""
+    """Parses "8G", "8 GiB", "512M" or "1.5gb" into bytes, in powers of 1024. ValueError names the option."""
     found = _SIZE.fullmatch(text.strip())
     size = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
     if size <= 0:
-        raise ValueError(f"{option} {text!r} is no size: write 8G, 1.5G or 512M")
+        raise ValueError(f"{option} {text!r} is not a size: write 8G, 1.5G or 512M, for example")
     return size
 
 
 def peak_during(work: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that were there at once while `work` ran, less those that were there before."""
+    """The peak bytes of tensors while `work` runs, minus those allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -46,7 +46,7 @@ def peak_during(work: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, nothing is written to the standard error: the profiler says there that it starts, below Python."""
+    """Inside, nothing reaches standard error: the profiler announces itself there from below Python."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -67,8 +67,7 @@ def _highest(changes: Iterable[int]) -> int:
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes in use now: of tensors on a GPU, of the whole process elsewhere (where the system tells; else at the most so
-    far)."""
+    """Bytes in use now: tensors on a GPU, the whole process elsewhere (its peak so far on systems without /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Less memory while a phase runs: recomputed activations, networks that wait in main memory."""
+"""Less memory while a phase runs: recomputed activations, and idle networks offloaded to main memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.backbones.protocol import Backbone
 
 @contextmanager
 def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
-    """Inside, the denoiser's activations are not kept but computed again in the backward pass: less memory, more time."""
+    """Inside, the denoiser's activations are recomputed in the backward pass instead of stored: less memory, more time."""
     networks: list[Any] = [backbone.components[name] for name in backbone.noise_ranges] if on else []
 
     def run(module: Any, *args: Any) -> Any:
@@ -35,7 +35,7 @@ def recomputed(backbone: Backbone, on: bool) -> Iterator[None]:
 
 @contextmanager
 def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
-    """What is encoded inside has an autoencoder whose activations are computed again in the backward pass, block by block."""
+    """Inside, the autoencoder's activations are recomputed in the backward pass, block by block."""
     if on:
         vae.enable_gradient_checkpointing()
     try:
@@ -46,9 +46,9 @@ def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
 
 
 class Offloaded:
-    """Networks of a GPU that wait in main memory while nobody needs them; elsewhere (`on` is False) nothing moves.
+    """GPU networks that wait in main memory while nothing uses them; elsewhere (`on` is False) nothing moves.
 
-    placement: of a backbone whose networks take turns on the device; then each comes back when it is used.
+    placement: of a backbone whose networks take turns on the device; each then comes back when it is used.
     """
 
     def __init__(
@@ -65,20 +65,20 @@ class Offloaded:
         self._away: set[str] = set()
 
     def offload(self, *names: str) -> None:
-        """Park these networks, by name."""
+        """Moves these networks to main memory, by name."""
         if self.on and names:
             self._placement.send_away(*names)
             self._away |= set(names)
 
     def restore(self) -> None:
-        """All of them are on the device again, or will be when they are used."""
+        """Brings all of them back to the device, now or when they are next used."""
         for name in () if self._return_when_used else sorted(self._away):
             self._placement.use(name)
         self._away = set()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, all of them are on the device when they are used."""
+        """Inside, all of them are available on the device."""
         offloaded = sorted(self._away)
         self.restore()
         try:
@@ -88,7 +88,7 @@ class Offloaded:
 
 
 def bring_trained(backbone: Backbone) -> None:
-    """Networks that hold parameters in training are on the device, before an optimizer sees them."""
+    """Moves networks with parameters in training to the device, before an optimizer sees them."""
     placement = backbone.placement
     if placement is None:
         return

@@ -1,5 +1,5 @@
-"""What a penalty may ask of a step besides the prediction: objects that may hold a context around the prediction and then
-give a value."""
+"""What a penalty may need from a step besides the prediction: objects that can hold a context around the prediction and
+then give a value."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from shared.types import Batch, Step
 
 
 class Need(Protocol):
-    """One thing that parts may declare in `needs`, by its name."""
+    """Something that parts can declare in `needs`, by name."""
 
     @property
     def name(self) -> str: ...
 
     def around(self, backbone: Backbone, batch: Batch) -> AbstractContextManager[Any]:
-        """Entered before the prediction and left after the backward pass; what it gives goes to `value`."""
+        """Entered before the prediction and exited after the backward pass; what it yields goes to `value`."""
         ...
 
     def value(self, step: Step, entered: Any) -> Any:
-        """Computed when a part first asks, at most once a step."""
+        """Computed when a part first asks for it, at most once per step."""
         ...
 
 
 class Needing(Protocol):
-    """A part that asks something of a step."""
+    """A part that needs something from a step."""
 
     needs: ClassVar[frozenset[str]]  # by name
 
     @property
     def provides(self) -> Sequence[Need]:
-        """The needs that it brings itself."""
+        """The needs that the part itself provides."""
         ...
 
 
@@ -53,23 +53,25 @@ class Computed:
 
 
 def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> dict[str, Need]:
-    """Every need that can be served, by name: a task's own, and those that the parts bring (`provides`).
+    """Every need that can be served, by name: the task's own, and those that parts provide.
 
-    Raises ValueError when two of one name are not the same.
+    Raises ValueError when two different needs share a name.
     """
     out = {need.name: need for need in task_needs}
     for place, part in parts.items():
         for need in part.provides:
             if out.setdefault(need.name, need) != need:
-                raise ValueError(f"{place} brings a need called {need.name!r}, and there is another of that name")
+                raise ValueError(
+                    f"{place} provides a need called {need.name!r}, but another part already uses that name"
+                )
     return out
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """All that the parts (place in the recipe -> part) declare. ValueError for a need that nothing can serve."""
+    """Every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing can serve."""
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:
             choices = ", ".join(sorted(served))
-            raise ValueError(f"{place} needs {missing[0]!r}, and nothing here can give it. There are: {choices}.")
+            raise ValueError(f"{place} needs {missing[0]!r}, which nothing here provides. Available: {choices}.")
     return frozenset().union(*(p.needs for p in parts.values()))

@@ -1,4 +1,4 @@
-"""Optimizers and their schedules; a rate is a pure function of the step, so nothing of it has to be saved."""
+"""Optimizers and their schedules. A learning rate is a pure function of the step, so none of it has to be saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.optimizers import AdamW, OptimizerPart
 from shared.train.budget import Budget
 from shared.trainable import TrainableGroup
 
-_SKIPPED = 20  # steps in a row whose fp16 gradients overflow: halving the scale has not helped, nor will it
+_SKIPPED = 20  # consecutive fp16 overflows after which halving the scale further will not help
 
 
 class NotFinite(RuntimeError):
@@ -24,11 +24,11 @@ class NotFinite(RuntimeError):
 
 
 class Optimizers:
-    """One optimizer per group; within it a parameter group per trainable part, each with its own rate.
+    """One optimizer per group, with one parameter group per trainable part, each with its own rate.
 
     Args:
         groups: name -> what that optimizer trains
-        settings: by the same names; AdamW where none is given. ValueError for a name that no part trains under
+        settings: by group name; AdamW if none is given. Names without a group are ignored
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Optimizers:
         accelerator: Accelerator,
         came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] | None = None,
     ) -> None:
-        """From now on these are trained. What optimizers keep of parameters that stay goes on, and row by row in those that
-        come from others (`shared.train.task.Regrouped`); others start anew."""
+        """Trains these groups from now on. Parameters that stay keep their optimizer state, those that replace others take it
+        over row by row (`shared.train.task.Regrouped`), and the rest start with none."""
         known = came_from or {}
         progress = self.progress()
         before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
@@ -92,7 +92,7 @@ class Optimizers:
         return tuple(self.groups)
 
     def parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
-        """All that is trained, or what these groups train."""
+        """All trained parameters, or those of these groups."""
         chosen = self.names if names is None else names
         return [p for name in chosen for part in self.groups[name] for p in part.parameters]
 
@@ -101,19 +101,19 @@ class Optimizers:
         return self.settings[group].needs_closure
 
     def states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Each parameter with what its optimizer keeps of it: moments and step count, empty before the first step."""
+        """Each parameter with its optimizer state: moments and step count, empty before the first step."""
         for optimizer in self.raw.values():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     yield parameter, optimizer.state[parameter]
 
     def backward(self, loss: Tensor, names: Sequence[str] | None, accelerator: Accelerator) -> None:
-        """Adds the loss's gradient to the parameters of its own groups: another group's are not this loss's business."""
+        """Accumulates the loss's gradient, only in the parameters of the groups that it trains."""
         options = {"inputs": self.parameters(names)} if names is not None and len(self.groups) > len(names) else {}
         accelerator.backward(loss, **options)
 
     def set_step(self, step: int, budget: Budget) -> None:
-        """Sets the rates of this step; nothing is left of gradients that led to none."""
+        """Sets this step's rates, and clears leftover gradients."""
         self.zero_grad()
         for name, parts in self.groups.items():
             settings = self.settings[name]
@@ -129,8 +129,8 @@ class Optimizers:
         return {part.slot: group["lr"] for n, parts in self.groups.items() for group, part in self._rated(n, parts)}
 
     def average(self, on: bool) -> None:
-        """Whether the parameters hold the average that a schedule-free optimizer gives (for pictures, scores and the
-        concept) or the point that it goes on from."""
+        """Switches the parameters of schedule-free optimizers to their average (on: for pictures, scores and the concept) or
+        back to the point that training continues from (off)."""
         for name, optimizer in self.raw.items():
             if self.settings[name].averages:
                 switched: Any = optimizer
@@ -149,13 +149,13 @@ class Optimizers:
         before: Callable[[], None] | None = None,
         closure: Callable[[], Tensor] | None = None,
     ) -> float:
-        """Clip, check, step, clear; the gradient's norm. Raises NotFinite and leaves the parameters as they were.
+        """Clips, checks, steps and clears; returns the gradient norm. Raises NotFinite, leaving the parameters unchanged.
 
-        `before` is called when all is well and the parameters are about to change. With fp16 the scaler skips a step
-        whose gradient overflows, and halves its scale; that is said when it never ends.
+        `before` is called when the gradient is finite, just before the parameters change. With fp16 the scaler skips a step
+        whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite.
         """
         limit = self.settings[group].max_grad_norm
-        accelerator.unscale_gradients(self.prepared[group])  # fp16; of this optimizer alone: phases share parameters
+        accelerator.unscale_gradients(self.prepared[group])  # fp16; only this one's: phases share parameters
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -174,15 +174,15 @@ class Optimizers:
         return norm
 
     def check_finite(self, step: int) -> None:
-        """Raises NotFinite when the update that ended step `step` left values in the parameters that are not finite."""
+        """Raises NotFinite when the update that ended step `step` left non-finite parameters."""
         sums = [p.detach().sum() for p in self.parameters()]
         if sums and not bool(torch.stack([s.float().cpu() for s in sums]).isfinite().all()):
             for p in self.parameters():
                 if not bool(p.detach().isfinite().all()):  # a sum may overflow where no value does
-                    raise NotFinite(f"the update of step {step} left values that are not finite")
+                    raise NotFinite(f"the update of step {step} left parameters that are not finite")
 
     def scaler_state(self) -> dict[str, float]:
-        """What the fp16 scaler has found out, as plain numbers; empty without one."""
+        """The fp16 scaler's state as plain numbers; empty without a scaler."""
         return {} if self._scaler is None else {**self._scaler.state_dict(), "skipped": self.skipped}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
@@ -199,7 +199,7 @@ class Optimizers:
     # --- what is saved -------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, list[dict[str, Any]]]:
-        """What optimizers keep of a whole parameter group (an estimated rate, a count), as plain numbers."""
+        """What optimizers store per parameter group (an estimated rate, a count), as plain numbers."""
         return {
             name: [
                 {k: group[k] for k in self.settings[name].progress if k in group} for group in optimizer.param_groups
@@ -223,9 +223,9 @@ class Optimizers:
         return out
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
-        """ValueError when the tensors do not fit these parameters."""
+        """Raises ValueError when the tensors do not fit these parameters."""
         for name in {key.split(".", 1)[0] for key in flat} - self.raw.keys():
-            raise ValueError(f"the optimizer state is of {unknown(name, self.raw, 'group')} Start over.")
+            raise ValueError(f"the saved optimizer state belongs to {unknown(name, self.raw, 'group')} Start over.")
         for name, optimizer in self.raw.items():
             full = optimizer.state_dict()
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -240,12 +240,12 @@ class Optimizers:
                     for k, v in entry.items()
                     if isinstance(v, Tensor) and k in ("exp_avg", "exp_avg_sq", "z")
                 ):
-                    raise ValueError(f"the optimizer state of {name} does not fit this recipe; start over")
+                    raise ValueError(f"the saved optimizer state of {name} does not fit this recipe; start over")
             optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 
 
 def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
-    """What an optimizer kept of a parameter's rows for those that were left of them and new ones, which begin at 0."""
+    """Optimizer state, rearranged for a parameter whose rows came from `rows` of the former one; new rows start at 0."""
     if not isinstance(value, Tensor) or value.shape != former.shape:  # a count of steps
         return value
     at = rows.to(value.device)
@@ -253,7 +253,7 @@ def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """A value of an optimizer's state as tensors; what is no tensor says in its key what it is."""
+    """A value of an optimizer's state as tensors; for non-tensors the key records the type."""
     if isinstance(value, Tensor):
         yield key, value.detach().cpu().clone().contiguous()
     elif isinstance(value, list):
@@ -266,7 +266,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _put(state: dict[str, Any], place: str, value: Tensor) -> None:
-    """The inverse of `_flat` into one parameter's state; parts of a list may come in any order."""
+    """The inverse of `_flat`, into one parameter's state; list items may arrive in any order."""
     key, _, rest = place.partition("/")
     if not rest:
         state[key] = value

@@ -1,4 +1,4 @@
-"""Adapters that no concept keeps: those of single pictures or clips (`per_source`), and temporary ones."""
+"""Adapters that no concept keeps: those of one picture or clip (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from shared.types import Subject
 
 
 def adapter_set(slot: str, number: int) -> str:
-    """The adapter set of one part and one file; no concept can be called so."""
+    """The adapter set of one part and one file; concepts cannot have such a name."""
     return f"{slot}@{number + 1}"
 
 
 def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ...]]:
-    """File of any subject -> the adapter sets for it alone; empty where no part asks for such."""
+    """File of any subject -> its own adapter sets; empty when no part uses `per_source`."""
     slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
     return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
 
 
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
-    """The adapter sets of temporary parts. ValueError where a part that stays shares one with them: they would leave
-    together."""
+    """The adapter sets of temporary parts. ValueError when a permanent part shares one with them, because both would be
+    dropped together."""
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
     for slot, part in parts:
         if part.adapter_set in sets and not part.temporary:
             raise ValueError(
-                f"trainable.{slot}.adapter_set = {part.adapter_set!r}: temporary parts are switched by that name, and this "
-                "one is not temporary: choose another name"
+                f"trainable.{slot}.adapter_set = {part.adapter_set!r}: temporary parts use this name, but this part is "
+                "not temporary; choose another name"
             )
     return tuple(sets)
 
@@ -40,11 +40,11 @@ def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
 def inject_each(
     part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
 ) -> TrainableGroup:
-    """One adapter for each file of the subjects, off until its file is learned; together they are one group."""
+    """Injects one adapter per file of the subjects, as one group; each is off except while its file is learned."""
     groups = []
     for number in range(len(_files(subjects))):
         name = adapter_set(slot, number)
-        groups.append(part.inject(backbone, name, name, seed))  # their tensors are kept apart by it
+        groups.append(part.inject(backbone, name, name, seed))  # the name keeps their tensors apart
         backbone.set_strength(name, 0.0)
     return replace(groups[0], slot=slot, parameters=[p for group in groups for p in group.parameters])
 

@@ -1,4 +1,4 @@
-"""One phase of a run: its task's steps, and what happens between them."""
+"""One phase of a run: its task's steps, and the work between them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP, after the state was saved."""
+    """Raised for Ctrl-C, SIGTERM or SIGHUP, once the state is saved."""
 
 
 class Phase:
@@ -73,11 +73,11 @@ class Phase:
             except NotFinite as error:
                 raise NotFinite(f"{error} (phase {self.name}); {self._keep_good()}") from None
             self._finish()
-            if stop.is_set():  # it came when the last step was done
+            if stop.is_set():  # it came after the last step
                 raise Interrupted
 
     def _enter(self, stack: ExitStack) -> None:
-        """What holds while the phase runs."""
+        """Enters the contexts that hold while the phase runs."""
         owner, backbone = self.owner, self.owner.backbone
         off = dict.fromkeys((name for name in self.recipe.task.off if name in backbone.adapters), 0.0)
         if off:
@@ -86,7 +86,7 @@ class Phase:
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
-        if owner.offloaded.on:  # on a GPU, what the steps do not need makes room for what they do
+        if owner.offloaded.on:  # on a GPU, networks the steps do not use make room
             owner.offloaded.offload(*(owner.offloaded.networks.keys() - self.task.networks_in_steps))
 
     def _loop(self) -> Loop:
@@ -103,7 +103,7 @@ class Phase:
         )
 
     def _after(self) -> None:
-        """After a step: pictures and their scores, the best state, a checkpoint."""
+        """Runs after each step: validation pictures and scores, the best state, a checkpoint."""
         owner, check, step, last = self.owner, self.recipe.train.validation, self.step, self.task.steps
         if owner.preview and check.every and (step % check.every == 0 or step == last) and self.optimizers.names:
             self.optimizers.check_finite(step)
@@ -132,7 +132,7 @@ class Phase:
         self._dropout(True)
 
     def _keep_good(self) -> str:
-        """Save the state before the update that led to a loss that is no number, and say what can be done."""
+        """Saves the state from before the update that led to a non-finite loss, and returns advice for the user."""
         owner = self.owner
         before = self.good.put_back()
         if before is not None or (self.step == self.start and checkpoint.load(owner.workdir) is None):
@@ -142,14 +142,14 @@ class Phase:
             self.step = newest.step
             checkpoint.amend(owner.workdir, not_finite=True)
         else:
-            return f"no good state is left. Lower the learning rate ({self.task.rate_key}), and start over."
+            return f"no good state is left. Lower the learning rate ({self.task.rate_key}) and start over."
         return (
-            f"the state of step {self.step}, before it went wrong, is kept in {owner.workdir}. Lower the learning rate "
-            f"({self.task.rate_key}), or set train.mixed_precision=no, and continue with --resume."
+            f"the last good state, of step {self.step}, is kept in {owner.workdir}. Lower the learning rate "
+            f"({self.task.rate_key}) or set train.mixed_precision=no, then continue with --resume."
         )
 
     def _finish(self) -> None:
-        """End of a phase: back to its best state when one was kept; the next phase starts from there."""
+        """Ends the phase: restores its best state if one was kept; the next phase starts from there."""
         owner = self.owner
         self.optimizers.average(True)
         if owner.best:

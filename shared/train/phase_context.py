@@ -1,4 +1,4 @@
-"""What a phase's task is given by the run that it belongs to."""
+"""What a run gives to a phase's task."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class MakeNow(Protocol):
-    """Pictures of the model as it is now."""
+    """Generates pictures with the model as it is now."""
 
     def __call__(
         self, prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, start: Start | None = None
     ) -> Tensor:
-        """[N, 3, H, W] in [-1, 1], in the size that the recipe learns, on the CPU.
+        """Returns [N, 3, H, W] in [-1, 1], at the recipe's training resolution, on the CPU.
 
         Args:
             prompts: already expanded
@@ -36,7 +36,7 @@ class MakeNow(Protocol):
         ...
 
 
-#: (pictures [N, 3, H, W], plain prompts) -> scores with the key "score": the higher the better
+#: (pictures [N, 3, H, W], plain prompts) -> scores with the key "score": higher is better
 Score = Callable[[Tensor, Sequence[str]], Mapping[str, float]]
 
 
@@ -46,26 +46,24 @@ class PhaseContext:
 
     backbone: Backbone
     name: str
-    recipe: Recipe  # with the phase's overlay laid on
+    recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
-    adapter_sets: Sequence[
-        str
-    ]  # what the adapters in training are registered under; first that of parts that name none
+    adapter_sets: Sequence[str]  # of the adapters in training; first the default one
     trained: Sequence[TrainableGroup]  # what the phase trains
-    loaded_strengths: Mapping[str, float]  # concepts that were loaded before and stay on
-    initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's name, before any training
-    examples: Callable[[], Iterable[Example]]  # what the phase's sources give, lazily
-    text_on_device: Callable[[], AbstractContextManager[None]]  # inside it, text encoders are where they can be used
-    folder: Path  # for what the phase makes
-    make: MakeNow | None = None  # None: this run cannot make pictures
+    loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on
+    initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
+    examples: Callable[[], Iterable[Example]]  # from the phase's sources, lazily
+    text_on_device: Callable[[], AbstractContextManager[None]]  # inside it, text encoders are on the device
+    folder: Path  # for the phase's files
+    make: MakeNow | None = None  # None: this run cannot generate pictures
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by subject
     progress: Callable[[str, int, int], None] | None = None
-    per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> adapter sets for it alone
-    temporary: tuple[str, ...] = ()  # adapter sets that are on in training steps alone
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides what they learned
-    earlier: Sequence[Recipe] = ()  # those of the phases before this one, in order
-    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # of the phases before this one, what each made
-    resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase has only begun
+    per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> its own adapter sets
+    temporary: tuple[str, ...] = ()  # adapter sets that are on only in training steps
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # from earlier phases, besides what they learned
+    earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
+    phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its files
+    resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase starts fresh
 
     @property
     def class_nouns(self) -> dict[str, str]:
@@ -73,16 +71,16 @@ class PhaseContext:
 
 
 class ConceptTask:
-    """What tasks on a concept have in common: their state is what has been learned so far."""
+    """The common base of tasks on a concept: their state is what has been learned so far."""
 
-    rate_key = "trainable.*.lr"  # where a recipe says how fast is learned
+    rate_key = "trainable.*.lr"  # the recipe key that sets the learning rate
 
     def __init__(self, context: PhaseContext) -> None:
         self.context = context
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """All of them, where a task does not know better."""
+        """All of them, unless a task overrides this."""
         return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -93,19 +91,19 @@ class ConceptTask:
     def learning_from(
         self, sources: Sequence[str], strength: float = 1.0, resting: Sequence[str] = ()
     ) -> Iterator[None]:
-        """Inside, the adapters that belong to these files alone are on, with this strength, and temporary ones are on.
+        """Inside, these files' own adapters are on at this strength, and temporary adapters are on.
 
         Args:
             resting: adapter sets that are off
 
-        Raises ValueError for several files at once, where some have adapters of their own: they cannot act on rows of a
-        batch.
+        Raises ValueError for several files at once if files have adapters of their own: an adapter cannot act on single rows
+        of a batch.
         """
         context, backbone = self.context, self.context.backbone
         now = {name: 1.0 for name in context.temporary if name in backbone.adapters}
         if context.per_source:
             if len(set(sources)) > 1:
-                raise ValueError("per_source: a batch holds one picture or clip; set train.batch_size=1")
+                raise ValueError("per_source: a batch can hold only one picture or clip; set train.batch_size=1")
             now |= dict.fromkeys(context.per_source.get(sources[0], ()), strength)
         now |= dict.fromkeys((name for name in resting if name in backbone.adapters), 0.0)
         if not now:
@@ -115,13 +113,13 @@ class ConceptTask:
             yield
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of another shape. An adapter of which nothing was
-        saved keeps its start: the phase that adds it has only begun."""
+        """Raises ValueError when tensors are missing, left over or of the wrong shape. An adapter with no saved tensors keeps
+        its initial values at the start of a phase, because that phase adds it."""
         fresh = self.context.resumed_step == 0
         restore(self.context.backbone, list(self.context.subjects), self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        """By the optimizer group that each trainable part names."""
+        """Optimizer group -> the trainable parts in it."""
         out: dict[str, list[TrainableGroup]] = {}
         for group in self.context.trained:
             out.setdefault(group.group, []).append(group)
@@ -136,9 +134,9 @@ class ConceptTask:
         return {}
 
     def result(self) -> Any:
-        """What was learned; it stays attached to the backbone."""
+        """Returns what was learned; it stays attached to the backbone."""
         return self.state_dict()
 
 
-#: What a package offers besides: the task part's class -> how its task is built.
+#: Tasks that a package adds: the task part's class -> what builds its task.
 TaskTable = Mapping[type, Callable[[PhaseContext], "Task"]]

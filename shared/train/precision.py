@@ -1,4 +1,4 @@
-"""Which precision a run computes in."""
+"""The precision that a run computes in."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(asked: str, device: torch.device | str) -> str:
-    """ "no", "bf16" or "fp16" on this device; "auto" is what the device computes fast.
+    """Returns "no", "bf16" or "fp16" for this device; "auto" picks what the device computes fast.
 
-    Raises ValueError for fp16 on a CPU, and for a precision that there is not.
+    Raises ValueError for fp16 on a CPU, and for an unknown precision.
     """
     kind = torch.device(device).type
     if asked != "auto" and asked not in DTYPES:
         raise ValueError(f"train.mixed_precision = {asked!r}: choose auto, {', '.join(DTYPES)}")
     if asked == "fp16" and kind == "cpu":
-        raise ValueError("train.mixed_precision=fp16 needs a GPU: use bf16, auto or no")
+        raise ValueError("train.mixed_precision=fp16 needs a GPU; use bf16, auto or no")
     if asked != "auto":
         return asked
-    if kind == "cuda":  # older GPUs compute bf16 too, but slowly
+    if kind == "cuda":  # older GPUs support bf16, but slowly
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if kind == "cpu" and _fast_bf16() else "no"
 

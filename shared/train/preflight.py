@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the first step."""
+"""Checks that find errors before the first step."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from shared.types import Subject
 
 
 def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recipe: Recipe, scored: bool) -> None:
-    """ValueError for what a run has once and a phase would have otherwise, and for pictures that cannot be made so."""
+    """Raises ValueError for phase settings that conflict with the run's, and for sampling settings that cannot work."""
     for name, phase in phases:
         for slot, trainable in phase.trainable.items():
             if trainable.adapter_set in {*backbone.placeholders, *backbone.adapters}:
                 raise ValueError(
-                    f"trainable.{slot}.adapter_set = {trainable.adapter_set!r}: a loaded concept is called so; "
+                    f"trainable.{slot}.adapter_set = {trainable.adapter_set!r}: a loaded concept has this name; "
                     "choose another name"
                 )
         if phase.train.mixed_precision != recipe.train.mixed_precision:
             raise ValueError(
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
-                "this is the same in all phases; say it outside of them (train.mixed_precision)"
+                "all phases share one precision; set it outside the phases (train.mixed_precision)"
             )
         _check_off(f"phases.{name}.task.off" if recipe.phases else "task.off", phase, recipe)
         if phase.task.needs_scores and not scored:
             raise ValueError(
-                f"phases.{name}.task.keep chooses the best pictures by score, and nothing can score them here: "
+                f"phases.{name}.task.keep selects the best pictures by score, but nothing can score them here: "
                 "give --clip FOLDER or --dino FOLDER, or leave keep out"
             )
     for place, part in (("", recipe), *((f"phases.{n}.", p) for n, p in phases)):
@@ -48,24 +48,24 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
 
 
 def _check_off(where: str, phase: Recipe, recipe: Recipe) -> None:
-    """ValueError for adapter sets that are to be off and that no part of the run is in."""
+    """Raises ValueError when `task.off` lists an adapter set that no part of the run has."""
     sets = {part.adapter_set for _, p in expand_phases(recipe) for part in p.trainable.values() if part.adapter_set}
     for name in phase.task.off:
         if name not in sets:
             raise ValueError(
-                f"{where}: {unknown(name, sets, 'adapter set')} A part under trainable says its adapter_set."
+                f"{where}: {unknown(name, sets, 'adapter set')} Parts under trainable set their adapter_set."
             )
 
 
 def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> None:
-    """ValueError for pictures to learn from that are not there, and for masks that a part needs and they have not."""
+    """Raises ValueError when pictures to learn from are missing, or lack the masks that a part needs."""
     earlier: list[str] = []
     for name, phase in phases:
         pictures: dict[Path, Path | None] = {}
         for key, source in phase.sources.items():
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # said when they are read to be learned from
+                    warnings.simplefilter("ignore")  # they are shown when the pictures are read for training
                     pictures |= source.check(subjects, earlier)
             except ValueError as error:
                 raise ValueError(f"sources.{key}: {error}") from None
@@ -79,12 +79,12 @@ def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, S
 
 
 def check_masks(recipe: Recipe, has_masks: bool) -> None:
-    """ValueError for a penalty on masks where no picture of a subject has one."""
+    """Raises ValueError for a penalty that needs masks when no picture of a subject has one."""
     for key, penalty in recipe.regularize.items():
         if penalty.needs_masks and not has_masks:
             raise ValueError(
-                f"regularize.{key} keeps words on masks, and no picture has one: put them in masks/ beside the pictures, "
-                "with the same names, say where they are with subject.masks, or give pictures with a transparent background"
+                f"regularize.{key} needs masks, but no picture has one: put them in masks/ next to the pictures, with the "
+                "same names, set subject.masks, or use pictures with a transparent background"
             )
 
 
@@ -92,20 +92,20 @@ def _check_optimizers(recipe: Recipe, where: str) -> None:
     groups = {part.group for part in recipe.trainable.values()} | recipe.task.optimizer_groups
     for name in recipe.train.optimizers:
         if groups and name not in groups and name != MAIN:
-            raise ValueError(f"{where}: {unknown(name, groups, 'group')} A part under trainable says its group.")
+            raise ValueError(f"{where}: {unknown(name, groups, 'group')} Parts under trainable set their group.")
 
 
 def check_validation(backbone: Backbone, names: Sequence[str], phases: Sequence[tuple[str, Recipe]]) -> None:
-    """ValueError for a validation prompt that does not name the concept, names another, or is too long.
+    """Raises ValueError for a validation prompt that lacks {concept}, names an unknown concept, or is too long.
 
-    To be called when the names are attached: their tokens count.
+    Call it after the names are attached, since their tokens count.
     """
     for phase, recipe in phases:
         check = recipe.train.validation
         for prompt in check.prompts if check.every else ():
             where = f"train.validation.prompts (phase {phase})"
             if "{concept}" not in prompt:
-                raise ValueError(f"{where}: {prompt!r} does not say {{concept}}, where the concept's name goes")
+                raise ValueError(f"{where}: {prompt!r} has no {{concept}}, which marks where the concept's name goes")
             for name in names:
                 try:
                     backbone.check_prompt(expand(prompt.replace("{concept}", f"<{name}>"), backbone.placeholders))

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: the same recipe, and the same things that it depended on."""
+"""Whether a run can resume from a checkpoint: it needs the same recipe and the same dependencies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from shared.backbones.protocol import Backbone
 from shared.io.checksums import sha256
 from shared.types import Subject
 
-#: What may differ: it says where and when something is written or how memory is spent, and nothing that is learned.
+#: Keys that may differ: they affect where and when files are written or how memory is used, not what is learned.
 _FREE = re.compile(
     r"(output|name|preview|title|papers)(\..*)?|"
     r"(phases\.[^.]+\.)?train\.(checkpoint_every|gradient_checkpointing)",
     re.ASCII,
 )
-#: Where things lie: of an interrupted run, what they hold is compared itself (`dependencies`).
+#: Locations: for an interrupted run their contents are compared instead (`dependencies`).
 _MOVED = re.compile(r"backbone|subjects?\.(.+\.)?(images|clips|masks|captions)", re.ASCII)
-#: What may also change after a loss that was no number: the cure for it.
+#: Keys that may also change after a non-finite loss, as a remedy.
 _CURE = re.compile(
     r"(phases\.[^.]+\.)?(train\.mixed_precision|train\.optimizers(\..*)?|trainable\.[^.]+\.lr)", re.ASCII
 )
@@ -33,11 +33,10 @@ _CURE = re.compile(
 def same_recipe(
     old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
 ) -> None:
-    """ValueError that names the first key in which the recipe of a checkpoint, or of a finished run, differs; what
-    cannot matter may: output, name, preview, when checkpoints are written, and where pictures and
-    model lie.
+    """Raises ValueError naming the first key in which the recipe differs from that of a checkpoint or a finished run. Keys
+    that cannot matter may differ: output, name, preview, when checkpoints are written, and where pictures and model are.
 
-    After a loss that was no number, rates, precision and optimizer may too.
+    After a non-finite loss, rates, precision and optimizer may differ too.
     """
     what, cure = ("finished", "choose another output") if finished else ("interrupted", "resume with the same recipe")
     for key, before, now in _differences(old, new):
@@ -51,19 +50,19 @@ def same_recipe(
 
 
 def _world(value: Any) -> bool:
-    """Whether it names a model of a world of its own: its defaults go with the name, not with the weights."""
+    """Whether it names a model with its own world: its defaults belong to the name, not the weights."""
     return isinstance(value, str) and value in WORLDS
 
 
 def same_precision(old: str, new: str) -> None:
-    """A warning where "auto" became another precision than when the run began: on another machine, say."""
+    """Warns when "auto" resolves to a different precision than when the run began (on another machine, say)."""
     if old != new:
-        change = f"train.mixed_precision=auto was {old!r} where the run began, and is {new!r} here"
-        warnings.warn(f"{change}: what is learned will differ a little from a run in one go", stacklevel=2)
+        change = f"train.mixed_precision=auto was {old!r} when the run began and is {new!r} here"
+        warnings.warn(f"{change}: the result will differ slightly from an uninterrupted run", stacklevel=2)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key whose values differ, as deep as it goes, and both values."""
+    """Every leaf key whose values differ, with both values."""
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -73,9 +72,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
 
 
 def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
-    """What a run depends on besides its recipe, in words -> its hash: the weights, the pictures, the other concepts.
+    """What a run depends on besides its recipe: description -> hash of the weights, the pictures and the loaded concepts.
 
-    To be called before the concepts in training are attached.
+    Call it before the concepts in training are attached.
     """
     out = {"the backbone's checkpoint": backbone.checkpoint}
     for name, subject in subjects.items():
@@ -94,13 +93,13 @@ def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths:
 
 
 def same_dependencies(old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    """ValueError naming the first thing that a run depended on and that is another one now."""
+    """Raises ValueError naming the first dependency of the run that has changed."""
     for what in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(what), new.get(what)
         if before != now:
             raise ValueError(
-                f"{what} {_change_in_words(before, now)} since the run was interrupted: resume with what it was started with, "
-                "or start over with --overwrite"
+                f"{what} {_change_in_words(before, now)} since the run was interrupted: restore it to resume, or start "
+                "over with --overwrite"
             )
 
 
@@ -118,7 +117,7 @@ def _short(value: str) -> str:
 
 
 def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
-    """What class pictures depend on besides their settings: the weights, and the concepts that are on."""
+    """A key of what class pictures depend on besides their settings: the weights, and the concepts that are on."""
     digest = hashlib.sha256(backbone.checkpoint.encode())
     on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
     for name, strength in sorted(on.items()):

@@ -1,6 +1,6 @@
-"""Requests to stop: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal). They wait for the step.
+"""Stop requests: Ctrl-C, SIGTERM (a scheduler, a shutdown) and SIGHUP (a closed terminal). The current step ends first.
 
-Light: the command line heeds them before it imports anything heavy.
+Cheap to import: the command line installs the handlers before it imports anything heavy.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _received: list[int] = []
 
 
 def heed_stops() -> None:
-    """From here on each of the signals raises KeyboardInterrupt; one that is ignored (nohup) stays so.
+    """Makes each of the signals raise KeyboardInterrupt; one that is ignored (nohup) stays ignored.
 
-    To be called by a program, in its main thread.
+    For programs to call, in their main thread.
     """
     _received.clear()
     for number in _STOPS:
@@ -29,7 +29,7 @@ def heed_stops() -> None:
 
 
 def exit_code() -> int:
-    """Of a program that was stopped: 128 and the last signal's number, 130 (Ctrl-C) where none is known."""
+    """The exit code of a stopped program: 128 plus the last signal's number, 130 (Ctrl-C) if none is known."""
     return 128 + (_received or [signal.SIGINT])[-1]
 
 
@@ -37,7 +37,7 @@ def exit_code() -> int:
 def interruptible() -> Iterator[threading.Event]:
     """The first signal sets the event, so that the step can end and the state be saved; the second acts at once.
 
-    KeyboardInterrupt where one has come before and was lost (a library's `except:` while it was imported).
+    Raises KeyboardInterrupt if an earlier signal was swallowed (by a library's bare `except:` at import).
     """
     if _received:
         raise KeyboardInterrupt
@@ -77,7 +77,7 @@ def _heeded() -> bool:
 
 def _noted(number: int) -> None:
     _received.append(number)
-    for stream in (1, 2):  # a terminal that is gone would turn every message into an error, and lose the state with it
+    for stream in (1, 2):  # on a closed terminal every print would fail, before the state is saved
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
                 nowhere = os.open(os.devnull, os.O_WRONLY)

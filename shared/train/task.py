@@ -1,4 +1,4 @@
-"""What a phase does: the contract between the loop and whatever spends compute on it."""
+"""What a phase does: the contract between the loop and a task."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ class Update:
     """One loss. A step may hold several, in order (distillation alternates)."""
 
     loss: Tensor  # scalar
-    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
-    parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # what the loss is made of, for the log
+    groups: tuple[str, ...] | None = None  # the optimizer groups it trains; None: all
+    parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # the terms of the loss, for the log
 
 
 @dataclass(frozen=True)
 class Regrouped:
     """What is trained from a step on.
 
-    came_from: of a parameter that takes the place of another: which, and int64 [N], which of its rows each row was; -1: a
-    new row. What the optimizer keeps of a row goes with it, and begins anew for a new one.
+    came_from: parameter -> the parameter it replaces, and int64 [N]: for each of its rows, the row of the old one that it was;
+    -1: a new row. A row keeps its optimizer state; a new row starts with none.
     """
 
     groups: Mapping[str, Sequence[TrainableGroup]]
     came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
-#: The losses of one micro-batch, in order. A generator: it is closed where it is left early.
+#: The losses of one micro-batch, in order. A generator, closed when it is left early.
 Updates = Generator[Update, None, None]
 
 
 class UpdateSource(Protocol):
-    """What the loop takes steps of."""
+    """Where the loop gets a step's losses."""
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The losses of one micro-batch. Anything random derives from `generator(seed, step, micro)`, so that a step can
+        """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so that a step can
         be computed again.
 
-        An update is yielded *inside* the contexts that its loss was computed under (`backbone.active`, `attending`, …)
-        and stays there until the loop has run its backward pass: with recomputed activations the layers run again in
-        the backward pass, and outside of those contexts they would compute something else, without a word.
+        An update is yielded *inside* the contexts its loss was computed under (`backbone.active`, `attending`, …), which
+        stay open until the loop has run its backward pass. With gradient checkpointing the layers run again in the
+        backward pass, and outside those contexts they would silently compute something else.
         """
         ...
 
 
 class Task(UpdateSource, Protocol):
-    """Something that spends compute in numbered steps. It knows its data and its losses; the loop knows time, gradients
-    and optimizers. Called in this order: `load_state_dict` (of a run that goes on) -> `groups` -> for each step `regrouped`,
-    then `updates` -> `result`; `state_dict` and `carried` at any time between two steps."""
+    """Spends compute in numbered steps. It owns data and losses; the loop owns time, gradients and optimizers. Called in
+    this order: `load_state_dict` (if the run is resumed) -> `groups` -> for each step `regrouped`, then `updates` -> `result`;
+    `state_dict` and `carried` at any time between two steps."""
 
     steps: int  # how many it takes
-    rate_key: str  # where a recipe says how fast is learned
+    rate_key: str  # the recipe key that sets the learning rate
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Of the autoencoder ("vae") and the text encoders, those that the steps use; on a GPU the others make room."""
+        """Which of the autoencoder ("vae") and the text encoders the steps use; on a GPU the others are offloaded."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of another shape."""
+        """Raises ValueError when tensors are missing, left over or of the wrong shape."""
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -72,20 +72,20 @@ class Task(UpdateSource, Protocol):
         ...
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Before a step: what changes with time, and the groups where they are others now (a field has split, say); None
-        where they are as before. Asked again for the same step, it changes nothing more: a run may resume there."""
+        """Called before a step: applies what changes with time, and returns the new groups if they changed (a field has
+        split, say), else None. A second call for the same step changes nothing more: a run may resume there."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the task has made so far and cannot make again, fp32, on the CPU; what a checkpoint and the best state
-        hold."""
+        """Everything the task has produced so far and cannot reproduce, fp32, on the CPU; what checkpoints and the best
+        state hold."""
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """What later phases find in `PhaseContext.carried` besides all that is attached to the backbone, fp32, on the CPU. What
-        an earlier phase left under the same first name (up to the "/") goes."""
+        """What later phases find in `PhaseContext.carried`, besides everything attached to the backbone; fp32, on the CPU. It
+        replaces what an earlier phase left under the same prefix (up to the "/")."""
         ...
 
     def result(self) -> Any:
-        """What the next phase finds, once all steps are done."""
+        """Produces the phase's result, once all steps are done."""
         ...

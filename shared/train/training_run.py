@@ -1,4 +1,4 @@
-"""One run from pictures to learned tensors: phases, checkpoints, pictures while training, the best state, interruption."""
+"""One run from pictures to learned tensors: phases, checkpoints, validation pictures, the best state, interruption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TASKS: TaskTable = {TuneTask: Tune, GenerateTask: Generate}
 
 
 class Preview(Protocol):
-    """Pictures of the state in training, and their scores ("score": the higher the better)."""
+    """Pictures of the state in training, and their scores ("score": higher is better)."""
 
     def __call__(self, phase: str, step: int) -> tuple[Tensor, Mapping[str, float]]: ...
 
@@ -51,8 +51,8 @@ class Preview(Protocol):
 class TrainingRun:
     """Runs a recipe's phases on `backbone` for `subjects`.
 
-    Concepts attached before stay on at `loaded_strengths`; what is learned is attached under the subjects' names (tokens)
-    and `adapter_sets` (adapters: `run_name`, unless a part names another) and stays there afterwards.
+    Concepts that are already attached stay on at `loaded_strengths`. What is learned is attached under the subjects' names
+    (tokens) and `adapter_sets` (adapters: `run_name`, unless a part sets another) and stays attached afterwards.
     """
 
     backbone: Backbone
@@ -60,13 +60,13 @@ class TrainingRun:
     subjects: Mapping[str, Subject]
     workdir: Path
     cache_dir: Path
-    class_pictures: ClassPictures | None = None  # pictures of the model without what is in training
-    make: MakeNow | None = None  # pictures of the model as it is now
+    class_pictures: ClassPictures | None = None  # generates with the model without what is in training
+    make: MakeNow | None = None  # generates with the model as it is now
     preview: Preview | None = None
     scorers: Mapping[str, Score] = field(default_factory=dict)
     loaded_strengths: Mapping[str, float] = field(default_factory=dict)
     tensorboard: bool = True
-    on_pictures: Callable[[str, int, int], None] | None = None  # (what, done, of) while pictures are made
+    on_pictures: Callable[[str, int, int], None] | None = None  # (what, done, total) while pictures are generated
     tasks: TaskTable = field(default_factory=lambda: TASKS)
 
     def __post_init__(self) -> None:
@@ -81,15 +81,15 @@ class TrainingRun:
         check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision would be refused otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run's precision sticks
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
         self.trained: dict[str, TrainableGroup] = {}  # by slot: all that has been injected so far
         self.best: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}  # from phase to phase, besides what is attached to the backbone
         self.best_score: float | None = None
         self.ports: set[str] = set()
-        self.final_scores: dict[str, float] = {}  # of the state that is returned, where it was scored
-        self.clock = Clock()  # spent so far, also before an interruption
+        self.final_scores: dict[str, float] = {}  # of the returned state, if it was scored
+        self.clock = Clock()  # time spent so far, including before an interruption
         self._peak = 0  # bytes, before an interruption
         self._depends: dict[str, str] = {}
         self._anew = True
@@ -99,25 +99,25 @@ class TrainingRun:
             self.backbone.device,
             placement=self.backbone.placement,
         )
-        self.initial_parameters: dict[str, list[Tensor]] = {}  # what the modifier's own tensors were at first
+        self.initial_parameters: dict[str, list[Tensor]] = {}  # the initial values of the modifier's own tensors
 
     @property
     def total_steps(self) -> int:
         return self.steps_before(len(self.phases))
 
     def steps_before(self, phase: int) -> int:
-        """Steps of all phases before the one of this number."""
+        """Total steps of all phases before this index."""
         return sum(p.task.count(p.train.steps, len(self.subjects)) for _, p in self.phases[:phase])
 
     @property
     def costs(self) -> dict[str, Any]:
-        """What the run has cost (`shared.train.costs.summary`), and the precision that "auto" became."""
+        """The run's costs (`shared.train.costs.summary`), and the precision that "auto" resolved to."""
         return {**summary(self.clock, self.backbone.device, self._peak), "mixed_precision": self.precision}
 
     # --- the run -------------------------------------------------------------------------------------------
 
     def steps(self, resume: bool = False) -> Iterator[tuple[str, Record]]:
-        """Train, yielding (phase, record). With `resume`, from the newest checkpoint in `workdir` on.
+        """Trains, yielding (phase, record); with `resume`, from the newest checkpoint in `workdir`.
 
         Raises ValueError when the checkpoint belongs to another recipe, NotFinite (after saving the last good state), and
         Interrupted (after saving).
@@ -150,7 +150,7 @@ class TrainingRun:
             self._freeze()
 
     def _resume_from(self, state: checkpoint.State) -> None:
-        """What a checkpoint says besides its tensors. ValueError when it belongs to another run."""
+        """Restores what a checkpoint holds besides its tensors. ValueError when it belongs to another run."""
         info = state.info
         recipe, failed = info.get("recipe", {}), bool(info.get("not_finite"))
         same_recipe(recipe, dump(self.recipe), failed)
@@ -171,12 +171,12 @@ class TrainingRun:
                     self.backbone.remove(name)
                     raise ValueError(
                         f"{name!r} and {other!r} would be {placeholder.words!r} and {loaded.words!r}, which the model "
-                        "cannot tell apart: learn them in two runs with other modifier.token, or use "
+                        "cannot tell apart: learn them in separate runs with different modifier.token values, or use "
                         "modifier.kind=learnable_token"
                     )
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
-        """Inject what is new, unfreeze what the phase trains, freeze the rest."""
+        """Injects what is new, unfreezes what the phase trains, freezes the rest."""
         self._freeze()
         now = []
         for slot, part in phase.trainable.items():
@@ -198,12 +198,12 @@ class TrainingRun:
 
     @property
     def sets_of_the_run(self) -> tuple[str, ...]:
-        """Every name that adapters in training are registered under: those of the concepts, and those of single files."""
+        """Every adapter set of this run: those of the concepts, and those of single files."""
         return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
 
     @property
     def kept_sets(self) -> tuple[str, ...]:
-        """The names that the concepts' adapters are registered under."""
+        """The adapter sets that the concepts keep."""
         return tuple(name for name in self.adapter_sets if name not in self.temporary)
 
     def _freeze(self) -> None:
@@ -211,10 +211,10 @@ class TrainingRun:
             for parameter in group.parameters:
                 parameter.requires_grad_(False)
 
-    # --- what phases are given -----------------------------------------------------------------------------
+    # --- what phases receive -------------------------------------------------------------------------------
 
     def context(self, index: int, trained: list[TrainableGroup], resumed_step: int = 0) -> PhaseContext:
-        """What a phase's task is given."""
+        """Builds the context for a phase's task."""
         name, phase = self.phases[index]
         return PhaseContext(
             backbone=self.backbone,
@@ -240,18 +240,18 @@ class TrainingRun:
         )
 
     def folder(self, phase: str) -> Path:
-        """Where a phase keeps what it makes."""
+        """The folder for a phase's files."""
         return self.workdir / "phases" / phase
 
     def _before(self, phase: Recipe) -> list[str]:
-        """The phases that run before this one: what a later one made in an earlier run is not to be learned from."""
+        """The phases that run before this one; files a later phase left in an earlier run must not be learned from."""
         return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
 
     def examples(self, phase: Recipe) -> Iterator[Example]:
-        """Everything the phase's sources give, one after another."""
+        """Yields every example of the phase's sources, source by source."""
         context = SourceContext(
             subjects=self.subjects,
-            resolution=phase.train.resolution or self.backbone.resolution,  # of class pictures, too
+            resolution=phase.train.resolution or self.backbone.resolution,  # of class pictures as well
             seed=phase.seed,
             cache_dir=self.cache_dir,
             generate=self._plain_class_pictures if self.class_pictures else None,
@@ -269,7 +269,7 @@ class TrainingRun:
                 yield example
 
     def _plain_class_pictures(self, prompts: Any, seeds: Any, **how: Any) -> Tensor:
-        """Class pictures: what was loaded before is on, what is in training is off."""
+        """Generates class pictures, with loaded concepts on and everything in training off."""
         assert self.class_pictures is not None
         with self.backbone.active(self.loaded_strengths), self.accelerator.autocast():
             return self.class_pictures(prompts, seeds, **how)
@@ -280,7 +280,7 @@ class TrainingRun:
             return self.make(prompts, seeds, recipe, start)
 
     def save(self, state: checkpoint.State, scaler: Mapping[str, float], not_finite: bool = False) -> None:
-        """Write a checkpoint of a task's state, with what the run knows besides."""
+        """Writes a checkpoint of a task's state, together with the run's own state."""
         info = {
             "recipe": dump(self.recipe),
             "depends": self._depends,
@@ -299,7 +299,7 @@ class TrainingRun:
         )
 
     def begin(self) -> None:
-        """Nothing can be wrong any more: what an earlier run left is removed, once."""
+        """Removes what an earlier run left, once. Called after all checks have passed."""
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False

@@ -1,4 +1,4 @@
-"""Tuning on pictures: the task behind every test-time fine-tuning recipe."""
+"""Tuning on the subjects' pictures: the task behind every test-time fine-tuning recipe."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from shared.train.preflight import check_masks
 from shared.train.task import Update, Updates
 from shared.types import Batch, Conditioning, Step
 
-_NOISE = 2**42  # a stream of its own, apart from the one that draws examples
+_NOISE = 2**42  # a separate stream from the one that draws examples
 
 
 class Tune(ConceptTask):
     """Denoising plus penalties on one backbone, for the concepts in training.
 
-    Raises ValueError when a part needs what nothing can give it, or trains nothing.
+    Raises ValueError when nothing can serve a part's need, or when the recipe trains nothing.
     """
 
     def __init__(self, context: PhaseContext) -> None:
@@ -40,8 +40,8 @@ class Tune(ConceptTask):
         self._name_of = {text: name for name, text in words.items()}
         if self.recipe.noise.clean_first_frame and not self.backbone.time_per_frame:
             raise ValueError(
-                f"noise.clean_first_frame = {self.recipe.noise.clean_first_frame:g}: {self.backbone.family} reads one time for "
-                "all frames of a clip, and cannot be told that the first has no noise; leave it out"
+                f"noise.clean_first_frame = {self.recipe.noise.clean_first_frame:g}: {self.backbone.family} takes one timestep "
+                "for all frames of a clip, so the first frame cannot be noise-free; leave it out"
             )
         parts = {f"regularize.{k}": r for k, r in self.recipe.regularize.items()}
         self.served = needs_by_name(self._own_needs(), parts)
@@ -57,24 +57,24 @@ class Tune(ConceptTask):
         frozen = not varies and not any(group.touches_text for group in context.trained)
         self.text_frozen = self.recipe.train.cache and frozen
         self._text: dict[str, Conditioning] = {}
-        self._base_text: dict[str, Conditioning] = {}  # by the model without the concepts in training: it never changes
+        self._base_text: dict[str, Conditioning] = {}  # without the concepts in training: it never changes
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Of the autoencoder and the text encoders, those that the steps use."""
+        """Which of the autoencoder and the text encoders the steps use."""
         vae = frozenset({"vae"})
         text = super().networks_in_steps - vae
         return (frozenset() if self.data.cached else vae) | (frozenset() if self.text_frozen else text)
 
     def _own_needs(self) -> list[Need]:
-        """What a penalty may declare here, and what computes it."""
+        """The needs a penalty may declare here, and what computes each."""
         return [
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
-            Computed("example_loss", self._example_loss),  # [B], the objective of each example
-            Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], how much each place counts; or None
+            Computed("example_loss", self._example_loss),  # [B], the objective per example
+            Computed("loss_weight", self._loss_weight),  # [B, 1, (f), h, w], the weight of each location; or None
             Computed(
                 "class_prediction", self._class_prediction
-            ),  # [I, C, h, w], of instance examples, prompted by class noun
+            ),  # [I, C, h, w], of instance examples, prompted with the class noun
             Computed(
                 "base_class_prediction", self._base_class_prediction
             ),  # the same, without the concepts in training
@@ -82,8 +82,8 @@ class Tune(ConceptTask):
         ]
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all that
-        the needs hold around the prediction."""
+        """Yields one loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all
+        contexts that the needs hold around the prediction."""
         with self.state(step, micro) as state:
             parts = self.losses(state)
             loss = torch.stack(list(parts.values())).sum()
@@ -98,12 +98,12 @@ class Tune(ConceptTask):
         resting: Sequence[str] = (),
         groups: tuple[str, ...] | None = None,
     ) -> Updates:
-        """One loss, of examples of one role: of the subject by the objective and the penalties that ask for no class
-        examples, of the class by those that do. For what cannot share a batch, or not the adapters that are on.
+        """Yields one loss on examples of one role: subject examples get the objective and the penalties that need no class
+        examples, class examples get those that do. For examples that cannot share a batch, or the same active adapters.
 
         Args:
-            own, resting: as of `state`
-            groups: the optimizer groups that it trains; None: all
+            own, resting: see `state`
+            groups: the optimizer groups it trains; None: all
         """
         of_class = "instance" not in batch.role
         penalties = {k: part for k, part in self.recipe.regularize.items() if part.needs_class_examples == of_class}
@@ -115,7 +115,7 @@ class Tune(ConceptTask):
             yield Update(loss, groups, {k: v.detach() for k, v in parts.items()})
 
     def losses(self, state: Step) -> dict[str, Tensor]:
-        """What the loss is made of: the objective on instance examples, and every penalty; scalars."""
+        """The terms of the loss: the objective on instance examples, and every penalty; scalars."""
         return {"denoising": self.denoising(state), **self.penalties(state, self.recipe.regularize)}
 
     def denoising(self, state: Step) -> Tensor:
@@ -125,7 +125,7 @@ class Tune(ConceptTask):
 
     @staticmethod
     def penalties(state: Step, parts: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What these penalties add; scalars."""
+        """The values of these penalties; scalars."""
         return {name: part(_for(part, state)) for name, part in parts.items()}
 
     @contextmanager
@@ -138,11 +138,11 @@ class Tune(ConceptTask):
         needs: frozenset[str] | None = None,
         resting: Sequence[str] = (),
     ) -> Iterator[Step]:
-        """The prediction of one micro-batch and all that was asked for, inside what the needs hold around it.
+        """Yields one micro-batch's prediction with the requested needs, inside the contexts they hold around it.
 
         Args:
             batch: the examples; None: those of this step
-            own: the strength of adapters that belong to the example alone
+            own: the strength of the adapters that belong only to this example
             needs: by name; None: those of all penalties
             resting: adapter sets that are off
         """
@@ -168,13 +168,13 @@ class Tune(ConceptTask):
         return Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
-        """The captions' conditioning; from the cache when nothing in training changes it."""
+        """Encodes the captions; from the cache when training does not change the text encoding."""
         if not self.text_frozen:
             return self.backbone.encode(list(captions), t)
         return self._kept(captions, self._text)
 
     def _kept(self, captions: Sequence[str], kept: dict[str, Conditioning]) -> Conditioning:
-        """Each caption encoded once, as the model is now."""
+        """Encodes each caption once, with the model as it is now."""
         for caption in captions:
             if caption not in kept:
                 with torch.no_grad(), self.context.text_on_device():
@@ -221,7 +221,7 @@ class Tune(ConceptTask):
         return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
 
     def _class_prompt(self, caption: str) -> str:
-        """The caption as the base model would be asked: the concept's words replaced by its class noun."""
+        """The caption for the base model: the concept's words replaced by its class noun."""
         for words, name in sorted(self._name_of.items(), key=lambda pair: -len(pair[0])):
             if words:
                 caption = caption.replace(words, f"<{name}>")
@@ -229,7 +229,7 @@ class Tune(ConceptTask):
 
 
 def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
-    """The weight [B, 1, (f), h, w] of an objective without the frames that are given: those at t = 0 of t [B, f]."""
+    """The objective's weight [B, 1, (f), h, w] with given frames zeroed: those where t [B, f] is 0."""
     if t.ndim < 2:
         return weight
     asked = (t != 0).float()[:, None, :, None, None]
@@ -237,6 +237,6 @@ def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
 
 
 def _for(part: Needing, state: Step) -> Step:
-    """The step as one part sees it: with the needs that it declared, and no others."""
+    """The step as one part sees it: only with the needs it declared."""
     lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in part.needs}
     return replace(state, lazy=lazy)

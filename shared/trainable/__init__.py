@@ -1,4 +1,4 @@
-"""Which parameters are added, or unfrozen, and trained. A new part is one file and one line in the union."""
+"""Parts that add or unfreeze parameters and train them. A new part is one file and one line in the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""peft layers injected into a backbone under a concept's name, and taken out again without a trace."""
+"""peft layers, injected into a backbone under a concept's name and removed without a trace."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from shared.trainable.rank_by_noise import RankByNoise
 class PeftAdapter:
     """One peft adapter in one component; satisfies `shared.backbones.protocol.Adapter`.
 
-    peft's own switches act on all adapters of a model at once, and `set_adapter` makes what it names trainable again;
-    so strength is set here layer by layer, and training is switched by `requires_grad_` alone.
+    peft's own switches act on all adapters of a model at once, and `set_adapter` makes the adapters it activates trainable
+    again. So strength is set here layer by layer, and training is switched only by `requires_grad_`.
     """
 
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
-        self.seed = 0  # of the start; what is drawn there and not trained comes from it again
+        self.seed = 0  # of the initialization; also reproduces random tensors that are not trained
         self.min_rank: int | None = None  # of a LoRA whose rank falls with the noise
-        # LoRA and kin keep a factor per adapter; what has none (OFT) can only be on or off
+        # LoRA and similar types keep a scale per adapter; types without one (OFT) can only be on or off
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
             for layer in self.layers
@@ -43,17 +43,17 @@ class PeftAdapter:
     def inject(
         cls, backbone: Backbone, name: str, slot: str, component: str, config: PeftConfig, seed: int
     ) -> PeftAdapter:
-        """Wrap the target modules of `component`, register the adapter under `name`; it starts frozen and active at 1.
+        """Wraps the target modules of `component` and registers the adapter under `name`; it starts frozen and active at 1.
 
-        Raises ValueError when nothing matches, when a layer cannot be wrapped by this kind of adapter, and for settings
-        that no concept can keep: now, and not after the training.
+        Raises ValueError when nothing matches, when this type of adapter cannot wrap a layer, and for settings that cannot be
+        saved in a concept, so that they do not fail after training.
         """
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
         while peft_name in getattr(
             model, "peft_config", {}
-        ):  # an adapter that concepts share outlives the first of them
+        ):  # an adapter shared by several concepts outlives the first
             peft_name += "_"
         trainable = {id(p): p.requires_grad for p in model.parameters()}
         active: dict[Any, list[str]] = {
@@ -62,14 +62,12 @@ class PeftAdapter:
             if isinstance(m, BaseTunerLayer)
         }
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config`"
-            )  # several concepts are meant here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several concepts are intended
             torch.manual_seed(seed)
             try:
                 inject_adapter_in_model(config, model, adapter_name=peft_name)
             except (ValueError, TypeError, NotImplementedError) as error:
-                cls(model, component, slot, peft_name, config).eject()  # what was wrapped before it failed
+                cls(model, component, slot, peft_name, config).eject()  # layers wrapped before the failure
                 _restore(model, trainable, active)
                 raise ValueError(f"cannot put {config.peft_type} on {component}: {error}") from None
         adapter = cls(model, component, slot, peft_name, config)
@@ -78,24 +76,27 @@ class PeftAdapter:
             active[layer] = [*active.get(layer, []), peft_name]
         _restore(model, trainable, active)
         for parameter in adapter.parameters():
-            parameter.data = parameter.data.float()  # rounded away in half precision otherwise
+            parameter.data = parameter.data.float()  # in half precision, updates would be rounded away
         backbone.add_adapter(name, adapter)
         return adapter
 
     def modules(self) -> list[str]:
-        """Dotted names of the layers that this adapter is on."""
+        """Dotted names of the layers that this adapter wraps."""
         ids = {id(layer) for layer in self.layers}
         return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
 
     def let_rank_fall(self, backbone: Backbone, min_rank: int) -> None:
-        """The rank is `min_rank` at full noise and all of it at none (see `RankByNoise`); this leaves with the adapter.
+        """Makes the rank fall from its full value at no noise to `min_rank` at full noise (see `RankByNoise`), until the
+        adapter is removed.
 
-        Raises ValueError where nothing knows the noise (text encoders), for DoRA, and for more than the rank.
+        Raises ValueError for components that see no noise (text encoders), for DoRA, and when `min_rank` exceeds the rank.
         """
         recorded = recordable(config_to_dict(self.config), [], self.seed, min_rank)
         check_adapter(recorded, f"{self.slot}.{self.component}")
         if self.component not in backbone.noise_ranges:
-            raise ValueError(f"{self.slot}: the rank cannot fall with the noise in {self.component}, which sees none")
+            raise ValueError(
+                f"{self.slot}: the rank cannot fall with the noise in {self.component}, which sees no noise"
+            )
         self.min_rank = min_rank
         for layer in self.layers:
             layer.lora_A[self.peft_name].register_forward_hook(RankByNoise(backbone, min_rank))
@@ -111,20 +112,20 @@ class PeftAdapter:
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Dropout of this adapter alone; the model itself stays in eval mode."""
+        """Switches only this adapter's dropout; the model itself stays in eval mode."""
         for layer in self.layers:
             for table in layer._modules.values():
                 if isinstance(table, nn.ModuleDict) and self.peft_name in table:
                     table[self.peft_name].train(mode)
-        for (layer, key), chance in self._chances.items():  # LoHa's and LoKr's is a number beside each adapter
+        for (layer, key), chance in self._chances.items():  # LoHa and LoKr keep it as a plain number
             getattr(layer, key)[self.peft_name] = chance if mode else 0.0
 
     def set_strength(self, strength: float) -> None:
         for layer, scaling in zip(self.layers, self._scaling, strict=True):
             if scaling is None and strength not in (0.0, 1.0):
-                raise ValueError(f"{self.config.peft_type} has no strength between off and on; asked for {strength}")
+                raise ValueError(f"{self.config.peft_type} can only be off (0) or on (1), not at strength {strength}")
             on = {n for n in layer.active_adapters if n != self.peft_name} | ({self.peft_name} if strength else set())
-            layer._active_adapter = [n for n in _names(layer) if n in on]  # in this order they are summed
+            layer._active_adapter = [n for n in _names(layer) if n in on]  # they are summed in this order
             if scaling is not None and strength:
                 layer.scaling[self.peft_name] = scaling * strength
 
@@ -143,7 +144,7 @@ class PeftAdapter:
         for key, tensor in state.items():
             if tensor.shape != current[key].shape:
                 raise ValueError(
-                    f"adapter tensor {key!r} is {list(tensor.shape)}, this model needs {list(current[key].shape)}"
+                    f"adapter tensor {key!r} has shape {list(tensor.shape)}, this model needs {list(current[key].shape)}"
                 )
         cut = len(self.component) + 1
         set_peft_model_state_dict(self.model, {k[cut:]: v for k, v in state.items()}, adapter_name=self.peft_name)
@@ -152,7 +153,7 @@ class PeftAdapter:
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, BaseTunerLayer) or not _holds(module, self.peft_name):
                 continue
-            # peft would switch on and make trainable whatever else is there, were this one still active
+            # if this one were still active, peft would activate the other adapters and make them trainable
             module._active_adapter = [n for n in module.active_adapters if n != self.peft_name]
             module.delete_adapter(self.peft_name)
             if not any(_names(module)):
@@ -167,7 +168,7 @@ class PeftAdapter:
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
-    """JSON-safe settings that rebuild the adapter: only what differs from peft's defaults, and its type."""
+    """Returns JSON-safe settings that rebuild the adapter: its type, and what differs from peft's defaults."""
     plain = type(config)()
     out: dict[str, Any] = {"peft_type": getattr(config.peft_type, "value", config.peft_type)}
     for key, value in config.to_dict().items():
@@ -181,7 +182,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
     kinds = {k.value if hasattr(k, "value") else str(k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = data.get("peft_type")
     if kind not in kinds:
-        raise ValueError(f"adapter type {kind!r} is unknown to this version of peft")
+        raise ValueError(f"the installed version of peft has no adapter type {kind!r}")
     try:
         return kinds[kind](**{k: v for k, v in data.items() if k != "peft_type"})
     except TypeError as error:
@@ -189,7 +190,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
 
 
 def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[Any, list[str]]) -> None:
-    """What peft changes on its way: who is active, and who is trainable (new parameters start frozen)."""
+    """Restores what peft changes on injection: active adapters, and requires_grad (new parameters start frozen)."""
     for layer, names in active.items():
         layer._active_adapter = names
     for parameter in model.parameters():
@@ -197,7 +198,7 @@ def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[An
 
 
 def _names(layer: BaseTunerLayer) -> list[str]:
-    """The adapters on a layer in the order of their injection."""
+    """The adapters on a layer, in order of injection."""
     return list(dict.fromkeys(n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}))
 
 

@@ -1,4 +1,4 @@
-"""What trainable parts have in common, how they find what they adapt, and what they return."""
+"""The base of trainable parts, how they find the layers they adapt, and what they return."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shared.backbones.protocol import Backbone, Group
 from shared.config import NAME, KindPart, unknown
 from shared.trainable.layer_choice import Projection, block_names, of_blocks, of_projections, parse_ranges
 
-MAIN = "main"  # the optimizer group of parts that name none
+MAIN = "main"  # the optimizer group of parts that set none
 
 
-#: A learning rate: what is larger than this overflows in one step, and is a slip of the finger.
+#: A learning rate; anything above the limit overflows in one step and must be a typo.
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
@@ -26,38 +26,36 @@ class TrainablePart(KindPart):
     lr: Rate = 1e-4
     group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains it: train.optimizers.GROUP
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
-        ""  # what its adapters are switched by; "": the concept
+        ""  # the name that switches its adapters; "": the concept's
     )
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
-    per_source: bool = (
-        False  # one adapter for each picture or clip, on while that one is learned; no part of the concept
-    )
-    temporary: bool = False  # on in training steps alone, of this phase and later ones; no part of the concept
+    per_source: bool = False  # one adapter per picture or clip, on while that one is learned; not saved in the concept
+    temporary: bool = False  # on only in training steps, of this phase and later ones; not saved in the concept
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
         if self.per_source and self.adapter_set:
-            raise ValueError("per_source: each picture or clip has a set of its own; leave out adapter_set")
+            raise ValueError("per_source: each picture or clip has its own adapter set; leave out adapter_set")
         if self.temporary and not self.adapter_set:
-            raise ValueError("temporary: it is switched by a set of its own; say adapter_set=NAME")
+            raise ValueError("temporary: such a part needs its own adapter set; set adapter_set=NAME")
         return self
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The roles of what it trains; none where that is not named by role."""
+        """The roles it trains; empty for parts that are not chosen by role."""
         return ()
 
 
 class OnRoles(TrainablePart):
-    """Base of the parts that act on the modules of some roles; of all of them, or of those that the other fields choose.
+    """Base of the parts that act on the modules of some roles: all of them, or those that the other fields select.
 
-    Where one attention sees places and frames at once, no role is motion's alone, and what is learned of a motion is kept
-    apart from looks by such choices: queries and keys say where to look, values and outputs what is seen there (TAP+AH,
+    With attention over space and time at once, no role is specific to motion, and such choices separate motion from
+    appearance: queries and keys determine where to look, values and outputs what is seen there (TAP+AH,
     https://arxiv.org/abs/2501.16714).
     """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
-    projections: tuple[Projection, ...] = ()  # of attention, these alone; (): all modules
+    projections: tuple[Projection, ...] = ()  # only these projections of attention; (): all modules
     blocks: str = ""  # "0-9,12": modules inside these blocks of each network, counted from 0; "": everywhere
     networks: tuple[str, ...] = ()  # components ("transformer_2", an expert for low noise); (): all
 
@@ -73,10 +71,10 @@ class OnRoles(TrainablePart):
         return self.roles
 
     def modules(self, backbone: Backbone, slot: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-        """Component -> dotted names of the chosen modules there, sorted; and a note for each port.
+        """Returns component -> sorted dotted names of the selected modules, and a note for each port.
 
-        Raises ValueError for roles, blocks and networks that this backbone does not have, and for a role of which the
-        choice leaves nothing.
+        Raises ValueError for roles, blocks and networks that this backbone does not have, and for a role with no modules left
+        by the selection.
         """
         chosen = []
         for role in self.roles:
@@ -85,7 +83,7 @@ class OnRoles(TrainablePart):
             if not any(kept.values()):
                 said = {k: v for k in ("projections", "blocks", "networks") if (v := getattr(self, k))}
                 asked = ", ".join(f"{k}={v if isinstance(v, str) else list(v)}" for k, v in said.items())
-                raise ValueError(f"trainable.{slot}: {asked} leaves nothing of the role {role!r}")
+                raise ValueError(f"trainable.{slot}: {asked} selects no layers of the role {role!r}")
             chosen += [(group, names) for group, names in kept.items() if names]
         targets: dict[str, set[str]] = {}
         for group, names in chosen:
@@ -107,19 +105,19 @@ class OnRoles(TrainablePart):
             blocks, numbers = block_names(leaf_names(backbone.components[group.component])), parse_ranges(self.blocks)
             if numbers[-1] >= len(blocks):
                 there = f"{group.component} has {len(blocks)}, counted from 0"
-                raise ValueError(f"trainable.{slot}.blocks = {self.blocks!r}: there is no block {numbers[-1]}; {there}")
+                raise ValueError(f"trainable.{slot}.blocks = {self.blocks!r}: no block {numbers[-1]}; {there}")
             names = of_blocks(names, numbers, blocks)
         return names
 
 
 @dataclass(frozen=True)
 class TrainableGroup:
-    """Parameters that a part injected or unfroze, and what follows from training them."""
+    """Parameters that a part injected or unfroze, and how to train them."""
 
     slot: str
     parameters: list[nn.Parameter]
     lr: float
     weight_decay: float | None = None  # None: the optimizer's
-    touches_text: bool = False  # the text context changes while training: do not cache it
-    group: str = MAIN  # of optimizers
+    touches_text: bool = False  # the text context changes during training: do not cache it
+    group: str = MAIN  # the optimizer group
     ports: tuple[str, ...] = ()  # roles that resolved to a stand-in; recorded in the concept

@@ -15,12 +15,12 @@ from shared.trainable.branch import BranchAdapter, place_of, places_among
 
 
 class Bottleneck(OnRoles):
-    """out + up(gelu(down(input))) at the attention layers and feed-forward networks that `roles` name (Houlsby et al.,
+    """out + up(gelu(down(input))) at the attention layers and feed-forward networks of `roles` (Houlsby et al.,
     https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so the
-    start is the identity.
+    adapter starts as the identity.
 
-    A role stands for the places that its layers belong to: both `cross_attention` and `cross_attention.q` for
-    cross-attention as a whole.
+    A role selects the attention layers and feed-forward networks its layers belong to: `cross_attention` and
+    `cross_attention.q` both mean cross-attention as a whole.
     """
 
     taxonomy: ClassVar[str] = "bottleneck adapters"
@@ -30,9 +30,9 @@ class Bottleneck(OnRoles):
     lr: Rate = 1e-5
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Hook every place that the roles reach, and unfreeze the new weights.
+        """Adds a bottleneck at every attention layer and feed-forward network of the roles; the new weights are trainable.
 
-        Raises ValueError for roles that are no attention and no feed-forward network.
+        Raises ValueError for roles that have neither.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []
@@ -41,9 +41,7 @@ class Bottleneck(OnRoles):
             places = places_among(layers)
             if not places:
                 asked = f"roles={list(self.roles)}"
-                raise ValueError(
-                    f"trainable.{slot}: {asked} name no attention and no feed-forward layers of {component}"
-                )
+                raise ValueError(f"trainable.{slot}: {asked} has no attention or feed-forward layers in {component}")
             network = backbone.components[component]
             tensors = {first: self._start(place_of(network, first)[1].in_features, draw) for first in places}
             adapters.append(BranchAdapter.inject(backbone, name, slot, component, BottleneckForm(), tensors))

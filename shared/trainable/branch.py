@@ -1,4 +1,4 @@
-"""Branches: small functions with parameters of their own beside a network's layers, and taken away without a trace."""
+"""Branches: small trainable functions in parallel to a network's layers, removed without a trace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from shared.backbones.protocol import Backbone
 from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 
-#: The first layer of a place: of attention, and of a feed-forward network.
+#: The name endings of a place's first layer: in attention, and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
 class BranchAdapter:
     """Branches at some places of one component; satisfies `shared.backbones.protocol.Adapter`.
 
-    A place is an attention layer or a feed-forward network, named by its first layer (`….attn2.to_q`). Branches hook these
-    modules and are no part of them: names, repr and state of the network stay what they were. What a branch adds to the
-    input of a layer is seen by that layer's own weights alone, and not by another adapter on it.
+    A place is an attention layer or a feed-forward network, named by its first layer (`….attn2.to_q`). Branches are hooks on
+    these modules, not submodules: the network's module names, repr and state dict are unchanged. What a branch adds to the
+    input of a layer reaches only that layer's own weights, not other adapters on it.
     """
 
     def __init__(self, backbone: Backbone, component: str, slot: str, form: BranchForm) -> None:
@@ -43,20 +43,20 @@ class BranchAdapter:
         form: BranchForm,
         tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> BranchAdapter:
-        """Hook the places and register the adapter under a concept's name; it starts frozen and active at 1.
+        """Hooks the places and registers the adapter under a concept's name; it starts frozen and active at 1.
 
         Args:
-            tensors: first layer of each place -> what its branch starts from, by the form's own keys
+            tensors: first layer of each place -> initial tensors of its branch, by the form's own keys
 
         Raises:
-            ValueError: when a place is not here, or tensors do not fit it
+            ValueError: when this model has no such place, or the tensors do not fit it
         """
         adapter = cls(backbone, component, slot, form)
         make = Bottleneck if isinstance(form, BottleneckForm) else FrameEmbeddings
         for first, state in tensors.items():
             place, layer = place_of(adapter.model, first)
             if layer is None:
-                raise ValueError(f"{slot}.{component}: there is no place {first!r} for a branch here")
+                raise ValueError(f"{slot}.{component}: this model has no place {first!r} for a branch")
             branch = make(form, place, adapter._grid)  # type: ignore[arg-type]
             branch.start(state, layer.in_features, layer.weight.device, f"{slot}.{component}.{first}")
             adapter.branches[first] = branch
@@ -71,7 +71,7 @@ class BranchAdapter:
 
     @property
     def settings(self) -> BranchSettings:
-        """What a file says of it besides its tensors."""
+        """What is saved besides its tensors."""
         return BranchSettings(form=self.form, layers=tuple(self.branches))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -112,7 +112,9 @@ class BranchAdapter:
             )
         for key, tensor in state.items():
             if tensor.shape != mine[key].shape:
-                raise ValueError(f"branch tensor {key!r} is {list(tensor.shape)}, here it is {list(mine[key].shape)}")
+                raise ValueError(
+                    f"branch tensor {key!r} is {list(tensor.shape)}, this model needs {list(mine[key].shape)}"
+                )
             mine[key].copy_(tensor)
 
     def eject(self) -> None:
@@ -129,14 +131,14 @@ class HasInput(Protocol):
 
 
 def unwrapped(layer: Any) -> Any:
-    """The layer itself, also where adapters wrap it."""
+    """The layer itself, without any adapters around it."""
     while isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
     return layer
 
 
 def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
-    """(name of the place, its first layer) where `first` names one; else ("", None)."""
+    """Returns (name of the place, its first layer) if `first` names one, else ("", None)."""
     end = next((end for end in FIRST if first.endswith(end)), None)
     if end is None:
         return "", None
@@ -148,5 +150,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Of a role's layers those that stand for a place: its first."""
+    """Those of a role's layers that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

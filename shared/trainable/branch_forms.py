@@ -1,4 +1,4 @@
-"""What branches compute: a bottleneck in parallel to a layer, and embeddings of frames added to its input."""
+"""What branches compute: a bottleneck in parallel to a layer, or frame embeddings added to its input."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Unwrap = Callable[[Any], Any]
 
 
 class Grid:
-    """The latent grid of the prediction under way, as the network was last called."""
+    """The latent grid of the current prediction, from the network's last call."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.size = (0, 0)
 
     def look(self, _network: nn.Module, args: tuple[Any, ...]) -> None:
-        """A pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
+        """Pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
         if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
             self.size = (args[0].shape[-2], args[0].shape[-1])
 
     def at(self, site: str) -> tuple[int, int]:
-        """Rows and columns there."""
+        """Rows and columns at this site."""
         return self.sites[site].grid(*self.size)
 
 
@@ -44,13 +44,13 @@ class Branch:
         self.strength, self.training = 1.0, False
 
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
-        """Take over copies of these. ValueError when they are not of this form, or for layers of another width."""
+        """Sets copies of these as parameters. ValueError when they do not match this form or the layer's width."""
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
                 raise ValueError(f"{where}: the branch needs {key!r} with {axes} axes")
         if tensors.keys() != self.keys.keys() or not self._fits(tensors, width):
             shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in sorted(tensors.items()))
-            raise ValueError(f"{where}: {shapes} do not fit a layer of width {width}")
+            raise ValueError(f"{where}: tensors {shapes} do not fit a layer of width {width}")
         for key, tensor in tensors.items():
             value = tensor.detach().to(device, torch.float32, copy=True)
             self.parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -59,7 +59,7 @@ class Branch:
         raise NotImplementedError
 
     def hook(self, place: nn.Module, unwrap: Unwrap) -> Iterator[RemovableHandle]:
-        """Act at a place from now on."""
+        """Starts acting at a place; yields the handles of its hooks."""
         raise NotImplementedError
 
     def value(self, key: str, like: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Branch:
 
 
 class Bottleneck(Branch):
-    """out + strength * (up gelu(down x + b) + c), x being what the place reads (Houlsby's adapter, in parallel)."""
+    """out + strength * (up gelu(down x + b) + c), where x is the input of the place (Houlsby's adapter, in parallel)."""
 
     keys: ClassVar[Mapping[str, int]] = {"down": 2, "down_bias": 1, "up": 2, "up_bias": 1}
     form: BottleneckForm
@@ -98,12 +98,12 @@ class Bottleneck(Branch):
 
 
 class FrameEmbeddings(Branch):
-    """Vectors added to what an attention between frames reads (Motion Inversion, https://arxiv.org/abs/2403.20193,
-    section 3.2): to queries and keys `qk` [F, C], the same at all places, to values `v` [rows, columns, F, C].
+    """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2):
+    `qk` [F, C] to queries and keys, the same at every spatial position, and `v` [rows, columns, F, C] to values.
 
-    Other frame counts and grids than they were learned for are reached by linear interpolation. Outside of training the
-    values act by their differences from frame to frame, the first as it is (the authors' way to keep looks out), unless
-    the form says otherwise.
+    They are interpolated linearly to other frame counts and grids. Outside training, each frame's value embedding is
+    replaced by its difference from the previous frame's, except the first, unless the form says otherwise (the authors do
+    this to keep appearance out).
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}
@@ -134,7 +134,7 @@ class FrameEmbeddings(Branch):
         if self.form.values == "differences" and not self.training:
             added = differences(added)
         rows = len(x) // (grid[0] * grid[1])
-        assert rows * grid[0] * grid[1] == len(x), f"{self.place}: {len(x)} places are no multiple of {grid}"
+        assert rows * grid[0] * grid[1] == len(x), f"{self.place}: {len(x)} rows are not a multiple of {grid}"
         return (x + (self.strength * added.flatten(0, 1)).to(x.dtype).repeat(rows, 1, 1), *args[1:])
 
 
@@ -156,5 +156,5 @@ def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Ten
 
 
 def differences(embedding: Tensor) -> Tensor:
-    """[..., F, C]: of every frame but the first, its difference from the one before."""
+    """[..., F, C]: every frame but the first replaced by its difference from the previous one."""
     return torch.cat([embedding[..., :1, :], embedding.diff(dim=-2)], dim=-2)

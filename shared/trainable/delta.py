@@ -1,4 +1,4 @@
-"""Changed weights, kept as differences, so that they have a strength and leave without a trace."""
+"""Changed weights, kept as differences, so that they have a strength and can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _count = itertools.count()
 class DeltaAdapter:
     """W = W_0 + sum of strength * delta over all delta adapters on W; satisfies `shared.backbones.protocol.Adapter`.
 
-    The original bytes are kept while any delta is there; at strength 0 and after `eject` they are back exactly.
+    The original bytes are kept while any delta exists; at strength 0 and after `eject` they are restored exactly.
     """
 
     def __init__(
@@ -27,18 +27,18 @@ class DeltaAdapter:
         self.backbone, self.slot, self.targets = backbone, slot, dict(targets)
         self.deltas = {k: nn.Parameter(v.detach().float().clone(), requires_grad=False) for k, v in deltas.items()}
         self.strength = 0.0
-        self.number = next(_count)  # sums keep the order of injection, so that what was switched off comes back exactly
+        self.number = next(_count)  # sums run in order of injection, so that toggling restores exact values
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
-        """Register the deltas under a concept's name; they act at once, at that name's strength.
+        """Registers the deltas under a concept's name; they act at once, at that name's strength.
 
         Args:
-            slot: which of the recipe's parts they are; several under one concept stay apart by it
+            slot: the recipe's slot they come from; it keeps several parts of one concept apart
             deltas: "{component}.{path of the parameter}" -> its change, in the parameter's shape
 
         Raises:
-            ValueError: when a parameter does not exist here, or has another shape
+            ValueError: when the model lacks a parameter, or has it in a different shape
         """
         targets = {key: find_parameter(backbone, key) for key in deltas}
         unknown = sorted(k for k, p in targets.items() if p is None)
@@ -59,10 +59,10 @@ class DeltaAdapter:
         return iter(self.deltas.values())
 
     def train(self, mode: bool) -> None:
-        """A sum is the same in training and outside of it."""
+        """Does nothing: a sum is the same in training and outside it."""
 
     def set_strength(self, strength: float) -> None:
-        """Writes the weights anew; 0 restores the original bytes."""
+        """Rewrites the weights; 0 restores the original bytes."""
         if strength == self.strength:
             return
         self.strength = strength
@@ -97,7 +97,7 @@ class DeltaAdapter:
 
 
 def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:
-    """The parameter that a key names, also where an adapter has wrapped its module since."""
+    """The parameter with this key, even if an adapter has wrapped its module since."""
     component, _, path = key.partition(".")
     module = backbone.components.get(component)
     *parents, leaf = path.split(".")

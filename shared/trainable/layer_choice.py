@@ -1,4 +1,4 @@
-"""Some of the layers that a role names: by projection of attention, and by block."""
+"""Selecting some of a role's layers: by attention projection, and by block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 Projection = Literal["q", "k", "v", "out"]
 
-#: The last part of a layer's name, by projection, in every family: diffusers' attention (of the text in joint attention,
-#: too), CLIP's and T5's.
+#: The last part of a layer's name, by projection, in every family: diffusers' attention (including the text stream of joint
+#: attention), CLIP's and T5's.
 _LEAVES: dict[Projection, str] = {
     "q": r"to_q|add_q_proj|q_proj|q",
     "k": r"to_k|add_k_proj|k_proj|k",
@@ -21,29 +21,29 @@ _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def of_projections(layers: Sequence[str], projections: Sequence[Projection]) -> list[str]:
-    """The layers that compute these projections; feed-forward layers and convolutions compute none."""
+    """The layers that compute these projections; never feed-forward layers or convolutions."""
     pattern = re.compile(rf"(.*\.)?({'|'.join(_LEAVES[p] for p in projections)})")
     return [name for name in layers if pattern.fullmatch(name)]
 
 
 def block_names(layers: Sequence[str]) -> list[str]:
-    """The blocks that a network's layers are in, in the order of the forward pass: of transformers each block (of FLUX
-    those of two streams, then those of one), of U-Nets the levels down, the middle, the levels up."""
+    """The blocks of a network's layers, in the order of the forward pass: in transformers each block (in FLUX the double-stream
+    blocks, then the single-stream ones), in U-Nets the down levels, the middle, the up levels."""
     found = dict.fromkeys(match[1] for name in layers if (match := _BLOCK.match(name)))
     order = ("down_blocks", "mid_block", "up_blocks")
     return sorted(found, key=lambda name: next((i for i, part in enumerate(order) if name.startswith(part)), -1))
 
 
 def of_blocks(layers: Sequence[str], numbers: Sequence[int], blocks: Sequence[str]) -> list[str]:
-    """The layers inside the blocks of these numbers; a layer that is in no block is left out."""
+    """The layers inside the blocks with these numbers; layers outside every block are left out."""
     inside = tuple(f"{blocks[n]}." for n in numbers)
     return [name for name in layers if name.startswith(inside)]
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """`"0-9,12"` as numbers, sorted. ValueError when it is written in another way, or a range runs backwards."""
+    """Parses `"0-9,12"` into sorted numbers. ValueError for any other format, or a range that runs backwards."""
     if not _RANGES.fullmatch(text):
-        raise ValueError(f"{text!r} names no blocks: write numbers and ranges, counted from 0, such as 0-9,12")
+        raise ValueError(f"{text!r} is not a list of blocks: write numbers and ranges, counted from 0, such as 0-9,12")
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

@@ -15,21 +15,21 @@ from shared.trainable.base import OnRoles, TrainableGroup
 
 
 class Lora(OnRoles):
-    """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the start is the identity.
+    """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the adapter starts as the identity.
 
     With `min_rank`, T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
-    M_t leaves the first r(t) directions: all at no noise, `min_rank` at full noise, where few pictures overfit most (their
-    poses and places). It holds when pictures are made, too.
+    M_t keeps the first r(t) directions: all of them at no noise, `min_rank` at full noise, where a few pictures overfit most
+    (their poses and layouts). It applies at sampling too.
     """
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: float | None = None  # None: equal to rank, that is a scale of 1
+    alpha: float | None = None  # None: equal to rank, so a scale of 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_rank: Annotated[int, Field(ge=0)] | None = None  # at full noise; None: the rank is the same at all times
-    orthogonal: bool = False  # A starts with orthonormal rows, so that no direction that is masked repeats another
-    dora: bool = False  # magnitude and direction apart; the norm is treated as constant in backward
+    orthogonal: bool = False  # A starts with orthonormal rows, so that no masked direction repeats another
+    dora: bool = False  # separate magnitude and direction; the norm is treated as constant in backward
 
     @property
     def taxonomy(self) -> str:
@@ -39,17 +39,17 @@ class Lora(OnRoles):
     @model_validator(mode="after")
     def _rank_can_fall(self) -> Lora:
         if self.min_rank is not None and self.min_rank > self.rank:
-            raise ValueError(f"min_rank = {self.min_rank} must not be above rank = {self.rank}")
+            raise ValueError(f"min_rank = {self.min_rank} must not exceed rank = {self.rank}")
         if self.min_rank is not None and self.dora:
-            raise ValueError("min_rank: DoRA's magnitude is of the whole rank; leave out one of the two")
+            raise ValueError("min_rank: DoRA's magnitude belongs to the full rank; leave out min_rank or dora")
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Inject into every component that the roles reach and unfreeze the new weights."""
+        """Injects into every component of the roles; the new weights are trainable."""
         targets, ports = self.modules(backbone, slot)
         text = sorted(c for c in targets if c.startswith("text_encoder"))
         if self.min_rank is not None and text:
-            raise ValueError(f"trainable.{slot}.min_rank: {text[0]} sees no noise; adapt it by a part of its own")
+            raise ValueError(f"trainable.{slot}.min_rank: {text[0]} sees no noise; adapt it with a separate part")
         adapters = []
         for component, modules in targets.items():
             config = LoraConfig(
@@ -78,7 +78,7 @@ class Lora(OnRoles):
 
 
 def _orthonormal(adapter: PeftAdapter, seed: int) -> None:
-    """Every layer's A [r, in, …] with orthonormal rows (columns, where it has more rows)."""
+    """Gives every layer's A [r, in, …] orthonormal rows (orthonormal columns if it has more rows)."""
     generator = torch.Generator().manual_seed(seed)
     for layer in adapter.layers:
         weight = layer.lora_A[adapter.peft_name].weight

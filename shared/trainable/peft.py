@@ -1,4 +1,4 @@
-"""Any method of peft's by its name (https://github.com/huggingface/peft): OFT, LoKr, LoHa, IA3, BOFT and others."""
+"""Any peft method by name (https://github.com/huggingface/peft): OFT, LoKr, LoHa, IA3, BOFT and others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Plain = bool | int | float | str | dict[str, int | float]
 class Peft(OnRoles):
     """The adapter that peft calls `type`, with peft's own `settings`, on the modules of `roles`.
 
-    The start is the identity: exactly, but for DEFT and HRA, which rotate by products of reflections and leave rounding
-    errors (1e-6). Methods that cannot be trained, saved and taken out again are refused with the reason.
+    It starts as the identity: exactly, except DEFT and HRA, which rotate by products of reflections and leave rounding
+    errors (1e-6). Methods that cannot be trained, saved and removed again are refused with the reason.
     """
 
     kind: Literal["peft"] = "peft"
@@ -45,13 +45,13 @@ class Peft(OnRoles):
                 raise ValueError(f"settings of {self.type}: {unknown(key, ADAPTER_TYPES[self.type].settings)}")
             _check_value(f"settings.{key}", value, defaults[key])
         if self.type == "HRA" and self.settings.get("r", 8) % 2:  # type: ignore[operator]
-            raise ValueError(f"settings.r = {self.settings['r']}: HRA starts as the identity only with an even number")
+            raise ValueError(f"settings.r = {self.settings['r']}: HRA starts as the identity only if r is even")
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Inject into every component that the roles reach and unfreeze the new weights.
+        """Injects into every component of the roles; the new weights are trainable.
 
-        Raises ValueError for roles with layers that this method does not adapt, and for settings that do not fit them.
+        Raises ValueError for roles with layers that this method cannot adapt, and for settings that do not fit them.
         """
         targets, ports = self.modules(backbone, slot)
         for component, modules in targets.items():
@@ -59,9 +59,9 @@ class Peft(OnRoles):
             bad = unsuited(self.type, {m: _kernel(network.get_submodule(m)) for m in modules})
             if bad:
                 raise ValueError(
-                    f"trainable.{slot}: {self.type} adapts {ADAPTER_TYPES[self.type].layers} layers, and "
-                    f"{len(bad)} of the {len(modules)} that roles={list(self.roles)} name in {component} are other "
-                    f"convolutions, for example {bad[0]}: name other roles, or another type"
+                    f"trainable.{slot}: {self.type} adapts only {ADAPTER_TYPES[self.type].layers} layers, but "
+                    f"{len(bad)} of the {len(modules)} that roles={list(self.roles)} select in {component} are other "
+                    f"convolutions, for example {bad[0]}; choose other roles or another type"
                 )
         adapters = []
         try:
@@ -90,7 +90,7 @@ class Peft(OnRoles):
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    """The sides of a convolution's kernel; none of a linear layer. An adapter's wrapper has those of its layer."""
+    """A convolution's kernel size, also through adapter wrappers; () for a linear layer."""
     base: Any = getattr(module, "base_layer", module)
     while hasattr(base, "base_layer"):
         base = base.base_layer
@@ -98,9 +98,9 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 
 
 def _check_value(key: str, value: Plain, default: Any) -> None:
-    """ValueError when a value is of another type than peft's own default, as far as that says which it is."""
+    """Raises ValueError when a value's type differs from that of peft's default, where the default has a plain type."""
     for kind in (bool, int, float, str):
         if type(default) is kind:
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
             if not fits or (kind is not bool and isinstance(value, bool)):
-                raise ValueError(f"{key} = {value!r}: must be like {default!r}, which is peft's default")
+                raise ValueError(f"{key} = {value!r}: must have the type of peft's default, {default!r}")

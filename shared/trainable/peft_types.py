@@ -1,8 +1,9 @@
-"""The methods of peft's that `kind: peft` offers, with the settings that a recipe may give; and why others are not.
+"""The peft methods that `kind: peft` offers, with the settings a recipe may give; and why others are not offered.
 
-Each kind was tried on linear layers and convolutions with peft 0.21.2 (`tests/core/test_trainable_peft.py` does it again):
-the identity at the start, a gradient, the same outputs after saving and loading, the network as it was after ejection, and
-half-precision networks. Settings that would change base weights, the start, or run names as code are not among them.
+Each one was tested on linear layers and convolutions with peft 0.21.2 (see `tests/core/test_trainable_peft.py`): it starts
+as the identity, gets a gradient, gives the same outputs after saving and loading, leaves the network as it was after
+removal, and works on half-precision networks. Settings that would change base weights or the start, or run names as code,
+are excluded.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ class AdapterType:
     """One of peft's methods."""
 
     settings: frozenset[str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # what is always set, so that the start is the identity
-    exact_start: bool = True  # False: the identity but for rounding
-    layers: str = "any"  # "linear"; "linear or 1x1": convolutions of one pixel, too
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # always set, so that it starts as the identity
+    exact_start: bool = True  # False: the identity up to rounding
+    layers: str = "any"  # "linear"; "linear or 1x1": also convolutions with 1x1 kernels
 
 
 def _type(*settings: str, **more: Any) -> AdapterType:
@@ -31,7 +32,7 @@ _LYCORIS = ("r", "alpha", *_PATTERNS, "rank_dropout", "module_dropout", "use_eff
 _CAYLEY = ("use_cayley_neumann", "num_cayley_neumann_terms")
 _ZERO = {"init_weights": True}
 
-#: peft's name of the method -> what is known of it.
+#: peft's name of the method -> its limits and settings.
 ADAPTER_TYPES: Mapping[str, AdapterType] = {
     "BEFT": _type(layers="linear"),
     "BOFT": _type("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"),
@@ -69,9 +70,9 @@ ADAPTER_TYPES: Mapping[str, AdapterType] = {
     ),
 }
 
-_PROMPTS = "it learns prompts of a language model, and adapts no layers"
+_PROMPTS = "it learns prompts for a language model and adapts no layers"
 _SHARED = "its layers share tensors that peft keeps on a wrapper around the whole model"
-_HALF = "peft cannot run it beside weights in half precision"
+_HALF = "peft cannot run it with half-precision weights"
 #: peft's other methods, and why they are not offered.
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -80,26 +81,26 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _PROMPTS),
     **dict.fromkeys(("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"), _SHARED),
     **dict.fromkeys(("DELORA", "LN_TUNING"), _HALF),
-    "ADALORA": "its ranks are given out by calls between the steps",
-    "ADAMSS": "its subspaces are chosen by calls between the steps",
-    "OSF": f"{_HALF}, and on convolutions it trains nothing",
-    "POLY": "it needs the number of a task with every prediction",
-    "SUPERTUNING": "the positions that it trains are numbers too large for a concept's tensors",
-    "TRAINABLE_TOKENS": "new words are learned with modifier.kind=learnable_token",
+    "ADALORA": "it needs calls between steps to allocate its ranks",
+    "ADAMSS": "it needs calls between steps to choose its subspaces",
+    "OSF": f"{_HALF}, and it trains nothing on convolutions",
+    "POLY": "it needs a task number with every prediction",
+    "SUPERTUNING": "the positions it trains are numbers too large for a concept's tensors",
+    "TRAINABLE_TOKENS": "use modifier.kind=learnable_token to learn new words",
     "XLORA": "it mixes adapters of a language model",
 }
 
 
 def why_not(peft_type: str) -> str:
-    """Why a method is not offered, with those that are; empty when it is."""
+    """Why a method is not offered, with the ones that are; "" if it is offered."""
     if peft_type in ADAPTER_TYPES:
         return ""
-    reason = UNSUPPORTED.get(peft_type, "it is not a method that this suite has tried")
-    return f"{peft_type!r} cannot be used: {reason}. There are: {', '.join(sorted(ADAPTER_TYPES))}."
+    reason = UNSUPPORTED.get(peft_type, "it has not been tested with this suite")
+    return f"{peft_type!r} cannot be used: {reason}. Available: {', '.join(sorted(ADAPTER_TYPES))}."
 
 
 def unsuited(peft_type: str, kernels: Mapping[str, Iterable[int]]) -> list[str]:
-    """The layers that such an adapter cannot be put on. `kernels`: layer -> sides of its kernel, none of a linear layer."""
+    """The layers that such an adapter cannot wrap. `kernels`: layer -> its kernel size, () for a linear layer."""
     allowed = ADAPTER_TYPES[peft_type].layers
     sides = {name: list(kernel) for name, kernel in kernels.items()}
     bad = {"any": lambda k: False, "linear": bool, "linear or 1x1": lambda k: any(side != 1 for side in k)}[allowed]

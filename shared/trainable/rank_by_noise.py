@@ -1,4 +1,4 @@
-"""A LoRA whose rank falls with the noise (T-LoRA, https://arxiv.org/abs/2507.05964)."""
+"""A LoRA whose rank falls as the noise grows (T-LoRA, https://arxiv.org/abs/2507.05964)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 
-_T = 1000  # of the model's training time
+_T = 1000  # number of timesteps in the model's training schedule
 
 
 def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
-    """r(t) = floor((r - r_min) (T - t) / T) + r_min: how many of `rank` directions act at the times t [B]; whole numbers."""
+    """r(t) = floor((r - r_min) (T - t) / T) + r_min: how many of `rank` directions act at times t [B]; int64."""
     return ((rank - min_rank) * (_T - t.double()) / _T).floor().long() + min_rank
 
 
 class RankByNoise:
-    """What stands behind a LoRA's first matrix: of its output only the first r(t) values are passed on.
+    """Hook on a LoRA's first matrix: passes on only the first r(t) values of its output.
 
-    Each picture of a batch has its own time, that of the prediction under way; a layer whose batch is a multiple of the
-    pictures (frames, places) repeats it. No parameters, and nothing in repr or state.
+    Each picture of a batch has its own time, that of the current prediction; in layers with several rows per picture
+    (frames, positions) it is repeated. It adds no parameters, and nothing to repr or state.
     """
 
     def __init__(self, backbone: Backbone, min_rank: int) -> None:
@@ -30,11 +30,11 @@ class RankByNoise:
     def __call__(self, module: Any, _args: Any, out: Tensor) -> Tensor:
         """[B * n, …, r] of a linear layer, [B * n, r, …] of a convolution -> the same shape."""
         t = self.backbone.prediction_time
-        assert t is not None, "a rank that falls with the noise is known within backbone.predict alone"
+        assert t is not None, "a rank that falls with the noise is only known inside backbone.predict"
         linear = isinstance(module, nn.Linear)
         rank = out.shape[-1] if linear else out.shape[1]
         acting = torch.arange(rank, device=out.device) < rank_at(t, rank, self.min_rank).to(out.device)[:, None]
-        assert len(out) % len(acting) == 0, f"{len(out)} rows are no multiple of {len(acting)} pictures"
+        assert len(out) % len(acting) == 0, f"{len(out)} rows are not a multiple of {len(acting)} pictures"
         acting = acting.repeat_interleave(len(out) // len(acting), 0).to(out.dtype)
         shape = [len(out), *[1] * (out.ndim - 2), rank] if linear else [len(out), rank, *[1] * (out.ndim - 2)]
         return out * acting.view(shape)

@@ -1,4 +1,4 @@
-"""What acts on one parameter: its original values, saved changes on top of them, and values that are in training."""
+"""What acts on one parameter: its original values, saved changes on top of them, and values in training."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _ATTRIBUTE = "_delta_stack"
 
 
 class Owner(Protocol):
-    """An adapter that changes parameters. Sums run in the order of `number`, so that what was off comes back exactly."""
+    """An adapter that changes parameters. Sums run in order of `number`, so that switching off and on is exact."""
 
     number: int
 
 
 class Stack:
-    """W = W_0 + sum of strength * delta. It lives on the parameter for as long as anything changes it.
+    """W = W_0 + sum of strength * delta. It lives on the parameter as long as anything changes it.
 
-    The parameter object stays; the tensor that it shows is exchanged, so the original bytes come back as they were, and a
-    graph that was built on one tensor keeps that one.
+    The parameter object stays and only its tensor is swapped, so the original bytes come back unchanged, and a graph built on
+    one tensor keeps it.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.original = parameter.data
-        self.parts: dict[Any, tuple[Tensor, float]] = {}  # saved changes that act now: owner -> delta, strength
+        self.parts: dict[Any, tuple[Tensor, float]] = {}  # active saved changes: owner -> delta, strength
         self.training: Training | None = None
 
     def put(self, owner: Owner, delta: Tensor, strength: float) -> None:
-        """Let a saved change act with this strength (0: not any more), beside the others that do."""
+        """Sets a saved change's strength (0 removes it), in addition to the others."""
         self.parts.pop(owner, None)
         if strength:
             self.parts[owner] = (delta, strength)
@@ -45,7 +45,7 @@ class Stack:
 
     @torch.no_grad()
     def show(self) -> None:
-        """The parameter becomes what the changes and strengths now make of it."""
+        """Updates the parameter to the current changes and strengths."""
         training = self.training
         if training is not None:
             training.leave()
@@ -62,36 +62,36 @@ class Stack:
 
 
 class Training:
-    """Values of one parameter that are in training: fp32, what the optimizer changes, W_0 + other changes + delta.
+    """Values of one parameter in training: fp32, updated by the optimizer, W_0 + other changes + delta.
 
-    They are the only copy beside the original: delta is their difference, and `settle` keeps them where the sum of the
-    original and that difference falls, so that what is saved is what was trained, bit for bit. They are shown at strength
-    1 on top of the changes they were trained on; in any other state the parameter shows a sum and has no gradient.
+    They are the only copy besides the original: delta is their difference, and `settle` rounds them to the sum of the
+    original and that difference, so that what is saved equals what was trained, bit for bit. The parameter holds them at
+    strength 1 on top of the changes they were trained on; in any other state it holds a sum and has no gradient.
     (`settle` is idempotent in fp32: measured over all exponents that weights have.)
     """
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
         self.stack, self.owner, self.strength, self.full_precision = stack, owner, 0.0, True
-        self.reference = dict(stack.parts)  # equal to the stack's parts while nobody else changes anything
+        self.reference = dict(stack.parts)  # equal to the stack's parts while no other adapter changes
         self.values = stack.below(self.reference).clone()
         self._shown, self._settled = False, -1
         self._wants_grad = stack.parameter.requires_grad
 
     def delta(self) -> Tensor:
-        """fp32, on the parameter's device."""
+        """The change in training, fp32, on the parameter's device."""
         self.settle()
         return self.current() - self.stack.below(self.reference)
 
     def current(self) -> Tensor:
-        """The values in training; on the parameter's device."""
+        """The values in training, on the parameter's device."""
         if self._shown and self.stack.parameter.dtype == torch.float32:
-            return self.stack.parameter.data  # also when the network was moved meanwhile
+            return self.stack.parameter.data  # even if the network was moved meanwhile
         return self.values.to(self.stack.parameter.device)
 
     @torch.no_grad()
     def settle(self, again: bool = True) -> None:
-        """Round to what an fp32 difference from the original can say. Doing it again changes nothing; without `again` it is
-        done only when the parameter was written to since."""
+        """Rounds to what an fp32 difference from the original can represent. Repeating it changes nothing; without `again` it
+        runs only if the parameter has been written to since."""
         version = self.stack.parameter._version
         if version == self._settled and not again:
             return
@@ -107,17 +107,17 @@ class Training:
         values = self.current()
         values.copy_(below + delta.to(below.device))
         self.values = values
-        torch.clear_autocast_cache()  # it keeps casts of weights that require a gradient
+        torch.clear_autocast_cache()  # it caches casts of weights that require a gradient
         self.stack.show()
 
     def enter(self) -> None:
-        """Show the values themselves; rounded to the network's own precision when they are not being trained."""
+        """Puts the values on the parameter, rounded to the network's own precision when they are not being trained."""
         self.values, self._shown = self.values.to(self.stack.parameter.device), True
         self._expose()
         self.stack.parameter.requires_grad_(self._wants_grad)
 
     def train(self, mode: bool) -> None:
-        """Full precision while they are trained, under autocast; else the network's own, which needs none."""
+        """Switches to fp32 for training (under autocast), or to the network's own precision (without it)."""
         if mode != self.full_precision:
             self.settle()
             self.values, self.full_precision = self.current(), mode
@@ -128,9 +128,9 @@ class Training:
         self.stack.parameter.data = self.values if self.full_precision else self.values.to(self.stack.original.dtype)
 
     def leave(self) -> None:
-        """Take the values off the parameter, which then learns nothing: a sum of changes is no leaf.
+        """Takes the values off the parameter and stops its gradient, because a sum of changes is not a leaf tensor.
 
-        Nor does autocast, which keeps casts of weights that require a gradient, then use its cast of the values.
+        This also stops autocast, which caches casts of weights that require a gradient, from using its cast of the values.
         """
         if self._shown:
             self.values = self.current()
@@ -146,7 +146,7 @@ def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]
 
 
 def stack_of(parameter: nn.Parameter) -> Stack:
-    """The parameter's stack; a new one where nothing changes it yet."""
+    """The parameter's stack; a new one if nothing changes it yet."""
     stack: Stack | None = getattr(parameter, _ATTRIBUTE, None)
     if stack is None:
         stack = Stack(parameter)

@@ -1,4 +1,4 @@
-"""Training the vectors of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
+"""Trains the vectors of learnable tokens (Textual Inversion, https://arxiv.org/abs/2208.01618)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
-    """Train what the concept's modifier learns: its token vectors. Every row of the table stays what it was, bit for bit,
+    """Trains what the concept's modifier learns: its token vectors. Every row of the embedding table stays bit-identical,
     because the new vectors never enter the table."""
 
     taxonomy: ClassVar[str] = "token embeddings"
@@ -20,9 +20,9 @@ class Tokens(TrainablePart):
     weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """`name` is ignored: the tokens of every attached concept that has some which are not loaded are trained.
+        """Trains the tokens of every attached concept that is not frozen (loaded); `name` is ignored.
 
-        Raises ValueError when no concept in training has anything to learn in its name.
+        Raises ValueError when no concept in training has learnable tokens.
         """
         parameters = [
             p

@@ -1,5 +1,5 @@
-"""Existing weights trained for real: full fine-tuning (DreamBooth, https://arxiv.org/abs/2208.12242) and keys and values
-of cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
+"""Trains existing weights: full fine-tuning (DreamBooth, https://arxiv.org/abs/2208.12242), or the keys and values of
+cross-attention (Custom Diffusion, https://arxiv.org/abs/2212.04488)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared.trainable.stack import Training, stack_of
 
 
 class Weights(OnRoles):
-    """The weights (and biases) of `roles` themselves are trained, in fp32, and kept as differences from what they were.
+    """Trains the weights (and biases) of `roles` themselves, in fp32, and saves them as differences from the originals.
 
-    Memory: beside gradients and the optimizer's state one further copy, the original, in the precision and on the device
-    that the network was loaded with. While other strengths are on (the base's prediction of a penalty), nothing is
-    copied; at a strength between, one sum per weight is.
+    Memory: besides gradients and optimizer state, one more copy (the originals) in the precision and on the device the
+    network was loaded with. Switching it off (for a penalty's base prediction) copies nothing; a strength between 0 and 1
+    needs one sum per weight.
     """
 
     taxonomy: ClassVar[str] = "weights"
@@ -30,14 +30,14 @@ class Weights(OnRoles):
     lr: Rate = 5e-6
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Unfreeze the parameters of the roles' modules; the start is what they are.
+        """Unfreezes the parameters of the roles' modules; training starts from their current values.
 
-        Raises ValueError when a role is unknown or holds no parameters, and when another slot trains them already.
+        Raises ValueError when a role is unknown or has no parameters, and when another slot already trains them.
         """
         targets, ports = self.modules(backbone, slot)
         keys = weights_of(backbone, targets)
         if not keys:
-            raise ValueError(f"roles={list(self.roles)}: their modules hold no parameters to train")
+            raise ValueError(f"roles={list(self.roles)}: these modules have no parameters to train")
         adapter = TrainedWeights.inject_training(backbone, name, slot, keys)
         adapter.requires_grad_(True)
         return TrainableGroup(
@@ -51,7 +51,7 @@ class Weights(OnRoles):
 
 
 def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """`{component}.{path}` of the parameters that these modules (by component) hold themselves."""
+    """`{component}.{path}` of the parameters that these modules (by component) hold directly."""
     keys = []
     for component, paths in targets.items():
         for path in paths:
@@ -67,7 +67,7 @@ def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list
 class TrainedWeights(DeltaAdapter):
     """Weights in training as an adapter: its `parameters` are the network's own, its state is their change.
 
-    W = W_0 + strength * delta, with a gradient at strength 1; at 0 the original bytes are back.
+    W = W_0 + strength * delta, with a gradient at strength 1; strength 0 restores the original bytes.
     """
 
     def __init__(self, backbone: Backbone, name: str, slot: str, targets: Mapping[str, nn.Parameter]) -> None:
@@ -82,14 +82,14 @@ class TrainedWeights(DeltaAdapter):
 
     @classmethod
     def inject_training(cls, backbone: Backbone, name: str, slot: str, keys: list[str]) -> TrainedWeights:
-        """Register the weights that these keys name. ValueError when another slot of this concept trains one of them."""
+        """Registers the weights with these keys. ValueError when another slot of this concept trains one of them."""
         targets = {key: parameter for key in keys if (parameter := find_parameter(backbone, key)) is not None}
         assert len(targets) == len(keys)
         others = {id(o): o for p in targets.values() if (o := _trainer(p)) is not None}.values()
         for other in others:
             if other.name == name:
                 raise ValueError(
-                    f"trainable.{slot} and trainable.{other.slot} train the same weights: leave them to one"
+                    f"trainable.{slot} and trainable.{other.slot} train the same weights; give them to one of the two"
                 )
         for other in others:
             other.finish()
@@ -105,7 +105,7 @@ class TrainedWeights(DeltaAdapter):
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """In training the weights are fp32, whatever the network was loaded in; otherwise as they will be when loaded."""
+        """Uses fp32 weights in training, whatever precision the network has; otherwise the values a load would give."""
         for training in self.training.values():
             training.train(mode)
 
@@ -120,7 +120,7 @@ class TrainedWeights(DeltaAdapter):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """The changes, fp32, on the CPU; one weight at a time, so that no copy of them all is on the device."""
+        """The changes, fp32, on the CPU; computed one weight at a time, so that the device never holds a copy of them all."""
         if not self.training:
             return super().state_dict()
         return {key: t.delta().cpu().contiguous() for key, t in self.training.items()}
@@ -133,7 +133,7 @@ class TrainedWeights(DeltaAdapter):
             training.load(state[key])
 
     def finish(self) -> None:
-        """Training is over: from here on it is an ordinary change, on which another may be trained."""
+        """Ends training: from now on it is an ordinary saved change, and another can be trained on top of it."""
         strength, self.strength = self.strength, 0.0
         self.deltas = {k: nn.Parameter(t.delta(), requires_grad=False) for k, t in self.training.items()}
         self._leave()
@@ -155,7 +155,7 @@ class TrainedWeights(DeltaAdapter):
         self.training, self._hooks = {}, []
 
     def _settle(self, _module: nn.Module, _args: Any) -> None:
-        for training in self.training.values():  # some optimizers write without a trace: when training, look each time
+        for training in self.training.values():  # some optimizers bypass the version counter
             training.settle(again=torch.is_grad_enabled())
 
 

@@ -65,5 +65,5 @@ def test_a_set_called_like_a_loaded_concept_is_refused(tiny, photos, tmp_path):
     """It would be trained on, and taken off when the run is over."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)
-    with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept is called so"):
+    with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept has this name"):
         two_sets(backbone, photos, tmp_path / "run")

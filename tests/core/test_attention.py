@@ -138,7 +138,7 @@ def test_maps_are_the_softmax_of_what_the_layer_computed(sd: StableDiffusionBack
     assert (apart[site.name] - expected).abs().max() < 1e-6
     assert (mean[site.name] - expected.mean(1)).abs().max() < 1e-6
     assert list(mean) == [site.name] and "other" not in mean
-    with pytest.raises(KeyError, match="not a site that is watched"):
+    with pytest.raises(KeyError, match="this site is not watched"):
         mean["other"]
 
 
@@ -160,7 +160,7 @@ def test_self_attention_has_no_text_map(sd: StableDiffusionBackbone) -> None:
         if kinds[name] == "cross":
             assert record.text_map(name, 32) is record[name]
         else:
-            with pytest.raises(ValueError, match="does not look at text"):
+            with pytest.raises(ValueError, match="does not attend to text"):
                 record.text_map(name, 32)
 
 
@@ -197,7 +197,7 @@ def test_the_first_prediction_can_be_kept(backbone: Any) -> None:
         assert all(first[n] is maps[n] and not torch.equal(last[n], maps[n]) for n in maps)
     with torch.no_grad(), backbone.attending(Watch()) as other:
         assert len(other) == 0
-        with pytest.raises(KeyError, match="nothing was predicted yet"):
+        with pytest.raises(KeyError, match="nothing has been predicted yet"):
             other[backbone.sites()[0].name]
 
 
@@ -325,7 +325,7 @@ def test_a_watch_that_matches_nothing_is_an_error(sd: StableDiffusionBackbone) -
     for where in (Where(scales=frozenset({16})), Watch(kinds=frozenset({"joint"}))):
         edit: Any = where if isinstance(where, Watch) else At(nothing, where)
         condition = "scale 16" if edit is not where else "kind joint"
-        refused = f"no attention layer is of {condition}. There are: cross at scale 1, cross at scale 2"
+        refused = f"no attention layer matches {condition}. Available: cross at scale 1, cross at scale 2"
         with pytest.raises(ValueError, match=refused), sd.attending(edit):
             pass
 

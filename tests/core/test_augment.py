@@ -47,7 +47,7 @@ def test_the_slots_read_kinds_from_keys() -> None:
         validate(Recipe, {"augment": {"flap": {}}})
     with pytest.raises(ValueError, match=r"augment.flip.p = 2"):
         validate(Recipe, {"augment": {"flip": {"p": 2}}})
-    with pytest.raises(ValueError, match=r"scale must be two factors from 0.05 to 8, the smaller first, not 1.4, 0.4"):
+    with pytest.raises(ValueError, match=r"scale must be two factors from 0.05 to 8, smaller first, not 1.4, 0.4"):
         validate(Recipe, {"augment": {"random_resize": {"scale": [1.4, 0.4]}}})
 
 
@@ -191,7 +191,7 @@ def test_masks_are_deterministic_and_leave_the_rest_alone(part: MaskPart) -> Non
 
 
 def test_given_can_require_and_sharpen() -> None:
-    with pytest.raises(ValueError, match=r"a\.png has no mask, and this recipe requires one: put it in masks/"):
+    with pytest.raises(ValueError, match=r"a\.png has no mask, but this recipe requires one: put it in masks/"):
         Given(require=True)(example(mask=None))
     prior = example(mask=None, role="prior")
     assert Given(require=True)(prior) is prior

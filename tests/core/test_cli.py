@@ -174,7 +174,7 @@ def test_every_count_of_a_recipe_has_a_bound(setting):
 def test_a_recipe_of_megabytes_or_of_a_thousand_brackets_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("title: " + 1_100_000 * "x")
-    with pytest.raises(ValueError, match=r"mine\.yaml is 1,100,007 bytes, and at most 1,000,000 are read"):
+    with pytest.raises(ValueError, match=r"mine\.yaml has 1,100,007 bytes, and the limit is 1,000,000"):
         load(str(path), [])
     path.write_text("title: " + 1000 * "[")
     with pytest.raises(ValueError, match=r"mine\.yaml is not readable YAML: it is nested too deeply"):

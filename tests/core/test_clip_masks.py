@@ -150,5 +150,5 @@ def test_what_stands_still_keeps_its_mask() -> None:
 
 
 def test_a_mask_of_another_size_is_not_followed() -> None:
-    with pytest.raises(ValueError, match="cannot be followed"):
+    with pytest.raises(ValueError, match="cannot be tracked"):
         Track().follow(torch.zeros(3, 4, 32, 32), torch.zeros(1, 16, 16))

@@ -335,11 +335,11 @@ def _without(concept: Concept, drop: Callable[[str], bool]) -> Concept:
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {"text_encoder": torch.zeros(2, 99)}}),
-            r"embeddings of text_encoder are \[2, 99\], this model needs \[2, 16\]",
+            r"embeddings of text_encoder are \[2, 99\], but this model needs \[2, 16\]",
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "embeddings": {}}),
-            "embeddings are for none, this model's are text_encoder",
+            "embeddings are for none, but this model needs text_encoder",
         ),
         (
             lambda c: Concept(c.meta, {**c.tensors, "weights": {"w.unet.nowhere.weight": torch.ones(1)}}),

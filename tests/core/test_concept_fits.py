@@ -153,7 +153,7 @@ def test_a_package_adds_a_family(
     make_tiny_sd().save_pretrained(tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"'))
-    with pytest.raises(ValueError, match="holds a StableDiffusionImg2ImgPipeline, and no family here covers that"):
+    with pytest.raises(ValueError, match="contains a StableDiffusionImg2ImgPipeline, which no family here supports"):
         load_backbone(tmp_path / "model")
     package = tmp_path / "site"
     (package / "a_family-1.dist-info").mkdir(parents=True)
@@ -176,5 +176,5 @@ def test_a_family_can_be_registered_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("shared.backbones.load.FAMILIES", dict(FAMILIES))
     register_family("TextToVideoSDPipeline", lambda pipe, name: ClipBackbone(pipe, name))
     assert "TextToVideoSDPipeline" in families()
-    with pytest.raises(ValueError, match="TextToVideoSDPipeline has a family already"):
+    with pytest.raises(ValueError, match="TextToVideoSDPipeline already has a family"):
         register_family("TextToVideoSDPipeline", lambda pipe, name: ClipBackbone(pipe, name))

@@ -196,10 +196,10 @@ def test_a_file_holds_one_mapping(tmp_path):
         ("a: [1\nb: 2", "line 2"),
         ("a: 1\n\tb: 2", "line 2"),
         (b"a: \xff\xfe", "not readable YAML"),
-        ("- a\n- b", "mapping of keys, and holds list"),
-        ("word", "holds str"),
-        ("a: 1\na: 2", "'a' is there twice"),
-        ("train: {steps: 1, steps: 2}", "'steps' is there twice"),
+        ("- a\n- b", "mapping of keys, not a list"),
+        ("word", "not a str"),
+        ("a: 1\na: 2", "duplicate key 'a'"),
+        ("train: {steps: 1, steps: 2}", "duplicate key 'steps'"),
         ("a: 1\n---\nb: 2", "line 2"),
         ("a: &x {b: 1}\nc: *x", "line 2"),
         ("a: &x [*x]", "line 1"),
@@ -262,8 +262,8 @@ def test_all_problems_are_told_at_once_each_on_its_line():
 
 
 def test_unknown_lists_the_choices_sorted():
-    assert unknown("zzz", ["b", "a"]) == "unknown key 'zzz'. There are: a, b."
-    assert unknown("x", [], "recipe") == "unknown recipe 'x'. There are: none."
+    assert unknown("zzz", ["b", "a"]) == "unknown key 'zzz'. Available: a, b."
+    assert unknown("x", [], "recipe") == "unknown recipe 'x'. Available: none."
 
 
 def test_parts_are_frozen():

@@ -31,14 +31,14 @@ def test_what_only_clip_cuts_is_said_aloud(flux: FluxBackbone, caplog: pytest.Lo
         flux.check_prompt(LONG)
         flux.encode([LONG])
     assert [r.getMessage() for r in caplog.records] == [
-        "prompt cut at 32 tokens of text_encoder: 'the beach a photo of a mug on the beach' is not read"
+        "prompt truncated to 32 tokens for text_encoder: 'the beach a photo of a mug on the beach' is ignored"
     ], "once"
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         flux.encode([LONG * 2])
     assert [r.getMessage().split(": ")[0] for r in caplog.records] == [
-        "prompt cut at 48 tokens of text_encoder_2",
-        "prompt cut at 32 tokens of text_encoder",
+        "prompt truncated to 48 tokens for text_encoder_2",
+        "prompt truncated to 32 tokens for text_encoder",
     ]
 
 

@@ -142,9 +142,9 @@ def test_a_base_belongs_in_a_file(user_recipe: UserRecipe) -> None:
 
 
 def test_the_command_line_names_phases_that_there_are(user_recipe: UserRecipe) -> None:
-    with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase 'tokens'.*There are: pivot, tune\."):
+    with pytest.raises(ValueError, match=r"phases\.tokens: unknown phase 'tokens'.*Available: pivot, tune\."):
         load("pivotal_tuning", ["phases.tokens.train.steps=5"])
-    with pytest.raises(ValueError, match=r"phases\.tune: unknown phase 'tune'.*There are: none\."):
+    with pytest.raises(ValueError, match=r"phases\.tune: unknown phase 'tune'.*Available: none\."):
         load("textual_inversion", ["phases.tune.train.steps=5"])
     with pytest.raises(ValueError, match=r"phases\.tun: .*Did you mean 'tune'"):
         user_recipe({"mine.yaml": "base: pivotal_tuning"}, "phases.tun.train.steps=5")

@@ -108,7 +108,7 @@ def test_what_gives_no_noise_is_refused(tiny_sd: Any, tmp_path: Path) -> None:
     photo = paint(tmp_path / "photos") / "0.png"
     for prior, message in [
         (NoisePrior(path=tmp_path / "gone.png"), "gone.png does not exist"),
-        (NoisePrior(path=tmp_path / "photos"), "photos is a clip, and a picture is made"),
+        (NoisePrior(path=tmp_path / "photos"), "photos is a clip, but a picture is generated"),
         (NoisePrior(path=photo, prompt="a <mug>"), "the prompt names <mug>, which is not loaded"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -38,7 +38,11 @@ def test_blocks_are_counted_in_the_order_of_the_forward_pass() -> None:
 
 def test_ranges_are_read_and_wrong_ones_refused() -> None:
     assert parse_ranges("0-2,7") == (0, 1, 2, 7)
-    for text, message in (("9-4", "the range 9-4 runs backwards"), ("-4", "names no blocks"), ("a", "names no blocks")):
+    for text, message in (
+        ("9-4", "the range 9-4 runs backwards"),
+        ("-4", "is not a list of blocks"),
+        ("a", "is not a list of blocks"),
+    ):
         with pytest.raises(ValueError, match=message):
             validate(Lora, {"blocks": text})
 
@@ -68,10 +72,16 @@ def test_blocks_and_projections_meet(backbone: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"roles": ("feed_forward",), "projections": ("q",)}, r"projections=\['q'\] leaves nothing of the role 'feed_"),
-        ({"blocks": "0-99"}, r"trainable\.lora\.blocks = '0-99': there is no block 99; unet has \d+, counted from 0"),
+        (
+            {"roles": ("feed_forward",), "projections": ("q",)},
+            r"projections=\['q'\] selects no layers of the role 'feed_",
+        ),
+        ({"blocks": "0-99"}, r"trainable\.lora\.blocks = '0-99': no block 99; unet has \d+, counted from 0"),
         ({"networks": ("unnet",)}, r"trainable\.lora\.networks: unknown network 'unnet'. Did you mean 'unet'"),
-        ({"networks": ("text_encoder",)}, r"networks=\['text_encoder'\] leaves nothing of the role 'cross_attention'"),
+        (
+            {"networks": ("text_encoder",)},
+            r"networks=\['text_encoder'\] selects no layers of the role 'cross_attention'",
+        ),
     ],
 )
 def test_a_choice_that_is_empty_is_refused(backbone: Any, settings: dict[str, Any], message: str) -> None:

@@ -80,8 +80,8 @@ def test_what_cannot_be_loaded_is_explained(tiny_sd: Any, tmp_path: Path) -> Non
     families = "FluxPipeline.*StableDiffusionPipeline"
     for source, message in [
         (tmp_path / "nowhere", f"no such file or folder.*{families}"),
-        (stray, f"no model_index.json, and holds notes.txt.*{families}"),
-        (foreign, f"holds a KandinskyPipeline.*{families}"),
+        (stray, f"no model_index.json. It contains: notes.txt.*{families}"),
+        (foreign, f"contains a KandinskyPipeline.*{families}"),
         (broken, "not readable JSON"),
         (tmp_path / "model.ckpt", "not a .safetensors file"),
         (tmp_path / "model.safetensors", "cannot load"),
@@ -135,5 +135,5 @@ def test_one_file_does_not_ask_the_network_either(hub: str, tmp_path: Path) -> N
     safetensors.torch.save_file(
         {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(4)}, tmp_path / "one.safetensors"
     )
-    with pytest.raises(ValueError, match=r"one\.safetensors.*With --download"):
+    with pytest.raises(ValueError, match=r"one\.safetensors.*Use --download"):
         load_backbone(tmp_path / "one.safetensors")

@@ -147,7 +147,7 @@ def test_the_scale_nearest_to_sixteen_is_watched(named: Any) -> None:
             at = {s.scale for s in record.sites.values()}
             assert at == {min((s.scale for s in named.sites()), key=lambda x: abs(size / x - 16))}, (size, scale)
     other, two = Localisation(scales=(3,)).provides[0], Localisation(scales=(1, 2)).provides[0]
-    with pytest.raises(ValueError, match="scale 3.*There are: cross at scale 1"), other.around(named, batch_of()):
+    with pytest.raises(ValueError, match="scale 3.*Available: cross at scale 1"), other.around(named, batch_of()):
         pass
     with two.around(named, batch_of()) as record:
         assert record.sites.keys() == {s.name for s in named.sites() if s.kind == "cross" and s.scale in (1, 2)}

@@ -48,7 +48,7 @@ def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
     assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
     placeholder.load_state_dict({})
-    with pytest.raises(ValueError, match="learns nothing, but 1 tensors"):
+    with pytest.raises(ValueError, match="has no learned words, but 1 tensors"):
         placeholder.load_state_dict({"text_encoder": torch.zeros(1, 16)})
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
 
@@ -57,7 +57,7 @@ def test_a_token_of_several_pieces_is_accepted_with_one_warning_that_names_them(
     with pytest.warns(UserWarning) as caught:
         placeholder = RareToken(token="qzw").attach(sd, "mug", "mug")
     assert [str(w.message).split(":")[0] for w in caught] == [
-        "modifier.token='qzw' is not one token here (text_encoder"
+        "modifier.token='qzw' is not a single token here (text_encoder"
     ]
     assert "'q' + 'z' + 'w'" in str(caught[0].message)
     assert placeholder.words == "qzw mug" and int(sd.encode([expanded(sd)]).token_positions["mug"].sum()) == 4
@@ -159,16 +159,16 @@ def test_the_spread_of_a_random_start_is_not_that_of_one_word(sd):
 
 
 def test_no_word_to_start_from_is_an_error(sd):
-    with pytest.raises(ValueError, match=r"give subject\.class_noun or modifier\.init"):
+    with pytest.raises(ValueError, match=r"set subject\.class_noun or modifier\.init"):
         LearnableToken().attach(sd, "a", "")
     assert not sd.placeholders
 
 
 def test_a_name_that_is_taken_is_an_error_and_changes_nothing(sd):
     LearnableToken().attach(sd, "a", "mug")
-    with pytest.raises(ValueError, match="'a' is already named here"):
+    with pytest.raises(ValueError, match="'a' is already attached"):
         LearnableToken().attach(sd, "a", "mug")
-    with pytest.raises(ValueError, match="'a' is already named here"):
+    with pytest.raises(ValueError, match="'a' is already attached"):
         RareToken().attach(sd, "a", "mug")
     assert list(sd.placeholders) == ["a"] and sd.tokens.tokens == ("<a>",)
 
@@ -196,9 +196,9 @@ def test_the_state_goes_round(sd):
     two = LearnableToken(vectors=2, init="<rand>").attach(sd, "b", "", seed=2)
     two.load_state_dict(one.state_dict())
     assert torch.equal(two.state_dict()["text_encoder"], one.state_dict()["text_encoder"])
-    with pytest.raises(ValueError, match=r"are \[1, 16\], this model needs \[2, 16\]"):
+    with pytest.raises(ValueError, match=r"are \[1, 16\], but this model needs \[2, 16\]"):
         two.load_state_dict({"text_encoder": torch.zeros(1, 16)})
-    with pytest.raises(ValueError, match="this model.s are text_encoder"):
+    with pytest.raises(ValueError, match="but this model needs text_encoder"):
         two.load_state_dict({"text_encoder_2": torch.zeros(2, 16)})
 
 

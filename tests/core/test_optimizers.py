@@ -120,7 +120,7 @@ def test_settings_are_read_by_group_and_wrong_ones_are_refused():
     assert train.optimizers == {"main": AdamW(eps=1e-6), "words": Prodigy(d_coef=2)}
     with pytest.raises(ValueError, match=r"optimizers\.main.*unknown kind 'adam'.*adamw"):
         validate(Train, {"optimizers": {"main": {"kind": "adam"}}})
-    with pytest.raises(ValueError, match="lbfgs has one rate"):
+    with pytest.raises(ValueError, match="lbfgs uses one rate"):
         weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
         groups = [TrainableGroup(str(i), [w], lr=0.1 * (i + 1)) for i, w in enumerate(weights)]
         Optimizers({"main": groups}, {"main": Lbfgs()}, Accelerator(cpu=True))

@@ -99,7 +99,7 @@ def test_how_a_field_is_unset() -> None:
     )  # type: ignore[union-attr]
     assert one("output=null").output == Path("null") and one("sampling.scheduler=null").sampling.scheduler is None
     assert one("subject.class_noun=null").subject.class_noun == "null"  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"subject\.images = '': must name a file or folder"):
+    with pytest.raises(ValueError, match=r"subject\.images = '': must be the path of a file or folder"):
         one("subject.images=")
 
 

@@ -53,7 +53,7 @@ def test_one_mask_of_several_is_enough_for_a_penalty_and_not_where_each_is_requi
     asked = ("train.batch_size=1", "train.steps=3", "trainable.tokens.lr=0.1")
     finish(session(tiny(), small("textual_inversion", LOCALISATION, *asked), folder, tmp_path / "run"))
     required = ("masks.given.require=true",)
-    refused("textual_inversion", required, tiny, folder, tmp_path / "no", "1.png has no mask, and this recipe requires")
+    refused("textual_inversion", required, tiny, folder, tmp_path / "no", "1.png has no mask, but this recipe requires")
 
 
 def test_a_folder_of_pictures(tiny, photos, tmp_path):
@@ -66,13 +66,13 @@ def test_a_folder_of_pictures(tiny, photos, tmp_path):
 def test_class_pictures_of_a_subject_without_a_class_noun(tiny, photos, tmp_path):
     subjects = {"mug": read_subject(photos)}
     recipe = small("dreambooth_lora", "modifier.kind=plain_text", "modifier.words=sks")
-    with pytest.raises(ValueError, match=r"sources\.class_pictures: class pictures need .*'mug' has no"):
+    with pytest.raises(ValueError, match=r"sources\.class_pictures: class pictures use .*'mug' has no"):
         session(tiny(), recipe, photos, tmp_path / "run", subjects=subjects)
 
 
 def test_pictures_of_a_phase_that_does_not_come_before(tiny, photos, tmp_path):
     settings = ("phases.tune.sources.made.kind=phase_pictures", "phases.tune.sources.made.phase=tune")
-    refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* There are: pivot")
+    refused("pivotal_tuning", settings, tiny, photos, tmp_path, r"sources\.made: .*'tune'.* Available: pivot")
 
 
 def test_a_picture_of_two_subjects_needs_a_mask_from_each(tiny, photos, bare, tmp_path):
@@ -80,5 +80,5 @@ def test_a_picture_of_two_subjects_needs_a_mask_from_each(tiny, photos, bare, tm
     masked = read_subject(scene, "mug", masks={scene: photos / "masks" / "0.png"})
     subjects = {"mug": masked, "rex": read_subject(scene, "dog")}
     recipe = small("textual_inversion", "sources.references=null", "sources.scene.kind=scene")
-    with pytest.raises(ValueError, match=r"sources\.scene: .*0.png shows mug, rex, and 'rex' has no mask"):
+    with pytest.raises(ValueError, match=r"sources\.scene: .*0.png shows mug, rex, but 'rex' has no mask"):
         session(tiny(), recipe, bare, tmp_path / "run", subjects=subjects)

@@ -107,7 +107,7 @@ def test_an_update_that_spoils_the_parameters_is_not_saved(tmp_path: Path) -> No
                     self.network[1].weight.fill_(math.inf)  # type: ignore[operator]
 
     train(LayerTask(), tmp_path, 8, pause_at=2)
-    with pytest.raises(NotFinite, match="the update of step 4 left values that are not finite"):
+    with pytest.raises(NotFinite, match="the update of step 4 left parameters that are not finite"):
         train(Spoiled(), tmp_path, 8, pause_at=4)
     state = checkpoint.load(tmp_path)
     assert state is not None and state.step == 2
@@ -115,7 +115,7 @@ def test_an_update_that_spoils_the_parameters_is_not_saved(tmp_path: Path) -> No
 
 def test_a_log_that_pcs_did_not_write_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="holds what pcs did not write"):
+    with pytest.raises(ValueError, match="holds files that pcs did not write"):
         train(LayerTask(bad=range(9)), tmp_path, 2)
 
 

@@ -48,13 +48,13 @@ def test_a_name_becomes_its_words_and_one_without_words_nothing():
         ),
         ("a <lyco:cat> mug", "load it with --concept cat.concept (or --lora FILE), and write <cat> for it"),
         ("a (<my-mug>:1.4)", "words have no weights here; a concept has a strength, --concept PATH:0.8"),
-        ("a [mug:dog:0.5]", "words do not change while a picture is made"),
-        ("a [mug|dog]", "words do not change while a picture is made"),
-        ("a {red|blue} mug", "write the prompts out"),
+        ("a [mug:dog:0.5]", "words cannot change between steps"),
+        ("a [mug|dog]", "words cannot change between steps"),
+        ("a {red|blue} mug", "write out each prompt"),
         ("embedding:My-Mug on a beach", "write <my-mug>"),
         (
             "a <My Mug>",
-            "is no concept's name, and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
+            "is not a concept's name and is read as plain words: write <my-mug> (loaded concepts: <my-mug>",
         ),
     ],
 )
@@ -86,7 +86,9 @@ def test_the_base_model_is_asked_for_the_class():
 def test_a_loaded_subject_must_be_named_and_a_style_need_not():
     kinds = {"my-mug": "subject", "me": "identity", "ink": "style", "spin": "motion"}
     check_named("<me> with <my-mug>", kinds)
-    with pytest.raises(ValueError, match="'my-mug' is loaded but the prompt 'a <me>' does not name it: write <my-mug>"):
+    with pytest.raises(
+        ValueError, match="'my-mug' is loaded, but the prompt 'a <me>' does not name it: write <my-mug>"
+    ):
         check_named("a <me>", kinds)
     with pytest.raises(ValueError, match="'me' is loaded"):
         check_named("a <my-mug>", kinds)

@@ -165,7 +165,7 @@ def test_a_file_s_least_rank_is_checked(new_sd: Callable[..., Any], tmp_path: Pa
 
 
 def test_what_cannot_be_is_said(sd: Any) -> None:
-    with pytest.raises(ValueError, match="min_rank = 9 must not be above rank = 8"):
+    with pytest.raises(ValueError, match="min_rank = 9 must not exceed rank = 8"):
         validate(Lora, {"rank": 8, "min_rank": 9})
     with pytest.raises(ValueError, match="min_rank: DoRA's magnitude"):
         validate(Lora, {"min_rank": 2, "dora": True})

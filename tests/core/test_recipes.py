@@ -361,7 +361,7 @@ def test_a_wrong_key_inside_a_phase_is_found_at_load(user_recipe):
 
 @pytest.mark.parametrize("key", ["modifier: {kind: plain_text}", "backbone: x", "phases: {}", "name: x"])
 def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(user_recipe, key):
-    with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": this is the same in all phases"):
+    with pytest.raises(ValueError, match=r"phases\.a\." + key.split(":")[0] + ": all phases share this setting"):
         user_recipe(f"phases: {{a: {{{key}}}}}")
 
 

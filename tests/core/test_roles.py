@@ -40,7 +40,7 @@ def test_roles_of_stable_diffusion(sd: StableDiffusionBackbone) -> None:
     assert size["cross_attention.kv"] == 2 * blocks == size["feed_forward"] == size["proj"]
     assert size["text_encoder"] == 8 and size["text_encoder.mlp"] == 4
     assert all(".attn2.to_" in n for g in sd.group("cross_attention") for n in g.modules)
-    with pytest.raises(ValueError, match=r"unknown role 'cross_atention'. Did you mean 'cross_attention'.*There are"):
+    with pytest.raises(ValueError, match=r"unknown role 'cross_atention'. Did you mean 'cross_attention'.*Available"):
         sd.group("cross_atention")
 
 
@@ -54,7 +54,7 @@ def test_roles_of_flux_are_ports_or_errors(flux: FluxBackbone) -> None:
     assert set(flux.group("attention")[0].modules) == attention
     with pytest.raises(
         ValueError,
-        match=r"flux: unknown role 'conv'.*There are: attention, cross_attention",
+        match=r"flux: unknown role 'conv'.*Available: attention, cross_attention",
     ):
         flux.group("conv")
 
@@ -153,7 +153,7 @@ def test_no_layer_has_two_roles_and_those_without_are_known(kind: str, request: 
 
 
 def test_a_model_without_motion_modules_lists_the_roles_that_it_has(sd: StableDiffusionBackbone) -> None:
-    with pytest.raises(ValueError, match="'temporal_attention' matches no layer of this unet. There are: ") as error:
+    with pytest.raises(ValueError, match="'temporal_attention' matches no layer of this unet. Available: ") as error:
         sd.group("temporal_attention")
     assert "cross_attention.kv" in str(error.value) and str(error.value).count("temporal_attention") == 1
 

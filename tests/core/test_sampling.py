@@ -156,7 +156,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
         return lambda: sample(sd, options.pop("prompts", PROMPTS), **{"seeds": SEEDS, "steps": 2, **options})
 
     for call, message in [
-        (ask(scheduler="dmp++"), r"unknown scheduler 'dmp\+\+'. Did you mean 'dpm\+\+'\? There are: ddim"),
+        (ask(scheduler="dmp++"), r"unknown scheduler 'dmp\+\+'. Did you mean 'dpm\+\+'\? Available: ddim"),
         (ask(scheduler="flow_euler"), "unknown scheduler 'flow_euler'"),
         (ask(prompts=["a mug " * 40]), "would cut"),
         (ask(negative="a mug " * 40), "would cut"),
@@ -166,14 +166,14 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
         (ask(steps=0), "at least one step"),
         (ask(guidance=float("nan")), "guidance = nan: give a number"),
         (ask(height=30), "multiples of 4"),
-        (ask(guidance=1.0, negative="bad"), "reads no negative prompt at guidance=1.0"),
+        (ask(guidance=1.0, negative="bad"), "uses no negative prompt at guidance=1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
     flux = FluxBackbone(tiny_flux)
-    with pytest.raises(ValueError, match="flux reads no negative prompt"):
+    with pytest.raises(ValueError, match="flux uses no negative prompt"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, negative="bad", height=32, width=32)
-    with pytest.raises(ValueError, match="There are: flow_euler, flow_euler_sde"):
+    with pytest.raises(ValueError, match="Available: flow_euler, flow_euler_sde"):
         sample(flux, PROMPTS, seeds=SEEDS, steps=2, scheduler="ddim", height=32, width=32)
     assert "dpm++" in scheduler_names(sd) and set(scheduler_names(flux)) == set(FLOW)
 
@@ -255,7 +255,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
     for a, b in [(late, on), (late, off), (ramp, on), (ramp, off), (ramp, late)]:
         assert (a - b).abs().max() > TOLERANCE / 10
     assert sd.strengths == {"mug": 1.0, "style": 1.0}
-    with pytest.raises(ValueError, match=r"'cup'.*There are: mug, style"):
+    with pytest.raises(ValueError, match=r"'cup'.*Loaded: mug, style"):
         sample(sd, PROMPTS, seeds=SEEDS, steps=2, hooks=[StrengthSchedule(strengths={"cup": {0: 1}})])
 
 
@@ -273,7 +273,7 @@ def test_strengths_as_they_are_written() -> None:
     held = StrengthSchedule.parse("my-mug=0@0,1@0.2")
     assert held == StrengthSchedule(strengths={"my-mug": {0.0: 0.0, 0.2: 1.0}})
     for text in ("my-mug", "my-mug=", "my-mug=1", "my-mug=a@0", "my-mug=1@0@1", "my-mug=0@0,1@0"):
-        with pytest.raises(ValueError, match=r"is no strength by step; write NAME=STRENGTH@FRACTION"):
+        with pytest.raises(ValueError, match=r"is not a strength by step; write NAME=STRENGTH@FRACTION"):
             StrengthSchedule.parse(text)
     for text in ("my-mug=1@2", "my-mug=nan@0"):
         with pytest.raises(ValueError, match="fractions of the steps") as refused:

@@ -110,7 +110,7 @@ def test_tokens_are_matched_exactly(sd: StableDiffusionBackbone) -> None:
 
 REFUSED = [
     (("mug</w>",), "already in the vocabulary"),
-    (("<a b>",), "blanks"),
+    (("<a b>",), "whitespace"),
     (("<x>", "<x>"), "twice"),
     (("<taken>",), "already"),
 ]
@@ -122,7 +122,7 @@ def test_tokens_that_cannot_be_added(sd: StableDiffusionBackbone, tokens: tuple[
     with pytest.raises(ValueError, match=message):
         sd.add_placeholder(FixedPlaceholder("new", tokens))
     assert "new" not in sd.placeholders
-    with pytest.raises(ValueError, match="already named"):
+    with pytest.raises(ValueError, match="already attached"):
         sd.add_placeholder(FixedPlaceholder("taken", ()))
 
 
@@ -136,7 +136,7 @@ def test_positions_of_plain_words(sd: StableDiffusionBackbone) -> None:
 
 def test_wrong_rows_are_refused(sd: StableDiffusionBackbone) -> None:
     sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s: torch.zeros(2, 16)))
-    with pytest.raises(ValueError, match=r"vectors for text_encoder must be \[1, 16\]"):
+    with pytest.raises(ValueError, match=r"text_encoder vectors must be \[1, 16\]"):
         sd.encode(["<x>"])
 
 
@@ -189,7 +189,7 @@ def test_words_are_found_whole_and_everywhere(family: str, request: pytest.Fixtu
     at = backbone.word_positions(prompts, END).int().argmax(1)
     assert at.tolist() == [int((row != tokenizer.pad_token_id).sum()) - (family == "flux") for row in ids]
     for nothing in ("", "  "):
-        with pytest.raises(ValueError, match="no words"):
+        with pytest.raises(ValueError, match="words must not be empty"):
             backbone.word_positions(prompts, nothing)
 
 

@@ -86,7 +86,7 @@ def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:
     for device in ("gpu", "tpu7", "cuda:99"):
         message = refused("train", "vae", "--work", tmp_path / "work", "--device", device)
-        assert f"--device '{device}' cannot be used here" in message and "There are: cpu" in message
+        assert f"--device '{device}' cannot be used here" in message and "Available: cpu" in message
 
 
 def test_the_list_names_things_faces_and_styles(toybox, refused) -> None:

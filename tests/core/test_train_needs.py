@@ -60,7 +60,7 @@ def test_a_declared_need_is_served(tiny, photos, tmp_path):
 def test_a_need_that_nothing_serves_is_said_when_the_task_is_built(tiny, photos, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"regularize\.mine needs 'attention_maps', and nothing here can give it\. There are: base_class.*example_loss",
+        match=r"regularize\.mine needs 'attention_maps', which nothing here provides\. Available: base_class.*example_loss",
     ):
         task(tiny(), photos, tmp_path, mine=Unserved())
 
@@ -94,7 +94,7 @@ def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a photo of a mug", r"'a photo of a mug' does not say \{concept\}"),
+        ("a photo of a mug", r"'a photo of a mug' has no \{concept\}"),
         ("a {concept} and a <dog>", r"names <dog>, which is not loaded"),
         ("a {concept}" + " and a mug" * 20, "too long"),
     ],

@@ -186,7 +186,7 @@ def test_class_pictures_follow_when_a_penalty_asks_for_them(sd):
     ]
     assert set(batch.captions[2:]) == {"a photo of a mug"} and all("sks" in c for c in batch.captions[:2])
     assert data(sd, both).batch(0, 0).role == ("instance", "instance")
-    with pytest.raises(ValueError, match="asks for class pictures, but its sources gave none"):
+    with pytest.raises(ValueError, match="needs class pictures, but its sources gave none"):
         data(sd, pictures(), **prior)
     with pytest.raises(ValueError, match="no pictures of the subject"):
         data(sd, pictures(2, "prior", caption="x"))

@@ -107,7 +107,7 @@ def test_choosing_without_a_scorer_is_refused_before_the_first_phase(tiny, photo
 
 def test_pictures_of_a_phase_that_is_not_there_are_an_error(tiny, photos, tmp_path):
     recipe = small("textual_inversion", "sources.made.kind=phase_pictures", "sources.made.phase=lok")
-    with pytest.raises(ValueError, match=r"unknown earlier phase that makes pictures 'lok'"):
+    with pytest.raises(ValueError, match=r"unknown earlier phase with pictures 'lok'"):
         finish(session(tiny(), recipe, photos, tmp_path / "run"))
 
 
@@ -118,7 +118,7 @@ def test_pictures_that_a_later_phase_left_are_not_learned_from(tiny, photos, tmp
     (_, first), _, (_, second) = run.phases
     reads = first.model_copy(update={"sources": second.sources})
     run.phases[0] = ("first", reads)
-    with pytest.raises(ValueError, match=r"unknown earlier phase that makes pictures 'look'"):
+    with pytest.raises(ValueError, match=r"unknown earlier phase with pictures 'look'"):
         list(run.examples(reads))
 
 
@@ -176,7 +176,7 @@ def test_an_update_that_ends_a_phase_is_checked_too(tiny, photos, tmp_path, phas
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})
-    with pytest.raises(NotFinite, match=r"the update of step 1 left values that are not finite .*--resume"):
+    with pytest.raises(NotFinite, match=r"the update of step 1 left parameters that are not finite .*--resume"):
         huge(finish, session(tiny(), recipe, photos, tmp_path / "run"))
     state = checkpoint.load(tmp_path / "run")
     assert state is not None and state.step == 0 and all(bool(v.isfinite().all()) for v in state.learned.values())

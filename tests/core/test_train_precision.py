@@ -52,7 +52,7 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(monkeypatch):
         )
         assert resolve_precision("auto", "cuda:0") == ("bf16" if native else "fp16")
     assert resolve_precision("fp16", "cuda") == "fp16" and resolve_precision("auto", "meta") == "no"
-    with pytest.raises(ValueError, match="fp16 needs a GPU: use bf16, auto or no"):
+    with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16, auto or no"):
         resolve_precision("fp16", "cpu")
     with pytest.raises(ValueError, match="'fp8': choose auto, no, bf16, fp16"):
         resolve_precision("fp8", "cpu")
@@ -66,7 +66,7 @@ def test_going_on_where_auto_is_another_precision_is_said(make_tiny_sd, photos, 
         run_ = session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path)
         steps = run_.steps(resume)
         if resume:
-            with pytest.warns(UserWarning, match="auto was 'bf16' where the run began, and is 'no' here"):
+            with pytest.warns(UserWarning, match="auto was 'bf16' when the run began and is 'no' here"):
                 next(steps)
         else:
             next(steps)
@@ -109,7 +109,9 @@ def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
 
 def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path):
     """A phase that asks for another would be ignored otherwise."""
-    with pytest.raises(ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': this is the same in all"):
+    with pytest.raises(
+        ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': all phases share one precision"
+    ):
         recipe = small("pivotal_tuning", "phases.tune.train.mixed_precision=bf16")
         session(StableDiffusionBackbone(make_tiny_sd(), "tiny"), recipe, photos, tmp_path / "run")
 

@@ -154,19 +154,22 @@ class Holder(Part):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"type": "OTF"}, r"unknown adapter type 'OTF'\. Did you mean 'OFT'\? There are: BEFT, BOFT"),
+        ({"type": "OTF"}, r"unknown adapter type 'OTF'\. Did you mean 'OFT'\? Available: BEFT, BOFT"),
         (
             {"type": "PREFIX_TUNING"},
-            r"'PREFIX_TUNING' cannot be used: it learns prompts of a language model.*There are:",
+            r"'PREFIX_TUNING' cannot be used: it learns prompts for a language model.*Available:",
         ),
-        ({"type": "OSF"}, "'OSF' cannot be used: .*on convolutions it trains nothing"),
-        ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*There are: alpha, .*\br\b"),
+        ({"type": "OSF"}, "'OSF' cannot be used: .*it trains nothing on convolutions"),
+        ({"type": "LOKR", "settings": {"rank": 4}}, r"settings of LOKR: unknown key 'rank'.*Available: alpha, .*\br\b"),
         ({"type": "LORA", "settings": {"bias": "all"}}, "settings of LORA: unknown key 'bias'"),
-        ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four': must be like 8, which is peft's default"),
-        ({"type": "LOKR", "settings": {"decompose_both": 1}}, "decompose_both = 1: must be like False"),
+        ({"type": "LOKR", "settings": {"r": "four"}}, r"settings\.r = 'four': must have the type of peft's default, 8"),
+        (
+            {"type": "LOKR", "settings": {"decompose_both": 1}},
+            "decompose_both = 1: must have the type of peft's default, False",
+        ),
         (
             {"type": "HRA", "settings": {"r": 3}},
-            r"settings\.r = 3: HRA starts as the identity only with an even number",
+            r"settings\.r = 3: HRA starts as the identity only if r is even",
         ),
     ],
 )

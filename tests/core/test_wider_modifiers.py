@@ -108,7 +108,7 @@ def test_what_cannot_be_done_with_it_is_said(trained: Any, new_sd: Callable[...,
     fresh = new_sd()
     with pytest.raises(ValueError, match="the concept 'mug': modifier: unknown kind 'per_site_and_time'"):
         attach(concept, fresh)
-    with pytest.raises(ValueError, match="no strength but 1"):
+    with pytest.raises(ValueError, match="only work at strength 1"):
         attach(concept, fresh, 0.5, modifiers=Wider)
     assert not fresh.placeholders
     with pytest.raises(

@@ -36,7 +36,7 @@ def learning(refused, learn, tmp_path) -> Callable[..., str]:
 
 
 def test_no_pictures(refused, learn, learning, tmp_path):
-    assert "no pictures: give subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
+    assert "no pictures: set subject.images=FOLDER" in refused(*learn("textual_inversion", images=None))
     assert f"{tmp_path / 'gone'} does not exist" in learning(images=tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     assert f"no pictures in {tmp_path / 'empty'}: found nothing" in learning(images=tmp_path / "empty")
@@ -121,7 +121,7 @@ def test_a_hostile_recipe_runs_nothing(learning, tmp_path):
         ("trane.steps=3", "unknown key 'trane'. Did you mean 'train'?"),
         (
             "trainable.tokens.rate=3",
-            "trainable.tokens: unknown key 'rate'. There are: adapter_set, group, kind, lr, per_source, temporary, "
+            "trainable.tokens: unknown key 'rate'. Available: adapter_set, group, kind, lr, per_source, temporary, "
             "weight_decay",
         ),
         ("trainable.x.kind=lorra", "trainable.x: unknown kind 'lorra'. Did you mean 'lora'?"),
@@ -151,11 +151,11 @@ def test_an_unknown_role_scheduler_or_precision(learning):
 
 def test_a_class_noun_that_is_needed(learning):
     assert "no subject.class_noun" in learning(recipe="dreambooth_lora", noun="")
-    assert "give subject.class_noun or modifier.init" in learning(noun="")
+    assert "set subject.class_noun or modifier.init" in learning(noun="")
 
 
 def test_an_unknown_backbone(learning, tiny_folder, tmp_path):
-    assert "no model at nowhere: there is no such file or folder" in learning("backbone=nowhere")
+    assert "no model at nowhere: no such file or folder" in learning("backbone=nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.txt").write_text("x")
     message = learning(f"backbone={tmp_path / 'model'}")
@@ -192,7 +192,7 @@ def test_an_unknown_format_prompt_set_or_scheduler(refused, concepts, photos, tm
     assert "choose auto, no, bf16 or fp16" in refused(*generate, "--precision", "fp8")
     assert "--device 'tpu7' cannot be used here" in refused(*generate, "--device", "tpu7")
     assert "multiples of" in refused(*generate, "--height", 33)
-    assert "'x' is no strength" in refused(
+    assert "'x' is not a strength" in refused(
         "image", "generate", "a <mug>", "--concept", f"{mug}:x", "--out", tmp_path / "o"
     )
     assert "exactly one --concept" in refused("image", "evaluate", "--out", tmp_path / "o")
@@ -223,7 +223,7 @@ def test_prompts_that_do_not_fit(refused, concepts, tmp_path):
     assert "too long" in refused(*generate, "a <mug>", "--negative", "bad " * 60)
     assert "<nope>" in refused(*generate, "a <mug>", "--negative", "<nope>")
     message = refused(*generate, "a photo of a mug on the beach")
-    assert "'mug' is loaded but the prompt" in message and "write <mug>" in message
+    assert "'mug' is loaded, but the prompt" in message and "write <mug>" in message
     message = refused(*generate, "a photo of a <mug> and a <dog>")
     assert "names <dog>, which is not loaded; loaded concepts: <mug>" in message
     assert "does not name it" in refused(*generate, "a <mug>", "a mug"), "every prompt"

@@ -137,7 +137,7 @@ def test_the_references_are_looked_for_beside_the_concept_and_known_by_their_has
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "1.png").write_bytes((photos / "0.png").read_bytes() + b"x")
     changed = pcs("image", "evaluate", *options)
-    assert changed.code == 2 and "holds other pictures than the concept was learned from" in changed.err
+    assert changed.code == 2 and "has pictures that the concept was not learned from" in changed.err
     assert not (tmp_path / "report").exists()
     shutil.copyfile(photos / "1.png", tmp_path / "photos" / "1.png")
     assert pcs("image", "evaluate", *options).code == 0
@@ -149,7 +149,7 @@ def test_nothing_to_measure_with_or_against(pcs, concepts, photos, dino, tmp_pat
         ((photos, "--prompts", "dreambench"), "nothing to measure with: give a local CLIP folder"),
         ((tmp_path / "none", "--dino", dino), f"{tmp_path / 'none'} does not exist"),
         ((photos, "--dino", photos), "is not a model folder"),
-        ((photos, "--dino", dino, "--gallery", photos), "holds no folders"),
+        ((photos, "--dino", dino, "--gallery", photos), "contains no folders"),
     ):
         ran = pcs(*evaluate, *arguments)
         assert ran.code == 2 and message in ran.err and "Traceback" not in ran.err

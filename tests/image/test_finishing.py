@@ -79,7 +79,7 @@ def test_resuming_a_finished_run_says_so_and_trains_nothing(pcs, learn, painted,
     assert other.code == 2 and "the finished run had train.steps = 2, this one has 9" in other.err
     (photos / "9.png").write_bytes((photos / "0.png").read_bytes())
     more = pcs(*arguments, "--resume")
-    assert more.code == 2 and "is finished, and was learned from other pictures" in more.err
+    assert more.code == 2 and "is finished, but was learned from other pictures" in more.err
     assert {p: p.stat().st_mtime_ns for p in left} == left
 
 

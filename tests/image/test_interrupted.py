@@ -155,7 +155,9 @@ def test_a_signal_while_libraries_are_imported_ends_a_command_at_once(learn, tmp
 
 
 def test_resume_without_an_interrupted_run_says_that_it_begins(pcs, learn, tmp_path):
-    with pytest.warns(UserWarning, match=r"mug\.training holds no interrupted run: this one starts at the beginning"):
+    with pytest.warns(
+        UserWarning, match=r"mug\.training has no interrupted run to resume: starting from the beginning"
+    ):
         assert pcs(*learn("textual_inversion", f"output={tmp_path / 'mug.concept'}"), "--resume").code == 0
     assert (tmp_path / "mug.concept" / "concept.json").is_file()
 

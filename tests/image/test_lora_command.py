@@ -87,7 +87,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(judged, concepts, exp
     assert "has no class noun after it" in judged("a", "--lora", exported, "--token", "sks", code=2)
     assert "2 --token for 1 --lora" in judged("a", "--lora", exported, "--token", "a b", "--token", "c d", code=2)
     assert "nothing does not exist" in judged("a", "--lora", tmp_path / "nothing", "--token", "sks dog", code=2)
-    assert "--class-noun says what" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
+    assert "--class-noun is only for" in judged("a", "--concept", concepts["rex"], "--class-noun", "dog", code=2)
 
 
 def test_its_references_must_be_given(pcs, exported, tmp_path):

@@ -78,7 +78,7 @@ def test_pictures_of_a_training_are_made_with_it(tiny_folder, photos, tmp_path, 
 
 
 def test_what_is_no_strength_by_step_is_said(late, tmp_path):
-    with pytest.raises(ValueError, match=r"sampling\.strength.*'1@2' is no strength by step; write"):
+    with pytest.raises(ValueError, match=r"sampling\.strength.*'1@2' is not a strength by step; write"):
         load("dreambooth_lora", ["sampling.strength=1@2"])
     import shutil
 

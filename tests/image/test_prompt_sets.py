@@ -63,7 +63,7 @@ def test_prompts_name_the_concept_or_its_class() -> None:
         ("field.txt", "a {concpt}\n", r"Did you mean '\{concept\}'"),
         ("key.yaml", "prompts: ['a {concept}']\ndrfit: []\n", r"Did you mean 'drift'"),
         ("drift.yaml", "prompts: ['a {concept}']\ndrift: ['a {concept}']\n", r"must not name the concept"),
-        ("list.yaml", "- a {concept}\n", r"must hold a mapping"),
+        ("list.yaml", "- a {concept}\n", r"must contain a mapping"),
         ("none.yaml", "prompts: []\n", r"the list is empty"),
         ("bytes.txt", b"\xff\xfe\x00", r"not UTF-8"),
     ],

@@ -189,7 +189,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(tiny_folder, concepts):
 def test_a_new_concept_can_be_learned_beside_a_loaded_one(tiny_folder, concepts, photos, tmp_path):
     runner = on(tiny_folder, (concepts["rex"], 1.0))
     before = runner.generate(["a photo of a <rex>"], [0], SamplingSettings(**FAST))
-    with pytest.raises(ValueError, match="'rex' is loaded already"):
+    with pytest.raises(ValueError, match="'rex' is already loaded"):
         runner.personalize({"rex": read_subject(photos, "mug")}, load("pivotal_tuning", TINY), tmp_path / "a")
     made = runner.personalize(
         {"mug": read_subject(photos, "mug")},
@@ -326,7 +326,7 @@ def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
     (change,) = json.loads(read_metadata(late)["pcs"])["hooks"]
     assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
     messages = {
-        ("rex",): "--strength: 'rex' is no strength by step",
+        ("rex",): "--strength: 'rex' is not a strength by step",
         ("cup=1@0",): "'cup'",
         ("rex=0@0", "rex=1@0.5"): "--strength: 'rex' is given twice",
     }

@@ -45,7 +45,7 @@ def test_pictures_that_nothing_can_score_are_said(make_tiny_sd, photos, tmp_path
 
 def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, dino, tmp_path):
     backbone = StableDiffusionBackbone(make_tiny_sd(), "tiny")
-    with pytest.warns(UserWarning, match=r"none are made: set train\.validation\.every=100"):
+    with pytest.warns(UserWarning, match=r"none are generated: set train\.validation\.every=100"):
         assert training_scorers(planned(photos, tmp_path), backbone, None, dino) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -55,7 +55,7 @@ def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, di
     scores = scorers["x"](torch.zeros(2, 3, 32, 32), ["a mug"] * 2)
     assert 0 <= scores["score"] <= 1
     for gone in ({"clip": tmp_path / "gone", "dino": None}, {"clip": None, "dino": tmp_path / "gone"}):
-        with pytest.raises(ValueError, match="gone: there is no such folder"):
+        with pytest.raises(ValueError, match="gone: no such folder"):
             training_scorers(planned(photos, tmp_path), backbone, **gone)
 
 
@@ -63,7 +63,7 @@ def test_instruments_without_pictures_to_score_are_said(make_tiny_sd, photos, di
 def test_instruments_that_are_not_there_are_an_error(pcs, learn, tmp_path, option):
     for settings in ((), (EVERY,)):
         ran = pcs(*learn("textual_inversion", f"output={tmp_path / 'x.concept'}", *settings), option, tmp_path / "gone")
-        assert ran.code == 2 and f"{option} {tmp_path / 'gone'}: there is no such folder" in ran.err
+        assert ran.code == 2 and f"{option} {tmp_path / 'gone'}: no such folder" in ran.err
         assert list(tmp_path.iterdir()) == []
 
 

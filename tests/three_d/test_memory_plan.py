@@ -33,7 +33,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "8 giga", "-1G", "0", "nan", "G"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="--vram .* is no size"):
+    with pytest.raises(ValueError, match="--vram .* is not a size"):
         parse_bytes(text, "--vram")
 
 

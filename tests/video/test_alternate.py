@@ -133,7 +133,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
         ),
         (
             (*CLASS, *TEMPORARY, "trainable.lora.adapter_set=frozen"),
-            r"trainable\.lora\.adapter_set = 'frozen': temporary parts are switched by that name",
+            r"trainable\.lora\.adapter_set = 'frozen': temporary parts use this name",
         ),
     ],
 )
@@ -145,5 +145,5 @@ def test_turns_that_cannot_be_are_refused(
 
 
 def test_a_temporary_part_needs_a_set_of_its_own() -> None:
-    with pytest.raises(ValueError, match="temporary: it is switched by a set of its own; say adapter_set=NAME"):
+    with pytest.raises(ValueError, match="temporary: such a part needs its own adapter set; set adapter_set=NAME"):
         load("subject_lora", ["trainable.lora.temporary=true"], "video", VideoRecipe)

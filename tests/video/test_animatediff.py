@@ -162,7 +162,7 @@ def test_a_motion_module_of_another_network_is_refused(make_tiny_sd: Make) -> No
 
 
 def test_a_model_of_pictures_makes_no_clips(make_tiny_sd: Make) -> None:
-    with pytest.raises(ValueError, match="frames = 4: stable_diffusion makes pictures, and no clips"):
+    with pytest.raises(ValueError, match="frames = 4: stable_diffusion generates pictures, not clips"):
         sample(
             StableDiffusionBackbone(make_tiny_sd(), "tiny"), ["a mug"], seeds=[0], settings=SamplingSettings(frames=4)
         )

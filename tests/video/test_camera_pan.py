@@ -76,7 +76,11 @@ def test_a_clip_is_sampled_with_it(make_tiny_sd: Any) -> None:
     for pan, frames, message in [
         (CameraPan(right=0.5), 0, "a camera can move only in a clip, not in a picture"),
         (CameraPan(right=0.01), 4, "moves by less than one of the 8x8 latent cells: use 0.12 or more"),
-        (CameraPan(right=0.5, boxes={"mug": {9: [0, 0, 1, 1]}}), 4, "go up to frame 9, and 4 frames are made"),
+        (
+            CameraPan(right=0.5, boxes={"mug": {9: [0, 0, 1, 1]}}),
+            4,
+            "go up to frame 9, but only 4 frames are generated",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(clips, ["a mug"], seeds=[1], settings=SamplingSettings(steps=2, frames=frames, hooks=(pan,)))

@@ -346,7 +346,7 @@ def test_a_subject_and_a_motion_are_judged_together(
         (("--prompts", "dreambench"), "unknown prompt set for clips 'dreambench'"),
         (("--false-motion", "of"), "Did you mean 'off'"),
         (("--references", "nowhere"), "nowhere does not exist"),
-        (("--clip", "nowhere"), "there is no such folder"),
+        (("--clip", "nowhere"), "no such folder"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(
@@ -359,12 +359,12 @@ def test_what_cannot_be_judged_is_refused(
 
 def test_which_concepts_are_judged(concepts: Path, clip_model: Path, tmp_path: Path) -> None:
     bare = open_runner(VideoRunner, str(clip_model), [], "cpu")
-    with pytest.raises(ValueError, match=f"{TOO_MANY}; the concepts are: none"):
+    with pytest.raises(ValueError, match=f"{TOO_MANY}; given concepts: none"):
         bare.evaluate_clips()
     one = read(concepts / "slide.concept")
     bare.load(one)
     bare.load(replace(one, meta=with_fields(one.meta, name="other")))
-    with pytest.raises(ValueError, match=rf"{TOO_MANY}; the concepts are: slide \(motion\), other \(motion\)"):
+    with pytest.raises(ValueError, match=rf"{TOO_MANY}; given concepts: slide \(motion\), other \(motion\)"):
         bare.evaluate_clips()
 
 
@@ -387,7 +387,7 @@ def test_a_model_that_has_stopped_moving_is_an_alarm() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert watched(moving[None], ["a mug"])["frozen"] == 0
-    with pytest.warns(UserWarning, match="nothing moves in 50% of the clips made while slide is learned"):
+    with pytest.warns(UserWarning, match="nothing moves in 50% of the clips generated while slide is learned"):
         assert watched(torch.stack([moving, still]), ["a mug"] * 2)["frozen"] == 0.5
 
 
@@ -395,8 +395,8 @@ def test_other_clips_than_the_motion_s_are_not_taken_for_them(concepts: Path, tm
     shutil.copytree(concepts, tmp_path / "moved")
     write_clip(tmp_path / "moved" / "clips" / "0", moving_square(5), 8)
     runner = open_runner(VideoRunner, None, [str(tmp_path / "moved" / "slide.concept")], "cpu")
-    with pytest.raises(ValueError, match="holds other clips than the motion was learned from: give --references"):
+    with pytest.raises(ValueError, match="has clips that the motion was not learned from: give --references"):
         runner.evaluate_clips()
     shutil.rmtree(tmp_path / "moved" / "clips")
-    with pytest.raises(ValueError, match="give --references FOLDER: a motion holds the hashes of its clips"):
+    with pytest.raises(ValueError, match="give --references FOLDER: a motion stores the hashes of its clips"):
         runner.evaluate_clips()

@@ -133,9 +133,9 @@ def test_what_does_not_fit_is_refused_by_its_name(photo: Path, clip: Path, tmp_p
     write_clip(tmp_path / "short", moving_square(0, 3), 8)
     for given, message in [
         (GivenFrames(path=clip, frames=4), "a clip of 4 frames does not fit wan, .* nearest is 1 and 5"),
-        (GivenFrames(path=clip), "clip gives 9 frames, and 9 are asked for in all"),
-        (GivenFrames(path=clip, frames=12), "clip holds 9 frames, and the first 12 of them are asked for"),
-        (GivenFrames(path=tmp_path / "short", mask=photo), "short holds 3 frames, and 9 are needed"),
+        (GivenFrames(path=clip), "clip gives 9 frames of a clip of 9"),
+        (GivenFrames(path=clip, frames=12), "clip has only 9 frames, but its first 12 are requested"),
+        (GivenFrames(path=tmp_path / "short", mask=photo), "short has 3 frames, but 9 are needed"),
         (GivenFrames(path=clip, mask=tmp_path / "short"), "short holds 3 masks, but .*clip has 9 frames"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -171,9 +171,9 @@ def test_where_it_reads_one_time_others_are_refused(make_tiny_sd: Any) -> None:
     with torch.no_grad():
         alike = clips.predict(x, torch.full((1, 3), 300), text)
     assert torch.equal(alike, clips.predict(x, torch.tensor(300), text).detach())
-    with pytest.raises(ValueError, match="animatediff reads one time for all frames of a clip"):
+    with pytest.raises(ValueError, match="animatediff takes one timestep for all frames of a clip"):
         clips.predict(x, torch.tensor([[0, 300, 300]]), text)
-    with pytest.raises(ValueError, match=r"t is \[1, 2\], and must be a scalar or \[1\], or \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"t has shape \[1, 2\], but must be a scalar, \[1\], or \[1, 3\]"):
         clips.add_noise(x, x, torch.tensor([[0, 300]]))
 
 
@@ -207,5 +207,5 @@ def test_learning_with_given_first_frames(clip: Path, tmp_path: Path, make_tiny_
         torch.testing.assert_close(task.losses(state)["denoising"], by_hand)
     clips = make("animatediff", make_tiny_sd)
     run = run_on_clips(clips, folder, tmp_path / "other", 4, "animatediff_motion_lora", *settings)
-    with pytest.raises(ValueError, match="noise.clean_first_frame = 1: animatediff reads one time for all frames"):
+    with pytest.raises(ValueError, match="noise.clean_first_frame = 1: animatediff takes one timestep for all frames"):
         finish(run)

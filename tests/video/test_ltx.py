@@ -67,13 +67,13 @@ def test_masks_are_stacked_or_refused(ltx: LTXBackbone) -> None:
     both = Conditioning.cat([a, b])
     assert both.context_mask is not None and together.context_mask is not None
     assert torch.equal(both.context_mask, together.context_mask)
-    with pytest.raises(ValueError, match="only some carry this stream"):
+    with pytest.raises(ValueError, match="only some of them have this stream"):
         Conditioning.cat([a, replace(b, context_mask=None)])
     x, t = noise(1, 4, 2, 4, 4), torch.tensor(500)
-    with pytest.raises(ValueError, match="ltx: context_mask is missing: this network must know"):
+    with pytest.raises(ValueError, match="ltx: context_mask is missing: this network needs to know"):
         ltx.predict(x, t, replace(a, context_mask=None))
     wan = WanBackbone(build_wan(), "tiny")
-    with pytest.raises(ValueError, match="wan: context_mask is for a network that must know"):
+    with pytest.raises(ValueError, match="wan: context_mask is only for networks that need to know"):
         wan.predict(x, t, replace(wan.encode(["a mug"]), context_mask=a.context_mask))
 
 

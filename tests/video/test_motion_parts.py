@@ -154,7 +154,7 @@ def test_the_spatial_path_rests_as_often_as_asked(
             ("trainable.spatial.per_source=false",),
             r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true",
         ),
-        (("train.batch_size=2",), "a batch holds one picture or clip; set train.batch_size=1"),
+        (("train.batch_size=2",), "a batch can hold only one picture or clip; set train.batch_size=1"),
     ],
 )
 def test_paths_that_cannot_be_are_refused(

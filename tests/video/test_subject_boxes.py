@@ -39,9 +39,9 @@ def test_boxes_as_they_are_written(tmp_path: Path) -> None:
     for text, message in [
         ("{", "is not readable JSON"),
         ("[1]", 'write {"NAME": '),
-        ('{"a": [0, 0, 2, 1]}', r"a, frame 0: .* is no box \[left, top, right, bottom\] in fractions"),
-        ('{"a": [0.5, 0, 0.5, 1]}', "is empty: left is less than right"),
-        ('{"a": {"x": [0, 0, 1, 1]}}', "'x' is no frame"),
+        ('{"a": [0, 0, 2, 1]}', r"a, frame 0: .* is not a box \[left, top, right, bottom\] in fractions"),
+        ('{"a": [0.5, 0, 0.5, 1]}', "is empty: left must be less than right"),
+        ('{"a": {"x": [0, 0, 1, 1]}}', "'x' is not a frame"),
         ('{"a": "b"}', "give a box"),
     ]:
         path.write_text(text)
@@ -108,8 +108,8 @@ def test_boxes_act_in_the_first_steps_alone(make_tiny_sd: Any) -> None:
     assert not torch.equal(early, plain) and not torch.equal(early, always)
     assert torch.equal(sample(sd, ["a red mug"], hooks=(SubjectBoxes(**part, until=0.0),), **how), plain)
     for boxes, message in [
-        ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', and the prompt does not say it: 'a red mug'"),
-        ({"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}}, "go up to frame 3, and 1 frames are made"),
+        ({"cat": [0, 0, 1, 1]}, "there is a box for 'cat', but it is not in the prompt: 'a red mug'"),
+        ({"red mug": {0: [0, 0, 1, 1], 3: [0, 0, 1, 1]}}, "go up to frame 3, but only 1 frames are generated"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(sd, ["a red mug"], hooks=(SubjectBoxes(boxes=boxes),), **how)

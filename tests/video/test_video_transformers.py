@@ -272,7 +272,7 @@ def test_learned_tokens_are_said_and_learn(backbone: Any) -> None:
     assert torch.equal(again.context, plain.context)
     assert RareToken().attach(backbone, "my-mug", "mug").words.endswith("mug")
     with pytest.raises(
-        ValueError, match=r"modifier.per=layer: .* no cross-attention layers that take a text of their own"
+        ValueError, match=r"modifier.per=layer: .* no cross-attention layers that can each take their own text"
     ):
         LearnableToken(per="layer").attach(backbone, "other", "mug")
 
