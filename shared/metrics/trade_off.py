@@ -72,7 +72,7 @@ def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan) for
-    missing terms. Where all prompts give 0 or all give 1, resampling says nothing, so Wilson's interval is used.
+    missing terms. Where all prompts give 0 or all give 1, resampling says nothing: Wilson's interval is used.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
