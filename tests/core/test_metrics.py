@@ -63,7 +63,7 @@ def test_a_tie_is_no_hit_and_guessing_gives_chance() -> None:
 def test_retrieval_needs_the_subject_and_a_distractor() -> None:
     with pytest.raises(ValueError, match="at least one other"):
         scores.retrieve(drawn(2, 3), {"me": drawn(1, 3)}, "me")
-    with pytest.raises(ValueError, match="must hold 'me'"):
+    with pytest.raises(ValueError, match="must contain 'me'"):
         scores.retrieve(drawn(2, 3), {"a": drawn(1, 3), "b": drawn(1, 3)}, "me")
 
 

@@ -237,7 +237,7 @@ def test_clips_are_rendered_once_and_grow_by_whole_chunks(tmp_path: Path) -> Non
     assert again.captions == clips.captions
     with pytest.raises(ValueError, match="sets grow by whole chunks of 100"):
         clip_dataset.build(tmp_path / "clips", 4, seed=0)
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="contains another data set"):
         clip_dataset.build(tmp_path / "clips", 3, seed=1)
-    with pytest.raises(ValueError, match="holds no clips"):
+    with pytest.raises(ValueError, match="contains no toybox clips"):
         clip_dataset.load(tmp_path)
