@@ -1,4 +1,4 @@
-"""Encoders against transformers called directly, and folders that are none."""
+"""Encoders compared with direct calls of transformers, and folders that are not models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against closed forms."""
+"""Scores compared with closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver of the trainings from data: what it saves, resumes, leaves out and refuses, on a layer of a few numbers."""
+"""The driver of trainings from data: what it saves, resumes, skips and refuses, on a layer of a few numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pcs toybox`: what it refuses before anything is written, and held-out styles as folders of pictures."""
+"""`pcs toybox`: what it refuses before writing anything, and held-out styles as folders of pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def toybox(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def refused(toybox, tmp_path: Path) -> Callable[..., str]:
-    """The message of a command that must end with 2 and write nothing."""
+    """The message of a command that must exit with code 2 and write nothing."""
 
     def call(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
