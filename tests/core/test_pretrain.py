@@ -127,7 +127,7 @@ def test_other_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> Non
     (tmp_path / "unet.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"unet\.safetensors is a checkpoint of an earlier version"):
         refuse_older(tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="give steps, minutes or both"):
+    with pytest.raises(ValueError, match="set steps, minutes or both"):
         RunSettings()
 
 
