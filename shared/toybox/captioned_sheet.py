@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures in one, with captions under them if wanted."""
+"""Contact sheets: many pictures in one, optionally with captions below."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from shared.toybox.surfaces import SPACING, HitImage, halved, near_depth
 from shared.toybox.world import Scene
 
 _CHUNK = 32
-# Backgrounds take no shadow above their horizon, except these, on which it falls everywhere.
+# Shadows fall only below the horizon, except on these backgrounds, where they fall everywhere.
 _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue studio")
 
 

@@ -11,7 +11,7 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # the share of flow vectors, the longest ones, that is averaged
+TOP = 0.05  # the share of flow vectors, from the longest on, that is averaged
 MOVES = 6 / 256  # of the shorter side from frame to frame: VBench's threshold
 OF_SIXTEEN = 4  # VBench: a clip of 16 frames is dynamic when this many steps pass the threshold
 REACH = 0.03  # of the shorter side: a point that never gets this far from its start does not move

@@ -61,7 +61,7 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """How far a path `[F, 6]` is from the true one `[f, 6]` (brought to F frames), in frames of `side` pixels."""
+    """How far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), in frames of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())

@@ -46,8 +46,8 @@ def adopt_vae(out: Path) -> bool:
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
     """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and a checkpoint of the averaged networks.
 
-    The optimizer starts anew; steps continue to count. Returns whether anything was adopted: nothing is if the folder has
-    its own checkpoint or the installation has no weights.
+    The optimizer starts anew; the step count continues. Returns whether anything was adopted: nothing is adopted if the
+    folder has its own checkpoint or the installation has no weights.
 
     Raises:
         ValueError: the shipped U-Net has another size, or does not fit the latents of the autoencoder in `out`

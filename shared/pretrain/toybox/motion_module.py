@@ -38,8 +38,8 @@ _WORDS = WordTraining()
 class MotionTraining:
     """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
 
-    ``words``: how the words are prepared first. Their own rate is low: at ten times this rate, words that do not help much
-    yet drift to where the network does not see them.
+    ``words``: how the words are prepared first. Their own rate is low: at ten times this rate, words that do not help early
+    drift to where the network does not see them.
     ``short``: the fraction of steps on every second frame (8 of 16), with half the frames and twice the clips per step.
     ``t_uniform``, ``t_mean``: see `draw_times`; motion is settled at higher noise than appearance.
     ``moving_weight``: how much more the loss counts deviations from a clip's mean over time.

@@ -73,8 +73,8 @@ def sample_moving(
 ) -> MovingScene:
     """A random clip of a motion (None: any captioned one).
 
-    split and fixed: as in `world.sample_scene`, except camera, view and two, because the motion places one thing. Unless
-    it is fixed, the background is one on which camera motion is visible, if the camera moves.
+    split and fixed: as in `world.sample_scene`, except camera, view and two, because the motion places one thing. If the
+    camera moves, the background (unless fixed) is one on which that is visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
         raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")
