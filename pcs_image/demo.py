@@ -11,7 +11,6 @@ import torch
 
 from pcs_image.runner import ImageRunner
 from shared.demo import Asked, Bars, Exhibit
-from shared.evaluation.prompt_sets import load_prompts
 from shared.io.contact_sheets import contact_sheet
 from shared.io.decode import read_picture
 from shared.io.resize import resize
@@ -49,7 +48,8 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     scores = [(score.title, score_line(score)) for score in report.scores]
     yield from (f"  {title:26} {line}" for title, line in scores)
     text = f"Learned from the pictures above by {asked.recipe}, in scenes that none of them shows."
-    yield Exhibit("New pictures", sheet, text, scores, {"the report": page})
+    made = _first(report, asked, "concept")
+    yield Exhibit("New pictures", sheet, text, scores, {"the report": page}, made)
 
 
 def _settings(asked: Asked) -> list[str]:
@@ -57,21 +57,21 @@ def _settings(asked: Asked) -> list[str]:
     return [f"subject.images={asked.references}", f"subject.class_noun={noun}", f"output={asked.concept}"]
 
 
+def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
+    """The first picture [3, 64, 64] of each of the first prompts, as a batch."""
+    found = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(_SCENES)]
+    return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in found])
+
+
 def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
     """references | new scenes | the base model without the concept, for the first prompts."""
-    prompts = load_prompts("toybox").prompts[:_SCENES]
-
-    def first(kind: str) -> torch.Tensor:
-        pictures = [next(p for p in report.of_kind(kind) if p.prompt == i) for i in range(len(prompts))]
-        return torch.stack([resize(read_picture(asked.out / "report" / r.file), 64).pixels for r in pictures])
-
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
     path = asked.out / "contact-sheet.png"
     contact_sheet(
         {
             "references": references,
-            "with the concept": first("concept"),
-            f"base model, told only “{class_noun}”": first("base"),
+            "with the concept": _first(report, asked, "concept"),
+            f"base model, told only “{class_noun}”": _first(report, asked, "base"),
         }
     ).save(path)
     return path

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from pcs_video.clips import ClipFiles, generate
 from pcs_video.recipe import VideoRecipe
 from pcs_video.runner import VideoRunner
@@ -23,6 +25,7 @@ from shared.toybox.motions.reference_clips import write_motion
 
 _SCENES = ("on the beach", "in the snow")
 _FPS = 8.0
+_SHOTS = 5  # frames in the overview
 
 
 def check(asked: Asked) -> None:
@@ -53,8 +56,11 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
         made = generate(runner, prompts, files, SamplingSettings(), progress=named(counter, "clips"))
     for prompt, file in zip(prompts, made, strict=False):
         yield f"clip         {file}"
-        playing = write_clip(file.with_suffix(".webp"), read_clip(file).frames, _FPS)
-        yield Exhibit("In motion", playing, f"“{prompt}”", more={"the clip": file, "its frames": files.sheet()})
+        frames = read_clip(file).frames  # [3, F, H, W]
+        playing = write_clip(file.with_suffix(".webp"), frames, _FPS)
+        chosen = torch.linspace(0, frames.shape[1] - 1, _SHOTS).round().long()
+        links = {"the clip": file, "its frames": files.sheet()}
+        yield Exhibit("In motion", playing, f"“{prompt}”", more=links, shots=frames[:, chosen].transpose(0, 1))
 
 
 def _concept(asked: Asked) -> Path:

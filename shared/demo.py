@@ -14,9 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from shared.config import unknown
+from shared.io.contact_sheets import contact_sheet, write_picture
+from shared.io.decode import read_picture
 from shared.io.foreign_files import claim
 from shared.io.outputs import check_output
+from shared.io.resize import resize
 from shared.metrics.clips.page import inline_clip
 from shared.metrics.html import inline, render
 from shared.runner.bars import Bars
@@ -27,6 +33,8 @@ __all__ = ["Asked", "Bars", "DemoPart", "Exhibit", "parts", "run"]
 GROUP = "pcs.demo"
 ORDER = ("image", "video", "3d")
 _WIDEST = 1600  # pixels of a picture on the page
+_TILES = 5  # pictures in a row of the overview
+_TILE = 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Exhibit:
     text: str
     scores: Sequence[tuple[str, str]] = ()
     more: Mapping[str, Path] = field(default_factory=dict)  # what a link says -> where it leads
+    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: its row of the overview; None: it has none
 
 
 class DemoPart(Protocol):
@@ -100,14 +109,19 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
     files = album.write_album(asked.subject, asked.references)
     yield f"references   {len(files)} pictures of {asked.subject} in {asked.references}"
     exhibits: list[Exhibit] = []
+    rows = {"its pictures": torch.stack([resize(read_picture(f), _TILE).pixels for f in files[:_TILES]])}
     for part in chosen.values():
         for made in part.show(asked, bars):
             if isinstance(made, Exhibit):
                 exhibits.append(made)
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
+                if made.shots is not None and made.title.lower() not in rows:
+                    rows[made.title.lower()] = made.shots[:_TILES]
             else:
                 yield made
+    claim(asked.out, "overview.png")
+    yield f"overview     {write_picture(contact_sheet(rows, _TILE), asked.out / 'overview.png')}"
     yield f"page         {asked.out / 'index.html'}"
     yield f"These are toy numbers, of the toybox. Done in {time.perf_counter() - start:.0f} s."
 

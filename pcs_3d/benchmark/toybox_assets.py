@@ -35,7 +35,7 @@ from shared.toybox.subjects import subjects as held_out
 from shared.train import checkpoint
 from shared.train.device import pick_device
 
-RECIPES = ("hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
+RECIPES = ("texture_refinement", "hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
 #: The figures that the project sets itself.
 GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 

@@ -180,21 +180,27 @@ def benchmark(
         None, help="recipes to compare, by name or as YAML files; default: all shipped"
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
-    subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),
+    subjects: str = typer.Option("4", help="how many of the split's subjects, or their names: NAME,NAME"),
     limit: int = typer.Option(10, min=1, max=10_000, help="number of prompts"),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     out: Path = typer.Option(Path("benchmark"), help="output folder; an interrupted benchmark resumes there", **PATH),
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
+    grid: list[str] = typer.Option(
+        [], "--grid", help="key=value,value: one row per value, and per combination where several are given"
+    ),
+    control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,
 ) -> None:
     """Compare recipes on the toybox's held-out subjects: identity among look-alikes, prompt following, copies, time."""
     from pcs_image.runner import ImageRunner
     from shared.benchmark.experiment import failures_told
-    from shared.benchmark.toybox import BenchmarkSettings, run
+    from shared.benchmark.toybox import BenchmarkSettings, count_or_names, run
 
-    settings = BenchmarkSettings(split, subjects, limit, num, out, device, tuple(overrides))
+    settings = BenchmarkSettings(
+        split, count_or_names(subjects), limit, num, out, device, tuple(overrides), tuple(grid), control
+    )
     comparison = run(ImageRunner, recipes or [], settings)
     print(comparison.markdown())
     failures_told(comparison.failures, len(comparison.reports))

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.benchmark.aggregate import Goal, Row, aggregate
+from shared.benchmark.aggregate import Goal, Row, aggregate, interval
 from shared.evaluation.score_texts import ABOUT
 from shared.metrics.html import formatted, plot_of, render, seconds, size
 from shared.metrics.report import Report, Score
@@ -24,6 +24,7 @@ class Comparison:
     failures: Mapping[tuple[str, str], str]
     goal: Goal
     toybox: bool
+    control: str | None = None  # the recipe that the others are compared with
 
     def markdown(self) -> str:
         """One line per recipe, ready for a README."""
@@ -31,6 +32,7 @@ class Comparison:
             "recipe",
             "subjects",
             *(ABOUT[k].title for k in self._columns()),
+            *([f"ahead of {self.control}"] if self.control else []),
             "floor (identity)",
             "learning",
             "size",
@@ -39,6 +41,7 @@ class Comparison:
         lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(head) - 1)) + "|"]
         for r in self.rows:
             cells = [r.recipe, _count(r), *(cell(r.scores.get(k)) for k in self._columns())]
+            cells += [cell(self.ahead(r.recipe))] if self.control else []
             floor = r.scores.get("identity")
             cells += [
                 formatted(floor.base, floor.unit) if floor else "–",
@@ -99,9 +102,33 @@ class Comparison:
             met=self.goal.met,
             has_goal=self._has_goal,
             first=first,
-            subjects=sorted({s for _, s in [*self.reports, *self.failures]}),
+            subjects=self.subjects,
             cell=cell,
         )
+
+    @property
+    def subjects(self) -> list[str]:
+        """Of all cells."""
+        return sorted({s for _, s in [*self.reports, *self.failures]})
+
+    def ahead(self, recipe: str) -> Score | None:
+        """The mean difference of trade-offs to the control's over the subjects that both have, with its 95 % interval over
+        subjects; None for the control itself, and where no subject has both."""
+        if self.control is None or recipe == self.control:
+            return None
+        pairs = [(self._trade_off(recipe, s), self._trade_off(self.control, s)) for s in self.subjects]
+        gaps = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+        if not gaps:
+            return None
+        low, high = interval(gaps, "score")
+        title = f"Ahead of {self.control}"
+        return Score(key="ahead", title=title, value=sum(gaps) / len(gaps), low=low, high=high)
+
+    def _trade_off(self, recipe: str, subject: str) -> float | None:
+        """Of one cell; None where there is none or it stands apart."""
+        report = self.reports.get((recipe, subject))
+        score = None if report is None or report.apart else report.score("trade_off")
+        return None if score is None else score.value
 
     @property
     def apart(self) -> dict[str, float]:

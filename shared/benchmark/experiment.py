@@ -71,9 +71,9 @@ class Reporting(Generic[R, T]):
     table: Callable[[Mapping[tuple[str, str], R], Mapping[tuple[str, str], str]], T]
 
 
-def pictures(goal: Goal = Goal()) -> Reporting[Report, Comparison]:
-    """Reports of pictures."""
-    return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal))
+def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Report, Comparison]:
+    """Reports of pictures. control: the recipe that the others are compared with, subject by subject."""
+    return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
 
 def benchmark(
@@ -175,6 +175,7 @@ def compare(
     reports: Mapping[tuple[str, str], Report],
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: Goal = Goal(),
+    control: str | None = None,
 ) -> Comparison:
     """The table of reports by (recipe, subject). ValueError when they were not measured with the same instruments, or their
     trade-offs have other terms."""
@@ -191,7 +192,7 @@ def compare(
         of_recipe = {s: rep for (r, s), rep in reports.items() if r == recipe}
         rows.append(aggregate(recipe, of_recipe, {s: e for (r, s), e in failures.items() if r == recipe}))
     rows.sort(key=lambda r: -1.0 if (v := r.value("trade_off")) is None else v, reverse=True)
-    return Comparison(tuple(rows), reports, failures, goal, any(r.toybox for r in reports.values()))
+    return Comparison(tuple(rows), reports, failures, goal, any(r.toybox for r in reports.values()), control)
 
 
 def cell_folder(recipe: str, subject: str) -> Path:

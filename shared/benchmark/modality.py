@@ -37,7 +37,7 @@ class Asked:
     steps: int | None = None  # denoising steps; None: as the concept was learned
     motion: str | None = None  # a motion's concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
-    asset_recipe: str = "hifa"
+    asset_recipe: str = "texture_refinement"
     asset_settings: tuple[str, ...] = ()  # key=value laid on it
     floor: bool = False  # make everything without the concept, too
     judged: EvaluationSettings = field(default_factory=EvaluationSettings)  # references, gallery, clip, dino

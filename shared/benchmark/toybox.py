@@ -12,8 +12,10 @@ from shared.backbones import load_backbone
 from shared.benchmark.aggregate import Goal
 from shared.benchmark.comparison_table import Comparison
 from shared.benchmark.experiment import Experiment, benchmark, pictures
+from shared.benchmark.variants import Variant, varied
 from shared.concept import read
 from shared.config import unknown
+from shared.evaluation.evaluate import KeptPictures
 from shared.metrics.report import Report
 from shared.metrics.toybox import CALIBRATION
 from shared.recipe.catalog import recipe_files
@@ -28,6 +30,8 @@ from shared.toybox.evaluators.convnet import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
 from shared.train.device import pick_device
 
+#: As many subjects, at most, as a benchmark takes.
+MOST = 10_000
 #: What a concept says of its recipe without the folders of the machine it was learned on.
 _PLACES = ("subject", "output", "backbone")
 #: The figures that the project sets itself (a copy counts as a failure).
@@ -39,12 +43,14 @@ class BenchmarkSettings:
     """What is compared, on how much, and where it is kept."""
 
     split: str = "development"  # of the toybox's held-out things; "reporting" once, at the end
-    subjects: int = 4  # the first of the split
+    subjects: int | tuple[str, ...] = 4  # the first of the split, or their names
     limit: int = 10  # prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU where there is one
-    overrides: tuple[str, ...] = ()  # key=value laid on every recipe
+    overrides: tuple[str, ...] = ()  # key=value applied to every recipe
+    grid: tuple[str, ...] = ()  # key=value,value: every recipe with each combination
+    control: str | None = None  # the row from which the others' paired differences are taken
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
@@ -53,26 +59,55 @@ def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings)
 
     Raises ValueError for an unknown recipe or split. Goes on where an earlier call with the same arguments stopped.
     """
-    chosen = named(recipes or list(recipe_files("image")))
+    chosen = varied(named(recipes or list(recipe_files("image"))), settings.overrides, settings.grid)
     contents = {  # a wrong setting is an error now, not a failed cell
-        name: dump(load(recipe, settings.overrides)) for name, recipe in chosen.items()
+        name: dump(load(v.recipe, v.overrides)) for name, v in chosen.items()
     }
-    if settings.split not in album.SPLITS:
-        raise ValueError(unknown(settings.split, album.SPLITS, "split"))
+    if settings.control is not None and settings.control not in chosen:
+        raise ValueError(unknown(settings.control, chosen, "control"))
+    things = chosen_things(settings.split, settings.subjects)
     runner = kind(load_backbone("toybox", device=pick_device(settings.device)))
     experiment = Experiment(
         contents,
-        [h.name for h in held_out(settings.split)][: settings.subjects],
+        things,
         "toybox",
         range(settings.num),
         {"limit": settings.limit, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()},
     )
 
+    base: dict[str, KeptPictures] = {}
+
     def cell(recipe: str, subject: str, workdir: Path) -> Report:
-        report = _cell(runner, chosen[recipe], subject, workdir, settings)
+        report = _cell(runner, chosen[recipe], subject, workdir, settings, base)
         return report.model_copy(update={"recipe": recipe})  # as the table calls it
 
-    return benchmark(cell, experiment, settings.out, pictures(GOAL), progress=say)
+    reporting = pictures(GOAL, settings.control)
+    return benchmark(cell, experiment, settings.out, reporting, progress=say)
+
+
+def count_or_names(text: str) -> int | tuple[str, ...]:
+    """ "4", or "development-mug,development-duck". ValueError for neither."""
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) == 1 and names[0].lstrip("-").isdigit():
+        if not 1 <= int(names[0]) <= MOST:
+            raise ValueError(f"--subjects {text}: give 1 to {MOST:,}, or names separated by commas")
+        return int(names[0])
+    if not all(names):
+        raise ValueError(f"--subjects {text!r}: give a number, or names separated by commas")
+    return names
+
+
+def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
+    """The first so many held-out things of a split, or those with these names. ValueError for an unknown split or name."""
+    if split not in album.SPLITS:
+        raise ValueError(unknown(split, album.SPLITS, "split"))
+    names = [h.name for h in held_out(split)]
+    if isinstance(subjects, int):
+        return names[:subjects]
+    for name in subjects:
+        if name not in names:
+            raise ValueError(unknown(name, names, f"subject of the {split} split"))
+    return list(dict.fromkeys(subjects))
 
 
 def say(*what: str) -> None:
@@ -93,7 +128,14 @@ def named(recipes: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: BenchmarkSettings) -> Report:
+def _cell(
+    runner: Runner,
+    variant: Variant,
+    subject: str,
+    workdir: Path,
+    settings: BenchmarkSettings,
+    base: dict[str, KeptPictures],
+) -> Report:
     held = album.held_out(subject)
     album.write_album(subject, workdir / "references", overwrite=True)
     concept = workdir / "subject.concept"
@@ -102,7 +144,7 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
         f"subject.class_noun={held.thing.class_name}",
         f"output={concept}",
     ]
-    planned = plan(load(recipe, [*settings.overrides, *subject_overrides]), overwrite=True)
+    planned = plan(load(variant.recipe, [*variant.overrides, *subject_overrides]), overwrite=True)
     if not learned_before(concept, planned, runner):
         scorers = training_scorers(planned, runner.backbone, None, None)
         personalize(planned, runner, overwrite=True, scorers=scorers)
@@ -115,6 +157,7 @@ def _cell(runner: Runner, recipe: str, subject: str, workdir: Path, settings: Be
         path=concept,
         out=workdir / "report",
         overwrite=True,
+        base=base,
     )
     try:
         return runner.evaluate(name, judged)

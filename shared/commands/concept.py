@@ -130,7 +130,7 @@ def evaluate(
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
     motion: str = typer.Option(None, help="a motion's concept that the clips show, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
-    asset_recipe: str = typer.Option("hifa", help="recipe to make the asset with"),
+    asset_recipe: str = typer.Option("texture_refinement", help="recipe to make the asset with"),
     set_asset: list[str] = typer.Option([], help="key=value applied to it, for example train.steps=100"),
     floor: bool = typer.Option(False, help="make everything without the concept, too"),
     references: Path = typer.Option(

@@ -59,6 +59,7 @@ def evaluate(
     steps: int = typer.Option(25, min=1, max=10_000),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     backbone: str = typer.Option(None, help="a folder; default: the shipped one"),
+    scheduler: str = typer.Option(None, help="ddim, dpm++ …; default: the backbone's own"),
     card: bool = typer.Option(False, help="write the model card (shared/toybox/weights/CARD.md)"),
     overwrite: bool = typer.Option(False, help="replace an existing JSON file"),
 ) -> None:
@@ -66,7 +67,7 @@ def evaluate(
     from shared.pretrain.toybox.evaluate_backbone import JudgeSettings
     from shared.pretrain.toybox.evaluate_backbone import evaluate as measure
 
-    for line in measure(JudgeSettings(pictures, guidance, steps, seed, backbone), out, card, overwrite):
+    for line in measure(JudgeSettings(pictures, guidance, steps, seed, backbone, scheduler), out, card, overwrite):
         print(line)
 
 

@@ -35,6 +35,11 @@ Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, se
 Asked = Sequence[tuple[int, int]]  # (number of the prompt, seed) of each picture
 
 
+#: What the base model was asked for (texts, and number of the text and seed of each picture) -> the pictures
+#: [N, 3, H, W], and the seconds that one took.
+KeptPictures = dict[tuple[tuple[str, ...], tuple[tuple[int, int], ...]], tuple[Tensor, float]]
+
+
 @dataclass(frozen=True)
 class Shots:
     """Which pictures are made of each prompt, and where the report goes."""
@@ -43,6 +48,7 @@ class Shots:
     out: Path | str | None = None  # a folder; None writes none
     overwrite: bool = False
     chunk: int = 16  # pictures asked for at once
+    kept: KeptPictures | None = None  # of the base model, by an evaluation with the same sampler; None: keeps none
 
 
 def evaluate(
@@ -83,7 +89,8 @@ def evaluate(
         masks=case.masks,
     )
     scorer.figures = true_figures(scorer, case, prompts, progress)
-    report = _Evaluation(case, prompts, scorer, _Run(generate, base_generate, settings.chunk, progress), seeds).report()
+    run = _Run(generate, base_generate, settings.chunk, progress, settings.kept)
+    report = _Evaluation(case, prompts, scorer, run, seeds).report()
     if out is not None:
         tables = {
             "scores.csv": scores_csv(report).encode()
@@ -188,12 +195,23 @@ class _Run:
     base_generate: Generate
     chunk: int
     progress: Callable[[str, int, int], None] | None
+    kept: KeptPictures | None = None
 
     def pictures(
         self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
     ) -> tuple[Tensor, float]:
         """All pictures `[N, 3, H, W]` of (number of the text, seed), float32 on the CPU, and the seconds that one took;
-        with the concept or without it."""
+        with the concept, or without it: then those that are kept are not made again."""
+        if concept or self.kept is None:
+            return self._made(concept, texts, shots, what)
+        key = (tuple(texts), tuple(shots))
+        if key not in self.kept:
+            self.kept[key] = self._made(False, texts, shots, what)
+        return self.kept[key]
+
+    def _made(
+        self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
+    ) -> tuple[Tensor, float]:
         generate = self.generate if concept else self.base_generate
         parts, seconds = [], 0.0
         for start in range(0, len(shots), self.chunk):

@@ -15,7 +15,7 @@ from shared.backbones import Backbone
 from shared.concept import Concept
 from shared.concept.provenance import public_name
 from shared.config import unknown
-from shared.evaluation.evaluate import Case, Shots, evaluate
+from shared.evaluation.evaluate import Case, KeptPictures, Shots, evaluate
 from shared.evaluation.prompt_sets import REAL, load_prompts
 from shared.io.cache import cache_folder
 from shared.io.checksums import sha256
@@ -122,6 +122,7 @@ class EvaluationSettings:
     path: Path | None = None  # the concept's folder, for its size; default where it was read from
     out: Path | None = None  # a folder for the report; None writes none
     overwrite: bool = False
+    base: dict[str, KeptPictures] | None = None  # evaluations that share it generate the base model's pictures once
 
 
 def evaluate_loaded(
@@ -144,13 +145,14 @@ def evaluate_loaded(
     as_learned = {k: getattr(learned, k) for k in ("steps", "guidance", "scheduler") if getattr(asked, k) is None}
     sampling = replace(asked, **as_learned)
     chosen = load_prompts(settings.prompts or (world.prompts if world else REAL), loaded.concept.meta.class_noun)
+    kept = None if settings.base is None else settings.base.setdefault(repr(sampling), {})
     return evaluate(
         lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, must_name=False, progress=progress),
         lambda texts, seeds, progress: runner.generate(texts, seeds, sampling, base=True, progress=progress),
         picture_case(runner, loaded, settings),
         chosen.first(settings.limit),
         load_instruments(settings.clip, settings.dino, world and world.instruments, str(backbone.device)),
-        Shots(settings.seeds, settings.out, settings.overwrite),
+        Shots(settings.seeds, settings.out, settings.overwrite, kept=kept),
         progress,
     )
 

@@ -39,15 +39,20 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
     Raises:
         ValueError: on an unknown name; lists those that fit the family
     """
-    import diffusers
-
     default = backbone.scheduler
     if name is None:
         return type(default).from_config(default.config)
     choices = FLOW if backbone.prediction_type == "flow" else DIFFUSION
     if name not in choices:
         raise ValueError(f"{backbone.family}: {unknown(name, choices, 'scheduler')}")
-    kind, settings = choices[name]
-    if "flow_shift" in default.config and "shift" not in default.config:  # the same by other names: UniPC's, Euler's
-        settings = {**settings, "shift": default.config["flow_shift"]}
-    return getattr(diffusers, kind).from_config(default.config, **settings)
+    return named_scheduler(name, default.config)
+
+
+def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler of a known name, with the configuration of another one, as `from_config` has it."""
+    import diffusers
+
+    kind, settings = {**DIFFUSION, **FLOW}[name]
+    if "flow_shift" in config and "shift" not in config:  # the same by other names: UniPC's, Euler's
+        settings = {**settings, "shift": config["flow_shift"]}
+    return getattr(diffusers, kind).from_config(config, **settings)

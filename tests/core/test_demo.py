@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared import demo
 from shared.io.clips.write_clip import write_clip
@@ -73,3 +75,23 @@ def test_the_installed_packages_offer_their_parts() -> None:
         part.check(ASKED)
         with pytest.raises(ValueError, match="recipe"):
             part.check(replace(ASKED, recipe="nonesuch", motion_recipe="nonesuch", asset_recipe="nonesuch"))
+
+
+def test_the_overview_has_a_row_of_each_part_that_gives_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown(Painter):
+        def show(self, asked: demo.Asked, bars: demo.Bars) -> Iterator[str | demo.Exhibit]:
+            for made in super().show(asked, bars):
+                yield replace(made, shots=-torch.ones(7, 3, 128, 128)) if isinstance(made, demo.Exhibit) else made
+
+    sizes = []
+    for part in (Painter(".png"), Shown(".png")):
+        monkeypatch.setattr(demo, "parts", lambda names, part=part: {"image": part})
+        lines = list(demo.run(replace(ASKED, out=tmp_path / "demo"), [], True, BARS))
+        assert any(line.startswith("overview") for line in lines)
+        with Image.open(tmp_path / "demo" / "overview.png") as sheet:
+            sizes.append(sheet.size)
+            pixels = np.asarray(sheet.convert("RGB"))
+    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1] + 128  # five pictures in a row, a row more
+    assert (pixels[-100:-20, -600:-20] == 0).mean() > 0.9  # the pictures, with gaps between them

@@ -80,6 +80,7 @@ def test_a_backbone_that_is_none_is_refused(refused, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(*evaluate, tmp_path / "model")
     (tmp_path / "figures.json").write_text("mine")
     assert "figures.json exists already" in refused("evaluate", "--out", tmp_path / "figures.json")
+    assert "dpm++" in refused("evaluate", "--scheduler", "dpmpp")
 
 
 def test_training_checks_the_device_before_it_writes(refused, tmp_path: Path) -> None:

@@ -27,7 +27,17 @@ ASSET = (
     "train.steps=1", "train.batch_size=1", "field.resolution=12", "export.resolution=16", "export.faces=100",
     "export.picture=32", "export.frames=8", "export.texture=64",
 )  # fmt: skip
-CHEAP = ("--limit", "1", "--num", "1", "--steps", "1", *(part for s in ASSET for part in ("--set-asset", s)))
+CHEAP = (
+    "--asset-recipe",
+    "hifa",
+    "--limit",
+    "1",
+    "--num",
+    "1",
+    "--steps",
+    "1",
+    *(part for s in ASSET for part in ("--set-asset", s)),
+)
 
 
 @pytest.fixture(scope="module")

@@ -45,13 +45,15 @@ def test_a_wrong_setting_is_said_before_anything_runs(pcs, tmp_path):
 
 
 def test_files_of_one_s_own_stand_beside_the_shipped_recipes(pcs, tmp_path):
-    (tmp_path / "mine.yaml").write_text("base: textual_inversion\ntrainable: {tokens: {lr: 0.5}}\n")
+    (tmp_path / "mine.yaml").write_text("base: textual_inversion\n")
     recipes = ("textual_inversion", tmp_path / "mine.yaml")
-    ran = pcs("image", "benchmark", *recipes, *SMALL, "--out", tmp_path / "table")
+    grid = ("--grid", "trainable.tokens.lr=0.5", "--control", "mine trainable.tokens.lr=0.5")
+    ran = pcs("image", "benchmark", *recipes, *SMALL, *grid, "--out", tmp_path / "table")
     assert ran.code == 0, ran.err
+    assert "ahead of mine" in ran.out
     rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").open()))
-    assert {r["recipe"] for r in rows} == {"textual_inversion", "mine"}
-    (kept,) = (tmp_path / "table/cells/mine").rglob("cell.json")
+    assert {r["recipe"] for r in rows} == {f"{r} trainable.tokens.lr=0.5" for r in ("textual_inversion", "mine")}
+    (kept,) = (tmp_path / "table/cells/mine_trainable.tokens.lr_0.5").rglob("cell.json")
     assert json.loads(kept.read_text())["inputs"]["recipe"]["trainable"]["tokens"]["lr"] == 0.5
 
 
@@ -62,3 +64,9 @@ def test_two_recipes_of_one_name_are_refused(pcs, tmp_path):
     assert ran.code == 2 and "would both be 'textual_inversion' in the table" in ran.err
     gone = pcs("image", "benchmark", tmp_path / "gone.yaml", *SMALL, "--out", tmp_path / "table")
     assert gone.code == 2 and "gone.yaml does not exist" in gone.err and not (tmp_path / "table").exists()
+
+
+def test_a_control_or_subject_that_is_not_there_is_refused(pcs, tmp_path):
+    for wrong, named in ((("--control", "t_lroa"), "t_lora"), (("--subjects", "development-mgu"), "development-mug")):
+        ran = pcs("image", "benchmark", "t_lora", *wrong, "--out", tmp_path / "table")
+        assert ran.code == 2 and named in ran.err and not (tmp_path / "table").exists()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from shared.benchmark.aggregate import Goal
 from shared.benchmark.experiment import Experiment, benchmark, compare, pictures
 from shared.config import validate
-from shared.evaluation.evaluate import Case, Shots, evaluate
+from shared.evaluation.evaluate import Case, KeptPictures, Shots, evaluate
 from shared.evaluation.prompt_sets import PromptSet
 from shared.metrics.encoders import InstrumentInfo, Instruments
 from shared.metrics.report import Report
@@ -384,3 +384,20 @@ def test_comparisons_refuse_mixed_instruments_and_nothing(report: Report, tmp_pa
         Experiment({}, ["s"], "two", [1])
     with pytest.raises(ValueError, match="would share a folder"):
         Experiment({"a b": None, "a_b": None}, ["s"], "two", [1])
+
+
+def test_evaluations_that_share_kept_pictures_make_those_of_the_base_model_once() -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def base(texts: list[str], seeds: list[int], progress: Any) -> Tensor:
+        calls.append(tuple(texts))
+        return _generate(5)(texts, seeds, progress)
+
+    kept: KeptPictures = {}
+    first = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
+    made = len(calls)
+    again = evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([1, 2], kept=kept))
+    assert made > 0 and len(calls) == made and again.scores == first.scores
+    assert again.costs.base_seconds_per_picture == first.costs.base_seconds_per_picture
+    evaluate(_generate(0), base, _case(), PROMPTS, TOOLS, Shots([3], kept=kept))  # other seeds are other pictures
+    assert len(calls) > made

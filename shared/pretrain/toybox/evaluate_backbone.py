@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import expanded
+from shared.config import expanded, unknown
 from shared.io.outputs import check_file, write_text
+from shared.sampling.schedulers import DIFFUSION, named_scheduler
 from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_defaults
 
 
@@ -45,12 +46,14 @@ class JudgeSettings:
     steps: int = 25
     seed: int = 0
     backbone: str | None = None  # a diffusers folder; None: the shipped one
+    scheduler: str | None = None  # by name; None: the backbone's own
 
 
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
     """Judges the model on random captions and, with `card`, the evaluators on fresh renders. Yields lines to print.
 
-    ValueError when `out` exists, unless `overwrite`, and when `backbone` is not a Stable Diffusion pipeline's folder.
+    ValueError when `out` exists, unless `overwrite`, when `backbone` is not a Stable Diffusion pipeline's folder, and for an
+    unknown scheduler.
     """
     from shared.pretrain.evaluators.judge_backbone import judge_backbone
     from shared.pretrain.evaluators.model_card import write_card
@@ -59,7 +62,11 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
         check_file(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
     guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
+    if settings.scheduler is not None and settings.scheduler not in DIFFUSION:
+        raise ValueError(unknown(settings.scheduler, DIFFUSION, "scheduler"))
     pipe = open_pipeline(settings.backbone)
+    if settings.scheduler is not None:
+        pipe.scheduler = named_scheduler(settings.scheduler, pipe.scheduler.config)
     found = judge_backbone(pipe, n=settings.pictures, guidance=guidance, steps=settings.steps, seed=settings.seed)
     yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, without selection"
     yield from _lines(found)

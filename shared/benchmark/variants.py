@@ -1,0 +1,68 @@
+"""Grids: each recipe with every combination of some settings, as rows of one table."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+#: Rows of a grid; each is learned and scored on every subject.
+MOST = 1000
+#: What a value is made of: quoted text, a list, a mapping, or anything but a comma.
+_VALUE = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^,])*""")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe and the settings applied to it."""
+
+    recipe: str  # a name or a file
+    overrides: tuple[str, ...] = ()  # key=value
+
+
+def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[str]) -> dict[str, Variant]:
+    """Every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
+
+    grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they
+    are; with one, the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, or
+    given twice, and for more than `MOST` rows.
+    """
+    axes = [_axis(item) for item in grid]
+    keys = [key for key, _ in axes]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} is varied twice: list all of its values at once, {key}=VALUE,VALUE")
+    rows = len(recipes)
+    for _, values in axes:
+        rows *= len(values)
+    if rows > MOST:
+        raise ValueError(f"the grid has {rows:,} rows; at most {MOST:,} fit one table")
+    out: dict[str, Variant] = {}
+    for name, recipe in recipes.items():
+        for values in itertools.product(*(values for _, values in axes)):
+            changes = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+            out[" ".join([name, *changes])] = Variant(recipe, (*overrides, *changes))
+    return out
+
+
+def _axis(item: str) -> tuple[str, list[str]]:
+    """The key and its values."""
+    key, _, text = item.partition("=")
+    values = [v.strip().strip('"') for v in _split(text)]
+    if not key.strip() or not all(values):
+        raise ValueError(f"{item!r} is no axis of a grid: write key=value,value, for example train.steps=240,360")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{item!r} has a value twice")
+    return key.strip(), values
+
+
+def _split(text: str) -> list[str]:
+    """The values between commas, empty ones too."""
+    out, at = [], 0
+    while at <= len(text):
+        found = _VALUE.match(text, at)
+        assert found is not None
+        out.append(found.group())
+        at = found.end() + 1
+    return out
