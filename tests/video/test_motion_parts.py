@@ -149,7 +149,7 @@ def test_the_spatial_path_rests_as_often_as_asked(
     ("settings", "message"),
     [
         (("trainable.spatial=null",), "unknown group 'spatial'"),
-        (("task.spatial=looks",), "no part has the optimizer group 'looks'. There are: spatial, temporal"),
+        (("task.spatial=looks",), "no part has the optimizer group 'looks'. Groups: spatial, temporal"),
         (
             ("trainable.spatial.per_source=false",),
             r"trainable\.spatial: dual_path needs a spatial part for each clip: per_source=true",
