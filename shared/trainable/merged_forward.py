@@ -21,6 +21,10 @@ from torch.nn import functional as F
 
 from shared.trainable.rank_by_noise import RankByNoise
 
+#: Multiplications that take as long as a backward pass in Python (0.1 to 0.2 ms): where fewer are spared by r columns in place
+#: of dW', autograd's own is the faster one.
+_OVERHEAD = 2**23
+
 Pair = tuple[Tensor, Tensor, float]  # A [r, in, …], B [out, r, …], s
 
 
@@ -38,7 +42,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not pairs:
         return base(x)
     product = _Product(base.stride, base.padding) if isinstance(base, nn.Conv2d) else _Product()
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _spared(base, x, pairs) < _OVERHEAD:
         return product.of(x, _merged(base.weight, pairs), base.bias)
     factors = [factor for a, b, _ in pairs for factor in (a, b)]
     return _MergedLora.apply(x, base.weight, base.bias, (product, [s for *_, s in pairs]), *factors)
@@ -98,11 +102,24 @@ def _trained(base: Any) -> bool:
 
 def _pays(base: Any, x: Tensor) -> bool:
     """Whether r out K multiplications for B A, with K inputs of each output, are fewer than r (out + K) for each row of x."""
-    out, inputs = len(base.weight), base.weight[0].numel()
     if x.ndim < base.weight.ndim:
         return False
-    rows = x.numel() // x.shape[1] // (base.stride[0] * base.stride[1]) if x.ndim == 4 else x.numel() // x.shape[-1]
-    return rows * (out + inputs) >= out * inputs
+    out, inputs = len(base.weight), base.weight[0].numel()
+    return _count(base, x) * (out + inputs) >= out * inputs
+
+
+def _spared(base: Any, x: Tensor, pairs: Sequence[Pair]) -> int:
+    """How many multiplications the gradients of A and B take less through r columns than through dW'."""
+    out, inputs = len(base.weight), base.weight[0].numel()
+    ranks = sum(len(a) for a, b, _ in pairs if a.requires_grad or b.requires_grad)
+    return _count(base, x) * (out * inputs - 2 * ranks * (out + inputs)) if ranks else 0
+
+
+def _count(base: Any, x: Tensor) -> int:
+    """Rows of a linear layer, places of a convolution."""
+    if isinstance(base, nn.Conv2d):
+        return x.numel() // x.shape[1] // (base.stride[0] * base.stride[1])
+    return x.numel() // x.shape[-1]
 
 
 def _merged(weight: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -125,13 +142,18 @@ class _Product:
 
     def to_input(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         if self.stride:
-            return torch.nn.grad.conv2d_input(x_shape, weight, grad, self.stride, self.padding)
+            return self._backward(grad, grad.new_empty(x_shape), weight, (True, False, False))[0]
         return (_rows(grad) @ weight).view(x_shape)
 
     def to_weight(self, grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         if self.stride:
-            return torch.nn.grad.conv2d_weight(x, shape, grad, self.stride, self.padding)
+            return self._backward(grad, x, grad.new_empty(shape), (False, True, False))[1]
         return _rows(grad).mT @ _rows(x)
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
+        """A convolution's gradients; of a tensor whose gradient is wanted, only the shape is read."""
+        fixed = ((1, 1), False, (0, 0), 1)  # dilation, not transposed, output padding, groups
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, self.stride, self.padding, *fixed, wanted)
 
 
 How = tuple[_Product, list[float]]  # and s of each pair

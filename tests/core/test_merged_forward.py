@@ -71,7 +71,11 @@ def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("rank", [2, 24])  # gradients through r columns; through the whole weight
-def test_output_and_gradients_are_peft_s(sd: Any, merges: list[Any], rank: int) -> None:
+@pytest.mark.parametrize("by_autograd", [True, False])
+def test_output_and_gradients_are_peft_s(
+    sd: Any, merges: list[Any], monkeypatch: pytest.MonkeyPatch, rank: int, by_autograd: bool
+) -> None:
+    monkeypatch.setattr(merging, "_OVERHEAD", 2**62 if by_autograd else -(2**62))
     parameters = inject(sd, "mug", rank)
     found = computed(double(sd), parameters)
     kinds = {(len(shape), shape[-1]) for shape in merges}
@@ -83,7 +87,11 @@ def test_output_and_gradients_are_peft_s(sd: Any, merges: list[Any], rank: int) 
     assert len(found) == 2 + len(parameters) and all(bool(grad.abs().sum() > 0) for grad in found)
 
 
-def test_several_adapters_with_strengths_and_one_in_training(sd: Any, merges: list[Any]) -> None:
+@pytest.mark.parametrize("overhead", [-(2**62), 2**62])
+def test_several_adapters_with_strengths_and_one_in_training(
+    sd: Any, merges: list[Any], monkeypatch: pytest.MonkeyPatch, overhead: int
+) -> None:
+    monkeypatch.setattr(merging, "_OVERHEAD", overhead)
     loaded = inject(sd, "loaded", 3)
     for parameter in loaded:
         parameter.requires_grad_(False)
@@ -170,9 +178,10 @@ def test_a_start_is_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -
     assert not any("forward" in vars(m) for c in sd.components.values() for m in c.modules())
 
 
-def test_recomputed_layers_give_the_same_gradients(sd: Any) -> None:
+def test_recomputed_layers_give_the_same_gradients(sd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared.train.memory import recomputed
 
+    monkeypatch.setattr(merging, "_OVERHEAD", -(2**62))
     parameters = inject(sd, "mug", 4, ROLES[:-1])
     expected = computed(double(sd), parameters)
     with recomputed(sd, True):
