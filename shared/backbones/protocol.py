@@ -298,6 +298,11 @@ class Backbone(Protocol):
         `shared.backbones.attending`. ValueError when one matches no site, or a layer that is not to be touched."""
         ...
 
+    def keep_attending(self, name: str, *edits: At) -> None:
+        """From now on these edits act wherever the concept of this name is on; none: no more. See
+        `shared.backbones.attending`. ValueError as `attending`."""
+        ...
+
     # what is attached, by concept name
     def add_placeholder(self, placeholder: Placeholder) -> None:
         """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""
