@@ -1,4 +1,4 @@
-"""What a concept changes in how its model attends, while it is learned and wherever it acts. A new part is one file, one line."""
+"""What a concept changes in how its model attends, while it is learned and where it acts. A new part: one file, one line."""
 
 from shared.attention.base import AttentionPart
 from shared.attention.sparse_causal import SparseCausal
