@@ -171,10 +171,16 @@ def test_pictures_and_phases_of_their_own_attention_are_refused(
 ) -> None:
     assert not SparseCausal().port(clips)
     asked = [f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}", *FAST]
-    for settings, backbone, message in (
-        ((), StableDiffusionBackbone(make_tiny_sd(), "tiny"), "tiny makes pictures, which have no frame before"),
-        (("phases.one.attention=null", "phases.one.task=tune"), clips, "phases.one.attention: this is the same in all"),
+    pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
+    for name, settings, backbone, message in (
+        ("tune_a_video", (), pictures, "tiny makes pictures, which have no frame before"),
+        (
+            "set_then_sequence",
+            ("phases.set.attention.sparse_causal={}",),
+            clips,
+            "phases.set.attention: this is the same",
+        ),
     ):
-        planned = plan(load("tune_a_video", [*asked, *settings], "video", VideoRecipe))
+        planned = plan(load(name, [*asked, *settings], "video", VideoRecipe))
         with pytest.raises(ValueError, match=message):
             TrainingRun(backbone, planned.recipe, planned.subjects, planned.workdir, tmp_path, tensorboard=False)
