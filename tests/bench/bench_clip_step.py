@@ -95,7 +95,6 @@ def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
     """Steps per second of both, alternating."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
-    rates: dict[str, list[float]] = {"suite": [], "plain": []}
     now = clock_of(suite)
     for index in range(2):  # warm-up: fills caches
         suite.step(index)
