@@ -19,15 +19,19 @@ class AlternateTask(TuneTask):
     in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
     `rest`: adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
+    `subject_only`: optimizer groups that learn only from the subject, such as the words of a motion in SynMotion
+    (https://arxiv.org/abs/2506.23690).
     """
 
     kind: Literal["alternate"] = "alternate"  # pyright: ignore[reportIncompatibleVariableOverride]
     every: Annotated[int, Field(ge=2)] = 2
     rest: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
+    subject_only: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
 
 
 class Alternate(Tune):
-    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, and for unknown adapter sets."""
+    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, for unknown adapter sets and groups, and if
+    nothing is left to learn in preservation steps."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__(context)
@@ -41,9 +45,21 @@ class Alternate(Tune):
         missing = next((name for name in task.rest if name not in sets), None)
         if missing is not None:
             raise ValueError(f"task.rest: {unknown(missing, sets, 'adapter set')}")
+        groups = self.groups()
+        missing = next((name for name in task.subject_only if name not in groups), None)
+        if missing is not None:
+            raise ValueError(f"task.subject_only: {unknown(missing, groups, 'optimizer group')}")
+        self.preserving = tuple(name for name in groups if name not in task.subject_only)
+        if not self.preserving:
+            raise ValueError(
+                f"task.subject_only = {list(task.subject_only)}: nothing is left to learn from class examples"
+            )
 
     def updates(self, step: int, micro: int) -> Updates:
         """One loss: on class examples, or on the subject."""
         preserves = step % self.task.every == self.task.every - 1
         batch = self.data.batch(step, micro, "prior" if preserves else "instance")
-        yield from self.of_one_role(step, micro, batch, resting=self.task.rest if preserves else ())
+        if preserves:
+            yield from self.of_one_role(step, micro, batch, resting=self.task.rest, groups=self.preserving)
+        else:
+            yield from self.of_one_role(step, micro, batch)

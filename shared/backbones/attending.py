@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from shared.backbones.attention_edits import At, Edit
 from shared.backbones.attention_maps import Record, Watch
 from shared.backbones.attention_processors import FluxProcessor, Plan, Processor, UNetProcessor
-from shared.backbones.attention_rows import PredictionRows
+from shared.backbones.attention_rows import PredictionRows, Rows
 from shared.backbones.attention_sites import Site, Where
 
 
@@ -21,6 +22,12 @@ class Attending:
     family: str
     _predictions: PredictionRows
     _components: dict[str, nn.Module]
+    _kept_edits: dict[str, tuple[At, ...]]  # by the concept that they belong to
+    _replaced: list[tuple[Any, Any]]  # layers that have kept edits, each with the processor that it had without them
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        raise NotImplementedError
 
     @property
     def noise_ranges(self) -> Mapping[str, tuple[float, float]]:
@@ -67,6 +74,34 @@ class Attending:
             if not any(plan is not None and plan.edits for plan in left):
                 self._predictions.forget()
 
+    def keep_attending(self, name: str, *edits: At) -> None:
+        """From now on these edits act wherever the concept of this name is on, whatever its strength; none: no more.
+
+        What several concepts ask for alike acts once. Not to be called inside of `attending`. Raises ValueError as that does;
+        nothing has changed then.
+        """
+        before = self._kept_edits
+        self._kept_edits = {**{k: v for k, v in before.items() if k != name}, **({name: edits} if edits else {})}
+        try:
+            self._lay_kept_edits()
+        except ValueError:
+            self._kept_edits = before
+            self._lay_kept_edits()
+            raise
+
+    def _lay_kept_edits(self) -> None:
+        for layer, processor in self._replaced:
+            layer.processor = processor
+        self._replaced = []
+        owners: dict[At, list[str]] = {}
+        for name, edits in self._kept_edits.items():
+            for edit in edits:
+                owners.setdefault(edit, []).append(name)
+        kept = tuple(At(_WhileOn(at.edit, tuple(names), self), at.where) for at, names in owners.items())
+        for layer, processor in self._plans(kept, Record({})):
+            self._replaced.append((layer, layer.processor))
+            layer.processor = processor
+
     def _layers(self, site: Site) -> list[Any]:
         """The layer of a site: one in each denoiser."""
         return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
@@ -104,6 +139,23 @@ class Attending:
     def _processor_for(self, layer: Any) -> type[Processor] | None:
         """Our processor class for this layer's computation; None for a layer with a custom processor."""
         return type(layer.processor) if isinstance(layer.processor, Processor) else _processor_of(layer)
+
+
+@dataclass(frozen=True)
+class _WhileOn:
+    """An edit that does nothing while all concepts that asked for it are off."""
+
+    edit: Edit
+    owners: tuple[str, ...]
+    backbone: Attending
+
+    def __call__(
+        self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        strengths = self.backbone.strengths
+        if not any(strengths.get(name, 0.0) for name in self.owners):
+            return q, k, v, bias
+        return self.edit(site, q, k, v, bias, rows)
 
 
 def _acts(edit: Edit | At, site: Site) -> bool:

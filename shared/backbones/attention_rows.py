@@ -50,21 +50,22 @@ class PredictionRows:
     number: int | None = None
     time: Tensor | None = None  # [B], of the current prediction, or of the one being recomputed
     _count: int = 0
+    _recomputes: bool = False  # whether the prediction under way can be: it has a gradient
     _rows: Rows | None = None
     _seen: dict[tuple[str, int], set[Rows]] = field(default_factory=dict)
 
     @contextmanager
     def under_way(self, batch: int, t: Tensor | None = None) -> Iterator[None]:
         """Inside, a new prediction of `batch` rows runs at times t [B]; its rows are those set by `holding`, else plain."""
-        before, rows = (self.number, self._rows, self.time), self._rows
+        before, rows = (self.number, self._rows, self.time, self._recomputes), self._rows
         if rows is None or len(rows.index) != batch:
             rows = Rows.plain(batch)
         self._count += 1
-        self.number, self._rows, self.time = self._count, rows, t
+        self.number, self._rows, self.time, self._recomputes = self._count, rows, t, torch.is_grad_enabled()
         try:
             yield
         finally:
-            self.number, self._rows, self.time = before
+            self.number, self._rows, self.time, self._recomputes = before
 
     @contextmanager
     def at_time(self, t: Tensor | None) -> Iterator[None]:
@@ -94,7 +95,8 @@ class PredictionRows:
         if self.number is not None and self._rows is not None:
             assert entries % len(self._rows.index) == 0, f"{site.name}: {entries} is not a multiple of {self._rows}"
             rows = replace(self._rows, repeat=entries // len(self._rows.index))
-            self._seen.setdefault(key, set()).add(rows)
+            if self._recomputes:
+                self._seen.setdefault(key, set()).add(rows)
             return rows
         seen = self._seen.get(key) or {Rows.plain(entries)}
         if len(seen) > 1:

@@ -68,6 +68,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         self._placeholder_strengths: dict[str, float] = {}  # of placeholders
         self._warned: set[str] = set()
         self._predictions = PredictionRows()
+        self._kept_edits, self._replaced = {}, []
         for module in (*self._components.values(), vae):
             module.requires_grad_(False)
             module.eval()
@@ -157,6 +158,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         """Ejects everything attached under this name. ValueError when there is nothing."""
         if name not in self.adapters and name not in self.placeholders:
             raise ValueError(self._unknown([name]))
+        self.keep_attending(name)
         for adapter in reversed(self.adapters.pop(name, [])):
             adapter.eject()
         self._strengths.pop(name, None)

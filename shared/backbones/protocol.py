@@ -298,6 +298,11 @@ class Backbone(Protocol):
         ValueError when one matches no site, or a layer with a custom processor."""
         ...
 
+    def keep_attending(self, name: str, *edits: At) -> None:
+        """Applies these edits from now on wherever the concept `name` is active; without edits, removes them. See
+        `shared.backbones.attending`. ValueError as for `attending`."""
+        ...
+
     # attached concepts, by name
     def add_placeholder(self, placeholder: Placeholder) -> None:
         """Adds the placeholder's tokens to every tokenizer and registers it. ValueError when a token or name is taken."""

@@ -60,6 +60,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
             _share(backbone, twin, name)
         else:
             _attach_adapters(concept, backbone)
+        backbone.keep_attending(name, *(e for part in concept.meta.attention.values() for e in part.edits(backbone)))
         if strength != 1 or name in backbone.adapters:
             backbone.set_strength(name, strength)  # lasting, unlike `active`
     except BaseException:

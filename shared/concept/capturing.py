@@ -60,6 +60,7 @@ def capture(
         "kind": provenance.kind,
         "modifier": modifier,
         **adapters_info,
+        "attention": recipe.get("attention", {}),
         **_built_on(backbone, adapters_info, placeholder.components if placeholder is not None else ()),
         "adapter_id": adapter_id(tensors),
         "seed": recipe.get("seed", 0) if provenance.seed is None else provenance.seed,

@@ -49,6 +49,9 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(unknown(format, FORMATS, "format"))
+    if concept.meta.attention:
+        kinds = ", ".join(part.taxonomy for part in concept.meta.attention.values())
+        raise ValueError(f"{concept.name!r} changes how the model attends ({kinds}), which {format} files cannot say")
     if not strength:
         raise ValueError(f"an export of {concept.name!r} at strength 0 would be empty")
     check_output(path, overwrite)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from shared.attention import Attention
 from shared.concept.learning_record import LearnedWith, learned_with
 from shared.config import NAME, Part, validate
 from shared.io.adapter_settings import check_adapter
@@ -75,6 +76,7 @@ class ConceptMeta(Part):
     branches: dict[Name, dict[Name, BranchSettings]] = Field(
         default_factory=dict
     )  # slot -> component -> form and places
+    attention: dict[Name, Attention] = Field(default_factory=dict)  # slot -> how the model attends while it is on
     layers: dict[Name, dict[LayerPath, Shape]] = Field(
         default_factory=dict
     )  # component -> touched layer or parameter -> base shape

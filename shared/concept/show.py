@@ -27,6 +27,7 @@ def described(concept: Concept) -> list[tuple[str, str]]:
         ),
         ("weights", "; ".join(_weights(concept))),
         ("branches", "; ".join(_branches(concept))),
+        ("attention", "; ".join(part.taxonomy for part in meta.attention.values())),
         ("parameters", f"{parameters(concept):,}"),
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
         ("recipe", _recipe(meta.learned_with)),

@@ -1,7 +1,7 @@
-"""Is the thing in a picture the cut-out of a reference, pasted where the prompt wants it?
+"""Is the thing in a picture cut out of a reference and pasted where the prompt wants it?
 
-The whole picture is another then (`shared.metrics.copying` sees nothing), but the thing is the same point by point. So
-the reference's thing, without what is around it, is looked for in the picture cut to its thing: normalised
+The whole picture then differs (`shared.metrics.copying` sees nothing), but the thing is the same point by point. So the
+thing from the reference, without its surroundings, is searched for in the picture cropped to its thing: normalised
 cross-correlation under the reference's mask, maximal over shifts, sizes and mirroring.
 """
 
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 from shared.metrics.crops import aligned_crops
 
 GRID = 40  # pictures are compared at this size
-OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the thing
+OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, in sides of the thing
 ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # up to 1.24
-INSIDE = 2  # power of the mask: cells at the thing's border, which hold something else too, count little
+INSIDE = 2  # power of the mask: cells at the thing's border, which also show something else, count little
 FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with that in `[R, 3, H', W']`.
+    """Best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with the one in `[R, 3, H', W']`.
 
     Args:
         where: `[N, h, w]` and `reference_where`: `[R, h, w]`, the chance that a cell shows the thing
 
-    The colours are compared about their mean on the thing, each channel about its own, so that light does not matter.
+    Each colour channel is compared about its mean on the thing, so that lighting does not matter.
     """
     cells = F.interpolate(aligned_crops(pixels, where, OUTPUT_MARGIN), (GRID, GRID), mode="area")
     shown = F.interpolate(reference_where[:, None], references.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Pictures cut to the thing in them, so that they can be compared whatever its place, its size and what is around it."""
+"""Pictures cropped to the thing in them, so that they can be compared whatever its place, size and surroundings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from shared.metrics.encoders import CropSettings, ImageEncoder
 
-SURE = 0.15  # below it, a cell of the map is not counted as part of the thing
+SURE = 0.15  # cells of the map below this do not count as part of the thing
 Jitter = tuple[float, float, float]
 JITTERS: tuple[Jitter, ...] = (
     (0.0, 0.0, 1.0),
@@ -19,17 +19,17 @@ JITTERS: tuple[Jitter, ...] = (
     (0.0, 0.12, 0.93),
     (0.0, -0.12, 1.08),
 )
-LEAST = 0.15  # half the side of a crop, in half-pictures: what is smaller is a speck
+LEAST = 0.15  # smallest half side of a crop, in half-pictures: anything smaller is a speck
 
 
 def placements(where: Tensor) -> Tensor:
-    """Where things are, `[N, 3]`: x right and y down from the middle, and half their larger side, all in half-pictures.
+    """Where things are, `[N, 3]`: x right and y down from the centre, and half their larger side, all in half-pictures.
 
     Args:
         where: `[N, h, w]`, the chance that a cell shows the thing (a mask will do)
 
     The size is that of an evenly filled box of the same spread (half a side = √3 standard deviations), which a few stray
-    cells hardly change. Of an empty map: the whole picture.
+    cells hardly change. An empty map gives the whole picture.
     """
     heat = (where * (where > SURE)).double()
     total = heat.sum((1, 2)).clamp_min(1e-9)
@@ -54,10 +54,10 @@ def aligned_crops(
 
     Args:
         where: `[N, h, w]`, see `placements`
-        margin: side of the square, in sides of the thing: 1 would touch it
-        cells: the detail that is kept, as the side of a grid: a thing that was small in its picture has no finer detail
-            than one that was large. None keeps all
-        jitter: how far off the square is: right and down in half sides of the thing, and how much larger
+        margin: side of the square, in sides of the thing: at 1 they touch
+        cells: the detail to keep, as the side of a grid, so that things that were large in their picture show no more
+            detail than small ones. None keeps everything
+        jitter: how far the square is moved right and down, in half sides of the thing, and how much it is enlarged
     """
     right, down, larger = jitter
     at = placements(where).to(pixels)
@@ -75,10 +75,10 @@ def aligned_crops(
 
 
 def crop_embeddings(encoder: ImageEncoder, pixels: Tensor, where: Tensor, how: CropSettings) -> Tensor:
-    """Embeddings `[N, D]` of crops aligned on the thing, of length one.
+    """Unit embeddings `[N, D]` of crops aligned on the thing.
 
-    Each is the mean over `JITTERS`: the map says where a thing is to a fraction of a cell only, and what differs between
-    two crops for that alone is no other pose.
+    Each is the mean over `JITTERS`: the map locates a thing only to a fraction of a cell, and that error must not look
+    like a change of pose.
     """
     every = [encoder.images(aligned_crops(pixels, where, how.margin, how.cells, jitter)) for jitter in JITTERS]
     return F.normalize(torch.stack(every).sum(0), dim=1)

@@ -1,8 +1,8 @@
 """The instruments: models that turn pictures and texts into embeddings, or read what is in a picture.
 
-All take pixels `[N, 3, H, W]` in [-1, 1] of any size and resize as their own processor says. Pictures are rounded to
-8 bits first, so that a score is the same for a tensor and for the PNG it was saved as. Nothing here needs torchvision
-or a network.
+All take pixels `[N, 3, H, W]` in [-1, 1] of any size and resize them with their own processor. Pictures are rounded to
+8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision or network
+access.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ TEXT_AND_LIKENESS = "text alignment and likeness (CLIP-T, CLIP-I)"
 
 @dataclass(frozen=True)
 class InstrumentInfo:
-    """What a score was measured with, and how far that is to be believed."""
+    """The instrument behind a score, and how reliable it is."""
 
     name: str  # "CLIP (clip-vit-base-patch32)"
     measures: str  # "text alignment"
     toybox: bool = False
-    accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card says so; in [0, 1]
-    text_weight: float = CLIP_SCORE_WEIGHT  # from a cosine of picture and text to a score on [0, 1]
-    fingerprint: str = ""  # of its weights, where what was measured with it may be kept and used again
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card states it; in [0, 1]
+    text_weight: float = CLIP_SCORE_WEIGHT  # factor from picture-text cosines to a score on [0, 1]
+    fingerprint: str = ""  # of its weights, where measurements made with it may be cached
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """Pictures to unit vectors whose scalar product is a similarity."""
+    """Maps pictures to unit vectors whose scalar product is a similarity."""
 
     info: InstrumentInfo
 
     def images(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> `[N, D]`, float32 on the CPU, of length one."""
+        """`[N, 3, H, W]` in [-1, 1] -> unit vectors `[N, D]`, float32 on the CPU."""
         ...
 
 
 @runtime_checkable
 class TextImageEncoder(ImageEncoder, Protocol):
-    """Pictures and texts to one space."""
+    """Maps pictures and texts to one space."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> `[N, D]`, float32 on the CPU, of length one."""
+        """N texts -> unit vectors `[N, D]`, float32 on the CPU."""
         ...
 
 
 @runtime_checkable
 class AttributeReader(Protocol):
-    """Reads named attributes (background, view, …) off pictures."""
+    """Reads named attributes (background, view, …) from pictures."""
 
     info: InstrumentInfo
 
@@ -73,16 +73,16 @@ class AttributeReader(Protocol):
 
 @runtime_checkable
 class SoftReader(AttributeReader, Protocol):
-    """A reader that says how sure it is, so that one misread picture does not turn a score of few."""
+    """A reader that says how sure it is, so that one misread picture cannot dominate a score over few."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """`[N, 3, H, W]` in [-1, 1] and the values asked for of each -> per picture: attribute -> its probability."""
+        """`[N, 3, H, W]` in [-1, 1] and the values asked for in each -> per picture: attribute -> its probability."""
         ...
 
 
 @runtime_checkable
 class FaceFinder(Protocol):
-    """Says where an identity can be judged at all."""
+    """Says in which pictures an identity can be judged at all."""
 
     def faces(self, pixels: Tensor) -> Tensor:
         """`[N, 3, H, W]` in [-1, 1] -> bool `[N]`: whether a face can be seen (not only the back of a head)."""
@@ -100,29 +100,27 @@ class Locator(Protocol):
 
 @dataclass(frozen=True)
 class Typical:
-    """What the measures of `Instruments` say of things that nothing is tested on: anchors for scores that may see
-    neither look-alikes nor the thing as it truly is.
+    """Readings of `Instruments` on things that no test uses: anchors for scores that may see neither look-alikes nor true
+    pictures of the thing.
     """
 
     same: float  # likeness of new pictures of a thing to its references
-    other: float  # of a thing of the same class and colours to them
-    free: float  # distance of crops of a thing from random views
-    fixed: float  # of a thing in one pose and place
+    other: float  # likeness of another thing of the same class and colours to them
+    free: float  # distance between crops of a thing from random views
+    fixed: float  # distance between crops of a thing in one pose and place
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How pictures are cut to the thing before their poses are compared."""
+    """How pictures are cropped to the thing before their poses are compared."""
 
     margin: float = 1.35  # side of the crop, in sides of the thing
-    cells: int | None = None  # the detail that is kept, as the side of a grid
+    cells: int | None = None  # the detail to keep, as the side of a grid
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What an evaluation measures with; None where an instrument is missing (its scores are left out, and the report
-    says so).
-    """
+    """The instruments of an evaluation. Where one is None, its scores are left out, and the report says so."""
 
     text_image: TextImageEncoder | None = None
     identity: ImageEncoder | None = None
@@ -142,22 +140,22 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError on another shape or on values not finite."""
+    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError for another shape or values that are not finite."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():
-        raise ValueError("pixels: not finite (NaN or infinity); the model that made these pictures diverged")
+        raise ValueError("pixels: not finite (NaN or infinity); the model that generated these pictures diverged")
     array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(a)) for a in array.permute(0, 2, 3, 1).numpy()]
 
 
 def to_bytes(pixels: Tensor) -> bytes:
-    """`[N, 3, H, W]` in [-1, 1] -> their 8-bit values, to compare or to hash."""
+    """`[N, 3, H, W]` in [-1, 1] -> their 8-bit values, for comparing or hashing."""
     return b"".join(picture.tobytes() for picture in to_pil(pixels))
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], 8 bits; the shorter side fits, the middle is kept."""
+    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], 8 bits; fits the shorter side and crops to the middle."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -192,7 +190,8 @@ class ClipEncoder:
             for text, ids in zip(chunk, self.tokenizer(chunk)["input_ids"], strict=True):
                 if len(ids) > limit:
                     warnings.warn(
-                        f"{self.info.name} reads {limit} tokens; the end of {text!r} is not scored", stacklevel=2
+                        f"{self.info.name} reads at most {limit} tokens; the end of {text!r} is not scored",
+                        stacklevel=2,
                     )
             tokens = self.tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt")
             ids, mask = (tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
@@ -218,7 +217,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """transformers 5 returns an object whose `pooler_output` is the projection; 4 the tensor itself."""
+    """transformers 5 returns an object whose `pooler_output` is the projection, version 4 the tensor itself."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 
@@ -228,7 +227,7 @@ def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
 
 
 def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
-    """A CLIP from a local transformers folder. ValueError when it is not one."""
+    """Loads a CLIP from a local transformers folder. ValueError when it is not one."""
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
@@ -242,7 +241,7 @@ DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
-    """A DINO or DINOv2 from a local transformers folder. ValueError when it is not one."""
+    """Loads a DINO or DINOv2 from a local transformers folder. ValueError when it is not one."""
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")
@@ -261,22 +260,22 @@ CARD_KEYS = {
 def _check_folder(folder: Path | str, types: set[str], what: str) -> Path:
     path = expanded(folder)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{what}: {path} is not a model folder (no config.json in it); nothing is downloaded here")
+        raise ValueError(f"{what}: {path} is not a model folder (it has no config.json); nothing is downloaded here")
     try:
         kind = json.loads((path / "config.json").read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError):
         raise ValueError(f"{what}: {path / 'config.json'} is not readable JSON") from None
     if kind not in types:
-        raise ValueError(f"{what}: {path} holds a model of type {kind!r}; expected {', '.join(sorted(types))}")
+        raise ValueError(f"{what}: {path} contains a model of type {kind!r}; expected {', '.join(sorted(types))}")
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{what}: {path} holds no .safetensors weights")
+        raise ValueError(f"{what}: {path} contains no .safetensors weights")
     return path.resolve()
 
 
 def _image_processor(path: Path) -> Any:
-    """The folder's own processor, on Pillow (`backend="pil"`): transformers' default needs torchvision."""
+    """The folder's own processor, using Pillow (`backend="pil"`): transformers' default needs torchvision."""
     from transformers import AutoImageProcessor
 
     if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(f"{path} has no preprocessor_config.json: how pictures are resized for it is not known")
+        raise ValueError(f"{path} has no preprocessor_config.json, which says how to resize pictures for this model")
     return AutoImageProcessor.from_pretrained(str(path), backend="pil", local_files_only=True)

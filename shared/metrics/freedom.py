@@ -1,9 +1,9 @@
-"""How much of the true thing's change of pose the pictures of one prompt keep.
+"""How much of the true thing's variation in pose the pictures of one prompt keep.
 
-D is the mean distance (1 − cosine) of the crops of two pictures of one prompt that are both verified; R the same of the
-thing as it truly is from random views, F of the thing in one pose and one place with everything around it drawn anew. So
-0 is one pose for every seed, and 1 as many as the thing itself shows. Only the crops are compared: a picture that is
-shifted about is no new pose, and neither is another background.
+D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same for true
+pictures of the thing from random views, F for true pictures in one pose and place with everything around it redrawn. So
+0 means one pose for every seed, and 1 as many as the thing itself has. Only the crops are compared: a shifted picture is
+not a new pose, and neither is another background.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from shared.metrics.scores import cosine
 
 SEEDS = 4  # pictures of each prompt that leaves the pose open
-ENOUGH = 0.3  # of all pairs that must be verified on both sides: fewer say nothing about the thing
+ENOUGH = 0.3  # share of all pairs that must be verified on both sides: fewer say nothing about the thing
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of pictures of one prompt."""
 
-    of: int  # all there are
-    counted: int  # of which both pictures are verified
+    of: int  # number of all pairs
+    counted: int  # number of pairs of which both pictures are verified
     distance: float  # sum of 1 − cosine over the counted ones
 
     @property
@@ -40,7 +40,7 @@ def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> di
     Args:
         embeddings: `[N, D]` of crops
         groups: N names
-        counted: bool `[N]`, whether a picture shows the thing (is verified)
+        counted: bool `[N]`, whether each picture shows the thing (is verified)
     """
     if not len(embeddings) == len(groups) == len(counted):
         raise ValueError(f"{len(embeddings)} embeddings, {len(groups)} groups and {len(counted)} flags")
@@ -56,14 +56,14 @@ def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> di
 
 
 def pooled(of_groups: Iterable[Pairs]) -> Pairs:
-    """All pairs of all groups as one."""
+    """The pairs of all groups combined."""
     every = list(of_groups)
     return Pairs(sum(p.of for p in every), sum(p.counted for p in every), sum(p.distance for p in every))
 
 
 @dataclass(frozen=True)
 class Range:
-    """What distances of crops mean for one thing."""
+    """The scale for distances of crops of one thing."""
 
     free: float  # R: the thing from random views
     fixed: float  # F: the thing in one pose and place
@@ -76,7 +76,7 @@ class Range:
 
 
 def effective_views(views: Sequence[str]) -> float:
-    """exp(H) of the views that were seen: 1 when all are one, and their number when each is as frequent; NaN of none."""
+    """exp(H) of the views seen: 1 when all are the same, their number when all are equally frequent; NaN for none."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)
@@ -84,7 +84,7 @@ def effective_views(views: Sequence[str]) -> float:
 
 
 def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, float]:
-    """How much place and size vary within a prompt: the standard deviation of the middle (over both axes) and of the
+    """How much place and size vary within a prompt: the standard deviations of the centre (over both axes) and of the
     size, in half-pictures, pooled over the groups; NaN where no group has two pictures.
 
     Args:

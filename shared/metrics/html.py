@@ -1,5 +1,5 @@
-"""One HTML page per report: pictures and plots inline, no script, no host named; readable on a phone, in the dark, by
-a screen reader.
+"""One HTML page per report: pictures and plots inline, no scripts, no external URLs; readable on a phone, in dark mode
+and by a screen reader.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _templates() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """One of the templates in this package, filled; everything is escaped but what is marked safe."""
+    """Fills one of this package's templates; everything is escaped except what is marked safe."""
     return _templates().get_template(template).render(**values)
 
 
@@ -78,9 +78,9 @@ def plot_of(reports: Sequence[Report]) -> str | None:
         if identity is None or text is None or identity.value is None or text.value is None:
             continue
         if not points and identity.base is not None and text.base is not None:
-            points.append(Point("base model, told only the class", identity.base, text.base, base=True))
+            points.append(Point("base model, given only the class", identity.base, text.base, base=True))
         point = Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text))
-        if freedom is not None:  # not measured: too few pictures show the thing, and it counts as none
+        if freedom is not None:  # without a value too few pictures show the thing, and that counts as 0
             point = replace(point, freedom=freedom.value or 0.0, freedom_range=_span(freedom))
         points.append(point)
     if not points:
@@ -121,7 +121,7 @@ def _drift_pairs(report: Report) -> list[dict[str, Any]]:
 
 def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
     who = WHO[row.kind]
-    wrong = f"; marked: {', '.join(row.flags)}" if row.flags else ""
+    wrong = f"; flagged: {', '.join(row.flags)}" if row.flags else ""
     return {
         "src": inline(report.thumbs.get(row.file)),
         "alt": f"“{row.text}”, {who}, seed {row.seed}{wrong}",
@@ -130,7 +130,7 @@ def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
 
 
 def _is_small(report: Report) -> bool:
-    """Whether the pictures are so small that smoothing would only blur them."""
+    """Whether the pictures are so small that smoothing would just blur them."""
     data = next(iter(report.thumbs.values()), None)
     return data is not None and max(Image.open(io.BytesIO(data)).size) <= 128
 
@@ -149,7 +149,7 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """A score for people: rates as whole percent, shares with a digit more, the rest with two digits."""
+    """A score for display: rates in whole percent, shares with one more digit, the rest with two decimals."""
     if value is None:
         return "–"
     if unit == "share":
@@ -170,7 +170,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Bytes for display, in powers of 1024."""
     if value is None:
         return "–"
     amount, units = float(value), ["bytes", "KiB", "MiB", "GiB"]
@@ -180,5 +180,5 @@ def size(value: float | None) -> str:
 
 
 def pretty(value: Any) -> str:
-    """JSON for people."""
+    """JSON for display."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)

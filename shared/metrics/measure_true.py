@@ -1,4 +1,4 @@
-"""What the instruments say of true pictures of a thing: the bars that a recipe's pictures are held against."""
+"""Measures true pictures of a thing: they set the bars that a recipe's pictures must reach."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shared.metrics.freedom import Pairs, effective_views, pairs, placement_spre
 from shared.metrics.true_thing import Asked, Bar, TrueFigures, TrueThing, style_of
 from shared.metrics.verification import PASSING, Look, Verifier
 
-#: Pictures of a style behind each of its two figures, at least; and of each of its prompts.
+#: The least number of pictures behind each of a style's two figures, and of each of its prompts.
 BEHIND, PER_PROMPT = 120, 16
-#: One pose and place: so many pictures of a prompt, of the first of so many poses that the instruments verify.
+#: One pose and place: FIXED pictures per prompt, in the first of up to POSES poses that the instruments verify.
 FIXED, POSES = 6, 8
-#: Of true pictures at most so many show the thing as a reference does, point by point, by chance.
+#: The share of true pictures that may match a reference's thing point by point, by chance.
 PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
-CHUNK = 256  # pictures looked at at once
+CHUNK = 256  # pictures per batch
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def measure_true(
     instruments: Instruments,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrueFigures:
-    """Bars for each style among the prompts, and the range of freedom where poses can be compared.
+    """Measures the bar for each style among the prompts, and the range of freedom where poses can be compared.
 
-    Two sets of pictures are drawn of every prompt: one sets the bar, the other is held against it. What passes of the
-    second is also the measure of freedom from random views. Call it with look-alikes in the verifier.
+    Two sets of pictures are drawn for every prompt: one sets the bar, the other is judged by it. Those of the second that
+    pass also give the freedom of random views. The verifier must have look-alikes.
     """
     sets = []
     for number, seed in enumerate((_BARS, _OTHERS)):
@@ -74,7 +74,7 @@ def measure_true(
 
 @dataclass(frozen=True)
 class _Passed:
-    """The verified pictures of the prompts that leave the pose open, among all that were drawn."""
+    """The pictures of the prompts that leave the pose open, and which of them are verified."""
 
     prompts: Sequence[int]
     crops: Tensor
@@ -94,7 +94,7 @@ def _of(free: Sequence[int], drawn: _Set, passed: Tensor) -> _Passed:
 def _free(
     verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures, drawn: _Passed
 ) -> dict[str, float | None]:
-    """R, F and what stands beside them."""
+    """R, F, and the spread of place, size and view."""
     spread = pooled(pairs(drawn.crops, drawn.prompts, drawn.passed).values())
     kept = drawn.passed.nonzero()[:, 0]
     place, size = placement_spread(drawn.places[kept], [drawn.prompts[i] for i in kept.tolist()])
@@ -110,7 +110,7 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Pairs of pictures in one pose and place: for each prompt of the first pose that is verified in most of its pictures."""
+    """Pairs of pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):
@@ -130,7 +130,7 @@ def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figur
 
 
 def _drawn(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], instruments: Instruments, seed: int) -> _Set:
-    """`BEHIND` pictures of every style, evenly over its prompts, after the autoencoder."""
+    """At least `BEHIND` pictures of every style, evenly over its prompts, after the autoencoder."""
     styles = [style_of(p.expects) for p in prompts]
     counts = [max(PER_PROMPT, math.ceil(BEHIND / styles.count(style))) for style in styles]
     of = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -149,6 +149,6 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Per picture the likeness it must reach, and T of its style; NaN where nothing was drawn in that style."""
+    """Per picture, the likeness it must reach and T of its style; NaN where nothing was drawn in that style."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

@@ -1,6 +1,4 @@
-"""Plots as SVG text for inlining in HTML: no host is named in them, and their text takes the page's colour (dark
-mode).
-"""
+"""Plots as SVG text to inline in HTML: without external URLs, and with text in the page's colour (dark mode)."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-INK = "#123456"  # stands for the page's own colour
+INK = "#123456"  # placeholder for the page's own colour
 COLORS = ("#2f7fd1", "#d9822b", "#2a9d6f", "#b0579b", "#c0473e", "#8a7a2f", "#5f6fd0", "#4a9aa8")
 MARKERS = "osD^vPX*"
 
@@ -34,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class _Axis:
-    """One panel: what lies to the right, and of each point its value and interval."""
+    """The horizontal axis of one panel, with the value and interval of each point on it."""
 
     label: str
     value: Callable[[Point], float | None]
@@ -46,10 +44,10 @@ _FREEDOM = _Axis("freedom", lambda p: p.freedom, lambda p: p.freedom_range)
 
 
 def trade_off_svg(points: Sequence[Point], title: str, chance: float | None = None) -> str:
-    """Identity (up) against prompt following (right), and beside it against freedom where it is known of any point.
+    """Identity (up) against prompt following (right), with a second panel against freedom where any point has it.
     Returns one `<svg>` element.
 
-    With two terms, grey lines join equal trade-off.
+    With two terms, grey lines join points of equal trade-off.
     """
     axes = [_TEXT, *([_FREEDOM] if any(p.freedom is not None for p in points) else [])]
     plt = _pyplot()
@@ -87,7 +85,7 @@ def _contours(panel: Any) -> None:
 
 
 def _draw_points(panel: Any, points: Sequence[Point], axis: _Axis) -> None:
-    """Every point that has a value on the axis, with its intervals."""
+    """Draws every point that has a value on the axis, with its intervals."""
     number = 0
     for point in points:
         color, marker = (INK, "x") if point.base else (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])

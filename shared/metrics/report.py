@@ -1,4 +1,4 @@
-"""What an evaluation found: a `Report`, kept as JSON, CSV, pictures and one HTML page that needs nothing else."""
+"""What an evaluation found: a `Report`, kept as JSON, CSV, pictures and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shared.metrics.true_thing import TrueFigures
 
 SCHEMA_VERSION = 2  # 2: identity is verification, freedom, three terms
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom": with the concept, of further seeds of the prompts that leave the pose open; they count for freedom alone.
+# "freedom": with the concept, more seeds of the prompts that leave the pose open; they count for freedom only.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # T below it: the instruments pass fewer than half of the true pictures, and the thing is shown apart
+APART = 0.5  # with T below this the instruments pass fewer than half of the true pictures: the thing is shown apart
 
 
 class Row(BaseModel):
@@ -27,7 +27,7 @@ class Row(BaseModel):
 
 
 class Score(Row):
-    """One headline number. `value` and what stands beside it share a unit: rates and scores on [0, 1], or a cosine."""
+    """One headline number. All its values share a unit: rates and scores are on [0, 1], or it is a cosine."""
 
     key: str
     title: str
@@ -36,30 +36,30 @@ class Score(Row):
     high: float | None = None
     unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small part of a whole
     better: Literal["higher", "lower"] = "higher"
-    base: float | None = None  # the same for the base model, told only the class: the floor
+    base: float | None = None  # the same for the base model, given only the class: the floor
     chance: float | None = None
-    truth: float | None = None  # the same of true pictures of the thing, where they can be drawn
-    among_low: float | None = None  # the same of each reference among the others: least and most
+    truth: float | None = None  # the same for true pictures of the thing, where they can be drawn
+    among_low: float | None = None  # the same for each reference against the others: minimum and maximum
     among_high: float | None = None
     explanation: str = ""
 
 
-#: Of a score, in tables of scores.
+#: The columns of a table of scores.
 SCORE_COLUMNS = (
     "key", "title", "value", "low", "high", "unit", "better", "base", "chance", "truth", "among_low", "among_high",
 )  # fmt: skip
 
 
 class MadeRow(Row):
-    """A picture or a clip, and all that was measured on it."""
+    """A picture or a clip, and everything measured on it."""
 
     prompt: int  # row of the report's prompts
-    text: str  # as the model was told
+    text: str  # as the model got it
     seed: int
     file: str  # below the report's folder
     scores: dict[str, float | None] = {}
     expects: dict[str, str] = {}
-    seen: dict[str, str] = {}  # of a clip: in most frames
+    seen: dict[str, str] = {}  # for a clip: in most frames
     flags: list[str] = []  # what is wrong, in words
     failed: bool = False
 
@@ -70,14 +70,14 @@ class MadeRow(Row):
 
 
 class PictureRow(MadeRow):
-    """One picture; `prompt` of a drift picture is the number of the drift prompt."""
+    """One picture; for drift pictures, `prompt` counts the drift prompts."""
 
     kind: Kind
     nearest: str = ""
 
 
 class PromptRow(Row):
-    """Means over the pictures of one prompt, with the concept and without (`base_…`)."""
+    """Means over the pictures of one prompt, with and without the concept (`base_…`)."""
 
     prompt: int
     text: str
@@ -88,7 +88,7 @@ class PromptRow(Row):
 
 
 class Instrument(Row):
-    """What was measured with, and its accuracy on fresh renders where a card says it."""
+    """An instrument, and its accuracy on fresh renders where a card states it."""
 
     name: str
     measures: str
@@ -125,12 +125,12 @@ class Report(BaseModel):
     pictures: list[PictureRow] = []
     references: list[str] = []  # files below the report's folder
     instruments: list[Instrument] = []
-    gallery: list[str] = []  # the other things that the subject was told from
+    gallery: list[str] = []  # the look-alikes that the subject was told apart from
     copy_limits: dict[str, float] = {}
     truth: TrueFigures | None = None  # what was measured on true pictures of the thing, where they can be drawn
     costs: Costs = Costs()
-    metadata: dict[str, Any] = {}  # of the concept, as it says itself
-    notes: list[str] = []  # what a reader must know: instruments missing, a small gallery
+    metadata: dict[str, Any] = {}  # of the concept, from its own file
+    notes: list[str] = []  # what a reader must know: missing instruments, a small gallery
     thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
     def score(self, key: str) -> Score | None:
@@ -144,13 +144,13 @@ class Report(BaseModel):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """What the trade-off is the mean of: freedom stands in it where true pictures of the thing say its range."""
+        """The terms of the trade-off: freedom is one of them where its range was measured on true pictures."""
         free = self.truth is not None and self.truth.range is not None
         return ("identity", "text", "freedom") if free else ("identity", "text")
 
     @property
     def apart(self) -> bool:
-        """Whether the instruments pass too few true pictures of this thing for its figures to stand with others'."""
+        """Whether the instruments pass too few true pictures of this thing to pool its figures with others'."""
         identity = self.score("identity")
         return identity is not None and identity.truth is not None and identity.truth < APART
 
@@ -170,17 +170,17 @@ class Report(BaseModel):
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
-            raise ValueError(f"{path}: no report there") from None
+            raise ValueError(f"{path}: no report found") from None
         except (ValueError, RecursionError):
             raise ValueError(f"{path} is not readable JSON") from None
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if version != SCHEMA_VERSION:
-            raise ValueError(f"{path} is a report of schema version {version}; this program reads {SCHEMA_VERSION}")
+            raise ValueError(f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}")
         try:
             report = Report.model_validate(raw)
         except ValidationError as error:
             where = ".".join(str(p) for p in error.errors()[0]["loc"])
-            raise ValueError(f"{path} is not a whole report: {where}: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"{path} is not a valid report: {where}: {error.errors()[0]['msg']}") from None
         if pictures:
             for name in [*report.references, *(p.file for p in report.pictures)]:
                 file = safe_relative(path.parent, name)
@@ -190,7 +190,7 @@ class Report(BaseModel):
 
 
 def number(value: Any) -> float | None:
-    """A float, or None for what is no finite number: JSON knows neither NaN nor infinity."""
+    """A float, or None unless it is finite: JSON has neither NaN nor infinity."""
     if value is None:
         return None
     value = float(value)

@@ -1,4 +1,4 @@
-"""One scorer for training and for evaluation: pictures in, per-picture scores and one number out."""
+"""One scorer for training and evaluation: pictures in, per-picture scores and one number out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Expects = Mapping[str, str]
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
-    """`text` with `{concept}` and `{class_noun}` filled in ("thing" where they are empty), and "a" made "an" where it
-    must.
+    """`text` with `{concept}` and `{class_noun}` filled in ("thing" where they are empty), and "a" changed to "an" where
+    needed.
     """
     filled = text.replace("{concept}", concept or "thing").replace("{class_noun}", class_noun or "thing")
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", filled)
@@ -33,14 +33,14 @@ class Measured:
     """Scores of N pictures. `scores` holds float columns of length N (NaN where a score does not apply)."""
 
     scores: Mapping[str, list[float]]
-    hits: list[dict[str, bool]]  # per picture: attribute -> seen as asked for
+    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as asked for
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
-    nearest: list[str]  # per picture: the gallery entry it looks most like; "" without a gallery
+    nearest: list[str]  # per picture: the most similar gallery entry; "" without a gallery
     look: Look
 
     @property
     def embeddings(self) -> Tensor:
-        """`[N, D]` of the whole picture, for diversity."""
+        """Embeddings `[N, D]` of whole pictures, for diversity."""
         return self.look.whole
 
     def mean(self, key: str) -> float:
@@ -53,10 +53,10 @@ class Measured:
 class Scorer:
     """Compares pictures with a subject's references.
 
-    references: `[R, 3, H, W]` in [-1, 1]. gallery: other things of the class, name -> `[n, 3, H, W]`; with it,
-    identity is "recognised among them", and with `figures` of the true thing "verified"; without it the likeness to the
-    references. fresh: pictures of the subject that are no references, to calibrate what counts as a copy. expects: what
-    a picture of a prompt (in plain words) must show. through: what the pictures have passed (the model's autoencoder).
+    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`; with it, identity means
+    "recognised among them", and with `figures` of the true thing "verified"; without it, the likeness to the references.
+    fresh: pictures of the subject that are not references, to calibrate what counts as a copy. expects: what a picture
+    must show, by prompt (in plain words). through: what the pictures have gone through (the model's autoencoder).
     masks: `[R, H, W]`, where the thing is in the references.
     """
 
@@ -92,7 +92,7 @@ class Scorer:
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """All scores of `[N, 3, H, W]` in [-1, 1] with their N prompts; ValueError when the numbers differ."""
+        """All scores of `[N, 3, H, W]` in [-1, 1] with their N prompts; ValueError when the counts differ."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
@@ -115,8 +115,8 @@ class Scorer:
         return Measured(scores, hits, seen, nearest, look)
 
     def _identity(self, look: Look, expected: Sequence[Expects], scores: dict[str, list[float]]) -> list[str]:
-        """Adds `identity` (copies count as 0); with a gallery `recognised` and `margin`; with the true thing's figures
-        `verified`, `likeness` and `ceiling`; for faces `no_face`."""
+        """Adds `identity` (copies count as 0); with a gallery, `recognised` and `margin`; with the true thing's figures,
+        `verified`, `likeness` and `ceiling`; for faces, `no_face`. Returns the nearest gallery entries."""
         fresh = (~look.copied(self._pasted)).double()
         nearest = [""] * len(fresh)
         if look.retrieved is None:
@@ -137,7 +137,7 @@ class Scorer:
             scores |= {"verified": identity.tolist(), "likeness": look.likeness.tolist(), "ceiling": ceiling}
         if look.face is not None:
             hidden = ~look.face & torch.tensor([e.get("view") in FACELESS for e in expected], dtype=torch.bool)
-            identity[hidden] = math.nan  # what was asked for shows no face: nothing to judge
+            identity[hidden] = math.nan  # the view asked for shows no face: nothing to judge
             if "ceiling" in scores:
                 scores["ceiling"] = [math.nan if h else c for h, c in zip(hidden, scores["ceiling"], strict=True)]
         scores["identity"] = identity.tolist()
@@ -146,7 +146,7 @@ class Scorer:
     def _attributes(
         self, pixels: Tensor, expected: Sequence[Expects], scores: dict[str, list[float]]
     ) -> tuple[list[dict[str, bool]], list[dict[str, str]]]:
-        """Adds one column per expected attribute, and `attributes`, their mean per picture."""
+        """Adds one column per expected attribute, and `attributes`, the mean over these per picture."""
         if self.instruments.attributes is None:
             return [{} for _ in expected], [{} for _ in expected]
         read = self.instruments.attributes.read(pixels)
@@ -157,8 +157,8 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds `text`: the attributes seen as asked for, where there are any to check; else CLIPScore with the
-        instrument's own factor."""
+        """Adds `text`: the share of attributes that are as asked for, where there are any to check; else CLIPScore with
+        the instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:

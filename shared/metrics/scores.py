@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CLIP_SCORE_WEIGHT = 2.5
-"""CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) over [0, 1]."""
+"""CLIPScore's factor (arXiv 2104.08718, eq. 1), which stretches CLIP's cosines (rarely above 0.4) to [0, 1]."""
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -33,20 +33,20 @@ def clip_t(images: Tensor, texts: Tensor) -> Tensor:
 
 
 def clip_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I: per output `[N]` the mean cosine with all references; `[N, D]`, `[R, D]`."""
+    """CLIP-I: the mean cosine `[N]` of each output `[N, D]` with all references `[R, D]`."""
     if len(references) == 0:
         raise ValueError("no references to compare with")
     return cosine(outputs, references).mean(1)
 
 
 def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
-    """DINO-I: the same as `clip_i`, on DINO's embeddings."""
+    """DINO-I: the same as `clip_i`, on DINO embeddings."""
     return clip_i(outputs, references)
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """Per reference `[R]` its mean cosine with the others: what `clip_i` would give for a picture of the very subject;
-    empty for fewer than two."""
+    """The mean cosine `[R]` of each reference with the others: what `clip_i` would give for a picture of the subject
+    itself. Empty for fewer than two."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -57,18 +57,18 @@ def leave_one_out(references: Tensor) -> Tensor:
 def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
     """CLIP-T on [0, 1]: `min(1, weight * max(cos, 0))` (CLIPScore, arXiv 2104.08718: 2.5).
 
-    weight: the instrument's own (`InstrumentInfo.text_weight`), so that its matching pairs stay below 1.
+    weight: the instrument's own factor (`InstrumentInfo.text_weight`), chosen so that matching pairs stay below 1.
     """
     return (weight * cosines.double().clamp_min(0)).clamp_max(1)
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Who each output looks most like."""
+    """Which gallery entry each output looks most like."""
 
     nearest: tuple[str, ...]  # N names of gallery entries
-    hits: Tensor  # bool [N]: the subject itself
-    margin: Tensor  # float64 [N]: similarity to the subject minus to the nearest other entry
+    hits: Tensor  # bool [N]: whether that is the subject
+    margin: Tensor  # float64 [N]: similarity to the subject minus that to the nearest other entry
     chance: float  # accuracy of a guess: 1 / entries
 
     @property
@@ -77,14 +77,14 @@ class Retrieval:
 
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
-    """Nearest gallery entry of each output `[N, D]`; an entry is several pictures `[n, D]` of one thing, of which the
-    two closest count (`similarities`).
+    """Finds the nearest gallery entry of each output `[N, D]`. An entry is several pictures `[n, D]` of one thing, of
+    which the two closest count (`similarities`).
 
-    ValueError when the subject is not in the gallery or stands there alone.
+    ValueError when the gallery lacks the subject, or has nothing else.
     """
     if subject not in gallery or len(gallery) < 2:
         raise ValueError(
-            f"the gallery must hold {subject!r} and at least one other; it holds {', '.join(gallery) or 'nothing'}"
+            f"the gallery must contain {subject!r} and at least one other; it contains {', '.join(gallery) or 'nothing'}"
         )
     names = list(gallery)
     similarity = similarities(outputs, [gallery[n] for n in names])
@@ -92,13 +92,13 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
     others = similarity.clone()
     others[:, column] = -torch.inf
     margin = similarity[:, column] - others.max(1).values
-    # A tie is not a hit: it is what two equal gallery entries give.
+    # A tie is not a hit: two equal gallery entries would give one.
     nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
 
 def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """1 − mean cosine over pairs of outputs of one group (one prompt, several seeds). Groups with one output are left
+    """1 − mean cosine over pairs of outputs in one group (one prompt, several seeds). Groups with one output are left
     out.
     """
     if len(groups) != len(embeddings):
@@ -113,16 +113,16 @@ def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, 
 
 
 def drift(base: Tensor, loaded: Tensor) -> Tensor:
-    """Per pair `[N]`: 1 − cosine of the picture without and with the concept loaded (same prompt and seed, concept
-    unnamed).
+    """Per pair `[N]`: 1 − cosine between the pictures without and with the concept loaded (same prompt and seed, concept
+    not named).
 
-    0: loading the concept changes nothing it should not. The measure of peft's image benchmark.
+    0: loading the concept changes nothing it should not. This is the measure of peft's image benchmark.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
 
 def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Sequence[str]]) -> list[dict[str, bool]]:
-    """Per picture, for each attribute its prompt names, whether it was seen.
+    """Per picture, whether each attribute that its prompt names was seen as asked for.
 
     ValueError when a prompt expects an attribute that the reader does not read.
     """
@@ -130,7 +130,7 @@ def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Seq
     for i, attributes in enumerate(expected):
         for name in attributes:
             if name not in seen:
-                raise ValueError(f"unknown attribute {name!r}; there are: {', '.join(sorted(seen))}")
+                raise ValueError(f"unknown attribute {name!r}; the reader knows: {', '.join(sorted(seen))}")
         out.append({name: seen[name][i] == value for name, value in attributes.items()})
     return out
 
@@ -139,11 +139,11 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
     """Kernel Inception Distance on any features: unbiased MMD² with the kernel `(x·y / D + 1)^degree` (arXiv
     1801.01401, eq. 3–4).
 
-    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, also below, for two samples of one distribution.
+    x: `[N, D]`, y: `[M, D]`, N and M at least 2. Unbiased: about 0, and possibly below, for two samples of one distribution.
     """
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"kid needs two samples of at least 2 features of one width; got {list(x.shape)} and {list(y.shape)}"
+            f"kid needs two samples of at least 2 features of equal width; got {list(x.shape)} and {list(y.shape)}"
         )
     a, b = x.double(), y.double()
 
@@ -157,8 +157,8 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 
 def trade_off(*terms: float) -> float:
-    """One number for several that pull against each other: the harmonic mean of scores on [0, 1]; 0 when any is 0
-    (copying, ignoring the prompt, one pose for every seed).
+    """The harmonic mean of scores on [0, 1] that pull against each other; 0 when any is 0 (copying, ignoring the prompt,
+    one pose for every seed).
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
     return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
@@ -171,10 +171,10 @@ def bootstrap(
     rounds: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979). NaN values are left out; (nan, nan) of nothing.
+    """Percentile bootstrap interval of the mean (Efron 1979). NaN values are left out; (nan, nan) when none remain.
 
-    clusters: what hangs together (all pictures of one prompt and subject) is drawn together. When the values are all
-    0 or all 1 resampling says nothing, and Wilson's interval for the number of clusters is given instead.
+    clusters: values of one cluster (all pictures of one prompt and subject) are drawn together. When the values are all
+    0 or all 1, resampling says nothing; Wilson's interval for the number of clusters is returned instead.
     """
     data = np.asarray(values, dtype=np.float64)
     labels = list(range(len(data))) if clusters is None else list(clusters)
@@ -196,7 +196,7 @@ def bootstrap(
 
 
 def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate (1927); (nan, nan) of no trials."""
+    """Wilson's score interval of a rate (1927); (nan, nan) without trials."""
     if trials == 0:
         return math.nan, math.nan
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
@@ -207,13 +207,13 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """How much each query looks like each entry: `[Q, G]`, float64, at most 1.
+    """How much each query looks like each gallery entry: `[Q, G]`, float64, at most 1.
 
     Args:
         queries: `[Q, D]`
-        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the
-            mean of the two highest cosines counts, not the cosine to the mean; of every entry as many pictures (the
-            first) as the smallest has, since the best of many would be higher by chance
+        gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the mean of
+            the two highest cosines counts, not the cosine with the mean. Only the first pictures of each entry are used, as
+            many as the smallest entry has, since the best of more would be higher by chance
 
     Raises:
         ValueError: the gallery is empty

@@ -1,8 +1,8 @@
-"""What chooses the best checkpoint: stand-ins for identity, prompt following and freedom that see the references alone.
+"""The score that chooses the best checkpoint: stand-ins for identity, text and freedom that see only the references.
 
-Whatever the finished concept is judged by (look-alikes, true pictures of the thing) must not choose it. The readings are
-soft, for eight to sixteen pictures are few: one misread attribute would otherwise count more than the difference between
-two checkpoints. Freedom lies between two constants that were measured on things that nothing is tested on (`Typical`).
+The measures that judge the finished concept (look-alikes, true pictures of the thing) must not choose it. The readings
+are soft because eight to sixteen pictures are few: otherwise one misread attribute would outweigh the difference between
+two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # of each stand-in: two rigid checkpoints still differ by the other two
+FLOOR = 0.05  # of each stand-in, so that two rigid checkpoints still differ by the other two
 
 
 @dataclass(frozen=True)
 class Previewed:
-    """N pictures made while training, and what was seen of them."""
+    """N pictures generated during training, and what was seen in them."""
 
     pixels: Tensor
     prompts: Sequence[str]
@@ -33,7 +33,7 @@ class Previewed:
 
 
 def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
-    """`score`: the harmonic mean of `stand_in_identity`, `stand_in_text` and `stand_in_freedom`, of those there are."""
+    """Returns `stand_in_identity`, `stand_in_text`, `stand_in_freedom` where measurable, and `score`, their harmonic mean."""
     who = soft_identity(made.look, instruments.typical, made.scores)
     out = {"stand_in_identity": float(who.mean())}
     text = _text(made, instruments)
@@ -46,8 +46,8 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Per picture `[N]` on [0, 1]: 0 as like the references as another thing of its class and colours, 1 as the thing
-    itself (as typical things are); without such constants the likeness as it is. 0 for copies and faces not seen.
+    """Per picture `[N]` on [0, 1]: 0 when as like the references as another thing of its class and colours typically is, 1
+    when as like as the thing itself; the plain likeness without these constants. 0 for copies and for faces not seen.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -59,8 +59,8 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """The mean distance of crops over pairs of one prompt, each pair weighted by how much both show the thing, between
-    the two constants; None without constants, crops, or two pictures of a prompt that leaves view and style open.
+    """The mean distance between crops of one prompt, each pair weighted by how much both show the thing, scaled between
+    the two constants. None without constants, crops, or two pictures of a prompt that leaves view and style open.
     """
     crops = made.look.crops
     if crops is None or typical is None or not typical.free > typical.fixed:
@@ -80,7 +80,7 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
-    """How far the prompts were followed: the chances of what they ask for, where a reader gives them."""
+    """How well the prompts were followed: the probabilities of what they ask for, where a reader gives them."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

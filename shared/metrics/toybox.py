@@ -1,4 +1,4 @@
-"""The toybox's own instruments, and how far they are to be believed."""
+"""The toybox's own instruments, and how reliable they are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ToyboxIdentity:
 
 
 class ToyboxFeatures:
-    """What the recognizer sees before it names it, as an embedding."""
+    """The recognizer's features before its heads, as an embedding."""
 
     def __init__(self, model: Any, info: InstrumentInfo) -> None:
         self.model, self.info = model, info
@@ -65,14 +65,14 @@ class ToyboxReader:
         return self.model.where(resize01(pixels, 64))
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """From the front or from the side: from behind and from above there is only hair."""
+        """True for front and side views: from behind and from above only hair is visible."""
         from shared.toybox.evaluators.recognizer import FACE_VIEWS
 
         return torch.tensor([view in FACE_VIEWS for view in self.read(pixels)["view"]], dtype=torch.bool)
 
 
 def load_toybox() -> Instruments:
-    """The shipped evaluators. FileNotFoundError says how to make one that is missing."""
+    """Loads the shipped evaluators. A FileNotFoundError says how to make a missing one."""
     from shared.toybox.evaluators.clip import load_clip as toybox_clip
     from shared.toybox.evaluators.identity import load_identity
     from shared.toybox.evaluators.recognizer import load_recognizer
@@ -83,7 +83,7 @@ def load_toybox() -> Instruments:
     def info(name: str, title: str, measures: str, **more: Any) -> InstrumentInfo:
         return InstrumentInfo(title, measures, True, card.get(name, {}), fingerprint=_fingerprint(name), **more)
 
-    # This small CLIP's cosines are larger (of a picture and its caption 0.3 in the mean, up to 0.8): taken as they are.
+    # This small CLIP's cosines are larger (for a picture and its caption 0.3 on average, up to 0.8), so they need no factor.
     text = info("clip", "toybox CLIP", TEXT_AND_LIKENESS, text_weight=1.0)
     who = info("identity", "toybox identity encoder", "which individual thing it is")
     what = info("recognizer", "toybox recognizer", "background, view, accessory, style")
@@ -103,14 +103,14 @@ def load_toybox() -> Instruments:
 
 
 def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
-    """What could tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
+    """Encoders that might tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
     assert isinstance(found.attributes, ToyboxReader) and found.text_image is not None and found.identity is not None
     seen = ToyboxFeatures(found.attributes.model, found.attributes.info)
     return {"clip": found.text_image, "identity": found.identity, "recognizer": seen}
 
 
 def calibration() -> dict[str, Any]:
-    """What `pcs toybox calibrate` wrote: which `encoder` compares poses, on which `crops`, and the `typical` readings;
+    """The output of `pcs toybox calibrate`: which `encoder` compares poses, on which `crops`, and the `typical` readings;
     empty where it has not been run."""
     from shared.toybox.evaluators.convnet import WEIGHTS
 
@@ -125,7 +125,7 @@ def _fingerprint(name: str) -> str:
 
 
 class ToyboxThing:
-    """A thing of the toybox, drawn anew as it truly is."""
+    """A thing of the toybox, which can be drawn as it truly is."""
 
     def __init__(self, thing: Any, split: str) -> None:
         from shared.toybox.true_renders import drawing_code
@@ -140,7 +140,7 @@ class ToyboxThing:
 
 
 def toybox_known(files: Sequence[Path]) -> Known | None:
-    """What the toybox knows of the held-out thing that an album shows; None for other pictures."""
+    """What the toybox knows about the held-out thing in an album; None for other pictures."""
     from shared.toybox import reference_sets
 
     held = reference_sets.shown_in(files)
@@ -151,8 +151,8 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """`{instrument: {what: accuracy}}` from the toybox's `card.json`, after the VAE's round trip where it was measured
-    (generated pictures have made it too); empty where there is no card.
+    """`{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies are those after the
+    VAE's round trip where measured, since generated pictures come out of the VAE too.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

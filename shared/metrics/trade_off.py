@@ -1,6 +1,6 @@
 """The headline: the harmonic mean of identity, prompt following and freedom, over one subject or many, with intervals.
 
-All of it follows from a few sums per prompt, so that prompts, with all their pictures and pairs, can be drawn anew whole.
+All of it follows from a few sums per prompt, so that whole prompts, with all their pictures and pairs, can be resampled.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Tally:
     subject: str
     prompt: int
     identity: float  # pictures that show the thing (a likeness on [0, 1] counts in part)
-    judged: int  # pictures of which this can be said
-    ceiling: float  # sum over them of the share of true pictures that pass; `judged` where no true thing is known
+    judged: int  # pictures that can be judged
+    ceiling: float  # sum over these of the share of true pictures that pass; `judged` where no true thing is known
     text: float  # sum of how far the prompt was followed
     texts: int
     pairs: Pairs | None = None  # where the prompt leaves the pose open
@@ -31,8 +31,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Terms:
-    """On [0, 1]; None where a term cannot be measured here at all. `unmeasured` subjects count as freedom 0: too few of
-    their pictures show the thing."""
+    """The terms on [0, 1]; None where a term cannot be measured at all. Too few pictures of the `unmeasured` subjects show
+    the thing; these count as freedom 0."""
 
     identity: float | None
     text: float | None
@@ -41,7 +41,7 @@ class Terms:
 
     @property
     def trade_off(self) -> float | None:
-        """The harmonic mean of those there are; None without identity and text."""
+        """The harmonic mean of the available terms; None without identity and text."""
         if self.identity is None or self.text is None:
             return None
         return trade_off(self.identity, self.text, *(() if self.freedom is None else (self.freedom,)))
@@ -51,7 +51,7 @@ Ranges = Mapping[str, Range]  # of the subjects whose freedom can be measured
 
 
 def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
-    """The terms of all subjects together: identity and freedom as means over subjects, text over pictures."""
+    """The terms of all subjects together: identity and freedom are means over subjects, text over pictures."""
     identities, freedoms, unmeasured = [], [], []
     for subject in dict.fromkeys(t.subject for t in tallies):
         own = [t for t in tallies if t.subject == subject]
@@ -71,8 +71,8 @@ def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
 def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of `identity`, `text`, `freedom` and `trade_off`, prompts drawn whole; (nan, nan) of what is
-    not there. Where all prompts say 0 or all say 1, resampling says nothing, and Wilson's interval widens the result.
+    """Percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan) for
+    missing terms. Where all prompts give 0 or all give 1, resampling says nothing: Wilson's interval is used.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))
@@ -98,7 +98,7 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Wilson's interval over prompts of a term that is 0 for all or full for all; None of any other."""
+    """Wilson's interval over prompts for a term that is 0 for all or full for all; None for any other."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):
@@ -109,7 +109,7 @@ def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, f
 
 
 def _share(part: float, whole: float) -> float:
-    """part / whole, at most 1; of no whole (nothing true passes) 0."""
+    """part / whole, at most 1; 0 where the whole is 0 (no true picture passes)."""
     return min(1.0, part / whole) if whole > 0 else 0.0
 
 

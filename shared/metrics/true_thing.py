@@ -1,6 +1,6 @@
-"""What a world knows of the thing that references show: its look-alikes, and how it truly looks under any prompt.
+"""What a world knows about the thing in the references: its look-alikes, and how it truly looks under any prompt.
 
-Only a world that draws its own pictures knows it. Nothing that chooses what is learned or kept may see any of it.
+Only a world that draws its own pictures knows this. Nothing that chooses what is learned or kept may see any of it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from shared.metrics.freedom import Range
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt, as a true picture of it is drawn."""
+    """One prompt, as a true picture for it is drawn."""
 
     expects: Mapping[str, str]  # attribute -> value
-    free: bool  # a photo prompt that says neither from where the thing is seen nor where it stands in the picture
+    free: bool  # a photo prompt that fixes neither the view of the thing nor its place in the picture
 
 
 class TrueThing(Protocol):
-    """A thing that can be drawn as it truly is, as often as wanted."""
+    """A thing that can be drawn as it truly is, any number of times."""
 
-    key: str  # which thing, and a fingerprint of what draws it: pictures of equal keys are equal
+    key: str  # which thing, and a fingerprint of the drawing code: equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1], one for each of `asked`; `pose`: a number of one pose and place for all."""
+        """`[N, 3, H, W]` in [-1, 1], one for each of `asked`; `pose`: the number of one pose and place for all."""
         ...
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a world knows beside the references."""
+    """What a world knows in addition to the references."""
 
     gallery: Mapping[str, Tensor]  # look-alikes: name -> [n, 3, H, W] in [-1, 1]
-    fresh: Tensor  # [F, 3, H, W]: new pictures of the thing, none of them a reference
+    fresh: Tensor  # [F, 3, H, W]: new pictures of the thing, not among the references
     true: TrueThing
 
 
@@ -47,22 +47,22 @@ class _Kept(BaseModel):
 
 
 class Bar(_Kept):
-    """What counts as verified in one style of picture."""
+    """The bar for verification in one style of picture."""
 
     least: float  # likeness to the references that 95 % of the true pictures reach
-    passed: float  # T: share of other true pictures that pass all three conditions (of those with a face, for faces)
-    pictures: int  # behind each of the two
-    faceless: int = 0  # of the pictures behind `passed`, those that were not judged
+    passed: float  # T: share of other true pictures that pass all three conditions (for faces: of those with a face)
+    pictures: int  # behind each of the two figures
+    faceless: int = 0  # how many of the pictures behind `passed` were not judged
 
 
 class TrueFigures(_Kept):
-    """What was measured on true pictures of a thing."""
+    """Figures measured on true pictures of a thing."""
 
     bars: Mapping[str, Bar]  # style, as prompts ask for it ("" is a photo) -> bar
-    pasted: float | None = None  # from here on the thing is that of a reference, point by point: few true ones are
+    pasted: float | None = None  # from here on the thing counts as pasted from a reference: few true pictures do
     free: float | None = None  # R
     fixed: float | None = None  # F
-    place: float | None = None  # spread within a prompt of the true thing from random views, in half-pictures
+    place: float | None = None  # spread of the true thing's place within a prompt, in half-pictures
     size: float | None = None
     views: float | None = None  # effective number
 
@@ -71,7 +71,7 @@ class TrueFigures(_Kept):
         return None if self.free is None or self.fixed is None else Range(self.free, self.fixed)
 
     def bar(self, expects: Mapping[str, str]) -> Bar | None:
-        """That of a picture which must show `expects`; None for a style that was not drawn."""
+        """The bar for a picture that must show `expects`; None for a style that was not drawn."""
         return self.bars.get(style_of(expects))
 
 

@@ -1,8 +1,8 @@
-"""Is it this very thing? Verification of pictures against references, and the bar that the true thing itself sets.
+"""Is it the subject itself? Verification of pictures against references, and the bar set by true pictures.
 
-A picture is verified when it is recognised among look-alikes, is no copy of a reference, and is at least as like the
-references as 95 % of true pictures of the thing are. The first alone passes a thing whose arms have another colour: it
-need only be nearer to this thing than to eight others.
+A picture is verified when it is recognised among look-alikes, is not a copy of a reference, and is at least as like the
+references as 95 % of true pictures of the thing are. The first condition alone would pass a thing with arms of another
+colour: it need only be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from shared.metrics.encoders import Instruments
 from shared.metrics.scores import Retrieval, retrieve, similarities
 
 SUBJECT = "the subject"
-PASSING = 0.95  # of true pictures are at least so like the references
-FACES = frozenset({"face"})  # class nouns of which only the face tells one from another
-FACELESS = ("back", "above")  # views that a prompt may ask for and that show no face
+PASSING = 0.95  # share of true pictures that must be at least as like the references as the bar
+FACES = frozenset({"face"})  # class nouns whose individuals only the face tells apart
+FACELESS = ("back", "above")  # views that a prompt may ask for but that show no face
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of N pictures; None where an instrument, or the look-alikes, are missing."""
+    """What was seen in N pictures; None where an instrument or the look-alikes are missing."""
 
-    who: Tensor  # [N, D] embeddings by the instrument of identity
-    whole: Tensor  # [N, E] of the whole picture
+    who: Tensor  # [N, D] embeddings from the identity instrument
+    whole: Tensor  # [N, E] embeddings of the whole picture
     copying: Copying
     retrieved: Retrieval | None
-    likeness: Tensor  # float64 [N]: mean cosine with the two most alike references
+    likeness: Tensor  # float64 [N]: mean cosine with the two most similar references
     face: Tensor | None  # bool [N], where the thing is a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] of `placements`
-    pasted: Tensor | None  # float64 [N, R]: how much the thing is that of each reference, point by point
+    pasted: Tensor | None  # float64 [N, R]: how much the thing matches that of each reference, point by point
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Bool `[N]`: the whole picture is that of a reference, or its thing is, from a likeness of `limit` on."""
+        """Bool `[N]`: whether the whole picture copies a reference, or its thing does with a correlation of `limit` or more."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
     def source(self, n: int) -> int:
-        """The number of the reference of which picture n, a copy, is one."""
+        """The index of the reference that picture n copies."""
         whole = self.pasted is None or bool(self.copying.copied[n])
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Bool `[N]`: recognised, no copy, with a face where that is what counts, and likeness at least `least` of each.
+        """Bool `[N]`: recognised, not a copy, showing a face if the thing is one, and with at least its `least` likeness.
 
-        Call it where there are look-alikes.
+        Needs look-alikes.
         """
         assert self.retrieved is not None
         seen = self.retrieved.hits & ~self.copied(limit)
@@ -91,15 +91,15 @@ class Look:
 
 
 class Verifier:
-    """Looks at pictures with a subject's references at hand.
+    """Compares pictures with a subject's references.
 
     Args:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`; without them nothing is recognised
-        fresh: pictures of the subject that are no references, to calibrate what counts as a copy
-        through: what the pictures that are looked at have passed (the model's autoencoder): what they are compared with
-            is sent through it too, so that what it cannot show is not held against them
-        masks: `[R, H, W]` in [0, 1], where the thing is in the references; None: as the locator finds it
+        fresh: pictures of the subject that are not references, to calibrate what counts as a copy
+        through: what the pictures have gone through (the model's autoencoder). The pictures they are compared with are
+            sent through it too, so that they are not blamed for what it cannot show
+        masks: `[R, H, W]` in [0, 1], where the thing is in the references; None: where the locator finds it
     """
 
     def __init__(
@@ -136,11 +136,11 @@ class Verifier:
 
     @property
     def chance(self) -> float | None:
-        """What a guess gets among the look-alikes; None without them."""
+        """The accuracy of a guess among the look-alikes; None without them."""
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:
-        """Everything but the verdict, for `[N, 3, H, W]` in [-1, 1]."""
+        """Looks at `[N, 3, H, W]` in [-1, 1]: everything except the verdict."""
         whole = self.whole.images(pixels)
         who = whole if self.who is self.whole else self.who.images(pixels)
         copying = find_copies(pixels, whole, self.references, self.whole_references, self.limits)

@@ -18,7 +18,9 @@ class AdamW(OptimizerPart):
     eps: Positive = 1e-8
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
+        # One pass over each parameter, in place of a dozen. On a GPU the choice stays torch's.
+        on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for group in groups for p in group["params"])
+        return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps, fused=True if on_cpu else None)
 
 
 class AdamW8bit(AdamW):

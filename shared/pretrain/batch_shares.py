@@ -1,7 +1,7 @@
-"""A batch in equal shares, each in a thread of its own: data parallelism within one CPU.
+"""A batch in equal shares, each in its own thread: data parallelism within one CPU.
 
-Where other work uses the machine too, this is far faster than as many threads inside each operation: shares wait for each
-other once a step, not once an operation.
+On a machine that does other work too, this is far faster than as many threads inside each operation: shares wait for each
+other once per step, not once per operation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class BatchShares:
         )
 
     def mean_loss(self, loss: Callable[[T], Tensor], shares: Sequence[T], parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The mean of `loss` over `shares`, one per worker; its gradients to `parameters` are there already, summed in the
-        order of the shares, and its backward pass only hands them out."""
+        """The mean of `loss` over `shares`, one per worker. Its gradients for `parameters` are already computed, summed in
+        the order of the shares; the backward pass only hands them out."""
         assert len(shares) == self.workers
         if self._pool is None:
             return loss(shares[0])
@@ -38,7 +38,7 @@ class BatchShares:
                 return value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)
 
         done = list(self._pool.map(work, shares))
-        used = [i for i, gradient in enumerate(done[0][1]) if gradient is not None]  # the others were not in the loss
+        used = [i for i, gradient in enumerate(done[0][1]) if gradient is not None]  # the others are not in the loss
         total: list[Tensor | None] = list(done[0][1])
         for _, more in done[1:]:
             torch._foreach_add_([total[i] for i in used], [more[i] for i in used])  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ class BatchShares:
 
 
 class _Precomputed(torch.autograd.Function):
-    """A value whose gradients to its parameters are known."""
+    """A value whose gradients are already known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:

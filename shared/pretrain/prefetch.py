@@ -1,4 +1,4 @@
-"""Draws the next step's batch while a GPU computes this one's."""
+"""Draws the next step's batch while a GPU computes the current one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """`draw(step)`, where steps are asked for in order one step ahead, in a thread; the same batches either way.
+    """Calls `draw(step)` one step ahead in a thread, as long as steps come in order; the batches are the same either way.
 
     Args:
-        draw: depends on the step alone
-        device: on a CPU nothing is drawn ahead, for both would share its cores
+        draw: depends only on the step
+        device: on a CPU nothing is drawn ahead, because it would compete for the same cores
     """
 
     def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Prefetch(Generic[B]):
         self.ahead: dict[int, Future[B]] = {}
 
     def __call__(self, step: int) -> B:
-        """The batch of a step. What its drawing raises is raised here."""
+        """The batch of a step. Errors in drawing it are raised here."""
         if self.pool is None:
             return self.draw(step)
         found = self.ahead.pop(step, None)

@@ -1,4 +1,4 @@
-"""Runs a training from data on the core's loop: budget, resuming, checkpoints by the clock, log, interruption."""
+"""Runs a training from data on the core's loop: budget, resuming, timed checkpoints, log, interruption."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
 from shared.train.signals import interruptible
 
-_SKIPPED = 20  # steps in a row without a finite gradient: the next will have none either
+_SKIPPED = 20  # steps in a row without a finite gradient: the next will not have one either
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a training may spend, and where.
+    """A training's budget and device.
 
-    Either `steps` (counted from the run's very beginning) or `minutes` (of this session) ends it, and rates follow what
-    is spent of them. With both, rates follow the steps, and the minutes only pause the run.
+    Either `steps` (counted from the beginning of the run) or `minutes` (of this session) ends it, and learning rates follow
+    how much of that is spent. With both, rates follow the steps, and the minutes only pause the run.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    pause_at: int | None = None  # a step after which the run pauses; rates do not know of it
-    resume: bool = True  # from the newest checkpoint, where there is one
-    threads: int | None = None  # of torch on a CPU
+    pause_at: int | None = None  # a step after which the run pauses; rates ignore it
+    resume: bool = True  # from the newest checkpoint, if there is one
+    threads: int | None = None  # torch's threads on a CPU
     device: str | None = None  # as torch names it; None: the GPU if there is one
     bf16: bool | None = None  # None: where the device computes it fast; elsewhere it can take ten times as long
-    compiled: bool = False  # U-Net blocks by torch.compile: a minute at first, then about twice as fast on a GPU
+    compiled: bool = False  # torch.compile for U-Net blocks: takes a minute, then about twice as fast on a GPU
     log_every: int = 50  # steps
     save_minutes: float = 3.0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise ValueError("a training needs an end: give steps, minutes or both")
+            raise ValueError("a training needs an end: set steps, minutes or both")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
     def budget(self) -> Budget:
-        """From now on."""
+        """The budget, starting now."""
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """The device. Bounds torch's CPU threads: more threads than cores are ten times slower, not a little."""
+        """The device. Also limits torch's CPU threads: more threads than cores are ten times slower, not just a little."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -69,9 +69,9 @@ class RunSettings:
 class Outcome:
     """What a session did."""
 
-    step: int  # steps done in all
-    pictures: int  # seen in all
-    taken: int  # steps of this session
+    step: int  # total steps done
+    pictures: int  # total pictures seen
+    taken: int  # steps in this session
     losses: Mapping[str, float]  # parts of the last step's loss
 
 
@@ -81,20 +81,20 @@ def run_task(
     """Trains until the budget is spent, then calls the task's `result`.
 
     Args:
-        folder: of the checkpoints and of `log.jsonl`
-        first: the step at which a run without a checkpoint begins: that of the weights that it took over
-        budget: where the task knows it too; else one that begins now
+        folder: for the checkpoints and `log.jsonl`
+        first: the step at which a run without a checkpoint begins: that of the weights it took over
+        budget: given where the task uses it too; otherwise one that starts now
 
     Raises:
-        ValueError: the checkpoint is of other settings
-        NotFinite: no gradient is finite any more, or parameters are not; the last good state is saved
-        KeyboardInterrupt: it was asked to stop, and the state is saved
+        ValueError: the checkpoint belongs to other settings
+        NotFinite: gradients or parameters are no longer finite; the last good state is saved
+        KeyboardInterrupt: the run was interrupted; the state is saved
     """
     return _Session(task, settings, folder, first).run(budget or settings.budget())
 
 
 class _Session:
-    """One sitting of a run."""
+    """One session of a run."""
 
     def __init__(self, task: PretrainTask, settings: RunSettings, folder: Path, first: int) -> None:
         self.task, self.settings, self.folder = task, settings, folder
@@ -105,11 +105,11 @@ class _Session:
         if state is not None:
             _check_same(folder, state.info["facts"], task.facts)
             task.load_state_dict(state.learned)
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's device would be kept otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run's device would be kept
         self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
         self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
         self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
-        if state is not None and state.optimizer:  # weights that were taken over come without
+        if state is not None and state.optimizer:  # weights taken over have none
             self._restore_optimizer(state)
         self.log = Log(folder, self.start, tensorboard=False)
         self.window = _Window()
@@ -118,7 +118,7 @@ class _Session:
     def _restore_optimizer(self, state: checkpoint.State) -> None:
         if state.info.get("trained") != self.trained:
             warnings.warn(
-                f"{self.folder}: other parameters are trained now, so the optimizer begins anew", stacklevel=2
+                f"{self.folder}: different parameters are trained now, so the optimizer starts anew", stacklevel=2
             )
             return
         self.optimizers.load_state_dict(state.optimizer)
@@ -145,7 +145,7 @@ class _Session:
         return Outcome(self.step, self.pictures, self.step - self.start, dict(record.parts) if record else {})
 
     def _records(self, budget: Budget) -> Iterator[Record]:
-        """The loop's steps. One whose loss or gradient is not finite changes nothing and is left out, aloud."""
+        """The loop's steps. One whose loss or gradient is not finite is skipped with a warning and changes nothing."""
         task = self.task
         loop = Loop(task, self.optimizers, budget, task.seed, self.accelerator, averages=task.averages)
         step, skipped = self.start, 0
@@ -160,10 +160,10 @@ class _Session:
                 if skipped == _SKIPPED:
                     self._save()
                     raise NotFinite(
-                        f"{error}, like those of the {skipped - 1} steps before. The state of step {self.step} is kept in "
-                        f"{self.folder}: go on with a lower rate, or without bf16"
+                        f"{error}, like those of the {skipped - 1} steps before. The state of step {self.step} is saved in "
+                        f"{self.folder}: resume with a lower rate, or without bf16"
                     ) from None
-                warnings.warn(f"{error}: the step is left out", stacklevel=2)
+                warnings.warn(f"{error}: the step is skipped", stacklevel=2)
 
     def _after(self, record: Record) -> None:
         self.step, self.pictures = record.step, self.pictures + self.task.batch_size
@@ -190,7 +190,7 @@ class _Session:
         print(f"{self.folder.name}: step {self.step}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
 
     def _save(self) -> None:
-        """Raises NotFinite, and leaves the last checkpoint, where the last update spoiled the parameters."""
+        """Saves a checkpoint. Raises NotFinite and keeps the previous one if the last update spoiled the parameters."""
         self.optimizers.check_finite(self.step)
         info = checkpoint_info(self.task.facts, self.pictures)
         info |= {"trained": self.trained, "progress": self.optimizers.progress()}
@@ -212,7 +212,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """Of everything that is logged of a step; of the rates, the last."""
+        """The mean of everything logged per step, but the last value of the rates."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
@@ -224,12 +224,12 @@ class _Window:
 
 
 def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
-    """What a checkpoint says besides its tensors and its step."""
+    """What a checkpoint records besides its tensors and its step."""
     return {"facts": json.loads(json.dumps(dict(facts))), "pictures": pictures}
 
 
 def refuse_older(file: Path) -> None:
-    """ValueError where a training of an earlier version left its checkpoint, which this one cannot read."""
+    """Raises ValueError if an earlier version left its checkpoint here, which this one cannot read."""
     if file.is_file():
         raise ValueError(
             f"{file} is a checkpoint of an earlier version and cannot be resumed: remove it, or use another folder"
@@ -241,5 +241,5 @@ def _check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     for name in sorted(saved.keys() & given.keys()):
         if saved[name] != given[name]:
             raise ValueError(
-                f"{folder} was made with {name}={saved[name]}, not {given[name]}: keep that, or use another folder"
+                f"{folder} was made with {name}={saved[name]}, not {given[name]}: use the same, or another folder"
             )

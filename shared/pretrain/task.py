@@ -1,4 +1,4 @@
-"""What every training from data has in common: networks, their moving averages, optimizers, and what a checkpoint holds."""
+"""What all trainings from data share: networks, their moving averages, optimizers, and the contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a training computes, and whether in bf16 and with compiled blocks."""
+    """Where a training computes, and whether it uses bf16 and compiled blocks."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing. Autocast belongs to a thread: each enters its own."""
+        """bf16 autocast, or nothing. Autocast is per thread, so each thread enters its own."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 class PretrainTask:
-    """A task of the loop that learns networks from data (`shared.train.task.Task`, without a number of steps of its own).
+    """A task of the loop that learns networks from data (`shared.train.task.Task` without its own number of steps).
 
     A subclass builds its networks in its constructor and yields losses from `updates`; everything random in a step comes
     from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs it.
@@ -41,13 +41,11 @@ class PretrainTask:
     batch_size: int  # pictures per step
     seed: int
     compute: Compute
-    modules: Mapping[str, nn.Module]  # name -> what a checkpoint holds
+    modules: Mapping[str, nn.Module]  # name -> module saved in checkpoints
     optimizers: Mapping[str, OptimizerPart]  # optimizer group -> its settings
     averages: Averages | None = None  # of parameters, updated after each step
-    facts: Mapping[
-        str, Any
-    ] = {}  # JSON, kept with every checkpoint: what an interrupted run must have in common with this
-    #: Modules that only help to train: weights that were taken over from elsewhere have nothing of them.
+    facts: Mapping[str, Any] = {}  # JSON, saved with every checkpoint: the settings that a resumed run must share
+    #: Modules that only help training: weights taken over from elsewhere do not have them.
     helpers: ClassVar[frozenset[str]] = frozenset()
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -64,7 +62,7 @@ class PretrainTask:
         return state_of(networks, self.averages.state_dict() if self.averages else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """ValueError when tensors are missing, left over or of another shape."""
+        """Restores a state. ValueError when tensors are missing, left over or of another shape."""
         left = dict(state)
         for name, module in self.modules.items():
             own = _take(left, name)
@@ -77,19 +75,21 @@ class PretrainTask:
         if self.averages is not None:
             self.averages.load_state_dict(_take(left, _AVERAGE))
         if left:
-            raise ValueError(f"{len(left)} saved tensors fit nothing in this training, for example {sorted(left)[0]!r}")
+            raise ValueError(
+                f"{len(left)} saved tensors match nothing in this training, for example {sorted(left)[0]!r}"
+            )
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Called after each step, with the numbers of steps done and of pictures seen."""
+        """Called after each step with the numbers of steps done and pictures seen."""
 
     def result(self) -> Mapping[str, float]:
-        """Writes what was trained, at the end of each session; what was measured of it, for the log."""
+        """Writes the trained networks at the end of each session. Returns measurements for the log."""
         return {}
 
 
 def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: of networks by name, and an average by parameter. Each owns its memory, as safetensors
-    asks."""
+    """The tensors of a checkpoint: networks by name, and the average by parameter. Each owns its memory, as safetensors
+    requires."""
     return {
         f"{name}/{key}": tensor.detach().cpu().clone().contiguous()
         for name, state in {**networks, _AVERAGE: average}.items()
@@ -98,12 +98,12 @@ def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str,
 
 
 def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """parameter -> average, of a checkpoint's tensors."""
+    """The averages in a checkpoint's tensors, by parameter."""
     return _take(dict(state), _AVERAGE)
 
 
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
-    """What is trained of `module`: matrices and kernels with weight decay; biases, norms and embeddings without."""
+    """The trainable parameters of `module`: matrices and kernels with weight decay; biases, norms, embeddings without."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

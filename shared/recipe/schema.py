@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from shared.attention import Attention
 from shared.augment import Augment
 from shared.config import NAME, NameOrPath, Part, PathText, Slot, default_kind, parts_of
 from shared.io.read_subject import read_subject
@@ -127,6 +128,7 @@ class Recipe(Part):
     prompts: Prompts = Templates()
     modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
     trainable: Slot[Trainable] = {}
+    attention: Slot[Attention] = {}  # what the concept changes in how the model attends; the same in all phases
     noise: Annotated[Noise, default_kind("uniform")] = Uniform()
     objective: Objective = Objective()
     regularize: Slot[Regularizer] = {}

@@ -41,9 +41,9 @@ def _on(roles: Iterable[str]) -> str:
 
 
 def _attending(phase: Recipe) -> str:
-    """Parts that watch attention: they need its maps."""
+    """Parts that change attention, and those that watch it: they need its maps."""
     watching = (p for p in phase.regularize.values() if any("attention" in need for need in p.needs))
-    return ", ".join(part.taxonomy for part in watching)
+    return ", ".join(part.taxonomy for part in (*phase.attention.values(), *watching))
 
 
 def _masks(phase: Recipe) -> str:

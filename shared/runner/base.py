@@ -289,6 +289,7 @@ class Runner:
 
     def _forget(self, run: TrainingRun) -> None:
         for name in {*run.names, *run.sets_of_the_run}:
+            self.backbone.keep_attending(name)
             if name in self.backbone.placeholders or name in self.backbone.adapters:
                 self.backbone.remove(name)
 

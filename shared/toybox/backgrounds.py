@@ -1,5 +1,5 @@
-"""Painted backgrounds. Each follows a few random numbers of its scene and a horizon, never the camera's azimuth,
-so that a turning camera sees a still picture.
+"""Painted backgrounds. Each depends on a few random numbers of its scene and a horizon, never on the camera's azimuth,
+so that it stands still while the camera turns.
 
 Every painter takes a `Canvas` of b pictures and returns colors [b, 3, S, S].
 """
@@ -17,7 +17,7 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where to paint: x, y: [1, S, S] in [0, 1], y down; horizon: [b, 1, 1].
+    """What a painter needs. x, y: [1, S, S] in [0, 1], y down; horizon: [b, 1, 1].
 
     numbers: [b, 48], random in [0, 1]; noise: [b, 4, S, S], smooth, about ±1.
     """

@@ -2,7 +2,7 @@
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first color is always the main one, the second belongs to the named part; "a red and blue duck" says the same.
+The first color is always the main one, the second is that of the part mentioned; "a red and blue duck" says the same.
 Patterns and identities are never mentioned.
 """
 
@@ -98,7 +98,7 @@ def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
     """A thing in words, without its accessory: "a red duck with blue wings".
 
     colors: "parts" as above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck".
-    noun: said in place of the class name, for example "toy duck".
+    noun: used in place of the class name, for example "toy duck".
     """
     noun = noun or thing.class_name
     if colors == "none":
@@ -122,10 +122,10 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
-    """One caption of a scene, at most 26 words; with `moves`, of the clip that begins with it.
+    """One caption of a scene, at most 26 words; with `moves`, of the clip that starts with it.
 
-    full: class, both colors, accessory, background and view in the one canonical form; otherwise some are left out and
-    the wording varies. Accessories, styles and what moves are always named, views only where they are clear.
+    full: class, both colors, accessory, background and view, in the canonical form; otherwise some are left out and the
+    wording varies. Accessories, styles and motions are always named, views only where they are clear.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -160,9 +160,9 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
 
 @dataclass(frozen=True)
 class Moves:
-    """What a caption says of a clip's motion, as words after the thing or, with a comma before it, at the end; "" says nothing.
+    """What a caption says about a clip's motion: words after the thing, or at the end if they begin with a comma; "": nothing.
 
-    room: how many words and commas the whole caption may have; still_view: whether one view holds for all of the clip.
+    room: how many words and commas the whole caption may have; still_view: whether the view is the same throughout.
     """
 
     words: str
@@ -171,7 +171,7 @@ class Moves:
 
 
 def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
-    """The caption of a clip; where the words for the place leave too little room, shorter ones say it."""
+    """The caption of a clip; a shorter phrase for the place is used where the given one leaves too little room."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
@@ -185,8 +185,8 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
 
 
 def plain_caption(scene: Scene) -> str:
-    """What anyone would say of a photo of one thing: its class, the place, and the side it is seen from where that is
-    clear ("a photo of a duck on the beach, side view"); neither colours nor pattern.
+    """A plain caption of a photo of one thing: its class, the place, and the view where that is clear ("a photo of a duck
+    on the beach, side view"); neither colours nor pattern.
     """
     text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
     return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
@@ -207,10 +207,10 @@ CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
 def caption_attributes(text: str) -> tuple[int, int, int]:
-    """What a caption names of its thing: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
+    """The attributes a caption names: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
 
-    Accessories are always named, so that a caption without one says "none"; of two things beside each other it says
-    neither class nor accessory.
+    Accessories are always named, so a caption without one means "none"; with two things side by side, class and accessory
+    are -1.
     """
     if " next to " in text:
         kind = worn = -1

@@ -17,7 +17,7 @@ from shared.toybox.part_colors import SLOTS
 from shared.toybox.parts import Anchors
 from shared.toybox.primitives import ball
 
-# Part, slot, and the radius that decides how densely it is sampled.
+# Part, slot, and the radius that determines how densely the part is sampled.
 _PARTS = (
     ("head", "skin", 0.5),
     ("neck", "skin", 0.26),
@@ -124,7 +124,7 @@ def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces
     points = unit * radius[:, owner] + centre[:, owner]
     points[..., 2] += tilt[:, owner] * (points[..., 1] - centre[:, owner, 1])
     points[..., 2] = points[..., 2].clamp_min(BOTTOM)  # the bust stands on a flat base
-    # Hair is a shell without the face, a beard one without the brow: what is cut away goes inside the head.
+    # Hair is a shell without the face, a beard one without the brow: points cut away are moved inside the head.
     line = torch.tensor(0.3 + 0.22 * v[:, 14], dtype=torch.float32, device=device)[:, None]
     x, z = unit[:, 0], unit[:, 2]
     bald = (owner == _INDEX["hair"]) & (z < line + (0.9 * x - 0.2).clamp(-1.1, 0.35) * 1.1 - 0.1)

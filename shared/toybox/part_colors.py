@@ -1,8 +1,8 @@
-"""The colors of a shape's parts: two that are a thing's own, and those of small details."""
+"""The colors of a shape's parts: the thing's own two, and those of small details."""
 
 from __future__ import annotations
 
-# Slot 0 and 1 take a thing's own two colors; the rest are small details that are the same on all of its kind.
+# Slots 0 and 1 take a thing's own two colors; the rest are small details, the same on all things of a class.
 DETAILS: dict[str, tuple[float, float, float]] = {
     "main": (0.0, 0.0, 0.0),
     "second": (0.0, 0.0, 0.0),

@@ -1,8 +1,8 @@
-"""Surface patterns: what makes two things of one class and palette different, and what no caption can say.
+"""Surface patterns: they tell two things of one class and palette apart, and no caption can describe them.
 
-A pattern is drawn from an integer seed and lives in the object space of its thing (the unit sphere), so that every
-view shows another part of the same pattern. The accent colors come from a continuous space and are chosen to
-stand out from the thing's own two colors.
+A pattern is drawn from an integer seed and lives in the object space of its thing (the unit sphere), so that each view
+shows a different part of the same pattern. The accent colors come from a continuous space and are chosen to stand out
+from the thing's own two colors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("bands", "spots", "checker", "zigzag", "swirl", "rings", "patches", "ne
 
 # Cycles per unit length: bold enough to survive a lossy autoencoder, fine enough to show from every side.
 _WAVES = {"spots": (1.6, 2.5), "net": (1.5, 2.2), "patches": (1.2, 1.8), "checker": (1.3, 1.9), "swirl": (1.0, 2.0)}
-# The signal above which a kind covers (about a quarter, a half) of a surface; in between it is interpolated.
+# The signal levels above which a kind covers about (a quarter, half) of a surface; values between are interpolated.
 _LEVELS = {
     "bands": (0.71, 0.0),
     "zigzag": (0.71, 0.0),
@@ -47,7 +47,7 @@ class Pattern:
     """The parameters of one pattern.
 
     turn: rotation [3][3] of object space; wave: cycles per unit length; offset: phases [3] in radians;
-    coverage: part of the main surface that takes an accent; arms: number of arms of a swirl;
+    coverage: share of the main surface that takes an accent; arms: number of arms of a swirl;
     two: whether the second accent is used;
     proportions: factors on (length, width, height), and the taper per unit height.
     """
@@ -64,11 +64,11 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """The pattern of a seed: of a few draws, the first that shows from every side and covers no side wholly."""
+    """The pattern of a seed: of a few draws, the first that is visible from every side and covers none completely."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
-    for count in (2, 6):  # the second round is rarely needed, and testing costs more than drawing
+    for count in (2, 6):  # the second round is rarely needed, and checking costs more than drawing
         drawn += [_draw(rng, kind) for _ in range(count)]
         share = _shares(drawn)
         spread = np.minimum(share.min(1), 0.66 - share.max(1))
@@ -96,7 +96,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Pattern:
 
 
 def _probe() -> np.ndarray:
-    """Points [5, 40, 3] on a ball: what is seen of it from the front, left, back, right and above."""
+    """Points [5, 40, 3] on a ball that are visible from the front, left, back, right and above."""
     k = np.arange(40) + 0.5
     tilt, turn = np.sqrt(k / 40) * 0.9, k * 2.39996
     cap = np.stack([np.cos(tilt), np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn)], 1) * 0.62
@@ -107,7 +107,7 @@ _PROBE = torch.tensor(_probe(), dtype=torch.float32).view(-1, 3)
 
 
 def _shares(drawn: list[Pattern]) -> np.ndarray:
-    """How much [K, 5] of each side of a ball takes an accent, for K patterns of one kind."""
+    """The share [K, 5] of each side of a ball that takes an accent, for K patterns of one kind."""
     n = len(_PROBE)
     p, row = _PROBE.repeat(len(drawn), 1), torch.arange(len(drawn)).repeat_interleave(n)
     rate = torch.tensor([2 * math.pi * d.wave for d in drawn])
@@ -143,12 +143,12 @@ def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, floa
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """A rough perceptual distance of two colors: brightness and hue weigh more than blue alone."""
+    """A rough perceptual distance between two colors, in which blue weighs least."""
     return float(np.sqrt((((a - b) * (0.75, 1.05, 0.6)) ** 2).sum()))
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """The parameters of a pattern as one vector, for telling near-duplicates: far apart means visibly different."""
+    """The parameters of a pattern as one vector, for finding near-duplicates: far apart means visibly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -193,7 +193,7 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a pattern of one kind is on: a signal [M], higher is more on, and a second one that parts its accents.
+    """Where a pattern of one kind is on: a signal [M] (the higher, the more), and a second one that separates its accents.
 
     p: object space [M, 3]; q: turned and scaled to radians [M, 3]; rate: radians per unit length [M].
     """
@@ -221,7 +221,7 @@ def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate:
 
 
 def paint(albedo: Tensor, position: Tensor, owner: Tensor, patterns: PatternTable) -> Tensor:
-    """Albedo [M, 3] of main-colored surface points with the patterns of their owners [M] put on.
+    """Albedo [M, 3] of main-colored surface points with the patterns of their owners [M] applied.
 
     position: object space [M, 3] before the proportions are applied.
     """

@@ -1,8 +1,8 @@
 """Surfaces from which the toybox shapes are put together.
 
-A primitive is sampled once at an even spacing: points on its surface, outward unit normals, and a test that says
-which other points lie inside it, so that an assembly can drop what can never be seen. Axes: x forward (the front of
-a thing looks along +x), y left, z up; lengths are in the units of the shape that is being built.
+A primitive is sampled once at an even spacing: points on its surface, outward unit normals, and a test of which other
+points lie inside it, so that an assembly can drop what can never be seen. Axes: x forward (a thing faces +x), y left,
+z up; lengths are in the units of the shape being built.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """The distance [M] of points [M, 2] to the outline of a polygon [K, 2]."""
+    """The distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
     best = np.full(len(points), np.inf)
     for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         d = b - a
@@ -94,7 +94,7 @@ def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
-    """An ellipsoid about the origin, points about h apart."""
+    """An ellipsoid about the origin, with points about h apart."""
     wide = max(rx, ry)
     t = np.linspace(-np.pi / 2, np.pi / 2, 400)
     meridian, _ = _along(np.stack([wide * np.cos(t), rz * np.sin(t)], 1), h)
@@ -115,7 +115,7 @@ def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
 
 
 def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Surface:
-    """A box with half sizes (hx, hy, hz) about the origin, its edges rounded with radius `round_by`."""
+    """A box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
     half = np.array([hx, hy, hz])
     points, normals = [], []
     for axis in range(3):
@@ -138,7 +138,7 @@ def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Sur
 
 
 def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
-    """A profile of (radius, z) pairs turned about the z axis; it runs with the solid on its left."""
+    """A profile of (radius, z) pairs revolved about the z axis; it runs with the solid on its left."""
     outline = np.asarray(profile, float)
     samples, tangents = _along(outline, h)
     points, normals = [], []
@@ -150,7 +150,7 @@ def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
 
     def inside(p: np.ndarray, m: float) -> np.ndarray:
         q = np.stack([np.linalg.norm(p[:, :2], axis=1), p[:, 2]], 1)
-        # Both halves of the section, so that the axis itself does not count as an edge.
+        # Use both halves of the section, so that the axis itself does not count as an edge.
         whole = np.concatenate([outline, outline[::-1] * [-1, 1]]) if outline[0, 0] < 1e-6 else outline
         return _in_polygon(q, whole) & (_edge_distance(q, whole) > m)
 
@@ -158,7 +158,7 @@ def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
 
 
 def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: float) -> Surface:
-    """A polygon of (x, z) pairs, counter-clockwise with z up and x right, drawn out to y = ±half."""
+    """A polygon of (x, z) pairs, counter-clockwise with z up and x right, extruded to y = ±half."""
     outline = np.asarray(polygon, float)
     edge, tangents = _along(np.concatenate([outline, outline[:1]]), h)
     y = np.linspace(-half, half, max(2, int(np.ceil(2 * half / h)) + 1))
@@ -181,7 +181,7 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """A round tube with closed ends along a smooth curve through the path [K, 3]; radius: one, or one per point."""
+    """A round tube with closed ends along a smooth curve through the path [K, 3]; radius: one for all, or one per point."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]
@@ -194,7 +194,7 @@ def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[
     tangent = np.gradient(centre, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     points, normals = [], []
-    # The axis least along the path gives a frame without twist that matters.
+    # The axis least aligned with the path gives a frame with negligible twist.
     side = np.eye(3)[np.argmin(np.abs(tangent).max(0))]
     for c, t, w in zip(centre, tangent, width, strict=True):
         u = np.cross(t, side)

@@ -1,4 +1,4 @@
-"""Held-out things as folders of pictures, as a person would bring them; and finding out again which thing a folder shows."""
+"""Held-out things as folders of pictures, as a user would bring them, and finding which thing a folder shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = "toybox-subject"
 
 
 def held_out(name: str) -> HeldOut:
-    """A held-out subject or face by name. ValueError lists what there is."""
+    """A held-out subject or face by name. ValueError lists the choices."""
     held_out = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
     if name not in held_out:
         raise ValueError(unknown(name, held_out, "toybox subject"))
@@ -34,10 +34,10 @@ def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development"
 
 
 def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Write n reference pictures of a held-out thing; each says in its PNG text what it shows.
+    """Writes n reference pictures of a held-out thing; their PNG text names it.
 
-    Beside each lies what a careful person adds: a caption of where it is and from which side it is seen (`NAME.txt`;
-    its colours and its pattern are not said), and its mask (`masks/NAME.png`).
+    Each comes with what a careful user would add: a caption with the place and the view (`NAME.txt`, without colours or
+    pattern), and the thing's mask (`masks/NAME.png`).
     """
     subject = held_out(name)
     scenes = reference_scenes(subject.thing, n, seed, name.split("-")[0])
@@ -51,10 +51,9 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
-    """Write n pictures in a held-out style (`development-mosaic` …), of n different things, to learn the style from.
+    """Writes n pictures of n different things in a held-out style (`development-thermal` …) to learn the style from.
 
-    Each says in its PNG text which style it shows; beside it lies a caption of what is drawn (`NAME.txt`), which does
-    not say how it is drawn.
+    The PNG text of each names the style; a caption (`NAME.txt`) says what is drawn, but not how.
     """
     scenes = style_scenes(name, n, seed)
     drawn = render(scenes).pixels * 2 - 1
@@ -68,7 +67,7 @@ def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def shown_in(files: Sequence[Path]) -> HeldOut | None:
-    """Which held-out thing these pictures show; None when they are not from an album, or of several things."""
+    """The held-out thing in these pictures; None when they are not from an album, or show several things."""
     names = set()
     for file in files:
         try:
@@ -85,5 +84,5 @@ def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
 
 
 def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
-    """New photos of the subject itself, none of them a reference: what a perfect model would make."""
+    """New photos of the subject itself, not among the references: what a perfect model would generate."""
     return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

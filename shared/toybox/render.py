@@ -1,4 +1,4 @@
-"""Pictures of scenes, with everything that is known about each pixel."""
+"""Pictures of scenes, with the ground truth of each pixel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.toybox.surfaces import SPACING, HitImage, halved, near_depth
 from shared.toybox.world import Scene
 
 _CHUNK = 32
-# Backgrounds without a floor to stand on take no shadow above their horizon; on these it falls everywhere.
+# Shadows fall only below the horizon, except on these backgrounds, where they fall everywhere.
 _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue studio")
 
 
@@ -28,15 +28,14 @@ _ALL_FLOOR = ("brick wall", "white studio", "gray studio", "black studio", "blue
 class Rendered:
     """B pictures of H×W pixels.
 
-    pixels: [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], the part of each pixel that things cover;
+    pixels: [B, 3, H, W] in [0, 1]; mask: [B, 1, H, W], the share of each pixel that things cover;
     thing_mask: int64 [B, H, W], 0 background, 1 first thing, 2 second thing; depth: [B, 1, H, W] in radii of the thing
     from its camera (10 in the background); position: [B, 3, H, W], object space of the thing (unit sphere, x forward,
     y left, z up), 0 in the background.
 
-    mask, thing_mask, depth and position are those of the geometry as a photo shows it, in every style. Styles that
-    redraw may colour pixels a little outside the mask, or leave some inside it as background: a watercolor runs, a neon
-    drawing glows, and pixel art, whose squares of 3 pixels do not divide 64, is 3 % larger than the photo (up to two
-    pixels at the right and the lower border).
+    In every style, mask, thing_mask, depth and position are those of the photo. Styles may colour pixels slightly outside
+    the mask, or leave some inside it as background: a watercolor runs, a neon drawing glows, and pixel art, whose 3-pixel
+    squares do not divide 64, is 3 % larger than the photo (up to two pixels at the right and lower borders).
     """
 
     pixels: Tensor
@@ -53,7 +52,7 @@ def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device =
         ValueError: there are no scenes
     """
     if not scenes:
-        raise ValueError("there is nothing to draw: give at least one scene")
+        raise ValueError("nothing to draw: give at least one scene")
     where = torch.device(device)
     drawn = [_chunk(list(scenes[i : i + _CHUNK]), size, where) for i in range(0, len(scenes), _CHUNK)]
     return Rendered(*(torch.cat([getattr(chunk, field.name) for chunk in drawn]) for field in fields(Rendered)))
@@ -67,7 +66,7 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
 
 
 def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
-    """The pictures of scenes whose things have been placed, and what is seen of them found, on 2 size × 2 size subpixels."""
+    """The pictures of scenes from their placed things and the visible hits on them, on 2 size × 2 size subpixels."""
     fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
@@ -99,15 +98,15 @@ def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Re
 
 @lru_cache(maxsize=8)
 def _stretch(points: int, size: int, device: torch.device) -> Tensor:
-    """The matrix [size, points] of a bicubic interpolation."""
+    """The matrix [size, points] of bicubic interpolation."""
     basis = torch.eye(points)[None, None]
     return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
 
 
 def _panned(stretch: Tensor, by: Tensor) -> Tensor:
-    """The matrices [B, size, points] of an interpolation [size, points] that starts `by` pixels [B] to the right.
+    """The matrices [B, size, points] of an interpolation [size, points] shifted `by` pixels [B] to the right.
 
-    What comes in at a border is the mirror of what is behind it.
+    What enters at a border is mirrored.
     """
     last = len(stretch) - 1
     at = torch.arange(last + 1, device=by.device) - by[:, None]
@@ -118,7 +117,7 @@ def _panned(stretch: Tensor, by: Tensor) -> Tensor:
 
 
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """Backgrounds [B, 3, S, S], panned, with the shadows of the things on them."""
+    """The backgrounds [B, 3, S, S], panned, with the things' shadows on them."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -154,9 +153,9 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
     u, v = u * cos + v * sin, v * cos - u * sin
     low, length, width = (g[:, None, None] for g in things.ground.unbind(1))
     steep = toward[:, 2, None, None].clamp_min(0.17)
-    # The point of the ground plane seen at (u, v): `right` is the same, the rest follows from the elevation.
+    # The point of the ground plane seen at (u, v): `right` is unchanged, the rest follows from the elevation.
     ahead = (v + up[:, 2, None, None] * low) / steep
-    # Ground axes: (right_x, right_y) across, and toward the viewer that turned by -90 degrees.
+    # Ground axes: (right_x, right_y) across, and the same turned by -90 degrees toward the viewer.
     px = right[:, 0, None, None] * u + right[:, 1, None, None] * ahead
     py = right[:, 1, None, None] * u - right[:, 0, None, None] * ahead
     far = ((px / (1.1 * length + 0.1)) ** 2 + (py / (1.1 * width + 0.1)) ** 2).sqrt()
@@ -179,7 +178,7 @@ def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
     shade = (0.44 + 0.14 * above + 0.52 * lambert) * strength
     half = F.normalize(light + light.new_tensor([0.0, 0.0, 1.0]), dim=1)
     sheen = 0.2 * (normal * half).sum(1).clamp_min(0) ** 24
-    # A little light at grazing angles keeps black things apart from dark backgrounds.
+    # A little light at grazing angles sets black things off from dark backgrounds.
     rim = 0.1 * (1 - normal[:, 2].clamp(0, 1)) ** 3 * above
     return (albedo * shade[:, None] + (sheen + rim)[:, None]).clamp(0, 1)
 
@@ -192,7 +191,7 @@ def _styled(
     normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """The pictures with each scene's drawing style; the normals are asked for only where one draws with them."""
+    """The pictures in each scene's drawing style; normals are computed only if some style is not a photo."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture

@@ -132,7 +132,7 @@ def boot(h: float) -> tuple[Parts, Anchors]:
     """A boot: the toe and white laces in front, a pull loop behind; sole, cuff and heel in the second color."""
     sole = curve([(0.92, 0.0), (0.78, 0.26), (0.4, 0.3), (0, 0.23), (-0.36, 0.26), (-0.52, 0.0)], 40)
     outline = np.concatenate([sole, sole[-2:0:-1] * [1, -1]])
-    # An outline in (x, y) drawn out along z: extrude works in (x, z), so turn it over about the x axis.
+    # An (x, y) outline extruded along z: extrude works in (x, z), so rotate it about the x axis.
     flat = extrude(outline[::-1] if _clockwise(outline) else outline, 0.09, h).turn("x", 90)
     shaft = [(0, -0.6), (0.31, -0.6), (0.32, 0.55), (0.24, 0.55), (0.24, 0.2), (0, 0.2)]
     cuff = [(0.25, 0.42), (0.39, 0.42), (0.41, 0.72), (0.25, 0.72), (0.25, 0.42)]
@@ -167,7 +167,7 @@ def _hull(h: float) -> Surface:
     points = np.concatenate([points, deck.points[top] * [1, 1, 0]])
     normals = np.concatenate([normals, np.tile([0.0, 0.0, 1.0], (int(top.sum()), 1))])
     points[:, 2] = np.maximum(points[:, 2], -0.36)  # a flat keel, to sit on the ground
-    # The bow is drawn forward and up, the stern a little up: the sheer of a toy boat.
+    # The bow is pulled forward and up, the stern slightly up: the sheer of a toy boat.
     lift = 0.3 * np.clip(points[:, 0], 0, None) ** 2 + 0.1 * np.clip(-points[:, 0], 0, None) ** 2
     points = points + np.stack([0.1 * lift, 0 * lift, lift], 1)
     return Surface(points, normals, lambda p, m: egg.inside(p, m + 0.05) & (p[:, 2] < -m))

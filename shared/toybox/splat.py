@@ -1,6 +1,6 @@
-"""Surface points of many things onto pictures: placing them, finding what is seen, and looking it up again.
+"""Splats the surface points of many things onto pictures: places them, finds the visible ones, and looks these up.
 
-The pictures here are S×S with S twice the final size; `render` averages them down.
+Pictures here are S×S, with S twice the final size; `render` averages them down.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Hits:
 
 
 def instances(scenes: list[Scene], device: torch.device) -> Instances:
-    """The things of scenes with their cameras as tensors."""
+    """The things of the scenes and their cameras, as tensors."""
     things, values, colors = [], [], []
     base = np.array(list(DETAILS.values()))
     for b, scene in enumerate(scenes):
@@ -111,7 +111,7 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
 
 
 def groups(things: Instances, spacing: float, device: torch.device) -> list[Group]:
-    """The clouds that the instances need; the colors that a face's identity decides are written into `things`."""
+    """The clouds that the instances need; colors that depend on a face's identity are written into `things`."""
     result = []
     by_class: dict[str, list[int]] = {}
     worn: dict[str, list[int]] = {}
@@ -160,7 +160,7 @@ def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
 
 
 def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where points land: columns and rows of a picture of size×size pixels (0 at the centre of the first), and depths.
+    """Where points land: columns and rows in a picture of size×size pixels (0 at the centre of the first), and depths.
 
     view: [..., 3], right, up and toward the camera, in radii of the thing; place: [..., 5] as in `Instances`.
     """
@@ -172,7 +172,7 @@ def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, T
 
 
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
-    """The subpixel [k, N] (-1: outside) that each point falls into, lower left of its 2×2 footprint, and its depth."""
+    """The subpixel [k, N] (-1: outside) that each point falls into, the top left of its 2×2 footprint, and its depth."""
     who = group.who
     shape = things.patterns.proportions[who]
     points = group.points.expand(len(who), -1, -1)
@@ -190,13 +190,13 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
     area = size * size
     empty = torch.iinfo(torch.int64).max
     device = things.axes.device
-    # One extra cell takes what falls outside the picture.
+    # One extra cell collects what falls outside the picture.
     nearest = torch.full((count * area + 1,), empty, dtype=torch.int64, device=device)
     start, starts = 0, []
     for group in parts:
         pixel, depth = _project(group, things, size)
         k, n = pixel.shape
-        # Key: the thing in front first, then depth, then the number of the point, so that the minimum is unique.
+        # Key: rank of the thing (in front first), then depth, then point number, so that the minimum is unique.
         rank = things.rank[group.who][:, None]
         near = (depth.clamp(2, 9) * (2**20 / 10)).long() + (rank << 21)
         key = (near << 32) | torch.arange(start, start + k * n, device=device).view(k, n)
@@ -214,7 +214,7 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
 
 
 def _closed(nearest: Tensor) -> Tensor:
-    """Keys [B, S, S] with single-subpixel holes closed: where both neighbours in a row or column are clearly nearer."""
+    """Keys [B, S, S] with single-subpixel holes closed, where both neighbours in a row or column are clearly nearer."""
     far = torch.maximum
     inner = nearest[:, 1:-1, 1:-1]
     around = torch.minimum(

@@ -1,6 +1,6 @@
-"""Drawing styles: functions of a finished picture and of what is known about its pixels.
+"""Drawing styles: functions of a finished picture and its per-pixel ground truth.
 
-They work on the fine S×S pictures (S is twice the final size) that `render` averages down afterwards.
+They work on fine S×S pictures (S is twice the final size), which `render` averages down afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gray(picture: Tensor) -> Tensor:
 
 
 def blur(picture: Tensor, radius: int) -> Tensor:
-    """A triangle filter, two box filters in a row."""
+    """A triangle filter: two box filters in a row."""
     size, width = picture.shape[-1], 2 * radius + 1
     for _ in range(2):
         padded = F.pad(picture, (radius,) * 4, mode="replicate")
@@ -42,7 +42,7 @@ def blur(picture: Tensor, radius: int) -> Tensor:
 
 
 def _slope(values: Tensor) -> Tensor:
-    """The largest difference of neighbours, over channels: [b, 1, S, S]."""
+    """The largest difference between neighbours, over channels: [b, 1, S, S]."""
     padded = F.pad(values, (1, 1, 1, 1), mode="replicate")
     across = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]).abs()
     down = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]).abs()
@@ -50,7 +50,7 @@ def _slope(values: Tensor) -> Tensor:
 
 
 def outlines(s: Sheet) -> Tensor:
-    """Where lines would be drawn, [b, 1, S, S] in [0, 1]: silhouettes, creases, borders of color."""
+    """Where lines would be drawn, [b, 1, S, S] in [0, 1]: silhouettes, creases, color borders."""
     shape = (_slope(s.depth.clamp(max=7)) * 1.2 - 0.15).clamp(0, 1)
     crease = (_slope(s.normal) - 0.55).clamp(0, 1) * s.mask
     color = (_slope(blur(s.picture, 1)) * 3 - 0.42).clamp(0, 1)
@@ -121,7 +121,7 @@ def cartoon(s: Sheet) -> Tensor:
 
 
 def neon(s: Sheet) -> Tensor:
-    """Glowing lines in bright colors on the dark."""
+    """Glowing lines in bright colors on a dark background."""
     line = outlines(s).clamp(0, 1)
     light = gray(s.picture).clamp_min(0.06)
     hue = (s.picture / light * 0.5 + (s.picture - light) * 1.6).clamp(0.05, 1)
@@ -218,7 +218,7 @@ def mosaic(s: Sheet) -> Tensor:
 
 
 def woodcut(s: Sheet) -> Tensor:
-    """Black and bare paper only, cut in horizontal strokes that follow the form."""
+    """Only black and bare paper, cut in horizontal strokes that follow the form."""
     x, y = _grid(s)
     light = gray(blur(s.picture, 1))
     stroke = ((y + 2.5 * s.normal[:, 1:2] + 0.4 * (x * 0.5).sin()) * 1.9).sin() * 0.3
@@ -256,7 +256,7 @@ DRAWERS: dict[str, Callable[[Sheet], Tensor]] = {
 
 
 def draw(name: str, sheet: Sheet) -> Tensor:
-    """The pictures [b, 3, S, S] in a style; ValueError for one that does not exist."""
+    """The pictures [b, 3, S, S] in a style; ValueError for an unknown one."""
     if name not in DRAWERS:
         raise ValueError(f"the toybox has no style {name!r}; choose from photo, {', '.join(DRAWERS)}")
     return DRAWERS[name](sheet).clamp(0, 1)

@@ -1,7 +1,7 @@
-"""What training never sees: subjects, faces and styles for personalization, in two splits.
+"""Held out from training: subjects, faces and styles for personalization, in two splits.
 
-"development" is for working, "reporting" for the numbers at the end. Every subject comes with distractors: other
-things of the same class and palette from which only its pattern, or its identity, tells it apart.
+"development" is for working, "reporting" for final numbers. Every subject comes with distractors: other things of the
+same class and palette from which only its pattern, or its identity, tells it apart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def styles(split: str) -> tuple[str, ...]:
 
 
 def _differ(a: Thing, b: Thing) -> bool:
-    """Whether two patterned things of one class and palette are clearly told apart."""
+    """Whether two patterned things of one class and palette are clearly distinguishable."""
     assert a.pattern_seed is not None and b.pattern_seed is not None
     first, second = pattern(a.pattern_seed), pattern(b.pattern_seed)
     gap = float(np.abs(np.subtract(accents(a)[0], accents(b)[0])).sum())
@@ -69,7 +69,7 @@ def _gather(thing: Thing, candidates: list[Thing], differ: Callable[[Thing, Thin
 
 @lru_cache(maxsize=2)
 def subjects(split: str) -> tuple[HeldOut, ...]:
-    """The 12 subjects of a split, one of each class but the face."""
+    """The 12 subjects of a split, one of each class except the face."""
     _check(split)
     rng = np.random.default_rng([SEEDS[split].start, 1])
     held_out = []
@@ -95,9 +95,9 @@ def faces(split: str) -> tuple[HeldOut, ...]:
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
-    """n photos of a thing as a person would take them: near the middle, from several sides, in several places.
+    """n photos of a thing as a user would take them: near the middle, from several sides, in several places.
 
-    The views go round (front, left, behind, right, above, between), the backgrounds do not repeat before all were used.
+    The views cycle (front, left, behind, right, above, between); backgrounds repeat only after all were used.
     """
     rng = np.random.default_rng([seed, SEEDS[split].start, 9])
     order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
@@ -119,9 +119,9 @@ def style_names() -> dict[str, str]:
 
 
 def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
-    """n scenes in one held-out style: other things in other places each time, plain ones that training could show too.
+    """n scenes in one held-out style, each a different plain thing in a different place, as training might show too.
 
-    The classes go round, the backgrounds do not repeat before all were used. ValueError lists the names that there are.
+    Classes and backgrounds repeat only after all were used. ValueError lists the choices.
     """
     names = style_names()
     if name not in names:

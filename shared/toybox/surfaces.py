@@ -1,4 +1,4 @@
-"""The surfaces that are seen, as pictures: what is known of each hit, in its place, and means over the subpixels of a pixel."""
+"""The visible surfaces as pictures: values of the hits in their places, and means over the subpixels of each pixel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits
 
 FAR = 2 * DISTANCE  # the depth of the background
-SPACING = 0.02  # of neighbouring points of a surface, in pictures of 64 pixels
+SPACING = 0.02  # between neighbouring points of a surface, for pictures of 64 pixels
 
 
 @dataclass(frozen=True)
 class HitImage:
-    """Where the hits of B scenes lie on pictures of S×S subpixels."""
+    """The hits of B scenes on pictures of S×S subpixels."""
 
     hits: Hits
     count: int
@@ -39,6 +39,6 @@ def halved(picture: Tensor) -> Tensor:
 
 
 def near_depth(depth: Tensor, mask: Tensor) -> Tensor:
-    """The mean depth of what each pixel shows of things, `FAR` where it shows none: [B, 1, S, S] to half of it."""
+    """The mean depth of the things in each pixel, `FAR` where there are none: [B, 1, S, S] to [B, 1, S / 2, S / 2]."""
     cover = halved(mask)
     return torch.where(cover > 0, halved(depth * mask) / cover.clamp_min(1e-6), torch.full_like(cover, FAR))

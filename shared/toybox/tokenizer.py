@@ -1,8 +1,8 @@
 """The toybox's own CLIP tokenizer: every word of its world is one token.
 
 The vocabulary is a byte-pair encoding *trained to exhaustion* on a fixed word list: merges are learned until each
-listed word is a single symbol, so the merges replay to exactly one token per listed word (tested). Any other text
-falls back to shorter symbols, down to single bytes, as in OpenAI's CLIP: nothing is ever unknown. It is an ordinary
+listed word is a single symbol, so the merges replay to exactly one token per listed word (tested). Other text falls
+back to shorter symbols, down to single bytes, as in OpenAI's CLIP: nothing is ever unknown. It is an ordinary
 ``transformers.CLIPTokenizer``; new tokens are added with ``add_tokens`` and the text model's
 ``resize_token_embeddings``.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
-"""Tokens per prompt, begin and end included (``model_max_length``)."""
+"""Tokens per prompt, including begin and end (``model_max_length``)."""
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 RARE_TOKENS: tuple[str, ...] = ("sks", "zwx", "ohwx", "xjy", "qrt", "vbn", "hta", "olis", "pll", "ucd", "wvf", "zkm")
-"""Words without a meaning in the world, one token each: identifiers for DreamBooth-like modifiers."""
+"""Words without meaning in the world, one token each: identifiers for DreamBooth-like modifiers."""
 
 PROMPT_WORDS: tuple[str, ...] = tuple(
     """a an the of in on at with and or to from by is are this that its it one two three some no not my your
@@ -42,9 +42,9 @@ PROMPT_WORDS: tuple[str, ...] = tuple(
     backpack bowl can candle cat clock sneaker dog boot duck monster robot car sunglasses teapot vase wolf bear cube
     pixel art watercolor pencil ink pastel neon flat line outline sepia gray-scale monochrome silhouette poster
     spinning turning moving jumping walking bouncing waving slowly fast video clip blurry ugly low high quality
-    sharp detailed""".split()  # noqa: SIM905 - as prose it can be read
+    sharp detailed""".split()  # noqa: SIM905 - readable as prose
 )
-"""Words that prompts use, whether or not a caption of the world contains them."""
+"""Words that prompts use, whether or not the world's captions contain them."""
 
 _BYTES_PER_SYMBOL = 256
 
@@ -64,7 +64,7 @@ def world_words() -> list[str]:
     """The words of the toybox's captions, prompt words and rare tokens, sorted and unique.
 
     Returns:
-        lower-case words made of letters only (others are split into such, as CLIP's pre-tokenizer does)
+        lower-case words made only of letters (others are split, as CLIP's pre-tokenizer does)
     """
     from shared.toybox import captions
 
@@ -72,7 +72,7 @@ def world_words() -> list[str]:
 
 
 def clean_words(words: Iterable[str]) -> list[str]:
-    """Splits at whatever is not an ASCII letter, lower-cases, sorts, and drops duplicates."""
+    """Splits at anything but ASCII letters, lower-cases, sorts, and drops duplicates."""
     parts: set[str] = set()
     for word in words:
         spaced = "".join(c if c.isascii() and c.isalpha() else " " for c in word.lower())
@@ -83,7 +83,7 @@ def clean_words(words: Iterable[str]) -> list[str]:
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges that make each of ``words`` one symbol (Sennrich et al., arXiv 1508.07909, to exhaustion).
 
-    Ties are broken alphabetically, so the result depends on the words alone.
+    Ties are broken alphabetically, so the result depends only on the words.
 
     Returns:
         merges in the order in which they apply
@@ -110,7 +110,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build(words: Sequence[str] | None = None) -> CLIPTokenizer:
-    """The tokenizer for ``words`` (by default those of the world), the same for the same words.
+    """The tokenizer for ``words`` (by default those of the world); equal words give equal tokenizers.
 
     Ids: 256 bytes, 256 bytes at a word's end, the merges in order, begin, end. Padding is the end token, as in CLIP.
 

@@ -1,4 +1,4 @@
-"""A thing as it truly is, under the prompts that a recipe's pictures are asked for: what a perfect model would make."""
+"""A thing as it truly is, under the prompts of a recipe's pictures: what a perfect model would generate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
 def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
-    """One scene for each of `asked`, which says of a prompt what a picture of it must show (`background`, `view`,
-    `accessory`, `style`, as the recognizer names them); what it leaves open is drawn as `sample_scene` does.
+    """One scene for each of `asked`, which gives what a picture of a prompt must show (`background`, `view`, `accessory`,
+    `style`, as the recognizer names them); the rest is drawn as `sample_scene` does.
 
-    pose: the number of a pose and a place that all scenes share; None draws a camera for each.
+    pose: the number of the pose and place that all scenes share; None draws a camera for each.
     """
     rng = np.random.default_rng([seed, 12])
     one = None if pose is None else sample_camera(np.random.default_rng([pose, 13]))
@@ -44,7 +44,7 @@ def asked_pictures(
 
 @lru_cache(maxsize=1)
 def drawing_code() -> str:
-    """A hash of the code that draws: pictures that were kept are of no use once it has changed."""
+    """A hash of the drawing code, which invalidates cached pictures when it changes."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

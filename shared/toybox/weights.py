@@ -1,4 +1,4 @@
-"""Where the toybox's weights lie, and how its card says to sample."""
+"""Where the toybox's weights are, and the sampling settings from its card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def backbone_path() -> Path:
     """The shipped diffusers folder.
 
     Raises:
-        ValueError: where this installation has none
+        ValueError: this installation has none
     """
     folder = WEIGHTS / "backbone"
     if not (folder / "model_index.json").is_file():
@@ -28,12 +28,12 @@ def sampling_defaults() -> dict[str, Any]:
 
 
 def motion_adapter_path() -> Path:
-    """The shipped motion module: a folder of diffusers' `MotionAdapter` for the backbone's U-Net.
+    """The shipped motion module: a diffusers `MotionAdapter` folder for the backbone's U-Net.
 
     Raises:
-        ValueError: where this installation has none
+        ValueError: this installation has none
     """
     folder = WEIGHTS / "motion_adapter"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no motion module of the toybox in {folder}: reinstall, or make it with `pcs toybox train`")
+        raise ValueError(f"no toybox motion module in {folder}: reinstall, or make it with `pcs toybox train`")
     return folder

@@ -1,4 +1,4 @@
-"""What there is in the toybox world: its vocabularies, and the scenes that are drawn from it.
+"""The toybox world: its vocabularies, and the scenes drawn from it.
 
 Angles are in degrees. Azimuth 0 looks at the front of a thing, 90 at its left side; elevation 90 looks down from above.
 Positions and sizes are fractions of the picture.
@@ -47,8 +47,8 @@ VIEWS = ("front", "side", "back", "above")
 ACCESSORIES = ("none", "red hat", "yellow crown", "pink glasses", "rainbow scarf")
 STYLES = ("photo", "pencil sketch", "watercolor painting", "pixel art", "cartoon", "neon")
 
-# Pattern and identity seeds of the splits: disjoint by construction, and small enough that training meets each
-# of its seeds several times in other colors and places.
+# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training meets each of its
+# seeds several times in different colors and places.
 SEEDS = {
     "train": range(0, 20_000),
     "development": range(1_000_000, 1_010_000),
@@ -99,7 +99,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a thing is seen from, and where it lands: x right and y down from the middle, scale 1 nearly fills."""
+    """Where a thing is seen from, and where it lands: x right and y down from the centre; scale 1 nearly fills the picture."""
 
     azimuth_deg: float = 0.0
     elevation_deg: float = 15.0
@@ -118,7 +118,7 @@ class Camera:
 
     @property
     def view_is_clear(self) -> bool:
-        """Whether the view is far enough from the borders between views to be named in a caption."""
+        """Whether the view is far enough from the boundaries between views to be named in a caption."""
         turn = abs((self.azimuth_deg + 180) % 360 - 180)
         if self.elevation_deg >= 52:
             return True
@@ -127,9 +127,9 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: one or two things, left one first, each with its camera; `seed` drives background and light.
+    """One picture: one or two things, the left one first, each with its camera; `seed` drives background and light.
 
-    pan: how far the background has moved to the right, in pictures: what a camera sees that has gone to its right.
+    pan: how far the background has moved to the right, in pictures, because the camera has moved to its right.
     """
 
     things: tuple[Thing, ...]
@@ -157,7 +157,7 @@ def _choose(rng: np.random.Generator, values: tuple[str, ...], but: tuple[str, .
 
 
 def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Thing:
-    """A random thing; keep any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity."""
+    """A random thing. fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity."""
     name = fixed.get("class_name") or _choose(rng, CLASSES)
     main = fixed.get("main") or _choose(rng, COLORS, (fixed.get("second", ""),))
     second = fixed.get("second") or _choose(rng, COLORS, (main,))
@@ -175,7 +175,7 @@ def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -
 
 
 def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
-    """A random camera; with a view, one that clearly shows it."""
+    """A random camera; with a view given, one that clearly shows it."""
     if view is None and rng.random() < 0.75:
         view = VIEWS[int(rng.choice(4, p=(0.3, 0.28, 0.25, 0.17)))]
     low = float(np.clip(abs(rng.normal(14, 10)), 0, 35))
@@ -202,7 +202,7 @@ def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
 def _pair(
     rng: np.random.Generator, split: str, fixed: dict[str, Any]
 ) -> tuple[tuple[Thing, Thing], tuple[Camera, Camera]]:
-    """Two things of different classes, left one first, beside each other."""
+    """Two things of different classes side by side, the left one first."""
     first = sample_thing(rng, split, **{"accessory": "none", **fixed})
     other = _choose(rng, CLASSES, (first.class_name,))
     second = sample_thing(rng, split, class_name=other, accessory="none")
@@ -254,7 +254,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -
     else:
         things = (fixed.get("thing") or sample_thing(rng, split, **fixed),)
         camera = fixed.get("camera") or sample_camera(rng, fixed.get("view"))
-        # Glasses cannot be seen from behind: a caption must not promise them there.
+        # Glasses cannot be seen from behind, so no caption may promise them there.
         while not fixed.get("view") and not fixed.get("camera") and _hidden(things[0], camera):
             camera = sample_camera(rng)
         if not fixed.get("accessory") and not fixed.get("thing") and _hidden(things[0], camera):

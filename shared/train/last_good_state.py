@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +36,34 @@ class LastGood:
             return
         self._lowest = min(self._lowest, loss)
         self.step = step
-        self._kept = [
-            (p.detach().clone(), {k: _copied(v) for k, v in state.items()}) for p, state in self.optimizers.states()
-        ]
+        now = list(self.optimizers.states())
+        if not self._refilled(now):
+            self._kept = [(p.detach().clone(), {k: _copied(v) for k, v in state.items()}) for p, state in now]
         self._progress = self.optimizers.progress()
+
+    def _refilled(self, now: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> bool:
+        """Copies into the tensors that are kept already, which is cheaper than new ones each step. False, and nothing is
+        done, where they do not correspond."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        others: list[tuple[dict[str, Any], str, Any]] = []
+        if len(now) != len(self._kept):
+            return False
+        for (parameter, state), (values, moments) in zip(now, self._kept, strict=True):
+            if state.keys() != moments.keys():
+                return False
+            for key, new, old in (("", parameter, values), *((k, v, moments[k]) for k, v in state.items())):
+                if _alike(new, old):
+                    sources.append(new.detach())
+                    targets.append(old)
+                else:
+                    others.append((moments, key, new))
+        if any(not key for _, key, _ in others):  # a parameter of another shape
+            return False
+        torch._foreach_copy_(targets, sources)
+        for moments, key, new in others:
+            moments[key] = _copied(new)
+        return True
 
     def forget(self) -> None:
         """Drops the kept state, because different parameters are trained from now on."""
@@ -56,10 +81,16 @@ class LastGood:
         for (parameter, state), (values, moments) in zip(self.optimizers.states(), self._kept, strict=True):
             parameter.copy_(values)
             state.clear()
-            state.update(moments)
+            state.update({k: _copied(v) for k, v in moments.items()})
         self.optimizers.load_progress(self._progress)
         self.optimizers.zero_grad()
         return self.step
+
+
+def _alike(new: Any, old: Any) -> bool:
+    """Whether one can be copied into the other."""
+    both = isinstance(new, Tensor) and isinstance(old, Tensor)
+    return both and new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
 
 
 def _copied(value: Any) -> Any:

@@ -32,6 +32,10 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
                 f"phases.{name}.train.mixed_precision = {phase.train.mixed_precision!r}: "
                 "all phases share one precision; set it outside the phases (train.mixed_precision)"
             )
+        if phase.attention != recipe.attention:
+            raise ValueError(
+                f"phases.{name}.attention: this is the same in all phases; say it outside of them (attention)"
+            )
         _check_off(f"phases.{name}.task.off" if recipe.phases else "task.off", phase, recipe)
         if phase.task.needs_scores and not scored:
             raise ValueError(

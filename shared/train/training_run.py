@@ -80,6 +80,7 @@ class TrainingRun:
         self.per_source = sets_by_file(self.phases, self.subjects)
         check_sources(self.phases, self.subjects)
         check_phases(self.backbone, self.phases, self.recipe, bool(self.scorers))
+        self.ports: set[str] = {port for p in self.recipe.attention.values() if (port := p.port(self.backbone))}
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run's precision sticks
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
@@ -87,7 +88,6 @@ class TrainingRun:
         self.best: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}  # from phase to phase, besides what is attached to the backbone
         self.best_score: float | None = None
-        self.ports: set[str] = set()
         self.final_scores: dict[str, float] = {}  # of the returned state, if it was scored
         self.clock = Clock()  # time spent so far, including before an interruption
         self._peak = 0  # bytes, before an interruption
@@ -174,6 +174,10 @@ class TrainingRun:
                         "cannot tell apart: learn them in separate runs with different modifier.token values, or use "
                         "modifier.kind=learnable_token"
                     )
+
+        for name in (self.run_name, *self.names):
+            edits = [edit for part in self.recipe.attention.values() for edit in part.edits(self.backbone)]
+            self.backbone.keep_attending(name, *edits)
 
     def _unfreeze(self, phase: Recipe) -> list[TrainableGroup]:
         """Injects what is new, unfreezes what the phase trains, freezes the rest."""

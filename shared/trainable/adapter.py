@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shared.backbones.protocol import Backbone
 from shared.io.adapter_settings import check_adapter, recordable
+from shared.trainable.merged_forward import merge_in_forward
 from shared.trainable.rank_by_noise import RankByNoise
 
 
@@ -73,6 +74,7 @@ class PeftAdapter:
         adapter = cls(model, component, slot, peft_name, config)
         adapter.seed = seed
         for layer in adapter.layers:
+            merge_in_forward(layer)
             active[layer] = [*active.get(layer, []), peft_name]
         _restore(model, trainable, active)
         for parameter in adapter.parameters():

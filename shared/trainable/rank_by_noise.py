@@ -27,6 +27,14 @@ class RankByNoise:
     def __init__(self, backbone: Backbone, min_rank: int) -> None:
         self.backbone, self.min_rank = backbone, min_rank
 
+    def common(self, rank: int) -> int | None:
+        """r(t) of `rank`, where the prediction under way has the same for all its pictures; None where it differs."""
+        t = self.backbone.prediction_time
+        if t is None:
+            return None
+        ranks = set(rank_at(t, rank, self.min_rank).tolist())
+        return ranks.pop() if len(ranks) == 1 else None
+
     def __call__(self, module: Any, _args: Any, out: Tensor) -> Tensor:
         """[B * n, …, r] of a linear layer, [B * n, r, …] of a convolution -> the same shape."""
         t = self.backbone.prediction_time

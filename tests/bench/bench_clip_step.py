@@ -1,10 +1,11 @@
 """Where a training step on clips spends its time, and what the caches gain, as ratios within one run.
 
-    python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16]
+    python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
 Prints the split of a step (data, autoencoder, text encoder, denoiser forward, backward, optimizer), steps per second of the
-suite against a plain loop without caches, alternating so that drifting machine speed favours neither, and the peak memory
-of both, each in a separate process (on a GPU: of tensors).
+suite against a plain loop without caches, alternating so that drifting machine speed favours neither, the time for all steps
+of the recipe, and the peak memory of both, each in a separate process (on a GPU: of tensors). On a CPU, seconds are CPU seconds
+of the process, so other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,18 @@ from shared.train.training_run import TrainingRun
 MOTION = "development-zigzag"
 
 
+def clock_of(stepping: Stepping) -> Callable[[], float]:
+    """What tells the time: the process's own computing, or, where a GPU does that, the clock on the wall."""
+    if stepping.run.backbone.device.type == "cpu":
+        return time.process_time
+
+    def finished() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return finished
+
+
 class Stepping:
     """A run just before the first step of its first phase."""
 
@@ -41,7 +55,7 @@ class Stepping:
         work = folder / ("suite" if cache else "plain")
         settings = [f"subject.clips={folder / 'clips'}", f"output={work / 'x.concept'}", f"train.cache={cache}".lower()]
         settings += [f"backbone={options.backbone}"] if options.backbone else []
-        settings += [f"sources.clips.window.length={options.frames}"]
+        settings += [f"sources.clips.window.length={options.frames}", *options.set]
         planned = plan(load(options.recipe, settings, "video", VideoRecipe))
         runner = open_runner(VideoRunner, options.backbone, [], **planned.recipe.opening())
         self.run = TrainingRun(
@@ -49,7 +63,7 @@ class Stepping:
             class_pictures=runner._class_pictures, tasks=VideoRunner.tasks,
         )  # fmt: skip
         self.run._attach_names()
-        recipe = self.run.phases[0][1]
+        self.recipe = recipe = self.run.phases[0][1]
         task: Any = self.run.tasks[type(recipe.task)]
         self.task: Any = task(self.run.context(0, self.run._unfreeze(recipe)))
         self.optimizers = Optimizers(self.task.groups(), recipe.train.optimizers, self.run.accelerator)
@@ -74,27 +88,29 @@ def memory(options: argparse.Namespace, folder: Path, name: str) -> int:
     """Peak bytes of a process that takes two steps."""
     command = [sys.executable, __file__, "--memory", name, "--folder", str(folder), "--recipe", options.recipe]
     command += ["--frames", str(options.frames), *(["--backbone", options.backbone] if options.backbone else [])]
+    command += [word for setting in options.set for word in ("--set", setting)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def speeds(suite: Stepping, plain: Stepping, steps: int) -> dict[str, list[float]]:
     """Steps per second of both, alternating."""
     rates: dict[str, list[float]] = {"suite": [], "plain": []}
+    now = clock_of(suite)
     for index in range(2):  # warm-up: fills caches
         suite.step(index)
         plain.step(index)
     at_once = min(4, steps)
     for turn in range(max(2, steps // 8)):
         for name, one in (("suite", suite), ("plain", plain)):
-            start = time.perf_counter()
+            start = now()
             for index in range(at_once):
                 one.step(2 + turn * at_once + index)
-            rates[name].append(at_once / (time.perf_counter() - start))
+            rates[name].append(at_once / (now() - start))
     return rates
 
 
 def split(stepping: Stepping, steps: int) -> Clock:
-    clock = Clock()
+    clock = Clock(clock_of(stepping))
     for owner, method, name in (
         (stepping.task.data, "batch", "data"),
         (stepping.task.backbone, "latent_moments", "autoencoder"),
@@ -116,7 +132,11 @@ def report(options: argparse.Namespace, folder: Path) -> None:
     for name in SHOWN:
         print(f"  {name:13} {clock.seconds[name] / options.steps * 1e3:8.1f} ms  {clock.seconds[name] / total:6.1%}")
     ratio = statistics.median(a / b for a, b in zip(rates["suite"], rates["plain"], strict=True))
-    print(f"steps per second: {statistics.median(rates['suite']):.2f}")
+    rate, all_steps = statistics.median(rates["suite"]), suite.recipe.train.steps
+    second = "CPU second" if suite.run.backbone.device.type == "cpu" else "second"
+    print(
+        f"steps per {second}: {rate:.2f}; all {all_steps} of the recipe: {all_steps / rate / 60:.1f} minutes of these"
+    )
     print(
         f"  a plain loop without caches: {statistics.median(rates['plain']):.2f}; the suite is {ratio:.2f} times as fast"
     )
@@ -130,6 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--backbone")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--memory", choices=("suite", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -32,19 +32,20 @@ SHOWN = ("data", "autoencoder", "text encoder", "denoiser", "backward", "optimiz
 
 
 class Clock:
-    """Seconds by name; nested blocks count only for the inner one."""
+    """Seconds by name, measured by `now`; nested blocks count only for the inner one."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.seconds = dict.fromkeys(SHOWN, 0.0)
         self.inner = 0.0
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        outer, self.inner, start = self.inner, 0.0, time.perf_counter()
+        outer, self.inner, start = self.inner, 0.0, self.now()
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            spent = self.now() - start
             self.seconds[name] += spent - self.inner
             self.inner = outer + spent
 

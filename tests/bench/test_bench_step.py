@@ -47,3 +47,14 @@ def test_the_benchmark_of_assets_prints_the_split_of_an_iteration_and_the_views_
     for name in ("render", "encode", "teacher", "backward", "optimizer", "rest"):
         assert f"  {name} " in ran.stdout
     assert "rendered views per second of optimisation: " in ran.stdout
+
+
+def test_the_benchmark_against_a_script_prints_both_ratios(make_tiny_sd, tmp_path):
+    folder = tmp_path / "tiny-sd"
+    make_tiny_sd().save_pretrained(folder)
+    command = [sys.executable, SCRIPT.with_name("bench_script.py"), "--steps", "1", "--rounds", "1", "--roles", "all"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*command, "--backbone", folder], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for label in ("  plain ", "  suite ", "steps per CPU second: ", "peak memory: "):
+        assert label in ran.stdout

@@ -1,4 +1,4 @@
-"""Clips made on the spot: tiny videos by PyAV, animations by Pillow, folders of frames."""
+"""Clips made on the fly: tiny videos by PyAV, animations by Pillow, folders of frames."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MILLI = Fraction(1, 1000)
 
 
 def greys(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: frame i is grey of the level 20 + 20 i, so that a frame tells its number; size is (width, height)."""
+    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so that a frame tells its number; size is (width, height)."""
     levels = 20 + 20 * np.arange(count)
     return np.broadcast_to(levels[:, None, None, None], (count, size[1], size[0], 3)).astype(np.uint8)
 
 
 def numbers(frames: Any) -> list[int]:
-    """Which of `greys` each frame of [3, F, H, W] in [-1, 1] is."""
+    """The number of the frame in `greys` that each frame of [3, F, H, W] in [-1, 1] is."""
     return [round((float(level) * 127.5 + 127.5 - 20) / 20) for level in frames.mean((0, 2, 3))]
 
 
 def noisy(count: int = 8, size: tuple[int, int] = (48, 32), seed: int = 0) -> np.ndarray:
-    """[F, H, W, 3] that no encoder makes small."""
+    """[F, H, W, 3] that no encoder can compress well."""
     return np.random.default_rng(seed).integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8)
 
 
@@ -55,7 +55,7 @@ def video(
 
 
 def sound(path: Path) -> Path:
-    """A file that holds a tenth of a second of silence, and no pictures."""
+    """A file with 0.1 s of silence and no pictures."""
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("aac", rate=16000, layout="mono")
         frame: Any = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

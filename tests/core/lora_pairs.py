@@ -1,4 +1,4 @@
-"""Low-rank pairs spelled as trainers spell them, and the oracles: merged weights, and diffusers' own loader."""
+"""Low-rank pairs with the key names that trainers use, and the oracles: merged weights and diffusers' own loader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.concept.lora_import import import_lora
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = "a photo of a sks mug"
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-#: Layers of every kind: with several ranks, some with a scale that is not 1.
+#: Layers of every kind, with several ranks, some with a scale other than 1.
 SD_ROLES = ("attention", "feed_forward", "proj", "conv")
 FLUX_ROLES = ("attention", "feed_forward", "proj")
 TEXT = ("text_encoder", "text_encoder.mlp")
@@ -25,7 +25,7 @@ Pairs = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # component, path -
 
 
 def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4, 2, 3), scaled: bool = True) -> Pairs:
-    """Random matrices for the layers of the roles, of several ranks and (`scaled`) with several alphas."""
+    """Random matrices for the layers of the roles, with several ranks and, if `scaled`, several alphas."""
     draw = torch.Generator().manual_seed(1)
     out: Pairs = {}
     for group in (group for role in roles for group in backbone.group(role)):
@@ -40,7 +40,7 @@ def low_rank(backbone: Any, roles: tuple[str, ...], ranks: tuple[int, ...] = (4,
 
 
 def output(backbone: Any) -> tuple[Tensor, Tensor]:
-    """(the denoiser's output, the text's context), both with what is attached."""
+    """(denoiser output, text context), both with everything attached."""
     with torch.no_grad():
         text = backbone.encode([PROMPT])
         x = torch.randn(1, *backbone.latent_shape(32, 32), generator=torch.Generator().manual_seed(3))
@@ -62,7 +62,7 @@ def merged(backbone: Any, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor, Tensor]:
-    """The outputs with the file attached, without a warning; the backbone is the same afterwards."""
+    """The outputs with the file attached; checks that nothing warns and that the backbone is unchanged afterwards."""
     before = output(backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -76,7 +76,7 @@ def imported(backbone: Any, path: Path, token: str = "sks mug") -> tuple[Tensor,
 
 
 def by_diffusers(backbone: Any, pipe: Any, path: Path) -> tuple[Tensor, Tensor]:
-    """The same outputs where diffusers itself loaded the file into a pipeline of the same weights."""
+    """The same outputs when diffusers itself loads the file into a pipeline with the same weights."""
     pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
     return output(type(backbone)(pipe, "theirs"))
 
@@ -89,7 +89,7 @@ def same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
 def spelled(
     pairs: Pairs, prefixes: Mapping[str, str], ends: tuple[str, str], flat: bool, alphas: bool
 ) -> dict[str, Tensor]:
-    """Tensors by key; CLIP's layers with the `text_model.` that files have."""
+    """Tensors by key; CLIP's layers have the prefix `text_model.`, as in files."""
     out: dict[str, Tensor] = {}
     for (component, path), (down, up, alpha) in pairs.items():
         clip = component == "text_encoder" and not path.startswith("text_model.")

@@ -1,4 +1,4 @@
-"""A tiny U-Net with motion modules, for tests of what a backbone says about its layers."""
+"""A tiny U-Net with motion modules, for tests of how a backbone describes its layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def motion_unet(unet: Any) -> Any:
 
 
 def ask_motion(backbone: Any, frames: int, batch: int = 2) -> Tensor:
-    """The output [B, C, F, h, w] of a backbone's U-Net with motion modules, for clips of this many frames."""
+    """The output [B, C, F, h, w] of a backbone's U-Net with motion modules, for clips with this many frames."""
     x = torch.randn(batch, 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
     context = backbone.encode(["a mug"] * batch).context.repeat_interleave(frames, dim=0)
     with torch.no_grad():

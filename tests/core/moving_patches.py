@@ -1,4 +1,4 @@
-"""Clips of a textured patch that moves over a textured ground, whose flow is known; and tracks made of displacements."""
+"""Clips of a textured patch moving over a textured background, with known flow; and tracks made from displacements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def texture(size: tuple[int, int], seed: int) -> Tensor:
 def moving_patch(
     step: tuple[int, int], frames: int = 5, size: tuple[int, int] = (64, 64), seed: int = 0, side: int = 20
 ) -> Tensor:
-    """[3, F, H, W]: a patch that goes by `step` (right, down) pixels per frame, about the middle."""
+    """[3, F, H, W]: a patch that moves by `step` (right, down) pixels per frame, centred in the middle."""
     ground, patch = texture(size, seed), texture((side, side), seed + 1).flip(0)
     clip = ground[:, None].repeat(1, frames, 1, 1)
     for i in range(frames):
@@ -32,18 +32,18 @@ def moving_patch(
 
 
 def panned(step: int, frames: int = 5, side: int = 64, seed: int = 0) -> Tensor:
-    """[3, F, S, S]: a ground that moves left by `step` pixels per frame, as when the camera goes right."""
+    """[3, F, S, S]: a background that moves left by `step` pixels per frame, as if the camera moved right."""
     wide = texture((side, side + step * frames), seed)
     return torch.stack([wide[:, :, i * step : i * step + side] for i in range(frames)], 1)
 
 
 def tracks_of(steps: Tensor, visible: Tensor | None = None, side: int = 100) -> Tracks:
-    """Tracks [N, F] of displacements [N, F-1, 2] in pixels."""
+    """Tracks [N, F] from displacements [N, F-1, 2] in pixels."""
     points = torch.cat([torch.zeros(len(steps), 1, 2, dtype=torch.float64), steps.double().cumsum(1)], 1) + side / 2
     seen = torch.ones(points.shape[:2], dtype=torch.bool) if visible is None else visible
     return Tracks(points, seen, (side, side))
 
 
 def along(*directions: Sequence[float], frames: int = 5) -> Tracks:
-    """One track for each direction (right, down), in pixels per frame."""
+    """One track per direction (right, down), in pixels per frame."""
     return tracks_of(torch.tensor(directions, dtype=torch.float64)[:, None].repeat(1, frames - 1, 1))

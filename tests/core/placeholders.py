@@ -1,4 +1,4 @@
-"""Placeholders with rows that a test says."""
+"""Placeholders with rows that a test chooses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.types import SiteContext
 
 
 class FixedPlaceholder:
-    """Tokens whose rows come from a function of (component, t, site)."""
+    """Tokens whose rows are a function of (component, t, site)."""
 
     __test__ = False
 

@@ -1,4 +1,4 @@
-"""Runs on tiny backbones, for the tests of training."""
+"""Runs on tiny backbones, for tests of training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 
 def paint(folder: Path) -> Path:
-    """Three pictures of 32×32 with masks; `../other` has three of something else."""
+    """Three 32×32 pictures with masks; `../other` has three of something else."""
     (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()
@@ -41,12 +41,12 @@ def paint(folder: Path) -> Path:
 
 
 def sample(backbone: Any, prompts: Any, *, seeds: Any, **settings: Any) -> Tensor:
-    """`shared.sampling.sample`, with the settings' fields as arguments."""
+    """`shared.sampling.sample` with the settings' fields as arguments."""
     return sampler.sample(backbone, prompts, seeds=seeds, settings=SamplingSettings(**settings))
 
 
 def small(name: str, *settings: str) -> Recipe:
-    """A shipped recipe for two steps on tiny pictures."""
+    """A shipped recipe, for two steps on tiny pictures."""
     return load(name, [*SMALL, *(CLASS if "class_pictures" in load(name).sources else ()), *settings])
 
 
@@ -81,7 +81,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def tuning(run: TrainingRun) -> Tune:
-    """The task of a run's first phase, as it is when the first step begins."""
+    """The task of a run's first phase, at the start of its first step."""
     if run.names[0] not in run.backbone.placeholders:
         run._attach_names()
     return Tune(run.context(0, run._unfreeze(run.phases[0][1])))

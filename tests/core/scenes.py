@@ -1,4 +1,4 @@
-"""A picture to write in every format, and what is read back of it."""
+"""A picture to write in every format, and how it is read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.io.decode import read_picture
 
 
 def scene(width: int = 48, height: int = 32) -> np.ndarray:
-    """A picture without any symmetry: uint8 [H, W, 3]."""
+    """A picture without symmetry: uint8 [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     rgb = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
     rgb[:8, :8] = (250, 10, 10)
@@ -19,7 +19,7 @@ def scene(width: int = 48, height: int = 32) -> np.ndarray:
 
 
 def levels(path: Path) -> np.ndarray:
-    """What read_picture makes of a file, as 0 to 255, [H, W, 3]."""
+    """The pixels that read_picture returns for a file, as 0 to 255, [H, W, 3]."""
     return (read_picture(path).pixels.permute(1, 2, 0).numpy() + 1) * 127.5
 
 

@@ -1,5 +1,5 @@
-"""A diffusers pipeline of Stable Diffusion as one file, under the names of the original code: the inverse of what diffusers
-converts."""
+"""A Stable Diffusion pipeline as a single file, with the names of the original code: the inverse of diffusers'
+conversion."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _unet(key: str) -> str:
         inside = f"{_RESNET[name]}.{kind}"
     if side == "mid":
         return f"middle_block.{1 if part == 'attentions' else 2 * int(layer)}.{inside}"
-    at = 2 * int(block)  # one layer, and the change of size
+    at = 2 * int(block)  # one layer and the resampler
     if part == "downsamplers":
         return f"input_blocks.{at + 2}.0.op.{inside.removeprefix('conv.')}"
     if part == "upsamplers":

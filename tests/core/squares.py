@@ -1,4 +1,4 @@
-"""Pictures small enough to train the toybox's networks on in a moment, and a run on them."""
+"""Pictures small enough to train the toybox's networks in a moment, and a run on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY_VAE = vae.VaeTraining(TINY_SIZE, batch=4)
 
 
 class Squares:
-    """Pictures of a colored square, 16×16, two captions each."""
+    """16×16 pictures of a colored square, with two captions each."""
 
     def __init__(self, n: int) -> None:
         rng, names = np.random.default_rng(0), list(COLORS)
@@ -48,13 +48,13 @@ def train(task: PretrainTask, folder: Path, steps: int, resume: bool = True, pau
 
 
 def tiny_run(out: Path, data: Squares) -> cache.Cache:
-    """A run with a tokenizer of few words and an autoencoder after three steps; the latents of `data`."""
+    """A run with a tokenizer of few words and an autoencoder after three steps. Returns the latents of `data`."""
     words.save(words.build(["a", "photo", "of", "cat", *COLORS, "sks"]), out / run_folder.TOKENIZER_FOLDER)
     train(vae.VaeTask(TINY_VAE, data, out, Compute()), run_folder.training_folder(out, "vae"), 3)
     return cache.build(out / "latents", data, run_folder.frozen_vae(out), run_folder.tokenizer_of(out))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Equal bit for bit."""
+    """Asserts that both are equal bit for bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []

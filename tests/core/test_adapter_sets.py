@@ -1,4 +1,4 @@
-"""Adapters in a set of their own: trained, kept over an interruption, saved and loaded with the concept."""
+"""Adapters in their own set: trained, kept across an interruption, saved and loaded with the concept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_another_set_learned_outlives_an_interruption(tiny, photos, tmp_pat
 
 
 def test_a_set_called_like_a_loaded_concept_is_refused(tiny, photos, tmp_path):
-    """It would be trained on, and taken off when the run is over."""
+    """Otherwise it would be trained further, and removed at the end of the run."""
     backbone = tiny()
     Lora(rank=2).inject(backbone, "far", "lora", seed=0)
     with pytest.raises(ValueError, match=r"trainable\.far\.adapter_set = 'far': a loaded concept has this name"):

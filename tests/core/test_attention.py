@@ -1,4 +1,4 @@
-"""The one owner of attention: the same function as diffusers', edits in their order, maps that are what was computed."""
+"""The one owner of attention: computes the same as diffusers, applies edits in order, and records the real maps."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def processors(backbone: Any) -> list[Any]:
 
 
 def nothing(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-    """An edit that changes nothing: the layer's processor is ours."""
+    """An edit that changes nothing, but makes the layer use our processor."""
     return q, k, v, bias
 
 
 def with_gradients(backbone: Any) -> tuple[Tensor, list[Tensor]]:
     backbone.denoiser.zero_grad()
-    prediction = ask(backbone.to(dtype=torch.float64))  # rounding adds up over the layers in float32
+    prediction = ask(backbone.to(dtype=torch.float64))  # in float32, rounding errors add up over the layers
     prediction.square().mean().backward()
     return prediction.detach(), [p.grad.clone() for p in backbone.denoiser.parameters() if p.grad is not None]
 
@@ -166,9 +166,9 @@ def test_self_attention_has_no_text_map(sd: StableDiffusionBackbone) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_flow_through_maps_and_recomputing_keeps_one_map(backbone: Any, recompute: bool) -> None:
-    """With gradient checkpointing the gradient is that without it, and a site has one map, not two."""
+    """Gradient checkpointing does not change the gradient, and a site has one map, not two."""
     backbone.denoiser.requires_grad_(True)
-    backbone.denoiser.train()  # diffusers recomputes in training mode only
+    backbone.denoiser.train()  # diffusers recomputes only in training mode
     if recompute:
         backbone.denoiser.enable_gradient_checkpointing()
     first = backbone.sites()[1].name
@@ -224,7 +224,7 @@ def test_edits_act_in_order_where_they_were_asked_for(sd: StableDiffusionBackbon
 
 def test_an_edit_changes_the_output_and_the_record_sees_it(backbone: Any) -> None:
     def only_first(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows) -> Any:
-        """Nobody looks at anything but the first key; one more key that nobody looks at."""
+        """Everything attends only to the first key, and an additional key gets no attention."""
         k, v = (torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v))
         away = torch.zeros(1, 1, 1, k.shape[2])
         away[..., 1:] = -torch.inf

@@ -1,4 +1,4 @@
-"""Augmentations and masks: picture, mask and valid area together, and nothing global."""
+"""Augmentations and masks change picture, mask and valid area together, and use no global state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.types import Example
 
 
 class Recipe(Part):
-    """The slots as recipes have them."""
+    """The slots as in recipes."""
 
     augment: Slot[Augment] = Field(default={})
     masks: Slot[Mask] = Field(default={})
@@ -25,7 +25,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def example(side: int = 48, **changes: object) -> Example:
-    """A smooth picture whose red says where the mask is."""
+    """A smooth picture whose red channel shows where the mask is."""
     y, x = torch.meshgrid(torch.linspace(-0.8, 0.8, side), torch.linspace(-0.8, 0.8, side), indexing="ij")
     mask = torch.zeros(1, side, side)
     mask[:, side // 4 : side // 2, side // 4 : side * 5 // 8] = 1
@@ -125,7 +125,7 @@ def test_random_resize_at_one_factor_is_a_plain_resize() -> None:
     half = RandomResize(scale=(0.5, 0.5), margin=4)(start, seeded())
     assert half.caption == "" and half.valid is not None
     ys, xs = half.valid[0].nonzero(as_tuple=True)
-    assert (int(ys.max() - ys.min()), int(xs.max() - xs.min())) == (23, 23)  # 32 less a rim of 4 on each side
+    assert (int(ys.max() - ys.min()), int(xs.max() - xs.min())) == (23, 23)  # 32 minus a border of 4 on each side
     top, left = int(ys.min()) - 4, int(xs.min()) - 4
     expected = F.interpolate(start.pixels[None], size=32, mode="bicubic", antialias=True).clamp(-1, 1)[0]
     torch.testing.assert_close(half.pixels[:, top : top + 32, left : left + 32], expected)
@@ -221,7 +221,7 @@ def test_grow_shrinks_and_softens() -> None:
     assert soft[0, 24, 24] == pytest.approx(0.5 - 0.5 * 0.19741, abs=0.02)  # half a pixel outside: 1 - Phi(.25)
     whole = Grow(soften=3.0)(example(mask=torch.ones(1, 48, 48))).mask
     assert whole is not None
-    torch.testing.assert_close(whole, torch.ones(1, 48, 48))  # no dark rim
+    torch.testing.assert_close(whole, torch.ones(1, 48, 48))  # no dark border
 
 
 def test_box_is_the_rectangle_around_the_mask() -> None:

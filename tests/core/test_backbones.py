@@ -1,4 +1,4 @@
-"""The families against diffusers: forward process, networks, autoencoder; adapters by named set."""
+"""The families compared with diffusers: forward process, networks, autoencoder; adapters by named set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.types import ImageTokens
 
 
 def add_lora(backbone: Any, name: str, role: str, seed: int) -> None:
-    """A LoRA with random weights, so that it does something."""
+    """A LoRA with random weights, so that it has an effect."""
     for group in backbone.group(role):
         config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
         PeftAdapter.inject(backbone, name, role.replace(".", "_"), group.component, config, seed)
@@ -47,7 +47,7 @@ def test_both_families_keep_the_protocol(backbone: Any) -> None:
 
 
 class Exact(ForwardProcess):
-    """Coefficients in float64: any angle, or any sigma."""
+    """Coefficients in float64, for any angle or sigma."""
 
     def __init__(self, kind: Any) -> None:
         self.prediction_type = kind
@@ -104,7 +104,7 @@ def test_times_of_another_shape_are_refused(backbone: Any, name: str) -> None:
     take(backbone, x, conditioning, 300)
     for shape in ([1, 3], [3, 1], [2], [1], [3, 4, 8, 8]):
         if name == "alpha_sigma" and len(shape) <= 2:
-            continue  # it knows neither batch nor frames
+            continue  # it has neither batch nor frames
         with pytest.raises(ValueError, match=re.escape(f"t has shape {shape}, but must be a scalar")):
             take(backbone, x, conditioning, torch.full(shape, 300))
 
@@ -277,7 +277,7 @@ def test_what_was_before_comes_back(sd: StableDiffusionBackbone) -> None:
 
 @pytest.mark.parametrize("on", [{"b": 1.0}, {"c": 1.0}, {}, {"a": 0.5, "c": 1.0}])
 def test_what_comes_back_is_the_same_bit_for_bit(backbone: Any, on: dict[str, float]) -> None:
-    """Several adapters meet on one layer: a sum in another order is another number."""
+    """Several adapters meet on one layer, and a sum in another order gives another number."""
     for i, name in enumerate("abc"):
         add_lora(backbone, name, "attention", i)
     before = predict(backbone)

@@ -1,4 +1,4 @@
-"""One model is one checkpoint in every precision, and another model is another one."""
+"""A model has the same checkpoint identity in every precision, and different models have different ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ F16, B16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def drawn(seed: int) -> nn.Module:
-    """Weights over all of float32's usual range: those that float16 rounds to zero or overflows, too, and zeros of
+    """Weights over float32's usual range, including values that float16 rounds to zero or overflows on, and zeros of
     both signs."""
     generator = torch.Generator().manual_seed(seed)
     layers = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32), nn.Linear(32, 8, bias=False))
@@ -50,7 +50,7 @@ def test_files_and_precisions_of_one_model_are_one_checkpoint(tiny_sd: Any, tiny
 
 
 def low_rank(weight: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """A change of rank 4 whose spread is `share` of the weight's."""
+    """A rank-4 change whose spread is `share` of the weight's."""
     draw = torch.Generator().manual_seed(seed)
     change = torch.randn(weight.shape[0], 4, generator=draw) @ torch.randn(4, weight.shape[1], generator=draw)
     return share * weight.std() * change / change.std()
@@ -71,7 +71,7 @@ def test_a_low_rank_change_of_some_layers_is_another_checkpoint(new_sd, share, r
 
 
 def test_a_thousandth_of_one_layer_of_full_size_is_another_checkpoint():
-    """Expected signs that change: 65,536 / (1,000 pi) = 21."""
+    """The expected number of sign changes is 65,536 / (1,000 pi) = 21."""
     for seed in range(20):
         torch.manual_seed(seed)
         layer = nn.Linear(1280, 640, bias=False)

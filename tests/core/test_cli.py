@@ -1,4 +1,4 @@
-"""`pcs`: quick to answer, complete in its help, and honest in its exit codes."""
+"""`pcs` answers quickly, has complete help and honest exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TREE = sorted(commands(typer.main.get_command(build())))
 
 
 def test_help_imports_nothing_heavy():
-    """Its time is that of the CLI library: nothing else of weight is imported."""
+    """Its time is that of the CLI library, since nothing else of weight is imported."""
     code, out, err = ran(
         "-c",
         "import sys; from shared.cli import build, run; code = run(build(), ['--help']); "
@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_help_takes_at_most_twice_the_cli_library_s_own_modules():
-    """`-X importtime` in microseconds, the best of three, as the machine is noisy."""
+    """Uses `-X importtime` in microseconds, the best of three because machines are noisy."""
 
     def cost(statement: str) -> int:
         lines = ran("-X", "importtime", "-c", statement)[2].splitlines()
@@ -100,7 +100,7 @@ def test_the_commands_of_the_design_are_there():
 
 @pytest.mark.parametrize("long", [False, True])
 def test_methods_can_be_read_at_80_columns(capsys, monkeypatch, long):
-    """Every value of every recipe is there in full, and a value of several lines is broken between words."""
+    """Every value of every recipe is printed in full, and long values are broken between words."""
     monkeypatch.setenv("COLUMNS", "80")
     assert run(build(), ["methods", *(["--long"] if long else [])]) == 0
     output = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_exit_codes(capsys, error, code, message):
 
 
 def test_every_count_has_a_bound():
-    """10**12 pictures are an error at once, whatever they would have taken."""
+    """10**12 pictures are an error at once, instead of running for ages."""
     app = build()
     groups = [group.typer_instance for group in app.registered_groups]
     made = [command.callback for group in groups for command in group.registered_commands if command.callback]

@@ -1,4 +1,4 @@
-"""Clips that cannot be used: what is said, and that it names the file."""
+"""Clips that cannot be used: the errors, which name the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.core.clip_files import animation, folder, greys, noisy, sound, video
 
 
 def refused(path: Path, *words: str, **settings: Any) -> None:
-    """Reading fails with one message, which names the file and holds the words in this order."""
+    """Reading fails with one message that names the file and contains the words in this order."""
     with pytest.raises(ValueError) as error:
         read_clip(path, ClipWindow(**settings))
     assert re.search(".*".join(re.escape(w) for w in (str(path), *words)), str(error.value)), error.value
@@ -69,7 +69,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, ending: str) -> None:
         path = tmp_path / f"cut.{ending}"
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(ValueError, match="truncated") as error:
-            read_clip(path, ClipWindow(length=1))  # also where the beginning, which is there, would do
+            read_clip(path, ClipWindow(length=1))  # even though the beginning, which exists, would suffice
         assert str(path) in str(error.value)
 
 
@@ -108,7 +108,7 @@ def test_gaps_in_the_numbering(tmp_path: Path) -> None:
     even = folder(tmp_path / "b", greys(12), "{}.png")
     for i in range(1, 12, 2):
         (even / f"{i}.png").unlink()
-    assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # every second frame is a clip
+    assert read_clip(even, ClipWindow(length=6)).frames.shape[1] == 6  # every second frame makes a clip
 
 
 def test_a_number_that_comes_twice(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which entries of a folder are clips, and what lies beside them."""
+"""Which entries of a folder are clips, and which files belong to them."""
 
 from __future__ import annotations
 

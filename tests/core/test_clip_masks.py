@@ -1,4 +1,4 @@
-"""Masks of clips: as they are given, pooled to the grid of the latents, followed from the first frame."""
+"""Masks of clips: as given, pooled to the latents' grid, tracked from the first frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = ClipWindow(length=8)
 
 
 def boxes(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: a white box that moves by 4 pixels a frame on black; none in the last frame."""
+    """[F, H, W, 3]: a white box that moves by 4 pixels per frame on black; none in the last frame."""
     out = np.zeros((count, size[1], size[0], 3), np.uint8)
     for i in range(count - 1):
         out[i, 8:24, 4 * i : 4 * i + 16] = 255
@@ -105,17 +105,17 @@ def test_pooling_refuses_what_no_autoencoder_makes() -> None:
         pool_masks(torch.ones(1, 9, 8, 8), (3, 2, 2))
 
 
-# --- followed -------------------------------------------------------------------------------
+# --- tracked --------------------------------------------------------------------------------
 
 
 def smooth(side: int, seed: int) -> Tensor:
-    """[3, side, side]: a texture of patches of a tenth of the side."""
+    """[3, side, side]: a texture with patches of a tenth of the side."""
     coarse = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)[0].clamp(0, 1) * 2 - 1
 
 
 def scene(side: int = 64) -> tuple[Tensor, Tensor]:
-    """16 frames [3, F, H, W] of a textured ellipse that crosses another texture in waves, and its masks [1, F, H, W]."""
+    """16 frames [3, F, H, W] of a textured ellipse crossing another texture in waves, and its masks [1, F, H, W]."""
     ground, skin = smooth(side, 1), smooth(side, 2)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frames, masks = [], []
@@ -128,7 +128,7 @@ def scene(side: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def overlap(a: Tensor, b: Tensor) -> list[float]:
-    """Intersection over union of the masks [1, F, H, W] of each frame."""
+    """Intersection over union of the masks [1, F, H, W] in each frame."""
     both, any_ = torch.minimum(a, b).sum((0, 2, 3)), torch.maximum(a, b).sum((0, 2, 3))
     return (both / any_).tolist()
 
@@ -140,7 +140,7 @@ def test_a_mask_is_followed_through_a_clip(flow: str) -> None:
     assert followed.shape == truth.shape and torch.equal(followed[:, 0], truth[:, 0])
     assert set(followed.unique().tolist()) == {0.0, 1.0}
     assert min(overlap(followed, truth)) >= 0.8
-    assert min(overlap(truth[:, :1].expand_as(truth), truth)) < 0.1  # standing still would not do
+    assert min(overlap(truth[:, :1].expand_as(truth), truth)) < 0.1  # a static mask would fail
 
 
 def test_what_stands_still_keeps_its_mask() -> None:

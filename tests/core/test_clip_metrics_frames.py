@@ -1,4 +1,4 @@
-"""How much moves beside how steady it is; what frames look like, against sums written out."""
+"""How much moves and how steady frames are; what frames look like, compared with sums written out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def vectors(*shape: int, seed: int = 0) -> Tensor:
 
 
 def fields_of(steps: list[float], share: float, side: int = 100, back: float = -1.0) -> FlowFields:
-    """A flow by so many cells per step, to the right, in a share of the frame, and back; elsewhere nothing moves."""
+    """A flow to the right by this many cells per step in a share of the frame, and back; elsewhere nothing moves."""
     forward = torch.zeros(len(steps), side, side, 2)
     for i, step in enumerate(steps):
         forward[i, : round(share * side), :, 0] = step
@@ -110,7 +110,7 @@ def test_leakage_is_the_best_match_of_each_frame() -> None:
     assert between[0] == pytest.approx(expected, abs=1e-12) and len(between) == 3
     assert max(between) < 1, "a clip is not compared with itself"
     assert unrelated(clips[:1]) == []
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="none were given"):
         leakage(frames, [])
 
 
@@ -135,7 +135,7 @@ def test_pixels_stand_in_for_a_network() -> None:
 
 
 def test_masked_likeness_does_not_see_what_is_around_the_thing() -> None:
-    """The same patch elsewhere on another ground; another patch on the same ground."""
+    """The same patch elsewhere on another background; another patch on the same background."""
     same, other = moving_patch((3, 0), seed=0), moving_patch((3, 0), seed=7)
     elsewhere = same.clone()
     where = torch.zeros(5, 64, 64)

@@ -1,4 +1,4 @@
-"""How clips move: flow and tracks against known movement, motion fidelity against its formula and on true clips."""
+"""How clips move: flow and tracks against known motion, motion fidelity against its formula and on true clips."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_covered_or_leaves_the_frame_is_lost_for_good() -> None:
     seen = found.visible.int()
     assert (seen.diff(dim=1) <= 0).all() and seen[:, 0].all()
     x, y = found.points[:, 0].unbind(1)
-    # The patch begins at x = 10 and ends at x = 30: the ground between its right edge then (34) and later (54) is covered.
+    # The patch starts at x = 10 and ends at x = 30: it covers the background between its right edge then (34) and later (54).
     covered = (x > 40) & (x < 52) & (y > 24) & (y < 40)
     assert covered.any() and seen[covered, -1].double().mean() < 0.1
     far = (y < 10) | (y > 54)
@@ -71,18 +71,18 @@ def test_flow_is_what_the_renderer_knows(right: Clip) -> None:
 
 def test_masks_that_do_not_fit_are_refused() -> None:
     clip = moving_patch((1, 0))
-    with pytest.raises(ValueError, match=r"a mask of \[1, 32, 32\] does not fit frames of 64x64"):
+    with pytest.raises(ValueError, match=r"a mask of shape \[1, 32, 32\] does not fit frames of 64x64"):
         track_points(clip, torch.ones(1, 32, 32))
-    with pytest.raises(ValueError, match="marks nothing"):
+    with pytest.raises(ValueError, match="the mask of the first frame is empty"):
         track_points(clip, torch.zeros(64, 64))
-    with pytest.raises(ValueError, match=r"has the shape \[3, F, H, W\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[3, F, H, W\]"):
         track_points(clip.transpose(0, 1))
     with pytest.raises(ValueError, match="not finite"):
         track_points(clip * torch.nan)
 
 
 def by_the_formula(a: list[list[list[float]]], b: list[list[list[float]]], e: float) -> float:
-    """Space-Time Features, equations 8 and 9, with e under both roots; displacements [N][F-1][2]; the mean of both ways."""
+    """Space-Time Features, equations 8 and 9, with e under both roots; displacements [N][F-1][2]; mean of both directions."""
 
     def match(one: list[list[float]], two: list[list[float]]) -> float:
         each = []
@@ -102,7 +102,7 @@ def test_fidelity_is_the_paper_s_formula_in_both_directions() -> None:
     assert motion_fidelity(tracks_of(a), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(b), tracks_of(a)) == pytest.approx(expected, abs=1e-12)
     assert motion_fidelity(tracks_of(a), tracks_of(a)) == 1.0
-    # In relation to the frame: the same clip at twice the size moves alike.
+    # Relative to the frame, the same clip at twice the size moves alike.
     assert motion_fidelity(tracks_of(2 * a, side=200), tracks_of(b)) == pytest.approx(expected, abs=1e-12)
 
 
@@ -112,10 +112,10 @@ def test_fidelity_of_simple_movements() -> None:
     assert motion_fidelity(right, still) == motion_fidelity(still, right) == 0.0
     assert motion_fidelity(right, along((-5, 0))) == pytest.approx(-1, abs=0.02)
     assert motion_fidelity(right, along((0, 5))) == pytest.approx(0, abs=0.02)
-    # What does not move is no part of it: else a still background alone would make any two clips alike.
+    # What does not move is not counted, or a still background alone would make any two clips alike.
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), along((-5, 0), *[(0, 0)] * 50)) < -0.95
     assert motion_fidelity(along((5, 0), *[(0, 0)] * 50), still) == 0.0
-    # Each way counts: one clip has a movement that the other lacks.
+    # Both directions count: one clip has a movement that the other lacks.
     both = along((5, 0), (-5, 0))
     assert motion_fidelity(both, along((5, 0))) == pytest.approx((0 + 1) / 2, abs=0.02)
 
@@ -142,14 +142,14 @@ def test_fidelity_looks_only_where_both_are_visible() -> None:
 
 def test_a_camera_s_own_movement_can_be_taken_off() -> None:
     ground = [(-6.0, 0.0)] * 8
-    seen = along(*ground, (-1, 0))  # a thing that goes right by 5, while the camera follows too fast
+    seen = along(*ground, (-1, 0))  # a thing that moves right by 5, while the camera follows too fast
     fixed = along(*[(0.0, 0.0)] * 8, (5, 0))
     assert motion_fidelity(seen, fixed, compensate_camera=True) == pytest.approx(1)
     assert motion_fidelity(seen, fixed) < 0
 
 
 def test_fidelity_of_true_clips(right: Clip) -> None:
-    """The same motion by another thing in another place; the other way; run backwards; a picture of it."""
+    """The same motion by another thing in another place; the opposite direction; played backwards; a still of it."""
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
     one, two, other, back, still = (

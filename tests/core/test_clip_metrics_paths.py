@@ -1,4 +1,4 @@
-"""Held-out motions are recognised by their paths, told from their look-alikes, and measured."""
+"""Held-out motions are recognised by their paths, told apart from their look-alikes, and measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = {name: KnownMotion(name, motion) for name, motion in motion_names().item
 
 
 def noisy(path: Array, seed: int, amount: float = 0.3) -> Array:
-    """A path as an estimator would give it: off by a part of a unit in every frame."""
+    """A path as an estimator would give it: off by a fraction of a unit in every frame."""
     rng = np.random.default_rng(seed)
     return path + amount * rng.normal(0, 1, path.shape) * list(UNITS.values())
 
@@ -46,7 +46,7 @@ def test_what_a_motion_is_told_from() -> None:
         assert names[0] == known.motion.name and set(others) < set(names) and "still" in names
         assert len(look_alikes(known.motion)) >= 4 and known.chance == 1 / len(names) <= 1 / 11
         assert known.is_shown(still(16))[1].name == "still"
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="none were given"):
         recognised(still(4), {})
 
 
@@ -62,7 +62,7 @@ def test_the_error_of_a_path_is_in_pixels_and_degrees_after_the_best_shift() -> 
     assert vars(error) == pytest.approx(
         {"position_px": 5, "scale": 0.1, "azimuth_deg": 2, "elevation_deg": 3, "roll_deg": 5}, rel=1e-6
     )
-    assert path_error(truth[::3], truth, 64).position_px < 1e-6  # 6 of 16 frames, at the same moments
+    assert path_error(truth[::3], truth, 64).position_px < 1e-6  # 6 of 16 frames, at the same times
 
 
 def test_clips_say_which_motion_they_show(tmp_path: Path) -> None:

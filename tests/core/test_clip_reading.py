@@ -1,4 +1,4 @@
-"""Clips in: every kind of file, its times, its orientation, its colours, and the windows that are read of it."""
+"""Reading clips: every kind of file, its timing, orientation and colours, and the windows read from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = ClipWindow(length=8)
 
 
 def levels(frames: torch.Tensor) -> np.ndarray:
-    """[F, H, W, 3] in [0, 255] of [3, F, H, W] in [-1, 1]."""
+    """[F, H, W, 3] in [0, 255] from [3, F, H, W] in [-1, 1]."""
     return (frames.permute(1, 2, 3, 0).numpy() + 1) * 127.5
 
 
@@ -85,7 +85,7 @@ def test_variable_frame_rates_are_sampled_by_their_times(tmp_path: Path, ending:
 
 
 def test_a_clock_of_milliseconds_repeats_and_drops_nothing(tmp_path: Path) -> None:
-    """At 24 frames per second the second frame is shown at 41.67 ms, and WebM says 42."""
+    """At 24 frames per second the second frame is shown at 41.67 ms, but WebM says 42."""
     path = video(tmp_path / "a.webm", greys(12, (16, 16)), "libvpx-vp9", fps=24, options={"deadline": "realtime"})
     assert read_clip(path, ClipWindow(fps=24, length=12)).picks == tuple(range(12))
     assert read_clip(path, ClipWindow(fps=12, length=6)).picks == (0, 2, 4, 6, 8, 10)
@@ -115,7 +115,7 @@ def test_stride_start_and_windows(tmp_path: Path) -> None:
 
 
 def test_any_frame_is_found_without_those_before(tmp_path: Path) -> None:
-    """Seeking lands on key frames, of which this file has few and leads to some late."""
+    """Seeking lands on key frames; this file has few, and some are reached late."""
     frames = greys(12, (16, 16))
     path = video(tmp_path / "a.mp4", frames, options={"g": "5", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"})
     source = open_frames(path)
@@ -124,7 +124,7 @@ def test_any_frame_is_found_without_those_before(tmp_path: Path) -> None:
         assert numbers(picture.pixels[:, None]) == [index]
 
 
-# --- how a player shows it --------------------------------------------------------------------
+# --- as a player shows it ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
 
 def test_transparency_is_a_mask_on_a_neutral_ground(tmp_path: Path) -> None:
     frames = np.concatenate([greys(4), np.full((4, 32, 48, 1), 255, np.uint8)], -1)
-    frames[1:, :, :24, 3] = 0  # the first frame is opaque, the others half so
+    frames[1:, :, :24, 3] = 0  # the first frame is opaque, the others only on one half
     vp9 = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"}
     paths = [
         animation(tmp_path / "a.webp", frames, exact=True),
@@ -222,7 +222,7 @@ def oetf(light: float) -> float:
 
 
 def test_hdr_is_brought_to_what_srgb_shows() -> None:
-    """203 nits are diffuse white in PQ (58.06 %) and in HLG (75 %), ITU-R BT.2408."""
+    """203 nits are diffuse white, in PQ (58.06 %) and in HLG (75 %), ITU-R BT.2408."""
     tags = {"colorspace": 9, "color_primaries": 9}
     white = oetf(0.75 + 0.25 * (1 - np.exp(-1)))
     pq, hlg = (64 + 876 * 0.5806, 512, 512), (64 + 876 * 0.75, 512, 512)
@@ -235,7 +235,7 @@ def test_hdr_is_brought_to_what_srgb_shows() -> None:
 
 
 def test_wide_primaries_are_converted() -> None:
-    """The red of BT.709 as BT.2020 says it."""
+    """BT.709's red in BT.2020 values."""
     r, g, b = (np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4)).tolist()
     luma = 0.2627 * r + 0.6780 * g + 0.0593 * b
     codes = (64 + 876 * luma, 512 + 896 * (b - luma) / 1.8814, 512 + 896 * (r - luma) / 1.4746)
@@ -269,7 +269,7 @@ def test_cover_says_once_what_it_loses_and_contain_keeps_all(tmp_path: Path) -> 
 
 
 def test_4k_is_read_in_bounded_memory(tmp_path: Path) -> None:
-    """A frame is 25 MB as RGB: twelve more of them read must not cost as much as six held."""
+    """A frame is 25 MB as RGB: reading twelve more must cost less memory than holding six."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("mpeg4", rate=8)

@@ -1,4 +1,4 @@
-"""Clips out: what is read back, what the file says, and that nothing half-written is ever left."""
+"""Writing clips: what is read back, what the file says, and that nothing half-written is ever left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = ["clip.mp4", "clip.gif", "clip.webp", "frames"]
 
 
 def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
-    """[3, F, H, W]: a shaded disc that crosses a ground of smooth colours; more than 256 of them."""
+    """[3, F, H, W]: a shaded disc that crosses a smooth background; more than 256 colours."""
     height, width = size
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     ground = torch.stack([x * 0.5, y * 0.5, x * y])
@@ -44,7 +44,7 @@ def moving(frames: int = 6, size: tuple[int, int] = (64, 64)) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Decibels; the values reach from -1 to 1."""
+    """In decibels, for values from -1 to 1."""
     return -10 * math.log10(float(((a - b) ** 2).mean()) / 4 + 1e-12)
 
 
@@ -110,7 +110,7 @@ def test_mp4_is_what_every_player_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp"])
 def test_animations_are_endless_and_keep_their_length(tmp_path: Path, name: str) -> None:
-    write_clip(tmp_path / name, moving(12), 12, enlarge=1)  # 83.3 ms, which a GIF cannot say
+    write_clip(tmp_path / name, moving(12), 12, enlarge=1)  # 83.3 ms, which a GIF cannot store
     with Image.open(tmp_path / name) as image:
         assert image.info["loop"] == 0
         total = 0
@@ -123,7 +123,7 @@ def test_animations_are_endless_and_keep_their_length(tmp_path: Path, name: str)
 
 
 def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
-    """What stands still in the clip stands still in the GIF, to the bit, and smooth colours stay without bias."""
+    """What is still in the clip is still in the GIF, to the bit, and smooth colours stay unbiased."""
     clip = moving(6)
     clip[:, :, :12] = clip[:, :1, :12]
     write_clip(tmp_path / "a.gif", clip, 8, enlarge=1)
@@ -134,7 +134,7 @@ def test_a_gif_does_not_flicker(tmp_path: Path) -> None:
 
 
 def test_a_frozen_clip_keeps_its_length(tmp_path: Path) -> None:
-    """Equal frames become one that is shown for longer."""
+    """Equal frames become one that is shown longer."""
     for name in ("a.gif", "a.webp"):
         write_clip(tmp_path / name, moving(1).expand(-1, 8, -1, -1), 8)
         assert read_clip(tmp_path / name, ClipWindow(fps=8, length=8)).frames.shape[1] == 8
@@ -178,7 +178,7 @@ def test_the_metadata_of_others(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file may grow above 16 KB: what is written beyond fails, as on a full disk."""
+    """No file may grow beyond 16 KB: writing more fails, as on a full disk."""
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
     yield
@@ -216,7 +216,7 @@ write_clip(sys.argv[1], torch.rand(3, 150, 128, 128) * 2 - 1, 8, enlarge=1)
         child.wait()
     assert path.read_bytes() == b"what was there"
     assert len(list(tmp_path.iterdir())) == 2
-    write_clip(path, moving(2), 8)  # removes what the dead process has left
+    write_clip(path, moving(2), 8)  # removes what the dead process left
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 

@@ -1,4 +1,4 @@
-"""Saved concepts: what comes back is what was saved, what does not fit is refused, and nothing in a folder is executed."""
+"""Saved concepts: they come back as saved, misfits are refused, and nothing in a folder is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def output(backbone: Any, prompt: str = "a photo of a mug") -> torch.Tensor:
 
 
 def learn(backbone: Any, name: str = "my-mug", slot: str = "lora", seed: int = 0, **settings: Any) -> None:
-    """An adapter that does something, as if it had been trained."""
+    """An adapter with an effect, as if it had been trained."""
     group = Lora(**{"roles": ROLES, "rank": 4, "alpha": 2.0, "dropout": 0.3, **settings}).inject(
         backbone, name, slot, 0
     )
@@ -59,7 +59,7 @@ def expanded(backbone: Any, name: str = "my-mug") -> str:
 
 
 def traces(backbone: Any) -> tuple[Any, ...]:
-    """All that must be as before when a concept has left."""
+    """Everything that must be as before once a concept is removed."""
     networks = [(repr(m), sorted(m.state_dict()), hasattr(m, "peft_config")) for m in backbone.components.values()]
     return (
         networks,
@@ -173,7 +173,7 @@ def test_changed_weights_have_a_strength_and_leave_no_trace(new_sd: Callable[...
     original, change = weight.detach().clone(), torch.randn_like(weight)
     DeltaAdapter.inject(backbone, "a", "weights", {key: change})
     DeltaAdapter.inject(backbone, "b", "weights", {key: 2 * change})
-    learn(backbone, "b")  # wraps the very layer
+    learn(backbone, "b")  # wraps the same layer
     assert torch.allclose(weight, original + 3 * change)
     with backbone.active({"b": 0.5}):
         assert torch.allclose(weight, original + change)

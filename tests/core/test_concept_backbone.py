@@ -1,4 +1,4 @@
-"""Where a concept's model is found again, and what `pcs concept show` says of how it was learned."""
+"""How a concept's model is found again, and what `pcs concept show` says about how it was learned."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_an_index_that_is_damaged_or_cannot_be_written_is_no_error(
 def test_what_a_concept_names_is_never_downloaded(
     new_sd: Callable[..., Any], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's client is replaced by one that fails the test: a concept from anywhere must not reach it."""
+    """The hub's client is replaced by one that fails the test: no concept may reach it, wherever it comes from."""
     import huggingface_hub
 
     for call in ("hf_hub_download", "snapshot_download"):

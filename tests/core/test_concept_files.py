@@ -34,7 +34,7 @@ def learned(backbone: Any, name: str = "my-mug") -> Concept:
 
 
 class _Bomb:
-    """A pickle that leaves a mark when it is loaded."""
+    """A pickle that leaves a trace when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -60,7 +60,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """As somebody would who damages a concept on purpose."""
+    """What somebody would do who tampers with a concept on purpose."""
     edit(folder, files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")})
 
 

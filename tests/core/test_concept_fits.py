@@ -1,4 +1,4 @@
-"""A concept fits a model by the layers that it touches: a motion U-Net takes what its plain U-Net learned."""
+"""A concept fits a model by the layers it touches: a motion U-Net accepts what its plain U-Net learned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLIP = (1, 4, 3, 8, 8)  # [B, C, F, h, w]
 
 
 class ClipBackbone(StableDiffusionBackbone):
-    """A `UNetMotionModel` in the place of the plain U-Net: clips [B, C, F, h, w] of the same concepts."""
+    """A `UNetMotionModel` in place of the plain U-Net: clips [B, C, F, h, w] with the same concepts."""
 
     family = "tiny_clips"
     reads = frozenset({"tiny_clips", "stable_diffusion"})
@@ -81,7 +81,7 @@ def test_a_motion_unet_takes_what_its_plain_unet_learned(
     with backbone.active({"mug": 0.0}):
         assert not torch.allclose(clip(backbone, f"a photo of a {words}"), learned, atol=1e-5), "the token acts"
     assert not torch.allclose(named, adapted, atol=1e-5)
-    for path in concept.meta.layers["unet"]:  # as the same change of the plain U-Net, layer by layer
+    for path in concept.meta.layers["unet"]:  # the same change as in the plain U-Net, layer by layer
         layer = backbone.unet.get_submodule(path)
         assert isinstance(layer, nn.Module) and hasattr(layer, "lora_A") and "motion_modules" not in path
     backbone.remove("mug")

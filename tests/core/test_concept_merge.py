@@ -1,4 +1,4 @@
-"""Concepts learned apart and joined in closed form (Custom Diffusion), beside brute force in float64."""
+"""Concepts learned separately and merged in closed form (Custom Diffusion), compared with brute force in float64."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def features(backbone: Any, prompt: str) -> Tensor:
 
 
 def words(backbone: Any, concept: Concept) -> Tensor:
-    """What stands for the concept in "a photo of a <name> noun": after start token and four words."""
+    """The rows of the concept in "a photo of a <name> noun", after the start token and four words."""
     attach(concept, backbone)
     vectors = features(backbone, f"a photo of a {backbone.placeholders[concept.name].words}")[5:7]
     backbone.remove(concept.name)
@@ -85,7 +85,7 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
 
 
 def test_several_changes_of_one_weight_add_up(sd, both):
-    """As two of a recipe's parts may have made them."""
+    """Two parts of one recipe may have made them."""
     whole = both[0]
     (paths,) = whole.meta.weights.values()
     halves = {f"{slot}.{k}": v / 2 for slot in ("one", "two") for k, v in changes(whole).items()}
@@ -114,10 +114,10 @@ def test_each_concept_s_words_mean_what_they_meant_to_it_at_the_least_cost_to_ot
     assert [c.name for c in merged] == ["rex", "cup"] and not sd.adapters and not sd.placeholders
     word_features = [words(sd, c) for c in both]
     targets, regular = torch.cat(word_features), torch.cat([features(sd, c) for c in CAPTIONS])
-    # features lie in a plane (a layer norm's); across it only rounding would decide, were it free
+    # features lie in a plane (a layer norm's); across it the result would depend on rounding alone if it were free
     spread = regular.square().sum(0).mean().sqrt()
     regular = torch.cat([regular, 1e-9**0.5 * spread * torch.eye(regular.shape[1])])
-    free = torch.linalg.svd(targets).Vh[len(targets) :].T  # directions in which a change is nothing to the words
+    free = torch.linalg.svd(targets).Vh[len(targets) :].T  # directions in which a change does not affect the words
     new = changes(merged[0])
     assert len(new) == 2 * len(sd.text_sites()) and all(torch.equal(v, changes(merged[1])[k]) for k, v in new.items())
     for key, delta in new.items():

@@ -1,4 +1,4 @@
-"""What a concept says of how it was made: writing it down never costs what was learned, and reading it is checked."""
+"""A concept's record of how it was made: writing it never loses what was learned, and reading it is checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def backbone(new_sd: Callable[..., Any]) -> Any:
 
 
 def kept(backbone: Any, folder: Path, **about: Any) -> Concept:
-    """Captured, saved and read again."""
+    """Captures, saves and reads back a concept."""
     return read(save(capture(backbone, "cup", Provenance(modifier=MODIFIER, **about)), folder).path or folder)
 
 
@@ -117,7 +117,7 @@ def _types() -> list[str]:
 
 @pytest.mark.parametrize("kind", _types())
 def test_the_settings_of_every_type_of_adapter_are_accepted(kind: str) -> None:
-    """The plain fields of each type: what replaces modules, loads files or starts from data is refused."""
+    """Only each type's plain fields: settings that replace modules, load files or start from data are refused."""
     config = {getattr(k, "value", k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[kind]
     plain = {f.name: f.default for f in dataclasses.fields(config) if type(f.default) in (bool, int, float)}
     refused = {"use_qalora", "qalora_group_size", "ensure_weight_tying"}
@@ -225,7 +225,7 @@ def test_what_is_not_used_may_be_anything(backbone: Any, tmp_path: Path) -> None
 
 
 def _attached(backbone: Any, learner: Any, name: str, modifier: Any, noun: str, kind: Any = "subject") -> None:
-    """Learned on `own`, loaded on `backbone`."""
+    """A concept learned on `own`, loaded on `backbone`."""
     modifier.attach(learner, name, noun)
     Lora(rank=1).inject(learner, name, "lora", len(learner.word_pieces("text_encoder", name)))
     concept = capture(learner, name, Provenance(kind=kind, class_noun=noun, modifier=modifier))
@@ -268,7 +268,7 @@ def test_concepts_that_can_be_told_apart_are_loaded_together(new_sd: Callable[..
         warnings.simplefilter("error")
         for name in ("e", "f"):
             _attached(backbone, learner, name, PlainText(words="painting"), "style", "style")
-        for name in ("g", "h"):  # said by no words at all
+        for name in ("g", "h"):  # without any words
             _attached(backbone, learner, name, PlainText(words="", with_class_noun=False), "style", "style")
     with pytest.raises(ValueError, match="'i' and 'e' cannot be loaded together"):
         _attached(backbone, learner, "i", PlainText(words="painting"), "style")

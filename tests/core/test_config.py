@@ -1,4 +1,4 @@
-"""YAML layers and key=value overrides: how they merge, and what a user is told when they are wrong."""
+"""YAML layers and key=value overrides: how they merge, and what the errors say when they are wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.recipe import overrides
 
 
 def parse_overrides(items):
-    """For a model without fields: every value is YAML."""
+    """For a model without fields, where every value is YAML."""
     return overrides.parse_overrides(items, BaseModel)
 
 

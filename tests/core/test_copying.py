@@ -1,4 +1,4 @@
-"""Copies of the references are found, and new pictures are none."""
+"""Copies of the references are found, and new pictures are not taken for copies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_alike_references_raise_the_limit() -> None:
     assert strict.pixel > loose.pixel >= copying.PIXEL_FLOOR
     assert copying.calibrate(base, embed(base)) == copying.CopyLimits(copying.PIXEL_DEFAULT, copying.EMBED_DEFAULT, 0)
     doubled = copying.calibrate(base.repeat(3, 1, 1, 1), embed(base.repeat(3, 1, 1, 1)))
-    assert doubled.pixel <= 0.98  # references given twice do not switch the check off
+    assert doubled.pixel <= 0.98  # references given twice do not disable the check
 
 
 def test_aligned_similarity_is_the_plain_correlation_where_nothing_moves() -> None:

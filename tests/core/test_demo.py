@@ -1,4 +1,4 @@
-"""The demo's parts, one after the other, on one page."""
+"""The demo's parts, one after another, on one page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BARS = demo.Bars(nullcontext, nullcontext)
 
 
 class Painter:
-    """A part that shows a picture of its own, or a clip."""
+    """A part that shows its own picture or clip."""
 
     def __init__(self, ending: str, refused: str = "") -> None:
         self.ending, self.refused = ending, refused

@@ -1,4 +1,4 @@
-"""Everything of a step is on one device. `meta` refuses most mixtures without a GPU; what needs one is marked `cuda`."""
+"""Everything in a step is on one device. `meta` refuses most mixtures without a GPU; tests that need one are marked `cuda`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def new(request: pytest.FixtureRequest) -> Any:
 
 
 def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
-    """Encode pictures and text, add noise, predict, take the loss, go back: the conditioning and the loss."""
+    """Encodes pictures and text, adds noise, predicts, and backpropagates. Returns the conditioning and the loss."""
     device = backbone.device
     latents = backbone.latent_moments(torch.zeros(2, 3, 32, 32, device=device))[0]
     noise, t = torch.randn(latents.shape, device=device), torch.tensor([300, 700], device=device)
@@ -53,8 +53,8 @@ def one_step(backbone: Any) -> tuple[Conditioning, Tensor]:
 
 
 def test_a_training_step_mixes_no_devices(new):
-    """What depends on the values of tokens (where a learned word stands) has none here, so what is trained is a LoRA, in
-    the text encoder and in the denoiser."""
+    """`meta` tensors have no values, so the position of a learned word is unknown: this trains a LoRA instead, in the
+    text encoder and the denoiser."""
     backbone = new()
     Lora(rank=2, roles=("attention", "text_encoder")).inject(backbone, "thing", "lora", 0)
     backbone.to("meta")
@@ -109,8 +109,8 @@ def test_a_concept_learned_on_a_gpu_is_the_same_after_saving_and_loading(on_gpu,
 
 @marked
 def test_networks_that_take_turns_on_a_gpu_paint_and_learn_the_same(new, on_gpu, photos, tmp_path):
-    """Within the memory of the largest of them, beside what torch itself keeps."""
-    make, whole = tmp_path / "model", on_gpu()  # the files are of the same weights
+    """Within the memory of the largest of them, plus what torch itself holds."""
+    make, whole = tmp_path / "model", on_gpu()  # the files have the same weights
     whole.pipeline().save_pretrained(make)
     limit = max(size_of(m) for m in (*whole.components.values(), whole.vae))
     parts = load_backbone(make, device="cuda", memory=limit)

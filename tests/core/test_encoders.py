@@ -1,4 +1,4 @@
-"""Encoders against transformers called directly, and folders that are none."""
+"""Encoders compared with direct calls of transformers, and folders that are not models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_clip_equals_transformers_called_directly(clip_folder: Path) -> None:
 
 
 def test_clip_says_when_a_text_is_cut(clip_folder: Path) -> None:
-    with pytest.warns(UserWarning, match="reads 12 tokens"):
+    with pytest.warns(UserWarning, match="reads at most 12 tokens"):
         encoders.load_clip(clip_folder).texts(["a very long prompt indeed"])
 
 

@@ -1,4 +1,4 @@
-"""Verified identity and freedom on pictures whose truth is known: the shipped instruments must not be flattered."""
+"""Verified identity and freedom on pictures whose truth is known: the shipped instruments must not be too generous."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shared.toybox.world import Camera, Scene
 
 PROMPTS = [p for p in load_prompts("toybox").prompts[:10] if p.free]
 SHEET = Path(__file__).parents[1] / "data" / "pivotal-robot.png"
-POSE = Camera(45, 33, 0, 0, 0.03, 0.9)  # far from those of the references
+POSE = Camera(45, 33, 0, 0, 0.03, 0.9)  # far from the references' poses
 ROBOT = album.held_out("development-robot")
 
 
@@ -70,7 +70,7 @@ def judge(through: Callable[[Tensor], Tensor]) -> Scorer:
 
 
 def _scenes(each: int, seed: int, camera: Callable[[int], Camera] | None = None) -> list[Scene]:
-    """`each` true scenes of every prompt, one prompt after the other."""
+    """`each` true scenes for every prompt, one prompt after another."""
     asked = [p.expects for p in PROMPTS for _ in range(each)]
     scenes = asked_scenes(ROBOT.thing, asked, seed)
     return scenes if camera is None else [replace(s, cameras=(camera(i),)) for i, s in enumerate(scenes)]
@@ -81,7 +81,7 @@ def _drawn(scenes: Sequence[Scene]) -> Tensor:
 
 
 def _measured(judge: Scorer, pixels: Tensor, each: int) -> tuple[float, float | None, float]:
-    """Verified share, freedom (None: not measured), share of copies."""
+    """The verified share, freedom (None: not measured) and the share of copies."""
     of = [i for i in range(len(PROMPTS)) for _ in range(each)]
     expects: list[Mapping[str, str]] = [PROMPTS[i].expects for i in of]
     measured = judge.measure(pixels, [PROMPTS[i].plain("robot") for i in of], expects)

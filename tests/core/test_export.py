@@ -1,4 +1,4 @@
-"""Exports: diffusers itself loads them, and gives the same numbers."""
+"""Exports: diffusers itself loads them and gives the same numbers."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_an_old_clip_is_told_where_the_text_ends(
     new_flux: Callable[..., Any], make_tiny_flux: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipe = make_tiny_flux()
-    pipe.text_encoder.eos_token_id = 2  # as FLUX.1's own has it: pools at the highest id, which an added token has
+    pipe.text_encoder.eos_token_id = 2  # as in FLUX.1: pools at the highest id, which an added token would have
     pipe.tokenizer.add_tokens("not a token of CLIP's")
     backbone = FluxBackbone(pipe, "old")
     concept = taken(backbone, with_tokens(backbone, 1))
@@ -167,14 +167,14 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     modifier = with_tokens(backbone, 2)
     learn(backbone, roles=("attention", "text_encoder"), alpha=2.0)
     concept = taken(backbone, modifier)
-    export(concept, tmp_path / "out", strength=0.8)  # the backbone is loaded by the concept's note of it
+    export(concept, tmp_path / "out", strength=0.8)  # the backbone is loaded from the concept's record of it
     text = (tmp_path / "out/README.txt").read_text()
     code = "\n".join(re.findall(r"^    (.*)$", text, re.M)).replace("{folder}", str(tmp_path / "out"))
     assert str(tmp_path) not in text and "{model} the path of model (weights " in text
     code = code.replace("{model}", str(model))
     *load, use = code.splitlines()
     names: dict[str, Any] = {}
-    exec("\n".join(load), names)  # our own lines
+    exec("\n".join(load), names)  # the lines that we wrote ourselves
     assert use == "pipe(\"a photo of a <my-mug>\").images[0].save('picture.png')"
     attach(concept, backbone, 0.8)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_the_readme_can_be_followed(new_sd: Callable[..., Any], tmp_path: Path) 
     assert torch.allclose(theirs, ours, atol=1e-4)
 
 
-# --- what cannot be, and what goes wrong
+# --- what is impossible, and what goes wrong
 
 
 def _dora_on_part(backbone: Any) -> None:

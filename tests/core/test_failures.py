@@ -1,4 +1,4 @@
-"""What a machine does to a run (a full disk, too little memory, links in circles): one line for each, and nothing left."""
+"""Failures of the machine (a full disk, too little memory, circular links): one line each, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGE = torch.zeros(50_000)
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """As on a full disk: no file grows over 20 kB (`ulimit -f`)."""
+    """As on a full disk: no file may grow beyond 20 kB (`ulimit -f`)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     yield
@@ -41,7 +41,7 @@ def small_files() -> Iterator[None]:
 
 
 def told(capsys: Any, work: Callable[[], Any]) -> str:
-    """What a command that does this says."""
+    """The message of a command that does this."""
     app = typer.Typer()
     app.command()(lambda: work() and None)
     assert run(app, []) == 1

@@ -1,4 +1,4 @@
-"""The families of methods say something of every shipped recipe, and nothing that is not so."""
+"""The families of methods cover every shipped recipe, and what they say is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file name that a system allows: read, matched, planned, printed and recorded."""
+"""File names of every kind that a system allows are read, matched, planned, printed and recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.io.terminal import escaped_name
 from shared.sources.to_example import load
 from tests.core.scenes import save, scene
 
-#: What people's systems put into names: macOS' screenshots, Japanese input, a web page, joined emoji, bytes of another age.
+#: What systems put into names: macOS screenshots, Japanese input, a web page, joined emoji, bytes in an old encoding.
 NAMES = (
     "Screenshot 2024-05-01 at 9.41.00\u202fAM",
     "写真\u3000一",

@@ -1,4 +1,4 @@
-"""Files, whole or not at all; foreign files with care."""
+"""Files are written whole or not at all; foreign files are read with care."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is FLUX's own: defaults by distillation, and two text encoders with limits of their own."""
+"""What is specific to FLUX: defaults by distillation, and two text encoders with separate limits."""
 
 from __future__ import annotations
 

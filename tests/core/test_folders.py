@@ -1,4 +1,4 @@
-"""Pictures that are fitted, found in folders, and written."""
+"""Pictures are fitted, found in folders, and written."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_written_pictures_come_back_with_their_text(tmp_path: Path) -> None:
         write_picture(torch.full((3, 20, 20), torch.nan), path)
     with pytest.raises(ValueError, match=r"\[3, H, W\]; this one has \[1, 20, 20\]"):
         write_picture(torch.zeros(1, 20, 20), path)
-    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)  # failures leave the old file
+    np.testing.assert_allclose(levels(path), scene(), atol=1e-4)  # a failure keeps the old file
     (tmp_path / "x.png").write_text("no")
     with pytest.raises(ValueError, match=r"x\.png is not a readable PNG"):
         read_metadata(tmp_path / "x.png")
@@ -251,7 +251,7 @@ def test_contact_sheet_labels_and_enlarges_without_smoothing() -> None:
     expected = np.kron(np.asarray(to_image(tiny[2])), np.ones((2, 2, 1), np.uint8))
     np.testing.assert_array_equal(cut, expected)
     left = np.asarray(sheet)[4:132, : sheet.width - 3 * 132 - 4]
-    assert left.min() < 100  # there is writing
+    assert left.min() < 100  # there is text
     assert contact_sheet({"a": torch.zeros(5, 3, 64, 64)}, columns=2).height > 3 * 128
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet({})

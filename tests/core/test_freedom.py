@@ -1,4 +1,4 @@
-"""Freedom and its parts against closed forms and plain loops."""
+"""Freedom and its parts, compared with closed forms and plain loops."""
 
 from __future__ import annotations
 

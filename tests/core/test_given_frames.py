@@ -1,4 +1,4 @@
-"""Regions of pictures that are kept: against diffusers' inpainting with a plain U-Net."""
+"""Regions of pictures that are kept, compared with diffusers' inpainting with a plain U-Net."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.runs import paint, sample
 
 @pytest.fixture
 def given(tmp_path: Path) -> GivenFrames:
-    """A picture of which the left half is kept."""
+    """A picture whose left half is kept."""
     photos = paint(tmp_path / "photos")
     left = Image.new("L", (32, 32))
     left.paste(255, (0, 0, 16, 32))
@@ -30,7 +30,7 @@ def given(tmp_path: Path) -> GivenFrames:
 
 
 class FromPureNoise(KeptLatents):
-    """As diffusers begins: its first step sees noise everywhere."""
+    """Starts as diffusers does: the first step sees noise everywhere."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents if step.index == 0 else super().latents(step, latents)
@@ -55,7 +55,7 @@ def test_equal_to_inpainting_of_diffusers(tiny_sd: Any, given: GivenFrames) -> N
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
 def test_what_is_kept_is_kept(tiny_sd: Any, given: GivenFrames, scheduler: str) -> None:
-    """Whatever units the scheduler computes in; and the rest is painted for it."""
+    """Whatever units the scheduler computes in; and the rest is generated to match."""
     sd = StableDiffusionBackbone(tiny_sd)
     how: dict[str, Any] = {"seeds": [1, 2], "guidance": 1.0, "steps": 3, "scheduler": scheduler}
     settings = SamplingSettings(guidance=1.0, steps=3, scheduler=scheduler, hooks=(given,))

@@ -1,4 +1,4 @@
-"""`base:` in a recipe file: chains, what outranks what, errors; and the shipped recipes as the toybox has them."""
+"""`base:` in a recipe file: chains, precedence, errors; and the shipped recipes as resolved on the toybox."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def user_recipe(tmp_path: Path) -> UserRecipe:
     return make
 
 
-# --- what the toybox's figures were made with -------------------------------------------------
+# --- the settings behind the toybox's figures -------------------------------------------------
 
 
 def _differences(expected: Any, actual: Any, where: str = "") -> list[str]:
@@ -91,7 +91,7 @@ def test_another_kind_drops_its_siblings_and_null_takes_a_part_away(user_recipe:
 
 
 def test_a_variant_outranks_the_phases_of_its_base(user_recipe: UserRecipe) -> None:
-    """As the command line does: a setting that the phases have is not lost without a word."""
+    """As the command line does: a setting that the phases have is not silently lost."""
     text = "base: pivotal_tuning\ntrain: {steps: 7}\ntrainable: {lora: {rank: 2}}\nphases: {tune: {train: {steps: 9}}}"
     pivot, tune = dict(expand_phases(user_recipe({"mine.yaml": text}, ELSEWHERE))).values()
     assert (pivot.train.steps, tune.train.steps) == (7, 9)

@@ -1,4 +1,4 @@
-"""Latents back to noise: against diffusers' inverse scheduler, there and back, and as what sampling starts from."""
+"""Inverting latents to noise: against diffusers' inverse scheduler, there and back, and as a start for sampling."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def backbone_of(kind: str, request: Any) -> Any:
 
 
 def there_and_back(backbone: Any, clean: Tensor, steps: int, refine: int = 0) -> float:
-    """How far from `clean` [2, C, h, w] deterministic sampling comes back to, relative to its size."""
+    """How far from `clean` [2, C, h, w] deterministic sampling ends after inversion, relative to its norm."""
     scheduler = "flow_euler" if backbone.prediction_type == "flow" else "ddim"
     inverted = invert(backbone, clean, ["a mug", "a dog"], steps=steps, refine=refine)
     start = MixedNoise(inverted=inverted, share=1.0)
@@ -48,7 +48,7 @@ def test_there_and_back(kind: str, request: Any) -> None:
     backbone = backbone_of(kind, request)
     clean = 0.7 * noise(2, 4, 8, 8)
     coarse, fine = there_and_back(backbone, clean, 5), there_and_back(backbone, clean, 40)
-    assert fine < coarse / 2 and fine < 0.1  # closer with more steps
+    assert fine < coarse / 2 and fine < 0.1  # more steps come closer
     assert there_and_back(backbone, clean, 5, refine=12) < 1e-5  # the fixed point is the exact inverse
 
 
@@ -75,7 +75,7 @@ def test_the_mixture_keeps_the_variance() -> None:
 
 
 class Kept(SamplingHookBase):
-    """Keeps what the first step starts from."""
+    """Stores what the first step starts from."""
 
     seen: list[Tensor]
 
@@ -84,11 +84,9 @@ class Kept(SamplingHookBase):
         return latents
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)]
-)  # Euler's own first level is rounded
+@pytest.mark.parametrize(("scheduler", "close"), [("ddim", 1e-4), ("euler", 5e-3)])  # Euler rounds its own first level
 def test_a_picture_is_where_sampling_starts(tiny_sd: Any, scheduler: str, close: float, tmp_path: Path) -> None:
-    """In the scheduler's own units, and once for all pictures that are made together."""
+    """In the scheduler's units, and once for all pictures generated together."""
     sd = StableDiffusionBackbone(tiny_sd)
     photo = paint(tmp_path / "photos") / "0.png"
     prior, kept = NoisePrior(path=photo, share=1.0), Kept(seen=[])

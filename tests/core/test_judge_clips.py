@@ -1,4 +1,4 @@
-"""The bars of the motion module: what they say of true clips, and of pictures that no motion module holds together."""
+"""The bars of the motion module: true clips meet them, and pictures without a motion module do not."""
 
 from __future__ import annotations
 

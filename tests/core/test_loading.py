@@ -1,4 +1,4 @@
-"""Which model it is, and from where it loads."""
+"""Which model is loaded, and from where."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_checkpoint_is_of_the_weights(make_tiny_sd: Any) -> None:
     one, again, other = (StableDiffusionBackbone(make_tiny_sd(seed)) for seed in (0, 0, 1))
     assert one.checkpoint == again.checkpoint != other.checkpoint
     half = make_tiny_sd().to(torch.bfloat16)
-    assert StableDiffusionBackbone(half).checkpoint == one.checkpoint  # the precision it is loaded in is no difference
+    assert (
+        StableDiffusionBackbone(half).checkpoint == one.checkpoint
+    )  # the precision it is loaded in makes no difference
 
 
 def test_folders_load(tiny_sd: Any, tiny_flux: Any, tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_importing_the_package_loads_no_model_library() -> None:
 
 @pytest.fixture
 def hub(tiny_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A cache of the hub that holds one model; and every attempt to reach the hub fails the test."""
+    """A hub cache with one model; any attempt to reach the hub fails the test."""
     import socket
 
     import huggingface_hub.constants

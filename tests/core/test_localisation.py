@@ -1,4 +1,4 @@
-"""The localisation loss against Break-A-Scene's own computation, its gradient, and which rows and concepts count."""
+"""The localisation loss compared with Break-A-Scene's own computation, its gradient, and which rows and concepts count."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def example_inputs(batch: int = 3) -> Any:
 
 
 def test_it_is_the_papers_loss() -> None:
-    """As the published training script: one token for each concept, divided by its maximum, summed over concepts."""
+    """As in the published training script: one token per concept, divided by its maximum, summed over concepts."""
     maps, positions, masks, rows = example_inputs()
     expected = torch.zeros(())
     for row in range(3):
@@ -52,7 +52,7 @@ def test_it_is_the_papers_loss() -> None:
 
 
 def test_the_distance_can_be_cross_entropy() -> None:
-    """As MotionBooth has it, against torch's own."""
+    """As in MotionBooth, compared with torch's own."""
     maps, positions, masks, rows = example_inputs()
     only, target = {"mug": positions["mug"]}, F.adaptive_avg_pool2d(masks["mug"], (4, 4)).flatten(1)
     got = localisation_loss(maps, (4, 4), only, masks, rows, "none", "cross_entropy")
@@ -79,7 +79,7 @@ def test_only_rows_that_show_and_name_a_concept_count() -> None:
     rows[:] = True
     for name in ("cat", "mug"):
         positions[name][1] = False  # not named
-        masks[name][2] = 0  # not in the picture, or no mask is given
+        masks[name][2] = 0  # not in the picture, or without a mask
     assert torch.allclose(localisation_loss(maps, (4, 4), positions, masks, rows), one / 3, atol=1e-6)
     assert localisation_loss(maps, (4, 4), positions, masks, torch.zeros(3, dtype=torch.bool)) == 0
 
@@ -90,7 +90,7 @@ def masks_of(masks: Any, rows: list[int]) -> Any:
 
 @pytest.fixture
 def named(request: pytest.FixtureRequest) -> Any:
-    """A backbone with two concepts of learned tokens."""
+    """A backbone with two concepts with learned tokens."""
     backbone = request.getfixturevalue(request.param)
     for i, name in enumerate(("cat", "mug")):
         backbone.add_placeholder(FixedPlaceholder(name, (f"<{name}>",), lambda c, t, s, i=i: fixed(1, i)[c]))
@@ -105,7 +105,7 @@ def batch_of(**masks: Tensor) -> Batch:
 
 @contextmanager
 def step(backbone: Any, batch: Batch, need: AttentionMaps) -> Iterator[Step]:
-    """As the tuning task makes it: the need is held around the prediction and what follows."""
+    """A step as the tuning task makes it: the need is open during the prediction and what follows."""
     t, x_t, conditioning = torch.tensor([300, 600]), batch.latents, backbone.encode(batch.captions)
     with need.around(backbone, batch) as entered:
         prediction = backbone.predict(x_t, t, conditioning)

@@ -1,4 +1,4 @@
-"""LoRA files of other programs for Stable Diffusion: diffusers, peft and merged weights are the oracles."""
+"""Other programs' LoRA files for Stable Diffusion: diffusers, peft and merged weights are the oracles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_kohya_s_names(new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: 
     pairs = low_rank(backbone, roles)
     save_file(kohya(pairs, SD_KOHYA), path)
     same(imported(backbone, path), merged(backbone, pairs))
-    # diffusers ignores alphas that differ between layers (it looks for them under its old names): one alpha for all
+    # diffusers ignores alphas that differ between layers (it looks for them under its old names), so use one for all
     pairs = {key: (down, up, 1.5) for key, (down, up, _) in low_rank(backbone, roles, ranks=(4,)).items()}
     save_file(kohya(pairs, SD_KOHYA), path)
     ours = imported(backbone, path)
@@ -47,7 +47,7 @@ def test_kohya_s_names(new_sd: Callable[..., Any], make_tiny_sd: Any, tmp_path: 
 
 
 def test_kohya_s_convolutions_of_every_kind(sd: Any, tmp_path: Path) -> None:
-    """Also those of the checkpoint's ends and between blocks, and in LyCORIS' Tucker form."""
+    """Including those at the checkpoint's ends and between blocks, and LyCORIS' Tucker form."""
     pairs = low_rank(sd, ("denoiser",))
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} < {path for _, path in pairs}
     tensors = kohya(pairs, SD_KOHYA)
@@ -100,7 +100,7 @@ def test_attention_processors_of_the_first_scripts(sd: Any, make_tiny_sd: Any, t
 
 
 def test_the_ldm_checkpoint_s_names(sd: Any, tmp_path: Path) -> None:
-    """Of the tiny U-Net's four levels of blocks, written out as the original repository counts them."""
+    """For the tiny U-Net's four levels of blocks, written out as the original repository counts them."""
     pairs = low_rank(sd, ("attention",), ranks=(2,))
     theirs = {
         "down_blocks.0.attentions.0": "input_blocks.1.1",
@@ -134,7 +134,7 @@ def test_the_ldm_checkpoint_s_names(sd: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
 def test_what_diffusers_itself_saves(sd: Any, make_tiny_sd: Any, tmp_path: Path, settings: Any) -> None:
-    """With the settings in the header, where alpha is, and text encoder."""
+    """With a text encoder, and with the settings in the header, where alpha is."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -1,4 +1,4 @@
-"""LoRA files of other programs for FLUX, and DoRA: diffusers and merged weights are the oracles."""
+"""Other programs' LoRA files for FLUX, and DoRA: diffusers and merged weights are the oracles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_flux_by_diffusers_names(flux: Any, make_tiny_flux: Any, tmp_path: Path)
     same(ours, by_diffusers(flux, make_tiny_flux(), tmp_path / LORA))
 
 
-#: Black Forest Labs' names of one layer each, and of several that are one matrix there.
+#: Black Forest Labs' names for single layers, and for several layers that are one matrix there.
 BFL = {
     "double_blocks.{i}.img_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
     "double_blocks.{i}.txt_attn.qkv": tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv"),
@@ -60,7 +60,7 @@ BFL = {
 
 
 def fused(flux: Any) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Pairs]:
-    """Pairs by Black Forest Labs' names, and the same as pairs of the layers."""
+    """Pairs by Black Forest Labs' names, and the same pairs by layer."""
     draw = torch.Generator().manual_seed(6)
     theirs: dict[str, tuple[Tensor, Tensor, float]] = {}
     ours: Pairs = {}
@@ -87,7 +87,7 @@ def test_flux_by_kohya_s_names(flux: Any, make_tiny_flux: Any, tmp_path: Path) -
     tensors = kohya({("transformer", name): pair for name, pair in theirs.items()} | clip, prefixes)
     save_file(tensors, tmp_path / "sks.safetensors")
     same(imported(flux, tmp_path / "sks.safetensors"), merged(flux, pairs | clip))
-    # diffusers takes the single blocks' joint matrix for one of FLUX.1's own width, and of CLIP's alphas one for all
+    # diffusers assumes FLUX.1's width for the single blocks' joint matrix, and one alpha for all of CLIP
     known = {key: tensor for key, tensor in tensors.items() if "linear1" not in key}
     known |= {key: torch.tensor(1.5) for key in known if key.endswith(".alpha")}
     known = {key: tensor for key, tensor in known.items() if "lora_te1" not in key or _rank(known, key) == 4}
@@ -107,7 +107,7 @@ def test_flux_by_comfyui_s_names_with_t5_and_the_ends(flux: Any, tmp_path: Path)
         out, inputs = flux.transformer.get_submodule(path).weight.shape
         down, up = 0.3 * torch.randn(2, inputs, generator=draw), 0.3 * torch.randn(out, 2, generator=draw)
         theirs[name] = down, up, 2.0
-        # their last layer gives shift and scale, diffusers' scale and shift
+        # their last layer returns shift and scale, diffusers' scale and shift
         pairs["transformer", path] = down, torch.cat([up[out // 2 :], up[: out // 2]]) if "final" in name else up, 2.0
     tensors = {}
     for name, (down, up, alpha) in theirs.items():

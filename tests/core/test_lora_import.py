@@ -1,4 +1,4 @@
-"""Concepts made of LoRA files: our own exports come back, and what does not fit is said."""
+"""Concepts made from LoRA files: our own exports come back, and what does not fit is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against closed forms."""
+"""Scores compared with closed forms."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_tie_is_no_hit_and_guessing_gives_chance() -> None:
 def test_retrieval_needs_the_subject_and_a_distractor() -> None:
     with pytest.raises(ValueError, match="at least one other"):
         scores.retrieve(drawn(2, 3), {"me": drawn(1, 3)}, "me")
-    with pytest.raises(ValueError, match="must hold 'me'"):
+    with pytest.raises(ValueError, match="must contain 'me'"):
         scores.retrieve(drawn(2, 3), {"a": drawn(1, 3), "b": drawn(1, 3)}, "me")
 
 
@@ -84,7 +84,7 @@ def test_attribute_hits() -> None:
     seen = {"background": ["beach", "snow"], "view": ["front", "side"]}
     expected = [{"background": "beach", "view": "back"}, {}]
     assert scores.attribute_hits(expected, seen) == [{"background": True, "view": False}, {}]
-    with pytest.raises(ValueError, match="unknown attribute 'weather'; there are: background, view"):
+    with pytest.raises(ValueError, match="unknown attribute 'weather'; the reader knows: background, view"):
         scores.attribute_hits([{"weather": "rain"}, {}], seen)
 
 

@@ -1,4 +1,4 @@
-"""The motion module's training: what it starts from, what it changes, what it leaves, and what becomes of it."""
+"""The motion module's training: what it starts from, what it changes, what it leaves alone, and its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = motion_module.MotionTraining(batch=2, heads=2, most_frames=8, lr=2e-2
 
 @dataclass(frozen=True)
 class SlidingSquares:
-    """Six clips of 4 frames, 16×16: a square that slides to the left or to the right."""
+    """Six clips of 4 frames, 16×16: a square that slides left or right."""
 
     def __len__(self) -> int:
         return 6
@@ -51,7 +51,7 @@ class SlidingSquares:
 
 @pytest.fixture(scope="module")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny toybox pipeline's folder."""
+    """The folder of a tiny toybox pipeline."""
     out = tmp_path_factory.mktemp("run")
     tiny_run(out, Squares(6))
     return assemble.assemble(out, tmp_path_factory.mktemp("pipe") / "backbone")
@@ -111,7 +111,7 @@ def test_only_motion_modules_and_the_words_of_motions_are_trained(tiny_backbone:
     assert "words" in changed and any("attn" in name for name in changed)
     said = made.net.place[made.data.tokens[:, 0].astype(np.int64)]
     moved = (made.net.words - before["words"]).abs().amax(1) > 0
-    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # those that captions say
+    assert set(moved.nonzero()[:, 0].tolist()) == set(said[said >= 0].tolist())  # those that captions use
 
 
 def test_what_moves_is_learned(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
     pipe = opened(backbone_path())
     ids = add_words(pipe.tokenizer, pipe.text_encoder)
     table = pipe.text_encoder.get_input_embeddings().weight
-    with torch.no_grad():  # as those of a tokenizer that never saw them
+    with torch.no_grad():  # as with a tokenizer that never saw them
         table[ids] = table.mean(0) + 0.1 * table.std(0) * torch.randn(
             len(ids), table.shape[1], generator=torch.Generator().manual_seed(0)
         )
@@ -168,7 +168,7 @@ def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
     latents = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(1))
     log = make_visible(pipe, ids, latents, WordTraining(steps=16, batch=2, lr=3e-2))
     assert log[0]["differ"] < 0.06 and np.mean([row["differ"] for row in log[-8:]]) > 0.2
-    assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # "red" for "blue" is 0.47
+    assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # "red" instead of "blue" gives 0.47
     after = pipe.text_encoder.get_input_embeddings().weight
     same = torch.ones(len(before), dtype=torch.bool)
     same[ids] = False
@@ -222,7 +222,7 @@ def test_what_is_shipped_is_what_was_averaged(tiny_backbone: Path, tmp_path: Pat
         expected = made.net(noisy, torch.tensor([300]), ids)
     torch.testing.assert_close(shown, expected, atol=5e-3, rtol=5e-2)  # half precision
     plain = torch.tensor([before.tokenizer("a photo of a red cat")["input_ids"]])
-    with torch.no_grad():  # pictures are what they were
+    with torch.no_grad():  # pictures have not changed
         assert torch.equal(before.text_encoder(plain).last_hidden_state, after.text_encoder(plain).last_hidden_state)
 
 
@@ -237,7 +237,7 @@ def test_clips_are_rendered_once_and_grow_by_whole_chunks(tmp_path: Path) -> Non
     assert again.captions == clips.captions
     with pytest.raises(ValueError, match="sets grow by whole chunks of 100"):
         clip_dataset.build(tmp_path / "clips", 4, seed=0)
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="contains another data set"):
         clip_dataset.build(tmp_path / "clips", 3, seed=1)
-    with pytest.raises(ValueError, match="holds no clips"):
+    with pytest.raises(ValueError, match="contains no toybox clips"):
         clip_dataset.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The toybox's motions: what they are as functions of time, that things stay in the picture, and what training cannot show."""
+"""The toybox's motions: their functions of time, things stay in the picture, and training never shows held-out ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAWN = 1000
 
 @pytest.fixture(scope="module")
 def training() -> dict[str, Array]:
-    """10,000 paths that training clips have, by motion."""
+    """10,000 paths of training clips, by motion."""
     rng = np.random.default_rng(0)
     return {name: sample_paths(rng, motion, DRAWN) for name, motion in MOTIONS.items()}
 
@@ -58,7 +58,7 @@ def test_things_stay_in_the_picture_and_turn_slowly_enough_to_be_followed(name: 
 
 
 def test_a_thing_that_must_look_ahead_does() -> None:
-    """A lap begins to the right, seen from the thing's right side: azimuth -90 shows it with its front to the right."""
+    """A lap starts to the right, seen from the thing's right side: at azimuth -90 its front points to the right."""
     lap = held_out_motion("reporting-lap")
     path = place(np.random.default_rng(0), lap.offsets(lap.draw(np.random.default_rng(0), 5), 41), lap.facing_deg)
     assert np.allclose(path[:, 0, 3], -90) and (np.diff(path[:, :2, 0], axis=1) > 0).all()
@@ -75,7 +75,7 @@ def test_views_are_unit_vectors_towards_the_camera() -> None:
 
 
 def test_training_cannot_reach_a_held_out_motion(training: dict[str, Array]) -> None:
-    """Its nearest training path is farther than training paths of one motion are from each other, in 99 of 100."""
+    """Its nearest training path is farther away than 99 % of training paths are from others of their motion."""
     within = []
     for paths in training.values():
         far = distances(paths, paths)
@@ -92,7 +92,7 @@ def test_training_cannot_reach_a_held_out_motion(training: dict[str, Array]) -> 
 
 
 def test_captioned_motions_are_told_apart_by_their_paths(training: dict[str, Array]) -> None:
-    """One of four sides, sizes and places, any rhythm: the nearest other training path is of the same motion."""
+    """For any side, size, place and rhythm, the nearest other training path is of the same motion."""
     names, every = np.repeat(list(training), DRAWN), np.concatenate(list(training.values()))
     for name, paths in training.items():
         far = distances(paths[:40], every)

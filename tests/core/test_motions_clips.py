@@ -1,4 +1,4 @@
-"""Clips of the toybox: their frames, masks and flow against what is known in closed form, and their captions."""
+"""Clips of the toybox: their frames, masks and flow compared with closed forms, and their captions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_MOTION = Motion("made", lambda t, p: {})
 def clip(
     frames: int = 3, pan: float = 0.0, background: str = "gray studio", scale: float = 0.7, **moved: float
 ) -> Clip:
-    """A car that moves evenly by so much over the clip."""
+    """A car that moves evenly by this much over the clip."""
     path = still(frames) + PLACED
     path[:, 2] = np.log(scale)
     for name, value in moved.items():
@@ -42,7 +42,7 @@ def clip(
 
 
 def centres(drawn: Clip) -> Tensor:
-    """[F-1, H, W, 2]: where each pixel is, from the thing's centre, in pixels."""
+    """[F-1, H, W, 2]: the position of each pixel relative to the thing's centre, in pixels."""
     step = torch.arange(drawn.mask.shape[-1]) + 0.5
     y, x = torch.meshgrid(step, step, indexing="ij")
     middle = torch.tensor(drawn.path[:-1, :2]).float() * 64 + 32
@@ -54,7 +54,7 @@ def inside(drawn: Clip) -> Tensor:
 
 
 def warped(values: Tensor, flow: Tensor) -> Tensor:
-    """values [F-1, C, H, W] of the next frames, looked up where the flow [F-1, H, W, 2] says that each pixel goes."""
+    """values [F-1, C, H, W] of the next frames, sampled where the flow [F-1, H, W, 2] takes each pixel."""
     step = torch.arange(flow.shape[1]) + 0.5
     y, x = torch.meshgrid(step, step, indexing="ij")
     at = (torch.stack([x, y], -1) + flow) / (flow.shape[1] / 2) - 1
@@ -70,7 +70,7 @@ def test_a_thing_that_slides_has_the_same_flow_everywhere() -> None:
 
 
 def test_flow_of_growing_and_rolling_is_that_of_the_plane() -> None:
-    """A point is up to half a pixel from its pixel's centre, and the flow differs by as much times its slope."""
+    """A point is up to half a pixel from its pixel's centre, so the flow differs by that times its slope."""
     grown, at = clip(log_scale=0.4), None
     at = centres(grown)
     factor = np.exp(0.2) - 1
@@ -82,7 +82,7 @@ def test_flow_of_growing_and_rolling_is_that_of_the_plane() -> None:
 
 
 def test_the_flow_of_a_turning_thing_leads_to_the_same_point_of_its_surface() -> None:
-    """Checked with `render`, which says of each pixel what point of the thing it shows."""
+    """Checked with `render`, which gives the point of the thing that each pixel shows."""
     moving = sample_moving(np.random.default_rng(0), MOTIONS["orbit"], 6, thing=CAR, style="photo", background="beach")
     drawn, pictures = draw_clip(moving), render(moving.scenes())
     assert torch.equal(drawn.mask, pictures.mask[:, 0])
@@ -118,7 +118,7 @@ def test_what_is_hidden_in_the_next_frame_is_not_known() -> None:
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_only_a_camera_moves_the_background(background: str) -> None:
-    """Far from the thing and its shadow nothing changes; under a camera everything moves by the same, to the pixel."""
+    """Far from the thing and its shadow nothing changes; if the camera moves, everything moves equally, to the pixel."""
     kept = clip(frames=2, scale=0.35, background=background, azimuth_deg=50.0, roll_deg=10.0)
     assert torch.equal(kept.frames[0, :, :6], kept.frames[1, :, :6])
     panned = clip(frames=2, scale=0.35, pan=0.125, background=background)

@@ -1,4 +1,4 @@
-"""The distance of paths, against a minimum that is searched, and what it does and does not see."""
+"""The distance between paths, compared with a searched minimum, and what it does and does not see."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SHIFT = np.array([0.2, -0.3, 0.5, 200.0, 12.0, -9.0])
 def paths(n: int, frames: int = 9, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     steps = rng.normal(0, 1, (n, frames, len(PATH))) * list(UNITS.values())
-    steps[..., 3] *= 3  # round the circle, more than once
+    steps[..., 3] *= 3  # around the circle more than once
     return steps.cumsum(1)
 
 
 def test_it_is_the_smallest_difference_over_all_shifts() -> None:
-    """Each column's part alone, with its shift found by trying."""
+    """Each column separately, with its shift found by trying."""
     a, b = paths(2)
     total = 0.0
     for i, (name, unit) in enumerate(UNITS.items()):
@@ -35,7 +35,7 @@ def test_it_is_the_smallest_difference_over_all_shifts() -> None:
 
 
 def test_one_unit_in_one_column_counts_as_one() -> None:
-    """Half of the time one unit below and half above the mean, for what is on a line; a turn of 45 degrees likewise."""
+    """Columns on a line are one unit below the mean half of the time and one above otherwise; 45 degrees for turns."""
     for i, (name, unit) in enumerate(UNITS.items()):
         path = still(8)
         path[::2, i] = 2 * unit

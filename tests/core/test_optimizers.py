@@ -1,4 +1,4 @@
-"""Optimizers by group: against the libraries themselves, saved and resumed, each on what it was given alone."""
+"""Optimizers by group: compared with the libraries themselves, saved and resumed, each only on its own parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.runs import finish, paint, same, session, small
 
 
 class Bowl:
-    """Two groups of numbers in one bowl each, with a little noise that depends on the step."""
+    """Two groups of numbers, each in its own bowl, with a little noise that depends on the step."""
 
     steps = 6
 
@@ -73,7 +73,7 @@ def test_k_and_m_steps_equal_k_saved_and_m(kind):
 
 
 def test_each_group_has_the_optimizer_that_it_was_given():
-    """Against the two libraries by hand."""
+    """Compared with calling the two libraries by hand."""
     from prodigyopt import Prodigy as Theirs
 
     task, plain = Bowl(), Bowl()

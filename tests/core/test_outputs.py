@@ -1,4 +1,4 @@
-"""Outputs: whole or not at all, in place of nothing but what pcs wrote itself."""
+"""Outputs are written whole or not at all, and replace only what pcs wrote itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared.train.log import Log
 
 
 def earlier(target: Path) -> Path:
-    """A folder that pcs wrote before, with one file."""
+    """A folder with one file that pcs wrote before."""
     with atomic_folder(target) as folder:
         (folder / "old").write_text("old")
     return target
@@ -109,7 +109,7 @@ def test_overwriting_puts_the_old_folder_back_when_the_last_step_fails(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fails)
-    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system without it
+    monkeypatch.setattr(outputs, "exchanged", lambda *_: False)  # a system that cannot do it
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and seen(target) == ["old"]
@@ -159,14 +159,14 @@ def test_atomic_write(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "één" and len(list(tmp_path.iterdir())) == 1
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, as temporary files are
+    assert path.stat().st_mode == plain.stat().st_mode  # not only for the owner, unlike temporary files
 
 
 # --- what may be overwritten --------------------------------------------------------------------
 
 
 def photos(folder: Path) -> Path:
-    """Somebody's own pictures."""
+    """A user's own pictures."""
     folder.mkdir(parents=True)
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (32, 32), "red").save(folder / name)
@@ -210,7 +210,7 @@ def test_what_pcs_wrote_is_overwritten_unless_something_was_added(tmp_path: Path
 
 
 def test_a_folder_of_things_that_pcs_wrote_is_its_own(tmp_path: Path) -> None:
-    """As a demo leaves it: an album, a concept, a training folder, a report, a page."""
+    """As after a demo: an album, a concept, a training folder, a report, a page."""
     demo = tmp_path / "demo"
     write_picture(torch.zeros(3, 20, 20), demo / "references/00.png", {"toybox-subject": "development-duck"})
     write_picture(torch.zeros(3, 20, 20), demo / "references/masks/00.png")
@@ -298,7 +298,7 @@ def test_check_file(tmp_path: Path) -> None:
         check_file(tmp_path / "a.png" / "b.png")
 
 
-# --- modes, and what killed processes leave ------------------------------------------------------
+# --- file modes, and what killed processes leave -------------------------------------------------
 
 
 def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:

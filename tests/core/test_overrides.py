@@ -1,4 +1,4 @@
-"""What a command line's `key=value` means: text where a field holds text, YAML elsewhere; `~` expanded once."""
+"""What a command line's `key=value` means: text for text fields, YAML elsewhere; `~` is expanded once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.recipe.resolve import load
 from shared.recipe.schema import Recipe
 from tests.core.scenes import save, scene
 
-#: Names that YAML, or a home folder, would make something else of.
+#: Names that YAML or a home folder would turn into something else.
 ODD = (
     *(
         "cats #1",

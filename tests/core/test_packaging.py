@@ -1,4 +1,4 @@
-"""What is installed, and on what: packages by name, pins for every Python, and a word where Python is too old."""
+"""What is installed, and where: packages by name, pins for every Python, and an error if Python is too old."""
 
 from __future__ import annotations
 

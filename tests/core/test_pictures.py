@@ -1,4 +1,4 @@
-"""Pictures in and out, with real files of every kind."""
+"""Reading and writing pictures, with real files of every kind."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_opaque_alpha_is_no_mask_and_clear_pictures_are_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_colour_key_transparency(tmp_path: Path, bits: int) -> None:
-    """A PNG can name one colour, or one grey, as transparent (tRNS)."""
+    """A PNG can declare one colour or grey level transparent (tRNS)."""
     grey = np.arange(32 * 48).reshape(32, 48) % 200
     deep = (grey * 257).astype(">u2") if bits == 16 else grey.astype(np.uint8)
     rows = b"".join(b"\0" + row.tobytes() for row in deep)
@@ -205,7 +205,7 @@ def test_one_bit_and_bmp_and_ppm(tmp_path: Path) -> None:
 
 
 def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
-    """Pillow writes CMYK as Adobe does (inverted); orange must stay orange, by eye and by the plain formula."""
+    """Pillow writes CMYK as Adobe does (inverted); orange must stay orange, to the eye and by the plain formula."""
     flat = np.zeros((32, 48, 3), np.uint8) + np.array([240, 120, 20], np.uint8)
     image = Image.fromarray(flat).convert("CMYK")
     image.save(tmp_path / "a.jpg", quality=98)
@@ -233,7 +233,7 @@ def test_colour_profiles_are_applied(tmp_path: Path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab.save(tmp_path / "srgb.png", icc_profile=srgb)
     np.testing.assert_allclose(levels(tmp_path / "srgb.png")[0, 0], (200, 60, 60), atol=1e-4)
-    # the same profile with red and blue primaries exchanged, under another name: red must turn out blue
+    # the same profile with red and blue primaries exchanged, under another name: red must become blue
     swapped = bytearray(srgb.replace(b"sRGB", b"test").replace(b"s\0R\0G\0B", b"t\0e\0s\0t"))
     red, blue = swapped.index(b"rXYZ", 128), swapped.index(b"bXYZ", 128)
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -255,7 +255,7 @@ def test_first_frame_of_an_animation_with_a_warning(tmp_path: Path, ending: str)
 
 
 def test_the_second_picture_of_a_phone_is_no_animation(tmp_path: Path) -> None:
-    """MPO: a JPEG with a preview or the other eye's picture behind it."""
+    """MPO: a JPEG followed by a preview or by the other eye's picture."""
     other = Image.new("RGB", (24, 24))
     Image.fromarray(scene()).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[other])
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Networks that do not fit a device together take turns there, and compute the same."""
+"""Networks that do not fit on a device together take turns there and compute the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_network_larger_than_the_device_is_refused_with_both_sizes():
 
 
 class Recorded(Placement):
-    """With a list of what was moved where."""
+    """Records what was moved where."""
 
     moves: list[tuple[str, str]]
 
@@ -54,7 +54,7 @@ class Recorded(Placement):
 
 
 def taking_turns(backbone: Any, budget: int) -> Recorded:
-    """The backbone on DEVICE, where `budget` bytes are."""
+    """The backbone on DEVICE, which has `budget` bytes."""
     backbone.placement = Recorded({**backbone.components, "vae": backbone.vae}, DEVICE, budget)
     backbone.placement.moves = []
     backbone.placement.watch()
@@ -69,7 +69,7 @@ SETTINGS = SamplingSettings(steps=3, height=32, width=32)
 
 
 def test_a_picture_needs_each_network_once_and_one_at_a_time(new_flux):
-    """Of FLUX: both text encoders, then three steps of the transformer, then the autoencoder; the pixels are the same."""
+    """For FLUX: both text encoders, then three steps of the transformer, then the autoencoder; the pixels are the same."""
     whole, parts = new_flux(), new_flux()
     expected = sample(whole, ["a mug"], seeds=[0], settings=SETTINGS)
     placement = taking_turns(parts, largest(parts))

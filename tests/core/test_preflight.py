@@ -1,4 +1,4 @@
-"""What is missing on the disk is said before a model is loaded, and not when the phase that reads it begins."""
+"""Missing files are reported before a model is loaded, not when the phase that reads them starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(recipe: str, settings: tuple[str, ...], tiny: Any, folder: Path, work: Path, match: str) -> None:
-    """By the plan, which loads no model, and by the run that somebody makes without one."""
+    """By the plan, which loads no model, and by a run made without a plan."""
     given = (f"subject.images={folder}", "subject.class_noun=mug", f"output={work / 'mug.concept'}")
     with pytest.raises(ValueError, match=match):
         plan(load(recipe, [*SMALL, *given, *settings]))

@@ -1,4 +1,4 @@
-"""The driver of the trainings from data: what it saves, resumes, leaves out and refuses, on a layer of a few numbers."""
+"""The driver of trainings from data: what it saves, resumes, skips and refuses, on a layer of a few numbers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_ctrl_c_saves_the_step_that_was_taken(tmp_path: Path) -> None:
 
 def test_a_step_without_a_finite_loss_is_left_out_and_many_end_the_run(tmp_path: Path) -> None:
     task = LayerTask(bad=range(2, 4))
-    with pytest.warns(UserWarning, match="the loss of step 3 is nan: the step is left out"):
+    with pytest.warns(UserWarning, match="the loss of step 3 is nan: the step is skipped"):
         assert train(task, tmp_path / "two", 5).step == 5
     assert all(bool(tensor.isfinite().all()) for tensor in task.state_dict().values())
     with pytest.warns(UserWarning), pytest.raises(NotFinite, match="like those of the 19 steps before"):
@@ -127,7 +127,7 @@ def test_other_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> Non
     (tmp_path / "unet.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"unet\.safetensors is a checkpoint of an earlier version"):
         refuse_older(tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="give steps, minutes or both"):
+    with pytest.raises(ValueError, match="set steps, minutes or both"):
         RunSettings()
 
 

@@ -1,4 +1,4 @@
-"""From a user's prompt, or a picture's caption, to what the text encoder reads."""
+"""From a user's prompt or a picture's caption to what the text encoder reads."""
 
 from __future__ import annotations
 

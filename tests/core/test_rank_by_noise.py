@@ -38,7 +38,7 @@ def predict(backbone: Any, t: Tensor = TIMES) -> Tensor:
 
 
 def plain_with_rows(backbone: Any, state: dict[str, Tensor], rows: int, t: Tensor) -> Tensor:
-    """The prediction with a plain LoRA of these values, of which only the first rows of A are left."""
+    """The prediction with a plain LoRA with these values, keeping only the first rows of A."""
     (adapter,) = learned(backbone, "plain", min_rank=None)
     cut = {
         k: v * (torch.arange(len(v)) < rows).view(-1, *[1] * (v.ndim - 1)) if "lora_A" in k else v

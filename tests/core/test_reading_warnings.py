@@ -1,4 +1,4 @@
-"""What is said of somebody's pictures while they are read: gaps, losses; and foreign text on a terminal."""
+"""Warnings while a user's pictures are read: gaps, losses; and foreign text on a terminal."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_a_crop_that_loses_much_names_the_picture_and_the_remedy(tmp_path: Path,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resize(picture, 32, "contain")  # the remedy
-        resize(picture, 32)  # only to look at
-        resize(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses a third, not more
+        resize(picture, 32)  # only for viewing
+        resize(read_picture(save(tmp_path / "photo.png", scene(60, 40))), 32, "cover")  # 2:3 loses only a third
 
 
 def test_a_crop_that_keeps_the_whole_mask_loses_nothing(tmp_path: Path) -> None:

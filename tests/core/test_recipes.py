@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, how layers outrank each other, and phases."""
+"""Recipes: the shipped ones, precedence of layers, and phases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def phases(recipe: Recipe) -> dict[str, Recipe]:
 
 @pytest.fixture
 def user_recipe(tmp_path):
-    """Writes a recipe file of one's own and loads it."""
+    """Writes a user's recipe file and loads it."""
 
     def make(text: str, *overrides: str) -> Recipe:
         path = tmp_path / "mine.yaml"
@@ -208,7 +208,7 @@ def test_each_part_of_the_overlay_goes_where_it_belongs(user_recipe, tmp_path, m
 
 
 def test_the_overlay_lies_under_a_file_of_one_s_own(user_recipe):
-    """Its rates, roles, batch size and prompts are what was written; what it leaves open is the small world's."""
+    """Its rates, roles, batch size and prompts are as written; what it leaves open comes from the overlay."""
     text = """
 trainable: {lora: {lr: 3.0e-4, roles: [cross_attention]}, second: {kind: lora, rank: 2}, tokens: {}}
 train: {batch_size: 2, validation: {every: 7, prompts: ["a {concept}"]}}

@@ -1,4 +1,4 @@
-"""Roles and sites: exact, ported or refused, and blind to what wraps the layers."""
+"""Roles and sites are exact, ported or refused, whatever wraps the layers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_sites_of_motion_modules_are_temporal(tiny_sd: Any) -> None:
 DISJOINT = ("self_attention", "cross_attention", "temporal_attention", "feed_forward", "conv", "proj")
 _BLOCK = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
 _UNET = rf"conv_(in|out)|time_embedding\.linear_[12]|{_BLOCK}(resnets\.\d+\.time_emb_proj|(down|up)samplers\.0\.conv)"
-_OTHERS = {  # leaves that no role names but "denoiser"
+_OTHERS = {  # leaf modules that no role except "denoiser" includes
     "sd": _UNET,
     "sd_v": _UNET,
     "attention without text": _UNET,

@@ -1,4 +1,4 @@
-"""The sampler against diffusers' own pipelines, and what changes between its steps."""
+"""The sampler compared with diffusers' own pipelines, and changes between its steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def diffusers_pixels(pipe: Any, **options: Any) -> Tensor:
-    """What the family's pipeline gives for the same generators, in [-1, 1]."""
+    """The pixels of the family's own pipeline for the same generators, in [-1, 1]."""
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
     options = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 32, "width": 32, **options}
     return pipe(generator=generators, output_type="pt", **options).images * 2 - 1
@@ -36,7 +36,7 @@ def sd(tiny_sd: Any) -> StableDiffusionBackbone:
 
 
 def add_lora(backbone: StableDiffusionBackbone, name: str, roles: Sequence[str], seed: int = 0) -> None:
-    """A LoRA with random weights, so that it does something."""
+    """A LoRA with random weights, so that it has an effect."""
     for role in roles:
         for group in backbone.group(role):
             config = LoraConfig(r=2, lora_alpha=2, target_modules=list(group.modules), init_lora_weights=False)
@@ -68,7 +68,7 @@ def test_equal_without_guidance(tiny_sd: Any, sd: StableDiffusionBackbone) -> No
 
 
 def test_the_comparison_is_not_blind(sd: StableDiffusionBackbone) -> None:
-    """Prompt, seed, negative prompt and guidance all move these pixels by far more than the tolerance."""
+    """Prompt, seed, negative prompt and guidance all change these pixels by far more than the tolerance."""
     options: dict[str, Any] = {"seeds": [1], "guidance": 5.0, "steps": 4}
     plain = sample(sd, ["a mug"], **options)
     for other in (
@@ -81,7 +81,7 @@ def test_the_comparison_is_not_blind(sd: StableDiffusionBackbone) -> None:
 
 
 def test_equal_with_a_concept_in_place(tiny_sd: Any, sd: StableDiffusionBackbone) -> None:
-    """A LoRA on U-Net and text encoder acts in our sampler as in the pipeline around the same networks."""
+    """A LoRA on U-Net and text encoder acts in our sampler as in a pipeline of the same networks."""
     before = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
     add_lora(sd, "my-mug", ["cross_attention", "text_encoder"])
     ours = sample(sd, PROMPTS, seeds=SEEDS, guidance=5.0, steps=4)
@@ -181,7 +181,7 @@ def test_bad_requests_say_what_is_wrong(sd: StableDiffusionBackbone, tiny_flux: 
 def test_denoise_is_a_generator_of_steps(sd: StableDiffusionBackbone) -> None:
     states = denoise(sd, PROMPTS, seeds=SEEDS, settings=SamplingSettings(steps=3))
     first = next(states)
-    assert torch.is_grad_enabled()  # a sampler at rest leaves nothing switched
+    assert torch.is_grad_enabled()  # a paused sampler leaves no switch changed
     rest = list(states)
     assert [first.index, *(s.index for s in rest)] == [0, 1, 2] and first.latents.shape == (2, 4, 8, 8)
     pixels = sd.decode(rest[-1].latents).clamp(-1, 1)
@@ -247,7 +247,7 @@ def test_strength_schedules(sd: StableDiffusionBackbone) -> None:
     on = ask(None)
     with sd.active({"style": 1.0}):
         off = ask(None)
-        half_on = ask({0.0: 0.5})  # a schedule switches only whom it names
+        half_on = ask({0.0: 0.5})  # a schedule switches only the adapters it names
     with sd.active({"style": 1.0, "mug": 0.5}):
         assert torch.equal(ask(None), half_on)
     assert torch.equal(ask({0.0: 1.0}), on) and torch.equal(ask({0.0: 0.0}), off)
@@ -282,14 +282,14 @@ def test_strengths_as_they_are_written() -> None:
 
 
 class Later(SamplingHookBase):
-    """Other words in the first half."""
+    """Uses other words in the first half."""
 
     def prompts(self, step: DenoisingStep, prompts: Sequence[str]) -> Sequence[str]:
         return ["a dog"] * len(prompts) if step.fraction < 0.5 else prompts
 
 
 class Shift(SamplingHookBase):
-    """The latents move before the first step."""
+    """Shifts the latents before the first step."""
 
     def latents(self, step: DenoisingStep, latents: Tensor) -> Tensor:
         return latents + 1 if step.index == 0 else latents

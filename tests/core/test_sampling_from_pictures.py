@@ -1,4 +1,4 @@
-"""Sampling that starts from pictures, against diffusers' own pipeline."""
+"""Sampling that starts from pictures, compared with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_equal_to_the_img2img_pipeline(version: str, scheduler: str | None, stre
 
 
 def test_a_flow_starts_on_the_line_between_picture_and_noise(tiny_flux: Any) -> None:
-    """x_t = (1 - t) x_0 + t noise, at the first time that is left; half of the steps are taken."""
+    """x_t = (1 - t) x_0 + t noise at the first remaining time; half of the steps are taken."""
     backbone = FluxBackbone(tiny_flux)
     start = Start(clean(backbone, 1), 0.5)
     seen: list[Any] = []

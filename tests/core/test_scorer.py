@@ -1,4 +1,4 @@
-"""What a scorer makes of pictures, and what it says of its instruments."""
+"""A scorer's scores for pictures, and what it says about its instruments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: the first waits for the step, the second does not, ignored ones stay ignored."""
+"""Signals that stop a training: the first waits for the step, the second does not, and ignored ones stay ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _handlers():
         signal.signal(number, signal.SIG_DFL)
     heed_stops()
     yield
-    heed_stops()  # forget what came
+    heed_stops()  # forget earlier signals
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -57,7 +57,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 def test_a_library_leaves_the_handlers_and_what_came_as_they_were() -> None:
-    """Where no program heeds stops (a notebook), one that was dealt with does not stop the next run."""
+    """Where no program handles stops (a notebook), a stop already dealt with does not stop the next run."""
     for number in NUMBERS:
         signal.signal(number, signal.default_int_handler)
     for _ in range(2):

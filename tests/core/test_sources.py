@@ -21,7 +21,7 @@ from shared.types import Subject
 
 
 class Recipe(Part):
-    """The slot as recipes have it."""
+    """The slot as in recipes."""
 
     sources: Slot[Source] = Field(default={})
 
@@ -36,7 +36,7 @@ def photos(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 class Painter:
-    """Stands where the sampler stands: a picture depends on its prompt and its seed only."""
+    """Takes the sampler's place: a picture depends only on its prompt and its seed."""
 
     def __init__(self, side: int = 32) -> None:
         self.calls: list[tuple[list[str], list[int], float, int]] = []
@@ -168,7 +168,7 @@ def test_class_pictures_are_made_once_and_kept(tmp_path: Path) -> None:
     assert {(e.role, e.owner, e.caption, e.user_caption) for e in first} == {
         ("prior", "my-mug", "a photo of a mug", True)
     }
-    second = list(part.examples(context(tmp_path)))  # no generator any more: the cache serves
+    second = list(part.examples(context(tmp_path)))  # without a generator: the cache suffices
     assert painter.made == 5
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
     made = painter(["x"], painter.calls[0][1][:1], guidance=1, steps=1, resolution=32)[0]

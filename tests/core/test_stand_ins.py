@@ -1,4 +1,4 @@
-"""What chooses the best checkpoint, against closed forms: soft, and blind to look-alikes and true pictures."""
+"""The score that chooses the best checkpoint, compared with closed forms: soft, and blind to look-alikes and true pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text score without attributes to check: it must tell pictures apart, on the toybox's own CLIP too."""
+"""The text score without attributes to check must tell pictures apart, with the toybox's own CLIP too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.toybox.captions import caption
 
 @pytest.fixture(scope="module")
 def measured():
-    """(scores of 64 fresh renders with their own full captions, with each other's)."""
+    """(scores of 64 fresh renders with their own full captions, with each other's captions)."""
     tools = load_toybox()
     scenes = fresh_scenes(64, 5)
     pixels = torch.as_tensor(render_all(scenes)).float()

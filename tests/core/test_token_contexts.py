@@ -84,7 +84,7 @@ def test_each_site_reads_its_own_rows(sd: StableDiffusionBackbone) -> None:
     for handle in handles:
         handle.remove()
     for site in sd.text_sites():
-        sd.remove("x")  # oracle: the plain path with this site's rows alone
+        sd.remove("x")  # oracle: the plain path with only this site's rows
         sd.add_placeholder(FixedPlaceholder("x", ("<x>",), lambda c, t, s, site=site: rows[site]))
         context = sd.encode(["a <x>"]).context
         for leaf in ("to_k", "to_v"):
@@ -135,7 +135,7 @@ def test_site_hooks_are_removed_with_the_last_placeholder_that_needs_them(sd: St
 
 
 def test_keys_and_values_apart(sd: StableDiffusionBackbone, flux: FluxBackbone) -> None:
-    """An edit of V alone (as Perfusion's) becomes a context per site; a joint-attention family refuses it."""
+    """An edit of V only (as in Perfusion) becomes a context per site; a joint-attention family refuses it."""
 
     def edit(context: SiteContext, positions: Tensor, site: str | None) -> SiteContext:
         return SiteContext(context.key, context.value + positions[..., None].to(context.value))

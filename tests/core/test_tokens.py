@@ -16,7 +16,7 @@ from tests.core.placeholders import FixedPlaceholder, fixed
 
 
 def resized(model: Any, tokenizer: Any, tokens: tuple[str, ...], rows: Tensor) -> tuple[Any, Any]:
-    """The ordinary way: the tokens are really in the tokenizer, and their rows really in the table."""
+    """The ordinary way: the tokens are really added to the tokenizer, and their rows to the table."""
     model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     tokenizer.add_tokens(list(tokens))
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -51,7 +51,7 @@ def test_overlay_equals_really_resized_encoders_of_flux(tiny_flux: Any, legacy_e
     clip, tokenizer = resized(tiny_flux.text_encoder, tiny_flux.tokenizer, TOKENS, rows["text_encoder"])
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt").input_ids
     pooled = clip(ids).pooler_output
-    if legacy_eos:  # OpenAI's configuration pools where the id is largest: an added token would take that place
+    if legacy_eos:  # OpenAI's configuration pools at the largest id: an added token would take that place
         tiny_flux.text_encoder.eos_token_id = 2
     backbone = FluxBackbone(tiny_flux)
     backbone.add_placeholder(FixedPlaceholder("my-mug", TOKENS, lambda c, t, s: rows[c]))

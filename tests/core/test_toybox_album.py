@@ -1,4 +1,4 @@
-"""Held-out things as a person would bring them: pictures, captions that give nothing away, and masks."""
+"""Held-out things as a user would bring them: pictures, captions that give nothing away, and masks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_plain_caption_says_the_side_only_where_it_is_clear():
 
 
 def test_the_second_look_is_at_the_thing():
-    """A small thing in a corner, cut out by where it is seen, fills the picture and sits in its middle."""
+    """A small thing in a corner, cut out where it is found, fills the picture and sits in its middle."""
     thing = album.held_out("development-duck").thing
     corners = ((-0.25, 0.2), (0.25, -0.2))
     scenes = [Scene((thing,), "gray studio", (Camera(90.0, 15.0, 0.0, x, y, 0.5),)) for x, y in corners]

@@ -1,4 +1,4 @@
-"""The toybox's trainings at tiny size, and the pipeline folder that they become."""
+"""The toybox's trainings at tiny size, and the pipeline folder they produce."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_training_lowers_the_loss_and_changes_text_model_and_unet(made: Path, tm
 
 @torch.no_grad()
 def _held_loss(task: unet.UnetTask) -> float:
-    """The loss on the batches of steps that the run never reaches."""
+    """The loss on batches of steps that the run never reaches."""
     batches = [denoising.draw_batch(task.data, task.empty, task.settings, 10_000 + i) for i in range(8)]
     return sum(float(task.loss(batch)) for batch in batches)
 

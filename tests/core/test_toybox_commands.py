@@ -1,4 +1,4 @@
-"""`pcs toybox`: what it refuses before anything is written, and held-out styles as folders of pictures."""
+"""`pcs toybox`: what it refuses before writing anything, and held-out styles as folders of pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def toybox(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 @pytest.fixture
 def refused(toybox, tmp_path: Path) -> Callable[..., str]:
-    """The message of a command that must end with 2 and write nothing."""
+    """The message of a command that must exit with code 2 and write nothing."""
 
     def call(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -58,7 +58,7 @@ def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path
 def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:
     for source in ("world", "vae"):
         message = refused("sheet", tmp_path / "a.png", "--source", source, "--prompt", "a duck", "--guidance", 0)
-        assert f"--prompt and --guidance with --source {source}: only the model heeds it" in message
+        assert f"--prompt and --guidance with --source {source}: only the model uses it" in message
 
 
 def test_guidance_zero_is_heeded(toybox, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decoder's training against a discriminator, at tiny size: what it changes, and what it leaves as it is."""
+"""The decoder's training against a discriminator, at tiny size: what it changes and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_decoder_changes_and_the_latents_do_not(run: tuple[Path, cache.Cache
     assert moved and all(n.startswith(("decoder.", "post_quant_conv.")) for n in moved)
     assert after.config["scaling_factor"] == before.config["scaling_factor"]
     tokenizer = run_folder.tokenizer_of(out)
-    assert cache.fingerprint(after, tokenizer) == cache.fingerprint(before, tokenizer)  # nothing is encoded anew
+    assert cache.fingerprint(after, tokenizer) == cache.fingerprint(before, tokenizer)  # nothing is encoded again
     average = torch.nn.ModuleList([after.post_quant_conv, after.decoder])  # type: ignore[list-item]
     same(dict(average.named_parameters()), trained.averages.state_dict())
 
@@ -94,7 +94,7 @@ def test_a_new_autoencoder_discards_the_decoder_s_training(run: tuple[Path, cach
     def retrain(steps: int) -> None:
         train(vae.VaeTask(TINY_VAE, Squares(40), out, Compute()), run_folder.training_folder(out, "vae"), steps)
 
-    retrain(3)  # what it was trained to: nothing to do, and the decoder stays
+    retrain(3)  # already trained this far: nothing to do, and the decoder stays
     assert checkpoint.load(_folder(out)) is not None
     same(run_folder.frozen_vae(out).state_dict(), written)
     retrain(4)

@@ -93,7 +93,7 @@ def test_accents_follow_the_channels_they_are_shown_in():
 def fit(
     name: str, place: Path, steps: int = 4, pause_at: int | None = None, **changed
 ) -> tuple[tasks.EvaluatorTask, int]:
-    """A tiny evaluator trained in `place`, whose weights lie in `out` beside it; and the steps done."""
+    """A tiny evaluator trained in `place`, with its weights in `out` next to it, and the number of steps done."""
     task = tiny_task(name, changed.pop("seed", 0))
     settings = RunSettings(steps, pause_at=pause_at, device="cpu", **changed)
     return task, train.fit(task, settings, train.Folders(place, place.parent / "out", place))

@@ -1,4 +1,4 @@
-"""What a run in a new folder begins with: the shipped weights."""
+"""A run in a new folder starts with the shipped weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 
 def test_a_round_of_more_pictures_ends_with_a_rate_of_zero() -> None:
     first = adopted_steps()
-    for minutes in (None, 5.0):  # minutes pause the round, and its rates do not know of it
+    for minutes in (None, 5.0):  # minutes pause the round without affecting its rates
         spend, settings = stages.unet_training(replace(WORK, minutes=minutes))
         assert (spend.steps, spend.minutes, settings.lr) == (first + 100, minutes, 5e-4)
         budget, optimizer = Budget(steps=spend.steps), settings.optimizer

@@ -1,4 +1,4 @@
-"""The pose estimator: how it is asked and read, and how far its shipped weights are right."""
+"""The pose estimator: its targets, how it is read, and how accurate its shipped weights are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_asked_azimuths_are_read_back():
 def test_a_turn_is_followed_past_half_a_turn_and_over_a_frame_that_is_mistaken():
     turn = torch.linspace(120, 480, 16)
     azimuths = soft_azimuths(turn, 36)
-    azimuths[5] = 0.6 * soft_azimuths(turn[5:6] + 180, 36)[0] + 0.4 * azimuths[5]  # taken for its other side
+    azimuths[5] = 0.6 * soft_azimuths(turn[5:6] + 180, 36)[0] + 0.4 * azimuths[5]  # mistaken for its opposite side
     linear = torch.arange(80.0).view(16, 5)
     path = path_of(Poses(linear, azimuths))
     read = path[:, PATH.index("azimuth_deg")]

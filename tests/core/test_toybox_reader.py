@@ -32,7 +32,7 @@ CPU = RunSettings(steps=1, device="cpu")
 
 @pytest.fixture
 def cached() -> cache.Cache:
-    """Latents whose first channel is the class, and whose second the view, of captions that say both or the class."""
+    """Latents whose first channel is the class and whose second is the view, with captions that name both or the class."""
     rng, texts = np.random.default_rng(0), []
     latents = rng.normal(0, 0.3, (64, 4, 8, 8)).astype(np.float16)
     for i in range(64):
@@ -159,7 +159,7 @@ def test_a_readable_guess_costs_less(cached: cache.Cache, tmp_path: Path) -> Non
     inputs = denoising.draw_batch(cached, torch.zeros(32, dtype=torch.long), settings, 0)
     bar = bars[inputs.t].view(-1, 1, 1, 1)
 
-    def knows(x: torch.Tensor) -> torch.nn.Module:  # v of a denoiser that guesses x
+    def knows(x: torch.Tensor) -> torch.nn.Module:  # v of a denoiser that predicts x
         def v(noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return (bar.sqrt() * noisy - x) / (1 - bar).sqrt()
 

@@ -1,4 +1,4 @@
-"""What is known of the surfaces that a picture shows: their normals, and the parts that they are of."""
+"""The surfaces that a picture shows: their normals, and the parts they belong to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hits(thing: world.Thing) -> tuple[world.Scene, HitImage, Tensor]:
 
 
 def inside(mask: Tensor, by: int) -> Tensor:
-    """Where a mask [S, S] is set, and all within `by` pixels."""
+    """Where a mask [S, S] is set, together with everything within `by` pixels."""
     return -F.max_pool2d(-mask.float()[None, None], 2 * by + 1, 1, by)[0, 0] == 1
 
 

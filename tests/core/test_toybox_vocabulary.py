@@ -1,4 +1,4 @@
-"""The words of the public DreamBench prompts, in the tokenizer that is shipped with the toybox."""
+"""The words of the public DreamBench prompts, in the tokenizer shipped with the toybox."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shared.toybox import captions, tokenizer
 from shared.toybox.weights import backbone_path
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
-# What the small world has no picture of, nor any word: professions, one sight, a crowd.
+# What the small world has neither pictures nor words for: professions, one sight, a crowd.
 NEVER_SHOWN = {"chef", "crowded", "eiffel", "firefighter", "monocle", "police", "tower", "wizard"}
-# Prompts that the world shows as they stand: places, accessories, colours.
+# Prompts that the world shows literally: places, accessories, colours.
 SHOWN = {
     "dreambench_objects": (
         *("in the jungle", "in the snow", "on the beach", "on top of a wooden floor", "floating on top of water"),

@@ -51,7 +51,7 @@ def test_the_distribution_is_what_the_design_says():
 
 
 def test_places_sizes_and_turns_reach_as_far_as_the_design_says():
-    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; none beyond, apart from rare slips."""
+    """±35 % in both axes, scale 0.4 to 1.1, roll ±25 degrees, every azimuth; none beyond, with rare exceptions."""
     cameras = [s.cameras[0] for s in scenes(20_000, seed=8) if len(s.things) == 1]
     x, y, scale, roll, azimuth = np.array([(c.x, c.y, c.scale, c.roll_deg, c.azimuth_deg) for c in cameras]).T
     for values, limit in ((x, 0.35), (y, 0.35), (roll, 25.0)):
@@ -210,7 +210,7 @@ def test_held_out_seeds_and_styles_are_disjoint_from_training():
 
 
 def test_no_held_out_pattern_is_a_near_duplicate_of_a_training_one():
-    """The parameters themselves, not only the seeds: every held-out pattern against all that training can draw."""
+    """Compares the parameters, not just the seeds: every held-out pattern with all that training can draw."""
     held = {t.pattern_seed for split in SPLITS for h in subjects.subjects(split) for t in (h.thing, *h.distractors)}
     inner = np.stack([patterns.fingerprint(s) for s in held if s is not None])
     train = np.stack([patterns.fingerprint(s) for s in world.SEEDS["train"]])
@@ -227,7 +227,7 @@ def test_no_held_out_face_is_a_near_duplicate_of_a_training_one():
 
 
 def test_training_scenes_never_show_a_held_out_face_pattern_or_style():
-    """What is really drawn: the scenes of the world, of the data set and of the identity encoder's groups."""
+    """Checks what is really drawn: the scenes of the world, of the data set and of the identity encoder's groups."""
     things = [(t, s.style) for s in (*scenes(1500, seed=9), *scenes(400, seed=9, class_name="face")) for t in s.things]
     things += [(t, s.style) for s in (dataset.scene_of(0, i)[0] for i in range(1500)) for t in s.things]
     groups = (sample_group(np.random.default_rng(i), 4, 2) for i in range(60))

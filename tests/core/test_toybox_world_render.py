@@ -54,7 +54,7 @@ def test_positions_project_back_to_their_pixels(name):
     camera = Camera(130, 25, 12, -0.05, 0.04, 0.85)
     drawn = render([one(name, camera=camera, pattern_seed=None if name == "face" else 5)])
     inside = drawn.mask[0, 0] == 1
-    # Pixels at inner borders average two surfaces; keep the smooth ones.
+    # Pixels at inner edges average two surfaces; keep the smooth ones.
     depth = torch.nn.functional.pad(drawn.depth, (1, 1, 1, 1), value=FAR)
     spread = torch.nn.functional.max_pool2d(depth, 3, 1) + torch.nn.functional.max_pool2d(-depth, 3, 1)
     v, u = (inside & (spread[0, 0] < 0.1)).nonzero().unbind(1)
@@ -83,7 +83,7 @@ def test_masks_have_no_holes(name):
     depth = torch.where(drawn.mask > 0, drawn.depth, torch.full_like(drawn.depth, torch.nan)).nan_to_num(DISTANCE)
     pool = torch.nn.functional.max_pool2d
     flat = pool(depth, 3, 1, 1) + pool(-depth, 3, 1, 1) < 0.4
-    # A pixel that is not full although all around it are, on one surface (between two parts there may be a gap).
+    # A pixel that is not full although its neighbours on the same surface are (between two parts there may be a gap).
     assert not ((drawn.mask < 1) & full & flat).any()
 
 

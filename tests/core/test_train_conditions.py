@@ -1,4 +1,4 @@
-"""What a run is under besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
+"""What affects a run besides its pictures: penalties, loaded concepts, several subjects, how compute is spent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.core.runs import finish, predicted, sample, session, small, tuning
 
 
 def with_old(backbone: Any, strength: float = 1.0) -> Any:
-    """The backbone with a concept that was learned before: an adapter that does something."""
+    """The backbone with an earlier concept: an adapter that has an effect."""
     group = Lora(rank=2).inject(backbone, "old", "lora", seed=9)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_prior_prediction_s_base_is_the_model_with_what_was_loaded_before(tiny, 
     assert backbone.strengths == {"old": strength, "mug": 1.0}, "switched back"
 
     def elsewhere(other: Any) -> Tensor:
-        """On a backbone that never had the concept in training."""
+        """The same on a backbone that never had the concept in training."""
         prompts = [c.replace(backbone.placeholders["mug"].words, "mug") for c in step.batch.captions]
         with torch.no_grad():
             return other.predict(step.x_t, step.t, other.encode(prompts))
@@ -77,7 +77,7 @@ def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
 
 
 def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, photos, tmp_path):
-    """Once; kept for the next run; and not shared with a run that has another concept on."""
+    """They are made once, kept for the next run, and not shared with a run that has another concept on."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
 
@@ -115,7 +115,7 @@ def test_the_anchor_pulls_every_row_to_where_it_began(tiny, photos, tmp_path):
 
 
 def test_masked_training_does_not_see_the_background(tiny, photos, tmp_path):
-    """With the autoencoder's blur excluded: the gradient of the masked loss is 0 outside the mask."""
+    """Apart from the autoencoder's blur, the gradient of the masked loss is 0 outside the mask."""
     recipe = small("textual_inversion", "objective.masked=true")
     backbone = tiny()
     run = session(backbone, recipe, photos, tmp_path / "run")

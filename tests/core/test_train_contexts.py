@@ -1,4 +1,4 @@
-"""What a loss was computed under holds through its backward pass, with recomputed activations too."""
+"""The contexts in which a loss was computed hold through its backward pass, also with recomputed activations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.core.runs import paint, predicted, session, small, tuning
 
 
 class UnderHalfStrength:
-    """A loss of a backbone on which the adapter in training is at half its strength, as distillation has it."""
+    """A loss with the adapter in training at half strength, as in distillation."""
 
     steps = 1
 
@@ -80,11 +80,11 @@ def test_a_loss_that_is_yielded_inside_its_context_has_the_right_gradient(tiny):
     )
 
 
-# --- needs that hold something around the prediction -----------------------------------------
+# --- needs that hold a context around the prediction -----------------------------------------
 
 
 class Watch:
-    """A need that a part brings: it counts the runs of the denoiser inside, and says so afterwards."""
+    """A need provided by a part: it counts the denoiser's runs inside its context and returns the number afterwards."""
 
     name = "runs"
 

@@ -1,4 +1,4 @@
-"""The loop, checkpoints and logs: exact numbers, and what a stop leaves behind."""
+"""The loop, checkpoints and logs: exact numbers, and what an interruption leaves behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Line:
     """A straight line through points, in one batch or in pieces."""
 
     def __init__(self, pieces: int) -> None:
-        # float64: Adam divides gradients by their own size, which magnifies the rounding of another order of addition
+        # float64: Adam divides gradients by their own size, which magnifies rounding from another order of addition
         self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
         x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         y = x @ torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_a_loss_that_is_no_number_leaves_the_parameters_alone():
 def test_a_gradient_that_is_no_number_leaves_the_parameters_alone():
     class Root(Line):
         def updates(self, step, micro):
-            yield Update((self.weight * 0).sum().sqrt())  # the loss is 0, its gradient is not finite
+            yield Update((self.weight * 0).sum().sqrt())  # the loss is 0, but its gradient is not finite
 
     task = Root(1)
     before = task.weight.detach().clone()
@@ -212,7 +212,7 @@ def test_tensorboard_events_are_written(tmp_path):
 
 def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_moments():
     class Splits(Line):
-        """From step 3 on a second parameter is added to the first, and another optimizer group trains it."""
+        """From step 3 on, a second parameter is added to the first and trained by another optimizer group."""
 
         def __init__(self) -> None:
             super().__init__(1)
@@ -248,7 +248,7 @@ def test_what_is_trained_may_change_between_steps_and_what_stays_keeps_its_momen
 
 
 def test_rows_that_stay_keep_their_moments_and_new_rows_begin_anew():
-    """As when Gaussians are split: what a row learns afterwards is what it would have learned alone."""
+    """As when Gaussians are split: each row afterwards learns what it would have learned alone."""
 
     def steps(optimizers: Optimizers, parameter: nn.Parameter, pulls: torch.Tensor) -> None:
         for step, pull in enumerate(pulls):

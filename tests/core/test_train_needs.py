@@ -1,4 +1,4 @@
-"""What parts need of a step, what is known to be wrong before the first one, and what a run costs."""
+"""What parts need from a step, errors found before the first step, and the cost of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.runs import CLASS, finish, learned, predicted, same, sample, ses
 
 
 class Asks(Penalty):
-    """A part that asks for `asks`; what it declares is its class's business."""
+    """A part that asks for `asks`; its subclass decides what it declares."""
 
     kind: str = "asks"
     asks: str = "example_loss"
@@ -74,7 +74,7 @@ def test_a_need_that_a_part_did_not_declare_fails_though_others_did(tiny, photos
 
 
 def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
-    """Also where the text itself learns: what the base model reads never changes."""
+    """Even if the text encoder learns: what the base model reads never changes."""
     backbone, runs = tiny(), []
     prior = ("regularize.prior.kind=prior_prediction", "prompts.set=plain", "train.batch_size=1")
     kept, anew = (
@@ -88,7 +88,7 @@ def test_the_base_s_class_prompts_are_encoded_once(tiny, photos, tmp_path):
     assert len(runs) == 4 * 2 + 1, "two of the concept in training at each step, one of the base in all"
 
 
-# --- wrong before the first step -----------------------------------------------------------------
+# --- errors before the first step ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_validation_prompts_are_checked_before_the_first_step(tiny, photos, tmp_
 
 
 def test_a_phase_has_class_pictures_of_its_own_size(tiny, photos, tmp_path):
-    """The overlay of a phase may change the resolution; its class pictures follow."""
+    """A phase may change the resolution; its class pictures follow."""
     settings = ("phases.a.train.resolution=16", "phases.b.train.steps=1", "phases.a.train.steps=1")
     (tmp_path / "own.yaml").write_text("base: dreambooth_lora\nphases: {a: {trainable: {}}, b: {trainable: {}}}")
     finish(session(tiny(), small(str(tmp_path / "own.yaml"), *CLASS, *settings), photos, tmp_path / "run"))
@@ -185,7 +185,7 @@ def test_costs_go_on_after_an_interruption(tiny, photos, tmp_path):
 
 
 def test_the_autoencoder_sees_a_bounded_number_of_pixels_at_a_time(tiny, photos, tmp_path, monkeypatch):
-    """Encoding and decoding alike; and what is made does not depend on it."""
+    """In encoding and decoding alike, without changing the result."""
     whole = finish(session(tiny(), small("textual_inversion"), photos, tmp_path / "a"))
     pictures = sample(tiny(), ["a mug"], seeds=[0, 1, 2], steps=1)
     for limit in ("shared.train.batches._ENCODE_PIXELS", "shared.sampling.sampler.DECODE_PIXELS"):

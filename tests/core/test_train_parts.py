@@ -1,4 +1,4 @@
-"""What the training loop is made of: draws, batches and caches, losses."""
+"""The training loop's building blocks: draws, batches and caches, losses."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_logit_normal_times_have_their_quantiles():
     draw = torch.Generator().manual_seed(0)
     for mean, shift in ((0.0, 1.0), (0.5, 1.0), (0.0, 3.0)):
         t = LogitNormal(mean=mean, shift=shift).draw_times(50_000, draw, discrete=False).double() / 1000
-        for z in (-1.0, 0.0, 1.0):  # quantiles of the normal go through the monotone map
+        for z in (-1.0, 0.0, 1.0):  # the monotone map preserves the normal's quantiles
             u = 1 / (1 + math.exp(-(mean + z)))
             expected = shift * u / (1 + (shift - 1) * u)
             share = 0.5 * (1 + math.erf(z / math.sqrt(2)))
@@ -225,7 +225,7 @@ def test_the_masked_loss_is_normalised_by_area_in_closed_form():
 
 
 def test_the_loss_can_leave_the_subject_out():
-    """Of a motion: all but the one who makes it. An example without a mask, that is with 1 everywhere, counts whole."""
+    """For motions, everything except who performs it. Examples without a mask, that is with 1 everywhere, count in full."""
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(3, 1, 5, 8, 8, generator=draw)
     mask[1] = 1.0
@@ -248,7 +248,7 @@ def test_that_no_picture_has_a_mask_to_leave_out_is_said(sd):
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("family", ["epsilon", "v", "flow"])
 def test_min_snr_is_the_weight_of_the_loss_on_x0(request, family, gamma):
-    """Closed forms in float64 (arXiv 2303.09556): min(SNR, gamma) on |x_0 - x_0'|^2, in the model's own terms."""
+    """Closed forms in float64 (arXiv 2303.09556): min(SNR, gamma) on |x_0 - x_0'|^2, in the model's parameterization."""
     if family == "flow":
         backbone = FluxBackbone(request.getfixturevalue("make_tiny_flux")(), "tiny")
         t = torch.tensor([1.0, 130.0, 500.0, 777.5, 999.0])

@@ -1,4 +1,4 @@
-"""Phases with other tasks than tuning: pictures made with what was learned so far, chosen, and learned from."""
+"""Phases with tasks other than tuning: pictures are generated with what was learned so far, chosen, and learned from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def brightest(pixels: Tensor, prompts: Any) -> dict[str, float]:
-    """A scorer that likes light."""
+    """A scorer that prefers bright pictures."""
     assert len(pixels) == len(prompts) == 1 and "<" not in prompts[0]
     return {"score": float(pixels.mean())}
 
@@ -42,7 +42,7 @@ PHASES = {
 
 
 def feedback(**train: Any) -> Recipe:
-    """tune -> generate and choose -> tune on what was chosen."""
+    """Tune -> generate and choose -> tune on what was chosen."""
     plain = dump(small("textual_inversion", "sampling.steps=1", "trainable.tokens.lr=0.1"))
     return validate(Recipe, {**plain, "phases": PHASES, "train": {**plain["train"], "steps": 3, **train}})
 
@@ -74,13 +74,13 @@ def picture(path: Path) -> Tensor:
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_kill_in_any_phase_resumes_to_the_same_bits(tiny, photos, tmp_path, stop):
-    """Steps 1-2 tune, 3-5 make pictures, 6-8 tune on them."""
+    """Steps 1-2 tune, 3-5 generate pictures, 6-8 tune on them."""
     whole = finish(run_of(tiny, photos, tmp_path / "whole", checkpoint_every=1))
     killed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     steps = killed.steps()
     for _ in range(stop):
         next(steps)
-    steps.close()  # as after kill -9: nothing is saved on the way out
+    steps.close()  # as after kill -9: nothing is saved on exit
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "part" / "phases").rglob("*.png")}
     resumed = run_of(tiny, photos, tmp_path / "part", checkpoint_every=1)
     assert same(finish(resumed, resume=True), whole)
@@ -112,7 +112,7 @@ def test_pictures_of_a_phase_that_is_not_there_are_an_error(tiny, photos, tmp_pa
 
 
 def test_pictures_that_a_later_phase_left_are_not_learned_from(tiny, photos, tmp_path):
-    """They are of an earlier run."""
+    """They belong to an earlier run."""
     finish(run_of(tiny, photos, tmp_path / "run"))
     run = run_of(tiny, photos, tmp_path / "run")
     (_, first), _, (_, second) = run.phases
@@ -126,7 +126,7 @@ def test_pictures_that_a_later_phase_left_are_not_learned_from(tiny, photos, tmp
 
 
 class Count(torch.nn.Module):
-    """A task of a package: a number that grows by one a step, with a state of its own."""
+    """A package's task: a number that grows by one per step, with its own state."""
 
     def __init__(self, context: PhaseContext) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def run_again(tiny: Callable[[], Any], recipe: Recipe, photos: Path, folder: Pat
 
 @pytest.mark.parametrize("phases", [0, 2])
 def test_an_update_that_ends_a_phase_is_checked_too(tiny, photos, tmp_path, phases):
-    """Nothing that is not finite is saved, and what is advised works."""
+    """Nothing that is not finite is saved, and the advice given works."""
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})
@@ -186,7 +186,7 @@ def test_an_update_that_ends_a_phase_is_checked_too(tiny, photos, tmp_path, phas
 
 
 def huge(run: Callable[[TrainingRun], Any], owner: TrainingRun) -> Any:
-    """One update of a step so large that the rows overflow."""
+    """Runs with one update so large that the rows overflow."""
     original = torch.optim.AdamW.step
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:

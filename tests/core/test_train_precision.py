@@ -1,4 +1,4 @@
-"""Precision: which one a device gets, fp16's scaler, and groups of updates that do not disturb each other."""
+"""Precision: which one a device gets, fp16's scaler, and groups of updates that do not affect each other."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_autoencoder_keeps_its_precision_under_autocast(make_tiny_sd):
 
 
 def test_the_precision_is_the_same_in_all_phases(make_tiny_sd, photos, tmp_path):
-    """A phase that asks for another would be ignored otherwise."""
+    """Otherwise a phase's own setting would be ignored."""
     with pytest.raises(
         ValueError, match=r"phases\.tune\.train\.mixed_precision = 'bf16': all phases share one precision"
     ):
@@ -128,13 +128,13 @@ class Line:
 
     def updates(self, step, micro):
         loss = (self.weight**2).sum()
-        if self.bad(step):  # the loss is a number, its gradient is not
+        if self.bad(step):  # the loss is finite, its gradient is not
             loss = loss + (self.weight * 0).sum().abs().sqrt()
         yield Update(loss)
 
 
 def scaled(task: Line) -> tuple[Optimizers, Accelerator]:
-    """An accelerator as it is on a GPU with fp16, on a CPU."""
+    """An accelerator on a CPU that behaves as on a GPU with fp16."""
     accelerator = Accelerator(cpu=True)
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
@@ -228,7 +228,7 @@ class Two:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_loss_moves_its_own_group_only(pieces):
-    """Against plain gradients, written out."""
+    """Compared with plain gradients, written out."""
     task = Two(pieces)
     accelerator = Accelerator(cpu=True)
     groups = {n: [TrainableGroup(n, [getattr(task, n)], lr=0.1)] for n in ("a", "b")}
@@ -245,7 +245,7 @@ def test_a_loss_moves_its_own_group_only(pieces):
         share = [(m + 1) / pieces for m in range(pieces)]
         ours[0].grad = grad_a.clone()
         plain[0].step()
-        # the earlier pieces of the second loss saw the first weight as it was before its update
+        # the earlier pieces of the second loss saw the first weight before its update
         seen = [before] * (pieces - 1) + [ours[0].detach()]
         grad_b = sum(s * 6 * (x + 3 * theirs[0].detach()) for s, x in zip(share, seen, strict=True))
         theirs[0].grad = torch.as_tensor(grad_b)

@@ -1,4 +1,4 @@
-"""After a loss that is no number, and after a stop: what is kept, what may change, and what must be the same."""
+"""After a NaN loss, and after an interruption: what is kept, what may change, and what must be the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.core.runs import finish, learned, same, session, small
 
 
 def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
-    """From here on the loss of this step (counted from 0) is no number."""
+    """From here on, the loss of this step (counted from 0) is `value`."""
     before = Tune.updates
 
     def updates(self, index, micro):
@@ -40,7 +40,7 @@ def broken_at(monkeypatch, step: int, value: float = math.nan) -> None:
 
 @pytest.mark.parametrize("every", [1, 200])
 def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos, tmp_path, monkeypatch, every):
-    """The parameters after step 3 gave the bad loss: those after step 2 are kept, whatever was saved meanwhile."""
+    """The parameters after step 3 gave the bad loss: those after step 2 are kept, whatever was saved in between."""
     recipe = small("textual_inversion", "train.steps=6", f"train.checkpoint_every={every}")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     states = []
@@ -61,7 +61,7 @@ def test_the_state_that_gave_no_number_is_not_the_one_that_is_kept(tiny, photos,
 
 
 def test_a_run_goes_on_with_a_lower_rate(tiny, photos, tmp_path):
-    """The first update was far too large: what follows is a run that never made it."""
+    """The first update was far too large: what follows equals a run that never made it."""
     lower = small("textual_inversion", "trainable.tokens.lr=0.005", "train.steps=5")
     with pytest.raises(NotFinite, match="the last good state, of step 0"):
         finish(session(tiny(), small("textual_inversion", "trainable.tokens.lr=1e30"), photos, tmp_path / "run"))
@@ -139,7 +139,7 @@ def test_what_cannot_matter_may_change():
         "train": {"checkpoint_every": 1, "gradient_checkpointing": True, "steps": 5},
         "phases": {"a": {"train": {"checkpoint_every": 0, "steps": 5}}},
     }
-    same_recipe(old, new)  # what lies in the folders is compared by its hashes
+    same_recipe(old, new)  # the folders' contents are compared by hash
     for changed in (
         {"backbone": "toybox"},
         {"subject": {**new["subject"], "class_noun": "cup"}},
@@ -152,7 +152,7 @@ def test_what_cannot_matter_may_change():
 
 
 class Standing:
-    """Parameters and moments without a run."""
+    """Has parameters and moments, but no run."""
 
     def __init__(self, numbers: int = 2) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(numbers))
@@ -175,7 +175,7 @@ class Standing:
 
 
 def test_a_state_on_its_way_to_no_number_is_not_good():
-    """A loss that has grown a thousandfold is a number still, but nothing to go on from."""
+    """A loss that has grown a thousandfold is still finite, but not a state to continue from."""
     model: Any = Standing()
     good = LastGood(model)
     for step, (value, loss) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 3.0), (9.0, 1e7), (99.0, 1e20)]):
@@ -210,7 +210,7 @@ def test_without_a_copy_the_last_checkpoint_is_what_is_left(tiny, photos, tmp_pa
 
 
 def cut(run: Any) -> None:
-    """One step, a checkpoint, and the end of it."""
+    """Takes one step, writes a checkpoint, and ends."""
     steps = run.steps()
     next(steps)
     steps.close()
@@ -267,7 +267,7 @@ def test_going_on_with_another_model_is_refused(make_tiny_sd, tiny, photos, tmp_
 
 
 def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_one_to_go_on_from(tiny, photos, tmp_path):
-    """Also where it is killed before its first checkpoint; but one that is refused takes nothing away."""
+    """Even if it is killed before its first checkpoint; but a run that is refused removes nothing."""
     cut(session(tiny(), small(*RECIPE), photos, tmp_path / "run"))
     (tmp_path / "run" / "samples").mkdir()
     with pytest.raises(ValueError, match="trains nothing"):

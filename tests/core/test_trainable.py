@@ -1,4 +1,4 @@
-"""Which parameters are added and trained: LoRA, DoRA and token rows, injected, trained, switched and taken out again."""
+"""Which parameters are added and trained: LoRA, DoRA and token rows, injected, trained, switched and removed again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trained(backbone: Any) -> set[int]:
 
 @torch.no_grad()
 def stir(parameters: Any, seed: int = 7, size: float = 0.3) -> None:
-    """As if trained: every parameter moves."""
+    """Moves every parameter, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.add_(size * torch.randn(p.shape, generator=generator))

@@ -1,4 +1,4 @@
-"""Every method of peft's: those that are offered keep their promises, the others are refused with a reason."""
+"""All of peft's methods: those offered keep their promises, the others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.trainable.peft_types import ADAPTER_TYPES, UNSUPPORTED
 
 PROMPT = "a photo of a mug on the beach"
 LINEAR = ("self_attention", "cross_attention", "feed_forward", "text_encoder")
-#: What fits layers of 16 to 80 columns; the rest is peft's default.
+#: Settings that fit layers of 16 to 80 columns; the rest is peft's default.
 SMALL: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_dropout": 0.2},
     "C3A": {"block_size": 8},

@@ -1,4 +1,4 @@
-"""Existing weights trained for real: the gradient, the switch to the base and back, what is saved, what it costs."""
+"""Training existing weights: the gradient, switching to the base and back, what is saved, and what it costs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_weights_themselves_also_past_a_look_at_the_
     backbone = new_sd()
     group = Weights(roles=("denoiser.all",)).inject(backbone, "mug", "weights", seed=0)
     if checkpointing:
-        backbone.unet.train()  # diffusers recomputes in training mode alone; there is no dropout here
+        backbone.unet.train()  # diffusers recomputes only in training mode; there is no dropout here
         backbone.unet.enable_gradient_checkpointing()
     prediction = predict(backbone)
     with torch.no_grad(), backbone.active({}):
@@ -138,7 +138,7 @@ def test_the_base_is_exact_while_training_and_the_trained_weights_come_back(sd, 
 
 
 def test_the_base_is_exact_inside_one_autocast(sd):
-    """Autocast keeps casts of weights that require a gradient, whatever the weights have become since."""
+    """Autocast caches casts of weights that require a gradient, even if the weights have changed since."""
     group = Weights().inject(sd, "mug", "weights", seed=0)
     stir(group.parameters)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -241,7 +241,7 @@ def test_what_is_saved_is_what_was_trained_bit_for_bit(new_sd, roles, lr):
 
 
 def test_half_precision_weights_are_trained_in_full_and_used_in_half(new_sd):
-    """A step of 1e-4 is less than bf16 can add to most weights."""
+    """A step of 1e-4 is smaller than bf16 can add to most weights."""
     with torch.autocast("cpu", torch.bfloat16):
         backbone = new_sd().to(dtype=torch.bfloat16)
         before = output(backbone)
@@ -291,7 +291,7 @@ def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(tiny, photo
 
 
 def held(like: set[tuple[int, ...]]) -> int:
-    """Bytes of all tensors of these shapes that are alive, each storage once."""
+    """Bytes of all live tensors with these shapes, counting each storage once."""
     gc.collect()
     copies = [o for o in gc.get_objects() if isinstance(o, Tensor) and tuple(o.shape) in like]
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in copies}.values())

@@ -1,4 +1,4 @@
-"""Runs from pictures to learned tensors, on tiny pipelines: what changes, what is kept, and going on after a stop."""
+"""Runs from pictures to learned tensors, on tiny pipelines: what changes, what is kept, and resuming."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_recipe_that_trains_nothing_is_an_error(tiny, photos, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- stopping and going on -------------------------------------------------------------------
+# --- interrupting and resuming ---------------------------------------------------------------
 
 RICH = (
     *("augment.flip.p=0.5", "augment.color_jitter.brightness=0.2", "train.gradient_accumulation=2"),
@@ -110,7 +110,7 @@ def test_k_and_m_steps_equal_k_a_stop_and_m(tiny, photos, tmp_path, name, settin
         for _ in first.steps():
             steps += 1
             if steps == stop:
-                os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C: the step that runs is ended, then everything is saved
+                os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C: the current step is finished, then everything is saved
     assert steps == stop and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(list((tmp_path / "cut").glob(f"{checkpoint.PREFIX}*"))) == 1
     assert same(finish(session(tiny(), recipe, photos, tmp_path / "cut"), resume=True), whole)
@@ -119,7 +119,7 @@ def test_k_and_m_steps_equal_k_a_stop_and_m(tiny, photos, tmp_path, name, settin
 
 
 def test_a_kill_goes_back_to_the_last_checkpoint_also_at_a_phase_s_border(tiny, photos, tmp_path):
-    """Abandoned without a word, as by kill -9: in the second phase, whose only checkpoint is its beginning."""
+    """Abandoned silently, as by kill -9, in the second phase, whose only checkpoint is its start."""
     recipe = small("pivotal_tuning", "train.steps=3", "train.checkpoint_every=2")
     whole = finish(session(tiny(), recipe, photos, tmp_path / "whole"))
     for stop, expected in ((1, None), (2, (0, 2)), (4, (1, 0)), (5, (1, 2))):

@@ -1,4 +1,4 @@
-"""How fast the networks that denoise learn: batches drawn ahead, larger batches, compiled blocks."""
+"""How fast the denoising networks learn: batches drawn ahead, larger batches, compiled blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_batches_drawn_ahead_are_those_of_their_steps() -> None:
         return 10 * step
 
     ahead = Prefetch(draw, torch.device("meta"))
-    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # 9: a run that was resumed elsewhere
+    assert [ahead(step) for step in (3, 4, 5, 9)] == [30, 40, 50, 90]  # 9: as in a run resumed elsewhere
     assert dict(drawn)[3] and not dict(drawn)[4] and dict(drawn)[9]
     assert ahead(6) == 60
     with pytest.raises(ValueError, match="no picture 7"):

@@ -1,4 +1,4 @@
-"""A model folder that is not whole is refused, with the file and the key, by backbones and instruments alike."""
+"""An incomplete model folder is refused, with the file and the key, by backbones and instruments alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(saved, tmp_path) -> Callable[[str], Path]:
 
 
 def edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
-    """Changes the tensors of a file, and returns the first key that it had."""
+    """Changes the tensors of a file and returns the first key it had."""
     tensors = load_file(file)
     first = min(tensors)
     change(tensors)
@@ -61,7 +61,7 @@ PARTS += [("flux", part) for part in ("transformer", "text_encoder", "text_encod
 
 
 def tail(key: str) -> str:
-    """What transformers calls it: without the prefix that older files have."""
+    """The key as transformers names it, without the prefix in older files."""
     return key.removeprefix("text_model.").replace(".", r"\.")
 
 

@@ -1,4 +1,4 @@
-"""A modifier that the core does not know, with rows per site and time: trained, saved, and loaded by its own package."""
+"""A modifier unknown to the core, with rows per site and time: trained, saved, and loaded by its own package."""
 
 from __future__ import annotations
 

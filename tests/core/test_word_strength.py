@@ -1,4 +1,4 @@
-"""Learned words have a strength, as adapters have: 0 is what they started from, 1 what was learned."""
+"""Learned words have a strength, as adapters do: 0 is what they started from, 1 what was learned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.core.runs import sample
 
 
 def learned(backbone: Any, lora: bool = False, noun: str = "mug", **settings: Any) -> Concept:
-    """A concept with learned tokens (and an adapter), taken off the backbone again."""
+    """A concept with learned tokens (and an adapter), removed from the backbone again."""
     modifier = LearnableToken(**settings)
     placeholder = modifier.attach(backbone, "x", noun, seed=5)
     for parameter in placeholder.parameters():

@@ -1,4 +1,4 @@
-"""A backbone states what its world is; nothing else asks for its name."""
+"""A backbone states what its world is; nothing else depends on its name."""
 
 from __future__ import annotations
 

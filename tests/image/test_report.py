@@ -311,7 +311,7 @@ def test_damaged_reports_are_refused(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(text)
         with pytest.raises(ValueError, match=r"JSON|version|surprise|path|lead"):
             Report.load(tmp_path / f"{name}.json")
-    with pytest.raises(ValueError, match="no report there"):
+    with pytest.raises(ValueError, match="no report found"):
         Report.load(tmp_path / "nowhere.json")
 
 

@@ -241,7 +241,7 @@ def test_without_a_true_thing_or_for_a_style_there_are_two_terms_and_it_is_said(
     likeness = alone.score("identity_i")
     assert likeness is not None and likeness.among_low is not None and likeness.among_high is not None
     assert likeness.among_low <= likeness.among_high <= 1
-    assert "each reference among the others" in report_html(alone).lower()
+    assert "each reference against the others" in report_html(alone).lower()
 
 
 def test_things_that_the_instruments_do_not_know_stand_apart() -> None:

@@ -75,6 +75,24 @@ def test_pictures_and_clips_take_turns(clips: Any, photos: Path, tmp_path: Path,
     assert [set(record.parts) for record in records] == [{"denoising"}, {"denoising"}, {"prior"}, {"denoising"}]
 
 
+def test_words_of_the_subject_rest_in_steps_of_preservation(clips: Any, photos: Path, tmp_path: Path) -> None:
+    """Also where momentum would still move them."""
+    words = ("modifier.kind=learnable_token", "trainable.words.kind=tokens", "trainable.words.group=words")
+    started = run(clips, photos, tmp_path, *ALTERNATE, *words, "task.subject_only=[words]")
+    values, loras = [], []
+    for _ in started.steps():
+        values.append(torch.cat([p.detach().flatten() for p in clips.placeholders["mug"].parameters()]))
+        loras.append(torch.cat([p.detach().flatten() for a in clips.adapters["mug"] for p in a.parameters()]))
+    assert [torch.equal(x, y) for x, y in zip(values[1:], values, strict=False)] == [True, False, True]
+    assert not any(torch.equal(x, y) for x, y in zip(loras[1:], loras, strict=False))
+    clips.remove("mug")
+    for group, message in (("others", "unknown optimizer group 'others'"), ("main", "nothing is left to learn")):
+        settings = [*ALTERNATE, f"task.subject_only=[{group}]"]
+        with pytest.raises(ValueError, match=message):
+            list(run(clips, photos, tmp_path / group, *settings).steps())
+        clips.remove("mug")
+
+
 def test_what_is_temporary_acts_in_steps_alone_and_rests_where_it_is_told(
     clips: Any, photos: Path, tmp_path: Path, seen: Any
 ) -> None:

@@ -127,8 +127,8 @@ def test_a_report_that_cannot_be_read_says_so(good: tuple[ClipReport, Path], tmp
     whole = json.loads((good[1] / "report.json").read_text())
     for change, message in (
         ({"schema_version": 7}, "schema version 7"),
-        ({"medium": "pictures"}, "no report of clips"),
-        ({"clips": 3}, "not a whole report: clips"),
+        ({"medium": "pictures"}, "not a report of clips"),
+        ({"clips": 3}, "not a valid report: clips"),
     ):
         (tmp_path / "report.json").write_text(json.dumps({**whole, **change}))
         with pytest.raises(ValueError, match=message):

@@ -47,6 +47,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         *CLASS,
     ),
     "subject_lora": CLASS,
+    "synmotion": (SHORT, *(f"sources.{s}.{c}" for s in ("people", "animals") for c in _CLIPS)),
     "tune_a_video": (SHORT,),
 }
 FOR_ALL = ("train.steps=2", "train.batch_size=1", "train.resolution=32", "sampling.steps=2", "preview.num=0")

@@ -1,4 +1,4 @@
-"""What the frames of clips look like: as the prompt says, as the subject, as the clips that a motion was learned from."""
+"""How much the frames of clips look like the prompt, the subject, and the clips that a motion was learned from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shared.metrics.crops import crop_embeddings
 from shared.metrics.encoders import CropSettings, ImageEncoder, InstrumentInfo
 from shared.metrics.scores import clip_i, clip_t, cosine
 
-GRID = 16  # cells along a side of what `PixelEncoder` keeps of a picture
-_FLAT = 1e-3  # so that two flat pictures are alike, and not undefined
+GRID = 16  # cells along each side of the grid to which `PixelEncoder` reduces a picture
+_FLAT = 1e-3  # makes two flat pictures alike rather than undefined
 
 
 class PixelEncoder:
-    """Frames as what they are made of: their colours on a 16×16 grid, about their mean, as a unit vector.
+    """Encodes frames by their pixels: their colours on a 16×16 grid, minus the mean, as a unit vector.
 
-    It stands in where no network is given. It sees where which colour is, and nothing of what is shown.
+    A fallback where no network is given. It sees which colour is where, but not what is shown.
     """
 
     info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
@@ -37,19 +37,19 @@ def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
 
 
 def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
-    """How much a clip looks like those that its motion was learned from: for each frame `[F, D]` the highest cosine with
-    any frame of the clips `[f, D]`, averaged. 1: every frame is one of theirs.
+    """How much a clip looks like those its motion was learned from: the highest cosine of each frame `[F, D]` with any
+    frame of the clips `[f, D]`, averaged. 1: every frame is one of theirs.
 
     ValueError when there are no clips.
     """
     if not clips:
-        raise ValueError("leakage is the likeness to the motion's clips, and there are none")
+        raise ValueError("leakage compares with the motion's clips, and none were given")
     return float(cosine(frames, torch.cat(list(clips))).amax(1).clamp_max(1).mean())
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
-    """The `leakage` of each clip `[f, D]` from the others: what clips of other things in other places get of each other.
-    Empty for fewer than two."""
+    """The `leakage` of each clip `[f, D]` from the others: the level that unrelated clips (other things, other places)
+    reach anyway. Empty for fewer than two."""
     if len(clips) < 2:
         return []
     return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]
@@ -58,19 +58,19 @@ def unrelated(clips: Sequence[Tensor]) -> list[float]:
 def subject_similarity(
     encoder: ImageEncoder, frames: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], how: CropSettings
 ) -> Tensor:
-    """Masked likeness to the subject: the mean cosine `[F]` of each frame with the references, both cut to the thing
+    """Masked likeness to the subject: the mean cosine `[F]` of each frame with the references, both cropped to the thing
     (R-CLIP and R-DINO of MotionBooth, arXiv 2406.17758).
 
     Args:
-        frames: pixels `[F, 3, H, W]` in [-1, 1], and `[F, h, w]` in [0, 1] where the thing is (a mask, or a locator's map)
-        references: the same of the references
+        frames: pixels `[F, 3, H, W]` in [-1, 1], and where the thing is, `[F, h, w]` in [0, 1] (a mask or a locator's map)
+        references: the same for the references
     """
     return clip_i(crop_embeddings(encoder, *frames, how), crop_embeddings(encoder, *references, how))
 
 
 def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
     """How different the clips of one group (one prompt, several seeds) are: 1 minus the mean cosine of frames at the same
-    moment, over all pairs of clips. Groups of one clip are left out.
+    time, over all pairs of clips. Groups of one clip are left out.
 
     embeddings: `[N, F, D]`
     """

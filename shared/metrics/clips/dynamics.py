@@ -1,4 +1,4 @@
-"""How much moves, and how steady the frames are: always told together, for a frozen clip is the steadiest of all."""
+"""How much moves, and how steady the frames are: always reported together, because a frozen clip is the steadiest."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # of the flow's vectors, the longest
+TOP = 0.05  # the share of flow vectors, from the longest on, that is averaged
 MOVES = 6 / 256  # of the shorter side from frame to frame: VBench's threshold
-OF_SIXTEEN = 4  # VBench: a clip of 16 frames is dynamic when so many steps pass the threshold
+OF_SIXTEEN = 4  # VBench: a clip of 16 frames is dynamic when this many steps pass the threshold
 REACH = 0.03  # of the shorter side: a point that never gets this far from its start does not move
-FEW = 0.03  # of the points
+FEW = 0.03  # share of the points that may move in a frozen clip
 CHANGE = 0.1  # of the range of brightness, from frame to frame: flicker changes less than this
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """The two that pull against each other, of one clip."""
+    """Dynamic degree and temporal consistency of one clip, which pull against each other."""
 
     degree: float  # mean over frames of the longest 5 % of the flow, as a fraction of the shorter side per frame
     dynamic: bool  # whether VBench's threshold is passed
@@ -30,13 +30,13 @@ class Dynamics:
 
 
 def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
-    """Dynamic degree beside temporal consistency.
+    """Measures dynamic degree and temporal consistency.
 
     The degree is VBench's (arXiv 2311.17982, supplement, "dynamic degree"): per pair of consecutive frames the mean of
-    the 5 % longest flow vectors; the clip is dynamic when it exceeds 6/256 of the shorter side in at least a quarter of
-    the pairs that its frames make. Only vectors that the flow back confirms count here, or flicker would be taken for
-    motion. The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section
-    5): cosines of consecutive frames; some papers average over all pairs, which is given too.
+    the 5 % longest flow vectors; the clip is dynamic when it exceeds 6/256 of the shorter side in at least F/4 of the F - 1
+    pairs. Only vectors confirmed by the backward flow count here, or flicker would be taken for motion.
+    The consistency is the frame consistency of Tune-A-Video (arXiv 2212.11565, section 5): cosines of consecutive frames.
+    Some papers average over all pairs; that is returned too.
 
     Args:
         embeddings: `[F, D]` of the clip's frames
@@ -48,7 +48,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
     if frames < 2:
         raise ValueError("nothing can move in a clip of one frame")
     if len(embeddings) != frames:
-        raise ValueError(f"{len(embeddings)} embeddings for a clip of {frames} frames: give one for each")
+        raise ValueError(f"{len(embeddings)} embeddings for a clip of {frames} frames: give one per frame")
     steps = _longest(fields.magnitudes)
     needed = max(1, round(OF_SIXTEEN * frames / 16))
     between = cosine(embeddings, embeddings).clamp(-1, 1)  # rounding can put a cosine above 1
@@ -62,12 +62,11 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
 
 def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
-    """Whether nothing moves in a clip `[3, F, H, W]` in [-1, 1] (or its flow, and tracks where they are known): it is a
-    picture, shown for a while, though it may flicker.
+    """Whether nothing moves in a clip `[3, F, H, W]` in [-1, 1] (or its flow, with its tracks where they are known), so
+    that it is a still picture, though it may flicker.
 
-    That is, hardly any point gets anywhere. Points that are too fast to be followed do not either: so the flow must be
-    below the threshold for "dynamic" as well, and the 5 % that change most must change little. A clip of one frame is
-    frozen.
+    Hardly any tracked point may get anywhere. Points too fast to be followed get nowhere either, so the flow must also be
+    below the threshold for "dynamic", and the 5 % that change most must change little. A clip of one frame is frozen.
     """
     fields = clip if isinstance(clip, FlowFields) else flow_fields(clip)
     if len(fields.forward) == 0:

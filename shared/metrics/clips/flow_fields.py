@@ -1,7 +1,7 @@
-"""Optical flow of a clip, forward and backward: what point tracks and the dynamic degree are read off.
+"""Optical flow of a clip, forward and backward: the basis of point tracks and of the dynamic degree.
 
 The flow is DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590). VBench measures with
-RAFT, which needs weights; its thresholds are kept, its values are not the same to the last digit.
+RAFT, which needs weights; its thresholds are kept, but the values differ slightly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FlowFields:
 
     forward: Tensor  # float32 [F-1, h, w, 2]: from a frame to the next
     backward: Tensor  # float32 [F-1, h, w, 2]: from the next one back
-    changes: Tensor  # float32 [F-1, h, w] in [0, 1]: how much brighter or darker each cell is in the next frame
+    changes: Tensor  # float32 [F-1, h, w] in [0, 1]: absolute change of each cell's brightness to the next frame
     size: tuple[int, int]  # height and width of the clip in pixels
 
     @property
@@ -36,8 +36,8 @@ class FlowFields:
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side; 0 where the flow back does
-        not confirm it: what flickers is given a flow too, and a long one where there is no detail."""
+        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side; 0 where the backward flow
+        does not confirm it, because flicker gets a flow too, a long one where there is no detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows], -1).reshape(-1, 2).double()
@@ -61,26 +61,26 @@ def flow_fields(clip: Tensor) -> FlowFields:
 
 
 def _between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    if np.array_equal(before, after):  # nothing has moved, and what is estimated of it is not exactly 0 everywhere
+    if np.array_equal(before, after):  # nothing has moved, but the estimate would not be exactly 0 everywhere
         return np.zeros((*before.shape, 2), np.float32)
     return flow_between("dis", before, after)
 
 
 def confirmed(ahead: Tensor, backward: Tensor, at: Tensor) -> Tensor:
-    """Whether the flow back leads to where it came from, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
+    """Whether the backward flow leads back to the start, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
     (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", ECCV 2010,
     eq. 5).
 
     Args:
         ahead: f, `[N, 2]`, the flow at the places `at` `[N, 2]` (x, y)
-        backward: `[h, w, 2]`, of which b is the value at `at + ahead`
+        backward: `[h, w, 2]`; b is its value at `at + ahead`
     """
     back = sampled(backward, at + ahead)
     return (ahead + back).square().sum(1) < 0.01 * (ahead.square().sum(1) + back.square().sum(1)) + 0.5
 
 
 def sampled(field: Tensor, at: Tensor) -> Tensor:
-    """`[h, w, 2]` at `[N, 2]` (x, y in cells), between cells linearly: `[N, 2]` in float64."""
+    """Samples `[h, w, 2]` bilinearly at `[N, 2]` (x, y in cells): `[N, 2]` in float64."""
     height, width = field.shape[:2]
     scale = torch.tensor([2 / max(width - 1, 1), 2 / max(height - 1, 1)], dtype=torch.float64)
     where = (at * scale - 1)[None, None]
@@ -91,6 +91,8 @@ def sampled(field: Tensor, at: Tensor) -> Tensor:
 def check_clip(clip: Tensor) -> None:
     """ValueError unless it is a clip `[3, F, H, W]` of finite values."""
     if clip.ndim != 4 or clip.shape[0] != 3 or 0 in clip.shape:
-        raise ValueError(f"a clip has the shape [3, F, H, W], and this one has {list(clip.shape)}")
+        raise ValueError(f"a clip must have shape [3, F, H, W], not {list(clip.shape)}")
     if not bool(torch.isfinite(clip).all()):
-        raise ValueError("a clip holds values that are not finite (NaN or infinity): the model that made it diverged")
+        raise ValueError(
+            "a clip has values that are not finite (NaN or infinity): the model that generated it diverged"
+        )

@@ -1,12 +1,12 @@
-"""How alike two clips move: the motion fidelity of Space-Time Features, made symmetric and defined for what is still.
+"""How alike two clips move: the motion fidelity of Space-Time Features, made symmetric and extended to still clips.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
-tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track counts by
-the best match that it has in the other clip. Their released script averages over one clip only, takes an identity matrix
-off (identical clips score less than 1) and divides by 0 where a track is still.
+tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track counts
+with its best match in the other clip. Their released script averages over one clip only, subtracts an identity matrix
+(so identical clips score less than 1) and divides by 0 where a track is still.
 
-Here both directions count alike, and a clip against itself is exactly 1. Only tracks that go somewhere are compared: of a
-still background any clip has enough, and by it alone a frozen clip would be as good as a moving one.
+Here both directions count equally, and a clip against itself scores exactly 1. Only tracks that go somewhere are compared:
+almost every clip has a still background, which would make a frozen clip as good as a moving one.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from shared.metrics.clips.tracks import Tracks
 
 MOVES = 0.03  # of the frame's shorter side: a track that never gets this far from its start is still
-STILL = 0.004  # of the shorter side from one frame to the next: much less is rest, and has no direction
-SEEN = 0.4  # of the frames that a track must be visible in, and that two must share to be compared
-MOST = 256  # tracks of a clip that are compared, evenly chosen
+STILL = 0.004  # of the shorter side from one frame to the next: much less than this counts as rest, without direction
+SEEN = 0.4  # share of frames in which a track must be visible, and which two tracks must share to be compared
+MOST = 256  # tracks compared per clip, evenly chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
-    """Half of the mean over tracks of `a` of their best match in `b`, and half of the reverse; in [-1, 1].
+    """The mean best match of the tracks of `a` in `b`, averaged with the reverse; in [-1, 1].
 
     Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), e = `STILL`: their cosine where both are
-    fast, 1 where both rest, about 0 where one of them does. Averaged over the frames in which both are visible.
+    fast, 1 where both rest, about 0 where only one does. Averaged over the frames in which both are visible.
 
-    1 for a clip with itself and for two clips in which nothing moves, 0 where only one moves, about -1 for the opposite
-    direction. Clips of different numbers of frames are compared at the smaller number.
+    1 for a clip with itself and for two clips in which nothing moves, 0 where only one moves, about -1 for opposite
+    directions. Clips with different numbers of frames are compared at the smaller number.
 
     Args:
-        compensate_camera: take the median displacement of all visible tracks off each frame: of a moving camera, as long
-            as the thing covers less than half of the tracks
+        compensate_camera: subtract the median displacement of all visible tracks from each frame: it is the camera's, as
+            long as the thing covers less than half of the tracks
 
     Raises:
         ValueError: a clip of one frame
@@ -49,8 +49,8 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
 
 
 def resampled(tracks: Tracks, frames: int) -> Tracks:
-    """Tracks at another number of evenly spaced frames between the same first and last one, linear between frames; there
-    visible where they are at both sides."""
+    """Tracks resampled linearly to another number of evenly spaced frames, with the same first and last one. A point is
+    visible where it is in both neighbouring frames."""
     if frames == tracks.frames:
         return tracks
     at = torch.linspace(0, tracks.frames - 1, frames, dtype=torch.float64)
@@ -62,7 +62,7 @@ def resampled(tracks: Tracks, frames: int) -> Tracks:
 
 
 def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
-    """Displacements `[N, F-1, 2]`, in shorter sides, of the tracks that move, and whether each is known."""
+    """Displacements `[N, F-1, 2]`, in shorter sides, of the tracks that move, and whether each one is known."""
     steps = tracks.points.double().diff(dim=1) / min(tracks.size)
     known = tracks.visible[:, 1:] & tracks.visible[:, :-1]
     if compensate_camera:
@@ -79,7 +79,7 @@ def _moving(tracks: Tracks, compensate_camera: bool) -> tuple[Tensor, Tensor]:
 def _matches(a: Tensor, a_known: Tensor, b: Tensor, b_known: Tensor) -> Tensor:
     """`[N, M]`: how well each track of `a` matches each of `b`, 0 where they share too few frames.
 
-    With unit vectors u = (v, e) / |(v, e)| the match is u·u' = 1 - |u - u'|² / 2: so it is exactly 1 for equal tracks.
+    With unit vectors u = (v, e) / |(v, e)| the match is u·u' = 1 - |u - u'|² / 2, computed so that equal tracks give exactly 1.
     """
     one, two = _directions(a), _directions(b)
     out = torch.empty(len(a), len(b), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The report of clips as one HTML page: clips play in it, nothing is loaded from elsewhere, and no script runs."""
+"""The report of clips as one self-contained HTML page: the clips play in it, without scripts or external files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shared.metrics.report import Score
 
 LARGEST = 256  # pixels: larger clips are scaled down for the page; the files keep their size
 MAIN = ("score", "motion_recognised", "motion_fidelity", "false_motion", "leakage", "identity", "both")
-PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # side by side: neither says anything alone
+PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # side by side: none means anything alone
 ARMS: dict[Kind, str] = {
     "concept": "with the concepts",
     "base": "base model",
-    "unnamed": "motion loaded, not asked for",
+    "unnamed": "motion loaded but not asked for",
 }
 
 
@@ -53,7 +53,7 @@ def _of_prompt(report: ClipReport, prompt: int, text: str) -> dict[str, Any]:
 
 
 def _tile(report: ClipReport, row: ClipRow) -> dict[str, Any]:
-    wrong = f"; marked: {', '.join(row.flags)}" if row.flags else ""
+    wrong = f"; flagged: {', '.join(row.flags)}" if row.flags else ""
     alt = f"“{row.text}”, {ARMS[row.kind]}, seed {row.seed}{wrong}"
     return {**_shown(report, row.file, alt), "row": row}
 
@@ -64,7 +64,7 @@ def _shown(report: ClipReport, name: str, alt: str) -> dict[str, Any]:
 
 
 def _columns(scores: Sequence[Score], rows: Sequence[ClipRow]) -> list[Score]:
-    """The scores that every clip has of its own."""
+    """The scores that are measured clip by clip."""
     own = {key for row in rows for key in row.scores}
     return [s for s in scores if s.key in own]
 
@@ -76,7 +76,7 @@ def inline_clip(webp: bytes) -> str:
         return _url("webp", webp)
     frames, shown_for = [], []
     for frame in ImageSequence.Iterator(clip):
-        frame.load()  # only then is it known for how long it is shown
+        frame.load()  # the duration is known only after this
         shown_for.append(int(frame.info.get("duration") or 0))
         small = frame.convert("RGB")
         small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
@@ -88,7 +88,7 @@ def inline_clip(webp: bytes) -> str:
 
 
 def _still(webp: bytes | None) -> str:
-    """The first frame, for those who asked their system for less movement."""
+    """The first frame, for readers whose system asks for reduced motion."""
     if webp is None:
         return ""
     frame = Image.open(io.BytesIO(webp)).convert("RGB")

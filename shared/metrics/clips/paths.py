@@ -18,11 +18,11 @@ from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked, resampled
 from shared.toybox.motions.reference_clips import KEY
 
-_TRUE = 17  # part of the seed of true clips, which no reference clip has
+_TRUE = 17  # part of the seed of true clips; no reference clip uses it
 
 
 class PathReader(Protocol):
-    """Reads off a clip how its thing moves."""
+    """Reads the path of the thing from a clip."""
 
     def __call__(self, frames: Tensor) -> Array:
         """`[3, F, H, W]` in [-1, 1] -> float64 `[F, 6]`, the columns of `shared.toybox.motions.motion.PATH`."""
@@ -31,18 +31,18 @@ class PathReader(Protocol):
 
 @dataclass(frozen=True)
 class Recognition:
-    """What a path was taken for."""
+    """The motion that a path was recognised as."""
 
     name: str  # the nearest candidate
     distance: float  # to it, see `path_distance`
-    margin: float  # by how much the next one is farther
+    margin: float  # how much farther the second nearest is
 
 
 def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
-    """The nearest of some motions (name -> path `[f, 6]`) to a path `[F, 6]`. Time is kept: another rhythm is another
-    motion. Motions of another number of frames are brought to that of the path. ValueError when there are none."""
+    """The motion (name -> path `[f, 6]`) nearest to a path `[F, 6]`. Timing matters: a different rhythm is a different
+    motion. Motions with another number of frames are resampled to that of the path. ValueError when there are none."""
     if not among:
-        raise ValueError("recognition needs motions to choose from, and there are none")
+        raise ValueError("recognition needs motions to choose from, and none were given")
     order = ranked(path, {name: resampled(known, len(path)) for name, known in among.items()})
     margin = order[1][1] - order[0][1] if len(order) > 1 else float("inf")
     return Recognition(order[0][0], order[0][1], margin)
@@ -50,10 +50,10 @@ def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
 
 @dataclass(frozen=True)
 class PathError:
-    """Root mean square differences over time, after the shift of each column that is best: where a motion begins is not
-    its affair."""
+    """Root mean square differences over time, after the best shift of each column: where a motion begins is no part of
+    it."""
 
-    position_px: float  # of the thing's middle
+    position_px: float  # of the thing's centre
     scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
     azimuth_deg: float
     elevation_deg: float
@@ -61,7 +61,7 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """How far a path `[F, 6]` is from the true one `[f, 6]` (brought to F frames), in frames of `side` pixels."""
+    """How far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), in frames of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())
@@ -76,7 +76,7 @@ def path_error(path: Array, truth: Array, side: int) -> PathError:
 
 @dataclass(frozen=True)
 class KnownMotion:
-    """A held-out motion of the toybox: what it is, and what it must be told from."""
+    """A held-out motion of the toybox, and the motions it must be told apart from."""
 
     name: str  # "development-zigzag"
     motion: Motion
@@ -100,7 +100,7 @@ class KnownMotion:
 
 
 def known_motion(files: Sequence[Path]) -> KnownMotion | None:
-    """The held-out motion that these clips say they show; None for other clips, and for clips of several motions."""
+    """The held-out motion that these clips' metadata names; None for other clips and for clips of several motions."""
     names = set()
     for file in files:
         try:
@@ -119,9 +119,9 @@ def recognition_ceiling(
     clips: int = 16,
     through: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """The share of true clips of the motion, drawn anew, that are recognised: more cannot be asked of a model.
+    """The share of newly drawn true clips of the motion that are recognised: no model can be expected to exceed it.
 
-    through: what generated frames have passed as well, `[F, 3, H, W]` in and out (the model's autoencoder)
+    through: what generated frames have gone through too, `[F, 3, H, W]` in and out (the model's autoencoder)
     """
     rng = np.random.default_rng([_TRUE, *known.name.encode()])
     hits = 0

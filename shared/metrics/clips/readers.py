@@ -1,4 +1,4 @@
-"""Which network reads the paths of things off clips."""
+"""Which network reads the paths of things from clips."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _toybox() -> PathReader:
     return load_pose().path
 
 
-#: The readers of a world of its own, by the name that a backbone states (`World.instruments`).
+#: The readers of worlds that bring their own, by the name a backbone states (`World.instruments`).
 OWN: Mapping[str, Callable[[], PathReader]] = {"toybox": _toybox}
 
 

@@ -14,7 +14,7 @@ from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 SCHEMA_VERSION = 1
 CLIPS = "clips"  # the folder of the clips
 Kind = Literal["concept", "base", "unnamed"]
-"""With all concepts as the prompt names them; without any; with the motion loaded, and not asked for."""
+"""With all concepts as the prompt names them; without any; with the motion loaded but not asked for."""
 
 
 class ClipRow(MadeRow):
@@ -36,7 +36,7 @@ class ClipCosts(Row):
 
 
 class ClipReport(BaseModel):
-    """The whole evaluation of a motion, a subject, or both, in clips. `files` (bytes by name) are kept beside the JSON."""
+    """The whole evaluation of a motion, a subject, or both, in clips. `files` (bytes by name) are kept outside the JSON."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -44,7 +44,7 @@ class ClipReport(BaseModel):
     motion: str = ""  # a concept's name; "" where no motion is judged
     subject: str = ""
     class_noun: str = ""
-    recipes: dict[str, str] = {}  # concept -> the recipe that it was learned by
+    recipes: dict[str, str] = {}  # concept -> the recipe it was learned with
     backbone: str = ""
     created: str = ""  # UTC, ISO 8601
     prompt_set: str = ""
@@ -56,11 +56,11 @@ class ClipReport(BaseModel):
     scores: list[Score] = []
     clips: list[ClipRow] = []
     motion_clips: list[str] = []  # files below the report's folder: what the motion was learned from
-    references: list[str] = []  # the same of the subject's pictures
-    candidates: list[str] = []  # the motions that this one was told from, itself among them
+    references: list[str] = []  # the same for the subject's pictures
+    candidates: list[str] = []  # the motions among which this one was recognised, itself included
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
-    metadata: dict[str, Any] = {}  # of the concepts, as they say themselves
+    metadata: dict[str, Any] = {}  # of the concepts, from their own files
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
@@ -84,22 +84,22 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or its JSON; `clips`: its files too. ValueError when it is missing, damaged, a
-        report of pictures, or of another schema version.
+        """Reads a report from its folder or its JSON; with `clips`, its files too. ValueError when it is missing, damaged,
+        a report of pictures, or of another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
         raw = _read(path)
         if raw.get("medium") != "clips":
-            raise ValueError(f"{path} is no report of clips")
+            raise ValueError(f"{path} is not a report of clips")
         if raw.get("schema_version") != SCHEMA_VERSION:
             found = raw.get("schema_version")
-            raise ValueError(f"{path} is a report of schema version {found}; this program reads {SCHEMA_VERSION}")
+            raise ValueError(f"{path} has schema version {found}; this program reads version {SCHEMA_VERSION}")
         try:
             report = ClipReport.model_validate(raw)
         except ValidationError as error:
             where = ".".join(str(p) for p in error.errors()[0]["loc"])
-            raise ValueError(f"{path} is not a whole report: {where}: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"{path} is not a valid report: {where}: {error.errors()[0]['msg']}") from None
         named = [*report.motion_clips, *report.references, *(c.file for c in report.clips)] if clips else []
         for name in named:
             file = safe_relative(path.parent, name)
@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{path}: no report there") from None
+        raise ValueError(f"{path}: no report found") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not readable JSON") from None
     return raw if isinstance(raw, dict) else {}

@@ -1,4 +1,4 @@
-"""One scorer for clips, in evaluation and while training: clips in, per-clip scores out."""
+"""One scorer for clips, in evaluation and in training: clips in, per-clip scores out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared.metrics.encoders import ImageEncoder, Instruments
 from shared.metrics.scorer import Scorer
 from shared.metrics.scores import attribute_hits
 
-FRAMES = 8  # of a clip that recognizers and encoders of things see, evenly spread
+FRAMES = 8  # evenly spaced frames of a clip that recognizers and identity encoders see
 Expects = Mapping[str, str]
 Column = dict[str, float]
 
@@ -49,10 +49,10 @@ class MeasuredClips:
 
 @dataclass
 class ClipScorer:
-    """Measures clips against the clips of a motion, the pictures of a subject, and their prompts; each where it is known.
+    """Measures clips against the clips of a motion, the pictures of a subject, and their prompts, where these are known.
 
-    motion_clips: of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and what reads paths.
-    thing: knows the subject's references. compensate_camera: as in `motion_fidelity`.
+    motion_clips: all of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and a reader of paths.
+    thing: the scorer with the subject's references. compensate_camera: as in `motion_fidelity`.
     """
 
     instruments: Instruments = field(default_factory=Instruments)
@@ -64,7 +64,7 @@ class ClipScorer:
 
     @property
     def whole(self) -> ImageEncoder:
-        """What whole frames are compared by."""
+        """The encoder by which whole frames are compared."""
         return self.instruments.text_image or self.instruments.identity or PixelEncoder()
 
     @cached_property
@@ -73,7 +73,7 @@ class ClipScorer:
 
     @cached_property
     def motion_looks(self) -> list[Tensor]:
-        """`[f, D]` of each of the motion's clips."""
+        """Embeddings `[f, D]` of each of the motion's clips."""
         return [self.whole.images(clip.transpose(0, 1)) for clip in self.motion_clips]
 
     @cached_property
@@ -91,7 +91,7 @@ class ClipScorer:
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
-        """All scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError when the numbers
+        """All scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError when the counts
         differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
@@ -146,7 +146,7 @@ class ClipScorer:
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
     def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> Column:
-        """Means over the frames of what `Scorer` says of pictures, and of the likeness of crops."""
+        """Means over the frames of `Scorer`'s scores and of the likeness of crops."""
         if self.thing is None:
             return {}
         measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
@@ -162,7 +162,7 @@ class ClipScorer:
         return scores
 
     def _attributes(self, frames: Tensor, expects: Expects) -> tuple[Column, dict[str, str]]:
-        """For each attribute that the prompt names, the share of frames that show it; and what most frames show."""
+        """The share of frames that show each attribute named by the prompt, and the values that most frames show."""
         if self.instruments.attributes is None:
             return {}, {}
         read = self.instruments.attributes.read(frames)
@@ -181,9 +181,9 @@ class ClipScorer:
 
 
 def checkpoint_score(means: Mapping[str, float]) -> float:
-    """Subject × motion × (1 - leakage), on [0, 1], of what was measured; a factor that was not measured counts as 1.
+    """Subject × motion × (1 - leakage), on [0, 1]; a factor that was not measured counts as 1.
 
-    The motion is the rate of recognition where paths are read, else the fidelity; the subject is `identity`.
+    Motion is the recognition rate where paths are read, else the fidelity; subject is `identity`.
     """
     motion = means.get("motion_recognised", means.get("motion_fidelity", 1.0))
     factors = (motion, means.get("identity", 1.0), 1 - max(0.0, means.get("leakage", 0.0)))

@@ -10,14 +10,14 @@ from torch import Tensor
 from shared.metrics.clips.flow_fields import FlowFields, confirmed, flow_fields, sampled
 
 PER_SIDE = 24  # points along the shorter side of a frame
-LEAST = 16  # points that a mask should hold: the grid is refined until it does
+LEAST = 16  # points that a mask should contain: the grid is refined until it does
 
 
 @dataclass(frozen=True)
 class Tracks:
     """N points over F frames.
 
-    A point that is lost (hidden, out of the frame, or not found again by the flow back) stays lost.
+    A point that is lost (hidden, out of the frame, or not confirmed by the backward flow) stays lost.
     """
 
     points: Tensor  # float64 [N, F, 2]: x right, y down, in pixels; the middle of the first pixel is (0, 0)
@@ -49,11 +49,11 @@ def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_S
 def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
     """Follows a grid of points of the first frame along the flow.
 
-    A point is visible as long as the flow back confirms where it goes (`confirmed`).
+    A point is visible as long as the backward flow confirms where it goes (`confirmed`).
 
     Args:
-        mask: `[H, W]` or `[1, H, W]`, above 0.5 where points of the first frame are wanted; there the grid is refined
-            until it has 16 points or one for each pixel
+        mask: `[H, W]` or `[1, H, W]`, above 0.5 where points of the first frame are wanted; the grid is refined until 16
+            points lie inside or every pixel has one
         per_side: points along the shorter side
 
     Raises:
@@ -71,7 +71,7 @@ def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_S
         then = at + ahead
         inside = ((then >= 0) & (then <= bound)).all(1)
         seen = seen & inside & confirmed(ahead, backward, at)
-        at = torch.where(seen[:, None], then, at)  # a lost point rests where it was last seen
+        at = torch.where(seen[:, None], then, at)  # a lost point stays where it was last seen
         points.append(at)
         visible.append(seen)
     in_pixels = (torch.stack(points, 1) + 0.5) / cells - 0.5
@@ -94,9 +94,9 @@ def _middles(length: int, spacing: float) -> Tensor:
 def _inside(size: tuple[int, int], mask: Tensor, per_side: int) -> Tensor:
     plane = mask[0] if mask.ndim == 3 else mask
     if tuple(plane.shape) != size:
-        raise ValueError(f"a mask of {list(mask.shape)} does not fit frames of {size[0]}x{size[1]} pixels")
+        raise ValueError(f"a mask of shape {list(mask.shape)} does not fit frames of {size[0]}x{size[1]} pixels")
     if not bool((plane > 0.5).any()):
-        raise ValueError("the mask of the first frame marks nothing, so there are no points to follow")
+        raise ValueError("the mask of the first frame is empty, so there are no points to follow")
     while True:
         grid = _grid(size, per_side)
         column, row = grid.round().long().unbind(1)

@@ -1,7 +1,7 @@
-"""What happens to a picture between the renderer and an evaluator: shifts, blur, noise, as batched tensor operations.
+"""Augmentations between the renderer and an evaluator: shifts, blur and noise, as batched tensor operations.
 
-It imitates a VAE's round trip and a diffusion model's small errors, so that the evaluators keep their accuracy there.
-A batch is cut into groups; each group shares one draw, which makes every operation a plain batched one.
+They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on these.
+A batch is split into groups; each group shares one draw, so that every operation is a plain batched one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to_bytes(pixels: Tensor) -> np.ndarray:
 
 
 def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
-    """Degrades `[B, 3, H, W]` in [0, 1]: shift (pixels), blur or low resolution or nothing, tone, then noise."""
+    """Degrades `[B, 3, H, W]` in [0, 1]: a shift (pixels), then blur, low resolution or neither, then tone and noise."""
     groups = []
     for group in pixels.chunk(GROUPS):
         group = _shift(group, generator, shift)
@@ -39,7 +39,7 @@ def augment(pixels: Tensor, generator: Generator, shift: int = 4) -> Tensor:
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of `[B, 3, H, W]`; `sigma` in pixels; 5 taps each way."""
+    """Gaussian blur of `[B, 3, H, W]`; `sigma` in pixels; 5 taps per axis."""
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma) ** 2)
     taps = (taps / taps.sum()).to(pixels)
     padded = F.pad(pixels, (2, 2, 2, 2), mode="replicate")
@@ -71,7 +71,7 @@ def _tone(pixels: Tensor, generator: Generator) -> Tensor:
 
 
 def _noise(pixels: Tensor, generator: Generator) -> Tensor:
-    """Fine noise, and coarse noise of 4-pixel grain as a 16×16 latent would leave."""
+    """Adds fine noise, and coarse noise with the 4-pixel grain of a 16×16 latent."""
     count, _, height, width = pixels.shape
     level = 0.04 * torch.rand(count, 1, 1, 1, generator=generator)
     fine = torch.randn(count, 3, height, width, generator=generator)

@@ -1,6 +1,4 @@
-"""Pictures that the evaluators learn from: the backbone's dataset, and things seen from many views for the identity
-encoder.
-"""
+"""Pictures that the evaluators learn from: the backbone's dataset, and, for the identity encoder, things from many views."""
 
 from __future__ import annotations
 
@@ -20,15 +18,14 @@ from shared.toybox import patterns, world
 from shared.toybox.evaluators.convnet import write_json
 from shared.toybox.render import render
 
-RECONSTRUCTED = 0.7  # of the draws of a picture of which there is a reconstruction, the fraction that take it
+RECONSTRUCTED = 0.7  # how often a picture that has a reconstruction is replaced by it
 VIEWS_PER_THING = 4  # in a batch
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: not to be told),
-    captions per picture, names of
-    the values.
+    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: undefined), captions
+    per picture, names of the values.
     """
 
     pixels: np.ndarray
@@ -40,13 +37,13 @@ class Pictures:
 
     @classmethod
     def load(cls, folder: Path, reconstructions: Path | None = None) -> Pictures:
-        """Reads what is finished of a folder of `shared.pretrain.toybox.dataset`; `reconstructions`: an .npy of its first
+        """Reads the finished part of a `shared.pretrain.toybox.dataset` folder; `reconstructions`: an .npy of its first
         pictures after the VAE.
         """
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
             raise ValueError(
-                f"{folder} holds no finished chunk of a toybox data set: build it with `pcs toybox train data`"
+                f"{folder} has no finished chunk of a toybox data set: build it with `pcs toybox train data`"
             )
         pixels = np.concatenate([np.load(folder / f"{stem}.pixels.npy", mmap_mode="r") for stem in stems])
         packed = np.concatenate([np.load(folder / f"{stem}.masks.npy") for stem in stems])
@@ -82,12 +79,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class IdentityPictures:
-    """Pixels uint8 `[groups, things, views, 64, 64, 3]`: the things of a group share class and palette, not the
+    """Pixels uint8 `[groups, things, views, 64, 64, 3]`: the things of a group share class and palette, but not the
     pattern.
 
-    kinds: int64 `[groups * things]`, the kind of the pattern, -1 for faces; numbers: float32 `[groups * things, K]`,
-    what
-    else draws the pattern or the face, NaN where it does not apply (`individual`).
+    kinds: int64 `[groups * things]`, the kind of the pattern, -1 for faces; numbers: float32 `[groups * things, K]`, the
+    other parameters of the pattern or the face, NaN where they do not apply (`individual`).
     """
 
     pixels: np.ndarray
@@ -111,7 +107,7 @@ class IdentityPictures:
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> Drawn:
-        """About `count` pictures, by group; each group `vary`-ed as one."""
+        """About `count` pictures, by group; each group is `vary`-ed as a whole."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -129,8 +125,8 @@ class IdentityPictures:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch for the identity encoder: which thing `[B]`, in how many `groups` (equal runs of rows), pictures
-    `[B, 3, 64, 64]` in [0, 1], and which channel of the render each channel is `[B, 3]`.
+    """A batch for the identity encoder: the thing in each row `[B]`, the number of `groups` (equal runs of rows), pictures
+    `[B, 3, 64, 64]` in [0, 1], and the original channel of each channel `[B, 3]`.
     """
 
     labels: Tensor
@@ -140,16 +136,16 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Other things out of the same pictures: a group is mirrored, or its colour channels change places, all its pictures
+    """Makes different things out of the same pictures: mirrors a group or permutes its colour channels, in all its pictures
     alike.
 
-    What tells its things apart stays, so that a few thousand rendered things are not learned by heart. Faces keep their
+    What tells its things apart stays; this keeps a few thousand rendered things from being memorized. Faces keep their
     colours, which belong to their identity.
 
     Args:
         pixels: `[groups * n, 3, H, W]`; faces: `[groups]`, bool
     Returns:
-        the pictures, and which channel each channel was, `[groups, 3]`
+        the pictures, and the original channel of each channel, `[groups, 3]`
     """
     kept = torch.arange(3).expand(groups, 3)
     mixed = torch.rand(groups, 3, generator=generator).argsort(1)
@@ -164,7 +160,7 @@ def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tu
 
 
 def individual(thing: world.Thing) -> tuple[int, list[float]]:
-    """What sets a thing apart from others of its class and palette: the kind of its pattern, -1 for a face, and
+    """What sets a thing apart from others of its class and palette: the kind of its pattern (-1 for a face), and
     numbers.
 
     The numbers: the two accent colours, coverage (centred) and proportions of the pattern; then a face's identity
@@ -180,7 +176,7 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
 
 
 def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
-    """`individual`'s numbers `[B, K]` where each channel shows what was channel `channels` `[B, 3]`: the accents' too."""
+    """`individual`'s numbers `[B, K]` with the accent colours permuted like the pictures' channels (`channels` `[B, 3]`)."""
     first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
     return torch.cat([first, second, numbers[:, 6:]], 1)
 
@@ -201,8 +197,7 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Targets `[N]` from the dataset's label columns.
 
-    -1, not told: where two things are in the picture, all but background and style; the view where it has no clear
-    name.
+    -1 (undefined): everything except background and style if two things are shown, and views without a clear name.
     """
     labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
     for name, values in labels.items():
@@ -213,7 +208,7 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`; goes on where it stopped, readable while it
+    """Renders the identity encoder's training pictures into `folder`; resumes where it stopped, and can be read while it
     grows.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +217,7 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
     done = json.loads(facts_path.read_text("utf-8"))["done"] if facts_path.is_file() else 0
     pixels = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
     if pixels.shape != shape:
-        raise ValueError(f"{path} has shape {pixels.shape}, not {shape}: keep its numbers or use another folder")
+        raise ValueError(f"{path} has shape {pixels.shape}, not {shape}: keep its sizes or use another folder")
     for group in range(done, groups):
         scenes = [
             scene for thing in sample_group(np.random.default_rng([seed, 11, group]), things, views) for scene in thing
@@ -236,7 +231,7 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
 
 
 def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
-    """Scenes `[things][views]` of things of one class and palette: other patterns (for faces, other identities)."""
+    """Scenes `[things][views]` of things of one class and palette with different patterns (for faces, identities)."""
     first = world.sample_thing(rng, split, pattern=True, accessory="none")
     fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
     scenes = []
@@ -252,14 +247,14 @@ def _open(path: Path | None) -> np.ndarray | None:
 
 
 def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
-    """Sends every second draw to the rows (of `size` pictures each) that have reconstructions, where there are few."""
+    """Maps every second draw to rows (of `size` pictures each) that have reconstructions, since these may be few."""
     if reconstructions is None:
         return rows
     return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))
 
 
 def _read(pixels: np.ndarray, reconstructions: np.ndarray | None, rows: np.ndarray, generator: Generator) -> Tensor:
-    """Pictures of `rows`, some of them after the VAE."""
+    """The pictures of `rows`, some of them after the VAE."""
     found = pixels[rows]
     through = torch.rand(len(rows), generator=generator).numpy() < RECONSTRUCTED
     if reconstructions is not None:

@@ -1,5 +1,4 @@
-"""The bars of the shipped backbone: does it draw what its captions say? Answered by the recognizer, on random full
-captions.
+"""Bars for the shipped backbone: does it draw what its captions say? The recognizer judges random full captions.
 
 `python -m shared.pretrain.evaluators.judge_backbone --backbone FOLDER --out judge.json`
 """
@@ -41,16 +40,16 @@ def judge_backbone(
 ) -> dict[str, Any]:
     """Measures a toybox `StableDiffusionPipeline` against the bars.
 
-    `n` random captions name class, both colours, background and view (and accessory and style where there are any);
-    `n // 4` more name an accessory and `n // 4` more a style. One picture per caption, nothing is selected.
+    `n` random captions name class, both colours, background and view (and accessory and style if any); `n // 4` more name
+    an accessory, and `n // 4` more a style. One picture per caption, without selection.
 
     Returns:
-        settings, `scores` (fractions; PSNR in dB; KID of generated to fresh renders, and of renders to renders as its
-        floor), `instrument` (the same accuracies on renders of the same scenes: the ceiling of what can be measured),
-        `bars` (value, bar, met), `met` (all of them), `seconds`
+        settings, `scores` (fractions; PSNR in dB; KID of generated pictures to fresh renders, and of renders to renders as
+        its floor), `instrument` (the same accuracies on renders of the same scenes: the ceiling), `bars` (value, bar, met),
+        `met` (whether all are), `seconds`
     """
     if n < 8:
-        raise ValueError(f"n: {n} captions are too few; give at least 8")
+        raise ValueError(f"n: {n} captions are too few: give at least 8")
     started = time.monotonic()
     scenes, texts = captions(n, seed)
     pictures = generate(pipeline, texts, guidance, steps, seed, batch_size)
@@ -93,9 +92,7 @@ def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
 def generate(
     pipeline: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 32
 ) -> Tensor:
-    """One picture per text: `[n, 3, H, W]` in [0, 1]. Each has a seed of its own, so that the batch size does not
-    matter.
-    """
+    """One picture per text: `[n, 3, H, W]` in [0, 1]. Each has its own seed, so that the batch size does not matter."""
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
     parts = []
@@ -133,7 +130,7 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Fractions recognized right: the first five over the first `n` scenes; accessory and style where a scene has
+    """Fractions recognised correctly: the first five over the first `n` scenes, accessory and style over scenes that have
     one.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
@@ -149,8 +146,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """KID of `pictures` to `fresh` renders by the features of recognizer and CLIP; `_floor`: of `others`, renders
-    too.
+    """KID of `pictures` to `fresh` renders, by the features of recognizer and CLIP; `_floor`: KID of `others`, which are
+    renders too.
     """
     clip, _ = load_clip()
     result = {}
@@ -163,7 +160,7 @@ def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: T
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401): unbiased MMD² of features `[n, D]`, `[m, D]`,
+    """Kernel Inception Distance (Bińkowski et al., arXiv 1801.01401): unbiased MMD² of features `[n, D]`, `[m, D]` with a
     cubic kernel.
     """
     x, y = x.double(), y.double()

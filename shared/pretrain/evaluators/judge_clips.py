@@ -1,4 +1,4 @@
-"""The bars of the toybox's motion module: do clips show what their captions say, and do things keep their looks?"""
+"""Bars for the toybox's motion module: do clips show what their captions say, and do things keep their looks?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 
 BARS = {"class": 0.90, "motion": 0.75, "background": 0.90, "ends_agree": 0.85}
 FRAMES = 16
-_ALIKE = 0.05  # of true clips, how many have a first and a last frame less alike than the threshold
+_ALIKE = 0.05  # share of true clips whose first and last frame are less alike than the threshold
 
 
 def judge_clips(
@@ -30,16 +30,16 @@ def judge_clips(
 ) -> dict[str, Any]:
     """Measures a toybox `AnimateDiffPipeline` against the bars: `n` random captions of clips, one clip each of 16 frames.
 
-    Motions take turns; class and background are read from the mean over the frames, the motion from the path. The first and
-    the last frame agree when they are as alike to the identity encoder as in 95 % of true clips of the same scenes after
-    the autoencoder. `still` is the share of clips in which nothing moves.
+    Motions take turns; class and background are read from the mean over the frames, the motion from the path. First and
+    last frame agree when the identity encoder finds them as alike as in 95 % of true clips of the same scenes after the
+    autoencoder. `still` is the share of clips in which nothing moves.
 
     Returns:
-        settings, `scores`, `instrument` (the same of true clips after the autoencoder: the ceiling), `bars`, `met`,
+        settings, `scores`, `instrument` (the same for true clips after the autoencoder: the ceiling), `bars`, `met`,
         `confusions` of motions, `seconds`
     """
     if n < len(MOTIONS):
-        raise ValueError(f"n: {n} captions are too few; give at least {len(MOTIONS)}, one for each motion")
+        raise ValueError(f"n: {n} captions are too few: give at least {len(MOTIONS)}, one for each motion")
     started = time.monotonic()
     moving, texts = clip_captions(n, seed)
     made = _Read.of(generate(pipe, texts, guidance, steps, seed, batch_size))
@@ -62,7 +62,7 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """`n` random clips of captioned motions, which take turns, as photos without accessory; and their full captions."""
+    """`n` random clips of captioned motions in turn, in photo style without accessories, and their full captions."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)
@@ -75,7 +75,7 @@ def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
 def generate(
     pipe: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 4
 ) -> list[Tensor]:
-    """One clip `[16, 3, H, W]` in [0, 1] per text. Each has a seed of its own: the batch size does not matter."""
+    """One clip `[16, 3, H, W]` in [0, 1] per text. Each has its own seed, so that the batch size does not matter."""
     pipe.set_progress_bar_config(disable=True)
     clips: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
@@ -90,7 +90,7 @@ def generate(
 
 
 class _Read:
-    """What the evaluators read off clips."""
+    """What the evaluators read from clips."""
 
     def __init__(self) -> None:
         self.classes: list[str] = []
@@ -100,7 +100,7 @@ class _Read:
 
     @classmethod
     def of(cls, clips: Sequence[Tensor]) -> _Read:
-        """Of clips `[F, 3, 64, 64]` in [0, 1]."""
+        """Reads clips `[F, 3, 64, 64]` in [0, 1]."""
         recognizer, pose, identity, read = load_recognizer(), load_pose(), load_identity(), cls()
         for frames in clips:
             seen = {name: int(p.mean(0).argmax()) for name, p in recognizer.probabilities(frames).items()}
@@ -112,7 +112,7 @@ class _Read:
         return read
 
     def scores(self, moving: Sequence[MovingScene], least: float) -> dict[str, float]:
-        """The shares that are right; `least`: the cosine from which first and last frame agree."""
+        """The shares that are correct; `least`: the cosine from which first and last frame agree."""
         right = {
             "class": [a == m.scene.things[0].class_name for a, m in zip(self.classes, moving, strict=True)],
             "background": [a == m.scene.background for a, m in zip(self.backgrounds, moving, strict=True)],

@@ -1,6 +1,4 @@
-"""How far the evaluators are to be believed: their accuracies on fresh renders, and on the same after the VAE's round
-trip.
-"""
+"""How reliable the evaluators are: their accuracies on fresh renders, before and after the VAE's round trip."""
 
 from __future__ import annotations
 
@@ -31,15 +29,15 @@ def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
 
 
 def render_all(scenes: Sequence[world.Scene]) -> Tensor:
-    """Renders `[n, 3, 64, 64]` in [0, 1], kept: every measure is taken twice, before and after the VAE."""
+    """Renders `[n, 3, 64, 64]` in [0, 1], cached: everything is measured twice, before and after the VAE."""
     return _rendered(tuple(scenes))
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """`n` random scenes of one thing whose view is far enough from the border between two views to have a name.
+    """`n` random scenes of one thing, whose views are far enough from the boundaries between views to have a name.
 
-    Their random numbers are apart from those of the training pictures; patterns and identities are those of no training
-    picture either (`reporting` seeds).
+    Their random numbers are independent of the training pictures', and no training picture has their patterns and
+    identities (`reporting` seeds).
     """
     rng = np.random.default_rng([seed, 77])
     scenes: list[world.Scene] = []
@@ -51,10 +49,10 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Fractions right on `n` fresh renders, all styles; `_shown`: over pictures with an accessory, a style; the usual
-    confusions.
+    """Accuracies on `n` fresh renders in all styles, and the commonest confusions; `_shown`: over pictures with an
+    accessory or a style.
 
-    degrade: what happens to the pictures `[n, 3, 64, 64]` first, for instance the VAE's round trip.
+    degrade: applied to the pictures `[n, 3, 64, 64]` first, for instance the VAE's round trip.
     """
     scenes = fresh_scenes(n, seed)
     pictures = render_all(scenes)
@@ -77,7 +75,7 @@ def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = N
 
 
 def confusions(found: list[str], truths: list[str], most: int = 6) -> list[str]:
-    """The commonest errors, as "truth -> answer: how often"."""
+    """The commonest errors, as "truth -> answer: count"."""
     counts: dict[tuple[str, str], int] = {}
     for answer, true in zip(found, truths, strict=True):
         if answer != true:
@@ -94,13 +92,13 @@ def measure_identity(
     degrade: Degrade | None = None,
     faces: bool = False,
 ) -> dict[str, Any]:
-    """Retrieval of held-out subjects (or faces) among their same-class, same-palette distractors, from pictures the
-    gallery has not seen.
+    """Retrieval of held-out subjects (or faces) among their distractors of the same class and palette, from pictures that
+    are not in the gallery.
 
-    Every entry of a gallery (subject and distractors) is `references` reference pictures; the queries are other
-    pictures of it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
+    Every gallery entry (subject and distractors) has `references` reference pictures; the queries are other pictures of
+    it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
     With `faces`, queries in which the recognizer sees no face (only hair, from behind or from above) are not judged, as
-    face recognizers do, and counted as `no_face`.
+    is usual in face recognition, but counted as `no_face`.
     """
     right: list[bool] = []
     own: list[bool] = []
@@ -133,7 +131,7 @@ def measure_identity(
 def _identity_hits(
     held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
 ) -> list[tuple[int, str, bool, bool]]:
-    """For every query: its entry of the gallery, its view, whether the right entry was found, whether a face is seen."""
+    """For every query: its gallery entry, its view, whether the right entry was found, and whether a face is visible."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
     through = degrade or (lambda pictures: pictures)
@@ -150,10 +148,10 @@ def _identity_hits(
 
 @torch.no_grad()
 def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Zero-shot accuracies; retrieval of a picture's full caption among 64; and the swap test.
+    """Zero-shot accuracies, retrieval of a picture's full caption among 64, and the swap test.
 
-    `swap_<attribute>`: the fraction of pictures closer to their caption than to the same with another value of the
-    attribute (chance 0.5); `swap_binding`: than to the same with the two colours exchanged.
+    `swap_<attribute>`: the fraction of pictures closer to their caption than to the same caption with another value of the
+    attribute (chance 0.5); `swap_binding`: with the two colours exchanged.
     """
     model, processor = load_clip()
     scenes = fresh_scenes(n, seed, style="photo", accessory="none")

@@ -1,5 +1,4 @@
-"""The model card of the toybox's weights: what they are, how they were made, how far the instruments are to be
-believed.
+"""The model card of the toybox's weights: what they are, how they were made, and how reliable the instruments are.
 
 `python -m shared.pretrain.evaluators.model_card [--judge judge.json]` measures and writes `weights/CARD.md` and `card.json`.
 """
@@ -25,9 +24,7 @@ SPLITS = ("development", "reporting")
 
 
 def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
-    """Every accuracy on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": ..., "vae":
-    ...}}`.
-    """
+    """All accuracies on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": …, "vae": …}}`."""
 
     def through(pixels: Tensor) -> Tensor:
         assert vae is not None
@@ -47,7 +44,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
 
 
 def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
-    """Sizes in bytes and trainings of what lies in `weights`."""
+    """The sizes in bytes and the trainings of what is in `weights`."""
     folders = (
         sorted(f for f in weights.iterdir() if f.is_dir() and not f.name.startswith(".")) if weights.is_dir() else []
     )
@@ -63,13 +60,13 @@ def write_card(
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge: what `judge_backbone` returned; where None, what the card said already. keep: the accuracies that the card said
-    already (with their `n` and `seed`) instead of measuring again, which takes minutes.
+    judge: the result of `judge_backbone`; where None, the card's previous one. keep: keeps the card's previous accuracies
+    (with their `n` and `seed`) instead of measuring again, which takes minutes.
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if keep and not before:
-        raise ValueError(f"keep: there is no {path} whose accuracies could be kept; measure them")
+        raise ValueError(f"keep: {path} does not exist, so it has no accuracies to keep: measure them")
     if keep:
         n, seed, accuracies = before["fresh_renders"], before["seed"], before["accuracies"]
     else:
@@ -88,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--judge", type=Path, help="JSON of `shared.pretrain.evaluators.judge_backbone`")
-    parser.add_argument("--keep", action="store_true", help="keep the accuracies that the card says already")
+    parser.add_argument("--judge", type=Path, help="JSON written by `shared.pretrain.evaluators.judge_backbone`")
+    parser.add_argument("--keep", action="store_true", help="keep the card's present accuracies")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -17,35 +17,35 @@ NAMES = {
 }
 HEADER = """# The toybox's weights
 
-Made by `shared/toybox` from seeds, on pictures that it rendered itself. They know the toybox world and nothing else:
-a number measured with them is a toybox number. Licence: that of this repository.
+Trained from seeds on pictures rendered by `shared/toybox`. They know only the toybox world: a number measured with them
+is a toybox number. Licence: that of this repository.
 """
 HOW = """
-DATA is a folder of `shared.pretrain.toybox.dataset`; for `identity` one of
-`python -m shared.pretrain.evaluators.data FOLDER`. Pictures after the VAE, for `--reconstructions FILE`,
-come from `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
+DATA is a folder written by `shared.pretrain.toybox.dataset`; for `identity`, by
+`python -m shared.pretrain.evaluators.data FOLDER`. The pictures after the VAE for `--reconstructions FILE` are made by
+`python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
 SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
 `binding`: with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
-    "captioned": ("captioned motions named", "95.0 % clean, 90.0 % after the VAE"),
+    "captioned": ("captioned motions recognised", "95.0 % clean, 90.0 % after the VAE"),
     "held_out_development": ("held-out motions recognised, development", ""),
     "held_out_reporting": ("held-out motions recognised, reporting", ""),
 }
-MOTIONS = """Place, size, azimuth (0 is the front; of what is seen from less than 50° above), elevation and tilt, picture by
-picture; of clips the path, the azimuth followed through time. Captioned motions: the nearest of 64 paths of each.
-Held-out ones: nearest among their look-alikes, the other motions of their split and standing still.
+MOTIONS = """Place, size, azimuth (0 is the front; judged at elevations below 50°), elevation and tilt, picture by picture;
+for clips the path, with the azimuth tracked through time. Captioned motions: the nearest of 64 paths of each.
+Held-out ones: the nearest among their look-alikes, the other motions of their split and standing still.
 """
 
 
 def page(card: dict[str, Any]) -> str:
-    """The card of `card.write_card` as Markdown."""
+    """The card of `model_card.write_card` as Markdown."""
     sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in card["bytes"].items())
     parts = [
         HEADER,
-        f"All together {card['bytes_in_all'] / 1e6:.1f} MB, fp16 safetensors: {sizes}.\n",
+        f"{card['bytes_in_all'] / 1e6:.1f} MB in total, as fp16 safetensors: {sizes}.\n",
         "## Backbone\n",
         _backbone_made(card["trainings"].get("backbone")),
         _backbone(card["judge"]),
@@ -95,10 +95,10 @@ def _backbone(judge: dict[str, Any] | None) -> str:
     )
     return (
         f"{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, "
-        f"seed {judge['seed']}, one picture each, none selected.\n"
-        "The last column: what the recognizer reads from renders of the same scenes.\n\n"
+        f"seed {judge['seed']}, one picture each, without selection.\n"
+        "The last column: the recognizer on renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
-        + f"\nKID to fresh renders (scaled features; in brackets renders to renders): {kid}.\n"
+        + f"\nKID to fresh renders (scaled features; in brackets: renders to renders): {kid}.\n"
     )
 
 
@@ -108,13 +108,13 @@ def _backbone_made(training: dict[str, Any] | None) -> str:
     last = training.get("last", {})
     steps, loss = last.get("decoder", {}).get("step"), last.get("unet", {}).get("loss")
     sentences = [
-        f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder beside them, taught "
-        "besides their loss by a reader of noisy\n"
+        f"Text model and U-Net after {training['pictures']:,} pictures, on latents of the autoencoder shipped with them, with "
+        "an additional loss from a reader of noisy\n"
         "latents that no judge below uses (`shared/pretrain/toybox/latent_reader.py`).",
-        f"The autoencoder's decoder was taught on by a discriminator, {steps:,} steps (`shared/pretrain/toybox/decoder.py`)."
+        f"The decoder was trained for {steps:,} more steps against a discriminator (`shared/pretrain/toybox/decoder.py`)."
         if steps
         else "",
-        "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each going on from what was shipped before"
+        "Made in rounds by `pcs toybox train data vae decoder unet assemble`, each continuing from what was shipped before"
         + (f"; the U-Net's last loss: {loss}." if loss else "."),
         *(f"{name}: {line['note']}." for name, line in last.items() if "note" in line),
     ]
@@ -147,8 +147,8 @@ def _evaluators(card: dict[str, Any]) -> str:
     last = list(recognizer)[-1]
     errors = [f"- {name}: " + (", ".join(pairs) or "none") for name, pairs in recognizer[last]["confusions"].items()]
     return (
-        f"{card['fresh_renders']} fresh renders with patterns and identities of no training picture, every style, "
-        f"scale 0.4–1.1.\nIdentity: a gallery of {facts['gallery']} (the thing and its distractors of same class and "
+        f"{card['fresh_renders']} fresh renders with patterns and identities of no training picture, in all styles, "
+        f"scale 0.4–1.1.\nIdentity: a gallery of {facts['gallery']} (the thing and its distractors of the same class and "
         f"palette), five reference pictures each,\nqueries from random views (chance {_percent(facts['chance'])})."
         f"{_faceless(found)}\n\n"
         + _table(["", *_ways(recognizer), "aim"], rows)
@@ -159,13 +159,13 @@ def _evaluators(card: dict[str, Any]) -> str:
 
 
 def _faceless(found: dict[str, Any]) -> str:
-    """How many queries of faces show none, where it was counted."""
+    """How many queries with faces show none, where that was counted."""
     counts = [found[k]["clean"]["no_face"] for k in found if k.startswith("faces_") and "no_face" in found[k]["clean"]]
     judged = [found[k]["clean"]["queries"] for k in found if k.startswith("faces_")]
     if not counts:
         return ""
     return (
-        f" Faces are judged where a face can be seen;\nof {sum(counts) + sum(judged)} queries {sum(counts)} show none "
+        f" Faces are judged where a face is visible;\n{sum(counts)} of {sum(counts) + sum(judged)} queries show none "
         "(only hair, from behind or from above) and are left out."
     )
 

@@ -1,4 +1,4 @@
-"""The training of the pose estimator: how pictures' things are placed and turned, and a loss over one batch."""
+"""Training of the pose estimator: how the things in pictures are placed and turned, and the loss over one batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from shared.toybox.evaluators.recognizer import Recognizer
 from shared.toybox.motions.motion import PATH
 from shared.toybox.world import Camera
 
-_SOFT_DEG = 8.0  # standard deviation of the azimuth that is asked for
-_STEEP_DEG = 70.0  # from above this, azimuth and roll are hardly two things
-_SMALL = 0.3  # errors below this, in units, count by their square
+_SOFT_DEG = 8.0  # standard deviation of the azimuth targets
+_STEEP_DEG = 70.0  # at elevations above this, azimuth and roll can hardly be told apart
+_SMALL = 0.3  # errors below this, in units, count quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
-    """float32 `[count, 6]`, the columns of `motion.PATH`, of a data set's first pictures; NaN where two things are shown.
+    """float32 `[count, 6]`, the columns of `motion.PATH`, for a data set's first pictures; NaN where two things are shown.
 
     The scenes are drawn again from the data set's seed: nothing is rendered.
     """
@@ -50,7 +50,7 @@ def pose_of(camera: Camera) -> np.ndarray:
 class PoseTask(EvaluatorTask):
     """Absolute errors of place, size, elevation and tilt, and the cross-entropy of the azimuth.
 
-    `poses`: float32 `[N, 6]`, as `poses_of`. `start`: a recognizer, with whose trunk the network begins.
+    `poses`: float32 `[N, 6]`, as `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PoseTask(EvaluatorTask):
         """One term for the linear columns, and one for the azimuth."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
-        pixels = augment(pixels, draws, shift=0).to(device)  # a shift is another pose
+        pixels = augment(pixels, draws, shift=0).to(device)  # a shift would change the pose
         with self.compute.autocast():
             linear, azimuth = self.estimator(pixels)
         poses = self.poses[rows].to(device)
@@ -96,12 +96,12 @@ class PoseTask(EvaluatorTask):
         save_model(self.module, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Takes over a written estimator."""
+        """Loads a written estimator."""
         return adopt_state(self.module, out)
 
 
 def soft_azimuths(azimuth_deg: Tensor, bins: int) -> Tensor:
-    """Azimuths `[B]` as chances `[B, bins]`: a wrapped normal distribution around each."""
+    """Azimuths `[B]` as probabilities `[B, bins]`: a wrapped normal distribution around each."""
     centres = torch.arange(bins, device=azimuth_deg.device) * (360 / bins)
     apart = (centres - azimuth_deg[:, None] + 180) % 360 - 180
     return (-0.5 * (apart / _SOFT_DEG) ** 2).softmax(1)

@@ -1,4 +1,4 @@
-"""Pictures as the autoencoder gives them back: the evaluators learn from them too, for they judge what it decodes.
+"""Pictures reconstructed by the autoencoder: the evaluators learn from them too, because they judge decoded pictures.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """
@@ -19,8 +19,8 @@ from shared.train.precision import resolve_precision
 
 
 def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_size: int = 64) -> None:
-    """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: .npy, uint8 `[rows,
-    64, 64, 3]`.
+    """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: an .npy file, uint8
+    `[rows, 64, 64, 3]`.
     """
     vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
@@ -30,7 +30,7 @@ def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_s
     temporary = target.with_name(target.name + ".part")
     result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
     for start in range(0, len(source), batch_size):
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # a third of a grey level off
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # off by a third of a grey level
             through = round_trip(vae, from_bytes(source[start : start + batch_size]))
         result[start : start + batch_size] = to_bytes(through.float())
     result.flush()
@@ -50,7 +50,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [0, 1] encoded (mean of the latent) and decoded again, clamped to [0, 1]."""
+    """Pictures `[B, 3, H, W]` in [0, 1], encoded (mean of the latent) and decoded again, clamped to [0, 1]."""
     parts = []
     for chunk in pixels.split(batch_size):
         latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]
@@ -59,7 +59,7 @@ def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Te
 
 
 def main() -> None:
-    """Sends the first ROWS pictures of a dataset or identity folder through a VAE, into an .npy file."""
+    """Sends the first ROWS pictures of a dataset or identity folder through a VAE and writes an .npy file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("folder", "vae", "target"):
         parser.add_argument(name, type=Path)

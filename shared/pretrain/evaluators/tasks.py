@@ -1,4 +1,4 @@
-"""The trainings of recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
+"""Training of the recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings; `lr` is the peak rate. `thaw`: the identity encoder learns the recognizer's trunk too, for a second
-    round."""
+    """Settings; `lr` is the peak rate. `thaw`: the identity encoder trains the recognizer's trunk too, in a second round."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -42,7 +41,7 @@ class EvaluatorTraining:
 class EvaluatorTask(PretrainTask):
     """An evaluator's training."""
 
-    flags: tuple[str, ...]  # what its command was given beside the settings, for the card
+    flags: tuple[str, ...]  # its command's flags other than the settings, for the card
 
     def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
         self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute
@@ -59,25 +58,25 @@ class EvaluatorTask(PretrainTask):
         yield Update(torch.stack(list(terms.values())).sum(), parts={k: v.detach() for k, v in terms.items()})
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Named scalars; their sum is minimised."""
+        """Named scalars, whose sum is minimised."""
         raise NotImplementedError
 
     def export(self, out: Path) -> None:
-        """Writes the present weights, fp16."""
+        """Writes the current weights in fp16."""
         raise NotImplementedError
 
     def adopt(self, out: Path) -> bool:
-        """Takes over what `export` wrote; False where that is another architecture."""
+        """Loads what `export` wrote; False where that has another architecture."""
         raise NotImplementedError
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """What a training's command was given for these pictures, for the card."""
+    """The command's flags for these pictures, for the card."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
 class RecognizerTask(EvaluatorTask):
-    """Cross-entropy of every attribute; what a picture's label leaves open (-1) is not counted."""
+    """Cross-entropy of every attribute; undefined labels (-1) are not counted."""
 
     def __init__(
         self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
@@ -109,16 +108,16 @@ class RecognizerTask(EvaluatorTask):
         save_model(self.module, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Takes over a written recognizer."""
+        """Loads a written recognizer."""
         return adopt_state(self.module, out)
 
 
 class IdentityTask(EvaluatorTask):
-    """Supervised contrastive loss; a batch holds groups of one class and palette, in each several things in several views.
+    """Supervised contrastive loss; a batch has groups of one class and palette, each with several things in several views.
 
-    While training, what the renderer drew the individual from is read off the layer before the embedding (not kept).
-    `start`: a recognizer, whose trunk the encoder takes over as it is: only what follows it is learned (three times
-    faster), unless the settings say `thaw`.
+    During training, the layer before the embedding must also predict the parameters that the renderer drew the individual
+    from (these heads are not kept). `start`: a recognizer whose trunk the encoder takes over unchanged, so that only the
+    layers after it are trained (three times faster), unless the settings say `thaw`.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class IdentityTask(EvaluatorTask):
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Contrastive over the whole batch, the same within the groups of hard negatives, and the readings."""
+        """The contrastive loss over the whole batch and within the groups of hard negatives, and the predicted parameters."""
         self.encoder.trunk.train(not self.frozen)
         device = self.compute.device
         drawn = self.data.draw(draws, self.batch_size)
@@ -169,12 +168,12 @@ class IdentityTask(EvaluatorTask):
         save_model(self.encoder, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Takes over a written encoder; what is read off while training begins anew."""
+        """Loads a written encoder; the training-only heads start anew."""
         return adopt_state(self.encoder, out)
 
 
 class ClipTask(EvaluatorTask):
-    """CLIP's loss, and while training a linear reading of every attribute from the picture's embedding (not kept)."""
+    """CLIP's loss, and during training a linear prediction of every attribute from the picture's embedding (not kept)."""
 
     def __init__(
         self,
@@ -195,7 +194,7 @@ class ClipTask(EvaluatorTask):
         self._set_up(nn.ModuleDict({"clip": model, "heads": self.heads}), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """The contrastive term and the mean of the readings."""
+        """The contrastive term and the mean loss of the attribute heads."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
         pixels = augment(pixels, draws).to(device)
@@ -216,17 +215,17 @@ class ClipTask(EvaluatorTask):
         clips.save_clip(self.model, self.processor, out)
 
     def adopt(self, out: Path) -> bool:
-        """Takes over a written CLIP; what is read off while training begins anew."""
+        """Loads a written CLIP; the attribute heads start anew."""
         return adopt_state(self.model, out)
 
 
 def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """The index `[Q]` of the entry that each query `[Q, D]` is most similar to; `gallery` as in `similarities`."""
+    """The index `[Q]` of the entry most similar to each query `[Q, D]`; `gallery` as in `similarities`."""
     return similarities(queries, gallery).argmax(1)
 
 
 def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; scalar.
+    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; a scalar.
 
     A row without a positive in the batch is left out.
     """

@@ -1,7 +1,7 @@
-"""Trains an evaluator: seeded, resumable, on a CPU in about an hour together.
+"""Trains an evaluator: seeded, resumable, about an hour on a CPU for all of them.
 
-`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`); each leaves a checkpoint
-and a log in `work` and, at the end of a session, fp16 weights in `out`.
+`python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) leaves a checkpoint and a
+log in `work` and, at the end of a session, fp16 weights in `out`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a training reads and writes.
+    """The folders that a training reads and writes.
 
-    data: the dataset; for the identity encoder, a folder of `data.build_identity`
-    out: of the weights; identity encoder and pose estimator start from the trunk of the `recognizer` beside it
-    work: of checkpoint and log
+    data: the dataset; for the identity encoder, a folder written by `data.build_identity`
+    out: for the weights; identity encoder and pose estimator start from the trunk of the `recognizer` next to it
+    work: for checkpoint and log
     reconstructions: an .npy of the data's first pictures after the autoencoder
     """
 
@@ -47,15 +47,15 @@ class Folders:
 
 
 def train_evaluator(name: str, folders: Folders, run: RunSettings, settings: EvaluatorTraining | None = None) -> int:
-    """Trains one of `TRAININGS`; the number of steps done in all."""
+    """Trains one of `TRAININGS`. Returns the total number of steps done."""
     training = TRAININGS[name]
     return fit(training.build(folders, settings or training.settings, run.compute()), run, folders)
 
 
 def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
-    """Trains `task` and writes its weights; the number of steps done in all.
+    """Trains `task` and writes its weights. Returns the total number of steps done.
 
-    With `run.resume`, goes on from the checkpoint in `work`, or else from the finished weights in `out` with a new
+    With `run.resume`, continues from the checkpoint in `work`, or else from the finished weights in `out` with a new
     optimizer.
     """
     refuse_older(folders.work / "checkpoint.safetensors")
@@ -68,7 +68,7 @@ def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
 
 
 def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> dict[str, Any]:
-    """What the card says of a training: its numbers so far and its last losses."""
+    """What the card says about a training: its numbers so far and its last losses."""
     return {
         "done": outcome.step,
         "pictures": outcome.pictures,
@@ -84,13 +84,13 @@ def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> di
 
 
 def adopt(task: EvaluatorTask, out: Path) -> int:
-    """Loads finished weights and returns the step they are at; 0 where there are none, or of other shapes."""
+    """Loads finished weights and returns their step; 0 where there are none, or with other shapes."""
     done = written_steps(out)
     return done if done and task.adopt(out) else 0
 
 
 def written_steps(out: Path) -> int | None:
-    """After how many steps the weights in `out` were written; None where there are none."""
+    """The step at which the weights in `out` were written; None where there are none."""
     file = out / TRAINING
     return int(json.loads(file.read_text("utf-8"))["done"]) if file.is_file() else None
 
@@ -118,7 +118,7 @@ def _pose(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> Ev
 
 @dataclass(frozen=True)
 class Training:
-    """How an evaluator is trained where nothing else is asked for."""
+    """How an evaluator is trained by default."""
 
     build: Callable[[Folders, EvaluatorTraining, Compute], EvaluatorTask]
     steps: int
@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--reconstructions", type=Path)
-    parser.add_argument("--fresh", action="store_true", help="ignore a checkpoint in --work")
-    parser.add_argument("--thaw", action="store_true", help="identity: learn the recognizer's trunk too (second round)")
+    parser.add_argument("--fresh", action="store_true", help="ignore any checkpoint in --work")
+    parser.add_argument("--thaw", action="store_true", help="identity: train the recognizer's trunk too (second round)")
     parser.add_argument("--threads", type=int, default=1)
     kinds = {"steps": int, "batch_size": int, "lr": float, "seed": int, "minutes": float, "device": str}
     for name, kind in kinds.items():

@@ -1,4 +1,4 @@
-"""The curve over training: a run's snapshots judged like the shipped backbone, on fewer captions."""
+"""The curve over training: a run's snapshots, judged like the shipped backbone but on fewer captions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CURVE = "curve.json"
 
 
 def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = WEIGHTS) -> Iterator[dict[str, Any]]:
-    """Judges every snapshot of `work/run` and its checkpoint that `weights/curve.json` does not have yet, and adds it.
+    """Judges the snapshots and the checkpoint of `work/run` that `weights/curve.json` lacks, and adds them to it.
 
     Args:
-        n: random captions; those of `judge_backbone` with the same seed
-        guidance: of every point
+        n: number of random captions, the same as in `judge_backbone` with this seed
+        guidance: for every point
     Yields:
         each new point: step, pictures, n, guidance and `SCORES`
     Raises:
@@ -33,11 +33,11 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     points: list[tuple[Path | None, dict[str, Any]]] = [(file, snapshot_facts(file)) for file in snapshots(run)]
     points += [] if state is None else [(None, denoiser_facts(state))]
     if not points:
-        raise ValueError(f"{run} holds no snapshot and no checkpoint: train first (`pcs toybox train unet`)")
+        raise ValueError(f"{run} has no snapshot and no checkpoint: train first (`pcs toybox train unet`)")
     settings = {"n": n, "guidance": guidance, "seed": seed}
     curve = read(weights) or {**settings, "points": []}
     if {k: curve[k] for k in settings} != settings:
-        raise ValueError(f"{weights / CURVE} was measured with other settings: remove it, or use its own ({curve})")
+        raise ValueError(f"{weights / CURVE} was measured with other settings: remove it, or use those ({curve})")
     known = {point["step"] for point in curve["points"]}
     for snapshot, facts in points:
         if facts["step"] in known:

@@ -1,5 +1,5 @@
-"""How the toybox's weights are made: first the autoencoder, then, on its cached latents, text model and U-Net.
+"""How the toybox's weights are made: first the autoencoder, then text model and U-Net on its cached latents.
 
-Every training is a loop of numbered steps whose randomness depends on ``(seed, step)`` alone, so a stopped run resumes
-to the same bits on a CPU.
+Every training is a loop of numbered steps whose randomness depends only on ``(seed, step)``, so that on a CPU an
+interrupted run resumes to the same bits.
 """

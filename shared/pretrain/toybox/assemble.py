@@ -1,4 +1,4 @@
-"""How a training becomes the pipeline folder that is shipped."""
+"""Turns a training into the pipeline folder that is shipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline:
-    """The average of the run's denoiser as a pipeline in fp32; what is not trained yet is freshly initialised (seed 0).
+    """The average of the run's denoiser as a pipeline in fp32; untrained parts are freshly initialised (seed 0).
 
     Args:
         out: the run's folder
@@ -68,13 +68,13 @@ def _write_average(module: torch.nn.Module, average: dict[str, torch.Tensor]) ->
 
 
 def assemble(out: Path, target: Path | None = None) -> Path:
-    """Packs the run's averaged weights in fp16 as a diffusers folder that needs nothing of this project.
+    """Packs the run's averaged weights in fp16 as a diffusers folder that does not need this project.
 
-    The folder is replaced in one rename; a failure leaves the old one as it was.
+    The folder is replaced in one rename; a failure leaves the old one unchanged.
 
     Args:
         out: the run's folder
-        target: the pipeline folder; the shipped one (``shared/toybox/weights/backbone``) where None
+        target: the pipeline folder; None: the shipped one (``shared/toybox/weights/backbone``)
 
     Returns:
         ``target``
@@ -98,7 +98,7 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """How far the run is: step, pictures and sizes of the denoiser, and the last logged lines of all trainings."""
+    """The run's progress: step, pictures and sizes of the denoiser, and the last log lines of all trainings."""
     state = checkpoint.load(training_folder(out, "unet"))
     facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
     return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}
@@ -115,9 +115,9 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
 
 
 def plain_configs(folder: Path) -> None:
-    """Removes local paths, and states fp32 as the type to compute in.
+    """Removes local paths, and states fp32 as the compute type.
 
-    transformers 5 loads in the configuration's type where none is asked for, diffusers in fp32: they must agree.
+    By default transformers 5 loads in the configuration's type, and diffusers in fp32: these must agree.
     """
     for path in folder.glob("**/*.json"):
         if path.name not in {"config.json", "model_index.json", "tokenizer_config.json"}:
@@ -131,7 +131,7 @@ def plain_configs(folder: Path) -> None:
 
 
 def readable(folder: Path) -> None:
-    """The usual rights: a temporary folder and safetensors' files are closed to others."""
+    """Sets the usual permissions: temporary folders and safetensors' files are not readable by others."""
     folder.chmod(0o755)
     for path in folder.glob("**/*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,4 +1,4 @@
-"""How the motion module's training becomes the folders that are shipped."""
+"""Turns the motion module's training into the folders that are shipped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shared.train import checkpoint
 
 
 def assemble_motion(work: Path, backbone: Path | None = None, target: Path | None = None) -> Path:
-    """Packs the averaged motion module in fp16 as a folder of diffusers' `MotionAdapter`, and writes the learned words into
-    the backbone's tokenizer and text encoder. Each folder is replaced in one rename.
+    """Packs the averaged motion module in fp16 as a diffusers `MotionAdapter` folder, and writes the learned words into the
+    backbone's tokenizer and text encoder. Each folder is replaced in one rename.
 
     Args:
-        backbone: the pipeline folder that it was trained on; the shipped one where None
-        target: the motion module's folder; the shipped one (``shared/toybox/weights/motion_adapter``) where None
+        backbone: the pipeline folder it was trained on; None: the shipped one
+        target: the motion module's folder; None: the shipped one (``shared/toybox/weights/motion_adapter``)
     """
     backbone, target = backbone or WEIGHTS / "backbone", target or WEIGHTS / "motion_adapter"
     pipe, adapter = averaged(work, backbone)
@@ -34,13 +34,13 @@ def assemble_motion(work: Path, backbone: Path | None = None, target: Path | Non
 def _adapter(adapter: Any, fresh: Path, work: Path) -> None:
     adapter.to(torch.float16).save_pretrained(str(fresh))
     state = checkpoint.load(motion_folder(work))
-    assert state is not None  # its averages were read
+    assert state is not None  # its averages have been read
     facts = {"step": state.step, "clips": state.info["pictures"], **state.info["facts"]}
     (fresh / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _words(pipe: Any, backbone: Path, fresh: Path) -> None:
-    """The backbone as it was, but for the text encoder's embeddings and the tokenizer's words."""
+    """The backbone, unchanged except for the text encoder's embeddings and the tokenizer's words."""
     shutil.copytree(backbone, fresh, dirs_exist_ok=True)
     pipe.text_encoder.to(torch.float16).save_pretrained(str(fresh / "text_encoder"))
     pipe.tokenizer.save_pretrained(str(fresh / "tokenizer"))

@@ -1,9 +1,9 @@
 """Training clips on disk: rendered once in chunks, read as memory maps.
 
-    FOLDER/recipe.json                      what was asked for; another recipe in the same folder is refused
-    FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl     one chunk, complete where its captions are there
+    FOLDER/recipe.json                      the settings; others in the same folder are refused
+    FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl     one chunk, complete if its captions exist
 
-Clip i depends only on the seed of the data set and on i.
+Clip i depends only on the data set's seed and on i.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VERSION = 1
 class Clips:
     """N clips of 16 frames.
 
-    captions: N lists of 4; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] as `dataset.LABELS`, of the
-    first frame; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
+    captions: N lists of 4; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, as
+    `dataset.LABELS`; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
     """
 
     folder: Path
@@ -51,15 +51,15 @@ class Clips:
         return np.stack([self.frame_chunks[i // CHUNK][i % CHUNK] for i in index])
 
     def masks(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Where the thing is: bool [n, 16, 64, 64]."""
+        """Masks of the thing: bool [n, 16, 64, 64]."""
         packed = np.stack([self.mask_chunks[i // CHUNK][i % CHUNK] for i in index])
         return np.unpackbits(packed, axis=-1).astype(bool)
 
 
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
-    """Clip `index` of the data set with a seed, and the generator that goes on to draw its captions.
+    """Clip `index` of the data set with this seed, and the generator that draws its captions next.
 
-    Motions take turns, so that each is as frequent as any other.
+    Motions take turns, so that all are equally frequent.
     """
     rng = np.random.default_rng([seed, 16, index])
     motion = tuple(MOTIONS.values())[index % len(MOTIONS)]
@@ -85,9 +85,9 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
-    """Renders n training clips into a folder, in `workers` processes of one thread each; goes on where it stopped.
+    """Renders n training clips into a folder, in `workers` processes of one thread each; resumes where it stopped.
 
-    Raises ValueError where the folder holds another data set.
+    Raises ValueError if the folder contains another data set.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,10 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
     note = folder / "recipe.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     if found is not None and {k: v for k, v in found.items() if k != "n"} != recipe:
-        raise ValueError(f"{folder} holds another data set ({found}), not {recipe}; choose another folder")
+        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}: choose another folder")
     before = found["n"] if found else n
     if n != before and min(n, before) % CHUNK:
-        raise ValueError(f"{folder} has {before} clips, and {n} are asked for: sets grow by whole chunks of {CHUNK}")
+        raise ValueError(f"{folder} has {before} clips, so {n} is not possible: sets grow by whole chunks of {CHUNK}")
     save_text(note, json.dumps({**recipe, "n": max(n, before)}))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
@@ -106,13 +106,13 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """The complete chunks of a folder, from the first on. ValueError where there is none."""
+    """The complete chunks of a folder, from the first on. ValueError if there are none."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():
         stems.append(stem)
     if not stems:
-        raise ValueError(f"{folder} holds no clips of the toybox: render them first (`pcs toybox train clips`)")
+        raise ValueError(f"{folder} contains no toybox clips: render them first (`pcs toybox train clips`)")
     captions: list[list[str]] = []
     for stem in stems:
         text = stem.with_suffix(".captions.jsonl").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Clips through the finished autoencoder, once: what the motion module learns from."""
+"""Clips encoded once by the finished autoencoder: the motion module learns from these latents."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClipLatents:
-    """N clips. tokens: int16 [N, V, L]; empty: int64 [L], the ids of ""; mark: of the autoencoder and the tokenizer."""
+    """N clips. tokens: int16 [N, V, L]; empty: int64 [L], the ids of ""; mark: fingerprint of autoencoder and tokenizer."""
 
-    latents: tuple[np.ndarray, ...]  # of each chunk, float16 [n, F, C, h, w]
-    covered: tuple[np.ndarray, ...]  # of each chunk, uint8 [n, F, h, w]
+    latents: tuple[np.ndarray, ...]  # per chunk, float16 [n, F, C, h, w]
+    covered: tuple[np.ndarray, ...]  # per chunk, uint8 [n, F, h, w]
     tokens: np.ndarray
     empty: np.ndarray
     mark: str
@@ -34,7 +34,7 @@ class ClipLatents:
         return len(self.tokens)
 
     def take(self, index: Sequence[int] | np.ndarray, first: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Every `stride`-th frame of some clips: latents float16 [n, C, F', h, w] and cover uint8 [n, F', h, w]."""
+        """Every `stride`-th frame of the given clips: latents float16 [n, C, F', h, w] and cover uint8 [n, F', h, w]."""
         rows = [(i // CHUNK, i % CHUNK) for i in index]
         latents = np.stack([self.latents[c][i][first::stride] for c, i in rows])
         covered = np.stack([self.covered[c][i][first::stride] for c, i in rows])
@@ -44,7 +44,7 @@ class ClipLatents:
 def build(
     folder: Path, clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> ClipLatents:
-    """The latents in `folder`, made or extended as needed; made anew where the autoencoder is another one."""
+    """The latents in `folder`, computed or extended as needed; recomputed if autoencoder or tokenizer have changed."""
     folder.mkdir(parents=True, exist_ok=True)
     mark, note = fingerprint(vae, tokenizer), folder / "state.json"
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("fingerprint") == mark

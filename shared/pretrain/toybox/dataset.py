@@ -1,10 +1,10 @@
 """Training pictures on disk: rendered once in chunks, read as memory maps.
 
-    FOLDER/recipe.json                      what was asked for; another recipe in the same folder is refused
+    FOLDER/recipe.json                      the settings; others in the same folder are refused
     FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name and renamed
 
-Picture i depends only on the seed of the data set and on i, so that a stopped build goes on where it was, and workers
-change nothing.
+Picture i depends only on the data set's seed and on i, so that an interrupted build can resume, and the number of workers
+does not matter.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Dataset:
         return len(self.captions)
 
     def pixels(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """The pictures of an index as uint8 [n, 64, 64, 3]."""
+        """The pictures at an index, uint8 [n, 64, 64, 3]."""
         return self._take(self.chunks, index)
 
     def masks(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """Where things are in the pictures of an index, bool [n, 64, 64]."""
+        """Where things are in the pictures at an index, bool [n, 64, 64]."""
         packed = self._take(self.mask_chunks, index)
         return np.unpackbits(packed, axis=-1).astype(bool)
 
@@ -114,20 +114,20 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Picture `index` of the data set with a seed, and the generator that goes on to draw its captions."""
+    """Picture `index` of the data set with this seed, and the generator that draws its captions next."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file under another name, then rename it: a name that exists is complete."""
+    """Writes a file under another name, then renames it, so that existing files are complete."""
     part = path.with_name(path.name + ".part")
     save(part)
     os.replace(part, path)
 
 
 def save_text(path: Path, content: str) -> None:
-    """A text as a file that appears whole or not at all."""
+    """Writes a text file that appears whole or not at all."""
 
     def save(part: Path) -> None:
         part.write_text(content, encoding="utf-8")
@@ -136,7 +136,7 @@ def save_text(path: Path, content: str) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """An array as a .npy file that appears whole or not at all."""
+    """Writes an array as an .npy file that appears whole or not at all."""
 
     def save(part: Path) -> None:
         with open(part, "wb") as file:
@@ -146,7 +146,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
-    """Render one chunk; nothing is done where it is complete. The captions are written last and mark that it is."""
+    """Renders one chunk unless it is complete. The captions are written last and mark it as complete."""
     stem = folder / f"chunk-{number:05d}"
     done = stem.with_suffix(".captions.jsonl")
     if done.exists():
@@ -169,7 +169,7 @@ def _chunk(folder: Path, seed: int, number: int, n: int) -> None:
 
 
 def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
-    """`work(*job)` for every job, in `workers` processes of their own; one of them: in this one."""
+    """Calls `work(*job)` for every job, in `workers` separate processes; with one worker, in this process."""
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             pool.starmap(work, jobs, chunksize=1)
@@ -179,16 +179,16 @@ def in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], wor
 
 
 def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
-    """Render n training pictures into a folder, in `workers` processes of one thread each; goes on where it stopped.
+    """Renders n training pictures into a folder, in `workers` processes of one thread each; resumes where it stopped.
 
-    Raises ValueError where the folder holds another data set.
+    Raises ValueError if the folder contains another data set.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"version": VERSION, "n": n, "seed": seed, "chunk": CHUNK}
     note = folder / "recipe.json"
     if note.exists() and (found := json.loads(note.read_text(encoding="utf-8"))) != recipe:
-        raise ValueError(f"{folder} holds another data set ({found}), not {recipe}; choose another folder")
+        raise ValueError(f"{folder} contains another data set ({found}), not {recipe}: choose another folder")
     save_text(note, json.dumps(recipe))
     jobs = [(folder, seed, k, min(CHUNK, n - k * CHUNK)) for k in range(-(-n // CHUNK))]
     in_processes(_chunk, jobs, workers)
@@ -196,17 +196,17 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """The data set of a folder; ValueError where there is none or it is not complete."""
+    """The data set in a folder; ValueError if there is none or it is incomplete."""
     folder = Path(folder)
     note = folder / "recipe.json"
     if not note.exists():
-        raise ValueError(f"{folder} holds no toybox data set (no recipe.json)")
+        raise ValueError(f"{folder} contains no toybox data set (no recipe.json)")
     recipe = json.loads(note.read_text(encoding="utf-8"))
     stems = [folder / f"chunk-{k:05d}" for k in range(-(-recipe["n"] // recipe["chunk"]))]
     missing = [stem.name for stem in stems if not stem.with_suffix(".captions.jsonl").exists()]
     if missing:
         lack = f"{len(missing)} of {len(stems)} chunks ({missing[0]}, ...)"
-        raise ValueError(f"{folder} lacks {lack}: build it again to go on")
+        raise ValueError(f"{folder} lacks {lack}: repeat the build to resume it")
     labels = np.concatenate([np.load(stem.with_suffix(".labels.npy")) for stem in stems])
     captions: list[list[str]] = []
     for stem in stems:

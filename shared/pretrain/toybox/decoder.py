@@ -1,9 +1,9 @@
-"""Sharper pictures of the same latents: the decoder alone, taught on by a discriminator.
+"""Sharper pictures from the same latents: trains only the decoder further, against a discriminator.
 
-Squares and absolute values of errors are least where every picture that a latent may mean is averaged, and an average has no
-edges. So once the latents stand, the decoder is trained on with what they were trained with, and besides against a network
-that tells its pictures from the renderer's, with that network's features to match and the weight of arXiv 2012.09841,
-eq. 7. The encoder stays as it is: nothing that was learned on its latents changes.
+Squared and absolute errors are minimised by averaging all pictures that a latent may stand for, and an average has no edges.
+So once the latents are final, the decoder is trained further with the same losses plus an adversarial one, against a network
+that tells its pictures from the renderer's, with feature matching and the adaptive weight of arXiv 2012.09841, eq. 7. The
+encoder is frozen, so that everything learned on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _UNCLIPPED = _ADAM.model_copy(update={"max_grad_norm": None})
 
 @dataclass(frozen=True)
 class DecoderTraining:
-    """Settings; ``lr`` is the peak rate of the decoder. ``adversarial`` is the share of the gradient at the last layer that
-    is the discriminator's, ``matching`` the weight of its features; both rise over the first ``alone`` steps, in which
-    the discriminator learns what there is to see.
+    """Settings; ``lr`` is the peak rate of the decoder. ``adversarial`` is the norm of the discriminator's gradient at the last
+    layer relative to the rest, ``matching`` the weight of feature matching; both rise over the first ``alone`` steps, in
+    which the discriminator learns what to look for.
     """
 
     batch: int = 8
@@ -53,10 +53,10 @@ class DecoderTraining:
 
 
 class DecoderTask(PretrainTask):
-    """The decoder's training: in each step first the discriminator's loss, then the decoder's.
+    """The decoder's training: each step has first the discriminator's loss, then the decoder's.
 
-    Networks are laid out channels_last, in which a CPU convolves faster. Their moments are not after resuming, which the
-    plain kernels of torch's Adam do not mind; its fused one misreads them.
+    Networks are in channels_last, which makes convolutions on a CPU faster. After resuming, the optimizer's moments are not;
+    torch's plain Adam kernels accept that, but the fused one misreads them.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class DecoderTask(PretrainTask):
         }
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w]."""
+        """Decodes scaled latents [B, C, h, w] to pictures [B, 3, H, W] in [-1, 1]."""
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The discriminator's loss on what is decoded now, then, with it updated, the decoder's."""
+        """The discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         index = torch.randint(self.among, (settings.batch,), generator=draws).numpy()
         layout: Any = {"device": self.compute.device, "memory_format": torch.channels_last}
@@ -114,7 +114,7 @@ class DecoderTask(PretrainTask):
         Args:
             decoded: [B, 3, H, W] in [-1, 1], with its graph; `real`: what it should be
             thing: bool [B, 1, H, W], where errors count more
-            trust: in [0, 1], how much of the discriminator's weight it has by now
+            trust: in [0, 1], the current fraction of the discriminator's full weight
         """
         settings, last = self.settings, self.vae.decoder.conv_out.weight
         logits, features = self.discriminator(decoded)
@@ -141,10 +141,10 @@ class DecoderTask(PretrainTask):
 
 
 def train_decoder(data: Path, out: Path, run: RunSettings, settings: DecoderTraining = DecoderTraining()) -> Path:
-    """Trains on the decoder of the finished autoencoder in the run's folder `out`, on the data set in `data`.
+    """Trains the decoder of the finished autoencoder in the run's folder `out` further, on the data set in `data`.
 
     Returns:
-        the folder of the autoencoder, whose decoder is now the average
+        the folder of the autoencoder, which now has the averaged decoder
     """
     from shared.pretrain.toybox import dataset
 

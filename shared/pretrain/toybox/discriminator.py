@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class Discriminator(nn.Module):
-    """Pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4], and the features on the way.
+    """Pictures [B, 3, H, W] to one logit per patch, [B, 1, H / 4, W / 4], and the features of each layer.
 
-    It is shown what blurring takes away beside the picture: left to find that by itself, it needs many times the steps.
+    It also gets what blurring removes from the picture; without that input it needs many times the steps.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
@@ -35,10 +35,10 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits above 1 for what was rendered, below -1 for what was decoded (arXiv 1705.02894); a scalar."""
+    """Hinge loss: logits above 1 for rendered pictures, below -1 for decoded ones (arXiv 1705.02894); a scalar."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def feature_distance(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """Mean absolute difference of the features of each layer (arXiv 1711.11585, eq. 2); a scalar."""
+    """Mean absolute difference of each layer's features (arXiv 1711.11585, eq. 2); a scalar."""
     return torch.stack([(a - b).float().abs().mean() for a, b in zip(fake, real, strict=True)]).mean()

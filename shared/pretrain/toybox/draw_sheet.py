@@ -1,4 +1,4 @@
-"""Sheets of the toybox's pictures, to look at: `pcs toybox sheet`."""
+"""Contact sheets of the toybox's pictures: `pcs toybox sheet`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SOURCES = ("world", "model", "vae")
 
 @dataclass(frozen=True)
 class SheetSettings:
-    """What a sheet shows: renders, the model's pictures, or renders beside their autoencoded selves.
+    """What a sheet shows: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
 
-    ValueError for an unknown source, and for what only the model heeds (`guidance`, `prompts`) with another.
+    ValueError for an unknown source, and for options of the model (`guidance`, `prompts`) with another source.
     """
 
     source: str = "world"
@@ -45,13 +45,13 @@ class SheetSettings:
         given = {"--prompt": bool(self.prompts), "--guidance": self.guidance is not None}
         unheeded = " and ".join(name for name, is_given in given.items() if is_given)
         if self.source != "model" and unheeded:
-            raise ValueError(f"{unheeded} with --source {self.source}: only the model heeds it, add --source model")
+            raise ValueError(f"{unheeded} with --source {self.source}: only the model uses it, add --source model")
 
 
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
-    """A captioned sheet as a PNG. ValueError when `out` is a folder or no PNG, and when it exists, unless `overwrite`."""
+    """Writes a captioned sheet. ValueError if `out` is a folder, not a PNG, or exists already, unless `overwrite`."""
     if out.suffix.lower() != ".png" and not out.is_dir():
-        raise ValueError(f"{out}: a sheet is a PNG, give it a name that ends in .png")
+        raise ValueError(f"{out}: a sheet is a PNG: give it a name that ends in .png")
     check_file(out, overwrite)
     rng, source = np.random.default_rng(settings.seed), settings.source
     scenes = [sample_scene(rng) for _ in range(settings.rows * settings.columns)]
@@ -70,6 +70,6 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
 
 
 def _beside(pixels: Tensor) -> Tensor:
-    """[N, …] -> [2 N, …]: every picture, then the same after the autoencoder."""
+    """[N, …] -> [2 N, …]: every picture followed by its reconstruction."""
     decoded = round_trip(load_vae(backbone_path() / "vae"), pixels)
     return torch.stack([pixels, decoded], 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Measuring the toybox's model: `pcs toybox evaluate`, `evaluate-clips` and `curve`."""
+"""Measures the toybox's model: `pcs toybox evaluate`, `evaluate-clips` and `curve`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_d
 
 
 def open_pipeline(folder: str | None) -> Any:
-    """The shipped diffusers pipeline, or another folder's. ValueError when there is none, or it cannot be loaded."""
+    """The diffusers pipeline in a folder, or the shipped one. ValueError when there is none, or it cannot be loaded."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     place = expanded(folder) if folder is not None else backbone_path()
@@ -23,14 +23,14 @@ def open_pipeline(folder: str | None) -> Any:
     if not index.is_file():
         why = "it has no model_index.json" if place.is_dir() else "there is no such folder"
         raise ValueError(
-            f"--backbone {str(place)!r} is not a diffusers folder: {why}. Leave it out for the shipped one."
+            f"--backbone {str(place)!r} is not a diffusers folder: {why}. Omit the option for the shipped one."
         )
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
         if kind != StableDiffusionPipeline.__name__:
-            raise ValueError(f"it is a {kind}, and a StableDiffusionPipeline can be judged")
+            raise ValueError(f"it is a {kind}, but only a StableDiffusionPipeline can be judged")
         pipe = StableDiffusionPipeline.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # whatever lies in the folder
+    except Exception as error:  # whatever is in the folder
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--backbone {str(place)!r} cannot be loaded: {why}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -39,7 +39,7 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the model is judged: on so many random captions, with the card's guidance where None."""
+    """How the model is judged: on how many random captions, and how they are sampled (guidance None: the card's)."""
 
     pictures: int = 256
     guidance: float | None = None
@@ -50,9 +50,9 @@ class JudgeSettings:
 
 
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
-    """Judges the model on random captions, and (with `card`) the evaluators on fresh renders. Yields lines to print.
+    """Judges the model on random captions and, with `card`, the evaluators on fresh renders. Yields lines to print.
 
-    ValueError when `out` exists, unless `overwrite`, when `backbone` is no folder of a Stable Diffusion pipeline, and for an
+    ValueError when `out` exists, unless `overwrite`, when `backbone` is not a Stable Diffusion pipeline's folder, and for an
     unknown scheduler.
     """
     from shared.pretrain.evaluators.judge_backbone import judge_backbone
@@ -68,7 +68,7 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
     if settings.scheduler is not None:
         pipe.scheduler = named_scheduler(settings.scheduler, pipe.scheduler.config)
     found = judge_backbone(pipe, n=settings.pictures, guidance=guidance, steps=settings.steps, seed=settings.seed)
-    yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, nothing selected"
+    yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, without selection"
     yield from _lines(found)
     if out:
         write_text(out, json.dumps(found, indent=1))
@@ -80,10 +80,9 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 def evaluate_clips(
     settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
 ) -> Iterator[str]:
-    """Judges the motion module on random captions of clips: the shipped one, or that of a training in `work`. Yields lines to
-    print.
+    """Judges the shipped motion module, or that of a training in `work`, on random captions of clips. Yields lines to print.
 
-    ValueError when `out` exists, unless `overwrite`, and where there is no motion module.
+    ValueError when `out` exists, unless `overwrite`, and when there is no motion module.
     """
     from shared.pretrain.evaluators.judge_clips import judge_clips
 
@@ -93,7 +92,7 @@ def evaluate_clips(
     guidance = sampling_defaults()["guidance"] if settings.guidance is None else settings.guidance
     pipe = open_moving(settings.backbone, work)
     found = judge_clips(pipe, settings.pictures, guidance, settings.steps, settings.seed)
-    yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, nothing selected"
+    yield f"{settings.pictures} captions, guidance {guidance}, {settings.steps} steps, without selection"
     yield from _lines(found)
     yield f"  {'still':12} {found['scores']['still']:.3f}"
     yield f"  commonest errors: {', '.join(found['confusions']) or 'none'}"
@@ -102,8 +101,7 @@ def evaluate_clips(
 
 
 def open_moving(backbone: str | None, work: Path | None) -> Any:
-    """An `AnimateDiffPipeline` of the toybox: with the shipped motion module, or with that which a training in `work` has
-    reached."""
+    """The toybox's `AnimateDiffPipeline` with the shipped motion module, or with the current one of a training in `work`."""
     from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.pretrain.toybox.motion_module import averaged
@@ -127,7 +125,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
-    """Judge the snapshots of a run that the curve over training lacks. Yields lines to print."""
+    """Judges the snapshots of a run that the curve over training lacks. Yields lines to print."""
     from shared.pretrain.evaluators.training_curve import SCORES, extend
 
     stated = sampling_defaults()["guidance"] if guidance is None else guidance

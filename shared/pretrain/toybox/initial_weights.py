@@ -1,4 +1,4 @@
-"""Going on from the shipped weights where a run's own folder is gone: they become its first checkpoint."""
+"""Continues from the shipped weights where a run has no checkpoint of its own: they become its first."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Puts the shipped autoencoder into a run's folder that trains none of its own and has none yet.
+    """Puts the shipped autoencoder into a run's folder that neither trains its own nor has one yet.
 
-    Returns whether the run's autoencoder is (up to its decoder) the shipped one, which stays as it is: U-Net and motion
-    module know its latents.
+    Returns whether the run's autoencoder is (up to its decoder) the shipped one, which must not change because U-Net and
+    motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
 
@@ -44,13 +44,13 @@ def adopt_vae(out: Path) -> bool:
 
 
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
-    """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and the averaged networks as a checkpoint.
+    """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and a checkpoint of the averaged networks.
 
-    The optimizer starts anew; steps count on. Returns whether anything was adopted: a folder that has a checkpoint of
-    its own, or an installation without weights, is left alone.
+    The optimizer starts anew; the step count continues. Returns whether anything was adopted: nothing is adopted if the
+    folder has its own checkpoint or the installation has no weights.
 
     Raises:
-        ValueError: the shipped U-Net is not of `size`, or does not read the latents of an autoencoder that `out` has
+        ValueError: the shipped U-Net has another size, or does not fit the latents of the autoencoder in `out`
     """
     from diffusers import StableDiffusionPipeline
 
@@ -64,7 +64,7 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
     shutil.copytree(source / "tokenizer", out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not has_vae(out):
         pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
-    for name, line in facts.get("last", {}).items():  # what the card says of trainings that are not repeated here
+    for name, line in facts.get("last", {}).items():  # what the card says about trainings that are not repeated here
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
@@ -75,23 +75,23 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
 
 def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> None:
     if shipped != size:
-        raise ValueError(f"the shipped U-Net is {shipped}, and the run asks for {size}: begin it with --fresh")
+        raise ValueError(f"the shipped U-Net is {shipped}, but the run asks for {size}: start it with --fresh")
     channels = frozen_vae(out).config["latent_channels"] if has_vae(out) else shipped.latent_channels
     if channels != shipped.latent_channels:
         raise ValueError(
-            f"the shipped U-Net reads {shipped.latent_channels} latent channels, and the autoencoder in {out / VAE_FOLDER} "
+            f"the shipped U-Net reads {shipped.latent_channels} latent channels, but the autoencoder in {out / VAE_FOLDER} "
             f"has {channels}: train a U-Net for it with --fresh, or use another --work"
         )
 
 
 def adopted_steps() -> int:
-    """The step that a training which goes on from the shipped backbone starts at; 0 where there are no weights."""
+    """The step at which a training that continues from the shipped backbone starts; 0 without weights."""
     facts = weights.WEIGHTS / "backbone" / "training.json"
     return int(json.loads(facts.read_text(encoding="utf-8"))["step"]) if facts.is_file() else 0
 
 
 def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:
-    """A checkpoint without an optimizer, of modules by the prefix of their names: they are both weights and average."""
+    """Writes a checkpoint without optimizer from modules by name prefix; they serve as both weights and average."""
     model = {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()}
     average = {f"{p}{k}": v.detach().float().cpu() for p, m in networks.items() for k, v in m.named_parameters()}
     checkpoint.save(folder, checkpoint.State(0, step, state_of({"model": model}, average), info=info))

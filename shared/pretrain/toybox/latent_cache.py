@@ -1,4 +1,4 @@
-"""What the U-Net trains on, computed once: scaled latents and token ids, as memory-mapped arrays on disk."""
+"""The U-Net's training data, computed once: scaled latents and token ids, as memory-mapped arrays on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
-_VERSION = 2  # of the files
+_VERSION = 2  # of the file format
 _CHUNK = 2048
 _BATCH = 64
 
@@ -31,7 +31,7 @@ class Cache:
 
     latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
-    covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, of 255
+    covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, out of 255
     caption_attributes: np.ndarray  # int8 [N, V, 3], as `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """A hash over everything that the cached numbers depend on except the pictures; the decoder is not among it."""
+    """A hash of everything the cached numbers depend on, except the pictures; the decoder is not included."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
@@ -53,16 +53,16 @@ def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
 def build(
     folder: Path, pictures: Pictures, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> Cache:
-    """The cache in ``folder``, made or extended as needed.
+    """The cache in ``folder``, computed or extended as needed.
 
-    Pictures are expected to be appended only: rows that are there are kept where autoencoder and tokenizer are the
-    same, and everything is made anew where they are not. The state file is written last and atomically.
+    Pictures may only be appended: existing rows are kept if autoencoder and tokenizer are the same; otherwise everything
+    is recomputed. The state file is written last and atomically.
 
     Args:
-        folder: where the arrays lie
+        folder: where the arrays are
         pictures: uint8 [N, S, S, 3] and captions, N times V
         vae: finished; moved to ``device`` and left there
-        tokenizer: pads and cuts to 32 tokens
+        tokenizer: pads and truncates to 32 tokens
         device: computes the latents
 
     Returns:
@@ -93,7 +93,7 @@ def load(folder: Path) -> Cache:
     """Maps a finished cache.
 
     Raises:
-        ValueError: where there is none
+        ValueError: there is none
     """
     state = _state(folder)
     if not state:
@@ -108,7 +108,7 @@ def load(folder: Path) -> Cache:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, C, h, w] of unit spread."""
+    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, C, h, w] with unit spread."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
@@ -118,14 +118,14 @@ def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
 
 
 def cover(masks: np.ndarray, side: int) -> np.ndarray:
-    """bool [B, S, S] to uint8 [B, side, side]: the mean over each patch, of 255."""
+    """bool [B, S, S] to uint8 [B, side, side]: the mean over each patch, out of 255."""
     patch = masks.shape[-1] // side
     means = masks.reshape(len(masks), side, patch, side, patch).mean((2, 4))
     return np.round(255 * means).astype(np.uint8)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
-    """B times V captions to int16 [B, V, 32], padded and cut as the pipeline does."""
+    """B times V captions to int16 [B, V, 32], padded and truncated as in the pipeline."""
     flat = [text for variants in captions for text in variants]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)

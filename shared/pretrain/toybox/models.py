@@ -46,7 +46,7 @@ class TextSize:
 class UnetSize:
     """``UNet2DConditionModel`` on latents [B, latent_channels, 16, 16]; attention at every level but the first.
 
-    ``layers_per_block``: residual blocks of each level on its way down; one more on the way up.
+    ``layers_per_block``: residual blocks per level on the way down; one more on the way up.
     """
 
     channels: tuple[int, ...] = (64, 128, 192)
@@ -78,7 +78,7 @@ def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
 def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTextModel:
     """A freshly initialised text model for ``tokenizer``.
 
-    Its end-of-text id is the tokenizer's: with transformers' legacy value 2 the pooled output would be read at the
+    Its end-of-text id is the tokenizer's: with transformers' legacy value 2, the pooled output would be taken at the
     highest id, which is wrong as soon as a token is added.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -118,9 +118,9 @@ def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionMode
 
 
 def lay_out(unet: Any, compute: Compute) -> None:
-    """Prepares a U-Net of pictures or clips, which is there already, for fast training on a device.
+    """Prepares a U-Net for pictures or clips for fast training on the device it is already on.
 
-    Blocks are compiled one by one, so that hooks on them go on seeing what they did.
+    Blocks are compiled one by one, so that hooks on them still see the same.
     """
     if compute.device.type == "cpu":
         unet.set_attn_processor(PlainAttention())
@@ -139,8 +139,8 @@ def alphas_bar() -> Tensor:
 def build_scheduler() -> DDIMScheduler:
     """Cosine noise, v-prediction, sampling from pure noise ("trailing").
 
-    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so a
-    picture's overall tone is not given away by the noise; v: Salimans and Ho, arXiv 2202.00512.
+    The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so that the
+    last timestep does not leak a picture's overall tone; v: Salimans and Ho, arXiv 2202.00512.
     """
     from diffusers import DDIMScheduler
 
@@ -158,13 +158,13 @@ def build_scheduler() -> DDIMScheduler:
 class PlainAttention:
     """Attention as two batched products and a softmax, for diffusers' ``set_attn_processor``.
 
-    The same function as the fused kernel, whose backward pass on a CPU takes a fifth of a training step here.
+    It computes the same as the fused kernel, whose backward pass on a CPU takes a fifth of a training step here.
     """
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> Tensor:
-        """[B, L, D] queries over themselves or over [B, M, C]; returns [B, L, D]."""
+        """[B, L, D] attends to itself or to [B, M, C]; returns [B, L, D]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         q, k, v = (self._split(x, attn.heads) for x in projected)
@@ -178,7 +178,7 @@ class PlainAttention:
 
 
 class Denoiser(nn.Module):
-    """Text model and U-Net as one module: what is trained along, averaged and saved together."""
+    """Text model and U-Net as one module, trained, averaged and saved together."""
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
         super().__init__()
@@ -204,13 +204,13 @@ def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = N
     """A freshly initialised text model and U-Net.
 
     Args:
-        tokenizer: gives the number of token embeddings
-        sizes: ``{"text": …, "unet": …}``, each the fields of ``TextSize`` or ``UnetSize``; the shipped sizes where None
+        tokenizer: determines the number of token embeddings
+        sizes: ``{"text": …, "unet": …}``, each the fields of ``TextSize`` or ``UnetSize``; None: the shipped sizes
     """
     text, unet = size_from(TextSize, (sizes or {}).get("text")), size_from(UnetSize, (sizes or {}).get("unet"))
     return Denoiser(build_text(tokenizer, text), build_unet(text.hidden, unet))
 
 
 def size_from(kind: type[S], fields: Mapping[str, Any] | None) -> S:
-    """A size from JSON data (lists become tuples); the default size where None."""
+    """A size from JSON data (lists become tuples); None: the default size."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in (fields or {}).items()})

@@ -1,4 +1,4 @@
-"""The toybox's motion module: temporal layers between those of the frozen U-Net, and the words for motions, learned from
+"""The toybox's motion module: temporal layers between those of the frozen U-Net, and the words for motions, trained on
 captioned clips (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _WORDS = WordTraining()
 class MotionTraining:
     """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
 
-    ``words``: what is done to the words first. Their own rate is low: at ten times as much, those that help little yet wander
-    off to where the network does not see them.
-    ``short``: the fraction of the steps on every second frame (8 of 16), at half the cost and twice the clips.
-    ``t_uniform``, ``t_mean``: see `draw_times`; how a thing moves is decided in more noise than how it looks.
-    ``moving_weight``: how much more the loss counts what differs from a clip's mean over time.
+    ``words``: how the words are prepared first. Their own rate is low: at ten times this rate, words that do not help early
+    drift to where the network does not see them.
+    ``short``: the fraction of steps on every second frame (8 of 16), with half the frames and twice the clips per step.
+    ``t_uniform``, ``t_mean``: see `draw_times`; motion is settled at higher noise than appearance.
+    ``moving_weight``: how much more the loss counts deviations from a clip's mean over time.
     """
 
-    batch: int = 4  # clips of 16 frames; of 8, twice as many
+    batch: int = 4  # clips of 16 frames; with 8 frames, twice as many
     heads: int = 4
     most_frames: int = 32
     lr: float = 1e-3
@@ -70,7 +70,7 @@ class ClipBatch:
     ids: Tensor  # [B, L]
     noise: Tensor  # [B, C, F, h, w]
     t: Tensor  # [B] in [0, 1000)
-    weight: Tensor  # [B, F, h, w] of the loss, 1 on average
+    weight: Tensor  # [B, F, h, w] loss weights, 1 on average
 
     def split(self, count: int) -> list[ClipBatch]:
         """`count` equal shares, each with every `count`-th row."""
@@ -78,11 +78,11 @@ class ClipBatch:
 
 
 class MovingDenoiser(nn.Module):
-    """The frozen text model and U-Net with motion modules; what is trained are the modules, and rows of the embedding.
+    """The frozen text model and U-Net with motion modules; only the modules and rows of the embedding are trained.
 
     Args:
-        pipe: of pictures; its tokenizer and text model grow by the words of motions
-        settings: of the motion module
+        pipe: the pipeline for pictures; the words of motions are added to its tokenizer and text model
+        settings: those of the motion module
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, settings: MotionTraining) -> None:
@@ -109,11 +109,11 @@ class MovingDenoiser(nn.Module):
         table.register_forward_hook(self._learned_rows)
 
     def motion_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the motion modules, by their names in a `MotionAdapter`."""
+        """The motion modules' parameters, by their names in a `MotionAdapter`."""
         return {name: p for name, p in self.unet.named_parameters() if "motion_modules" in name}
 
     def _learned_rows(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Embeddings with the learned rows in place of the table's."""
+        """The embeddings, with the learned rows in place of the table's."""
         place = self.place[args[0]]  # pyright: ignore[reportIndexIssue]
         return torch.where((place >= 0)[..., None], self.words[place.clamp_min(0)], out)
 
@@ -124,13 +124,13 @@ class MovingDenoiser(nn.Module):
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In channels-last, PyTorch's group norm crashes where its parameters need a gradient and its input needs none: so is
-    the first motion module, behind frozen layers."""
+    """In channels-last, PyTorch's group norm crashes if its parameters need a gradient but its input does not, as in the
+    first motion module, after frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
 def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
-    """A fresh `MotionAdapter` for a U-Net of pictures: one temporal block at each of its layers, the identity at first."""
+    """A fresh `MotionAdapter` for a U-Net for pictures: one temporal block per layer, initially the identity."""
     from diffusers import MotionAdapter
 
     adapter: Any = MotionAdapter(
@@ -151,7 +151,7 @@ class MotionTask(PretrainTask):
 
     Args:
         steps: of the whole run; the first `settings.short` of them are on 8 frames
-        workers: threads that take equal shares of each batch; same bits only for the same number
+        workers: threads that take equal shares of each batch; results are bit-equal only for the same number
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class MotionTask(PretrainTask):
         workers: int = 1,
     ) -> None:
         if settings.batch % workers:
-            raise ValueError(f"a batch of {settings.batch} cannot be shared equally by {workers} workers")
+            raise ValueError(f"a batch of {settings.batch} cannot be split equally among {workers} workers")
         self.settings, self.data, self.compute, self.steps = settings, data, compute, steps
         self.seed, self.batch_size = settings.seed, settings.batch
         self.shares = BatchShares(workers)
@@ -174,7 +174,7 @@ class MotionTask(PretrainTask):
         models.lay_out(self.net.unet, compute)
         self.drawn = Prefetch(self.draw, compute.device)
         own = {**{f"unet.{name}": p for name, p in self.net.motion_parameters().items()}, "words": self.net.words}
-        # In bf16 as a whole: casts to and from fp32 around each norm take a GPU more time than all else.
+        # All in bf16: on a GPU, casts to and from fp32 around each norm take longer than everything else.
         self.half = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()} if compute.bf16 else None
         if self.half is not None:
             self.net.to(torch.bfloat16).requires_grad_(False)
@@ -197,7 +197,7 @@ class MotionTask(PretrainTask):
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:
-        """The batch of a step; depends on seed and step alone (and on the data)."""
+        """The batch of a step; depends only on seed and step (and the data)."""
         settings, g = self.settings, generator(self.seed, step)
         short = step < settings.short * self.steps
         b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
@@ -232,7 +232,7 @@ class MotionTask(PretrainTask):
 
 
 class _Named(nn.Module):
-    """Parameters of another module under names that hold dots: what a checkpoint holds."""
+    """Parameters of another module under names with dots, as saved in checkpoints."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -248,26 +248,26 @@ class _Named(nn.Module):
             raise RuntimeError(f"{len(state_dict)} tensors for {len(self.names)} parameters")
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
-                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, and here {list(parameter.shape)}")
+                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, but here {list(parameter.shape)}")
             parameter.copy_(state_dict[name])
 
 
 def motion_folder(work: Path) -> Path:
-    """Where the training keeps checkpoint and log."""
+    """Where the training keeps its checkpoint and log."""
     return work / "training" / "motion"
 
 
 def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionTraining = MotionTraining()) -> Path:
-    """Trains the motion module of a finished backbone on the clips of `work/clips`; the training's folder.
+    """Trains the motion module of a finished backbone on the clips in `work/clips`. Returns the training's folder.
 
-    `run.steps` are those of the whole run (8 frames first, then 16); minutes only pause it.
+    `run.steps` counts the whole run (8 frames first, then 16); minutes only pause it.
     """
     from diffusers import StableDiffusionPipeline
 
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("the motion module's training needs a number of steps: 8 frames come first, then 16")
+        raise ValueError("the motion module's training needs a number of steps, which splits it into 8 and 16 frames")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()
@@ -288,7 +288,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
 def _prepare_words(
     pipe: StableDiffusionPipeline, data: ClipLatents, settings: MotionTraining, compute: Compute
 ) -> None:
-    """Makes the words of motions visible on first frames of the data."""
+    """Makes the words of motions visible, on first frames of the data."""
     pipe.unet.to(compute.device)
     pipe.text_encoder.to(compute.device)
     first = data.take(range(min(len(data), 500)))[0][:, :, 0]
@@ -301,7 +301,7 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """(the pipeline of pictures with the learned words, the `MotionAdapter`), of the newest checkpoint's averages, fp32."""
+    """(pipeline for pictures with the learned words, `MotionAdapter`) from the newest checkpoint's averages, in fp32."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of

@@ -1,6 +1,6 @@
-"""The words of motions, which captions of pictures never say: each becomes one token with an embedding of its own.
+"""The words of motions, which captions of pictures never use: each becomes one token with its own embedding.
 
-Pictures do not change by it: every other word keeps its id and its embedding.
+Pictures do not change: all other words keep their ids and embeddings.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def motion_words() -> list[str]:
-    """The words of the phrases for motions that no caption of a picture contains, sorted."""
+    """The words in phrases for motions that no caption of a picture contains, sorted."""
     pictures = set(clean_words(vocabulary()))
     return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
 
 
 def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int]:
-    """Makes each of the motion words one token, in place; the ids of all of them, sorted.
+    """Makes each motion word one token, in place. Returns the ids of all of them, sorted.
 
-    New rows of the embedding start as the mean over the words of the world, plus noise of a tenth of their spread
-    (seed 0): inside of what the network knows. Words that are one token already keep their rows.
+    New embedding rows start as the mean over the world's words, plus noise of a tenth of their spread (seed 0), which is
+    within what the network knows. Words that are one token already keep their rows.
     """
     from transformers import AddedToken
 

@@ -1,10 +1,10 @@
-"""What lies where in a training run's folder, and reading it.
+"""The layout of a training run's folder, and how to read it.
 
-tokenizer/                              as the run uses it
+tokenizer/                              the one that the run uses
 vae/                                    the finished autoencoder: frozen, normalised, fp32
-latents/                                what the U-Net learns from (`latent_cache`)
+latents/                                the U-Net's training data (`latent_cache`)
 training/{vae,decoder,reader,unet}/     checkpoint and log.jsonl of each training
-training/unet/snapshots/                the average alone, on the way
+training/unet/snapshots/                intermediate averages
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRAININGS = ("vae", "decoder", "reader", "unet")
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """Where one of `TRAININGS` keeps checkpoint and log. ValueError where `out` holds a checkpoint of an earlier version."""
+    """Where one of `TRAININGS` keeps checkpoint and log. ValueError if `out` has a checkpoint of an earlier version."""
     assert name in TRAININGS, name
     refuse_older(out / f"{name}.safetensors")
     return out / "training" / name
@@ -46,7 +46,7 @@ def log_of(out: Path, name: str) -> Path:
 
 
 def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """The run's tokenizer: the saved one, or else today's, saved so that the run keeps it."""
+    """The run's saved tokenizer, or else the current one, which is then saved for the run."""
     from transformers import CLIPTokenizer
 
     from shared.toybox import tokenizer
@@ -63,7 +63,7 @@ def has_vae(out: Path) -> bool:
 
 
 def frozen_vae(out: Path) -> AutoencoderKL:
-    """The run's finished autoencoder, in fp32 and without gradients. ValueError where the run has none yet."""
+    """The run's finished autoencoder, in fp32 and without gradients. ValueError if the run has none yet."""
     from diffusers import AutoencoderKL
 
     if not has_vae(out):
@@ -72,17 +72,17 @@ def frozen_vae(out: Path) -> AutoencoderKL:
 
 
 def denoiser_facts(state: checkpoint.State) -> dict[str, Any]:
-    """Step, pictures and sizes of a checkpoint of the denoiser's training."""
+    """The step, pictures and sizes in a checkpoint of the denoiser's training."""
     return {"step": state.step, "sizes": state.info["facts"]["sizes"], "pictures": state.info["pictures"]}
 
 
 def snapshots(out: Path) -> list[Path]:
-    """The denoiser's averages on the way, earliest first."""
+    """The denoiser's intermediate averages, earliest first."""
     return sorted((training_folder(out, "unet") / "snapshots").glob("*.safetensors"))
 
 
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Keeps an average of the denoiser in fp16, whole or not at all; `facts` as `denoiser_facts`."""
+    """Saves an average of the denoiser in fp16, whole or not at all; `facts` as `denoiser_facts`."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
     claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def snapshot_facts(path: Path) -> dict[str, Any]:
 
 
 def denoiser_average(out: Path, snapshot: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The denoiser's averaged parameters and facts: of a snapshot, else of the newest checkpoint; None where nothing is
+    """The denoiser's averaged parameters and facts, from a snapshot or else the newest checkpoint; None if nothing is
     trained."""
     if snapshot is not None:
         return load_snapshot(snapshot)

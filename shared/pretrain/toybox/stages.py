@@ -1,5 +1,5 @@
-"""Every stage of making the toybox's weights, in order, each resumable: `pcs toybox train`. Light to import: the command line
-does it for its help."""
+"""The stages of making the toybox's weights, in order, each resumable: `pcs toybox train`. Light to import, because the
+command line needs it for its help."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
-#: Steps of a whole run, where no minutes are given. A stage that has done them is complete and returns at once.
+#: Steps of a whole run if no minutes are given. A stage that has done them is complete and returns at once.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
-#: The part of a round of the U-Net's training in which its rate falls.
+#: The last fraction of a round of the U-Net's training, in which its rate falls.
 FALL = 0.75
-#: Groups of things for the identity encoder. With 1,500 it knew its own by heart: after the autoencoder it told 98 % of
-#: them, 75 % of others.
+#: Groups of things for the identity encoder. With 1,500 it memorized them: after the autoencoder it recognised
+#: 98 % of these, but 75 % of others.
 IDENTITY_GROUPS = 4_500
-#: So that a small data set has few groups, too.
+#: Limits the groups of a small data set.
 PICTURES_PER_GROUP = 24
-#: Pictures that go through the autoencoder for the evaluators, as many as there are at most.
+#: The most pictures that go through the autoencoder for the evaluators.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How the networks that denoise learn; the usual pace, for a CPU, where None.
+    """How the denoising networks learn; None: the usual pace, for a CPU.
 
-    batch: pictures or clips of a step; the moving average then follows the square root of it
+    batch: pictures or clips per step; the moving average's decay is adapted by the square root of its ratio to the usual
     lr: the peak rate
-    steps: of the motion module
+    steps: those of the motion module
     compiled: whether blocks are compiled (`RunSettings.compiled`)
     """
 
@@ -44,7 +44,7 @@ class Pace:
     compiled: bool = False
 
     def of(self, usual: T) -> T:
-        """A training's usual settings at this pace."""
+        """A training's usual settings, changed to this pace."""
         lr = usual.lr if self.lr is None else self.lr
         if self.batch is None:
             return replace(usual, lr=lr)
@@ -53,10 +53,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Work:
-    """One run: where its files lie and what it may spend.
+    """One run: its folder and its budget.
 
-    more: pictures of the U-Net beyond those of the weights that it starts from, over the last `FALL` of which the rate
-        falls to 0
+    more: pictures that the U-Net sees beyond those behind its starting weights; over the last `FALL` of them the rate falls
+        to 0
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Work:
         return self.folder / "run"
 
     def settings(self, steps: int) -> RunSettings:
-        """Of a training that takes so many steps where no minutes are given."""
+        """The settings of a training that takes this many steps if no minutes are given."""
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None
@@ -89,7 +89,7 @@ class Work:
 
 
 def run(stages: Sequence[str], work: Work) -> None:
-    """Do the stages, in order. Each prints what it made and goes on from where an earlier call stopped."""
+    """Runs the stages, in order. Each prints what it made, and resumes where an earlier call stopped."""
     for stage in STAGES:
         if stage in stages:
             print(f"{stage}: {_STAGES[stage](work)}", flush=True)
@@ -110,7 +110,7 @@ def _vae(work: Work) -> str:
     from shared.pretrain.toybox.vae import VaeTraining, train_vae
 
     if not work.fresh and adopt_vae(work.run):
-        return "the shipped one, whose latents the other networks know; --fresh trains another"
+        return "the shipped one, on whose latents the other networks were trained; --fresh trains a new one"
     return str(train_vae(work.data, work.run, work.settings(VAE_STEPS), VaeTraining(seed=work.seed)))
 
 
@@ -130,7 +130,7 @@ def _unet(work: Work) -> str:
 
 
 def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
-    """What the U-Net's training may spend, and its settings."""
+    """The budget of the U-Net's training, and its settings."""
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.initial_weights import adopted_steps
 
@@ -140,7 +140,7 @@ def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
         steps = first + max(1, work.more // settings.batch)
         spend = replace(spend, steps=steps)  # minutes pause it
         decay = FALL * (steps - first) / max(1, steps - settings.optimizer.warmup)
-    if spend.steps is not None:  # with minutes alone the rate stays: the run shall go on later
+    if spend.steps is not None:  # with only minutes the rate stays, because the run may be resumed later
         falling = settings.optimizer.model_copy(update={"schedule": "linear", "decay": min(1.0, decay)})
         settings = replace(settings, optimizer=falling)
     return spend, settings

@@ -33,9 +33,9 @@ class UnetTask(PretrainTask):
     """The denoiser's training.
 
     Args:
-        budget: what the rates follow; the weight of reading follows the rates
-        workers: threads that take equal shares of each batch; same bits only for the same number
-        reads: teaches what the words for shape mean; None: the squared error alone
+        budget: determines the rates, which the weight of the reading losses follows
+        workers: threads that take equal shares of each batch; results are bit-equal only for the same number
+        reads: teaches what the words for shape mean; None: only the squared error
     """
 
     helpers = frozenset({"probe"})
@@ -51,7 +51,7 @@ class UnetTask(PretrainTask):
         reads: reader.Reader | None = None,
     ) -> None:
         if settings.batch % workers:
-            raise ValueError(f"a batch of {settings.batch} cannot be shared equally by {workers} workers")
+            raise ValueError(f"a batch of {settings.batch} cannot be split equally among {workers} workers")
         self.settings, self.data, self.out, self.budget, self.compute = settings, data, out, budget, compute
         self.seed, self.batch_size, self.reads = settings.seed, settings.batch, reads
         self.shares = BatchShares(workers)
@@ -86,13 +86,13 @@ class UnetTask(PretrainTask):
         return draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
 
     def reading(self, step: int) -> float:
-        """The weight of what is read off the denoiser: 1 at the full rate, 0 where the rate is `read_until` of it."""
+        """The weight of the reading losses: 1 at the full rate, 0 at and below `read_until` of it."""
         optimizer, until = self.settings.optimizer, self.settings.read_until
         factor = optimizer.factor(step, self.budget.spent(step, optimizer.warmup))
         return max(0.0, factor - until) / (1 - until)
 
     def loss(self, batch: DenoisingBatch, reading: float = 0.0) -> Tensor:
-        """The batch's mean loss, from equal shares side by side."""
+        """The batch's mean loss, from equal shares in parallel."""
 
         def of(share: DenoisingBatch) -> Tensor:
             with self.compute.autocast():
@@ -102,24 +102,24 @@ class UnetTask(PretrainTask):
         return self.shares.mean_loss(of, batch.split(self.shares.workers), trained)
 
     def after_step(self, step: int, pictures: int) -> None:
-        """Keeps the average every `snapshot_steps`, for the curve over training."""
+        """Saves the average every `snapshot_steps`, for the curve over training."""
         if step % self.settings.snapshot_steps == 0:
             facts: dict[str, Any] = {"step": step, "sizes": self.settings.sizes, "pictures": pictures}
             save_snapshot(training_folder(self.out, "unet"), self.ema.state_dict(), facts)
 
 
 def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
-    """The ids [L] of "", which take the place of a caption that is dropped."""
+    """The ids [L] of "", which replace dropped captions."""
     return torch.from_numpy(cache.tokenize(tokenizer, [[""]])[0, 0].astype(np.int64))
 
 
 def train_unet(data: Path, out: Path, run: RunSettings, settings: UnetTraining = UnetTraining()) -> Path:
     """Trains text model and U-Net on the latents of the finished autoencoder in the run's folder `out`.
 
-    `run.threads` each take a share of the batch on a CPU: same bits only for the same number of them.
+    On a CPU, `run.threads` threads each take a share of the batch: results are bit-equal only for the same number.
 
     Returns:
-        the training's folder; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder of it
+        the training's folder; `shared.pretrain.toybox.assemble.assemble(out)` makes the pipeline folder from it
     """
     from shared.pretrain.toybox import dataset
 

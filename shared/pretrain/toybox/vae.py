@@ -1,10 +1,10 @@
-"""The autoencoder: 64×64 pictures to latents of 16×16 cells, and the cache of those latents.
+"""The autoencoder: 64×64 pictures to latents of 16×16 cells.
 
-Trained on whole pictures (group norms and the attention in the middle see other statistics on crops: 3 dB less on
-what they were trained on, when measured), with L1 and squared errors of pixels, L1 of their differences, all counted
-more where the thing is, whose pattern tells individuals apart, and a tiny KL. When the budget ends, the averaged weights are
-*normalised*: each latent channel is shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean
-and a common spread, whose inverse is the ``scaling_factor``.
+Trained on whole pictures (on crops, group norms and the attention in the middle see other statistics, which cost a measured
+3 dB) with L1 and squared errors of pixels and L1 of their differences, weighted more where the thing is, because its pattern
+tells individuals apart, and a tiny KL. When the budget ends, the averaged weights are *normalised*: each latent channel is
+shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean and a common spread, whose inverse is the
+``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 HELD_OUT = 256
-"""Pictures at the data's end that the autoencoder never trains on: its PSNR is measured there."""
+"""Pictures at the end of the data that the autoencoder never trains on; its PSNR is measured on them."""
 
 
 class Pictures(Protocol):
-    """What the trainings read of a data set (``shared.pretrain.toybox.dataset.load`` gives it)."""
+    """What the trainings need of a data set, as ``shared.pretrain.toybox.dataset.load`` returns it."""
 
     @property
     def captions(self) -> Sequence[Sequence[str]]:
@@ -47,11 +47,11 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, index: Any) -> np.ndarray:
-        """The pictures of an index (integers or a slice) as uint8 [n, S, S, 3]."""
+        """The pictures at an index (integers or a slice), uint8 [n, S, S, 3]."""
         ...
 
     def masks(self, index: Any) -> np.ndarray:
-        """Where things are in the pictures of an index, bool [n, S, S]."""
+        """Where things are in the pictures at an index, bool [n, S, S]."""
         ...
 
 
@@ -80,8 +80,8 @@ def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
 
 
 def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``count`` random pictures of the first ``among``: float [count, 3, S, S] in [-1, 1], and bool [count, 1, S, S],
-    where things are.
+    """``count`` random pictures from the first ``among``: float [count, 3, S, S] in [-1, 1], and where things are, bool
+    [count, 1, S, S].
     """
     rows = torch.randint(among, (count,), generator=generator).numpy()
     return to_signed(pictures.pixels(rows)), torch.from_numpy(pictures.masks(rows))[:, None]
@@ -90,7 +90,7 @@ def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator)
 def loss(
     vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
 ) -> tuple[Tensor, dict[str, float]]:
-    """L1 and squares of pixels [B, 3, H, W], L1 of their differences, KL per latent element.
+    """L1 and squared errors of pixels [B, 3, H, W], L1 of their differences, KL per latent element.
 
     Args:
         thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
@@ -109,7 +109,7 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """L1 and squares of errors [B, 3, H, W], L1 of their differences; ``thing`` [B, 1, H, W] is where they count more."""
+    """L1 and squares of errors [B, 3, H, W], L1 of their differences; they count more where ``thing`` [B, 1, H, W]."""
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
     pixel = (weight * error.abs()).mean()
@@ -120,7 +120,7 @@ def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple
 
 
 def psnr_db(error: Tensor) -> float:
-    """Peak signal-to-noise ratio of differences of pictures in [-1, 1], in dB (mean over all elements first)."""
+    """Peak signal-to-noise ratio in dB of errors of pictures in [-1, 1], from the mean over all elements."""
     return float(10 * torch.log10(4.0 / error.double().square().mean()))
 
 
@@ -154,7 +154,7 @@ class VaeTask(PretrainTask):
         return {"main": decay_groups(self.vae, self.settings.lr, self.settings.optimizer.weight_decay)}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss, on pictures drawn anew."""
+        """One loss, on newly drawn pictures."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         x, thing = (part.to(self.compute.device) for part in draw(self.pictures, self.among, settings.batch, draws))
         grid = x.shape[-1] // 2 ** (len(settings.size.channels) - 1)
@@ -174,7 +174,7 @@ class VaeTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
 
-        Where that is this very autoencoder already, it is left alone: its decoder may have been trained on since.
+        If `out/vae` is this autoencoder already, it is left alone: its decoder may have been trained further since.
         """
         if self.is_written():
             return {}
@@ -183,11 +183,11 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        checkpoint.clear(training_folder(self.out, "decoder"))  # of other latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # it belongs to other latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:
-        """Whether `out/vae` is this very autoencoder, up to its decoder."""
+        """Whether `out/vae` has exactly this autoencoder's encoder."""
         if not has_vae(self.out):
             return False
         written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
@@ -208,14 +208,14 @@ def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = V
 
 
 def train_count(pictures: Pictures) -> int:
-    """How many of the pictures, from the first, may be trained on."""
+    """How many pictures, counted from the first, may be trained on."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
 
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
-    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``; pictures stay the same.
+    """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``, without changing decoded pictures.
 
     Folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
     """

@@ -1,9 +1,10 @@
-"""Words of motions that the frozen U-Net lets through to the motion modules.
+"""Makes the words of motions pass through the frozen U-Net to the motion modules.
 
 The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
-passes over words that it never saw: "to the left" in place of "to the right" changes its features by 1 %, where "red" in
-place of "blue" changes them by 30 %. Modules that see no difference learn none, and rows that make none get no gradient. So
-before the modules learn, the rows are made to differ where the modules look, and as little as possible in the picture.
+ignores words it never saw: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead of
+"blue" changes them by 30 %. Modules that see no difference learn none, and rows that make no difference get no gradient. So
+before the modules are trained, the rows are trained to differ where the modules look, and as little as possible in the
+picture.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WordTraining:
-    """Settings. `differ`: by how much of their own size the features behind each cross-attention differ between two
-    motions, at least; `seen`: the weight of the squared relative change of the guess by a motion's words; `times`: the
-    range of timesteps."""
+    """Settings. `differ`: the least relative difference between two motions in the features after each cross-attention;
+    `seen`: the weight of the squared relative change of the prediction by a motion's words; `times`: the range of
+    timesteps."""
 
     steps: int = 200
     batch: int = 6
@@ -46,14 +47,14 @@ class WordTraining:
 def make_visible(
     pipe: StableDiffusionPipeline, word_ids: list[int], latents: Tensor, settings: WordTraining = WordTraining()
 ) -> list[dict[str, float]]:
-    """Trains rows `word_ids` of the text model's embedding in place; nothing else changes.
+    """Trains the rows `word_ids` of the text model's embedding in place; nothing else changes.
 
     Args:
-        latents: [N, C, h, w], scaled, of any pictures of the world
+        latents: [N, C, h, w], scaled, from any pictures of the world
 
     Returns:
-        for each step the mean relative difference of the features between two motions (`differ`), the least of all
-        layers' means (`least`), and the relative change of the guess (`seen`)
+        per step, the mean relative difference of the features between two motions (`differ`), the least of the layers'
+        means (`least`), and the relative change of the prediction (`seen`)
     """
     unet: Any = pipe.unet.eval().requires_grad_(False)
     text: Any = pipe.text_encoder.eval().requires_grad_(False)
@@ -107,13 +108,13 @@ def make_visible(
 
 
 def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """|a - b| / |base|, each row's: [B]."""
+    """|a - b| / |base| per row: [B]."""
     size = (b if base is None else base).flatten(1).norm(dim=1)
     return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt() / size.detach()
 
 
 def _texts(settings: WordTraining, step: int) -> list[str]:
-    """3 B captions: B of one motion each, the same scenes with another motion, and without any."""
+    """3 B captions: B with one motion each, then the same scenes with another motion, then without any."""
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])
     for _ in range(settings.batch):
@@ -126,7 +127,7 @@ def _texts(settings: WordTraining, step: int) -> list[str]:
 
 
 def _said(scene: Scene, words: str) -> str:
-    """The plain caption of a scene with the words of a motion: behind the thing, or at the end after their comma."""
+    """The plain caption of a scene with the words of a motion, after the thing or, if they begin with a comma, at the end."""
     thing = f"{opening(scene.style)} {describe(scene.things[0], 'none')}"
     place = background_phrase(scene.background)
     if not words or words.startswith(","):

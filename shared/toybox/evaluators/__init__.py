@@ -1,6 +1,6 @@
 """The toybox's measuring instruments: a recognizer of attributes, an identity encoder and a CLIP.
 
-How far each is to be believed is in `weights/CARD.md`. Imports are lazy: naming this package loads no torch.
+`weights/CARD.md` says how reliable each one is. Imports are lazy: importing this package does not load torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A CLIP of the toybox's own: an ordinary transformers folder (model, tokenizer, image processor), only small.
+"""The toybox's own CLIP: an ordinary transformers folder (model, tokenizer, image processor), just small.
 
-`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it with nothing of this project
-imported, so CLIP-T and CLIP-I run through exactly the code that would load a full-size CLIP.
+`CLIPModel.from_pretrained(folder)` and `CLIPProcessor.from_pretrained(folder)` load it without importing this project,
+so CLIP-T and CLIP-I run through exactly the code that would load a full-size CLIP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 class ClipConfig(BaseModel):
-    """Sizes of the two transformers; `patch` in pixels; `length` in tokens, begin and end included."""
+    """Sizes of the two transformers; `patch` in pixels; `length` in tokens, including begin and end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int = 64
@@ -72,7 +72,7 @@ def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
-    """The `CLIPProcessor` that goes with it; its image processor works on Pillow pictures (no torchvision)."""
+    """The matching `CLIPProcessor`; its image processor works on Pillow pictures (no torchvision)."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     pictures = CLIPImageProcessorPil(
@@ -110,7 +110,7 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
 
 @lru_cache(maxsize=4)
 def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
-    """`(CLIPModel, CLIPProcessor)` of any CLIP folder (default: the shipped one), float32, frozen; loaded once per
+    """The `(CLIPModel, CLIPProcessor)` in any CLIP folder (default: the shipped one), float32, frozen; loaded once per
     process.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -133,7 +133,7 @@ def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
 
 
 def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Captions -> unit vectors `[B, D]`; longer ones than the model's `length` are cut."""
+    """Captions -> unit vectors `[B, D]`; captions beyond the model's `length` are truncated."""
     parts = []
     for start in range(0, len(texts), batch_size):
         chunk = list(texts[start : start + batch_size])
@@ -145,18 +145,18 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) of unit vectors `[B, D]` each; scalar."""
+    """CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) of unit vectors, `[B, D]` each; a scalar."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _state_float32(path: Path) -> None:
-    """transformers 5 computes in the type that the configuration states: float32, although the file is fp16."""
+    """transformers 5 computes in the type that the configuration states: that is float32, although the file is fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 
 
 def _projected(output: Any) -> Tensor:
-    """transformers 5 returns an object whose `pooler_output` is the projection; 4 the tensor itself."""
+    """transformers 5 returns an object whose `pooler_output` is the projection, version 4 the tensor itself."""
     return output if isinstance(output, Tensor) else output.pooler_output

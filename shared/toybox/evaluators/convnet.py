@@ -1,6 +1,4 @@
-"""The convolutional trunk that the recognizer and the identity encoder share, and how their folders are read and
-written.
-"""
+"""The convolutional trunk of the toybox's evaluators, and how their folders are read and written."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class TrunkConfig(BaseModel):
-    """Widths and numbers of residual blocks of the stages; stage `i` works at `size / 2^(i+1)` pixels."""
+    """The width and number of residual blocks of each stage; stage `i` works at `size / 2^(i+1)` pixels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (24, 64, 128, 224)
@@ -54,8 +52,8 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
 
-    They are the means of every stage, the maxima of the last, and the means of the later ones over the thing alone: where
-    it is, is read off the 8×8 stage (`where`) and taught with the renderer's masks.
+    The features are the means of every stage, the maxima of the last, and the means of the later ones over the thing only.
+    Where the thing is, is predicted from the 8×8 stage (`where`), supervised with the renderer's masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -77,7 +75,7 @@ class Trunk(nn.Module):
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 3, H, W]` -> features `[B, features]` and logits `[B, 1, H/8, W/8]` of where the thing is."""
+        """`[B, 3, H, W]` -> features `[B, features]`, and logits `[B, 1, H/8, W/8]` of where the thing is."""
         return self.pooled(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -90,7 +88,7 @@ class Trunk(nn.Module):
         return maps
 
     def pooled(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """`read`, from the stages' outputs."""
+        """The result of `read`, from the stages' outputs."""
         where = self.where(maps[self.looks]).float()
         pooled = [m.mean((2, 3)) for m in maps] + [maps[-1].amax((2, 3))]
         pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
@@ -127,8 +125,8 @@ def save_model(model: nn.Module, config: BaseModel, folder: Path | str) -> None:
 
 
 def load_state(model: Model, folder: Path) -> Model:
-    """Loads `model.safetensors` of `folder` as float32, frozen and in eval mode. ValueError unless its keys and shapes are
-    exactly the model's."""
+    """Loads `model.safetensors` from `folder` as float32, frozen and in eval mode. ValueError unless its keys and shapes
+    match the model's exactly."""
     state = read_state(folder / WEIGHTS_FILE)
     check_state(state, model.state_dict(), folder / WEIGHTS_FILE)
     model.load_state_dict(state)
@@ -136,7 +134,7 @@ def load_state(model: Model, folder: Path) -> Model:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, halves as float32. ValueError when it cannot be read."""
+    """The tensors of a file, floats as float32. ValueError when it cannot be read."""
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
@@ -145,7 +143,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:
-    """Loads `model.safetensors` of `folder` to go on training from; False where names or shapes are others."""
+    """Loads `model.safetensors` from `folder` to continue training from it; False where names or shapes differ."""
     state, expected = read_state(folder / WEIGHTS_FILE), model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         return False

@@ -1,10 +1,10 @@
 """The identity encoder: is this the same individual thing?
 
-It looks twice: it finds the thing, then looks at that part alone, enlarged (as a spatial transformer does, Jaderberg et
-al., arXiv 1506.02025, with the place read off a map of where things are instead of learned), so that a small thing in a
-corner is compared at the size of a large one. Trained with the supervised contrastive loss (Khosla et al., arXiv
-2004.11362, eq. 2) on things seen from many views on many backgrounds; every batch holds things of the same class and
-palette that differ in their pattern only (hard negatives).
+It looks twice: it finds the thing, then looks only at that part, enlarged, so that a small thing in a corner is compared
+at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose place is taken from a
+map of where things are instead of being learned. Trained with the supervised contrastive loss (Khosla et al., arXiv
+2004.11362, eq. 2) on things seen from many views on many backgrounds; every batch contains things of the same class and
+palette that differ only in their pattern (hard negatives).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ HIDDEN = 256
 _WIDE, _LEAST = (
     2.2,
     0.28,
-)  # half the side of the second look: in spreads of where the thing is; in half-pictures, at least
-_SURE = 0.15  # below it, a place is not counted as part of the thing
+)  # half the side of the second look, in standard deviations of the thing's map; its minimum, in half-pictures
+_SURE = 0.15  # places below this do not count as part of the thing
 
 
 class IdentityConfig(BaseModel):
-    """The trunk, the dimensions of the embedding, and how many mixtures of colours `Palette` counts."""
+    """The trunk, the embedding's dimensions, and the number of colour mixtures that `Palette` counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -37,10 +37,10 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the colours of the thing alone, its accents among them: `[B, counts]`.
+    """A learned histogram of the thing's colours only, including its accents: `[B, 2 * counts]`.
 
-    Every point of the picture at half resolution is mapped, on its own, to `counts` activations; their mean, weighted by
-    where the thing is, and their maximum on it are returned (`2 * counts`).
+    Every point of the picture at half resolution is mapped separately to `counts` activations. Returned are their mean,
+    weighted by where the thing is, and their maximum on it.
     """
 
     def __init__(self, counts: int) -> None:
@@ -57,19 +57,19 @@ class Palette(nn.Module):
 
 
 class Locator(Trunk):
-    """The first stages of a recognizer's trunk, as they are: they find the thing."""
+    """The first stages of a recognizer's trunk, unchanged: they find the thing."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__(TrunkConfig(widths=config.widths[:3], blocks=config.blocks[:3]))
         self.requires_grad_(False)
 
     def take_over(self, trunk: Trunk) -> None:
-        """The weights of a recognizer's trunk."""
+        """Copies the weights of a recognizer's trunk."""
         known = trunk.state_dict()
         self.load_state_dict({name: known[name] for name in self.state_dict()})
 
     def train(self, mode: bool = True) -> Locator:
-        """Never: what it was taught by the renderer's masks stays."""
+        """Stays in eval mode: what it learned from the renderer's masks must not change."""
         return super().train(False)
 
     @torch.no_grad()
@@ -89,13 +89,13 @@ class Locator(Trunk):
 
 
 def cut(pixels: Tensor, square: Tensor) -> Tensor:
-    """The squares `[B, 2, 3]` of `[B, C, H, W]`, each enlarged to a whole picture."""
+    """Cuts the squares `[B, 2, 3]` out of `[B, C, H, W]` and enlarges each to a whole picture."""
     grid = F.affine_grid(square, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`; their scalar product is the similarity of
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`, whose scalar product is the similarity of
     identities.
     """
 
@@ -111,18 +111,18 @@ class IdentityEncoder(nn.Module):
         self.last = nn.Linear(HIDDEN, config.dimensions)
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`: what the embedding is a linear map of."""
+        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`, of which the embedding is a linear map."""
         pixels = cut(pixels, self.locator.square(pixels))
         features, where = self.trunk.read(pixels)
         return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> `[B, D]`, of length one."""
+        """`[B, 3, 64, 64]` -> unit vectors `[B, D]`."""
         return F.normalize(self.last(self.hidden(pixels)), dim=1)
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> `[B, D]` on the CPU, of length one, without gradients."""
+        """`[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]` on the CPU, without gradients."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]

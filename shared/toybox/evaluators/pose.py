@@ -1,8 +1,7 @@
-"""The pose estimator: where a toybox picture's thing is, how large, and how it is turned.
+"""The pose estimator: where the thing in a toybox picture is, how large it is, and how it is turned.
 
-One convolutional network, read picture by picture. A clip's path is read off its frames; only the azimuth, which can be
-mistaken by half a turn in a single picture, is followed through time. How far it is to be believed is in
-`weights/CARD.md`.
+One convolutional network, applied picture by picture. A clip's path is read from its frames; only the azimuth, which can be
+off by half a turn in a single picture, is tracked through time. `weights/CARD.md` says how reliable it is.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from shared.toybox.motions.path_distance import UNITS
 _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
 """The columns of a path that are read as plain numbers, in the order of the network's outputs."""
-_PLACES = 32  # channels that are kept of them
+_PLACES = 32  # channels kept with their position
 _STEP_DEG = 45.0  # how far a thing usually turns from frame to frame, at most
 
 
 class PoseConfig(BaseModel):
-    """The trunk, and into how many equal parts a turn is cut."""
+    """The trunk, and the number of equal bins in a full turn."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -37,10 +36,10 @@ class PoseConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Poses:
-    """What is read off B pictures.
+    """The poses read from B pictures.
 
     linear: `[B, 5]`, the columns `LINEAR`, in pictures, logarithms and degrees
-    azimuths: `[B, bins]`, the chance that the azimuth is within each part of a turn, the first centred on 0 (front)
+    azimuths: `[B, bins]`, the probability of each azimuth bin, the first of which is centred on 0 (front)
     """
 
     linear: Tensor
@@ -48,7 +47,7 @@ class Poses:
 
 
 class PoseEstimator(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> pose, of the one thing that they show."""
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> the pose of the one thing in each."""
 
     def __init__(self, config: PoseConfig) -> None:
         super().__init__()
@@ -85,14 +84,14 @@ class PoseEstimator(nn.Module):
 
 
 def units() -> Tensor:
-    """`[5]`: what counts as one, column by column of `LINEAR`."""
+    """`[5]`: the unit of each column of `LINEAR`."""
     return torch.tensor([UNITS[name] for name in LINEAR])
 
 
 def path_of(poses: Poses, follow: bool = True) -> Array:
     """Poses of the F frames of a clip -> its path, float64 `[F, 6]`.
 
-    follow: whether the azimuth is followed through time, and goes on past 180 degrees; else each frame is read by itself
+    follow: whether the azimuth is tracked through time, continuing past 180 degrees; otherwise each frame is read alone
     """
     path = np.zeros((len(poses.linear), len(PATH)))
     path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()
@@ -103,10 +102,10 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 
 
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
-    """The most probable way through parts of a turn: chances `[F, bins]` -> int64 `[F]`.
+    """The most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
 
-    Viterbi's algorithm; from frame to frame a thing turns by angles of a wrapped normal distribution whose standard
-    deviation is half of `step_deg`.
+    Viterbi's algorithm; turns from frame to frame follow a wrapped normal distribution whose standard deviation is half
+    of `step_deg`.
     """
     bins = chances.shape[1]
     apart = np.abs((np.arange(bins) + bins // 2) % bins - bins // 2) * 360 / bins
@@ -124,7 +123,7 @@ def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
 
 
 def _around(chances: Tensor, at: Tensor) -> Tensor:
-    """`[B]` degrees: the mean direction of chances `[B, bins]` over the parts next to those `at` `[B]`."""
+    """`[B]` degrees: the mean direction of probabilities `[B, bins]` over the bins around those `at` `[B]`."""
     bins = chances.shape[1]
     near = (at[:, None] + torch.arange(-2, 3)) % bins
     weight = chances.gather(1, near) + 1e-9

@@ -1,7 +1,7 @@
 """The recognizer: what is in a toybox picture, in the words of its captions.
 
-One small convolutional network with a head per attribute. It is the instrument behind "attribute accuracy"; how far it
-is to be believed is in `weights/CARD.md`.
+One small convolutional network with a head per attribute. It is the instrument behind "attribute accuracy";
+`weights/CARD.md` says how reliable it is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from shared.toybox.evaluators.convnet import WEIGHTS, Trunk, TrunkConfig, check_pixels, load_state, read_config
 
 ATTRIBUTES = ("class", "main", "second", "background", "view", "accessory", "style")
-FACE_VIEWS = ("front", "side")  # a face can be seen; from behind and from above there is only hair
+FACE_VIEWS = ("front", "side")  # views that show the face; from behind and from above only hair is visible
 
 
 class RecognizerConfig(BaseModel):
-    """The trunk, and for each attribute the names of its values in the order of the head's outputs."""
+    """The trunk, and for each attribute the names of its values, in the order of the head's outputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -61,7 +61,7 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
-        """`[B, 3, 64, 64]` in [0, 1] -> for each attribute probabilities `[B, values]`, in the order of
+        """`[B, 3, 64, 64]` in [0, 1] -> probabilities `[B, values]` for each attribute, in the order of
         `config.values`.
         """
         check_pixels(pixels)
@@ -73,7 +73,7 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> `features` of length one, `[B, 192]` on the CPU."""
+        """`[B, 3, 64, 64]` in [0, 1] -> normalised `features`, `[B, 192]` on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.features(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
@@ -88,7 +88,7 @@ class Recognizer(nn.Module):
         return torch.cat(parts).sigmoid().cpu()
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
-        """`[B, 3, 64, 64]` in [0, 1] -> for each attribute the most probable value of each picture."""
+        """`[B, 3, 64, 64]` in [0, 1] -> the most probable value of each attribute for each picture."""
         probabilities = self.probabilities(pixels, batch_size)
         return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in probabilities.items()}
 

@@ -1,4 +1,4 @@
-"""The motions that captions describe: what a motion module learns from."""
+"""The motions that captions describe: a motion module learns from these."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _recede(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _orbit(t: Array, p: Parameters) -> dict[str, Array]:
-    # A camera that goes to its right sees more of a thing's left side, and what is behind the thing moves right.
+    # A camera moving to its right sees more of a thing's left side, and what is behind the thing moves right.
     turned = p["way"] * p["sweep_deg"] * (t - 0.5)
     return {"azimuth_deg": turned, "pan": turned / 240}
 
@@ -72,7 +72,7 @@ CAMERA_MOTIONS = frozenset({"orbit"})
 
 
 def captioned_motion(name: str) -> Motion:
-    """A captioned motion by name. ValueError lists what there is."""
+    """A captioned motion by name. ValueError lists the choices."""
     if name not in MOTIONS:
         raise ValueError(unknown(name, MOTIONS, "captioned motion"))
     return MOTIONS[name]

@@ -1,4 +1,4 @@
-"""Captioned motions told apart by their paths: the nearest of many that were drawn from each."""
+"""Captioned motions told apart by their paths: the nearest of many paths drawn from each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.toybox.motions.path_distance import distances
 from shared.toybox.motions.placing import sample_paths
 
 STILL = "still"
-_DRAWS = 64  # of each motion: its reach, its pace, its direction
+_DRAWS = 64  # paths per motion, with different reach, pace and direction
 _SEED = 41
 
 
@@ -28,7 +28,7 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 def nearest_captioned(path: Array) -> str:
     """The captioned motion, or "still", whose paths come nearest to a path `[F, 6]` (`path_distance`).
 
-    An orbit of the camera and a spin are told apart by how far they turn: what the background does is no part of a path.
+    An orbit of the camera and a spin are told apart by how far they turn, because a path does not include the background.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]

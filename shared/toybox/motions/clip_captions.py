@@ -1,6 +1,6 @@
-"""Words for clips: the captions of pictures with what moves, for example "a red car spinning on the grass".
+"""Words for clips: the captions of pictures plus the motion, for example "a red car spinning on the grass".
 
-Motions that no caption describes have none: the caption of such a clip is that of any picture of it.
+Motions that no caption describes have no words: the caption of such a clip is that of a picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shared.toybox.motions.captioned import MOTIONS, captioned_motion
 from shared.toybox.motions.clips import MovingScene
 from shared.toybox.tokenizer import MAX_LENGTH
 
-# The first of each is the canonical one. After a comma: at the end of a caption, in place of the view.
+# The first of each is the canonical one. Those with a comma go at the end of a caption, in place of the view.
 PHRASES: dict[str, tuple[str, ...]] = {
     "spin": ("spinning", "turning around", "spinning around"),
     "slide left": ("moving to the left", "sliding to the left", "moving left"),
@@ -25,7 +25,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# Words that the toybox's tokenizer, which was made for pictures, cuts into this many pieces.
+# The number of pieces into which the toybox's tokenizer, made for pictures, splits these words.
 _PIECES = {
     "sliding": 3,
     "down": 2,
@@ -47,7 +47,7 @@ def motion_phrase(name: str) -> str:
 
 
 def _room(words: str) -> int:
-    """How many words and commas a caption with these may have, so that no token is cut off."""
+    """How many words and commas a caption with these words may have without losing tokens."""
     extra = sum(_PIECES.get(word, 1) - 1 for word in words.replace(",", "").split())
     return MAX_LENGTH - 2 - extra
 
@@ -55,8 +55,8 @@ def _room(words: str) -> int:
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
     """One caption of a clip, at most 30 tokens of the toybox's tokenizer.
 
-    A captioned motion is always named, and no other ever. full: the one canonical form, as for pictures. The view is
-    said where it is clear and stays the same.
+    Captioned motions are always named, others never. full: the canonical form, as for pictures. The view is named where
+    it is clear and stays the same.
     """
     words = ""
     if moving.motion.name in MOTIONS:
@@ -68,6 +68,6 @@ def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = Fal
 
 
 def plain_clip_caption(moving: MovingScene) -> str:
-    """What anyone would say of a clip without its motion: "a photo of a duck on the beach"."""
+    """A plain caption of a clip, without its motion: "a photo of a duck on the beach"."""
     scene = moving.scene
     return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

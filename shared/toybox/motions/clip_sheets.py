@@ -1,4 +1,4 @@
-"""Clips on one sheet, to be looked at: a row for each, its frames from left to right."""
+"""Contact sheets of clips: one row per clip, its frames from left to right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.toybox.motions.held_out import motion_names
 
 
 def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 128) -> Image.Image:
-    """A sheet of labelled clips: a row for each, `columns` of its frames, evenly spaced from the first to the last.
+    """A sheet of labelled clips: one row each, with `columns` frames evenly spaced from the first to the last.
 
     Labels may repeat. ValueError when there are no clips.
     """
@@ -25,7 +25,7 @@ def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 
     for number, (label, clip) in enumerate(clips):
         count = min(columns, len(clip.frames))
         at = np.linspace(0, len(clip.frames) - 1, count).round().astype(int)
-        # Rows are kept by their label: spaces, which are not drawn, tell those of one label apart.
+        # Rows are keyed by label; trailing spaces, which are not drawn, keep equal labels apart.
         rows[label + " " * number] = clip.frames[at].permute(0, 3, 1, 2) * 2 - 1
     return contact_sheet(rows, tile)
 
@@ -33,10 +33,9 @@ def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 
 def write_motion_sheet(
     out: Path, names: Sequence[str], sizes: tuple[int, int, int] = (1, 8, 16), seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Write a PNG with clips of motions, captioned ones by their name, held-out ones by their full name; none: all of them.
+    """Writes a PNG with clips of the named motions (held-out ones by their full name), or of all if there are no names.
 
-    sizes: clips of each motion, frames shown of each, frames that it has. ValueError for an unknown motion, and as
-    `check_file`.
+    sizes: clips per motion, frames shown per clip, frames it has. ValueError for an unknown motion, and as `check_file`.
     """
     rows, columns, frames = sizes
     motions = {**MOTIONS, **motion_names()}

@@ -1,7 +1,7 @@
-"""Clips of one moving thing, with everything that is known about each frame.
+"""Clips of one moving thing, with the ground truth of each frame.
 
-Every frame is a picture as `render` draws it, of one thing, place and light throughout. A thing's shadow goes with it, in
-the air as well: so it is in the pictures that the toybox's model has learned from.
+Every frame is a picture as `render` draws it, with the same thing, place and light throughout. A thing's shadow moves with
+it, even in the air, as in the pictures that the toybox's model has learned from.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PLAIN = tuple(name for name in BACKGROUNDS if name.endswith("studio"))
 
 @dataclass(frozen=True, eq=False)
 class MovingScene:
-    """What a clip shows: its first frame as a scene, and the way from there.
+    """What a clip shows: its first frame as a scene, and the path from there.
 
-    path: [F, 6], columns `motion.PATH`; pan: [F], where the background is (0 throughout unless the camera moves).
+    path: [F, 6], columns `motion.PATH`; pan: [F], the background's shift (all 0 unless the camera moves).
     """
 
     scene: Scene
@@ -45,9 +45,9 @@ class MovingScene:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """F frames of H×W pixels, and the truth about them.
+    """F frames of H×W pixels with their ground truth.
 
-    frames: [F, H, W, 3] in [0, 1]; mask: [F, H, W], the part of each pixel that the thing covers (as a photo shows it);
+    frames: [F, H, W, 3] in [0, 1]; mask: [F, H, W], the share of each pixel that the thing covers (in the photo style);
     path: float64 [F, 6], columns `motion.PATH`; flow: [F-1, H, W, 2] and flow_known: bool [F-1, H, W], as `flow.Flow`.
     """
 
@@ -71,13 +71,13 @@ def _camera(at: Array) -> Camera:
 def sample_moving(
     rng: np.random.Generator, motion: Motion | None = None, frames: int = 16, split: str = "train", **fixed: Any
 ) -> MovingScene:
-    """A random clip of a motion (None: of any captioned one).
+    """A random clip of a motion (None: any captioned one).
 
-    split and fixed: as for `world.sample_scene`, but for camera, view and two: the motion places one thing. Where the
-    camera moves, the background is one on which it can be seen, unless it is fixed.
+    split and fixed: as in `world.sample_scene`, except camera, view and two, because the motion places one thing. If the
+    camera moves, the background (unless fixed) is one on which that is visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
-        raise ValueError(f"a clip's motion decides {', '.join(sorted(taken))}: it cannot be fixed")
+        raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")
     if motion is None:
         motion = tuple(MOTIONS.values())[int(rng.integers(len(MOTIONS)))]
     offsets = motion.offsets(motion.draw(rng), frames)
@@ -91,7 +91,7 @@ def sample_moving(
 
 @torch.no_grad()
 def draw_clip(moving: MovingScene, size: int = 64, device: str | torch.device = "cpu") -> Clip:
-    """Draws the frames of a clip with their truth. The same clip gives the same bits on a CPU."""
+    """Draws the frames of a clip with their ground truth. The same clip gives the same bits on a CPU."""
     where, scenes = torch.device(device), moving.scenes()
     things = instances(scenes, where)
     hits = visible(things, groups(things, SPACING * 64 / size, where), len(scenes), 2 * size)

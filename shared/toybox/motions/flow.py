@@ -1,4 +1,4 @@
-"""Optical flow of a clip, from the geometry that was drawn: where each visible point of a thing is in the next frame."""
+"""Exact optical flow of a clip, from the drawn geometry: where each visible point of a thing is in the next frame."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
-_BEHIND = 0.06  # radii: a point this much farther than what the next frame shows in its place is hidden
-_GRAZING = 0.2  # the cosine below which a surface is seen from its edge
+_BEHIND = 0.06  # radii: a point this much farther away than what the next frame shows in its place is hidden
+_GRAZING = 0.2  # the cosine below which a surface is seen edge-on
 
 
 @dataclass(frozen=True)
 class Flow:
-    """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], where what
-    the pixel shows is one surface, which is in the next frame's picture and not hidden there.
+    """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], where the
+    pixel shows a single surface that is visible in the next frame too.
 
     Where it is not known, `moved` is that of what covers most of the pixel.
     """
@@ -51,7 +51,7 @@ def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
 
 
 def _open(cover: Tensor, by: Tensor) -> Tensor:
-    """bool [F-1, H, W]: where the background is seen, and seen again in the next frame, `by` [F-1] pixels to the right."""
+    """bool [F-1, H, W]: where the background is visible, and again in the next frame, `by` [F-1] pixels to the right."""
     size = cover.shape[-1]
     at = torch.arange(size, device=cover.device) + by[:, None]
     inside = (at >= 0) & (at <= size - 1)

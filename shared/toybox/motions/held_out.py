@@ -1,6 +1,6 @@
-"""The motions that no caption describes and no training clip shows, in two splits: what personalization is for.
+"""Motions that no caption describes and no training clip shows, in two splits: what personalization is for.
 
-Each is known by its rhythm and direction, which do not vary; only its size varies a little from clip to clip.
+Each is defined by its rhythm and direction, which do not vary; only its size varies a little from clip to clip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _figure_of_eight(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _pendulum(t: Array, p: Parameters) -> dict[str, Array]:
-    # It hangs from a point above the picture, and turns with its string.
+    # It hangs from a point above the picture and turns with its string.
     swing = np.radians(p["swing_deg"]) * np.cos(3 * np.pi * t)
     return {"x": p["string"] * np.sin(swing), "y": p["string"] * np.cos(swing), "roll_deg": -np.degrees(swing)}
 
@@ -68,7 +68,7 @@ def _falling_leaf(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lap(t: Array, p: Parameters) -> dict[str, Array]:
-    # Round a circle on the ground, seen from its edge: to the right in front, to the left behind, looking ahead.
+    # Around a circle on the ground, seen edge-on: to the right in front, to the left behind, facing ahead.
     angle = 2 * np.pi * t
     near = np.cos(angle)
     return {
@@ -85,7 +85,7 @@ def _look_around(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _lunge(t: Array, p: Parameters) -> dict[str, Array]:
-    # Twice: forward at once, and slowly back.
+    # Twice: quickly forward, then slowly back.
     u = np.clip(2 * t, 0, 2 - 1e-9) % 1
     near = ramp(u, 0.0, 0.28) * (1 - ramp(u, 0.4, 1.0))
     return {"log_scale": p["growth"] * near, "y": 0.08 * near}
@@ -117,14 +117,14 @@ def motion_names() -> dict[str, Motion]:
 
 
 def held_out_motions(split: str) -> tuple[Motion, ...]:
-    """The motions of a split. ValueError names the splits."""
+    """The motions of a split. ValueError lists the splits."""
     if split not in HELD_OUT:
         raise ValueError(unknown(split, HELD_OUT, "held-out split"))
     return HELD_OUT[split]
 
 
 def held_out_motion(name: str) -> Motion:
-    """A held-out motion by its full name. ValueError lists what there is."""
+    """A held-out motion by its full name. ValueError lists the choices."""
     motions = motion_names()
     if name not in motions:
         raise ValueError(unknown(name, motions, "toybox motion"))

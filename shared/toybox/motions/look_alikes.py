@@ -11,9 +11,9 @@ from shared.toybox.motions.motion import Array, Motion, Parameters, Shape, still
 from shared.toybox.motions.path_distance import UNITS, distance
 
 GAP = 0.6
-"""How far, by `path_distance`, look-alikes are from their motion and from each other at least."""
+"""The least distance (`path_distance`) of look-alikes from their motion and from each other."""
 MOST = 6
-_FINE = 257  # moments at which a path is followed
+_FINE = 257  # points in time at which a path is sampled
 
 
 def _timed(warp: Callable[[Array], Array]) -> Callable[[Shape], Shape]:
@@ -42,14 +42,14 @@ def _swapped(shape: Shape) -> Shape:
 
 
 def _steady(shape: Shape) -> Shape:
-    """The same way at one speed: without stops, and without haste."""
+    """The same path at constant speed."""
 
     def even(t: Array, p: Parameters) -> Mapping[str, Array]:
         fine = np.linspace(0, 1, _FINE)
         n = max(len(values) for values in p.values())
         moved = {name: np.broadcast_to(values, (n, _FINE)) for name, values in shape(fine, p).items()}
         steps = sum((np.diff(v, axis=-1) / UNITS[name]) ** 2 for name, v in moved.items() if name in UNITS)
-        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # a little for a rest, so that no two moments are one
+        gone = np.cumsum(np.sqrt(steps) + 1e-9, axis=-1)  # a little even at rest, to keep it strictly increasing
         gone = np.concatenate([np.zeros((n, 1)), gone / gone[:, -1:]], axis=-1)
         when = np.stack([np.interp(t, row, fine) for row in gone])
         return {
@@ -72,11 +72,11 @@ CHANGES: dict[str, Callable[[Shape], Shape]] = {
     "once and a half": _timed(lambda t: np.where(t < 2 / 3, 1.5 * t, 2 - 1.5 * t)),
     "half of it": _timed(lambda t: t / 2),
 }
-"""How look-alikes are made, those first that are hardest to tell from the motion by a single frame."""
+"""How look-alikes are made, beginning with those hardest to tell from the motion by a single frame."""
 
 
 def look_alikes(motion: Motion) -> tuple[Motion, ...]:
-    """Up to `MOST` look-alikes of a motion: the first of `CHANGES` that are apart from it and from each other."""
+    """Up to `MOST` look-alikes of a motion: the first of `CHANGES` that keep apart from it and from each other."""
     chosen: list[Motion] = []
     for name, change in CHANGES.items():
         other = Motion(
@@ -88,9 +88,9 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 
 
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
-    """What a clip's path is compared with to recognise a motion: name -> path `[F, 6]`, the motion itself first.
+    """The paths a clip's path is compared with to recognise a motion: name -> `[F, 6]`, the motion itself first.
 
-    Its look-alikes, the other held-out motions of its split, and standing still, so that a frozen clip is recognised as such.
+    Then its look-alikes, the other held-out motions of its split, and standing still, so that frozen clips are recognised.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

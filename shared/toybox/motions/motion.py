@@ -1,7 +1,7 @@
-"""What a motion is: a pure function of time, with a few numbers that are drawn anew for each clip.
+"""What a motion is: a pure function of time, with a few parameters drawn anew for each clip.
 
-A *path* is an array `[..., F, 6]` in float64 with the columns `PATH`: where a thing is in each of F frames. The clip's time
-runs from 0 (first frame) to 1 (last frame), however many frames there are.
+A *path* is an array `[..., F, 6]` in float64 with the columns `PATH`: where a thing is in each of F frames. A clip's time
+runs from 0 (first frame) to 1 (last frame), whatever the number of frames.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
-"""The columns of a path, as `world.Camera` has them: x right and y down in pictures, the natural logarithm of the scale."""
+"""The columns of a path, as in `world.Camera`: x right and y down in pictures, the natural logarithm of the scale."""
 CHANNELS = (*PATH, "pan")
-"""What a motion moves: the path, and for a motion of the camera the background (to the right, in pictures)."""
+"""What a motion changes: the path, and for camera motions the background's shift (to the right, in pictures)."""
 
 Parameters: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
@@ -26,11 +26,11 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion: `shape(t, parameters)` gives the channels that it moves, relative to where the thing is placed.
+    """A motion: `shape(t, parameters)` gives the channels that it changes, relative to where the thing is placed.
 
-    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; what it does not mention stays.
-    limits: between which each parameter is drawn, evenly. either_way: parameters that are +1 or -1.
-    facing_deg: the azimuth that the path is relative to, where a thing must look along its way; None for any.
+    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; channels it omits stay at 0.
+    limits: the range from which each parameter is drawn uniformly. either_way: parameters that are +1 or -1.
+    facing_deg: the azimuth the path is relative to, where a thing must face along its path; None for any.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Motion:
         return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
 
     def median(self) -> dict[str, Array]:
-        """The parameters in the middle of their limits, [1, 1] each."""
+        """The midpoints of the parameters' limits, [1, 1] each."""
         middle = {name: np.full((1, 1), (low + high) / 2) for name, (low, high) in self.limits.items()}
         return middle | {name: np.ones((1, 1)) for name in self.either_way}
 
@@ -61,7 +61,7 @@ class Motion:
         return out
 
     def path(self, frames: int = 16) -> Array:
-        """[F, 6]: the path of the median draw, placed at 0: what the motion is, for comparing it with others."""
+        """[F, 6]: the path of the median draw, placed at 0, which stands for the motion in comparisons."""
         return self.offsets(self.median(), frames)[0, :, : len(PATH)]
 
 
@@ -71,7 +71,7 @@ def still(frames: int = 16) -> Array:
 
 
 def ramp(t: Array, start: float, end: float) -> Array:
-    """0 before `start`, 1 after `end`, and smooth in between."""
+    """0 before `start`, 1 after `end`, smooth in between."""
     u = np.clip((t - start) / (end - start), 0, 1)
     return u * u * (3 - 2 * u)
 

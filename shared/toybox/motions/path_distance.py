@@ -1,17 +1,18 @@
 """How far apart two motions are, by their paths over time.
 
 The distance of paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of their
-difference in units of what is plainly seen (`UNITS`), after the shift of each column that brings them nearest:
+difference in units of a clearly visible change (`UNITS`), after the shift of each column that brings them closest:
 
     d² = min over shifts s of 1/F Σ_t ( Σ_linear ((a_t - b_t - s) / unit)² + |exp(i a_t) - exp(i (b_t + s))|² / chord² )
 
-with the azimuth on the circle, for it may go round (chord = 2 sin(unit / 2)), and the other columns on the line. Both minima
-have closed forms: the shift of a line is the difference of means, and on the circle the sum is 2 - 2 |mean exp(i (a - b))|.
+with the azimuth on the circle because it wraps around (chord = 2 sin(unit / 2)), and the other columns on the line. Both
+minima have closed forms: on the line the shift is the difference of means, and on the circle the mean is
+2 - 2 |mean exp(i (a - b))|.
 
-- **The same to it**: where a motion begins: the place, size, view and tilt of a thing are its picture's affair, and a motion
-  shown on the left is the motion shown on the right. The shift is the best one rather than that of the first frame, so that
-  an error in one frame is no error in all.
-- **Not the same**: time (other rhythm, other direction, other phase), a mirror, and size: half a zigzag is another motion.
+- **Ignored**: where a motion begins. The place, size, view and tilt of a thing belong to its picture, and a motion on the
+  left is the same motion on the right. The best shift is used, not that of the first frame, so that an error in one frame
+  does not affect all.
+- **Not ignored**: time (rhythm, direction, phase), mirroring, and size: half a zigzag is a different motion.
 - It is a metric on paths up to such shifts: symmetric, zero only between shifted paths, and with the triangle inequality.
 """
 
@@ -31,7 +32,7 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""What counts as one, column by column: a tenth of the picture, a quarter larger, half of the way to the next view."""
+"""The unit of each column: a tenth of the picture, about a quarter larger, half-way to the next view."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]
@@ -43,11 +44,11 @@ def distances(a: Array, b: Array) -> Array:
     """Distances `[N, M]` of paths a `[N, F, 6]` from paths b `[M, F, 6]`.
 
     Raises:
-        ValueError: they are no paths, differ in their number of frames (see `resampled`), or hold what is no number
+        ValueError: wrong shapes, different numbers of frames (see `resampled`), or values that are not finite
     """
     a, b = _checked(a), _checked(b)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"paths of {a.shape[1]} and {b.shape[1]} frames cannot be compared: bring them to one number")
+        raise ValueError(f"cannot compare paths of {a.shape[1]} and {b.shape[1]} frames: resample one of them first")
     frames = a.shape[1]
     first, second = _lines(a), _lines(b)
     squares = (first**2).sum(1)[:, None] + (second**2).sum(1)[None] - 2 * first @ second.T
@@ -56,7 +57,7 @@ def distances(a: Array, b: Array) -> Array:
 
 
 def distance(a: Array, b: Array) -> float:
-    """The distance of two paths `[F, 6]`."""
+    """The distance between two paths `[F, 6]`."""
     return float(distances(np.asarray(a)[None], np.asarray(b)[None])[0, 0])
 
 
@@ -67,9 +68,9 @@ def ranked(path: Array, among: Mapping[str, Array]) -> list[tuple[str, float]]:
 
 
 def resampled(path: Array, frames: int) -> Array:
-    """A path `[..., F, 6]` at another number of evenly spaced frames, between the same first and last one.
+    """A path `[..., F, 6]` resampled to another number of evenly spaced frames, with the same first and last one.
 
-    Azimuths are read as turning the shorter way from frame to frame.
+    Azimuths are taken to turn the shorter way from frame to frame.
     """
     path = np.asarray(path, np.float64)
     smooth = path.copy()
@@ -83,9 +84,9 @@ def resampled(path: Array, frames: int) -> Array:
 def _checked(paths: Array) -> Array:
     paths = np.asarray(paths, np.float64)
     if paths.ndim != 3 or paths.shape[2] != len(PATH) or paths.shape[1] < 2:
-        raise ValueError(f"paths have the shape [N, frames, {len(PATH)}] ({', '.join(PATH)}), not {list(paths.shape)}")
+        raise ValueError(f"paths must have shape [N, frames, {len(PATH)}] ({', '.join(PATH)}), not {list(paths.shape)}")
     if not np.isfinite(paths).all():
-        raise ValueError("a path holds values that are not numbers (NaN or Inf)")
+        raise ValueError("a path contains values that are not numbers (NaN or Inf)")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Where in the picture a moving thing is placed, so that it stays in it all the time."""
+"""Where in the picture a moving thing is placed, so that it stays in view throughout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from shared.toybox.motions.motion import CHANNELS, PATH, Array, Motion
 
-SMALLEST, LARGEST = 0.42, 1.02  # scales; pictures for training have 0.4 to 1.1
+SMALLEST, LARGEST = 0.42, 1.02  # scales; training pictures have 0.4 to 1.1
 _SIDES_DEG = (0.0, 90.0, -90.0, 180.0)
 
 
 def room(scale: Array) -> Array:
-    """How far from the middle a thing of this scale may be: it may touch the border, most of it stays inside."""
+    """How far from the centre a thing of this scale may be: it may touch the border, but most of it stays inside."""
     return np.clip(0.56 - 0.4 * scale, 0.04, 0.35)
 
 
@@ -41,5 +41,5 @@ def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = N
 
 
 def sample_paths(rng: np.random.Generator, motion: Motion, n: int, frames: int = 16) -> Array:
-    """n paths `[n, F, 6]` of a motion, as its clips have them; nothing is drawn for them."""
+    """n paths `[n, F, 6]` of a motion, distributed as in its clips; no pictures are rendered."""
     return place(rng, motion.offsets(motion.draw(rng, n), frames), motion.facing_deg)

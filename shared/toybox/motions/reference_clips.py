@@ -1,4 +1,4 @@
-"""Held-out motions as folders of clips, as a person would bring them: one motion, by other things in other places each time."""
+"""Held-out motions as folders of clips, as a user would bring them: one motion, by different things in different places."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ KEY = "toybox-motion"
 FRAMES = range(2, 65)  # how many frames a clip may have
 
 WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
-"""Writes frames [F, 3, H, W] in [-1, 1] under a path without an ending, with text about them; returns what it has written."""
+"""Writes frames [F, 3, H, W] in [-1, 1] to a path without a suffix, with text about them; returns the path written."""
 
 
 def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
-    """A folder of PNGs, `000.png` first, each with the text about it."""
+    """Writes a folder of PNGs, from `000.png` on, each with the text about it."""
     for i, frame in enumerate(frames):
         write_picture(frame, path / f"{i:03d}.png", about)
     return path
 
 
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
-    """n clips of a held-out motion: plain things that captions describe, of other classes on other backgrounds each time.
+    """n clips of a held-out motion, with plain things that captions can describe, each of another class and background.
 
-    The classes and the backgrounds do not repeat before all were used. ValueError for an unknown motion or number of frames.
+    Classes and backgrounds repeat only after all were used. ValueError for an unknown motion or a bad number of frames.
     """
     motion = held_out_motion(name)
     if frames not in FRAMES:
-        raise ValueError(f"a clip has {FRAMES[0]} to {FRAMES[-1]} frames, not {frames}")
+        raise ValueError(f"a clip must have {FRAMES[0]} to {FRAMES[-1]} frames, not {frames}")
     rng = np.random.default_rng([seed, SEEDS[name.split("-")[0]].start, 16])
     kinds, places = rng.permutation(len(CLASSES)), rng.permutation(len(BACKGROUNDS))
     return [
@@ -64,11 +64,11 @@ def write_motion(
     frames: int = 16,
     write: WriteClip = write_frames,
 ) -> list[Path]:
-    """Write n clips of a held-out motion (`development-zigzag` …), to learn the motion from: `00/000.png` and so on.
+    """Writes n clips of a held-out motion (`development-zigzag` …) to learn the motion from: `00/000.png` and so on.
 
-    Beside the frames of each lies what a careful person adds: a caption of what is seen (`00/caption.txt`, or `00.txt` beside
-    a file), which does not say how it moves, and, frame by frame, the thing's mask (`masks/00/000.png`). The frames say in
-    their PNG text which motion they show. Returns the clips' paths. ValueError as `reference_moving` and `atomic_folder`.
+    Each comes with what a careful user would add: a caption of what is visible (`00/caption.txt`, or `00.txt` next to a
+    file), which does not mention the motion, and the thing's mask in each frame (`masks/00/000.png`). The frames' PNG text
+    names the motion. Returns the clips' paths. ValueError as `reference_moving` and `atomic_folder`.
     """
     moving = reference_moving(name, n, seed, frames)
     written = []
