@@ -97,7 +97,9 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_can_be_weakened(
 
 def test_it_is_not_exported_and_says_why(learned: tuple[Any, Concept], tmp_path: Path) -> None:
     backbone, concept = learned
-    with pytest.raises(ValueError, match="'mug' learned text_encoder.*hold one table of vectors per text encoder"):
+    with pytest.raises(
+        ValueError, match="'mug' learned text_encoder.*store only one table of vectors per text encoder"
+    ):
         export(concept, tmp_path / "out", backbone=backbone)
     assert not (tmp_path / "out").exists()
 

@@ -115,7 +115,7 @@ def test_a_decoder_that_adds_noise_is_the_pipeline_s_and_the_same_each_time() ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_channels": 8}, "the transformer reads 8 channels, and gets 4"),
+        ({"in_channels": 8}, "the transformer needs 8 channels, but gets 4"),
         ({"patch_size": 2, "in_channels": 16}, "patches of 1x2x2 are not supported"),
     ],
 )

@@ -140,7 +140,7 @@ def test_another_scheduler_keeps_the_shift(wan: WanBackbone) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_channels": 8}, "the transformer reads 8 channels and gets 4"),
+        ({"in_channels": 8}, "the transformer needs 8 channels and gets 4"),
         ({"image_dim": 8, "added_kv_proj_dim": 24}, "only text to video is supported"),
         ({"patch_size": (2, 2, 2)}, r"has patches of \[2, 2, 2\]"),
     ],
