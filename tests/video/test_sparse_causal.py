@@ -59,7 +59,8 @@ def turn_on(backbone: Any, name: str, part: SparseCausal = SparseCausal()) -> No
 def test_each_frame_attends_as_the_paper_says(seen: Any) -> None:
     """Against softmax(Q_i [K_first, K_previous]^T / sqrt(d)) [V_first, V_previous], frame by frame."""
     torch.manual_seed(0)
-    layer = Attention(HEADS * WIDTH, heads=HEADS, dim_head=WIDTH, processor=AttnProcessor2_0()).eval().double()
+    grown: dict[str, Any] = {"heads": HEADS, "dim_head": WIDTH, "processor": AttnProcessor2_0()}
+    layer = Attention(HEADS * WIDTH, **grown).eval().double()
     x = torch.randn(CLIPS * FRAMES, PLACES, HEADS * WIDTH, dtype=torch.float64)
     predictions = PredictionRows()
     layer.processor = UNetProcessor(Plan(Site("layer", "self", 1), predictions, (SparseCausal(frames=seen),)))  # type: ignore[assignment]
