@@ -1,4 +1,4 @@
-"""What assets of one thing are measured against: its truth, instruments that know it, and the floors; computed once."""
+"""What assets of one object are measured against: ground truth, matching evaluators and baselines; computed once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SIDE = 64  # pixels of the references, as for the toybox's own instruments
 @dataclass(frozen=True)
 class Against:
     """What an asset is compared with. truth: a subject of the toybox or a mesh file; references: a folder of pictures; prompt:
-    default: the asset's; class_noun: replaces names in it; clip, dino: model folders."""
+    defaults to the asset's; class_noun: replaces names in it; clip, dino: model folders."""
 
     truth: str | None = None
     references: Path | None = None
@@ -74,14 +74,14 @@ class Yardstick:
 
     @cached_property
     def truth_arm(self) -> Arm:
-        """Measurements of the true thing. Requires a truth."""
+        """Measurements of the real object. Requires ground truth."""
         assert self.true is not None
         same = [1.0] * len(self.true.masks), [BEST_DB] * len(self.true.masks)
         return Arm(with_shape(self.judge.look(self.true, self.true), *same), BEST_DB)
 
     @cached_property
     def sphere_arm(self) -> Arm:
-        """Measurements of a sphere in the truth's mean colour, aligned as assets are. Requires a truth."""
+        """Measurements of a sphere in the truth's mean colour, aligned as assets are. Requires ground truth."""
         assert self.true is not None
         ball = compared(sphere(mean_color(self.true)), self.true, self.around)
         looks = self.judge.look(ball.views, self.true)
@@ -89,8 +89,8 @@ class Yardstick:
 
     @cached_property
     def generic_scores(self) -> dict[str, float | None]:
-        """Scores of a generic thing of the class, by key: the class's usual shape in the true thing's two colours, not aligned.
-        Empty if the truth is not one of the toybox's things."""
+        """Scores of a generic object of the class, by key: the class's usual shape in the real object's two colours, not
+        aligned. Empty if the truth is not one of the toybox's objects."""
         if self.true is None or not isinstance(self.truth, TrueToy):
             return {}
         with torch.no_grad():
@@ -101,7 +101,7 @@ class Yardstick:
 
 
 def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
-    """The measurements of views, with those of shape added."""
+    """`looks` with the scores of shape added."""
     return replace(looks, scores={"iou": iou, "psnr": psnr, **looks.scores})
 
 
@@ -111,7 +111,7 @@ def plain(prompt: str, class_noun: str) -> str:
 
 
 def _references(against: Against, truth: Truth | None) -> tuple[Tensor | None, Truth | None]:
-    """The pictures; and the thing they show, if they are a toybox album and no truth is given."""
+    """The pictures; and the object they show, if they are a toybox album and no truth is given."""
     if against.references is None:
         return None, truth
     subject = read_subject(against.references, against.class_noun)

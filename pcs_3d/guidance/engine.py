@@ -15,7 +15,7 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: A point of evaluation and the ask there.
+#: An evaluation point, and what the model is asked there.
 Place = tuple[str, Ask]
 
 
@@ -69,8 +69,8 @@ def guide(
 
 
 def surrogate(z: Tensor, grad: Tensor) -> Tensor:
-    """½ |z - sg(z - grad)|² / B: a scalar whose gradient in z [B, C, h, w] is grad / B. It flows into what z was computed
-    from, and not through the networks between z and grad."""
+    """½ |z - sg(z - grad)|² / B: a scalar whose gradient with respect to z [B, C, h, w] is grad / B. It flows into whatever
+    produced z, but not through the networks between z and grad."""
     return 0.5 * (z - (z - grad).detach()).square().sum() / len(z)
 
 
@@ -89,8 +89,8 @@ def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> 
 
 
 def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
-    """x0 [B, C, h, w] rescaled by `share` towards the spread of the unguided `plain`, computed over each `together` consecutive
-    views. Raises ValueError unless B is a multiple of it."""
+    """x0 [B, C, h, w] rescaled by `share` towards the spread of the unguided `plain`, computed over each group of
+    `together` consecutive views. Raises ValueError unless B is a multiple of it."""
     if len(x0) % together:
         raise ValueError(
             f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is not a multiple of it"

@@ -46,7 +46,7 @@ def _torchvision(line) -> None:
     try:
         import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
 
-        line(True, "torchvision imports: not needed, harmless")
+        line(True, "torchvision imports without errors (not needed, harmless)")
     except Exception as error:
         line(
             False,
@@ -82,6 +82,7 @@ def _toybox(line) -> None:
         start = time.perf_counter()
         pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], settings=SamplingSettings(steps=2))
         fine = bool(pixels.isfinite().all())
-        line(fine, f"the toybox works: 2 steps in {time.perf_counter() - start:.1f} s")
+        how = f"2 steps in {time.perf_counter() - start:.1f} s"
+        line(fine, f"the toybox works: {how}" if fine else f"the toybox gives NaN or infinite pixels: {how}")
     except Exception as error:
         line(False, f"the toybox does not load: {error}")

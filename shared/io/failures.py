@@ -21,7 +21,7 @@ _ADVICE = {
     errno.ELOOP: "its links form a loop: remove the link, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n 4096`)",
-    errno.EACCES: "you have no permission to read or write there: change it, or choose another place",
+    errno.EACCES: "you do not have permission to read or write there: change the permissions, or choose another place",
 }
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 _MEMORY = re.compile(
@@ -30,7 +30,7 @@ _MEMORY = re.compile(
 )
 _SMALLER = (
     "use less: a smaller batch (train.batch_size, --num), a lower resolution, a smaller model, or bf16 on a GPU "
-    "(train.mixed_precision, --precision); or close other programs that use it"
+    "(train.mixed_precision, --precision); or close other programs that use memory"
 )
 
 
@@ -52,12 +52,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Whether memory or the disk failed rather than the user's input: no file should be called damaged because of it."""
+    """Whether memory or the disk failed rather than the user's input, so that no file is reported as damaged."""
     return out_of_memory(error) or of_the_disk(error)
 
 
 def of_the_disk(error: BaseException) -> bool:
-    """Whether writing failed: where several things are made in turn, the next one would fail, too."""
+    """Whether writing failed: if several outputs are made in turn, the next one would fail too."""
     return system_error(error) in _OF_WRITING
 
 
@@ -91,13 +91,12 @@ def _size(error: BaseException) -> str:
     asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
     if asked is None:
         return ""
-    return f" ({asked[2] or f'{int(asked[1]) / 2**30:.3g} GiB'} in one piece)"
+    return f" ({asked[2] or f'{int(asked[1]) / 2**30:.3g} GiB'} in a single allocation)"
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written, makes disk failures name it, whichever library raised them, instead of the temporary file
-    that is written first."""
+    """While `path` is written, makes disk failures of any library name `path`, not the temporary file that is written first."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,5 @@
-"""Locks so that only one command at a time writes an output. A lock is the operating system's (`flock`), so it ends with the
-process that holds it, however that ends. Lock files are in the cache, so that a refused command leaves nothing behind."""
+"""Locks so that only one command at a time writes an output. They use `flock`, so they are released
+however the process exits. Lock files are in the cache, so that a refused command leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _held: dict[Path, int] | None = None  # place -> open lock file, while a command
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """While a command runs, keeps a lock on each output that it checks (`hold`) until the end."""
+    """While a command runs, keeps a lock on each output passed to `hold` until the command ends."""
     global _held
     if _held is not None or sys.platform == "win32":
         yield
@@ -64,7 +64,7 @@ def _locked(path: Path, file: Path) -> int:
         with suppress(OSError):
             if os.path.samestat(os.fstat(handle), file.stat()):  # otherwise its holder has removed it in the meantime
                 os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} (begun {time.strftime('%H:%M:%S')})".encode())
+                os.write(handle, f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})".encode())
                 return handle
         os.close(handle)
 

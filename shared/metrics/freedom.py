@@ -1,8 +1,8 @@
-"""How much of the true thing's variation in pose the pictures of one prompt keep.
+"""How much of the real object's variation in pose is preserved across pictures of one prompt.
 
 D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same for true
 pictures of the thing from random views, F for true pictures in one pose and place with everything around it redrawn. So
-0 means one pose for every seed, and 1 as many as the thing itself has. Only the crops are compared: a shifted picture is
+0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: a shifted picture is
 not a new pose, and neither is another background.
 """
 
@@ -25,8 +25,8 @@ ENOUGH = 0.3  # share of all pairs that must be verified on both sides: fewer sa
 class Pairs:
     """Pairs of pictures of one prompt."""
 
-    of: int  # number of all pairs
-    counted: int  # number of pairs of which both pictures are verified
+    of: int  # total number of pairs
+    counted: int  # number of pairs in which both pictures are verified
     distance: float  # sum of 1 − cosine over the counted ones
 
     @property
@@ -76,7 +76,8 @@ class Range:
 
 
 def effective_views(views: Sequence[str]) -> float:
-    """exp(H) of the views seen: 1 when all are the same, their number when all are equally frequent; NaN for none."""
+    """exp(H) of the views seen: 1 when all are the same, the number of distinct views when all are equally frequent; NaN for
+    none."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)

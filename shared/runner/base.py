@@ -1,5 +1,5 @@
 """The base of every package's runner: concepts loaded on one backbone; learn, generate, evaluate. A package defines how
-expanded prompts become its medium (`make`)."""
+expanded prompts become its output (`make`)."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class Runner:
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
     ) -> Tensor:
-        """Generates the package's medium, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
+        """Generates the package's output, on the CPU, in [-1, 1]: pictures [N, 3, H, W] or clips [N, 3, F, H, W], one per
         (prompt, seed) pair.
 
         Args:
             prompts: already expanded
-            progress: called with (done, total) after each denoising step, in denoising steps of single items
+            progress: called with (done, total) after each denoising step, counting the steps of every item
         """
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
@@ -88,7 +88,7 @@ class Runner:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The backbone's strengths of the loaded concepts that have adapters."""
+        """The backbone's strengths for loaded concepts that have adapters."""
         return {name: s for name, s in self.backbone.strengths.items() if name in self.backbone.adapters}
 
     @property
@@ -181,7 +181,7 @@ class Runner:
             return self.make(texts, seeds, settings, progress)
 
     def with_own_strengths(self, settings: SamplingSettings) -> SamplingSettings:
-        """Adds the strength by step from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
+        """Adds the per-step strength from each loaded concept's recipe (`sampling.strength`), times the strength it was loaded
         with; strengths that the settings already give for a concept take precedence."""
         said = {name for hook in settings.hooks if isinstance(hook, StrengthSchedule) for name in hook.strengths}
         own = []
@@ -200,7 +200,7 @@ class Runner:
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """What was learned from, as pictures [N, 3, side, side'] for a contact sheet."""
+        """The training inputs, as pictures [N, 3, side, side'] for a contact sheet."""
         return references(subject, side)
 
     def _class_pictures(

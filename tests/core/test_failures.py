@@ -191,7 +191,7 @@ def test_an_output_is_one_command_s_until_it_ends_or_is_killed(tmp_path: Path) -
     process = subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     for path in (out, link):
-        with holding(), pytest.raises(ValueError, match=rf"{path} is being written by process {process.pid} \(begun"):
+        with holding(), pytest.raises(ValueError, match=rf"{path} is being written by process {process.pid} \(started"):
             check_output(path, overwrite=True)
     nothing: Any = Experiment({"a": 1}, ["mug"], "a photo of a mug", range(1)), out, None
     with holding(), pytest.raises(ValueError, match=f"is being written by process {process.pid}"):

@@ -1,4 +1,4 @@
-"""Captioned motions told apart by their paths: the nearest of many paths drawn from each."""
+"""Classifies a path by its nearest neighbour among paths sampled from each captioned motion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 def nearest_captioned(path: Array) -> str:
     """The captioned motion, or "still", whose paths come nearest to a path `[F, 6]` (`path_distance`).
 
-    An orbit of the camera and a spin are told apart by how far they turn, because a path does not include the background.
+    An orbit of the camera and a spin differ only in how far they turn, because a path does not include the background.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]
