@@ -106,11 +106,11 @@ def nested(depth: int) -> int:
         (lambda: np.ones(2**55), "out of memory: this machine does not have enough for this"),
         (
             lambda: torch.empty(2**45),
-            "out of memory: this machine does not have enough for this (1.31e+05 GiB in one piece)",
+            "out of memory: this machine does not have enough for this (1.31e+05 GiB in a single allocation)",
         ),
         (
             lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")),
-            "out of memory: the GPU does not have enough for this (2.50 GiB in one piece)",
+            "out of memory: the GPU does not have enough for this (2.50 GiB in a single allocation)",
         ),
         (lambda: nested(0), "something is nested too deeply to be read"),
         (lambda: 10.0**400, "a number is too large"),
