@@ -65,9 +65,12 @@ class ViewWords(Part):
         overhead = self._past(above, self.overhead_deg)
         front = self._past(self.front_deg, around)
         back = (1 - front) * self._past(around, 180 - self.back_deg)
-        level: dict[Direction, float] = {"front": front, "side": 1 - front - back, "back": back}
-        found: dict[Direction, float] = {d: (1 - overhead) * share for d, share in level.items()} | {
-            "overhead": overhead
+        level = 1 - overhead
+        found: dict[Direction, float] = {
+            "front": level * front,
+            "side": level * (1 - front - back),
+            "back": level * back,
+            "overhead": overhead,
         }
         return {d: share for d, share in found.items() if share > 1e-6}
 
