@@ -311,7 +311,7 @@ def test_somebody_elses_processor_is_refused_or_left_alone(sd: StableDiffusionBa
     odd.processor = strange = AttnProcessor()
     before = processors(sd)
     for edits in ((nothing,), (Watch(),)):
-        refused = rf"{names[3]} computes with AttnProcessor, which is not diffusers' default"
+        refused = rf"{names[3]} has the processor AttnProcessor, which is not diffusers' default"
         with pytest.raises(ValueError, match=refused), sd.attending(*edits):
             pass
         assert all(a is b for a, b in zip(processors(sd), before, strict=True))

@@ -64,7 +64,7 @@ def test_weights_in_a_format_that_runs_code_are_explained(tiny_sd: Any, tmp_path
     tiny_sd.save_pretrained(tmp_path)
     (weights,) = (tmp_path / "unet").glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
-    says = "as diffusion_pytorch_model.bin alone: .* can run code .*from diffusers import UNet2DConditionModel as M; .*save_pre"
+    says = "only as diffusion_pytorch_model.bin: .* can run code .*from diffusers import UNet2DConditionModel as M; .*save_pre"
     with pytest.raises(ValueError, match=says):
         load_backbone(tmp_path)
 

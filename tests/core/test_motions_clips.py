@@ -144,7 +144,7 @@ def test_a_sampled_clip_is_one_thing_in_one_place() -> None:
     drawn = draw_clip(one)
     assert torch.equal(drawn.frames, draw_clip(other).frames)
     assert drawn.levels.dtype == torch.uint8 and drawn.levels.shape == (3, 64, 64, 3)
-    with pytest.raises(ValueError, match="motion decides camera, view"):
+    with pytest.raises(ValueError, match="cannot fix camera, view: the clip's motion decides"):
         sample_moving(rng, view="side", camera=None)
 
 

@@ -39,7 +39,7 @@ def test_the_least_recently_used_leave_and_no_more_than_must(present, needed, bu
 def test_a_network_larger_than_the_device_is_refused_with_both_sizes():
     sizes = {"transformer": 24 * 2**30, "vae": 2**28}
     check_budget(sizes, 24 * 2**30, "cuda:0")
-    with pytest.raises(ValueError, match=r"the transformer takes 24\.0 GiB, and cuda:0 has 15\.5 GiB free"):
+    with pytest.raises(ValueError, match=r"the transformer takes 24\.0 GiB, but cuda:0 has only 15\.5 GiB free"):
         check_budget(sizes, int(15.5 * 2**30), "cuda:0")
 
 

@@ -157,5 +157,5 @@ def test_rates_stay_and_fall_over_the_last_fraction() -> None:
     assert [round(linear.factor(50, done), 3) for done in (0.0, 0.8, 0.9, 1.0, 1.1)] == [1, 1, 0.5, 0, 0]
     assert linear.factor(0, -0.1) == pytest.approx(1 / 11)
     assert AdamW(schedule="cosine", decay=0.5).factor(0, 0.75) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="decay = 0.3 with schedule: constant"):
+    with pytest.raises(ValueError, match="decay = 0.3 has no effect with schedule: constant"):
         validate(AdamW, {"decay": 0.3})

@@ -366,7 +366,7 @@ def test_what_is_the_same_in_all_phases_cannot_be_said_in_one(user_recipe, key):
 
 
 def test_slots_are_found_by_their_type():
-    assert set(slots(Recipe)) == {"sources", "masks", "augment", "trainable", "regularize"}
+    assert set(slots(Recipe)) == {"sources", "masks", "augment", "attention", "trainable", "regularize"}
 
 
 def test_paths_stay_paths():

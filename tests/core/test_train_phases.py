@@ -101,7 +101,7 @@ def test_pictures_of_another_state_are_not_taken_for_this_one_s(tiny, photos, tm
 
 
 def test_choosing_without_a_scorer_is_refused_before_the_first_phase(tiny, photos, tmp_path):
-    with pytest.raises(ValueError, match=r"phases\.look\.task\.keep chooses .* --clip FOLDER"):
+    with pytest.raises(ValueError, match=r"phases\.look\.task\.keep selects .* --clip FOLDER"):
         session(tiny(), feedback(), photos, tmp_path / "run")
 
 

@@ -134,7 +134,9 @@ def test_half_precision_networks_can_be_trained_and_used(new_sd, name):
 @pytest.mark.parametrize("name", sorted({*ADAPTER_TYPES} - {*WITH_CONVOLUTIONS}))
 def test_layers_that_a_method_does_not_adapt_are_refused(sd, name):
     look = trace(sd)
-    with pytest.raises(ValueError, match=rf"trainable\.x: {name} adapts linear.*2[29] of the 57 .* for example .*conv"):
+    with pytest.raises(
+        ValueError, match=rf"trainable\.x: {name} adapts only linear.*2[29] of the 57 .* for example .*conv"
+    ):
         part(name, ("cross_attention", "conv")).inject(sd, "mug", "x", seed=0)
     assert trace(sd) == look and not sd.adapters
 

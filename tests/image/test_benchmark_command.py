@@ -61,7 +61,7 @@ def test_two_recipes_of_one_name_are_refused(pcs, tmp_path):
     (tmp_path / "textual_inversion.yaml").write_text("base: pivotal_tuning\n")
     recipes = ("textual_inversion", tmp_path / "textual_inversion.yaml")
     ran = pcs("image", "benchmark", *recipes, *SMALL, "--out", tmp_path / "table")
-    assert ran.code == 2 and "would both be 'textual_inversion' in the table" in ran.err
+    assert ran.code == 2 and "would both be called 'textual_inversion' in the table" in ran.err
     gone = pcs("image", "benchmark", tmp_path / "gone.yaml", *SMALL, "--out", tmp_path / "table")
     assert gone.code == 2 and "gone.yaml does not exist" in gone.err and not (tmp_path / "table").exists()
 

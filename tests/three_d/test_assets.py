@@ -211,7 +211,7 @@ def test_the_field_comes_to_look_like_the_pictures_from_where_they_were_taken(sd
     seen = asset.views(how.references.cameras())
     middle = seen.pixels[:, :, 6:10, 6:10].mean((0, 2, 3))
     assert float(middle[0]) > 0.6 > 0.4 > float(middle[1]), "red, and not the green behind it"
-    with pytest.raises(ValueError, match=r"references.azimuth_deg: 3 for 2 pictures.* a.png, b.png"):
+    with pytest.raises(ValueError, match=r"references.azimuth_deg: 3 azimuths for 2 pictures.* a.png, b.png"):
         more = recipe("voxels", "prompt=a photo of a <mug>", *references[1:], "references.azimuth_deg=[0, 90, 180]")
         Runner3D(sd).create(more, tmp_path / "other", {"mug": subject})
     assert not (tmp_path / "other").exists()

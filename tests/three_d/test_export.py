@@ -93,7 +93,7 @@ def test_an_empty_field_is_an_error_and_leaves_nothing(tmp_path, density):
 def test_numbers_that_are_none_and_latents_are_errors(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         export_asset(Solid(0.6, float("nan")), tmp_path, SMALL)
-    with pytest.raises(ValueError, match="latents of 4 channels"):
+    with pytest.raises(ValueError, match="latents with 4 channels"):
         export_asset(Solid(0.6, 9.0, channels=4), tmp_path, SMALL)
 
 

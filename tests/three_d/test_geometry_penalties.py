@@ -99,7 +99,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
     assert float(outline(drawn(field, pictures=pictures))) < 1e-9
     empty = Pictures(truth.pixels, CAMERAS, torch.zeros_like(truth.opacity))
     assert float(outline(drawn(field, pictures=empty))) == pytest.approx(2 * float(truth.opacity.square().mean()))
-    with pytest.raises(ValueError, match="silhouette needs pictures of the thing that all have masks"):
+    with pytest.raises(ValueError, match="silhouette needs pictures of the thing, all with masks"):
         outline(drawn(field, pictures=Pictures(truth.pixels, CAMERAS)))
     field.raw_features.data += 3
     worse = part(drawn(field, pictures=pictures))
@@ -128,7 +128,7 @@ def test_what_masks_leave_out_may_count_for_nothing():
 @pytest.mark.parametrize(
     ("kind", "field", "renderer", "why"),
     [
-        ("orientation", Gaussians(count=8), Splat(), "rays are marched"),
+        ("orientation", Gaussians(count=8), Splat(), "marching rays"),
         ("z_variance", Gaussians(count=8), Splat(), "marches rays"),
         ("total_variation", Gaussians(count=8), Splat(), "grids"),
         ("eikonal", Voxels(resolution=6), Volume(samples=8), "tetrahedra"),

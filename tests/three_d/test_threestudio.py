@@ -119,7 +119,7 @@ def test_latents_are_guided_as_they_are(threestudio, folders):
     out = guidance(latents, words(), **looked(1), rgb_as_latents=True)
     out["loss_sds"].backward()
     torch.testing.assert_close(latents.grad.norm(), out["grad_norm"])
-    with pytest.raises(ValueError, match=r"latents of 3 channels.*have 4"):
+    with pytest.raises(ValueError, match=r"latents with 3 channels.*needs 4"):
         guidance(torch.zeros(1, 8, 8, 3), words(), **looked(1), rgb_as_latents=True)
     words, guidance = both(threestudio, folders, settings=["guidance.pixel_weight=1"])
     with pytest.raises(ValueError, match=r"guidance\.pixel_weight: .*no pixels to compare"):

@@ -127,7 +127,7 @@ def test_latents_are_drawn_as_they_are_and_are_not_lit():
         Volume().render(Solid(0.6, channels=4), CAMERAS, view(3, channels=4, shading="normal"))
     with pytest.raises(ValueError, match="does not fit"):
         Volume().render(Solid(0.6), CAMERAS, view(2))
-    with pytest.raises(ValueError, match="draws no TetrahedraField"):
+    with pytest.raises(ValueError, match="volume cannot draw a TetrahedraField"):
         Volume().render(Tetrahedra(resolution=6, color_resolution=4).build(), CAMERAS, view(3))
 
 

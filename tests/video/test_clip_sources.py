@@ -84,7 +84,7 @@ def test_the_models_own_clips_are_made_once_and_kept_without_loss(tmp_path: Path
     assert len(make.asked) == 5
     other = source.model_copy(update={"frames": 5})
     assert source.key(context(subject, tmp_path), "a") != other.key(context(subject, tmp_path), "a")
-    with pytest.raises(ValueError, match=r"3 class clips of 'a photo of a mug' are missing .* cannot make clips"):
+    with pytest.raises(ValueError, match=r"3 class clips of 'a photo of a mug' are missing .* cannot generate clips"):
         list(other.examples(context(subject, tmp_path)))
 
 

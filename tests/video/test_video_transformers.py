@@ -248,7 +248,7 @@ def test_a_processor_of_somebody_s_own_is_left_alone(backbone: Any) -> None:
         pass
 
     layer.processor = Own()
-    with pytest.raises(ValueError, match=f"{site.name} computes with Own"), backbone.attending(nothing):
+    with pytest.raises(ValueError, match=f"{site.name} has the processor Own"), backbone.attending(nothing):
         pass
 
 
