@@ -18,8 +18,8 @@ class AdamW(OptimizerPart):
     eps: Positive = 1e-8
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # Not fused on a CPU: that kernel misreads moments with other strides and rounds differently at the end of a tensor, so a
-        # resumed run would differ.
+        # Not fused on a CPU: that kernel misreads moments with other strides and rounds differently at the end of a tensor, so
+        # a resumed run would differ.
         return torch.optim.AdamW(list(groups), betas=self.betas, eps=self.eps)
 
 
