@@ -77,6 +77,8 @@ def show(
     modality = modality or next((m for m in ("image", "video", "3d") if name in recipe_files(m)), "image")
     recipe = load(name, settings or [], modality, model_of(modality))
     place = taxonomy_of(recipe)
+    if recipe.backbone is None:
+        print("# values for the toybox, a small model; add backbone=PATH for those of full-size models")
     for key, words in _COLUMNS.items():
         if getattr(place, key):
             print(f"# {words}: {getattr(place, key)}")

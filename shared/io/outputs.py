@@ -42,7 +42,7 @@ def check_file(path: PathLike, overwrite: bool = False) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the path of a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} already exists: choose another output, or overwrite it explicitly")
+        raise ValueError(f"{path} already exists: choose another output, or replace it with --overwrite")
     _writable(path)
     hold(path)
     return path
@@ -90,7 +90,7 @@ def _check_there(path: Path, overwrite: bool) -> None:
     inside = sum(1 for _ in path.iterdir())
     if inside and not overwrite:
         raise ValueError(
-            f"{path} already exists and holds {inside} file(s): choose another output, or overwrite it explicitly"
+            f"{path} already exists and holds {inside} file(s): choose another output, or replace it with --overwrite"
         )
     others = foreign_files(path) if overwrite else []
     if others:
