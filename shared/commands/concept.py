@@ -53,9 +53,8 @@ def export(
     model = load_backbone_of(concept, backbone, download=download)
     result = write(concept, out, format=format, backbone=model, strength=strength, overwrite=overwrite)
     for name, check in result["checks"].items():
-        print(
-            f"{name}: gives the same results up to rounding (difference {check['max_abs_difference']:.2g}, limit {check['limit']:.2g})"
-        )
+        found, limit = check["max_abs_difference"], check["limit"]
+        print(f"{name}: the same results up to rounding (largest difference {found:.2g}, limit {limit:.2g})")
     print(out)
 
 
