@@ -68,6 +68,7 @@ def show(
     modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
 ) -> None:
     """Explain a recipe: everything it sets, resolved as it would run (on the toybox, unless backbone=… says otherwise)."""
+    from shared.backbones.load import WORLDS
     from shared.recipe.catalog import recipe_files
     from shared.recipe.explain import explained
     from shared.recipe.resolve import load, model_of
@@ -77,7 +78,7 @@ def show(
     modality = modality or next((m for m in ("image", "video", "3d") if name in recipe_files(m)), "image")
     recipe = load(name, settings or [], modality, model_of(modality))
     place = taxonomy_of(recipe)
-    if recipe.backbone is None:
+    if str(recipe.backbone) in WORLDS:
         print("# values for the toybox, a small model; add backbone=PATH for those of full-size models")
     for key, words in _COLUMNS.items():
         if getattr(place, key):

@@ -88,7 +88,13 @@ def test_a_motion_goes_into_queries_and_keys_of_joint_attention(
 ) -> None:
     """MotionDirector's port works without layers for time only: the motion goes into Q and K of the chosen blocks, the clips'
     looks go elsewhere and are not kept."""
-    settings = ("task.skip=0", "trainable.temporal.blocks=1", "noise.low=0.8", "trainable.spatial.rank=2")
+    settings = (
+        "task.skip=0",
+        "trainable.temporal.blocks=1",
+        "noise.kind=uniform",
+        "noise.low=0.8",
+        "trainable.spatial.rank=2",
+    )
     run = run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director_joint", *settings)
     finish(run)
     touched = {m for a in backbone.adapters["m"] for m in a.modules()}
@@ -120,7 +126,8 @@ def test_the_path_of_pictures_learns_the_frame_that_is_one(
         return add_noise(self, x0, noise, t)
 
     monkeypatch.setattr(type(backbone), "add_noise", watched)
-    settings = ("trainable.temporal.roles=[temporal_attention]", "task.skip=0", "train.steps=3")
+    here = ("trainable.temporal.roles=[temporal_attention]", "trainable.temporal.blocks=")  # two blocks, all of them
+    settings = (*here, "task.skip=0", "train.steps=3")
     finish(run_on_clips(backbone, longer_clips, tmp_path, frames_of(backbone), "motion_director", *settings))
     assert [x.ndim for x in shown] == [4, 5] * 3
     stills = backbone.encode_pixels(torch.stack([moving_square(i, 9, 40)[:, 0, :32, :32] for i in range(2)]))
