@@ -20,6 +20,7 @@ from pcs_3d.view_prompts import Mix, ScenePrompts, Views
 from shared.backbones.attention_edits import At
 from shared.backbones.protocol import Backbone
 from shared.prompts import without
+from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
 
@@ -75,7 +76,7 @@ class BackboneScores:
         used: list[Adapters] = list(dict.fromkeys(ask.adapters for ask in asks))
         for adapters in used:
             mine = [ask for ask in asks if ask.adapters == adapters]
-            with torch.no_grad(), self.under(adapters):
+            with torch.no_grad(), merged_layers(), self.under(adapters):
                 many, times = torch.cat([z_t] * len(mine)), torch.cat([t] * len(mine))
                 prediction = self._predict(mine, many, times, views)
                 eps = self.backbone.to_eps(prediction.to(z_t), many, times)

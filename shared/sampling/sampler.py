@@ -21,6 +21,7 @@ from shared.sampling.hooks import DenoisingStep
 from shared.sampling.hooks_in_turn import InTurn
 from shared.sampling.schedulers import make_scheduler
 from shared.sampling.settings import SamplingSettings, Start
+from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
 DECODE_PIXELS = 2**18  # one 512x512 picture: the autoencoder's activations are the largest of all
@@ -150,7 +151,7 @@ def denoise(
         latents = hooks.latents(step, latents)
         step = replace(step, prompts=hooks.prompts(step, step.prompts))
         scaled = _seen(solver, latents, t)
-        with hooks.during(step):
+        with hooks.during(step), merged_layers():
             positive, unwanted = conditionings(step.prompts, t)
             prediction = backbone.predict_guided(scaled, hooks.told(step, t), positive, unwanted, guidance)
         latents = hooks.after(step, solver.step(prediction, t, latents, **options, return_dict=False)[0])

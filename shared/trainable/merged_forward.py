@@ -1,14 +1,15 @@
-"""LoRA layers that compute with one weight, W' = W + s B A, in place of a second, narrow layer beside the first.
+"""LoRA layers that compute with one merged weight, W' = W + s B A, instead of a second, narrow layer beside the first.
 
-peft's layers compute W x + s B (A x): two products more, and two passes over the output. Where nothing is learned (pictures are
-made, a teacher is asked), W' costs less than those wherever x has many rows. The numbers are the same but for rounding, and
-exactly those of W where B is 0. In training peft's own forward is as fast, because its backward pass needs no W' anew; it
-computes whatever this does not cover: see `_pairs`.
+peft's layers compute W x + s B (A x): two extra products, and two passes over the output. When x has many rows, W' is cheaper.
+Results are equal up to rounding, and exactly those of W if B is 0. Only inside `merged_layers()`, which sampling and teachers
+enter: predictions that a training step compares must all round alike, and with a backward pass peft's own forward is as fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -20,16 +21,27 @@ from torch.nn import functional as F
 from shared.trainable.rank_by_noise import RankByNoise
 
 Pair = tuple[Tensor, Tensor, float]  # A [r, in, …], B [out, r, …], s
+_merges: ContextVar[bool] = ContextVar("merges", default=False)
+
+
+@contextmanager
+def merged_layers() -> Iterator[None]:
+    """Inside, LoRA layers compute with merged weights where that is possible and pays; gradients turn it off."""
+    token = _merges.set(True)
+    try:
+        yield
+    finally:
+        _merges.reset(token)
 
 
 def merge_in_forward(layer: nn.Module) -> None:
-    """Let one of peft's LoRA layers compute with W'; others are left alone. Done again, it changes nothing."""
+    """Prepares one of peft's LoRA layers for `merged_layers`; leaves other layers alone. Calling it again changes nothing."""
     if type(layer) in (Linear, Conv2d):
         layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    pairs = None if args or kwargs else _pairs(layer, x)
+    pairs = _pairs(layer, x) if _merges.get() and not (args or kwargs) else None
     if pairs is None:
         return type(layer).forward(layer, x, *args, **kwargs)
     base = layer.base_layer
@@ -42,9 +54,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
-    """What acts on a layer now. None where peft's own forward has to be asked: in training; in half precision and autocast, in
-    which W' would round B A away; hooks on the layer itself; dropout, and whatever else stands between A, B and x; other layers
-    than plain ones; fewer rows of x than make W' pay; and devices other than a CPU, for which nobody has measured it."""
+    """The factors that currently act on a layer. None if peft's own forward must be used: with gradients; in half precision and
+    autocast, where W' would round B A away; with hooks on the layer, or dropout or anything else between A, B and x; for
+    layers other than plain ones; if x has too few rows for W' to pay; and on other devices than a CPU, where it was not
+    measured."""
     base = layer.base_layer
     if torch.is_grad_enabled() or layer.disable_adapters or layer.merged or not _plain(base):
         return None
@@ -67,8 +80,8 @@ def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
 
 
 def _rank(a: Any) -> int | None:
-    """How many directions of A act. A rank that falls with the noise is one for all rows when pictures are made; where rows
-    differ it is None, as with hooks of any other kind."""
+    """How many directions of A act. During sampling, a rank that falls with the noise is the same for all rows. None if rows
+    differ, or if A has any other hook."""
     if not _hooked(a):
         return len(a.weight)
     falls = [hook for hook in a._forward_hooks.values() if isinstance(hook, RankByNoise)]
@@ -90,7 +103,7 @@ def _hooked(module: Any) -> bool:
 
 
 def _pays(base: Any, x: Tensor) -> bool:
-    """Whether r out K multiplications for B A, with K inputs of each output, are fewer than r (out + K) for each row of x."""
+    """Whether computing B A (r out K multiplications, with K inputs per output) costs less than r (out + K) per row of x."""
     if x.ndim < base.weight.ndim:
         return False
     out, inputs = len(base.weight), base.weight[0].numel()
@@ -98,7 +111,7 @@ def _pays(base: Any, x: Tensor) -> bool:
 
 
 def _count(base: Any, x: Tensor) -> int:
-    """Rows of a linear layer, places of a convolution."""
+    """Rows of a linear layer's input, output positions of a convolution."""
     if isinstance(base, nn.Conv2d):
         return x.numel() // x.shape[1] // (base.stride[0] * base.stride[1])
     return x.numel() // x.shape[-1]

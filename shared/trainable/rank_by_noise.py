@@ -28,7 +28,7 @@ class RankByNoise:
         self.backbone, self.min_rank = backbone, min_rank
 
     def common(self, rank: int) -> int | None:
-        """r(t) of `rank`, where the prediction under way has the same for all its pictures; None where it differs."""
+        """r(t) of `rank` if it is the same for all pictures of the current prediction, else None."""
         t = self.backbone.prediction_time
         if t is None:
             return None

@@ -1,15 +1,18 @@
-"""LoRA layers that compute with W + s B A give what peft's own forward gives."""
+"""LoRA layers that compute with W + s B A give the same results as peft's own forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from shared.sampling.sampler import sample
+from shared.sampling.settings import SamplingSettings
 from shared.trainable import Lora
 from shared.trainable import merged_forward as merging
 
@@ -31,9 +34,15 @@ def double(backbone: Any) -> Any:
     return backbone.to(dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def inside() -> Iterator[None]:
+    with merging.merged_layers():
+        yield
+
+
 @contextmanager
 def peft_s_own(backbone: Any) -> Iterator[None]:
-    """Inside, layers compute as peft has them."""
+    """Inside, layers compute with peft's own forward."""
     ours = {
         m: vars(m).pop("forward") for c in backbone.components.values() for m in c.modules() if "forward" in vars(m)
     }
@@ -143,3 +152,19 @@ def test_a_start_is_the_base_bit_for_bit_and_ejecting_leaves_no_trace(sd: Any) -
     sd.remove("mug")
     assert torch.equal(sd_output(sd, torch.float32), before)
     assert not any("forward" in vars(m) for c in sd.components.values() for m in c.modules())
+
+
+def test_layers_are_merged_only_for_sampling(new_sd: Any, merges: list[Any]) -> None:
+    """Outside of `merged_layers` a prediction without gradients is bit for bit the one with them."""
+    backbone = new_sd()
+    inject(backbone, "mug", 4)
+
+    def predictions() -> None:
+        found = sd_output(backbone, torch.float32)
+        assert not merges
+        with peft_s_own(backbone):
+            assert torch.equal(found, sd_output(backbone, torch.float32))
+        sample(backbone, ["a mug"] * 4, seeds=[0, 1, 2, 3], settings=SamplingSettings(steps=1))
+        assert merges
+
+    Context().run(predictions)
