@@ -109,15 +109,15 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
     files = album.write_album(asked.subject, asked.references)
     yield f"references   {len(files)} pictures of {asked.subject} in {asked.references}"
     exhibits: list[Exhibit] = []
-    rows = {"its pictures": torch.stack([resize(read_picture(f), _TILE).pixels for f in files[:_TILES]])}
+    rows = {"References": torch.stack([resize(read_picture(f), _TILE).pixels for f in files[:_TILES]])}
     for part in chosen.values():
         for made in part.show(asked, bars):
             if isinstance(made, Exhibit):
                 exhibits.append(made)
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
-                if made.shots is not None and made.title.lower() not in rows:
-                    rows[made.title.lower()] = made.shots[:_TILES]
+                if made.shots is not None:  # of several exhibits with one title, the first
+                    rows.setdefault(made.title, made.shots[:_TILES])
             else:
                 yield made
     claim(asked.out, "overview.png")

@@ -1,4 +1,4 @@
-"""What a concept changes in how its model attends, while it is learned and where it acts. A new part: one file, one line."""
+"""Changes to a model's attention that belong to a concept, in training and in use. A new part: one file, one line here."""
 
 from shared.attention.base import AttentionPart
 from shared.attention.sparse_causal import SparseCausal

@@ -1,4 +1,4 @@
-"""What parts that change attention have in common."""
+"""The base class of parts that change attention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class AttentionPart(KindPart):
     """Base of every part that changes how a model attends."""
 
     def edits(self, backbone: Backbone) -> Sequence[At]:
-        """What it does on this model; nothing where there is nothing to change."""
+        """The edits for this model; empty if nothing needs to change."""
         raise NotImplementedError
 
     def port(self, backbone: Backbone) -> str:
-        """What stands in for it on this model, recorded in the concept; "" where it does what its paper says. ValueError
-        where nothing does."""
+        """What replaces it on this model, recorded in the concept; "" if it works as in its paper. ValueError if nothing
+        does."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Attention within frames that looks at other frames of the clip instead."""
+"""Self-attention in which each frame attends to other frames of the clip."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Seen = Literal["first", "previous", "own"]
 
 
 class SparseCausal(AttentionPart):
-    """Self-attention in which the queries of each frame meet the keys and values of other frames, side by side: of the first
-    and of the one before (Tune-A-Video, https://arxiv.org/abs/2212.11565, section 4.1). Before the first frame is the first.
+    """Each frame's queries attend to the concatenated keys and values of the first and the previous frame (Tune-A-Video,
+    https://arxiv.org/abs/2212.11565, section 4.1). The first frame's previous frame is itself.
 
-    `frames: [first]` is the attention of LAMP (https://arxiv.org/abs/2310.10769), `[own, previous]` keeps what a frame sees of
-    itself. A picture has one frame and is left as it is, and so is a model in which places attend to all frames at once.
+    `frames: [first]` is LAMP's attention (https://arxiv.org/abs/2310.10769); `[own, previous]` lets a frame also attend to
+    itself. Pictures are left unchanged, and so are models with joint space-time attention.
     """
 
     kind: Literal["sparse_causal"] = "sparse_causal"
@@ -43,17 +43,17 @@ class SparseCausal(AttentionPart):
         """Raises ValueError for a model of pictures."""
         if backbone.frames is None:
             raise ValueError(
-                f"attention.sparse_causal: {backbone.name} makes pictures, which have no frame before; leave it out "
+                f"attention.sparse_causal: {backbone.name} generates pictures, which have no previous frame; remove it "
                 "(attention=null)"
             )
         if _sees_frames_apart(backbone):
             return ""
-        return f"attention.sparse_causal: in {backbone.family} every place attends to all frames at once, and goes on doing so"
+        return f"attention.sparse_causal: unchanged in {backbone.family}, where every position attends to all frames"
 
     def __call__(
         self, site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `Edit`: k and v [B * F, H, L, d] -> [B * F, H, n L, d], of the n frames that each looks at."""
+        """See `Edit`: k and v [B * F, H, L, d] -> [B * F, H, n L, d], from the n frames that each frame attends to."""
         frames = rows.repeat
         if frames == 1:
             return q, k, v, bias
@@ -70,5 +70,5 @@ class SparseCausal(AttentionPart):
 
 
 def _sees_frames_apart(backbone: Backbone) -> bool:
-    """Whether attention among the places of a frame sees that frame alone: another kind of layer then looks at the others."""
+    """Whether spatial attention sees only its own frame; separate temporal layers then connect the frames."""
     return any(site.kind == "temporal" for site in backbone.sites())

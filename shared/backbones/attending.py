@@ -22,8 +22,8 @@ class Attending:
     family: str
     _predictions: PredictionRows
     _components: dict[str, nn.Module]
-    _kept_edits: dict[str, tuple[At, ...]]  # by the concept that they belong to
-    _replaced: list[tuple[Any, Any]]  # layers that have kept edits, each with the processor that it had without them
+    _kept_edits: dict[str, tuple[At, ...]]  # by concept
+    _replaced: list[tuple[Any, Any]]  # layers with kept edits, and their processors without them
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -75,10 +75,11 @@ class Attending:
                 self._predictions.forget()
 
     def keep_attending(self, name: str, *edits: At) -> None:
-        """From now on these edits act wherever the concept of this name is on, whatever its strength; none: no more.
+        """Applies these edits from now on while the concept of this name has a strength other than 0; without edits, removes
+        them.
 
-        What several concepts ask for alike acts once. Not to be called inside of `attending`. Raises ValueError as that does;
-        nothing has changed then.
+        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError as that
+        does, and then changes nothing.
         """
         before = self._kept_edits
         self._kept_edits = {**{k: v for k, v in before.items() if k != name}, **({name: edits} if edits else {})}
@@ -143,7 +144,7 @@ class Attending:
 
 @dataclass(frozen=True)
 class _WhileOn:
-    """An edit that does nothing while all concepts that asked for it are off."""
+    """An edit that does nothing while all concepts it belongs to are off."""
 
     edit: Edit
     owners: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Grids: each recipe with every combination of some settings, as rows of one table."""
+"""Grids: each recipe with every combination of some settings, one row each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 #: Rows of a grid; each is learned and scored on every subject.
 MOST = 1000
-#: What a value is made of: quoted text, a list, a mapping, or anything but a comma.
+#: A value: quoted text, a list, a mapping, or anything but a comma.
 _VALUE = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^,])*""")
 
 
@@ -51,9 +51,9 @@ def _axis(item: str) -> tuple[str, list[str]]:
     key, _, text = item.partition("=")
     values = [v.strip().strip('"') for v in _split(text)]
     if not key.strip() or not all(values):
-        raise ValueError(f"{item!r} is no axis of a grid: write key=value,value, for example train.steps=240,360")
+        raise ValueError(f"{item!r} is not an axis of a grid: write key=value,value, for example train.steps=240,360")
     if len(set(values)) != len(values):
-        raise ValueError(f"{item!r} has a value twice")
+        raise ValueError(f"{item!r} lists a value twice")
     return key.strip(), values
 
 

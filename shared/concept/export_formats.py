@@ -51,7 +51,7 @@ def export(
         raise ValueError(unknown(format, FORMATS, "format"))
     if concept.meta.attention:
         kinds = ", ".join(part.taxonomy for part in concept.meta.attention.values())
-        raise ValueError(f"{concept.name!r} changes how the model attends ({kinds}), which {format} files cannot say")
+        raise ValueError(f"{concept.name!r} changes the model's attention ({kinds}), which {format} files cannot store")
     if not strength:
         raise ValueError(f"an export of {concept.name!r} at strength 0 would be empty")
     check_output(path, overwrite)

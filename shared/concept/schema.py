@@ -76,7 +76,7 @@ class ConceptMeta(Part):
     branches: dict[Name, dict[Name, BranchSettings]] = Field(
         default_factory=dict
     )  # slot -> component -> form and places
-    attention: dict[Name, Attention] = Field(default_factory=dict)  # slot -> how the model attends while it is on
+    attention: dict[Name, Attention] = Field(default_factory=dict)  # slot -> its change to the model's attention
     layers: dict[Name, dict[LayerPath, Shape]] = Field(
         default_factory=dict
     )  # component -> touched layer or parameter -> base shape

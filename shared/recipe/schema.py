@@ -128,7 +128,7 @@ class Recipe(Part):
     prompts: Prompts = Templates()
     modifier: Annotated[Modifier, default_kind("rare_token")] = RareToken()
     trainable: Slot[Trainable] = {}
-    attention: Slot[Attention] = {}  # what the concept changes in how the model attends; the same in all phases
+    attention: Slot[Attention] = {}  # changes to the model's attention; the same in all phases
     noise: Annotated[Noise, default_kind("uniform")] = Uniform()
     objective: Objective = Objective()
     regularize: Slot[Regularizer] = {}

@@ -42,8 +42,8 @@ class LastGood:
         self._progress = self.optimizers.progress()
 
     def _refilled(self, now: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> bool:
-        """Copies into the tensors that are kept already, which is cheaper than new ones each step. False, and nothing is
-        done, where they do not correspond."""
+        """Copies into the tensors that are already kept, which is cheaper than allocating new ones each step. Returns False,
+        and does nothing, if they do not match."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         others: list[tuple[dict[str, Any], str, Any]] = []

@@ -34,7 +34,7 @@ def check_phases(backbone: Backbone, phases: Sequence[tuple[str, Recipe]], recip
             )
         if phase.attention != recipe.attention:
             raise ValueError(
-                f"phases.{name}.attention: this is the same in all phases; say it outside of them (attention)"
+                f"phases.{name}.attention: all phases share the same attention; set it outside the phases (attention)"
             )
         _check_off(f"phases.{name}.task.off" if recipe.phases else "task.off", phase, recipe)
         if phase.task.needs_scores and not scored:

@@ -2,12 +2,11 @@
 
     python tests/bench/bench_script.py [--script PATH] [--steps 12] [--rounds 3] [--backbone PATH] [--roles attention|all]
 
-`--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py; without it stands a plain loop of this file that does
-what that script does in a step: pictures read and resized, the autoencoder, the text encoder, one forward pass of instance and
-class rows, both losses, clipping, AdamW. `--roles all` puts the LoRA of suite and plain loop on the modules of the toybox's
-recipe; the script has those of attention alone. Every arm is a process of its own, and they take turns, so that a machine whose
-speed drifts favours none. Seconds are of the processor (user and system), not of the clock; those of a script are the
-difference of two runs, one with more steps.
+`--script` is diffusers' examples/dreambooth/train_dreambooth_lora.py. Without it, a plain loop in this file does what that
+script does in a step: read and resize pictures, autoencoder, text encoder, one forward pass of instance and class rows, both
+losses, clipping, AdamW. `--roles all` puts the LoRA of suite and plain loop on the modules of the toybox's recipe; the script
+adapts only attention. Each arm runs in its own process, and they alternate, so that drifting machine speed favours neither.
+Seconds are CPU seconds (user and system); those of a script are the difference between two runs of different length.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
 
 
 class PlainLoop:
-    """The public script's loop, in its plain form: nothing is cached, each step does everything."""
+    """The public script's loop in its plain form: nothing is cached."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -98,7 +97,7 @@ class PlainLoop:
 
 
 class Suite:
-    """The suite's own loop, from the first step of a run on."""
+    """The suite's own loop, from a run's first step."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from pcs_image.runner import ImageRunner
@@ -131,7 +130,7 @@ class Suite:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One arm, in this process: for each line of standard input, steps; prints their CPU seconds and the peak memory."""
+    """Runs one arm: for each line of standard input, takes that many steps and prints CPU seconds and peak memory."""
     if options.threads:
         import torch
 
@@ -150,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class OwnArm:
-    """An arm of this file, in a process that waits for its turns."""
+    """An arm of this file, in a process that waits for its turn."""
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
         command = [sys.executable, __file__, "--arm", name, "--folder", str(folder), "--roles", options.roles]
@@ -184,7 +183,7 @@ def of_a_process(command: list[str]) -> tuple[float, int]:
 
 
 class ScriptArm:
-    """Somebody's script, run anew for each turn: the difference of a run with more steps and one with few."""
+    """The given script, run twice per turn, with few and with more steps; the difference counts."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -209,7 +208,7 @@ class ScriptArm:
 
 
 def pictures(folder: Path) -> None:
-    """The subject's and the class's pictures, alone in their folders: the script opens every file there."""
+    """Writes the subject's and the class's pictures into folders without other files, because the script opens every file."""
     import shutil
 
     from shared.toybox.reference_sets import write_album
@@ -236,10 +235,10 @@ def report(options: argparse.Namespace) -> None:
                 seconds[name].append(found["seconds"])
                 memory[name].append(found["memory"] / 1024)
                 spent, peak = found["seconds"] * 1e3, found["memory"] / 1024
-                print(f"  {name:7} {spent:8.1f} ms of the processor a step, {peak:.0f} MB", flush=True)
+                print(f"  {name:7} {spent:8.1f} CPU ms per step, {peak:.0f} MB", flush=True)
         for arm in arms.values():
             arm.end()
-    what = "the public script" if options.script else "a plain loop as the public script's"
+    what = "the public script" if options.script else "a plain loop like the public script's"
     ratios = sorted(b / a for a, b in zip(seconds["suite"], seconds[other], strict=True))
     print(f"LoRA on {options.roles}, rank {RANK}, {ROWS} + {ROWS} pictures of {SIDE}x{SIDE}; against {what}:")
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"
@@ -253,7 +252,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--roles", choices=tuple(TARGETS), default="attention")
-    parser.add_argument("--backbone", help="a diffusers folder; the toybox where none is given")
+    parser.add_argument("--backbone", help="a diffusers folder; default: the toybox")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], help="key=value of the suite's recipe; can be repeated")
     parser.add_argument("--arm", choices=("plain", "suite"), help=argparse.SUPPRESS)

@@ -24,9 +24,9 @@ def test_a_grid_is_every_combination_after_the_common_settings():
 @pytest.mark.parametrize(
     ("grid", "reason"),
     [
-        (("train.steps",), "is no axis of a grid"),
-        (("train.steps=10,,20",), "is no axis of a grid"),
-        (("train.steps=10,10",), "has a value twice"),
+        (("train.steps",), "is not an axis of a grid"),
+        (("train.steps=10,,20",), "is not an axis of a grid"),
+        (("train.steps=10,10",), "lists a value twice"),
         (("seed=1,2", "seed=3"), "seed is varied twice"),
         (("seed=" + ",".join(map(str, range(1001))),), "the grid has 1,001 rows"),
     ],

@@ -132,7 +132,7 @@ def test_a_concept_is_learned_with_it_and_shown_with_it(clip_model: Path, clip_f
     fresh.load(concept)
     assert torch.equal(made(fresh), shown) and not torch.allclose(shown, before, atol=1e-3)
     assert torch.equal(made(fresh, base=True), before)
-    with pytest.raises(ValueError, match=r"changes how the model attends \(sparse-causal attention\), which diffusers"):
+    with pytest.raises(ValueError, match=r"changes the model's attention \(sparse-causal attention\), which diffusers"):
         export(concept, tmp_path / "files", backbone=fresh.backbone)
     fresh.unload("slide")
     assert torch.equal(made(fresh), before)
@@ -163,7 +163,7 @@ def test_recomputed_activations_change_nothing(
 def test_where_places_see_all_frames_at_once_a_port_says_so(family: str) -> None:
     backbone = FAMILIES[family]()
     part = SparseCausal()
-    assert f"in {family.split()[0]} every place attends to all frames at once" in part.port(backbone)
+    assert f"unchanged in {family.split()[0]}, where every position attends to all frames" in part.port(backbone)
     assert not part.edits(backbone)
 
 
@@ -174,12 +174,12 @@ def test_pictures_and_phases_of_their_own_attention_are_refused(
     asked = [f"subject.clips={clip_folder}", f"output={tmp_path / 'm.concept'}", *FAST]
     pictures = StableDiffusionBackbone(make_tiny_sd(), "tiny")
     for name, settings, backbone, message in (
-        ("tune_a_video", (), pictures, "tiny makes pictures, which have no frame before"),
+        ("tune_a_video", (), pictures, "tiny generates pictures, which have no previous frame"),
         (
             "set_then_sequence",
             ("phases.set.attention.sparse_causal={}",),
             clips,
-            "phases.set.attention: this is the same",
+            "phases.set.attention: all phases share the same attention",
         ),
     ):
         planned = plan(load(name, [*asked, *settings], "video", VideoRecipe))
