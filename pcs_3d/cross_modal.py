@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pcs_3d.assets import AssetFiles, create, write_turning
+from pcs_3d.distill.reference_cameras import compares_with_subject
 from pcs_3d.evaluation.asset_files import read_judged
 from pcs_3d.evaluation.looks import raised
 from pcs_3d.evaluation.truths import TrueToy
@@ -26,6 +27,7 @@ from shared.runner.bars import Bars
 from shared.runner.judging import picture_case
 from shared.runner.open_runner import open_runner
 from shared.toybox.reference_sets import shown_in
+from shared.types import Subject
 
 
 def check(asked: Asked) -> None:
@@ -42,8 +44,9 @@ def make(asked: Asked, bars: Bars) -> Made:
     """One asset of the thing, seen from all around, as `pcs 3d evaluate` sees it."""
     recipe = _recipe(asked, f"<{asked.name}>")
     runner = _opened(asked, recipe, [asked.concept])
+    subjects = {asked.name: asked.subject} if compares_with_subject(recipe) else {}
     start = time.perf_counter()
-    frames, turning = _asset(runner, recipe, asked.out / "asset", bars)
+    frames, turning = _asset(runner, recipe, subjects, asked.out / "asset", bars)
     seconds = time.perf_counter() - start
     case = replace(picture_case(runner, runner.loaded[asked.name], asked.judged), through=None, through_key="")
     said, seed = plain(recipe.prompt, asked.class_noun), asked.seeds[0]
@@ -52,7 +55,7 @@ def make(asked: Asked, bars: Bars) -> Made:
     if asked.floor:
         plainly = _recipe(asked, asked.class_noun or "thing")
         runner.unload(asked.name)
-        base, _ = _asset(runner, plainly, asked.out / "asset-without-concept", bars)
+        base, _ = _asset(runner, plainly, subjects, asked.out / "asset-without-concept", bars)
         floor = [Shot(plainly.prompt, said, seed, base)]
     return Made(case, shots, floor, _true(asked), seconds)
 
@@ -70,11 +73,13 @@ def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D
     return runner
 
 
-def _asset(runner: Runner3D, recipe: Recipe3D, out: Path, bars: Bars) -> tuple[Tensor, Path]:
+def _asset(
+    runner: Runner3D, recipe: Recipe3D, subjects: dict[str, Subject], out: Path, bars: Bars
+) -> tuple[Tensor, Path]:
     """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turntable."""
     files = AssetFiles(out)
     with bars.bar() as progress:
-        asset = create(runner, recipe, files, progress=progress)
+        asset = create(runner, recipe, files, subjects, progress=progress)
     shutil.rmtree(files.workdir, ignore_errors=True)
     turning = write_turning(asset, out / "turntable.webp")
     with torch.no_grad():

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 from pcs_3d.assets import AssetFiles, create, write_turning
 from pcs_3d.cameras import turntable
+from pcs_3d.distill.reference_cameras import compares_with_subject
 from pcs_3d.extra import check_installed
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.demo import Asked, Bars, Exhibit
+from shared.io.read_subject import read_subject
 from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
+from shared.toybox.reference_sets import write_album
 
 _SHOTS, _SIDE = 5, 128  # of the overview: renders, and pixels
 
@@ -23,16 +26,22 @@ def check(asked: Asked) -> None:
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the thing if it was learned from pictures, else of its class."""
+    """Makes an asset of the thing if it was learned from pictures, else of its class; recipes that compare with pictures of the
+    thing get those in any case."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)
+    subjects = {}
+    if compares_with_subject(recipe):
+        if not asked.references.is_dir():
+            write_album(asked.subject, asked.references)
+        subjects = {asked.subject: read_subject(asked.references, class_noun=asked.thing.thing.class_name)}
     runner = open_runner(
         Runner3D, "toybox", [str(asked.concept)] if known else [], "cpu", recipe.train.mixed_precision, False
     )
     out = asked.out / "asset"
     with bars.bar() as progress:
-        asset = create(runner, recipe, AssetFiles(out), progress=progress)
+        asset = create(runner, recipe, AssetFiles(out), subjects, progress=progress)
     yield f"asset        {out / 'asset.glb'} ({asset.costs['training_seconds']:.0f} s)"
     turning = write_turning(asset, out / "turntable.webp")
     around = 2 * asset.views(turntable(_SHOTS), _SIDE).pixels - 1  # [N, 3, H, W]

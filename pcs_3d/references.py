@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -44,9 +44,9 @@ class References(KindPart):
         distance = look_at_distance(self.fov_deg, self.fill)
         return Cameras.of(list(self.azimuth_deg), elevations, distance, self.fov_deg)
 
-    def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Sequence[str]) -> None:
+    def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
         """Raises ValueError unless there is one subject with as many pictures, and if `masks`, a mask for each."""
-        subject = _only(subjects)
+        subject = only(subjects)
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
                 f"references.azimuth_deg: {len(self.azimuth_deg)} azimuths for {len(subject.images)} pictures; give one for "
@@ -58,54 +58,90 @@ class References(KindPart):
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
         """The pictures, side×side pixels, with their cameras. Raises ValueError as `check` does."""
-        self.check(subjects, False, ())
-        subject = _only(subjects)
+        self.check(subjects, False, {})
+        subject = only(subjects)
         masks = reference_masks(subject, side)
         pixels = (references(subject, side) + 1) / 2
         return Pictures(pixels, self.cameras(), None if masks is None else masks[:, None])
 
 
 class PhaseViews(KindPart):
-    """The views made by the phase called `phase` (`task.kind=pseudo_views`), with their cameras.
+    """The pictures of the phase called `phase`, or of several, with their cameras: views that it made
+    (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
+    A phase that is named twice counts twice.
 
-    foreground: a pixel shows the thing if a channel differs from the colour of the view's border by more than this, in [0, 1];
-    a mask for prompts with a plain background. None: no masks.
+    foreground: for views without masks: a pixel shows the thing if a channel differs from the colour of the view's border by
+    more than this, in [0, 1], which suits prompts with a plain background. None: no masks.
     """
 
     kind: Literal["phase"] = "phase"
-    phase: str
+    phase: str | Annotated[tuple[str, ...], Field(min_length=1)]
     foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
-    def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Sequence[str]) -> None:
-        """Raises ValueError if it is not among the `earlier` phases that make views, or if `masks` are needed."""
-        if self.phase not in earlier:
-            raise ValueError(f"references.phase: {unknown(self.phase, earlier, 'earlier phase that makes views')}")
-        if masks:
+    def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
+        """Raises ValueError if it is not among the `earlier` phases that give views, or if `masks` are needed and there are
+        none."""
+        for name in self.phases:
+            if name not in earlier:
+                raise ValueError(f"references.phase: {unknown(name, earlier, 'earlier phase that gives views')}")
+        bare = [name for name in self.phases if not earlier[name]]
+        if bare and self.foreground is None and (masks or len(bare) < len(self.phases)):
+            why = "a penalty needs masks for all pictures" if masks else "either all pictures have masks, or none"
             raise ValueError(
-                f"a penalty needs masks for all pictures, and the views of the phase {self.phase} have none"
+                f"{why}, and the views of the phase {bare[0]} have none: references.foreground=0.25 makes them from plain "
+                "backgrounds"
             )
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The names of the phases."""
+        return (self.phase,) if isinstance(self.phase, str) else self.phase
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
         """The views, side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
-        folder = folders[self.phase]
+        each = [self._of(folders[name], side) for name in self.phases]
+        masks = [views.masks for views in each if views.masks is not None]
+        return Pictures(
+            torch.cat([views.pixels for views in each]),
+            Cameras.cat([views.cameras for views in each]),
+            torch.cat(masks) if len(masks) == len(each) else None,
+        )
+
+    def _of(self, folder: Path, side: int) -> Pictures:
         kept = read_kept(folder)
-        pixels = torch.stack([(read_picture(folder / entry["file"], min_side=1).pixels + 1) / 2 for entry in kept])
-        if pixels.shape[-1] != side:
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=pixels.shape[-1] > side)
-        names = ("azimuth_deg", "elevation_deg", "distance", "fov_deg", "roll_deg", "centre")
-        cameras = Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in names))
-        pixels = pixels.clamp(0, 1)
-        return Pictures(pixels, cameras, None if self.foreground is None else _foreground(pixels, self.foreground))
+        pixels = _stacked([folder / entry["file"] for entry in kept], side)
+        cameras = Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in vars(_ANY)))
+        masks = None
+        if all("mask" in entry for entry in kept):
+            masks = _stacked([folder / entry["mask"] for entry in kept], side)[:, :1]
+        elif self.foreground is not None:
+            masks = _foreground(pixels, self.foreground)
+        return Pictures(pixels, cameras, masks)
 
 
+_ANY = Cameras.of([0.0])
 KnownViews = Annotated[References | PhaseViews, Field(discriminator="kind"), default_kind("subject")]
 
 
-def _only(subjects: Mapping[str, Subject]) -> Subject:
+def only(subjects: Mapping[str, Subject]) -> Subject:
+    """The one subject. Raises ValueError if there are several, or none."""
     if len(subjects) != 1:
         raise ValueError(f"references need exactly one subject, and there are {len(subjects)}: give subject.images")
     (subject,) = subjects.values()
     return subject
+
+
+def camera_entry(cameras: Cameras, i: int) -> dict[str, Any]:
+    """One of the cameras, as a phase's list of pictures stores it."""
+    return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}
+
+
+def _stacked(files: Sequence[Path], side: int) -> Tensor:
+    """[N, 3, side, side] in [0, 1]."""
+    pixels = torch.stack([(read_picture(file, min_side=1).pixels + 1) / 2 for file in files])
+    if pixels.shape[-1] != side:
+        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=pixels.shape[-1] > side)
+    return pixels.clamp(0, 1)
 
 
 def _foreground(pixels: Tensor, least: float) -> Tensor:

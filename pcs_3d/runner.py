@@ -17,6 +17,8 @@ from pcs_3d.distill.hand_over import FIELD, check_fields, restored, under
 from pcs_3d.distill.memory_plan import MemoryPlan, plan_memory
 from pcs_3d.distill.pseudo_views import PseudoViews
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from pcs_3d.distill.reference_cameras import ReferenceCameras, check_subject
+from pcs_3d.distill.reference_cameras_task import ReferenceCamerasTask
 from pcs_3d.distill.regional import scene_prompts
 from pcs_3d.fields.field import Field
 from pcs_3d.regions import RegionPart
@@ -50,7 +52,7 @@ class Asset:
 class Runner3D(Runner):
     """One backbone and the concepts attached to it; makes fields in space."""
 
-    tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews}
+    tasks = {**Runner.tasks, DistillTask: Distill, PseudoViewsTask: PseudoViews, ReferenceCamerasTask: ReferenceCameras}
 
     def create(
         self,
@@ -130,10 +132,17 @@ class Runner3D(Runner):
         fields that cannot follow one another or cannot start as set; and for reference pictures that do not fit their
         cameras."""
         check_fields(recipe)
-        learned, views = list(subjects), list[str]()
-        for name, phase in expand_phases(recipe):
+        phases = list(expand_phases(recipe))
+        views: dict[str, bool] = {}  # phases that give pictures with cameras: whether also with masks
+        # Without a phase that learns, the subject's pictures are only compared with, and a concept stands for it.
+        learned = list(subjects) if any(p.task.learns_subjects for _, p in phases) else []
+        for name, phase in phases:
+            if isinstance(phase.task, ReferenceCamerasTask):
+                check_subject(name, subjects)
             if isinstance(phase.task, PseudoViewsTask):
-                views.append(name)
+                _check_strength(name, phase.task.strength, phase.sampling.steps)
+            if isinstance(phase.task, PseudoViewsTask | ReferenceCamerasTask):
+                views[name] = isinstance(phase.task, ReferenceCamerasTask)
             if not isinstance(phase.task, DistillTask | PseudoViewsTask):
                 continue
             if not phase.prompt.strip():
@@ -151,6 +160,15 @@ class Runner3D(Runner):
                 for text in scene_prompts(phase, self.class_nouns, region).all_texts():
                     if not set(names_in(text)) & set(learned):  # learned names have no words yet
                         self.backbone.check_prompt(expand(text, self.backbone.placeholders))
+
+
+def _check_strength(phase: str, strength: float, steps: int | None) -> None:
+    """Raises ValueError if this share of the denoising steps is none of them."""
+    if steps is not None and int(steps * strength) == 0:
+        raise ValueError(
+            f"phases.{phase}.task.strength = {strength:g} of {steps} steps leaves no steps: use more steps "
+            "(sampling.steps), or a larger strength"
+        )
 
 
 class _Current:

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pcs_3d.assets import ABOUT, AssetFiles, create
 from pcs_3d.benchmark.asset_cell import AssetCell
 from pcs_3d.benchmark.asset_rows import AssetGoal
 from pcs_3d.benchmark.asset_table import ASSET, PLAIN, PLAIN_REPORT, REPORT, AssetComparison, assets
 from pcs_3d.distill.hand_over import check_fields
+from pcs_3d.distill.reference_cameras import compares_with_subject
 from pcs_3d.evaluation.asset_files import read_judged
 from pcs_3d.evaluation.asset_report import AssetReport
 from pcs_3d.evaluation.evaluate import measure
@@ -26,7 +28,9 @@ from shared.benchmark.experiment import Experiment, benchmark
 from shared.benchmark.toybox import Things, evaluators, named, say
 from shared.concept import read
 from shared.config import unknown
+from shared.io.checksums import sha256
 from shared.io.outputs import write_text
+from shared.io.read_subject import read_subject
 from shared.metrics.scorer import fill
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
@@ -34,8 +38,9 @@ from shared.toybox import reference_sets as album
 from shared.toybox.subjects import subjects as held_out
 from shared.train import checkpoint
 from shared.train.device import pick_device
+from shared.types import Subject
 
-RECIPES = ("texture_refinement", "hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
+RECIPES = ("reference_reconstruction", "texture_refinement", "hifa", "dreamfusion", "prolificdreamer", "lucid_dreamer")
 #: The project's own targets.
 GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 
@@ -71,10 +76,12 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     for name, recipe in asked.items():
         _check(name, recipe)
     runner = Runner3D(load_backbone("toybox", device=pick_device(settings.device)))
-    for name, recipe in asked.items():
-        _check(name, recipe, runner)
-    about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     things = [h.name for h in held_out(settings.split)][: settings.subjects]
+    with TemporaryDirectory() as folder:
+        example = read_subject(album.write_album(things[0], Path(folder) / "pictures")[0].parent, class_noun="thing")
+        for name, recipe in asked.items():
+            _check(name, recipe, runner, {"thing": example} if compares_with_subject(recipe) else {})
+    about = {"learn": learning, "checkpoint": runner.backbone.checkpoint, "evaluators": evaluators()}
     contents = {name: dump(recipe) for name, recipe in asked.items()}
     experiment = Experiment(contents, things, settings.prompt, range(1), about)
     bench = _Bench(runner, Things(settings.out, settings.learn, settings.learn_overrides), settings)
@@ -85,11 +92,13 @@ def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetCompar
     return benchmark(cell, experiment, settings.out, assets(settings.out, GOAL), progress=say)
 
 
-def _check(name: str, recipe: Recipe3D, runner: Runner3D | None = None) -> None:
-    """Raises ValueError, naming the recipe, if it needs more than a prompt, or makes nothing to evaluate."""
+def _check(
+    name: str, recipe: Recipe3D, runner: Runner3D | None = None, subjects: Mapping[str, Subject] | None = None
+) -> None:
+    """Raises ValueError, naming the recipe, if it needs more than a prompt and pictures, or makes nothing to evaluate."""
     try:
         if runner is not None:
-            runner.check(recipe, {})
+            runner.check(recipe, subjects or {})
         check_fields(recipe)
         if recipe.export is None:
             raise ValueError("export = null: there would be no mesh to evaluate")
@@ -117,10 +126,13 @@ class _Bench:
         name = self.things.learned(self.runner, thing)
         try:
             mine = _loaded(recipe, self.settings, f"<{name}>", noun)
-            make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files)
+            subjects = {}
+            if compares_with_subject(mine):
+                subjects = {thing: read_subject(self.things.references(thing), class_noun=noun)}
+            make_once(self.runner, mine, workdir / ASSET, read(self.things.concept(thing)).meta.files, subjects)
         finally:
             self.runner.unload(name)
-        make_once(self.runner, _loaded(recipe, self.settings, noun), workdir / PLAIN, {})
+        make_once(self.runner, _loaded(recipe, self.settings, noun), workdir / PLAIN, {}, subjects)
         by = self._yardstick(thing, mine.prompt)
         made = _judged(workdir / ASSET, workdir / REPORT, by)
         base = _judged(workdir / PLAIN, workdir / PLAIN_REPORT, by)
@@ -132,10 +144,18 @@ class _Bench:
         return self.yardsticks[thing]
 
 
-def make_once(runner: Runner3D, recipe: Recipe3D, out: Path, concept: Mapping[str, str]) -> None:
+def make_once(
+    runner: Runner3D,
+    recipe: Recipe3D,
+    out: Path,
+    concept: Mapping[str, str],
+    subjects: dict[str, Subject] | None = None,
+) -> None:
     """Makes the asset in a folder: reuses that of an earlier call with identical inputs, and resumes an interrupted one.
-    concept: its files and their hashes."""
-    made_with = {"recipe": dump(recipe), "concept": dict(concept), "checkpoint": runner.backbone.checkpoint}
+    concept: its files and their hashes; subjects: pictures for recipes that compare with them."""
+    pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
+    inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
+    made_with = {"recipe": dump(recipe), "checkpoint": runner.backbone.checkpoint, **inputs}
     mark = hashlib.sha256(json.dumps(made_with, sort_keys=True, default=str).encode()).hexdigest()
     marked = out.with_name(f"{out.name}.made-with")
     same = marked.is_file() and marked.read_text(encoding="utf-8") == mark
@@ -148,7 +168,7 @@ def make_once(runner: Runner3D, recipe: Recipe3D, out: Path, concept: Mapping[st
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(marked, mark)
-    create(runner, recipe, files)
+    create(runner, recipe, files, subjects)
 
 
 def _judged(asset: Path, report: Path, by: Yardstick) -> AssetReport:

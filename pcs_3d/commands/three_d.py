@@ -135,7 +135,7 @@ def benchmark(
     recipes: list[str] = typer.Argument(
         None,
         help="recipes for assets to compare, by name or as YAML files; "
-        "default: texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
+        "default: reference_reconstruction texture_refinement hifa dreamfusion prolificdreamer lucid_dreamer",
     ),
     split: str = typer.Option("development", help="development while tuning; reporting once, at the end"),
     subjects: int = typer.Option(4, min=1, max=10_000, help="how many of the split's subjects"),

@@ -10,6 +10,7 @@ from pcs_3d.backgrounds import Backgrounds
 from pcs_3d.camera_sampling import CameraSampling
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from pcs_3d.distill.reference_cameras_task import ReferenceCamerasTask
 from pcs_3d.guidance.camera_embedding import CameraEmbedding
 from pcs_3d.guidance.prompt_debias import PromptDebias
 from pcs_3d.guidance.settings import Guidance
@@ -24,7 +25,7 @@ from shared.sources import Source
 from shared.trainable import Trainable
 
 AssetTask = Annotated[
-    DistillTask | TuneTask | GenerateTask | PseudoViewsTask,
+    DistillTask | TuneTask | GenerateTask | PseudoViewsTask | ReferenceCamerasTask,
     Field(discriminator="kind"),
     default_kind("distill"),
     BeforeValidator(named),

@@ -17,3 +17,8 @@ class DistillTask(TuneTask):
     def optimizer_groups(self) -> frozenset[str]:
         """The field's."""
         return frozenset({MAIN})
+
+    @property
+    def learns_subjects(self) -> bool:
+        """It learns a field."""
+        return False

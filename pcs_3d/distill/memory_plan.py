@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from pcs_3d.cameras import turntable
 from pcs_3d.distill.distill import view_side
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.distill_task import DistillTask
 from pcs_3d.distill.pseudo_views import blank_views
 from pcs_3d.distill.pseudo_views_task import PseudoViewsTask
+from pcs_3d.distill.reference_cameras_task import ReferenceCamerasTask
 from shared.config import merge, validate
 from shared.metrics.html import size
 from shared.recipe.schema import dump
@@ -195,7 +197,10 @@ class Tries:
     def _views(self, folder: Path) -> dict[str, Path]:
         """Blank stand-ins for the views that earlier phases will make, for penalties to compare with."""
         made = [(name, phase.task) for name, phase in self.run.phases[: self.index]]
-        return {n: blank_views(task, folder / n) for n, task in made if isinstance(task, PseudoViewsTask)}
+        views = {name: task.cameras() for name, task in made if isinstance(task, PseudoViewsTask)}
+        pictures = sum(len(subject.images) for subject in self.run.subjects.values())
+        views |= {name: turntable(pictures) for name, task in made if isinstance(task, ReferenceCamerasTask)}
+        return {name: blank_views(cameras, folder / name) for name, cameras in views.items()}
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
         """Bytes of the field with everything kept of it, and of one step on the fewest views, at this share of their usual

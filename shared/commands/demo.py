@@ -21,7 +21,7 @@ def demo(
     recipe: str = typer.Option("t_lora", help="recipe to learn the subject with"),
     motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox subjects`)"),
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
-    asset_recipe: str = typer.Option("texture_refinement", help="recipe to make the asset with"),
+    asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to make the asset with"),
     part: list[str] = typer.Option(
         ["image"], help="image, video, 3d (the last two take some minutes more); can be repeated"
     ),

@@ -28,6 +28,11 @@ class TuneTask(Part):
         """Whether it needs scores of its pictures."""
         return False
 
+    @property
+    def learns_subjects(self) -> bool:
+        """Whether it learns the subjects. Recipes without such a task only compare with the subjects' pictures."""
+        return True
+
     def count(self, steps: int, subjects: int) -> int:
         """How many steps it takes, given `train.steps` and the number of subjects."""
         return steps
@@ -53,6 +58,11 @@ class GenerateTask(Part):
     def needs_scores(self) -> bool:
         """Whether it needs scores of its pictures."""
         return self.keep is not None
+
+    @property
+    def learns_subjects(self) -> bool:
+        """It only uses what was learned."""
+        return False
 
     def count(self, steps: int, subjects: int) -> int:
         """How many steps it takes: one per batch of pictures."""

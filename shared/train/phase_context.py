@@ -48,6 +48,7 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
+    names: Sequence[str]  # of the subjects that the run learns: all, or none
     adapter_sets: Sequence[str]  # of the adapters in training; first the default one
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on
@@ -85,7 +86,7 @@ class ConceptTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
-        return gather(self.context.backbone, list(self.context.subjects), self.context.adapter_sets)
+        return gather(self.context.backbone, self.context.names, self.context.adapter_sets)
 
     @contextmanager
     def learning_from(
@@ -116,7 +117,7 @@ class ConceptTask:
         """Raises ValueError when tensors are missing, left over or of the wrong shape. An adapter with no saved tensors keeps
         its initial values at the start of a phase, because that phase adds it."""
         fresh = self.context.resumed_step == 0
-        restore(self.context.backbone, list(self.context.subjects), self.context.adapter_sets, state, fresh)
+        restore(self.context.backbone, self.context.names, self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
         """Optimizer group -> the trainable parts in it."""

@@ -70,10 +70,11 @@ class TrainingRun:
     tasks: TaskTable = field(default_factory=lambda: TASKS)
 
     def __post_init__(self) -> None:
-        self.names = list(self.subjects)
-        self.run_name = "+".join(self.names)
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
         self.phases = list(expand_phases(self.recipe))
+        learns = any(phase.task.learns_subjects for _, phase in self.phases)
+        self.names = list(self.subjects) if learns else []
+        self.run_name = "+".join(self.names)
         named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
         self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))
         self.temporary = temporary_sets(self.phases)
@@ -163,8 +164,8 @@ class TrainingRun:
         self.clock = Clock(info.get("seconds"))
 
     def _attach_names(self) -> None:
-        for name, subject in self.subjects.items():
-            placeholder = self.recipe.modifier.attach(self.backbone, name, subject.class_noun, self.recipe.seed)
+        for name in self.names:
+            placeholder = self.recipe.modifier.attach(self.backbone, name, self.class_nouns[name], self.recipe.seed)
             self.initial_parameters[name] = [p.detach().clone() for p in placeholder.parameters()]
             for other, loaded in list(self.backbone.placeholders.items()):
                 if other != name and confusable(self.backbone, placeholder, loaded):
@@ -225,6 +226,7 @@ class TrainingRun:
             name=name,
             recipe=phase,
             subjects=self.subjects,
+            names=self.names,
             adapter_sets=self.sets_of_the_run,
             per_source=self.per_source,
             temporary=self.temporary,

@@ -276,7 +276,7 @@ def task(sd, trained, **changes) -> Tune:
     nothing = nullcontext
     return Tune(
         PhaseContext(
-            sd, "tune", recipe(**changes), {"mug": Subject((), "mug")}, ["mug"], trained, {}, {"mug": []},
+            sd, "tune", recipe(**changes), {"mug": Subject((), "mug")}, ["mug"], ["mug"], trained, {}, {"mug": []},
             examples=pictures, text_on_device=nothing, folder=Path("unused"),
         )
     )  # fmt: skip

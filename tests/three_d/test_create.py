@@ -25,7 +25,8 @@ from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
 FEW = ("train.steps=2",)
-OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py
+OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_editing.py, test_texture_refinement.py,
+    # test_reference_cameras.py
     "dream_gaussian",
     "dreambooth3d",
     "local_editing",
@@ -33,6 +34,7 @@ OF_A_KIND = {  # see test_hand_over.py, test_pictures_to_asset.py, test_local_ed
     "magic3d",
     "mv_dreambooth",
     "realfusion",
+    "reference_reconstruction",
     "texture_personalization",
 }
 

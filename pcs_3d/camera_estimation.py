@@ -1,0 +1,184 @@
+"""From where pictures of a thing were taken, and the part of each that shows it.
+
+A picture is cut to the thing, so that afterwards its camera looks at the origin from the usual distance. Two ways of finding
+out: comparing with renders of an asset that resembles the thing (any pictures with masks), or the toybox's pose estimator (its
+own pictures).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.cameras import Cameras, look_at_distance
+from pcs_3d.renderers.rendering import Rendering
+
+_TOYBOX_FILL = 0.92  # of a picture's side, by a thing of radius 1 at the toybox's scale 1
+_SOLID = 0.5  # what is at least this opaque belongs to the silhouette
+
+#: Cameras -> renders on white, pixels [B, 3, H, W] in [0, 1], on the CPU.
+Renders = Callable[[Cameras], Rendering]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How cameras are placed: the angle of a picture's side, and the share of it that a thing of radius 1 covers."""
+
+    fov_deg: float
+    fill: float
+
+    def cameras(self, azimuth_deg: Tensor, elevation_deg: Tensor, roll_deg: Tensor | float = 0.0) -> Cameras:
+        """One for each azimuth, looking at the origin."""
+        distance = look_at_distance(self.fov_deg, self.fill)
+        return Cameras.of(azimuth_deg, elevation_deg, distance, self.fov_deg, roll_deg)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """For N pictures: the camera of each once it is cut to the thing, and where to cut.
+
+    centre: [N, 2], x right and y down, in [-1, 1] across the picture; size: [N], the side of the cut relative to the picture's;
+    agreement: [N] in [0, 1], how well the picture matches what its camera sees, or None
+    """
+
+    cameras: Cameras
+    centre: Tensor
+    size: Tensor
+    agreement: Tensor | None = None
+
+    def cut(self, pictures: Tensor, side: int, outside: str = "border") -> Tensor:
+        """[N, C, H, W] -> [N, C, side, side]; `outside` fills what lies beyond the picture: "border" or "zeros"."""
+        return _cut(pictures, self.centre, self.size, side, outside)
+
+
+def from_renders(
+    renders: Renders,
+    framing: Framing,
+    pictures: Tensor,
+    masks: Tensor,
+    azimuths: int = 24,
+    elevations_deg: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0),
+    refinements: int = 2,
+) -> Estimate:
+    """Compares each picture with renders from all around, then from closer and closer to the best of them.
+
+    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area; then they disagree by
+    the mean difference of colours where both show the thing, and by 1 where only one does.
+
+    Args:
+        pictures: [N, 3, H, H] in [0, 1]
+        masks: [N, 1, H, H] in [0, 1]
+        azimuths: how many to try, evenly around; each with all elevations
+        refinements: how often the steps between cameras are halved around the best
+
+    Raises:
+        ValueError: a mask shows nothing, or no render shows anything
+    """
+    boxes = _boxes(masks)
+    if bool((empty := boxes[:, 2] == 0).any()):
+        raise ValueError(
+            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
+        )
+    step_azimuth, step_elevation = 360 / azimuths, _steps(elevations_deg)
+    every = torch.arange(azimuths) * step_azimuth
+    grid = torch.cartesian_prod(every, torch.tensor(elevations_deg))
+    seen = _Seen(renders(framing.cameras(grid[:, 0], grid[:, 1])))
+    best = [_best(seen, grid, pictures[i], masks[i], boxes[i]) for i in range(len(pictures))]
+    for _ in range(refinements):
+        step_azimuth, step_elevation = step_azimuth / 2, step_elevation / 2
+        around = torch.cartesian_prod(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
+        for i, found in enumerate(best):
+            near = found.direction + around * torch.tensor([step_azimuth, step_elevation])
+            near[:, 1] = near[:, 1].clamp(-89.0, 89.0)
+            seen = _Seen(renders(framing.cameras(near[:, 0], near[:, 1])))
+            best[i] = min(found, _best(seen, near, pictures[i], masks[i], boxes[i]), key=lambda b: b.error)
+    directions = torch.stack([found.direction for found in best])
+    return Estimate(
+        framing.cameras((directions[:, 0] + 180) % 360 - 180, directions[:, 1]),
+        torch.stack([found.centre for found in best]),
+        torch.stack([found.size for found in best]),
+        torch.tensor([1 - found.error for found in best]),
+    )
+
+
+def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
+    """What the toybox's pose estimator reads from its pictures [N, 3, H, H] in [0, 1]."""
+    from shared.toybox.evaluators.pose import load_pose, path_of
+    from shared.toybox.motions.motion import PATH
+
+    small = F.interpolate(pictures, (64, 64), mode="bilinear", antialias=True) if pictures.shape[-1] != 64 else pictures
+    path = torch.from_numpy(path_of(load_pose().read(small), follow=False)).float()
+    x, y, log_scale, azimuth, elevation, roll = (
+        path[:, PATH.index(name)] for name in ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
+    )
+    size = log_scale.exp() * _TOYBOX_FILL / framing.fill
+    return Estimate(framing.cameras(azimuth, elevation, roll), 2 * torch.stack([x, y], -1), size)
+
+
+@dataclass(frozen=True)
+class _Found:
+    direction: Tensor  # [2]: azimuth and elevation
+    centre: Tensor
+    size: Tensor
+    error: float
+
+
+class _Seen:
+    """Renders that show something, with the bounding boxes of their silhouettes."""
+
+    def __init__(self, rendering: Rendering) -> None:
+        self.opacity = rendering.opacity.clamp(0, 1)
+        self.pixels = rendering.pixels
+        self.boxes = _boxes(self.opacity)
+        if not bool((self.boxes[:, 2] > 0).any()):
+            raise ValueError("the asset is empty from every side, so no camera can be found: train it for longer first")
+
+
+def _best(seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor) -> _Found:
+    """Which of B renders the picture [3, H, H] with this mask resembles most."""
+    count, side = len(directions), seen.pixels.shape[-1]
+    size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
+    centre = box[:2] - size[:, None] * seen.boxes[:, :2]
+    both = torch.cat([picture, mask])[None].expand(count, -1, -1, -1)
+    moved = _cut(both, centre, size, side, "zeros")
+    pixels, shown = moved[:, :3], moved[:, 3:]
+    alone = shown + seen.opacity - 2 * shown * seen.opacity
+    apart = (pixels - seen.pixels).abs().mean(1, keepdim=True) * shown * seen.opacity
+    union = (shown + seen.opacity - shown * seen.opacity).sum((1, 2, 3)).clamp_min(1e-6)
+    error = (alone + apart).sum((1, 2, 3)) / union
+    error = torch.where(seen.boxes[:, 2] > 0, error, torch.full_like(error, math.inf))
+    at = int(error.argmin())
+    return _Found(directions[at], centre[at], size[at], float(error[at]))
+
+
+def _boxes(opacity: Tensor) -> Tensor:
+    """Silhouettes [B, 1, H, H] -> [B, 3]: the centre (x right, y down) of each bounding box and the root of its area, in units
+    of half a picture; 0 for empty ones."""
+    side, out = opacity.shape[-1], torch.zeros(len(opacity), 3)
+    for i, solid in enumerate(opacity[:, 0] >= _SOLID):
+        rows, columns = solid.any(1).nonzero(), solid.any(0).nonzero()
+        if len(rows):
+            top, bottom, left, right = (float(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+            out[i, 0], out[i, 1] = (left + right) / side - 1, (top + bottom) / side - 1
+            out[i, 2] = math.sqrt((right - left) * (bottom - top)) * 2 / side
+    return out
+
+
+def _cut(pictures: Tensor, centre: Tensor, size: Tensor, side: int, outside: str) -> Tensor:
+    theta = torch.zeros(len(pictures), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = size
+    theta[:, :, 2] = centre
+    where = F.affine_grid(theta, [len(pictures), 1, side, side], align_corners=False)
+    return F.grid_sample(pictures, where, padding_mode=outside, align_corners=False)
+
+
+def _steps(values: tuple[float, ...]) -> float:
+    """The largest step between neighbouring values; 15 for a single one."""
+    ordered = sorted(values)
+    return max((b - a for a, b in pairwise(ordered)), default=15.0)

@@ -1,0 +1,97 @@
+"""Finds where the subject's pictures were taken from, with the help of an asset that resembles it so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcs_3d.camera_estimation import Estimate, from_renders, from_toybox_poses
+from pcs_3d.cameras import Cameras
+from pcs_3d.distill.distill import recipe_of
+from pcs_3d.distill.distill_recipe import DistillRecipe
+from pcs_3d.distill.earlier_asset import EarlierAsset
+from pcs_3d.distill.reference_cameras_task import ReferenceCamerasTask
+from pcs_3d.references import References, camera_entry, only
+from pcs_3d.renderers.rendering import Rendering
+from shared.io.contact_sheets import write_picture
+from shared.io.outputs import write_text
+from shared.recipe.phases import expand_phases
+from shared.runner.judging import reference_masks, references
+from shared.sources.phase_pictures import KEPT
+from shared.train.phase_context import ConceptTask, PhaseContext
+from shared.train.task import Updates
+from shared.types import Subject
+
+_SIDE = 64  # pixels of the renders that pictures are compared with
+
+
+def compares_with_subject(recipe: DistillRecipe) -> bool:
+    """Whether a phase compares the field with the subject's own pictures, so that these must be given."""
+    phases = [phase for _, phase in expand_phases(recipe)]
+    return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
+
+
+def check_subject(phase: str, subjects: Mapping[str, Subject]) -> None:
+    """Raises ValueError unless there is one subject whose pictures all have masks."""
+    subject = only(subjects)
+    if bare := [path.name for path in subject.images if path not in subject.masks]:
+        raise ValueError(
+            f"phases.{phase} cuts the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
+            "masks/NAME.png beside them"
+        )
+
+
+class ReferenceCameras(ConceptTask):
+    """See `ReferenceCamerasTask`. Raises ValueError unless there is one subject whose pictures all have masks, and, to compare
+    with renders, an earlier phase that makes an asset."""
+
+    steps = 1
+
+    def __init__(self, context: PhaseContext) -> None:
+        super().__init__(context)
+        task: Any = recipe_of(context).task
+        self.task: ReferenceCamerasTask = task
+        check_subject(context.name, context.subjects)
+        self.asset = EarlierAsset(context) if task.estimator == "renders" else None
+
+    def updates(self, step: int, micro: int) -> Updates:
+        """There is no loss: `result` does the work."""
+        yield from ()
+
+    @torch.no_grad()
+    def result(self) -> list[dict[str, Any]]:
+        """Writes the pictures, cut to the subject, with masks and cameras. Returns their list."""
+        recipe, folder = recipe_of(self.context), self.context.folder
+        side = recipe.train.resolution or self.context.backbone.resolution
+        subject = only(self.context.subjects)
+        masks = reference_masks(subject, 2 * side)
+        assert masks is not None  # checked before
+        pixels, masks = (references(subject, 2 * side) + 1) / 2, masks[:, None]
+        found = self._estimate(pixels, masks)
+        cut, shown = found.cut(pixels, side), found.cut(masks, side, "zeros")
+        folder.mkdir(parents=True, exist_ok=True)
+        kept: list[dict[str, Any]] = []
+        for i, path in enumerate(subject.images):
+            about = {"file": f"{i:02d}.png", "mask": f"{i:02d}-mask.png", **camera_entry(found.cameras, i)}
+            if found.agreement is not None:
+                about["agreement"] = round(float(found.agreement[i]), 3)
+            write_picture(2 * cut[i] - 1, folder / about["file"], {"pcs": json.dumps({"picture": path.name})})
+            write_picture(2 * shown[i].expand(3, -1, -1) - 1, folder / about["mask"], {})
+            kept.append({**about, "picture": path.name})
+        write_text(folder / KEPT, json.dumps({"phase": self.context.name, "kept": kept}, indent=1))
+        return kept
+
+    def _estimate(self, pixels: Tensor, masks: Tensor) -> Estimate:
+        task = self.task
+        if self.asset is None:
+            return from_toybox_poses(task.framing, pixels)
+        asset = self.asset
+
+        def renders(cameras: Cameras) -> Rendering:
+            return asset.shown(cameras, _SIDE)
+
+        return from_renders(renders, task.framing, pixels, masks, task.azimuths, task.elevation_deg, task.refinements)

@@ -1,0 +1,56 @@
+"""Where the subject's pictures were taken from: settings in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pcs_3d.camera_estimation import Framing
+from pcs_3d.cameras import FOV_DEG
+from shared.config import Part
+
+Angle = Annotated[float, Field(ge=-89, le=89)]
+
+
+class ReferenceCamerasTask(Part):
+    """Finds the camera of each of the subject's pictures and cuts the picture and its mask to the subject. A later phase
+    compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
+
+    estimator: renders compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
+    `elevation_deg`, and then closer and closer to the best, `refinements` times; toybox reads the toybox's own pictures with
+    its pose estimator. fill: how much of a picture's side a thing of radius 1 covers after the cut.
+    """
+
+    kind: Literal["reference_cameras"] = "reference_cameras"
+    estimator: Literal["renders", "toybox"] = "renders"
+    azimuths: Annotated[int, Field(ge=4, le=360)] = 24
+    elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (0.0, 15.0, 30.0, 60.0)
+    refinements: Annotated[int, Field(ge=0, le=8)] = 2
+    fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
+    fill: Annotated[float, Field(gt=0, le=2)] = 0.92
+    off: tuple[str, ...] = ()  # adapter sets of this run that are off in this phase: none of them matters to it
+
+    @property
+    def optimizer_groups(self) -> frozenset[str]:
+        """It trains nothing."""
+        return frozenset()
+
+    @property
+    def needs_scores(self) -> bool:
+        """It makes no pictures that could be scored."""
+        return False
+
+    @property
+    def learns_subjects(self) -> bool:
+        """It only looks at their pictures."""
+        return False
+
+    @property
+    def framing(self) -> Framing:
+        """How the cameras are placed."""
+        return Framing(self.fov_deg, self.fill)
+
+    def count(self, steps: int, subjects: int) -> int:
+        """One step finds all cameras."""
+        return 1

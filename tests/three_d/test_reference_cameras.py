@@ -1,0 +1,168 @@
+"""Cameras of pictures from unknown places: found by comparing with renders, or by the toybox's pose estimator."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pcs_3d.camera_estimation import Framing, from_renders, from_toybox_poses
+from pcs_3d.cameras import FOV_DEG, Cameras, turntable, wrapped_deg
+from pcs_3d.distill.distill import Distill
+from pcs_3d.distill.distill_task import DistillTask
+from pcs_3d.distill.pseudo_views import blank_views
+from pcs_3d.recipe import Recipe3D
+from pcs_3d.references import PhaseViews
+from pcs_3d.renderers.rendering import Rendering
+from pcs_3d.runner import Runner3D
+from shared.io.read_subject import read_subject
+from shared.recipe.resolve import load
+from shared.sources.phase_pictures import read_kept
+from shared.toybox.render import render
+from shared.toybox.subjects import reference_scenes, subjects
+from tests.core.runs import paint
+from tests.three_d.solid_scenes import true_views
+
+FRAMING = Framing(FOV_DEG, 0.6)
+SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_precision=no", "train.checkpoint_every=0",
+         "field.resolution=12", "renderer={kind: volume, samples: 16}", "guidance.resolution=32", "sampling.steps=4",
+         "phases.cameras.task={azimuths: 4, elevation_deg: [15.0], refinements: 1}", "phases.cameras.train.resolution=16",
+         "phases.views.task={num: 2, strength: 0.5}", "phases.views.train.resolution=32", "phases.paint.field.resolution=8",
+         "phases.paint.field.start={resolution: 16, faces: 100}", "phases.paint.renderer={kind: mesh}",
+         *(f"phases.{p}.train={{steps: 2, batch_size: 1, resolution: 16}}" for p in ("form", "fit", "paint")))  # fmt: skip
+
+
+def renders(cameras: Cameras) -> Rendering:
+    views = true_views(cameras, 48)
+    return Rendering(views.pixels, views.coverage, views.coverage)
+
+
+def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Tensor:
+    """Pictures smaller and not in the middle: what `Estimate.cut` undoes."""
+    theta = torch.tensor([[1 / scale, 0, -place[0] / scale], [0, 1 / scale, -place[1] / scale]])
+    where = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
+
+
+def test_cameras_are_found_wherever_the_thing_is_in_its_picture():
+    true = FRAMING.cameras(torch.tensor([20.0, 95.0, -170.0, -62.0]), torch.tensor([20.0, 8.0, 35.0, 55.0]))
+    seen = true_views(true, 96)
+    place, scale = (0.2, -0.15), 0.7
+    found = from_renders(renders, FRAMING, elsewhere(seen.pixels, place, scale), elsewhere(seen.coverage, place, scale))
+    assert float(wrapped_deg(found.cameras.azimuth_deg - true.azimuth_deg).abs().max()) <= 6
+    assert float((found.cameras.elevation_deg - true.elevation_deg).abs().max()) <= 8
+    assert torch.allclose(found.centre, torch.tensor(place).expand(4, 2), atol=0.05)
+    assert torch.allclose(found.size, torch.full((4,), scale), atol=0.05)
+    back = found.cut(elsewhere(seen.coverage, place, scale), 96, "zeros")
+    assert float((back - seen.coverage).abs().mean()) < 0.03
+    assert found.agreement is not None and float(found.agreement.min()) > 0.8
+
+
+def test_another_thing_agrees_less():
+    true = FRAMING.cameras(torch.tensor([20.0]), torch.tensor([20.0]))
+    seen = true_views(true, 48)
+    right = from_renders(renders, FRAMING, seen.pixels, seen.coverage).agreement
+    wrong = from_renders(renders, FRAMING, 1 - seen.pixels, seen.coverage).agreement
+    assert right is not None and wrong is not None and float(right) > float(wrong) + 0.2
+
+
+def test_empty_masks_and_empty_assets_have_no_cameras():
+    seen = true_views(turntable(2), 32)
+    with pytest.raises(ValueError, match="picture 2: its mask shows nothing"):
+        from_renders(renders, FRAMING, seen.pixels, seen.coverage * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+
+    def nothing(cameras: Cameras) -> Rendering:
+        empty = torch.zeros(len(cameras), 1, 16, 16)
+        return Rendering(empty.expand(-1, 3, -1, -1) + 1, empty, empty)
+
+    with pytest.raises(ValueError, match="the asset is empty"):
+        from_renders(nothing, FRAMING, seen.pixels, seen.coverage)
+
+
+def test_the_toyboxs_own_pictures_are_read_by_its_pose_estimator():
+    thing = next(s for s in subjects("development") if s.name == "development-robot").thing
+    scenes = reference_scenes(thing, 5, 0)
+    taken = [scene.cameras[0] for scene in scenes]
+    found = from_toybox_poses(Framing(FOV_DEG, 0.92), render(scenes).pixels)
+    azimuths = torch.tensor([camera.azimuth_deg for camera in taken])
+    assert float(wrapped_deg(found.cameras.azimuth_deg - azimuths).abs().max()) < 15
+    assert torch.allclose(found.size, torch.tensor([camera.scale for camera in taken]), atol=0.12)
+    assert torch.allclose(found.centre / 2, torch.tensor([[c.x, c.y] for c in taken]), atol=0.04)
+    rolls = torch.tensor([camera.roll_deg for camera in taken])
+    assert float((found.cameras.roll_deg - rolls).abs().max()) < 4, "clockwise is positive in both"
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> dict[str, Any]:
+    return {"mug": read_subject(paint(tmp_path / "photos"), "mug")}
+
+
+def reconstruction(*more: str) -> Recipe3D:
+    return load("reference_reconstruction", [*SMALL, *more], "3d", Recipe3D)
+
+
+def test_the_field_is_fitted_to_pictures_whose_cameras_were_found(sd, subject, tmp_path):
+    """The subject is not learned: it gets no name, and the prompt need not name it."""
+    compared: dict[str, int] = {}
+
+    class Watched(Distill):
+        def __init__(self, context):
+            super().__init__(context)
+            if self.pictures is not None:
+                compared[context.name] = len(self.pictures.pixels)
+                assert self.pictures.masks is not None
+
+    runner = Runner3D(sd)
+    runner.tasks = {**runner.tasks, DistillTask: Watched}  # type: ignore[misc]
+    asset = runner.create(reconstruction(), tmp_path / "run", subject, tensorboard=False)
+    pictures = subject["mug"].images
+    kept = read_kept(tmp_path / "run" / "phases" / "cameras")
+    assert [entry["picture"] for entry in kept] == [p.name for p in pictures]
+    assert all(entry["agreement"] is not None for entry in kept)
+    assert compared == {"fit": len(pictures), "paint": 3 * len(pictures) + 2}
+    assert not sd.placeholders and not sd.adapters
+    assert asset.recipe.field.kind == "textured_mesh"
+
+
+def test_what_compares_with_pictures_to_come_can_be_fitted_into_memory(sd, subject, tmp_path):
+    plan = Runner3D(sd).fit(reconstruction(), tmp_path / "run", subject, memory=2**36)
+    assert set(plan.how) == {"form", "fit", "paint"} and plan.estimate > 0
+
+
+def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_path):
+    runner = Runner3D(sd)
+    with pytest.raises(ValueError, match=r"need exactly one subject, and there are 0: give subject\.images"):
+        runner.create(reconstruction(), tmp_path / "run", tensorboard=False)
+    bare = {"mug": replace(subject["mug"], masks={})}
+    with pytest.raises(ValueError, match=r"phases\.cameras cuts the pictures .* these have none: .*\.png"):
+        runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
+    with pytest.raises(ValueError, match=r"phases\.views\.task\.strength = 0\.1 of 4 steps leaves no steps"):
+        few = reconstruction("phases.views.task.strength=0.1")
+        runner.create(few, tmp_path / "run", subject, tensorboard=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_path):
+    folders = {"cameras": blank_views(turntable(3), tmp_path / "a"), "views": blank_views(turntable(2), tmp_path / "b")}
+    entries = json.loads((folders["views"] / "kept.json").read_text())
+    for entry in entries["kept"]:
+        entry.pop("mask")
+    (folders["views"] / "kept.json").write_text(json.dumps(entries))
+    both = PhaseViews(phase=("cameras", "views", "cameras"), foreground=0.25)
+    found = both.pictures({}, 16, folders)
+    assert len(found.pixels) == len(found.cameras) == 8 and found.masks is not None and len(found.masks) == 8
+    both.check({}, True, {"cameras": True, "views": False})
+    with pytest.raises(
+        ValueError, match=r"all pictures have masks, or none, and the views of the phase views have none"
+    ):
+        PhaseViews(phase=("cameras", "views")).check({}, False, {"cameras": True, "views": False})
+    with pytest.raises(ValueError, match=r"needs masks .* references\.foreground=0\.25"):
+        PhaseViews(phase="views").check({}, True, {"views": False})
+    with pytest.raises(ValueError, match="unknown earlier phase that gives views 'view'"):
+        PhaseViews(phase=("cameras", "view")).check({}, False, {"cameras": True, "views": True})
