@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.pretrain.run_task import RunSettings, run_task
 from shared.pretrain.task import Compute
-from shared.pretrain.toybox import assemble, clip_dataset, clip_latents, motion_module
+from shared.pretrain.toybox import assemble, clip_dataset, clip_latents, motion_module, visible_words
 from shared.pretrain.toybox.assemble_motion import assemble_motion
 from shared.pretrain.toybox.motion_words import add_words, motion_words
 from shared.pretrain.toybox.visible_words import WordTraining, make_visible
@@ -156,7 +156,7 @@ def test_what_changes_over_time_counts_more(tiny_backbone: Path, tmp_path: Path)
     assert loss(at_times) == pytest.approx(made.settings.moving_weight, rel=1e-4)
 
 
-def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
+def test_words_are_made_visible_to_what_follows_cross_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = opened(backbone_path())
     ids = add_words(pipe.tokenizer, pipe.text_encoder)
     table = pipe.text_encoder.get_input_embeddings().weight
@@ -166,6 +166,8 @@ def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
         )
     before = table.detach().clone()
     latents = torch.randn(8, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+    said = [f"a photo of a red cat {words} in the snow" for words in ("moving to the left", "moving to the right", "")]
+    monkeypatch.setattr(visible_words, "_texts", lambda settings, step: [text for text in said for _ in range(2)])
     log = make_visible(pipe, ids, latents, WordTraining(steps=16, batch=2, lr=3e-2))
     assert log[0]["differ"] < 0.06 and np.mean([row["differ"] for row in log[-8:]]) > 0.2
     assert np.mean([row["seen"] for row in log[-8:]]) < 0.25  # "red" instead of "blue" gives 0.47
@@ -173,6 +175,16 @@ def test_words_are_made_visible_to_what_follows_cross_attention() -> None:
     same = torch.ones(len(before), dtype=torch.bool)
     same[ids] = False
     assert torch.equal(after[same], before[same]) and not torch.equal(after[ids], before[ids])
+
+
+def test_words_of_opposite_motions_meet_often() -> None:
+    """They share most words, so drawn like any two motions, they would be the last to differ."""
+    meet = {0.0: 0, 1.0: 0}
+    for opposite in meet:
+        for step in range(20):
+            texts = visible_words._texts(WordTraining(batch=6, opposite=opposite), step)
+            meet[opposite] += sum(("left" in a and "right" in b) for a, b in zip(texts[:6], texts[6:12], strict=True))
+    assert meet[1.0] >= 6 and meet[1.0] >= 3 * meet[0.0]
 
 
 def test_short_clips_come_first_at_twice_the_number(tiny_backbone: Path, tmp_path: Path) -> None:

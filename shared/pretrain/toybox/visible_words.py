@@ -29,16 +29,24 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
+#: Opposite motions share most of their words.
+OPPOSITES = {"slide left": "slide right", "rise": "fall", "approach": "recede"}
+OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
+
+
 @dataclass(frozen=True)
 class WordTraining:
     """Settings. `differ`: the least relative difference between two motions in the features after each cross-attention;
+    `opposite`: how often a motion that has an opposite is compared with that rather than with any other: drawn as rarely as
+    all other pairs, "left" and "right" differed by 1 % and "wobbling" and "moving camera" by 66 %; now by 30 and 38 %;
     `seen`: the weight of the squared relative change of the prediction by a motion's words; `times`: the range of
     timesteps."""
 
-    steps: int = 200
+    steps: int = 240
     batch: int = 6
     lr: float = 1e-2
     differ: float = 0.2
+    opposite: float = 0.7
     seen: float = 60.0
     times: tuple[int, int] = (400, 1000)
     seed: int = 0
@@ -118,9 +126,11 @@ def _texts(settings: WordTraining, step: int) -> list[str]:
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])
     for _ in range(settings.batch):
-        one, other = rng.choice(len(motions), 2, replace=False)
-        scene = sample_moving(rng, MOTIONS[motions[one]], 2).scene
-        for column, motion in zip(columns, (motions[one], motions[other], None), strict=True):
+        one, other = (motions[i] for i in rng.choice(len(motions), 2, replace=False))
+        if rng.random() < settings.opposite:
+            other = OPPOSITES.get(one, other)
+        scene = sample_moving(rng, MOTIONS[one], 2).scene
+        for column, motion in zip(columns, (one, other, None), strict=True):
             words = PHRASES[motion][int(rng.integers(len(PHRASES[motion])))] if motion else ""
             column.append(_said(scene, words))
     return [text for column in columns for text in column]
