@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from shared.io.outputs import write_text
 from shared.recipe.phases import expand_phases
 from shared.runner.judging import reference_masks, references
 from shared.sources.phase_pictures import KEPT
+from shared.toybox.reference_sets import shown_in
 from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Updates
 from shared.types import Subject
@@ -88,6 +90,12 @@ class ReferenceCameras(ConceptTask):
     def _estimate(self, pixels: Tensor, masks: Tensor) -> Estimate:
         task = self.task
         if self.asset is None:
+            if shown_in(only(self.context.subjects).images) is None:
+                warnings.warn(
+                    "task.estimator = toybox: the pose estimator knows only the toybox's own pictures, so these cameras are "
+                    f"probably wrong; phases.{self.context.name}.task.estimator=renders compares with the asset instead",
+                    stacklevel=2,
+                )
             return from_toybox_poses(task.framing, pixels)
         asset = self.asset
 
