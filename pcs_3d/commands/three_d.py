@@ -39,6 +39,7 @@ def create(
     from pcs_3d.assets import create as make
     from pcs_3d.distill.hand_over import check_fields
     from pcs_3d.distill.memory_plan import as_begun
+    from pcs_3d.export.page import PAGE
     from pcs_3d.extra import check_installed
     from pcs_3d.recipe import Recipe3D
     from pcs_3d.runner import Runner3D
@@ -86,7 +87,7 @@ def create(
     if memory is not None:
         used = size(asset.costs["training_peak_memory"])
         print(f"memory: {used} at peak" + ("" if plan is None else f" ({size(plan.estimate)} estimated)"))
-    print(out)
+    print(f"{out}: open {out / PAGE}")
 
 
 @app.command()

@@ -161,6 +161,5 @@ def said(score: Score, value: float | None) -> str:
 def line(score: Score) -> str:
     """A headline score as one line, with the truth's and the sphere's."""
     beside = {"true thing": score.truth, "sphere": score.base, "chance": score.chance}
-    return "   ".join(
-        [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
-    )
+    figures = [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
+    return "   ".join([*figures, "lower is better"] if score.better == "lower" else figures)

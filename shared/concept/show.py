@@ -32,7 +32,7 @@ def described(concept: Concept) -> list[tuple[str, str]]:
         ("files", "; ".join(f"{name} {_bytes(size)}" for name, size in sizes(concept).items())),
         ("recipe", _recipe(meta.learned_with)),
         ("stand-ins", "; ".join(meta.ports)),
-        ("metrics", "; ".join(f"{k} {_short(v)}" for k, v in meta.metrics.items() if v is not None)),
+        ("metrics", "; ".join(f"{k} {_short(v, k)}" for k, v in meta.metrics.items() if v is not None)),
         ("references", _listed([r.file for r in meta.references])),
         ("made", ", ".join(t for t in (meta.created, f"seed {meta.seed}", _versions(meta.versions)) if t)),
         ("use", _use(concept)),
@@ -126,8 +126,11 @@ def _recipe(learned: LearnedWith) -> str:
     return ", ".join(f for f in (learned.method, steps, batch) if f)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+def _short(value: Any, key: str) -> str:
+    if isinstance(value, int | float) and key.endswith("_memory"):
+        return f"{value / 2**20:.0f} MiB"
+    short = f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return f"{short} s" if key.endswith("_seconds") else short
 
 
 def _listed(names: list[str], most: int = 6) -> str:

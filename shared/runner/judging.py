@@ -236,7 +236,8 @@ def score_line(
     among = ""
     if score.among_low is not None and score.among_high is not None:
         among = f"   {among_each_other} {score.among_low:.3f} to {score.among_high:.3f}"
-    return f"{score.value:.3f}{span}{base}{chance}{truth}{among}"
+    direction = "   lower is better" if score.better == "lower" else ""
+    return f"{score.value:.3f}{span}{base}{chance}{truth}{among}{direction}"
 
 
 def references(subject: Subject, side: int) -> Tensor:

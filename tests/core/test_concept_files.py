@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.backbones.stable_diffusion import StableDiffusionBackbone
 from shared.concept import Concept, Provenance, as_json, capture, describe, lines, read, save
+from shared.concept.show import described
 from shared.modifiers import LearnableToken
 from shared.trainable import Lora
 
@@ -255,6 +257,18 @@ def test_an_interrupted_save_leaves_nothing_half_written(
 
 
 # --- showing
+
+
+def test_costs_are_shown_with_their_units(saved: Path) -> None:
+    concept = read(saved)
+    costs = {
+        "training_seconds": 12.5,
+        "training_peak_memory": 3 * 2**20,
+        "training_peak_memory_of": "process",
+        "clip_t": 0.25,
+    }
+    shown = dict(described(replace(concept, meta=concept.meta.model_copy(update={"metrics": costs}))))["metrics"]
+    assert shown == "training_seconds 12.5 s; training_peak_memory 3 MiB; training_peak_memory_of process; clip_t 0.25"
 
 
 def test_a_concept_is_described(saved: Path) -> None:

@@ -168,6 +168,8 @@ def test_the_command_writes_a_whole_report(box, tmp_path):
     ]
     done = CliRunner().invoke(app, [*asked, "--class-noun", "house"], catch_exceptions=False)
     assert done.exit_code == 0 and "Silhouette IoU" in done.stdout
+    lower = [line for line in done.stdout.splitlines() if line.endswith("lower is better")]
+    assert [line.split("  ")[0] for line in lower] == ["Azimuth error (degrees)", "Fronts"]
     report = json.loads((out / "report.json").read_text())
     scores = {s["key"]: s for s in report["scores"]}
     assert scores["iou"]["value"] == 1 and scores["iou"]["base"] < 0.6 and scores["psnr"]["value"] == BEST_DB
