@@ -97,7 +97,7 @@ class Log:
 
 
 def flat(record: Record) -> dict[str, float]:
-    """The values logged for one step."""
+    """Returns the values logged for one step, by name."""
     rates = {f"lr/{k}": v for k, v in record.lr.items()}
     parts = {f"loss/{k}": v for k, v in record.parts.items()}
     loss = {} if record.loss is None else {"loss": record.loss}

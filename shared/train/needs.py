@@ -1,5 +1,5 @@
-"""What a penalty may need from a step besides the prediction: objects that can hold a context around the prediction and
-then give a value."""
+"""What a penalty may need from a step besides the prediction. A need can keep a context open around the prediction, and then
+computes a value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Needing(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """A need that watches nothing: a function of the step."""
+    """A need computed from the step itself, without a context around the prediction."""
 
     name: str
     compute: Callable[[Step], Any]
@@ -53,7 +53,7 @@ class Computed:
 
 
 def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> dict[str, Need]:
-    """Every need that can be served, by name: the task's own, and those that parts provide.
+    """Returns every available need by name: the task's own, and those that parts provide.
 
     Raises ValueError when two different needs share a name.
     """
@@ -68,7 +68,7 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """Every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing can serve."""
+    """Returns every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing provides."""
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:
