@@ -29,7 +29,7 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-#: Counts and sizes have bounds far above any real setting, so that a typo is an immediate error, not a full memory.
+#: Counts and sizes have bounds far above any real setting, so that a typo fails at once instead of filling memory.
 Many = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 _STEPS = 10_000_000
@@ -77,7 +77,7 @@ class Train(Part):
     resolution: Side | None = None  # pixels; None: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (
-        0  # augmented versions of each picture, computed once and cached; 0: a new one each step
+        0  # augmented versions of each picture, computed once and cached; 0: a new version each step
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
@@ -90,10 +90,10 @@ class Sampling(Part):
     steps: Many | None = None
     guidance: float | None = None
     scheduler: str | None = None
-    strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept, by step: "0@0,1@0.2"; "": constant
+    strength: Annotated[str, AfterValidator(check_points)] = ""  # the concept's, by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
-        """The sampler's settings, without the strength by step, which needs the concept's name."""
+        """Returns the sampler's settings, without the strength by step, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
 
@@ -139,7 +139,7 @@ class Recipe(Part):
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
     def opening(self) -> dict[str, Any]:
-        """What a runner needs to open the backbone besides its name."""
+        """Returns what a runner needs to open the backbone besides its name."""
         return {}
 
     @model_validator(mode="after")
@@ -156,5 +156,5 @@ class Recipe(Part):
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data; `validate(type(recipe), dump(recipe))` restores it."""
+    """Returns the recipe as plain data; `validate(type(recipe), dump(recipe))` restores it."""
     return recipe.model_dump(mode="json", by_alias=True)
