@@ -1,4 +1,4 @@
-"""Encoding pixels to latents and back, with the autoencoder's scale and shift."""
+"""Encodes pixels to latents and back, with the autoencoder's scale and shift."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LatentCodec:
         return ((z - shift) * scale).to(self.dtype)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
+        """Returns mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
         posterior = self._posterior(pixels)
         scale, shift = self._scale_shift
         return ((posterior.mean - shift) * scale).to(self.dtype), (posterior.std * scale).to(self.dtype)
@@ -66,7 +66,7 @@ class LatentCodec:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture. ValueError for `frames`, and when a side is not a multiple of what the model needs."""
+        """Returns (C, h, w) of a picture. ValueError for `frames`, and for a side that is not a suitable multiple."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple
