@@ -83,8 +83,7 @@ def with_fields(part: Part, **changes: Any) -> Any:
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Returns the sha256 of names, shapes and values of adapter, weight and branch tensors; equal for concepts learned
-    together."""
+    """Hashes names, shapes and values of adapter, weight and branch tensors (sha256); equal for concepts learned together."""
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):

@@ -85,6 +85,5 @@ class _Used(_Read):
 
 
 def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
-    """Validates the parts of a concept's description that other code reads. ValueError, naming `where` and the key, if one is
-    invalid."""
+    """Validates the parts of a description that other code reads. ValueError, naming `where` and the key, if one is invalid."""
     return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe

@@ -21,8 +21,7 @@ PEFT = "base_model.model."  # prefix of every name in peft's own files
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that one name in a file stands for. If there are several, the file's output rows are split among them in
-    order."""
+    """The layers that one name in a file stands for. If there are several, they share the file's output rows in order."""
 
     component: str
     paths: tuple[str, ...]
@@ -65,8 +64,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """Returns the prefixes of a text encoder's layers. kohya and ComfyUI call FLUX's T5 the third encoder, others the
-    second."""
+    """Returns a text encoder's prefixes: kohya and ComfyUI count FLUX's T5 as the third encoder, others as the second."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()

@@ -68,8 +68,7 @@ class LoraFile:
 
 
 def find_file(path: Path) -> Path:
-    """Returns `path` if it is a file, else the LoRA file in a folder written by diffusers or peft. ValueError if there is
-    none."""
+    """Returns a LoRA file's path, given it or a folder written by diffusers or peft. ValueError if there is none."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]

@@ -57,8 +57,7 @@ def read_subject(
 
 
 def plain_noun(text: str) -> str:
-    """Removes the article from a class noun, because templates add one: "a mug" is "mug". ValueError if it is not a plain
-    word."""
+    """Removes the article from a class noun ("a mug" is "mug"), because templates add one. ValueError unless a plain word."""
     if set("<>{}") & set(check_utf8(text)):
         raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
     words = text.split()

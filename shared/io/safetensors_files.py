@@ -24,8 +24,7 @@ _ITEM = {
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads the entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its
-    size.
+    """Reads entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
 
     Raises ValueError, naming the file, if it is missing, truncated, or its header is invalid.
     """

@@ -94,8 +94,7 @@ def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """Returns what a recognizer should see, for the validation prompts that are also in the prompt set of the backbone's
-    world."""
+    """Returns what a recognizer should see in validation prompts that are also in the prompt set of the backbone's world."""
     if backbone.world is None:
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
@@ -194,8 +193,7 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
-    """Returns the pictures that the concept was learned from: in `folder`, or in the recorded folder next to the concept
-    (`path`).
+    """Finds the pictures that the concept was learned from: in `folder`, or in the recorded folder next to `path`.
 
     Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
     """

@@ -166,8 +166,10 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 
 
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start), or all its frames if it is
-    shorter. ValueError for a single frame."""
+    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start).
+
+    A shorter clip gives all its frames. ValueError for a single frame.
+    """
     window = _window(recipe)
     source = open_frames(path)
     try:

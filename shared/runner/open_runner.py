@@ -47,8 +47,7 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
 
 
 def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
-    """Raises ValueError unless exactly one concept or LoRA is to be judged, and a LoRA has a token, class noun and
-    references."""
+    """Raises ValueError unless one concept or LoRA is to be judged, and a LoRA has a token, class noun and references."""
     if len(concepts) + len(loras) != 1:
         counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
         raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
@@ -107,8 +106,7 @@ def open_runner(
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """Returns the model that `open_runner` opens: `backbone`, else the one that the first concept was learned on, else None
-    (the toybox)."""
+    """Returns the model that `open_runner` opens: `backbone`, else that of the first concept, else None (the toybox)."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))

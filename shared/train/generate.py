@@ -98,8 +98,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """Returns the sha256 of what a picture depends on besides its prompt and seed. What was learned is fixed in this
-        phase."""
+        """Hashes what a picture depends on besides its prompt and seed; what was learned does not change in this phase."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())

@@ -1,5 +1,7 @@
-"""What a penalty may need from a step besides the prediction. A need can keep a context open around the prediction, and then
-computes a value."""
+"""What a penalty may need from a step besides the prediction.
+
+A need can keep a context open around the prediction, and then computes a value.
+"""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class Task(UpdateSource, Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns everything that the task has produced so far and could not recompute: fp32, on the CPU. Checkpoints and the
-        best state store it."""
+        """Returns everything that the task has produced so far and could not recompute, for checkpoints and the best state:
+        fp32, on the CPU."""
         ...
 
     def carried(self) -> dict[str, Tensor]:

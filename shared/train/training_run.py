@@ -250,8 +250,10 @@ class TrainingRun:
         return self.workdir / "phases" / phase
 
     def _before(self, phase: Recipe) -> list[str]:
-        """Returns the names of the phases before this one. A later phase may have left files in an earlier run, and this phase
-        must not learn from them."""
+        """Returns the names of the phases before this one.
+
+        An earlier run may have left files of later phases, from which this phase must not learn.
+        """
         return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
 
     def examples(self, phase: Recipe) -> Iterator[Example]:

@@ -42,8 +42,7 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """Returns what kind of clip a file is; None if it cannot be read here. OSError if it cannot be opened; ValueError if it is
-    damaged."""
+    """Returns a file's kind; None if it cannot be read here. OSError if it cannot be opened, ValueError if it is damaged."""
     if container(path):
         return "video"
     kind = sniff(path)

@@ -1,5 +1,4 @@
-"""Converts decoded video frames to 8-bit sRGB: applies the stated colour matrix and range, rounds deeper samples, and tone-maps
-HDR."""
+"""Converts decoded video frames to 8-bit sRGB by the stated colour matrix and range, with rounding and HDR tone mapping."""
 
 from __future__ import annotations
 

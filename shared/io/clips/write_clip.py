@@ -68,8 +68,7 @@ def write_clip(
 
 
 def webp_bytes(frames: Tensor, fps: float, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Returns the bytes of a `.webp` file like that of `write_clip`, but not enlarged, for pages that show clips at native
-    size."""
+    """Returns a `.webp` file's bytes as `write_clip` writes them, but not enlarged, for pages that show the native size."""
     stream = io.BytesIO()
     write_webp(stream, _levels(as_frames(frames)), _rate(fps), as_json(metadata or {}))
     return stream.getvalue()
