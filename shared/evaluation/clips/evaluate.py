@@ -136,7 +136,7 @@ class _Evaluation:
     def _arm(
         self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
-        """Generates and measures the clips of one arm in chunks, keeping only their files; also returns the seconds per clip."""
+        """Generates and measures the clips of one arm in chunks, keeping only their files; also returns seconds per clip."""
         what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
