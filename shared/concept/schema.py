@@ -48,7 +48,7 @@ class Reference(Part):
     """A picture that the concept was learned from: its file name without folders, and its hash."""
 
     file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped, so a name of 255 bytes can grow
-    sha256: Sha256 | None  # None: the file was gone when the concept was saved
+    sha256: Sha256 | None  # null: the file was gone when the concept was saved
 
     @field_validator("file")
     @classmethod

@@ -74,7 +74,7 @@ class Train(Part):
     gradient_accumulation: Many = 1
     gradient_checkpointing: bool = False
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device computes it fast
-    resolution: Side | None = None  # pixels; None: the backbone's own
+    resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (
         0  # augmented versions of each picture, computed once and cached; 0: a new version each step
@@ -85,7 +85,7 @@ class Train(Part):
 
 
 class Sampling(Part):
-    """How pictures and clips are generated, during training and by default afterwards. None: the backbone's own setting."""
+    """How pictures and clips are generated, during training and by default afterwards. null: the backbone's own setting."""
 
     steps: Many | None = None
     guidance: float | None = None
@@ -101,8 +101,8 @@ class PreviewSettings(Part):
     """The new pictures in a concept's `preview.png`, generated after the last step."""
 
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
-    resolution: Side | None = None  # pixels; None: train.resolution, else the backbone's own
-    steps: Many | None = None  # denoising steps; None: sampling.steps, else the backbone's own
+    resolution: Side | None = None  # pixels; null: train.resolution, else the backbone's own
+    steps: Many | None = None  # denoising steps; null: sampling.steps, else the backbone's own
     prompt: str = "a photo of a {concept}"
 
 

@@ -45,7 +45,7 @@ class GenerateTask(Part):
     kind: Literal["generate"] = "generate"
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Count = 8  # pictures per prompt and subject
-    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; None: all
+    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; null: all
     batch_size: Count = 4  # generated at once
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
