@@ -90,7 +90,7 @@ class Sampling(Part):
     steps: Many | None = None
     guidance: float | None = None
     scheduler: str | None = None
-    strength: Annotated[str, AfterValidator(check_points)] = ""  # the concept's, by step: "0@0,1@0.2"; "": constant
+    strength: Annotated[str, AfterValidator(check_points)] = ""  # by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
         """Returns the sampler's settings, without the strength by step, which needs the concept's name."""
