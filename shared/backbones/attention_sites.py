@@ -24,7 +24,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Where:
-    """Some of a backbone's sites: those that meet every given condition."""
+    """Selects the sites of a backbone that meet every given condition."""
 
     sites: frozenset[str] | None = None  # by name
     kinds: frozenset[Kind] | None = None

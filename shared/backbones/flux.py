@@ -188,7 +188,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 * w/2, 4C]: each 2x2 block of cells is one token."""
+    """Packs [B, C, h, w] into [B, h/2 * w/2, 4C]: each 2x2 block of cells becomes one token."""
     b, c, h, w = latents.shape
     cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), c * 4)

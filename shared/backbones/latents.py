@@ -37,7 +37,7 @@ class LatentCodec:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
@@ -55,7 +55,7 @@ class LatentCodec:
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
+        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
         self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]

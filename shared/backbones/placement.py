@@ -118,7 +118,7 @@ class Placement:
 
 
 class _Use:
-    """Forward pre-hook of a network."""
+    """A network's forward pre-hook, which brings it to the device."""
 
     def __init__(self, placement: Placement, name: str) -> None:
         self.placement, self.name = placement, name

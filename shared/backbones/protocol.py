@@ -49,7 +49,7 @@ class Adapter(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """0 switches it off exactly; 1 is as trained."""
+        """Sets the strength: 0 switches it off exactly, 1 is as trained."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -87,7 +87,7 @@ class Placeholder(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """0 is the initial state, 1 the learned one. ValueError for anything but 1 if it cannot interpolate."""
+        """Sets the strength: 0 is as initialized, 1 as learned. ValueError for anything but 1 if it cannot interpolate."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -194,7 +194,7 @@ class Backbone(Protocol):
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Backbone(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels in [-1, 1]."""
+        """Decodes latents to pixels in [-1, 1]."""
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ class Backbone(Protocol):
         ...
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Clean latents and noise, each [B, C, h, w] -> x_t [B, C, h, w]."""
+        """Mixes clean latents and noise, each [B, C, h, w], into x_t [B, C, h, w]."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class ConceptMeta(Part):
     @field_validator("layers")
     @classmethod
     def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
-        """`layers` must name everything that is adapted or changed, because models are compared by it."""
+        """Checks that `layers` names everything that is adapted or changed, because models are compared by it."""
         adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
         touched = [
             *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),

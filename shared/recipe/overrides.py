@@ -67,7 +67,7 @@ def _value(text: str, leaves: set[Any]) -> Any:
 
 
 class _Texts(yaml.SafeLoader):
-    """YAML in which every scalar is a string: `[2024, true]` is two names."""
+    """Loads YAML with every scalar as a string, so that `[2024, true]` is two names."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 

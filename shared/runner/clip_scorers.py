@@ -42,7 +42,7 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """One scorer per subject or motion for the clips generated during training; None if none are generated.
+    """Returns one scorer per subject or motion for the clips generated during training; None if no clips are.
 
     They use only the clips and pictures that are learned from, and do not recognise motions: the best checkpoint must not be
     chosen by the scores that judge the concept.

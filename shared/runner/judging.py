@@ -44,7 +44,7 @@ def check_folders(clip: Path | None, dino: Path | None) -> None:
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """One scorer per subject for pictures generated during training; None if none are generated, or nothing can score them.
+    """Returns one scorer per subject for pictures generated during training; None if there are none, or nothing scores them.
 
     They use only the references, never the look-alikes that the finished concept is judged against: the best checkpoint must
     not be chosen by the scores that judge the concept.

@@ -106,7 +106,7 @@ class _Judged:
 
     @staticmethod
     def of(runner: Painter) -> _Judged:
-        """ValueError unless one motion, one subject, or one of each is loaded."""
+        """Reads the concepts from a runner. ValueError unless one motion, one subject, or one of each is loaded."""
         by_kind = {name: loaded.concept.meta.kind for name, loaded in runner.loaded.items()}
         motions = [name for name, kind in by_kind.items() if kind == "motion"]
         subjects = [name for name, kind in by_kind.items() if kind in ("subject", "identity")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps`, counted from the start of the run, or `minutes` from now."""
+    """Ends a run after `steps`, counted from its start, or after `minutes` from now."""
 
     steps: int | None = None
     minutes: float | None = None

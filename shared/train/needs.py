@@ -15,7 +15,7 @@ from shared.types import Batch, Step
 
 
 class Need(Protocol):
-    """Something that parts can declare in `needs`, by name."""
+    """A value that parts can request by name in `needs`."""
 
     @property
     def name(self) -> str: ...

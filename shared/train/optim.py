@@ -214,7 +214,7 @@ class Optimizers:
                 group.update(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`group.index.name` -> tensor: moments and step counts, for safetensors; lists and plain numbers as JSON keys."""
+        """Returns moments and step counts for safetensors, `group.index.name` -> tensor; keys mark lists and plain numbers."""
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -266,7 +266,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _put(state: dict[str, Any], place: str, value: Tensor) -> None:
-    """The inverse of `_flat`, into one parameter's state; list items may arrive in any order."""
+    """Puts a value from `_flat` back into one parameter's state; list items may arrive in any order."""
     key, _, rest = place.partition("/")
     if not rest:
         state[key] = value

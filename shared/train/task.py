@@ -37,7 +37,7 @@ Updates = Generator[Update, None, None]
 
 
 class UpdateSource(Protocol):
-    """Where the loop gets a step's losses."""
+    """Provides the losses of each step to the loop."""
 
     def updates(self, step: int, micro: int) -> Updates:
         """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so that a step can
@@ -72,8 +72,11 @@ class Task(UpdateSource, Protocol):
         ...
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Called before a step: applies what changes with time, and returns the new groups if they changed (a field has
-        split, say), else None. A second call for the same step changes nothing more: a run may resume there."""
+        """Called before a step: applies what changes with time, and returns the new groups if they changed, else None.
+
+        Groups change when a field splits, for example. A second call for the same step changes nothing more, because a run
+        may resume there.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

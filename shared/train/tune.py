@@ -25,7 +25,7 @@ _NOISE = 2**42  # a separate stream from the one that draws examples
 
 
 class Tune(ConceptTask):
-    """Denoising plus penalties on one backbone, for the concepts in training.
+    """Trains the concepts by denoising plus penalties on one backbone.
 
     Raises ValueError when nothing can serve a part's need, or when the recipe trains nothing.
     """

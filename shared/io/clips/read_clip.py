@@ -118,7 +118,7 @@ def _masks_of(
 
 
 def _spread(planes: list[Tensor], indices: Sequence[int], picks: tuple[int, ...]) -> Tensor:
-    """[C, H, W] per index -> [C, F, H, W] per pick; picks may repeat."""
+    """Stacks [C, H, W] per index into [C, F, H, W] per pick; picks may repeat."""
     place = {index: i for i, index in enumerate(indices)}
     out = torch.empty(planes[0].shape[0], len(picks), *planes[0].shape[1:])
     for frame, index in enumerate(picks):

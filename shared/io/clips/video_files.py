@@ -92,7 +92,7 @@ class VideoFile(FrameSource):
         return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
-        """(index, frame) in display order, from `first` or somewhat before it."""
+        """Decodes (index, frame) in display order, from `first` or somewhat before it."""
         index_of = {stamp: i for i, stamp in enumerate(self._stamps)}
         with _opened(self.path) as (file, stream):
             if first > 0 and self._stamps:
@@ -139,7 +139,7 @@ class VideoFile(FrameSource):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream); libav's errors become a ValueError that names the file."""
+    """Opens (container, video stream); libav's errors become a ValueError that names the file."""
     try:
         kind = container(path)
     except OSError as error:
