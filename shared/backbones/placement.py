@@ -38,7 +38,7 @@ def to_evict(
 
 
 def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
-    """Raises ValueError when the largest network alone does not fit into the free memory (bytes)."""
+    """Raises ValueError when even the largest network does not fit into the free memory (bytes)."""
     name = max(sizes, key=lambda n: sizes[n])
     if sizes[name] > free:
         raise ValueError(
@@ -143,7 +143,7 @@ def place(
         free: free bytes on a device; default: as CUDA reports
 
     Raises:
-        ValueError: the largest network alone does not fit into the device's free memory
+        ValueError: even the largest network does not fit into the device's free memory
     """
     networks = {**backbone.components, "vae": backbone.vae}
     sizes = {name: size_of(network) for name, network in networks.items()}

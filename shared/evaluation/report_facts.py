@@ -36,7 +36,7 @@ class Case:
     through: Callable[[Tensor], Tensor] | None = (
         None  # the model's autoencoder: pictures to compare with pass through it too
     )
-    through_key: str = ""  # its fingerprint, if measurements made through it may be cached
+    through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
     cache: Path | None = None  # a folder for measurements of true pictures; None: nothing is cached
     concept: Path | None = None  # its folder, for its size on disk

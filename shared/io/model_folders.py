@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.io.failures import of_the_machine
 
-#: Expected stray keys: those of older files, and those of the other half of a model whose text encoder alone is used.
+#: Expected stray keys: those of older files, and those of the unused half of a model that is used only for text.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PADDED = 0.9  # the smallest share of a table's rows that are tokens: tables are padded by a few rows, not by half

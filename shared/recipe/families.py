@@ -12,7 +12,7 @@ from shared.recipe.catalog import config_folder
 
 
 class Family(Part):
-    """Methods that optimise the same thing."""
+    """Methods with the same objective, trained on the same parameters."""
 
     title: str
     equation: str

@@ -51,7 +51,7 @@ class ClipEvaluationSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the motion's recipe
     references: Path | None = None  # the motion's clips; default: those that it was learned from, next to its folder
     pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
-    gallery: Path | None = None  # a folder of folders with pictures of other things of the subject's class
+    gallery: Path | None = None  # a folder of folders with pictures of other objects of the subject's class
     clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
     reader: PathReader | None = None  # reads the paths of subjects; None: that of the model's world, if any

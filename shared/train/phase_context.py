@@ -48,7 +48,7 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
-    names: Sequence[str]  # of the subjects that the run learns: all, or none
+    names: Sequence[str]  # of all subjects; empty if the run does not learn them
     adapter_sets: Sequence[str]  # of the adapters in training, the default set first
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on

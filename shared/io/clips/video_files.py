@@ -1,4 +1,4 @@
-"""Reads video files through libav: first the frame times from the packets, then the requested frames are decoded."""
+"""Reads video files through libav: takes the frame times from the packets, then decodes the requested frames."""
 
 from __future__ import annotations
 
