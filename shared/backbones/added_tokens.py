@@ -74,7 +74,7 @@ class TokenOverlay:
     def tokenize(self, component: str, prompts: Sequence[str], device: torch.device) -> Tokenized:
         """Tokenizes `prompts`, padded and truncated to the encoder's length as in diffusers' pipelines."""
         out = self.current[component](
-            [check_utf8(prompt) for prompt in prompts],  # on bad text, tokenizers only complain of a wrong type
+            [check_utf8(prompt) for prompt in prompts],  # for invalid text, tokenizers only report a wrong type
             padding="max_length",
             max_length=self.max_length[component],
             truncation=True,
@@ -83,7 +83,7 @@ class TokenOverlay:
         return Tokenized(out.input_ids.to(device), out.attention_mask.to(device))
 
     def overflow(self, component: str, prompt: str) -> str:
-        """The end of `prompt` that this encoder would truncate; "" if it all fits."""
+        """Returns the end of `prompt` that this encoder would truncate; "" if it all fits."""
         tokenizer = self.current[component]
         room = self.max_length[component] - tokenizer.num_special_tokens_to_add()
         out = tokenizer(check_utf8(prompt), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -92,11 +92,11 @@ class TokenOverlay:
         return prompt[out["offset_mapping"][room][0] :].strip()
 
     def ids_of(self, component: str, tokens: Sequence[str]) -> list[int]:
-        """The ids of added tokens."""
+        """Returns the ids of added tokens."""
         return [self.current[component].convert_tokens_to_ids(t) for t in tokens]
 
     def find(self, component: str, ids: Tensor, tokens: Sequence[str], words: str) -> Tensor:
-        """Bool [B, L]: the positions of a concept: of its added tokens if it has any, else every occurrence of its `words`."""
+        """Finds a concept's positions, bool [B, L]: its added tokens if it has any, else every occurrence of its `words`."""
         if tokens:
             return torch.isin(ids, torch.tensor(self.ids_of(component, tokens), device=ids.device))
         positions = torch.zeros_like(ids, dtype=torch.bool)
@@ -112,8 +112,8 @@ class TokenOverlay:
         return positions
 
     def find_words(self, component: str, prompts: Sequence[str], words: str) -> Tensor:
-        """Bool [B, L] on the CPU: every position of the whole `words` in prompts as this encoder reads them. Matches inside
-        longer words, or truncated ones, do not count. Added tokens count as words.
+        """Finds the whole `words` in prompts as this encoder reads them: bool [B, L] on the CPU. Matches inside longer words
+        and truncated matches do not count. Added tokens count as words.
 
         Args:
             words: text, in upper or lower case; or END, the end-of-text token
@@ -133,33 +133,33 @@ class TokenOverlay:
         for row, (prompt, offsets) in enumerate(zip(prompts, out["offset_mapping"], strict=True)):
             spans = [
                 (a + len(prompt[a:b]) - len(prompt[a:b].lstrip()), b) for a, b in offsets
-            ]  # T5's may include the space
+            ]  # T5's tokens may include the space before them
             starts, ends = ({span[i] for span in spans if span[0] < span[1]} for i in (0, 1))
             for start, end in (match.span() for match in pattern.finditer(prompt)):
-                if start in starts and end in ends:  # else it is inside another token
+                if start in starts and end in ends:  # otherwise the match begins or ends inside a token
                     positions[row] |= torch.tensor([start <= a < b <= end for a, b in spans])
         return positions
 
     def filler(self, component: str) -> int:
-        """A base id to put in place of an added token: the first that is not a special token."""
+        """Returns a base id to put in place of an added token: the first that is not a special token."""
         special = set(self.base[component].all_special_ids)
         return next(i for i in range(len(special) + 1) if i not in special)
 
     def word_ids(self, component: str, words: str) -> list[int]:
-        """Base ids of `words` without special tokens. ValueError when there are none."""
+        """Returns the base ids of `words` without special tokens. ValueError when there are none."""
         ids = self.base[component](check_utf8(words), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"{words!r} contains no word that {component} can read")
         return list(ids)
 
     def pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """The base tokenizer's pieces of `words`, without its word-boundary marks."""
+        """Returns the base tokenizer's pieces of `words`, without its word-boundary marks."""
         pieces = self.base[component].convert_ids_to_tokens(self.word_ids(component, words))
         return tuple(p for p in (str(t).replace("</w>", "").replace("▁", "") for t in pieces) if p)
 
 
 def _whole(words: str, exact: bool) -> re.Pattern[str]:
-    """A pattern for `words` with any whitespace between them, and no letter or digit right before or after."""
+    """Returns a pattern for `words` with any whitespace between them, and no letter or digit right before or after."""
     parts = check_utf8(words).split()
     if not parts:
         raise ValueError("words must not be empty: their positions in a prompt are needed")
@@ -168,7 +168,7 @@ def _whole(words: str, exact: bool) -> re.Pattern[str]:
 
 
 def slots(ids: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Index into `token_ids` at every position of `ids`, or -1: [B, L]."""
+    """Returns the index into `token_ids` at every position of `ids`, or -1: [B, L]."""
     out = torch.full_like(ids, -1)
     for i, token in enumerate(token_ids):
         out[ids == token] = i
@@ -200,7 +200,7 @@ def overlaid(embedding: nn.Module, places: Tensor, vectors: Tensor) -> Iterator[
 
 
 def join_embeddings(parts: Sequence[Tensor], batch: int) -> Tensor:
-    """Vectors of several placeholders as one table: [N, d], or [B, N, d] if any of them has vectors per sample."""
+    """Joins the vectors of several placeholders into one table: [N, d], or [B, N, d] if any of them has vectors per sample."""
     if all(p.ndim == 2 for p in parts):
         return torch.cat(list(parts))
     return torch.cat([p if p.ndim == 3 else p.expand(batch, *p.shape) for p in parts], dim=1)

@@ -1,4 +1,4 @@
-"""The one owner of attention: applies edits, records maps, and chooses the computation. Nothing else sets a processor."""
+"""Owns attention: applies edits, records maps, and chooses the computation. Nothing else sets a processor."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Attending:
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """[B], the times of the current prediction; None outside one."""
+        """The times [B] of the current prediction; None outside a prediction."""
         return self._predictions.time
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """A context to enter later, in which layers run again as they did in the current prediction."""
+        """Returns a context to enter later, in which layers run again as they did in the current prediction."""
         return self._predictions.at_time(self._predictions.time)
 
     @contextmanager
     def attending(self, *edits: Edit | At | Watch) -> Iterator[Record]:
         """Inside, attention layers apply these edits in order, and record the maps that are watched.
 
-        A plain edit acts at every site, `At(edit, where)` at some; layers that are neither edited nor watched keep their own
-        fast processor. Blocks nest: inner edits come after outer ones, and outer records continue. The original processor
-        objects are restored, also after exceptions. With gradient checkpointing, stay inside until the backward pass has
-        finished, because it runs the layers again.
+        A plain edit acts at every site, `At(edit, where)` at the sites that match; layers that are neither edited nor watched
+        keep their own fast processor. Blocks nest: inner edits come after outer ones, and outer records continue. The original
+        processor objects are restored, also after exceptions. With gradient checkpointing, stay inside until the backward pass
+        has finished, because it runs the layers again.
 
         A custom processor (anything but diffusers' default) is never replaced: an edit or record for its layer is refused.
 
@@ -78,8 +78,8 @@ class Attending:
         """Applies these edits from now on while the concept of this name has a strength other than 0; without edits, removes
         them.
 
-        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError as that
-        does, and then changes nothing.
+        An edit that several concepts share is applied once. Must not be called inside `attending`. Raises ValueError as
+        `attending` does, and then changes nothing.
         """
         before = self._kept_edits
         self._kept_edits = {**{k: v for k, v in before.items() if k != name}, **({name: edits} if edits else {})}
@@ -104,7 +104,7 @@ class Attending:
             layer.processor = processor
 
     def _layers(self, site: Site) -> list[Any]:
-        """The layer of a site: one in each denoiser."""
+        """Returns the layer of a site: one in each denoiser."""
         return [self._components[name].get_submodule(site.name) for name in self.noise_ranges]
 
     @property
@@ -113,7 +113,7 @@ class Attending:
         return any(_plan(layer) is not None for site in self.sites() for layer in self._layers(site))
 
     def _plans(self, edits: tuple[Edit | At | Watch, ...], record: Record) -> list[tuple[Any, Any]]:
-        """The layers to change, each with its new processor."""
+        """Returns the layers to change, each with its new processor."""
         for edit in edits:
             where = edit.where if isinstance(edit, At) else edit
             if isinstance(where, Where) and not any(s in where for s in self.sites()):
@@ -138,13 +138,13 @@ class Attending:
         return out
 
     def _processor_for(self, layer: Any) -> type[Processor] | None:
-        """Our processor class for this layer's computation; None for a layer with a custom processor."""
+        """Returns our processor class for this layer's computation; None for a layer with a custom processor."""
         return type(layer.processor) if isinstance(layer.processor, Processor) else _processor_of(layer)
 
 
 @dataclass(frozen=True)
 class _WhileOn:
-    """An edit that does nothing while all concepts it belongs to are off."""
+    """An edit that does nothing while all concepts that it belongs to are off."""
 
     edit: Edit
     owners: tuple[str, ...]
@@ -164,7 +164,7 @@ def _acts(edit: Edit | At, site: Site) -> bool:
 
 
 def _plan(layer: Any) -> Plan | None:
-    """The plan that an outer block has set for a layer."""
+    """Returns the plan that an outer block has set for a layer."""
     return layer.processor.plan if isinstance(layer.processor, Processor) else None
 
 

@@ -1,4 +1,4 @@
-"""Attention maps: which ones to record, and the record."""
+"""Requests for attention maps, and the record of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Record(Mapping[str, Tensor]):
     Empty until the first prediction. At a joint site, queries and keys are the text tokens, then the picture's, row by row.
     """
 
-    sites: Mapping[str, Site]  # the watched ones
+    sites: Mapping[str, Site]  # the watched sites
     maps: dict[str, Tensor] = field(default_factory=dict)
     passes: dict[str, int | None] = field(default_factory=dict)  # the prediction that each map belongs to
 
@@ -48,7 +48,7 @@ class Record(Mapping[str, Tensor]):
         return name in self.maps
 
     def text_map(self, name: str, length: int) -> Tensor:
-        """The picture's attention to the text: [B, h*w, L], or [B, H, h*w, L]; for a joint site, that part of its map.
+        """Returns the picture's attention to the text: [B, h*w, L], or [B, H, h*w, L]; for a joint site, that part of its map.
 
         Args:
             name: a watched site of kind "cross" or "joint"

@@ -1,4 +1,4 @@
-"""The need for attention maps: a penalty declares what it watches before the prediction."""
+"""The need for attention maps, by which a penalty declares before the prediction what it watches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AttentionMaps:
     """Provides the maps of a step's own prediction; the step's other predictions do not replace them.
 
     Args:
-        kinds: the kinds of layers to watch, as far as the family has them
+        kinds: the kinds of layers to watch; those that the family lacks are ignored
         scales: the scales to watch; empty: the one whose shorter side is nearest to `cells`
         cells: the target size of a map's shorter side
     """

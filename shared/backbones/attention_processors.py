@@ -26,7 +26,7 @@ class Predictions(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do at one site besides the attention itself."""
+    """The edits to apply and the maps to record at one site."""
 
     site: Site
     predictions: Predictions
@@ -34,7 +34,7 @@ class Plan:
     records: Sequence[tuple[Watch, Record]] = ()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(d) + bias) v, edited and recorded: [B, H, Lq, d]."""
+        """Computes softmax(q k^T / sqrt(d) + bias) v, edited and recorded: [B, H, Lq, d]."""
         size = q.shape
         if self.edits:
             rows = self.predictions.rows(self.site, q.shape[0])
@@ -59,8 +59,9 @@ class Plan:
 
 
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk], in at least float32, even if the network runs in half precision or
-    autocast.
+    """Computes softmax(q k^T / sqrt(d) + bias): [B, H, Lq, Lk].
+
+    In at least float32, even if the network runs in half precision or autocast.
 
     Args:
         q: [B, H, Lq, d]
@@ -80,14 +81,14 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Processor:
-    """An attention layer's processor around a plan."""
+    """An attention layer's processor that carries out a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
 
 class UNetProcessor(Processor):
-    """diffusers' `Attention` with `AttnProcessor2_0`, around a plan."""
+    """Computes diffusers' `Attention` as `AttnProcessor2_0` does, and carries out a plan."""
 
     def __call__(
         self,
@@ -97,7 +98,7 @@ class UNetProcessor(Processor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, C] or [B, C, h, w] -> the same shape."""
+        """Maps hidden states [B, L, C] or [B, C, h, w] to the same shape."""
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         grid = x.shape[2:] if x.ndim == 4 else None
         if grid is not None:
@@ -126,7 +127,7 @@ class UNetProcessor(Processor):
 
 
 class FluxProcessor(Processor):
-    """diffusers' `FluxAttention` with `FluxAttnProcessor`, around a plan: text first, then the picture."""
+    """Computes diffusers' `FluxAttention` as `FluxAttnProcessor` does, and carries out a plan: text first, then the picture."""
 
     def __call__(
         self,
@@ -136,7 +137,7 @@ class FluxProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Picture [B, N, C] and text [B, L, C] -> the same; in single blocks both are `hidden_states`."""
+        """Maps picture [B, N, C] and text [B, L, C] to the same shapes; in single blocks both are in `hidden_states`."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         assert attention_mask is None, "FLUX also attends to padding"
@@ -160,6 +161,6 @@ class FluxProcessor(Processor):
 
 
 def _heads(x: Any, layers: Sequence[Any], norms: Sequence[Any], width: int) -> list[Tensor]:
-    """Queries, keys and values of one stream, each [B, L, H, d]."""
+    """Returns queries, keys and values of one stream, each [B, L, H, d]."""
     apart = [layer(x).unflatten(-1, (-1, width)) for layer in layers]
     return [y if norm is None else norm(y) for y, norm in zip(apart, norms, strict=True)]

@@ -21,25 +21,25 @@ class Rows:
     """
 
     index: tuple[int, ...]  # row of the caller's batch; with classifier-free guidance each appears twice
-    negative: tuple[bool, ...]  # whether it has the negative prompt
+    negative: tuple[bool, ...]  # whether the row has the negative prompt
     repeat: int = 1
 
     @staticmethod
     def plain(batch: int) -> Rows:
-        """Each row once, none of them negative."""
+        """Returns every row once, none of them with the negative prompt."""
         return Rows(tuple(range(batch)), (False,) * batch)
 
     @staticmethod
     def guided(batch: int) -> Rows:
-        """The negative half first, in the order of `predict_guided`."""
+        """Returns every row twice, first with the negative prompt, in the order of `predict_guided`."""
         return Rows(tuple(range(batch)) * 2, (True,) * batch + (False,) * batch)
 
     def indices(self, device: torch.device) -> Tensor:
-        """int64, one per entry of the layer's batch."""
+        """Returns the caller's row for each entry of the layer's batch, int64."""
         return torch.tensor(self.index, device=device).repeat_interleave(self.repeat)
 
     def negatives(self, device: torch.device) -> Tensor:
-        """bool, one per entry of the layer's batch."""
+        """Returns whether each entry of the layer's batch has the negative prompt, bool."""
         return torch.tensor(self.negative, device=device).repeat_interleave(self.repeat)
 
 
@@ -50,7 +50,7 @@ class PredictionRows:
     number: int | None = None
     time: Tensor | None = None  # [B], of the current prediction, or of the one being recomputed
     _count: int = 0
-    _recomputes: bool = False  # whether the prediction under way can be: it has a gradient
+    _recomputes: bool = False  # whether the current prediction can be recomputed, because it has a gradient
     _rows: Rows | None = None
     _seen: dict[tuple[str, int], set[Rows]] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class PredictionRows:
             self._rows = before
 
     def rows(self, site: Site, entries: int) -> Rows:
-        """The rows of a layer whose batch has `entries` entries: of the current prediction, or of the one being recomputed.
+        """Returns a layer's rows, given its number of batch entries, for the current prediction or the one being recomputed.
 
         Raises:
             ValueError: in a recomputed pass, when two predictions of this size had different rows
@@ -107,5 +107,5 @@ class PredictionRows:
         return next(iter(seen))
 
     def forget(self) -> None:
-        """Clears what was remembered."""
+        """Clears the rows remembered for recomputed passes."""
         self._seen.clear()

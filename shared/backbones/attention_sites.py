@@ -1,4 +1,4 @@
-"""A model's attention layers, and how to select some of them."""
+"""Describes and selects a model's attention layers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ Kind = Literal["cross", "self", "joint", "temporal"]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: picture to text (cross), within the picture (self), both at once (joint), or across frames
+    """One attention layer: from picture to text (cross), within the picture (self), both at once (joint), or across frames
     (temporal)."""
 
     name: str  # dotted path in the denoiser
     kind: Kind
-    scale: int  # how many times smaller than the latent grid its grid is
+    scale: int  # the latent grid's side divided by the side of its own grid
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of its queries for latents of this height and width; odd sides round up."""
+        """Returns rows and columns of its queries for latents of this height and width; odd sides round up."""
         return -(-height // self.scale), -(-width // self.scale)
 
 
 @dataclass(frozen=True)
 class Where:
-    """Some of a backbone's sites: those that meet every given condition."""
+    """Selects the sites of a backbone that meet every given condition."""
 
     sites: frozenset[str] | None = None  # by name
     kinds: frozenset[Kind] | None = None

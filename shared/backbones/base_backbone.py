@@ -25,7 +25,7 @@ from shared.types import Conditioning
 
 
 class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
-    """A frozen pipeline's components, and what is attached to them. Families implement the abstract methods.
+    """A frozen pipeline's components, with adapters and placeholders. Families implement the abstract methods.
 
     Args:
         name: as the user gave it
@@ -80,7 +80,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The families whose concepts can fit here; a family built from another's layers lists that one too."""
+        """The families whose concepts can fit here. A family built from the layers of another lists both."""
         return frozenset({self.family})
 
     @property
@@ -94,7 +94,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     @property
     def device(self) -> torch.device:
-        """The device that computes; networks that take turns there may currently be in main memory."""
+        """The device that computes; networks that take turns on it may currently be in main memory."""
         return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
@@ -111,7 +111,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self._components
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BaseBackbone:
-        """Moves every network, in place; with `device`, all of them stay there from now on."""
+        """Moves every network, in place; with `device`, all of them stay on it from now on."""
         if self.placement and device is not None:
             self.placement.close()
             self.placement = None
@@ -123,19 +123,19 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         return self
 
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` has modules for in this network."""
+        """Returns the roles that `group` has modules for in this network."""
         return there_are(self.role_table, self._components)
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the available roles."""
+        """Returns the modules of a role, one Group per component. ValueError lists the available roles."""
         return resolve(role, self.role_table, self._components, self.family)
 
     def sites(self) -> tuple[Site, ...]:
-        """The attention layers, in the order of the forward pass."""
+        """Returns the attention layers, in the order of the forward pass."""
         raise NotImplementedError
 
     def text_sites(self) -> tuple[str, ...]:
-        """Names of the sites that can each have their own text context."""
+        """Returns the names of the sites that can each have their own text context."""
         return tuple(s.name for s in self.sites() if s.kind == "cross")
 
     # --- attached concepts ---------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def _refresh_tokens(self) -> None:
         self.tokens.set([t for n in self.placeholders.values() for t in n.tokens])
-        self._warned.clear()  # truncated text may now contain a concept's name
+        self._warned.clear()  # text that is truncated may now contain another concept's name
 
     # --- strengths by adapter set --------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
 
     def set_strength(self, name: str, strength: float) -> None:
         """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
-        unknown or a strength can scale nothing of it."""
+        unknown or the concept has nothing that a strength can scale."""
         if name not in self.strengths:
             known = name in self.placeholders
             words = f"{name!r} learned nothing that a strength could scale: it uses only words the model already knows"
@@ -228,13 +228,13 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     # --- prediction ----------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
+        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]."""
         raise NotImplementedError
 
     def _refuse_unread(self, conditioning: Conditioning, batch: int) -> None:
         """Raises ValueError for conditioning that no family here supports yet, and for a wrong batch size."""
         if conditioning.batch_size != batch:
-            raise ValueError(f"{self.family}: {batch} noisy pictures, but a conditioning for {conditioning.batch_size}")
+            raise ValueError(f"{self.family}: {batch} noisy pictures, but conditioning for {conditioning.batch_size}")
         if conditioning.image_tokens:
             raise ValueError(f"{self.family}: image tokens need an image encoder's attention, but none is attached")
         if conditioning.regions:
@@ -249,8 +249,10 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
             raise ValueError(f"{self.family}: context_mask {why} to know where the text is padding")
 
     def _told(self, t: Tensor | float, x_t: Tensor) -> Tensor:
-        """The times to pass to the network: [B], or [B, f] if it takes one per frame. ValueError when frames have different
-        times and it does not."""
+        """Returns the times to pass to the network: [B], or [B, f] if it takes one per frame.
+
+        ValueError if it takes one per clip and frames have different times.
+        """
         t = frame_times(t, x_t)
         if t.ndim == 1 or self.time_per_frame:
             return t
@@ -267,7 +269,7 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; unguided without `negative`.
+        """Applies classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) in one batch; unguided without `negative`.
 
         Args:
             x_t: [B, C, h, w]
@@ -287,5 +289,5 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
         scheduler.set_timesteps(steps, device=self.device)
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline of the family around the same networks."""
+        """Returns a diffusers pipeline of the family around the same networks."""
         raise NotImplementedError

@@ -65,7 +65,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     latent_multiple = 2
     default_guidance = 3.5
     default_steps = 28
-    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which takes no scale: no second prediction
+    undistilled_defaults = (1.0, 4)  # guidance and steps of FLUX.1-schnell, which takes no guidance scale
     #: The default scale that `predict` passes to a guidance-distilled transformer. At 1 its output is closest to the
     #: unguided velocity, which is the training target.
     training_guidance = 1.0
@@ -99,7 +99,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         self._sites = tuple(Site(n, "joint", 2) for n in names)
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline around the same networks, with the base tokenizers and its own scheduler."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizers and its own scheduler."""
         from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         networks: dict[str, Any] = dict(self._components)
@@ -120,7 +120,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return bool(self.transformer.config.guidance_embeds)
 
     def set_timesteps(self, scheduler: Any, steps: int, latent_shape: Sequence[int]) -> None:
-        """As in `FluxPipeline`: evenly spaced sigmas, shifted by the number of picture tokens if the scheduler does that."""
+        """Spaces sigmas evenly, as `FluxPipeline` does; the scheduler may shift them by the number of picture tokens."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -138,7 +138,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
-        """The velocity noise - x_0: [B, C, h, w].
+        """Returns the velocity noise - x_0: [B, C, h, w].
 
         Args:
             x_t: [B, C, h, w], unpacked
@@ -171,13 +171,13 @@ class FluxBackbone(FlowMatching, BaseBackbone):
         return unpack(out, h, w)
 
     def needs_negative(self, guidance: float) -> bool:
-        """A guidance-distilled transformer takes the scale itself and no negative prompt."""
+        """Whether sampling uses the negative prompt; a guidance-distilled transformer takes the scale itself instead."""
         return not self.distilled and guidance > 1
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Distilled guidance if the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
+        """Uses distilled guidance if the model has it, else classifier-free guidance (diffusers' `true_cfg_scale`)."""
         if self.distilled and negative is None:
             return self.predict(x_t, t, positive, guidance)
         return super().predict_guided(x_t, t, positive, negative, guidance)
@@ -188,7 +188,7 @@ class FluxBackbone(FlowMatching, BaseBackbone):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 * w/2, 4C]: each 2x2 block of cells is one token."""
+    """Packs [B, C, h, w] into [B, h/2 * w/2, 4C]: each 2x2 block of cells becomes one token."""
     b, c, h, w = latents.shape
     cells = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), c * 4)
@@ -202,7 +202,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 
 def picture_ids(rows: int, columns: int) -> Tensor:
-    """Rotary positions of the picture's tokens: [rows * columns, 3] = (0, row, column)."""
+    """Returns rotary positions of the picture's tokens: [rows * columns, 3] = (0, row, column)."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]

@@ -21,8 +21,8 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def times(t: Tensor | float, batch: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Training times, one per example: [B]; integers stay integers. Without `batch`, the given shape is kept: a scalar, [B],
-    or [B, f] with one time per frame of clips.
+    """Returns training times, one per example: [B]; integers stay integers. Without `batch`, the shape of `t` is kept: a
+    scalar, [B], or [B, f] with one time per frame of clips.
 
     Args:
         t: a scalar or [B]
@@ -43,7 +43,7 @@ def times(t: Tensor | float, batch: int | None = None, device: torch.device | No
 
 
 def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
-    """Training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
+    """Returns training times of `latents`: [B], or [B, f] if t has one per frame of clips [B, C, f, h, w].
 
     ValueError for any other shape, as in `times`.
     """
@@ -59,7 +59,7 @@ def frame_times(t: Tensor | float, latents: Tensor) -> Tensor:
 
 
 def per_row(t: Tensor) -> Tensor:
-    """[B] or [B, f] -> [B]: the time of each clip's noisiest frame, for code that needs one time per example."""
+    """Reduces [B] or [B, f] to [B]: the time of each clip's noisiest frame, for code that needs one time per example."""
     return t.amax(1) if t.ndim == 2 else t
 
 
@@ -69,12 +69,12 @@ class ForwardProcess:
     prediction_type: str  # one of PREDICTIONS
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`: a scalar, [B] or [B, f]. ValueError for
-        other shapes."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise, in the shape of `t`: a scalar, [B] or [B, f].
+        ValueError for other shapes."""
         raise NotImplementedError
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma shaped [B, 1, 1, 1…] or [B, 1, f, 1, 1], at least float32, on the device of `like`."""
+        """Returns alpha and sigma shaped [B, 1, 1, 1…] or [B, 1, f, 1, 1], at least float32, on the device of `like`."""
         t = frame_times(t, like)
         alpha, sigma = self.alpha_sigma(t)
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -82,12 +82,12 @@ class ForwardProcess:
         return alpha.to(wide).reshape(shape), sigma.to(wide).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, (f), h, w] at training times t: [B] or a scalar, for clips also [B, f]."""
+        """Returns x_t [B, C, (f), h, w] at training times t: [B] or a scalar, for clips also [B, f]."""
         alpha, sigma = self._coefficients(t, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to predict: [B, C, (f), h, w], like x0 and noise; t as in `add_noise`."""
+        """Returns what the network is trained to predict: [B, C, (f), h, w], like x0 and noise; t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x0)
         if self.prediction_type == "epsilon":
             return noise
@@ -98,7 +98,7 @@ class ForwardProcess:
         return (alpha * noise - sigma * x0).to(x0.dtype)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
+        """Returns the clean latents that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "sample":
             out = prediction
@@ -111,7 +111,7 @@ class ForwardProcess:
         return out.to(x_t.dtype)
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
+        """Returns the noise that a prediction at x_t implies; all [B, C, (f), h, w], t as in `add_noise`."""
         alpha, sigma = self._coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             out = prediction
@@ -131,7 +131,7 @@ class FlowMatching(ForwardProcess):
     discrete_time = False
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: a scalar, [B] or [B, f]."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise; t in [0, 1000]: a scalar, [B] or [B, f]."""
         t = times(t)
         sigma = (t if t.is_floating_point() else t.float()) / 1000
         return 1 - sigma, sigma

@@ -1,4 +1,4 @@
-"""Encoding pixels to latents and back, with the autoencoder's scale and shift."""
+"""Encodes pixels to latents and back, with the autoencoder's scale and shift."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class LatentCodec:
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         posterior = self._posterior(pixels)
         z = posterior.mode() if generator is None else posterior.sample(generator)
         scale, shift = self._scale_shift
         return ((z - shift) * scale).to(self.dtype)
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
+        """Returns mean and spread of the latents, in latent units: each [B, C, h, w]. `mean + spread * noise` is a sample."""
         posterior = self._posterior(pixels)
         scale, shift = self._scale_shift
         return ((posterior.mean - shift) * scale).to(self.dtype), (posterior.std * scale).to(self.dtype)
@@ -55,7 +55,7 @@ class LatentCodec:
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
+        """Decodes latents [B, C, h, w] to pixels [B, 3, H, W], nominally in [-1, 1]; not clamped, so that gradients pass."""
         self._use_vae()
         scale, shift = self._scale_shift
         return self.vae.decode((latents.to(self.vae.dtype) / scale) + shift, return_dict=False)[0]
@@ -66,7 +66,7 @@ class LatentCodec:
             self.placement.use("vae")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture. ValueError for `frames`, and when a side is not a multiple of what the model needs."""
+        """Returns (C, h, w) of a picture. ValueError for `frames`, and for a side that is not a suitable multiple."""
         if frames is not None:
             raise ValueError(f"frames = {frames}: {self.family} generates pictures, not clips")
         unit = self.vae_factor * self.latent_multiple

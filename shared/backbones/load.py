@@ -34,7 +34,7 @@ def _flux(pipe: Any, name: str) -> Backbone:
 
 
 Wrap = Callable[[Any, str], "Backbone"]  # (pipeline, name as the user gave it) -> the backbone around it
-#: diffusers pipeline class -> how its family wraps it. Packages add theirs: see `families`.
+#: diffusers pipeline class -> its family's wrapper. Packages add theirs: see `families`.
 FAMILIES: dict[str, Wrap] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "FluxPipeline": _flux,
@@ -116,7 +116,7 @@ def _toybox_defaults(backbone: Backbone) -> None:
 
 
 def register_family(pipeline: str, wrap: Wrap) -> None:
-    """Lets `load_backbone` open diffusers pipelines of this class, for the rest of this process.
+    """Registers a family, so that `load_backbone` opens diffusers pipelines of this class for the rest of the process.
 
     An installed package registers its own under the entry points `pcs.families` instead, and is imported only when such a
     model is opened. ValueError when the class already has a family.
@@ -127,7 +127,7 @@ def register_family(pipeline: str, wrap: Wrap) -> None:
 
 
 def families() -> dict[str, Wrap]:
-    """The diffusers pipeline classes that can be opened, ours and those of installed packages; imports none of them.
+    """Returns the diffusers pipeline classes that can be opened, ours and those of installed packages; imports none of them.
 
     ValueError when two packages register the same class.
     """
@@ -205,8 +205,8 @@ def _load(kind: str, path: Path, dtype: torch.dtype, name: str) -> Any:
 
 
 def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
-    """The network classes of a diffusers folder. ValueError when a part is missing that the pipeline requires, or that is
-    optional (Wan's second expert) but listed in the folder's index."""
+    """Returns the network classes of a diffusers folder. ValueError when a required part is missing, or an optional one (Wan's
+    second expert) that the folder's index lists."""
     from torch import nn
 
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -228,8 +228,8 @@ def _networks(pipeline: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Backbone:
-    """A single file holds only weights. Its configuration and tokenizer come from the folder with the same name next to it,
-    if there is one (a diffusers folder, which needs no weights), else from the hub's cache."""
+    """Loads a single file, which holds only weights. Configuration and tokenizer come from the folder with the same name next
+    to it (a diffusers folder, which needs no weights) if there is one, else from the hub's cache."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other formats can run code, so they are not supported. {_families()}"
@@ -260,7 +260,7 @@ def _from_file(path: Path, name: str, dtype: torch.dtype, download: bool) -> Bac
 
 
 def check_filled(components: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError when a file left parameters of a network without values."""
+    """Raises ValueError when parameters of a network are not in the file."""
     from torch import nn
 
     for part, network in components.items():
@@ -270,7 +270,7 @@ def check_filled(components: Mapping[str, Any], path: Path) -> None:
 
 
 def _from_hub(name: str, download: bool) -> Path:
-    """The cached folder of a hub id; with `download`, missing files are fetched first."""
+    """Returns the cached folder of a hub id; with `download`, missing files are fetched first."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

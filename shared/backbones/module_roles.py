@@ -1,4 +1,4 @@
-"""Roles: architecture-independent names for groups of modules, resolved by patterns over leaf names.
+"""Resolves roles, the architecture-independent names for groups of modules, by patterns over leaf names.
 
 A family gives a table `role -> RoleSpec`s. Names are those of the unmodified network: peft's wrappers around a layer
 (`to_k.base_layer`, `to_k.lora_A.default`) do not appear.
@@ -36,7 +36,7 @@ class RoleSpec:
 
 
 def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
-    """The two roles that every family has: all linear and convolution layers of the denoiser, and all its modules that hold
+    """Returns the two roles that every family has: the denoiser's linear and convolution layers, and all its modules that hold
     parameters, for full fine-tuning."""
     return {
         "denoiser": (RoleSpec(component, ".*"),),
@@ -45,7 +45,7 @@ def denoiser_roles(component: str) -> dict[str, tuple[RoleSpec, ...]]:
 
 
 def leaf_names(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
+    """Returns dotted names of the linear and convolution layers of `module`, as they were before anything wrapped them.
 
     Args:
         module: any network; a layer wrapped by an adapter is listed under its own name, the adapter's layers are not
@@ -54,8 +54,8 @@ def leaf_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_holders(module: nn.Module) -> tuple[str, ...]:
-    """Dotted names of the modules that directly hold parameters, as they were before anything wrapped them; what an adapter
-    added is not listed. The network itself is listed as "" if it holds some."""
+    """Returns dotted names of the modules that directly hold parameters, as they were before anything wrapped them; modules
+    that an adapter added are not listed. The network itself is listed as "" if it directly holds some."""
     holders = [n for n, child in module.named_modules() if next(child.parameters(recurse=False), None) is not None]
     return _unwrapped(module, holders)
 
@@ -75,7 +75,7 @@ def _unwrapped(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def there_are(table: Mapping[str, Sequence[RoleSpec]], components: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The roles of a table that match something in these networks, sorted by name."""
+    """Returns the roles of a table that match something in these networks, sorted by name."""
     names = _Names(components)
     return tuple(sorted(role for role, specs in table.items() if any(names.of(spec) for spec in specs)))
 
@@ -83,7 +83,7 @@ def there_are(table: Mapping[str, Sequence[RoleSpec]], components: Mapping[str, 
 def resolve(
     role: str, table: Mapping[str, Sequence[RoleSpec]], components: Mapping[str, nn.Module], family: str
 ) -> tuple[Group, ...]:
-    """The groups of a role, one per component.
+    """Returns the groups of a role, one per component.
 
     Raises:
         ValueError: when the family has no such role, or it matches nothing in this network; lists the available roles
@@ -108,7 +108,7 @@ class _Names:
         self._known: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def of(self, spec: RoleSpec) -> tuple[str, ...]:
-        """The names that a spec matches."""
+        """Returns the names that a spec matches."""
         key = (spec.component, spec.of)
         if key not in self._known:
             list_names = leaf_names if spec.of == "layers" else parameter_holders

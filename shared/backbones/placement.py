@@ -1,4 +1,4 @@
-"""Where a model's networks are: on the device, or in main memory until they are used."""
+"""Decides where a model's networks are: on the device, or in main memory until they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARE = 0.7
 def to_evict(
     present: Sequence[str], sizes: Mapping[str, int], needed: str, budget: int, pinned: Collection[str] = ()
 ) -> list[str]:
-    """Which networks must leave the device so that `needed` fits next to the others.
+    """Returns the networks that must leave the device so that `needed` fits next to the others.
 
     Args:
         present: those on the device, least recently used first
@@ -38,7 +38,7 @@ def to_evict(
 
 
 def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
-    """Raises ValueError when the largest network alone does not fit into the free memory (bytes)."""
+    """Raises ValueError when even the largest network does not fit into the free memory (bytes)."""
     name = max(sizes, key=lambda n: sizes[n])
     if sizes[name] > free:
         raise ValueError(
@@ -48,7 +48,7 @@ def check_budget(sizes: Mapping[str, int], free: int, device: str) -> None:
 
 
 def size_of(network: nn.Module) -> int:
-    """Total bytes of parameters and buffers."""
+    """Returns the total bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
 
@@ -118,14 +118,14 @@ class Placement:
 
 
 class _Use:
-    """Forward pre-hook of a network."""
+    """A network's forward pre-hook, which brings it to the device."""
 
     def __init__(self, placement: Placement, name: str) -> None:
         self.placement, self.name = placement, name
 
     def __call__(self, module: nn.Module, _args: Any) -> None:
         self.placement.use(self.name)
-        if module is not self.placement.networks[self.name]:  # a copy with some of its own weights
+        if module is not self.placement.networks[self.name]:  # a copy that has some weights of its own
             module.to(self.placement.device)
 
 
@@ -143,7 +143,7 @@ def place(
         free: free bytes on a device; default: as CUDA reports
 
     Raises:
-        ValueError: the largest network alone does not fit into the device's free memory
+        ValueError: even the largest network does not fit into the device's free memory
     """
     networks = {**backbone.components, "vae": backbone.vae}
     sizes = {name: size_of(network) for name, network in networks.items()}

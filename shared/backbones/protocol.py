@@ -1,4 +1,4 @@
-"""What a model family offers to the rest of the suite.
+"""The interface that a model family offers to the rest of the suite.
 
 A backbone is a frozen diffusion model behind one small protocol. It knows diffusers classes and defines *roles* and
 *sites*; it contains no method logic. `t` is in the model's own training time, [0, 1000) (see `shared.types`).
@@ -26,7 +26,7 @@ Resolution = Literal["exact", "port"]
 
 @dataclass(frozen=True)
 class Group:
-    """The modules a role stands for. Names are dotted paths inside `component`."""
+    """The modules that a role stands for. Names are dotted paths inside `component`."""
 
     role: str
     component: str  # "unet", "transformer", "text_encoder", "text_encoder_2"
@@ -41,7 +41,7 @@ class Adapter(Protocol):
 
     @property
     def slot(self) -> str:
-        """The recipe's trainable slot it comes from; it keeps several adapters under one name apart."""
+        """The recipe's trainable slot that it comes from, which tells apart several adapters under one name."""
         ...
 
     def train(self, mode: bool) -> None:
@@ -49,13 +49,13 @@ class Adapter(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """0 switches it off exactly; 1 is as trained."""
+        """Sets the strength: 0 switches it off exactly, 1 is as trained."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors with the component as prefix (`unet.….lora_A.weight`), fp32, on the CPU."""
+        """Returns tensors with the component as prefix (`unet.….lora_A.weight`), fp32, on the CPU."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class Placeholder(Protocol):
     varies_with: frozenset[str]  # subset of {"time", "site"}; empty: encoded once and cached
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """Input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] if they vary with time."""
+        """Returns the input embeddings of `tokens` in this text encoder: [n, d], or [B, n, d] if they vary with time."""
         ...
 
     def edit(self, context: SiteContext, positions: Tensor, t: Tensor | None, site: str | None) -> SiteContext:
@@ -87,13 +87,13 @@ class Placeholder(Protocol):
         ...
 
     def set_strength(self, strength: float) -> None:
-        """0 is its initial state, 1 what was learned. ValueError for anything but 1 if it cannot interpolate."""
+        """Sets the strength: 0 is as initialized, 1 as learned. ValueError for anything but 1 if it cannot interpolate."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned, fp32, on the CPU; keys are the placeholder's own."""
+        """Returns the learned tensors, fp32, on the CPU; keys are the placeholder's own."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -101,7 +101,7 @@ class Placeholder(Protocol):
         ...
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Its initial state, with the keys of `state_dict`; empty if it cannot interpolate."""
+        """Returns its initial state, with the keys of `state_dict`; empty if it cannot interpolate."""
         ...
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -119,10 +119,10 @@ class Backbone(Protocol):
     family: str  # "stable_diffusion", "flux"
     name: str  # as the user gave it, "toybox" for the embedded one
     checkpoint: str  # identity of the weights; differs between two checkpoints of one architecture
-    autoencoder: str  # the same for the autoencoder alone
+    autoencoder: str  # the identity of the autoencoder's weights
     resolution: int  # default picture size in pixels
     frames: int | None  # the default number of frames of a clip; None: it generates pictures
-    frame_rate: float | None  # frames per second of clips, for networks that take it as input; None: others
+    frame_rate: float | None  # frames per second of clips; None: the network does not take it as input
     frame_factor: int  # frames per latent frame; if it is not 1, the first frame is its own latent frame
     prediction_type: str  # "epsilon", "v_prediction", "sample", "flow"
     discrete_time: bool  # True: trained on whole timesteps
@@ -172,78 +172,78 @@ class Backbone(Protocol):
 
     @property
     def max_length(self) -> Mapping[str, int]:
-        """Tokens per prompt that each text encoder reads, including special tokens."""
+        """The number of tokens per prompt that each text encoder reads, including special tokens."""
         ...
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
-        """B expanded prompts -> context [B, L, D] (or one per site), pooled [B, P]; `t` [B] if a name varies with it."""
+        """Encodes B expanded prompts: context [B, L, D] (or one per site), pooled [B, P]; `t` [B] if a name varies with it."""
         ...
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """The positions of the whole `words` in these prompts: bool [B, L], over the tokens of the context. `words` may be any
-        text or `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
+        """Finds the whole `words` in these prompts: bool [B, L], over the tokens of the context. `words` may be any text or
+        `shared.backbones.added_tokens.END`, the end-of-text token. ValueError if it is empty."""
         ...
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
+        """Returns what the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
         ...
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the prompt is longer than the text encoders read; quotes what would be cut."""
+        """Raises ValueError when the prompt is longer than the text encoders read, quoting the text that would be cut."""
         ...
 
     # pictures
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]; differentiable; the mean if no generator is given."""
+        """Encodes [B, 3, H, W] in [-1, 1] to latents [B, C, h, w]; differentiable; the mean if no generator is given."""
         ...
 
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
+        """Returns mean and spread of the latents, in latent units, for caching: each [B, C, h, w]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels in [-1, 1]."""
+        """Decodes latents to pixels in [-1, 1]."""
         ...
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture, (C, f, h, w) of a clip of `frames`. ValueError when a side is not a multiple of what the
-        model needs, or it cannot generate that many frames."""
+        """Returns (C, h, w) of a picture, or (C, f, h, w) of a clip of `frames`. ValueError when a side is not a multiple of
+        what the model needs, or it cannot generate that many frames."""
         ...
 
     # the forward process; every function takes t: [B] or a scalar, for clips also [B, f] (one per frame), and raises
     # ValueError for any other shape
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t = alpha * x_0 + sigma * noise."""
+        """Returns alpha and sigma of x_t = alpha * x_0 + sigma * noise."""
         ...
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Clean latents and noise, each [B, C, h, w] -> x_t [B, C, h, w]."""
+        """Mixes clean latents and noise, each [B, C, h, w], into x_t [B, C, h, w]."""
         ...
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` is trained to output, in the model's own parametrisation: [B, C, h, w]."""
+        """Returns what `predict` is trained to output, in the model's own parametrisation: [B, C, h, w]."""
         ...
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
+        """Returns the clean latents [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
         ...
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
+        """Returns the noise [B, C, h, w] that a prediction [B, C, h, w] at x_t implies."""
         ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when it does not
-        support something in the conditioning, or when frames have different times and it takes only one."""
+        """Returns the network's output for x_t [B, C, h, w], in its own parametrisation: [B, C, h, w]. ValueError when it does
+        not support something in the conditioning, or when frames have different times and it takes only one."""
         ...
 
     @property
     def prediction_time(self) -> Tensor | None:
-        """[B], the times of the current prediction, for what varies with them; None outside `predict`."""
+        """The times [B] of the current prediction, for parts that vary with them; None outside `predict`."""
         ...
 
     def recomputing(self) -> AbstractContextManager[None]:
-        """A context to enter later, in which layers run again (gradient checkpointing) as in the current prediction."""
+        """Returns a context to enter later, in which layers run again as in the current prediction (gradient checkpointing)."""
         ...
 
     # sampling
@@ -262,20 +262,20 @@ class Backbone(Protocol):
     def predict_guided(
         self, x_t: Tensor, t: Tensor, positive: Conditioning, negative: Conditioning | None, guidance: float
     ) -> Tensor:
-        """Classifier-free guidance, or the family's own; unguided if `negative` is None and guidance is not distilled."""
+        """Applies classifier-free guidance, or the family's own; none if `negative` is None and guidance is not distilled."""
         ...
 
     def pipeline(self) -> Any:
-        """The family's diffusers pipeline around the same networks, with base tokenizers."""
+        """Returns the family's diffusers pipeline around the same networks, with base tokenizers."""
         ...
 
     # names of modules
     def roles(self) -> tuple[str, ...]:
-        """The roles that `group` has modules for in this network."""
+        """Returns the roles that `group` has modules for in this network."""
         ...
 
     def group(self, role: str) -> tuple[Group, ...]:
-        """The modules of a role, one Group per component. ValueError lists the available roles.
+        """Returns the modules of a role, one Group per component. ValueError lists the available roles.
 
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
         or in two ports. A port may borrow layers of one exact group, and then its note names that role: attention over space
@@ -286,11 +286,11 @@ class Backbone(Protocol):
         ...
 
     def sites(self) -> tuple[Site, ...]:
-        """The attention layers, in the order of the forward pass."""
+        """Returns the attention layers, in the order of the forward pass."""
         ...
 
     def text_sites(self) -> tuple[str, ...]:
-        """Names of the sites that can each have their own text context; empty if text attends jointly."""
+        """Returns the names of the sites that can each have their own text context; empty if text attends jointly."""
         ...
 
     def attending(self, *edits: Edit | At | Watch) -> AbstractContextManager[Record]:
@@ -317,15 +317,15 @@ class Backbone(Protocol):
         ...
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
-        """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
+        """Returns a detached copy of the input embeddings [n, d] of `words` in this text encoder, without special tokens."""
         ...
 
     def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """The sub-tokens into which this text encoder's tokenizer splits `words`."""
+        """Returns the sub-tokens into which this text encoder's tokenizer splits `words`."""
         ...
 
     def table_spread(self, component: str) -> float:
-        """Standard deviation over all input embeddings of this text encoder."""
+        """Returns the standard deviation over all input embeddings of this text encoder."""
         ...
 
     # strengths by adapter set
@@ -344,5 +344,5 @@ class Backbone(Protocol):
 
     def set_strength(self, name: str, strength: float) -> None:
         """Sets a lasting strength for one concept's adapters and learned words, unlike `active`. ValueError when the name is
-        unknown or a strength can scale nothing of it."""
+        unknown or the concept has nothing that a strength can scale."""
         ...

@@ -27,7 +27,7 @@ def _unet(pattern: str) -> tuple[RoleSpec, ...]:
 
 
 def _self(leaf: str) -> tuple[RoleSpec, ...]:
-    """Attention within the picture: in a transformer block, or alone (AttnDownBlock2D takes no text)."""
+    """Returns self-attention's roles: in a transformer block, or on its own (AttnDownBlock2D takes no text)."""
     return _unet(rf"({_LAYER}attn1\.|{_SPATIAL}){leaf}")
 
 
@@ -87,7 +87,7 @@ class StableDiffusionBackbone(BaseBackbone):
         self._routes: dict[str, tuple[nn.Module, Any]] = {}
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline around the same networks, with the base tokenizer and its own scheduler."""
+        """Returns a diffusers pipeline around the same networks, with the base tokenizer and its own scheduler."""
         from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
         parts: dict[str, Any] = {**self._components, "safety_checker": None, "feature_extractor": None}
@@ -105,7 +105,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the forward process -------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """From the scheduler's table, exact at whole timesteps; in between, alpha_bar is interpolated linearly.
+        """Reads the scheduler's table, exact at whole timesteps; in between, alpha_bar is interpolated linearly.
 
         Args:
             t: [B] or a scalar, in [0, 1000); [B, f] for frames of clips
@@ -123,7 +123,7 @@ class StableDiffusionBackbone(BaseBackbone):
     # --- the network ---------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's output, in the shape of x_t and the backbone's own parametrisation.
+        """Returns the U-Net's output, in the shape of x_t and the backbone's own parametrisation.
 
         Args:
             x_t: [B, C, h, w]
@@ -143,7 +143,7 @@ class StableDiffusionBackbone(BaseBackbone):
             return self._run_denoiser(x_t.to(dtype), t, context.to(dtype))
 
     def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One pass of the network: x_t [B, C, h, w], t [B], context [B, L, D]."""
+        """Runs the network once: x_t [B, C, h, w], t [B], context [B, L, D]."""
         return self.unet(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
 
     def _route(self, contexts: Mapping[str, SiteContext]) -> Tensor:
@@ -195,7 +195,7 @@ class StableDiffusionBackbone(BaseBackbone):
 def _check_unet(unet: Any, channels: int) -> None:
     if unet.config.in_channels != channels:
         raise ValueError(
-            f"stable_diffusion: the U-Net expects {unet.config.in_channels} channels but gets {channels} (inpainting?)"
+            f"stable_diffusion: the U-Net expects {unet.config.in_channels} channels but gets {channels} (an inpainting model?)"
         )
     for key in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type"):
         if unet.config.get(key) is not None:
@@ -212,7 +212,7 @@ def _prediction_type(scheduler: Any) -> str:
 
 
 def _alphas_cumprod(scheduler: Any) -> Tensor:
-    """The scheduler's own table [T], float32 on the CPU."""
+    """Returns the scheduler's own table [T], float32 on the CPU."""
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
@@ -223,7 +223,7 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
 
 
 def _sites(unet: Any) -> tuple[Site, ...]:
-    """Attention layers in the order of the forward pass, with their scale relative to the latents."""
+    """Returns the attention layers in the order of the forward pass, with their scale relative to the latents."""
     from diffusers.models.attention_processor import Attention
 
     scales: dict[str, int] = {}
@@ -245,7 +245,7 @@ def _sites(unet: Any) -> tuple[Site, ...]:
 
 
 def _turn(name: str) -> tuple[int, bool]:
-    """Sort key for the order in which a block calls its attention layers ("attentions.1.…", "motion_modules.1.…")."""
+    """Returns a sort key for the order in which a block calls its attention layers ("attentions.1.…", "motion_modules.1.…")."""
     return int(name.split(".")[1]), name.startswith("motion_modules.")
 
 

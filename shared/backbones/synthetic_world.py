@@ -1,4 +1,4 @@
-"""Facts about a model whose pictures show its own world, not the real one."""
+"""Facts about a model whose pictures show a synthetic world."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class World:
     """Facts that a backbone provides (`Backbone.world`), so that no other code has to test its name."""
 
     overlay: str  # configs/overlays/NAME.yaml adapts recipes to it
-    prompts: str  # the prompt set that concepts on it are judged with
+    prompts: str  # the prompt set used to judge concepts on it
     instruments: str  # the evaluators trained on it, as named in `shared.metrics.instruments`
     side: int  # pixels; its training pictures are square and of this size
-    unseen: str  # a message about other pictures, following "the pictures of NAME"
+    unseen: str  # the end of a warning about other pictures that begins "the pictures of NAME"
     find: tuple[str, str]  # for exported code: (import line, expression) that give its folder

@@ -1,4 +1,4 @@
-"""Text encoding with placeholders: one run of the text encoder, or one per site, with learned vectors inserted."""
+"""Encodes text with placeholders: runs the text encoder once, or once per site, with learned vectors inserted."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class TextEncoding:
 
     @property
     def max_length(self) -> Mapping[str, int]:
-        """Tokens per prompt that each text encoder reads, including special tokens."""
+        """The number of tokens per prompt that each text encoder reads, including special tokens."""
         return self.tokens.max_length
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ValueError when the context's text encoder would cut the prompt, or any encoder a concept's name; quotes what
-        would be cut. Other text that only a second encoder would cut is a warning."""
+        """Raises ValueError, quoting the text, when the context's text encoder would cut the prompt, or any encoder would cut
+        a concept's name. Gives a warning for other text that only a second encoder would cut."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]
@@ -55,23 +55,23 @@ class TextEncoding:
         self._warn_cut([prompt])
 
     def varies_with(self, prompts: Sequence[str]) -> frozenset[str]:
-        """What the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
+        """Returns what the encoding of these prompts varies with ("time", "site"); empty: encode once and cache."""
         texts = self._tokenize(list(prompts))
         return frozenset().union(*(n.varies_with for n in self._used(texts)))
 
     def word_embeddings(self, component: str, words: str) -> Tensor:
-        """Input embeddings of `words` in this text encoder, without special tokens: [n, d], a detached copy."""
-        table = self._embedding(component).weight  # may be in main memory
+        """Returns a detached copy of the input embeddings [n, d] of `words` in this text encoder, without special tokens."""
+        table = self._embedding(component).weight  # the table may be in main memory
         ids = torch.tensor(self.tokens.word_ids(component, words), device=table.device)
         return table[ids].detach().to(self.device, copy=True)
 
     def word_pieces(self, component: str, words: str) -> tuple[str, ...]:
-        """The sub-tokens into which this text encoder's tokenizer splits `words`, without word-boundary marks."""
+        """Returns the sub-tokens into which this text encoder's tokenizer splits `words`, without word-boundary marks."""
         return self.tokens.pieces(component, words)
 
     def word_positions(self, prompts: Sequence[str], words: str) -> Tensor:
-        """The positions of the whole `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) in these
-        prompts: bool [B, L], over the tokens of `Conditioning.context`. All False for a prompt without them.
+        """Finds the whole `words` (a class noun, a concept's tokens, or `END`, the end-of-text token) in these prompts: bool
+        [B, L], over the tokens of `Conditioning.context`. All False for a prompt without them.
 
         Raises:
             ValueError: when `words` is empty
@@ -80,13 +80,13 @@ class TextEncoding:
         return self.tokens.find_words(self.context_component, prompts, words).to(self.device)
 
     def table_spread(self, component: str) -> float:
-        """Standard deviation over all input embeddings of this text encoder."""
+        """Returns the standard deviation over all input embeddings of this text encoder."""
         return float(self._embedding(component).weight.detach().float().std())
 
     def encode(self, prompts: Sequence[str], t: Tensor | None = None) -> Conditioning:
         """Encodes expanded prompts into the network's conditioning.
 
-        One run of the text encoder; if a placeholder varies with "site", one run per site whose vectors differ.
+        Runs the text encoder once, or if a placeholder varies with "site", once per site whose vectors differ.
         Differentiable with respect to the vectors and to text-encoder adapters.
 
         Args:
@@ -170,7 +170,7 @@ class TextEncoding:
         return t
 
     def _readers(self) -> list[str]:
-        """The text encoders in use, the context's first."""
+        """Returns the text encoders in use, the context's first."""
         return list(dict.fromkeys(c for c in (self.context_component, self.pooled_component) if c))
 
     def _tokenize(self, prompts: Sequence[str]) -> dict[str, Tokenized]:
@@ -190,7 +190,7 @@ class TextEncoding:
         time: Tensor | None,
         site: str | None,
     ) -> list[Tensor]:
-        """Vectors of those used placeholders that have tokens, in order: each [n, d] or [B, n, d]."""
+        """Returns the vectors of the placeholders in use that have tokens, in order: each [n, d] or [B, n, d]."""
         out = []
         batch, width = texts[component].ids.shape[0], self._embedding(component).weight.shape[1]
         for placeholder in (n for n in used if n.tokens):
@@ -218,17 +218,17 @@ class TextEncoding:
             return self._run_text(component, ids, text.mask)
 
     def _embedding(self, component: str) -> Any:
-        """The token embedding that this text encoder's forward calls (T5's is not the one its accessor returns)."""
+        """Returns the token embedding that this text encoder's forward calls (T5's is not the one its accessor returns)."""
         module: Any = self._components[component]
         stack = getattr(module, "encoder", None)
         return getattr(stack, "embed_tokens", None) or module.get_input_embeddings()
 
     def _run_text(self, component: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One run of a text encoder: hidden states [B, L, D], and pooled [B, P] if it has that."""
+        """Runs a text encoder once: hidden states [B, L, D], and pooled [B, P] if it has a pooled output."""
         raise NotImplementedError
 
     def _warn_cut(self, prompts: Sequence[str]) -> None:
-        """Warns once per prompt about text that an encoder cuts. ValueError when that contains a concept's name."""
+        """Warns once per prompt about text that an encoder cuts. ValueError when that text contains a concept's name."""
         for prompt in prompts:
             if prompt in self._warned:
                 continue

@@ -63,8 +63,8 @@ def import_(
     file: Path = typer.Argument(
         help="a LoRA file from diffusers, peft or kohya, or the folder it was written to", **PATH
     ),
-    out: Path = typer.Option(help="the concept folder to write; the concept is named after it", **PATH),
-    token: str = typer.Option("", help='what its trainer called the subject ("sks mug"); default: it acts unnamed'),
+    out: Path = typer.Option(help="the concept folder to write, which also names the concept", **PATH),
+    token: str = typer.Option("", help='words for the subject in training ("sks mug"); default: it acts unnamed'),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
@@ -125,18 +125,18 @@ def evaluate(
     prompts: str = typer.Option(
         "", help="a prompt set or a file; default: the first plain prompts of the model's own set"
     ),
-    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts for pictures and clips"),
-    num: int = typer.Option(2, min=1, max=10_000, help="pictures and clips per prompt"),
+    limit: int = typer.Option(4, min=1, max=10_000, help="number of prompts, for pictures and for clips"),
+    num: int = typer.Option(2, min=1, max=10_000, help="number of pictures and of clips per prompt"),
     seed: int = typer.Option(0, min=0, max=2**62),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the concept's recipe"),
     motion: str = typer.Option(None, help="a motion concept for the clips, PATH or PATH:STRENGTH"),
     motion_adapter: Path = typer.Option(None, help="a folder with a diffusers MotionAdapter for clips", **PATH),
-    asset_recipe: str = typer.Option("texture_refinement", help="recipe to make the asset with"),
+    asset_recipe: str = typer.Option("texture_refinement", help="recipe to generate the asset with"),
     set_asset: list[str] = typer.Option([], help="key=value applied to that recipe, for example train.steps=100"),
-    floor: bool = typer.Option(False, help="also make everything without the concept"),
+    floor: bool = typer.Option(False, help="also generate everything without the concept"),
     references: Path = typer.Option(
         None,
-        help="the subject's pictures; default: the folder next to the concept named as when it was learned",
+        help="the subject's pictures; default: a folder next to the concept with the name recorded in it",
         **PATH,
     ),
     gallery: Path = typer.Option(None, help="a folder with one folder for each look-alike of the same class", **PATH),
@@ -147,7 +147,7 @@ def evaluate(
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure one concept in pictures, clips and an asset with the same instruments, in one table."""
+    """Score one concept in pictures, clips and an asset with the same instruments, in one table."""
     from shared.benchmark.cross_modal import evaluate_across, failures_told
     from shared.benchmark.modality import Asked
     from shared.commands.progress import Bar, Lines
@@ -167,7 +167,7 @@ def evaluate(
 
 
 def _lines(path: Path) -> list[str]:
-    """The sentences in a text file, one per line. ValueError if there are none."""
+    """Returns the sentences in a text file, one per line. ValueError if there are none."""
     try:
         sentences = [
             line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()
@@ -180,7 +180,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _plain(model: Any, nouns: list[str]) -> list[str]:
-    """The evaluation prompts for each class in plain words, and the drift prompts."""
+    """Returns the evaluation prompts for each class in plain words, and the drift prompts."""
     from shared.evaluation.prompt_sets import REAL, load_prompts
 
     out = []

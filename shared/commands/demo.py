@@ -16,14 +16,14 @@ app = typer.Typer(
 
 @app.callback()
 def demo(
-    out: Path = typer.Option(Path("demo"), help="folder for everything the demo makes", **PATH),
+    out: Path = typer.Option(Path("demo"), help="folder for everything that the demo writes", **PATH),
     subject: str = typer.Option("development-robot", help="a held-out toybox subject (`pcs toybox subjects`)"),
     recipe: str = typer.Option("t_lora", help="recipe to learn the subject with"),
     motion: str = typer.Option("development-zigzag", help="a held-out toybox motion (`pcs toybox subjects`)"),
     motion_recipe: str = typer.Option("motion_director", help="recipe to learn the motion with"),
-    asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to make the asset with"),
+    asset_recipe: str = typer.Option("reference_reconstruction", help="recipe to generate the asset with"),
     part: list[str] = typer.Option(
-        ["image"], help="image, video, 3d (the last two take some minutes more); can be repeated"
+        ["image"], help="image, video or 3d (the last two each add some minutes); can be repeated"
     ),
     overwrite: bool = typer.Option(False, help="replace an existing demo"),
 ) -> None:

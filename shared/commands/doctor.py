@@ -1,4 +1,4 @@
-"""`pcs doctor`: checks what this machine is ready for."""
+"""`pcs doctor`: checks whether this machine is ready."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _torchvision(line) -> None:
     from importlib.util import find_spec
 
     if find_spec("torchvision") is None:
-        line(True, "torchvision is absent: not needed")
+        line(True, "torchvision is not installed, and not needed")
         return
     try:
         import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
 
-        line(True, "torchvision imports without errors (not needed, harmless)")
+        line(True, "torchvision is installed and imports without errors (it is not needed)")
     except Exception as error:
         line(
             False,
@@ -83,6 +83,6 @@ def _toybox(line) -> None:
         pixels = sample(backbone, ["a photo of a red duck"], seeds=[0], settings=SamplingSettings(steps=2))
         fine = bool(pixels.isfinite().all())
         how = f"2 steps in {time.perf_counter() - start:.1f} s"
-        line(fine, f"the toybox works: {how}" if fine else f"the toybox gives NaN or infinite pixels: {how}")
+        line(fine, f"the toybox works: {how}" if fine else f"the toybox generates NaN or infinite pixels: {how}")
     except Exception as error:
         line(False, f"the toybox does not load: {error}")

@@ -16,14 +16,14 @@ from shared.runner.base import Runner
 class Medium:
     """What a package learns from and generates."""
 
-    modality: str  # of its recipes: "image", "video"
+    modality: str  # the modality of its recipes: "image", "video"
     recipe: type[Recipe]
     runner: type[Runner]
 
 
 @dataclass(frozen=True)
 class Learning:
-    """A command line's options for a run besides its recipe."""
+    """The command-line options of a run besides its recipe."""
 
     resume: bool = False
     overwrite: bool = False
@@ -36,7 +36,7 @@ class Learning:
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
-    """Learn, with progress on the terminal, and print where the concepts are. Raises ValueError before any heavy work."""
+    """Learn with progress on the terminal, and print where the concepts are saved. Raises ValueError before any heavy work."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders

@@ -21,7 +21,7 @@ _COLUMNS = {
 @app.callback()
 def methods(
     context: typer.Context,
-    long: bool = typer.Option(False, "--long", help="show each recipe's full place in the taxonomy"),
+    long: bool = typer.Option(False, "--long", help="show each recipe's complete classification in the taxonomy"),
 ) -> None:
     """List the families of methods with their recipes."""
     if context.invoked_subcommand:
@@ -57,7 +57,7 @@ def methods(
                 else:
                     table.add_row(name, title, values.get("trains", ""))
             console.print(Padding(table, (1, 0, 1, 2)))
-    more = "" if long else "pcs methods --long adds the settings that matter and the place in the taxonomy.\n"
+    more = "" if long else "pcs methods --long adds the settings that matter and each recipe's place in the taxonomy.\n"
     print(f"{more}pcs methods show NAME explains one recipe, setting by setting, with its papers.")
 
 
@@ -67,7 +67,7 @@ def show(
     settings: list[str] = typer.Argument(None, help="key=value, as for personalize"),
     modality: str = typer.Option("", help="image, video or 3d; default: the first that has a recipe of this name"),
 ) -> None:
-    """Explain a recipe: everything it sets, resolved as it would run (on the toybox, unless backbone=… says otherwise)."""
+    """Explain a recipe: everything it sets, resolved as it would run (on the toybox, unless backbone=… is set)."""
     from shared.backbones.load import WORLDS
     from shared.recipe.catalog import recipe_files
     from shared.recipe.explain import explained

@@ -1,4 +1,4 @@
-"""How a command takes a file or folder: `typer.Option(None, **PATH)`."""
+"""The settings of options and arguments that are files or folders: `typer.Option(None, **PATH)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines in a log."""
+"""Shows progress: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tenths:
 
     def __call__(self, what: str, done: int, of: int) -> None:
         tenth, before = 10 * done // max(1, of), self.printed.get(what, 0)
-        if tenth > before or 0 < tenth < before:  # fewer than before: the job has started again
+        if tenth > before or 0 < tenth < before:  # less than before: the job has restarted
             print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
         self.printed[what] = tenth
 
@@ -66,8 +66,8 @@ class Bar(Lines):
         self.done = 0
         self.loss: float | None = None  # a moving average; None: no step has had a loss
         self.printed_at = time.monotonic()
-        self.before: float | None = None  # when the last step was done; None: what came since was not only a step
-        self.took: deque[float] = deque(maxlen=50)  # seconds of the last steps
+        self.before: float | None = None  # when the last step ended; None: something else has run since
+        self.took: deque[float] = deque(maxlen=50)  # the durations of the last steps in seconds
 
     def __enter__(self) -> Bar:
         return super().__enter__()
@@ -90,11 +90,11 @@ class Bar(Lines):
 
     def pictures(self, what: str, done: int, of: int) -> None:
         """Called after each denoising step."""
-        self.before = None  # the next training step begins when these are done
+        self.before = None  # the next step cannot be timed from the last one, because pictures came in between
         self(what, done, of)
 
     def _speed(self) -> str:
-        """The speed over the last steps, each timed from the one before it; empty if none could be timed."""
+        """Returns the speed over the last steps, each timed from the one before it; empty if none could be timed."""
         if not self.took or sum(self.took) <= 0:
             return ""
         each = sum(self.took) / len(self.took)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-INVERT = "a clip (picture) whose inverted latents are mixed into the initial noise"
-SHARE = "the share of the initial noise's variance that comes from --invert: 1 is all of it"
+INVERT = "a clip (or picture) whose inverted latents are mixed into the initial noise"
+SHARE = "the share of the initial noise's variance that comes from --invert; 1 means all of it"
 PROMPT = "prompt for the inversion; usually empty"
-KEEP = "a clip (picture) of which a region is kept unchanged: see --keep-mask"
-MASK = "white where --keep is kept: a mask for each frame, or one picture for all of them"
+KEEP = "a clip (or picture) in which a region is kept unchanged; see --keep-mask"
+MASK = "white where --keep is kept unchanged: a mask for each frame, or one picture for all frames"
 BOXES = 'JSON: where to place subjects, {"my-mug": [left, top, right, bottom]} in fractions, or boxes by frame'
 
 
@@ -31,7 +31,7 @@ class Steering:
         return [p for p in (self.invert, self.keep, self.keep_mask, self.boxes) if p is not None]
 
     def hooks(self) -> list[Any]:
-        """The hooks: noise first, kept regions last. Raises ValueError, naming the option, before a model is loaded."""
+        """Returns the hooks: noise first, kept regions last. Raises ValueError, naming the option, before a model is loaded."""
         from shared.config import validate
         from shared.sampling.box_tracks import read_tracks
         from shared.sampling.given_frames import GivenFrames

@@ -95,10 +95,10 @@ def evaluate_clips(
 
 @app.command()
 def calibrate(
-    things: int = typer.Option(12, min=2, max=10_000, help="number of training things to look at"),
+    things: int = typer.Option(12, min=2, max=10_000, help="number of training objects to measure"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
 ) -> None:
-    """Measure which encoder and crop best tell poses apart, and what is typical of things (weights/calibration.json)."""
+    """Measure which encoder and crop best tell poses apart, and the scores typical of objects (weights/calibration.json)."""
     from shared.pretrain.evaluators.calibrate import calibrate as measure
 
     for line in measure(things, seed):
@@ -143,9 +143,9 @@ def sheet(
 def motions(
     out: Path = typer.Argument(help="PNG file to write", **PATH),
     name: list[str] = typer.Option([], help="these motions; default: all, captioned ones first"),
-    rows: int = typer.Option(1, min=1, max=10_000, help="clips of each motion"),
-    columns: int = typer.Option(8, min=2, max=10_000, help="frames shown of each clip"),
-    frames: int = typer.Option(16, min=2, max=64, help="frames of each clip"),
+    rows: int = typer.Option(1, min=1, max=10_000, help="number of clips per motion"),
+    columns: int = typer.Option(8, min=2, max=10_000, help="number of frames shown per clip"),
+    frames: int = typer.Option(16, min=2, max=64, help="number of frames per clip"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     overwrite: bool = typer.Option(False, help="replace an existing file"),
 ) -> None:
@@ -164,7 +164,7 @@ def subjects(
     frames: int = typer.Option(None, min=2, max=10_000, help="for motions: frames of each clip; default: 16"),
     overwrite: bool = typer.Option(False, help="replace an existing folder"),
 ) -> None:
-    """List the things, styles and motions that no caption can describe, or write pictures or clips of one to learn from."""
+    """List the subjects, styles and motions that no caption can describe, or write pictures or clips of one to learn from."""
     from shared.config import unknown
     from shared.toybox import reference_sets as album
     from shared.toybox.motions.held_out import motion_names
@@ -194,7 +194,7 @@ def subjects(
 
 
 def _things() -> dict[str, str]:
-    """Held-out subjects and faces: name -> description."""
+    """Returns the held-out subjects and faces: name -> description."""
     from shared.toybox import reference_sets as album
     from shared.toybox.subjects import faces
     from shared.toybox.subjects import subjects as things

@@ -34,7 +34,7 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
 
     Args:
         strength: of its adapters and learned words; 0 is off (words: their initial values), 1 as learned
-        modifiers: the union of known modifiers; a package with more of them passes its own
+        modifiers: the union of known modifiers; a package with additional ones passes its own
 
     Raises:
         ValueError: if the model lacks layers of the concept or has them in other shapes (`fits` says which), if some or all
@@ -86,7 +86,7 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
     if not same:
         warnings.warn(
             f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}; "
-            f"this is {backbone.name}): it may look different here",
+            f"this is {backbone.name}): pictures of it may look different here",
             stacklevel=3,
         )
 
@@ -202,7 +202,7 @@ def _check_size(settings: Mapping[str, Any], state: Mapping[str, Tensor], where:
 
 
 def _twin(concept: Concept, backbone: Backbone, strength: float) -> str | None:
-    """The attached concept with the same adapters, if any. ValueError if its strength differs."""
+    """Returns the name of the attached concept with the same adapters, if any. ValueError if its strength differs."""
     meta = concept.meta
     if not meta.adapter_id:
         return None

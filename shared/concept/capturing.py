@@ -39,7 +39,7 @@ def capture(
         ValueError: if nothing is attached under these names, or an adapter is of a kind that cannot be saved
 
     Warns:
-        UserWarning: if the description of how it was made is invalid; what was learned is then kept without it
+        UserWarning: if the concept's provenance is invalid; the concept is then kept without it
     """
     attached = [unshared(a) for source in adapter_sets or (name,) for a in backbone.adapters.get(source, [])]
     placeholder = backbone.placeholders.get(name)
@@ -48,7 +48,7 @@ def capture(
     if placeholder is None and not attached:
         raise ValueError(f"nothing is attached under {name!r}: there is nothing to save")
     if placeholder is not None and not modifier:
-        raise ValueError(f"{name!r} has a placeholder: give the modifier that made it, or it cannot be loaded again")
+        raise ValueError(f"{name!r} has a placeholder: give its modifier, without which it cannot be loaded again")
     adapters_info, tensors = _adapters_of(attached, name)
     if placeholder is not None:
         starts = {START + key: vectors for key, vectors in placeholder.initial_state_dict().items()}
@@ -70,7 +70,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """The model, and those of its layers and embeddings that the concept needs."""
+    """Returns the model, and those of its layers and embeddings that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,
@@ -90,7 +90,7 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
     described = provenance.described()
     try:
         return validate(ConceptMeta, {**needed, **described}, where)
-    except ValueError as error:  # a bad description must not cost what was learned
+    except ValueError as error:  # an invalid description must not lose the learned tensors
         kept = {"class_noun": described["class_noun"]}
         meta = validate(ConceptMeta, {**needed, **kept}, where)
         warnings.warn(f"{error}\nThe concept is saved without its recipe, metrics and references", stacklevel=3)
@@ -98,8 +98,8 @@ def _described(needed: dict[str, Any], provenance: Provenance) -> ConceptMeta:
 
 
 def _adapters_of(attached: Sequence[Adapter], name: str) -> tuple[dict[str, Any], Tensors]:
-    """("adapters", "weights" and "branches" of the description, tensors by kind). If two adapters have the same slot and
-    component, the second one's slot gets a number."""
+    """Returns ("adapters", "weights" and "branches" of the description, tensors by kind). If two adapters have the same slot
+    and component, a number is added to the second one's slot."""
     adapters: dict[str, dict[str, Any]] = {}
     weights: dict[str, dict[str, list[str]]] = {}
     branches: dict[str, dict[str, Any]] = {}
@@ -132,7 +132,7 @@ def _free(slot: str, taken: Sequence[str]) -> str:
 
 
 def _touched(adapters_info: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """(component, path) of every layer or parameter that the concept touches."""
+    """Yields (component, path) of every layer or parameter that the concept touches."""
     for components in adapters_info["adapters"].values():
         yield from ((c, path) for c, settings in components.items() for path in settings["target_modules"])
     for components in adapters_info["weights"].values():

@@ -30,7 +30,7 @@ KINDS = ("adapter", "weights", "branches", "embeddings")  # each is one file KIN
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 16 * 2**20  # bytes
-_MAX_BYTES = 64 * 2**30  # of one tensor file
+_MAX_BYTES = 64 * 2**30  # the limit for one tensor file
 _MAX_TENSORS = 200_000
 _MAX_ENTRIES = 10_000  # files and folders inside a concept
 _CODE = frozenset(
@@ -45,7 +45,7 @@ _TAG = re.compile(rb"(^|[\s\[{,:-])!([\w!<]|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Concept:
-    """What was learned of a subject: its description and its tensors.
+    """What was learned about a subject: a description and tensors.
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
     weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, by its
@@ -64,7 +64,7 @@ class Concept:
 
     @property
     def learned_words(self) -> dict[str, Tensor]:
-        """What the modifier learned, by its own keys."""
+        """The tensors that the modifier learned, by its own keys."""
         return {key: vectors for key, vectors in self.of("embeddings").items() if not key.startswith(START)}
 
     @property
@@ -73,17 +73,17 @@ class Concept:
         return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:
-        """The tensors of one kind; empty if the concept has none."""
+        """Returns the tensors of one kind; empty if the concept has none."""
         return self.tensors.get(kind, {})
 
 
 def with_fields(part: Part, **changes: Any) -> Any:
-    """A validated copy of a part with some fields changed. Raises ValueError as its constructor does."""
+    """Returns a validated copy of a part with some fields changed. Raises ValueError as its constructor does."""
     return type(part).model_validate({**part.model_dump(), **changes})
 
 
 def adapter_id(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """sha256 over names, shapes and values of adapter, weight and branch tensors; equal for concepts learned together."""
+    """Hashes names, shapes and values of adapter, weight and branch tensors (sha256); equal for concepts learned together."""
     digest = hashlib.sha256()
     any_tensor = False
     for kind in ("adapter", "weights", "branches"):
@@ -134,7 +134,7 @@ def _check_finite(concept: Concept) -> None:
 
 
 def dump_json(meta: ConceptMeta) -> str:
-    """The text of `concept.json`; NaN and Inf become null."""
+    """Returns the text of `concept.json`; NaN and Inf become null."""
     return meta.model_dump_json(indent=2) + "\n"
 
 

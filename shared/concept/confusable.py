@@ -1,4 +1,4 @@
-"""Whether a model can tell two concepts apart by their words."""
+"""Checks whether a model can tell two concepts apart by their words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def confusable(backbone: Backbone, a: Placeholder, b: Placeholder) -> bool:
 
 
 def _read(backbone: Backbone, component: str, placeholder: Placeholder) -> list[str]:
-    """The words as a text encoder sees them: added tokens as they are, the rest as its tokenizer splits them."""
+    """Returns the words as a text encoder sees them: added tokens as they are, the rest as its tokenizer splits them."""
     out: list[str] = []
     for word in placeholder.words.split():
         if word in placeholder.tokens:

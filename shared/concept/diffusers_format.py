@@ -36,7 +36,7 @@ _KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 @dataclass
 class Layer:
-    """What one or more slots add to one layer, with the scale folded into B."""
+    """The update that one or more slots add to one layer, with the scale folded into B."""
 
     downs: list[Tensor] = field(default_factory=list)  # each [r, in, …]
     ups: list[Tensor] = field(default_factory=list)  # each [out, r, …]
@@ -48,7 +48,7 @@ class Layer:
 
 
 def lora_layers(concept: Concept, strength: float) -> dict[str, dict[str, Layer]]:
-    """component -> path -> what is added there.
+    """Returns component -> path -> the update of that layer.
 
     Raises ValueError for what this format cannot store: adapters other than LoRA, changed weights, and DoRA that shares a
     layer or component with something else.
@@ -96,7 +96,7 @@ def _add(layers: dict[str, Layer], state: Mapping[str, Tensor], settings: Mappin
 
 
 def _scale(settings: Mapping[str, Any], path: str) -> float:
-    """alpha / rank of one layer, as peft computes it."""
+    """Returns alpha / rank of one layer, as peft computes it."""
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), path), settings.get("r", 8))
     alpha = alphas.get(get_pattern_key(list(alphas), path), settings.get("lora_alpha", 8))
@@ -108,7 +108,7 @@ def _check_dora(component: str, layers: Mapping[str, Layer]) -> None:
     mixed = [p for p in dora if len(layers[p].downs) > 1]
     if mixed:
         raise ValueError(
-            f"DoRA and another slot are both on {mixed[0]} of {component}: a layer with DoRA can have no other slot here"
+            f"DoRA and another slot are both on {mixed[0]} of {component}: diffusers allows no other slot on a layer with DoRA"
         )
     if dora and len(dora) < len(layers):
         plain = next(p for p in layers if p not in dora)
@@ -164,7 +164,7 @@ def _check_loadable(backbone: Backbone, layers: Mapping[str, Any]) -> None:
 
 
 def public_path(backbone: Backbone, component: str, path: str) -> str:
-    """The layer's name in files: transformers 5 dropped CLIP's `text_model.`, but files and older versions have it."""
+    """Returns the layer's name in files: transformers 5 dropped CLIP's `text_model.`, but files and older versions have it."""
     clip = type(backbone.components[component]).__name__.startswith("CLIPText")
     return f"text_model.{path}" if clip and not path.startswith("text_model.") else path
 
@@ -174,7 +174,7 @@ def write_tokens(
 ) -> list[dict[str, Any]]:
     """Write one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
 
-    "end_of_text" marks an old-style CLIP that the user has to correct: its pooled output is taken at the highest token id,
+    "end_of_text" marks an old-style CLIP that the user has to correct: it takes its pooled output at the highest token id,
     which would be an added token instead of the end token.
 
     Args:
@@ -203,7 +203,7 @@ def write_tokens(
 
 
 def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Tensor]:
-    """component -> the vectors at this strength, [n, d]."""
+    """Returns component -> the vectors at this strength, [n, d]."""
     learned, placeholder = concept.learned_words, backbone.placeholders.get(concept.name)
     if not learned or placeholder is None:
         return {}
@@ -215,7 +215,7 @@ def _rows(concept: Concept, backbone: Backbone, strength: float) -> dict[str, Te
     starts = concept.initial_embeddings or placeholder.initial_state_dict()
     if strength != 1 and not starts:
         raise ValueError(
-            f"{concept.name!r} was saved without its words' initial values: they can be exported at strength 1 only"
+            f"{concept.name!r} was saved without its words' initial values, so it can only be exported at strength 1"
         )
     return {c: at_strength(starts.get(c, vectors).float(), vectors.float(), strength) for c, vectors in learned.items()}
 
@@ -226,18 +226,18 @@ def reads_token_files(pipeline: Any) -> bool:
 
 
 def token_names(token: str, vectors: int) -> list[str]:
-    """The names that diffusers gives to the tokens of several vectors."""
+    """Returns the names that diffusers gives to the tokens of several vectors."""
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
 def public_token(backbone: Backbone, token: str) -> str:
-    """A token's name in files: lower case where diffusers looks it up, because CLIP's tokenizer lowercases."""
+    """Returns a token's name in files: lower case where diffusers looks it up, because CLIP's tokenizer lowercases."""
     return token.lower() if reads_token_files(backbone.pipeline()) else token
 
 
 def public_words(words: str, tokens: Sequence[str], backbone: Backbone) -> str:
-    """A concept's words in a diffusers prompt: only its first token, which diffusers expands to all of them; all tokens if
-    the pipeline does not expand them."""
+    """Returns a concept's words in a diffusers prompt: its first token, which diffusers expands to all of them, or all tokens
+    if the pipeline does not expand them."""
     if not tokens or not reads_token_files(backbone.pipeline()):
         return words
     return words.replace(" ".join(tokens), public_token(backbone, tokens[0]))
@@ -284,7 +284,7 @@ def write_readme(folder: Path, concept: Concept, backbone: Backbone, written: Ma
 
 
 def _token_lines(entry: Mapping[str, Any], tokenizer: str) -> list[str]:
-    """The README lines that do what `shared.concept.verify.add_tokens` does."""
+    """Returns the README lines that do what `shared.concept.verify.add_tokens` does."""
     encoder, names = f"pipe.{entry['component']}", token_names(entry["token"], entry["vectors"])
     return [
         "from safetensors.torch import load_file",

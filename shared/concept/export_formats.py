@@ -36,7 +36,7 @@ def export(
     Args:
         path: the folder to write; it appears only if the comparison succeeds
         backbone: the model to compare on; default: the one that the concept was learned on. If a concept of this name is
-            already attached there, that one is compared
+        already attached to it, that concept is compared
         strength: folded into the files
 
     Returns:
@@ -88,7 +88,7 @@ def _judge(concept: Concept, report: Mapping[str, Any]) -> None:
     bad = "; ".join(f"{what} {_difference(check)}" for what, check in report["checks"].items() if not check["ok"])
     if bad:
         raise ValueError(
-            f"the export of {concept.name!r} as {report['format']} does not match what was learned and was not kept: {bad}"
+            f"the export of {concept.name!r} as {report['format']} does not match the concept and was not kept: {bad}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a concept fits a model, judged by the layers that it touches and their shapes, not by the whole architecture."""
+"""Checks whether a concept fits a model, comparing only the layers that it touches and their shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # component -> layer or paramete
 
 
 def fits(concept: Concept, backbone: Backbone) -> str | None:
-    """None if the concept can be attached to this model, else the reason why not.
+    """Returns None if the concept can be attached to this model, else the reason why not.
 
     The model must read the concept's family, have every layer that the concept touches in the same shape, and have token
     embeddings of the same width in every text encoder for which the concept learned words.
@@ -52,18 +52,18 @@ def _compare(component: str, layers: Mapping[str, tuple[int, ...]], weights: Map
 
 
 def base_weight(backbone: Backbone, component: str, path: str) -> Tensor | None:
-    """The layer weight or parameter at a path, whatever wraps it now; None if there is none."""
+    """Returns the layer weight or parameter at a path, even if an adapter wraps it; None if there is none."""
     parameter = find_parameter(backbone, f"{component}.{path}.weight")
     return parameter if parameter is not None else find_parameter(backbone, f"{component}.{path}")
 
 
 def embedding_width(backbone: Backbone, component: str) -> int:
-    """The width of a token embedding in this text encoder."""
+    """Returns the width of a token embedding in this text encoder."""
     return int(backbone.word_embeddings(component, "a").shape[-1])
 
 
 def shapes(backbone: Backbone, touched: Iterable[tuple[str, str]]) -> Shapes:
-    """The base shapes of (component, path) pairs; () for a layer without an ordinary weight (a packed one)."""
+    """Returns the base shapes of (component, path) pairs; () for a layer without an ordinary weight (a packed one)."""
     out: Shapes = {}
     for component, path in sorted(set(touched)):
         weight = base_weight(backbone, component, path)

@@ -16,7 +16,7 @@ _SAMPLES = 4096  # values sampled from each weight to tell checkpoints apart
 
 @torch.no_grad()
 def layers_identity(backbone: Backbone, layers: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> str:
-    """sha256 over the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
+    """Returns the sha256 of the signs of the weights that a concept builds on: its layers, and the embeddings of a few letters.
 
     Rounding to another precision keeps signs, so a model gives the same result in any precision.
     """

@@ -1,4 +1,4 @@
-"""Validates the parts of a concept's recipe that are used again; the rest is stored only to be shown."""
+"""Validates the parts of a concept's recipe that other code reads; the rest is stored only for display."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _points(text: str) -> str:
 
 
 class _Read(BaseModel):
-    """Allows other keys as well: recipes of other packages have more."""
+    """Allows additional keys, because recipes of other packages have more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class LearnedSampling(_Read):
-    """How its pictures were generated. None: the backbone's defaults."""
+    """How the concept's pictures were generated. None: the backbone's defaults."""
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
@@ -43,7 +43,7 @@ class LearnedSampling(_Read):
 
 
 class LearnedSubject(_Read):
-    """Where its pictures or clips were: a folder or files, without parent folders."""
+    """Where the subject's pictures or clips were: a folder or files, without parent folders."""
 
     images: Annotated[Any, AfterValidator(_names)] = None
     clips: Annotated[Any, AfterValidator(_names)] = None
@@ -69,7 +69,7 @@ class LearnedWith(_Read):
     phases: Annotated[dict[str, Annotated[LearnedPhase, BeforeValidator(_nothing)]], BeforeValidator(_nothing)] = {}
 
     def folder_of(self, name: str) -> str | None:
-        """The name of the folder that the pictures or clips of `name` were in; None if they were not in one folder."""
+        """Returns the name of the folder that the pictures or clips of `name` were in; None if they were not in one folder."""
         subject = self.subject or self.subjects.get(name)
         given = None if subject is None else subject.images or subject.clips
         return given if isinstance(given, str) else None
@@ -85,5 +85,5 @@ class _Used(_Read):
 
 
 def learned_with(recipe: Mapping[str, Any], metrics: Mapping[str, Any], where: str) -> LearnedWith:
-    """Validates these parts of a concept's description. ValueError, naming `where` and the key, if one is invalid."""
+    """Validates the parts of a description that other code reads. ValueError, naming `where` and the key, if one is invalid."""
     return validate(_Used, {"recipe": recipe, "metrics": metrics}, where=where).recipe

@@ -31,7 +31,7 @@ _SOME = 8  # names in a message
 
 @dataclass(frozen=True)
 class LayerLora:
-    """What one layer of a backbone gets."""
+    """The low-rank update of one layer of a backbone."""
 
     down: Tensor  # [r, in, …]
     up: Tensor  # [out, r, …]
@@ -47,8 +47,8 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
 
     Args:
         path: a safetensors file, or the folder that diffusers or peft wrote
-        token: what its trainer called the subject ("sks mug"); "": it acts without being named
-        class_noun: the subject's plain class; default: what follows the first word of `token`
+        token: the subject's name in training ("sks mug"); "": the LoRA acts without being named
+        class_noun: the subject's plain class; default: `token` without its first word
         name: of the concept; default: from the file's name
 
     Raises:
@@ -89,7 +89,7 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
 
 
 def concept_name(path: Path) -> str:
-    """A concept's name from a LoRA's file name, or from its folder if the file has a standard name."""
+    """Returns a concept's name from a LoRA's file name, or from its folder if the file has a standard name."""
     path = find_file(path)
     stem = path.resolve().parent.name if path.name in (LORA_FILE, PEFT_FILE) else path.stem
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")
@@ -97,7 +97,7 @@ def concept_name(path: Path) -> str:
 
 
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
-    """The backbone layers that the file changes, and the names in the file that match no layer here.
+    """Returns the backbone layers that the file changes, and the names in the file that match no layer here.
 
     Raises ValueError if no name matches, if shapes belong to another architecture, or if two names mean the same layer.
     """
@@ -144,7 +144,7 @@ def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, mi
 
 
 def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
-    """A file's matrices in the form of the layers: rows split among them, 1x1 kernels added or removed."""
+    """Converts a file's matrices to the form of the layers: splits rows among them, and adds or removes 1x1 kernels."""
     weights = []
     for path in place.paths:
         weight = base_weight(backbone, place.component, path)
@@ -178,7 +178,7 @@ def _shared_out(values: Tensor, rows: list[int], halves_swapped: bool) -> list[T
 
 
 def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
-    """DoRA's magnitude as [out]. ValueError for a magnitude per input, which peft does not support."""
+    """Returns DoRA's magnitude as [out]. ValueError for a magnitude per input, which peft does not support."""
     size = lora.magnitude
     assert size is not None
     if size.numel() == outputs and (
@@ -192,12 +192,12 @@ def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
 
 
 def _as_peft(magnitude: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """[out] for a linear layer, [1, out, 1, 1] for a convolution."""
+    """Shapes a magnitude as peft does: [out] for a linear layer, [1, out, 1, 1] for a convolution."""
     return (magnitude.reshape(1, -1, *kernel) if kernel else magnitude).contiguous()
 
 
 def _adapters(layers: Mapping[tuple[str, str], LayerLora]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A concept's description of its adapters, and their tensors."""
+    """Returns a concept's description of its adapters, and their tensors."""
     adapters: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     kinds = sorted({(part.magnitude is not None, component) for (component, _), part in layers.items()})

@@ -1,4 +1,4 @@
-"""How trainers spell a layer's name in LoRA files, and which layer of a backbone that is.
+"""Maps the spellings of layer names in trainers' LoRA files to the layers of a backbone.
 
 One index serves all of them: dots and underscores count as the same, because kohya's files have no dots. Four spellings of a
 path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for FLUX, Wan's own, and
@@ -21,7 +21,7 @@ PEFT = "base_model.model."  # prefix of every name in peft's own files
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that one name in a file stands for. If several, the file's output rows are theirs in turn."""
+    """The layers that one name in a file stands for. If there are several, they share the file's output rows in order."""
 
     component: str
     paths: tuple[str, ...]
@@ -29,7 +29,7 @@ class Place:
 
 
 def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
-    """Every known spelling, flattened -> the places that it can mean (more than one: the spelling is ambiguous).
+    """Returns every known spelling, flattened -> the places that it can mean (more than one: the spelling is ambiguous).
 
     Args:
         file: the file's name; a file for any expert but the first contains that expert's name, and names its layers as if
@@ -55,7 +55,7 @@ def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
 
 
 def flat(name: str) -> str:
-    """A name with dots replaced by underscores, and without peft's wrapper."""
+    """Returns a name with dots replaced by underscores, and without peft's wrapper."""
     return name.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
 
 
@@ -64,7 +64,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """kohya and ComfyUI count FLUX's T5 as the third encoder, others as the second."""
+    """Returns a text encoder's prefixes: kohya and ComfyUI count FLUX's T5 as the third encoder, others as the second."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
@@ -76,7 +76,7 @@ def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
 
 
 def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
-    """The layer names of a family's originally published checkpoints, where those layers exist here."""
+    """Yields the layer names of a family's originally published checkpoints, where those layers exist here."""
     spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
     for name, *layers in spell(backbone.components[component]) if spell else ():
         if all(layer in paths for layer in layers):
@@ -84,7 +84,7 @@ def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[t
 
 
 def _flux(network: Any) -> Iterator[tuple[str, ...]]:
-    """(Black Forest Labs' name, diffusers' names): there, queries, keys and values are one matrix."""
+    """Yields (Black Forest Labs' name, diffusers' names); theirs has queries, keys and values in one matrix."""
     for i in range(len(network.transformer_blocks)):
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, qkv, out, norm, ff in (
@@ -110,7 +110,7 @@ def _flux(network: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _stable_diffusion(network: Any) -> Iterator[tuple[str, ...]]:
-    """(the LDM checkpoint's name, diffusers' name) of the U-Net's layers; LDM numbers its blocks consecutively."""
+    """Yields (the LDM checkpoint's name, diffusers' name) of the U-Net's layers; LDM numbers its blocks consecutively."""
     yield "input_blocks.0.0", "conv_in"
     yield "out.2", "conv_out"
     for number, leaf in ((0, "linear_1"), (2, "linear_2")):
@@ -157,7 +157,7 @@ _LDM_RESNET = {
 
 
 def _wan(network: Any) -> Iterator[tuple[str, str]]:
-    """(Wan's own name, diffusers' name)."""
+    """Yields (Wan's own name, diffusers' name)."""
     for i in range(len(network.blocks)):
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
             for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
@@ -187,6 +187,6 @@ _SIGNS = (
 
 
 def looks_like(names: list[str]) -> str:
-    """The architecture that a file's names suggest; "" if none."""
+    """Returns the architecture that a file's names suggest; "" if none."""
     joined = " ".join(map(flat, names))
     return next((family for family, sign in _SIGNS if re.search(sign, joined)), "")

@@ -1,4 +1,4 @@
-"""Reads any trainer's LoRA files without executing anything: low-rank tensors and scales by the file's own names."""
+"""Reads LoRA files of any trainer without executing anything: low-rank tensors and scales, by the file's own names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OTHER_KINDS = (
 
 @dataclass
 class NamedLora:
-    """What a file adds under one name: scale * up @ down."""
+    """The update that a file has under one name: scale * up @ down."""
 
     name: str  # as in the file, without the suffix that says which tensor it is
     down: Tensor  # [r, in, …]
@@ -68,7 +68,7 @@ class LoraFile:
 
 
 def find_file(path: Path) -> Path:
-    """A LoRA file, or the one in a folder written by diffusers or peft. ValueError if there is none."""
+    """Returns a LoRA file's path, given it or a folder written by diffusers or peft. ValueError if there is none."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
@@ -84,7 +84,7 @@ def find_file(path: Path) -> Path:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """The low-rank tensors of a file, fp32, each with the scale that its trainer meant.
+    """Reads the low-rank tensors of a file, fp32, each with the scale that its trainer intended.
 
     alpha comes from the file's tensors (kohya), from `adapter_config.json` next to it (peft), or from its header (diffusers).
     If a diffusers or kohya file has none, it is the rank, as in those programs.
@@ -155,7 +155,7 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scales: _Scales
 
 
 class _Scales:
-    """alpha for files that store it apart from the tensors."""
+    """Finds alpha for files that store it separately from the tensors."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str], peft: bool) -> None:
         self.path, self.peft = path, peft
@@ -173,7 +173,7 @@ class _Scales:
                 )
 
     def alpha(self, name: str, rank: int) -> float:
-        """alpha such that alpha / rank is the scale. ValueError if the configuration states another rank."""
+        """Returns alpha, where alpha / rank is the scale. ValueError if the configuration states another rank."""
         component = "" if self.peft else name.partition(".")[0]
         settings = self.settings.get(component)
         if settings is None:

@@ -39,7 +39,7 @@ def merge(
 ) -> list[Concept]:
     """Returns the concepts with one common change of keys and values, each with its own name and words.
 
-    They share this change: loaded together, it acts once; loaded alone, each still contains all of them.
+    They share this change: loaded together, it acts once, and each concept on its own still contains the change for all.
 
     Args:
         backbone: the model they were learned on, with none of them attached; it is left unchanged
@@ -62,8 +62,8 @@ def merge(
 
 
 def solve(weight: Tensor, targets: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """Equation 5: the change of `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
-    tr(change gram change^T); float64."""
+    """Solves equation 5: returns the change of `weight` [o, d] that maps targets [s, d] to values [s, o] at the least cost
+    tr(change gram change^T), in float64."""
     directions = torch.linalg.solve(gram, targets.T).T
     factors = torch.linalg.solve(targets @ directions.T, values - targets @ weight.T)
     return factors.T @ directions
@@ -94,7 +94,7 @@ def _closed_form(
 
 @torch.no_grad()
 def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
-    """C_reg^T C_reg [d, d] over every position that the network attends to, float64, plus a small ridge."""
+    """Computes C_reg^T C_reg [d, d] over every position that the network attends to, in float64, plus a small ridge."""
     if not captions:
         raise ValueError("merging needs captions whose meaning is preserved: give some sentences")
     total: Tensor | None = None
@@ -108,7 +108,7 @@ def _gram(backbone: Backbone, captions: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def _word_features(concept: Concept, backbone: Backbone) -> Tensor:
-    """Features [n, d] of the tokens that name the concept, class noun included, float64."""
+    """Returns features [n, d] of the tokens that name the concept, including its class noun, in float64."""
     attach(concept, backbone)
     try:
         placeholder = backbone.placeholders.get(concept.name)
@@ -131,13 +131,13 @@ def _context(backbone: Backbone, prompt: str) -> Tensor:
 
 
 def _length(backbone: Backbone, text: str) -> int:
-    """The number of tokens in a text, including its start and end tokens."""
+    """Returns the number of tokens in a text, including its start and end tokens."""
     tokens, component = backbone.tokens, backbone.context_component  # type: ignore[attr-defined]
     return int(tokens.tokenize(component, [text], "cpu").mask.sum())
 
 
 def _changes(concepts: Sequence[Concept], backbone: Backbone) -> list[dict[str, Tensor]]:
-    """For each concept: "{component}.{path}" -> its change of that weight."""
+    """Returns for each concept: "{component}.{path}" -> its change of that weight."""
     names = [c.name for c in concepts]
     if len(names) < 2:
         raise ValueError("give two or more concepts to merge")
@@ -184,7 +184,7 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _base(backbone: Backbone, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base weights that the changes apply to, float64, on the CPU."""
+    """Returns the base weights that the changes apply to, float64, on the CPU."""
     out = {}
     with backbone.active({}):
         for key, delta in like.items():
@@ -206,6 +206,6 @@ def _with(concept: Concept, deltas: Mapping[str, Tensor], names: Sequence[str], 
     scores = {
         "merged": ", ".join(names),
         "merge_method": method,
-    }  # the previous scores were measured with other weights
+    }  # the old scores were measured with other weights
     meta = with_fields(concept.meta, weights={SLOT: paths}, metrics=scores, adapter_id=adapter_id(tensors), files={})
     return replace(concept, meta=meta, tensors=tensors, preview=None, path=None)

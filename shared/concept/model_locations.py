@@ -1,4 +1,4 @@
-"""Where models are on this machine, by their weights. Concepts do not record it, because they are made to be shared.
+"""Remembers where models are on this machine, by their weights. Concepts do not record it, because they are meant to be shared.
 
 One file in the user's cache, `models.json`: checkpoint -> path. It may be removed at any time.
 """
@@ -13,7 +13,7 @@ from shared.io.cache import cache_folder
 from shared.io.outputs import atomic_write
 
 _FILE = "models.json"
-_MOST = 1000  # entries; the oldest go first
+_MOST = 1000  # entries; beyond this, the oldest are dropped
 
 
 def remember(backbone: Backbone) -> None:
@@ -36,7 +36,7 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Where a model with these weights was last seen, if it is still there."""
+    """Returns where a model with these weights was last seen; None if it is no longer there."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

@@ -38,14 +38,14 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
 
 
 def where_learned(concept: Concept) -> str | Path:
-    """The model that a concept was learned on: the toybox, the place where its weights were last seen here, or its name."""
+    """Returns the model that a concept was learned on: the toybox, the path where its weights were last seen, or its name."""
     info = concept.meta.backbone
     return info.name if info.name == TOYBOX else known_path(info.checkpoint) or info.name
 
 
 def known_model(folder: Path) -> Path | None:
-    """The local path of the model that a concept was learned on, from its description only; None if it is not known here or
-    the folder is not a concept (which is reported when it is read)."""
+    """Returns the local path of the model that a concept was learned on, reading only its description. None if it is not known
+    here, or the folder is not a concept (which is reported when it is read)."""
     try:
         info = read_meta(folder / META).backbone
     except (OSError, ValueError):

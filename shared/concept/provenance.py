@@ -23,11 +23,11 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a concept was made: what `concept.json` records besides its tensors.
+    """How a concept was learned: what `concept.json` records besides its tensors.
 
     Args:
-        modifier: the part that named it; default: the recipe's
-        recipe: resolved; folders in the user's paths are removed, because a concept is made to be shared
+        modifier: the part that gave the concept its words; default: the recipe's
+        recipe: resolved; folders in the user's paths are removed, because a concept is meant to be shared
         metrics: numbers, texts, or mappings of them; numbers that are not finite become null
         references: the picture files, or {"file": name without folders, "sha256": …} for each
         seed: default: the recipe's
@@ -46,11 +46,11 @@ class Provenance:
     preview: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as plain data."""
+        """Returns the recipe as plain data."""
         return plain(self.recipe)
 
     def described(self) -> dict[str, Any]:
-        """The descriptive fields of `concept.json`; none of them is needed to load the concept."""
+        """Returns the descriptive fields of `concept.json`; none of them is needed to load the concept."""
         return {
             "class_noun": plain(self.class_noun),
             "recipe": portable(self.settings()),
@@ -62,8 +62,8 @@ class Provenance:
 
 
 def plain(value: Any) -> Any:
-    """Any settings as JSON data: paths and other objects become strings, NaN and Inf become null, and invalid Unicode in a
-    string (bytes of a file name) is escaped."""
+    """Converts any settings to JSON data: paths and other objects become strings, NaN and Inf become null, and invalid Unicode
+    in a string (bytes of a file name) is escaped."""
     if value is None:
         return {}
     return _plain(value.model_dump(by_alias=True) if isinstance(value, Part) else value)
@@ -88,7 +88,7 @@ def _text(value: object) -> str:
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Metrics by dotted names; anything but a finite number or a text becomes null."""
+    """Flattens metrics to dotted names; anything but a finite number or a text becomes null."""
     out: dict[str, Any] = {}
     for key, value in metrics.items():
         name = f"{prefix}{_text(key)}"
@@ -101,7 +101,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any) -> Any:
-    """A recipe without the folders of the author's machine."""
+    """Returns a recipe without the folders of the author's machine."""
     if isinstance(value, Mapping):
         return {k: public_name(v) if k == "backbone" and isinstance(v, str) else portable(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -110,7 +110,7 @@ def portable(value: Any) -> Any:
 
 
 def public_name(backbone: str) -> str:
-    """The last path component of a model that is a local folder or file; anything else (toybox, a hub id) unchanged."""
+    """Returns the last path component of a model that is a local folder or file; anything else (toybox, a hub id) unchanged."""
     local = _ABSOLUTE.match(backbone) or backbone.startswith(".") or Path(backbone).exists()
     return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone not in WORLDS else _text(backbone)
 

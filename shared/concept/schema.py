@@ -48,7 +48,7 @@ class Reference(Part):
     """A picture that the concept was learned from: its file name without folders, and its hash."""
 
     file: Annotated[str, Field(min_length=1, max_length=4096)]  # escaped, so a name of 255 bytes can grow
-    sha256: Sha256 | None  # None: the file was gone when the concept was made
+    sha256: Sha256 | None  # null: the file was gone when the concept was saved
 
     @field_validator("file")
     @classmethod
@@ -82,7 +82,7 @@ class ConceptMeta(Part):
     )  # component -> touched layer or parameter -> base shape
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
     adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
-    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; `learned_with` holds what is used again
+    recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only `learned_with`
     ports: tuple[str, ...] = ()  # roles that resolved to a port
     metrics: dict[str, Metric] = Field(default_factory=dict)
     references: tuple[Reference, ...] = ()
@@ -102,7 +102,7 @@ class ConceptMeta(Part):
     @field_validator("layers")
     @classmethod
     def _all_layers(cls, value: dict[str, dict[str, Shape]], info: ValidationInfo) -> dict[str, dict[str, Shape]]:
-        """`layers` must name everything that is adapted or changed, because models are compared by it."""
+        """Checks that `layers` names everything that is adapted or changed, because models are compared by it."""
         adapters, weights = info.data.get("adapters", {}), info.data.get("weights", {})
         touched = [
             *((c, p) for parts in adapters.values() for c, s in parts.items() for p in s["target_modules"]),
@@ -116,12 +116,12 @@ class ConceptMeta(Part):
 
     @property
     def learned_with(self) -> LearnedWith:
-        """The validated parts of the recipe that are used again. ValueError, naming the key, if one is invalid."""
+        """The validated parts of the recipe that other code reads. ValueError, naming the key, if one is invalid."""
         return learned_with(self.recipe, self.metrics, f"the concept {self.name!r}")
 
 
 def parse_meta(data: Any, where: str) -> ConceptMeta:
-    """`concept.json` as a validated object. ValueError, naming the file and the key, if something is invalid."""
+    """Validates the content of `concept.json`. ValueError, naming the file and the key, if something is invalid."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must contain an object with the concept's description; got {type(data).__name__}")
     version = data.get("schema_version")

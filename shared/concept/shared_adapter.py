@@ -1,4 +1,4 @@
-"""One adapter under the names of several concepts, so that what was learned in one run is loaded only once."""
+"""Lets several concepts share one adapter, so that an adapter learned for all of them in one run is loaded only once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SharedAdapter:
         )  # by owner, one mapping for all shares
 
     def share(self, owner: str) -> SharedAdapter:
-        """The same adapter under another concept's name."""
+        """Returns the same adapter under another concept's name."""
         return SharedAdapter(self.adapter, owner, self.strengths)
 
     @property
@@ -55,5 +55,5 @@ class SharedAdapter:
 
 
 def unshared(adapter: Adapter) -> Adapter:
-    """The adapter itself."""
+    """Returns the adapter that a share refers to; any other adapter unchanged."""
     return adapter.adapter if isinstance(adapter, SharedAdapter) else adapter

@@ -13,7 +13,7 @@ from shared.io.terminal import printable
 
 
 def described(concept: Concept) -> list[tuple[str, str]]:
-    """(label, text) of everything worth showing, in order; empty texts are left out."""
+    """Returns (label, text) for everything worth showing, in order; empty texts are left out."""
     meta = concept.meta
     texts = [
         ("name", meta.name),
@@ -41,14 +41,14 @@ def described(concept: Concept) -> list[tuple[str, str]]:
 
 
 def lines(concept: Concept) -> list[str]:
-    """The same as plain text."""
+    """Describes a concept in lines of plain text."""
     labelled = described(concept)
     width = max(len(label) for label, _ in labelled)
     return [f"{label:<{width}}  {text}" for label, text in labelled]
 
 
 def describe(concept: Concept) -> Any:
-    """The same as a rich table."""
+    """Describes a concept in a rich table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -61,19 +61,19 @@ def describe(concept: Concept) -> Any:
 
 
 def as_json(concept: Concept) -> dict[str, Any]:
-    """`concept.json` plus the number of parameters and the bytes of each file."""
+    """Returns the content of `concept.json`, the number of parameters and the bytes of each file."""
     out = json.loads(concept.meta.model_dump_json())
     return {**out, "parameters": parameters(concept), "bytes": sizes(concept)}
 
 
 def parameters(concept: Concept) -> int:
-    """The number of learned parameters."""
+    """Returns the number of learned parameters."""
     kept = (t for kind, tensors in concept.tensors.items() if kind != "embeddings" for t in tensors.values())
     return sum(t.numel() for t in (*kept, *concept.learned_words.values()))
 
 
 def sizes(concept: Concept) -> dict[str, int]:
-    """Bytes of each file in the folder; empty for an unsaved concept."""
+    """Returns the bytes of each file in the folder; empty for an unsaved concept."""
     if concept.path is None:
         return {}
     return {p.name: p.stat().st_size for p in sorted(concept.path.iterdir()) if p.is_file()}
@@ -118,7 +118,7 @@ def _branches(concept: Concept) -> list[str]:
 def _recipe(learned: LearnedWith) -> str:
     train = learned.train
     steps = f"{train.steps} steps" if train.steps is not None else ""
-    if learned.phases:  # each has its own number of steps, or the recipe's
+    if learned.phases:  # each phase has its own number of steps, or the recipe's
         steps_of = {name: phase.train.steps for name, phase in learned.phases.items()}
         counts = {name: train.steps if n is None else n for name, n in steps_of.items()}
         steps = " then ".join(name if n is None else f"{name} {n} steps" for name, n in counts.items())
@@ -151,7 +151,7 @@ def _bytes(size: float) -> str:
 
 
 def _use(concept: Concept) -> str:
-    """A command that uses the concept; a motion or style acts unnamed."""
+    """Returns a command that uses the concept; a motion or style acts unnamed."""
     folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
     named = concept.meta.kind in ("subject", "identity")
     prompt = f"a photo of a <{concept.meta.name}> on the beach" if named else "a photo of a mug on the beach"

@@ -18,8 +18,8 @@ from shared.concept.diffusers_format import reads_token_files, token_names
 from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
-#: The rounding difference allowed between two orders of the same sums, relative to the largest value; and the difference
-#: allowed as a share of the concept's effect (root mean squares), where an export that does nothing is at 1.
+#: The rounding difference allowed when the same sums are computed in another order, relative to the largest value; and the
+#: difference allowed as a share of the concept's effect (root mean squares; an export that does nothing has 1).
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
@@ -65,7 +65,7 @@ def compare(
 
 
 def _unnamed(phrase: str, placeholder: Any) -> str:
-    """The words without the concept's own tokens."""
+    """Returns the words without the concept's own tokens."""
     for token in sorted(placeholder.tokens if placeholder is not None else (), key=len, reverse=True):
         phrase = phrase.replace(token, "")
     return " ".join(phrase.split())
@@ -77,7 +77,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
     Args:
         ours: with the concept attached
         theirs: with the exported files loaded
-        without: ours with one ingredient of the concept (adapters, tokens) left out at a time
+        without: like ours, but each with one ingredient of the concept (adapters or tokens) left out
 
     Returns:
         max_abs_difference and its limit (rounding); the smallest effect of an ingredient (largest absolute change) and the
@@ -96,7 +96,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
 
 def _denoiser(backbone: Backbone, component: str) -> str:
-    """The network's name in a report; it includes the component if there are several."""
+    """Returns the network's name in a report; it includes the component if there are several."""
     return "denoiser" if len(backbone.noise_ranges) == 1 else f"denoiser {component}"
 
 
@@ -108,7 +108,7 @@ def _again(network: Any, call: Mapping[str, Any]) -> Tensor:
 
 
 def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
-    """The family's own diffusers pipeline on bare copies of the backbone's networks, with the exported files loaded.
+    """Returns the family's own diffusers pipeline on bare copies of the backbone's networks, with the exported files loaded.
 
     The copies share their weights with the backbone (except embedding tables that grow), so that large models fit in memory.
     """
@@ -137,7 +137,7 @@ def loaded(backbone: Backbone, folder: Path, written: Mapping[str, Any]) -> Any:
 
 
 def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
-    """Does what an export's README says for pipelines that read no token files: adds the words and their rows with
+    """Follows an export's README for pipelines that cannot read token files: adds the words and their rows with
     transformers."""
     from transformers import AddedToken
 
@@ -150,7 +150,7 @@ def add_tokens(encoder: Any, tokenizer: Any, file: Path) -> None:
 
 
 def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
-    """A copy of the network's structure without adapters, on the same weights."""
+    """Returns a copy of the network's structure without adapters, on the same weights."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     if own_embeddings:
         for table in (m for m in module.modules() if isinstance(m, nn.Embedding)):
@@ -166,7 +166,7 @@ def bare_copy(module: nn.Module, own_embeddings: bool = False) -> Any:
 
 
 def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor | None]:
-    """(context, pooled) by the pipeline's own `encode_prompt`."""
+    """Returns (context, pooled) from the pipeline's own `encode_prompt`."""
     lengths = backbone.max_length
     settings = {
         "prompt": prompt,
@@ -181,12 +181,12 @@ def _encode(pipe: Any, backbone: Backbone, prompt: str) -> tuple[Tensor, Tensor 
 
 
 def _call(backbone: Backbone, component: str, conditioning: Any) -> dict[str, Any]:
-    """The arguments and output of one call that the backbone makes to a denoiser, at the middle of its time range."""
+    """Returns the arguments and output of one call that the backbone makes to a denoiser, at the middle of its time range."""
     side = min(backbone.resolution, _SIDE)
     generator = torch.Generator().manual_seed(_SEED)
     frames = (
         None if backbone.frames is None else backbone.frame_factor + 1
-    )  # two latent frames, so that they attend to each other
+    )  # two latent frames, so that attention across frames has an effect
     shape = backbone.latent_shape(side, side, frames)
     noise = torch.randn(1, *shape, generator=generator).to(backbone.device, backbone.dtype)
     middle = int(sum(backbone.noise_ranges[component]) / 2)

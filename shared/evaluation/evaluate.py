@@ -35,20 +35,20 @@ Generate = Callable[[list[str], list[int], Steps | None], Tensor]  # prompts, se
 Asked = Sequence[tuple[int, int]]  # (prompt index, seed) of each picture
 
 
-#: What the base model was asked for (texts, and number of the text and seed of each picture) -> the pictures
-#: [N, 3, H, W], and the seconds that one took.
+#: The base model's prompts (texts, and the index of the text and seed of each picture) -> the pictures
+#: [N, 3, H, W], and the seconds per picture.
 KeptPictures = dict[tuple[tuple[str, ...], tuple[tuple[int, int], ...]], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Which pictures are generated for each prompt, and where the report goes."""
+    """Which pictures are generated for each prompt, and where the report is written."""
 
     seeds: Sequence[int]
     out: Path | str | None = None  # a folder; None: no report is written
     overwrite: bool = False
     chunk: int = 16  # pictures per call
-    kept: KeptPictures | None = None  # of the base model, by an evaluation with the same sampler; None: keeps none
+    kept: KeptPictures | None = None  # the base model's, for evaluations with the same sampler; None: keeps none
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         generate: the model with the concept; must also take prompts that do not name it (for drift)
-        base_generate: the same without the concept; its prompts have the class noun instead
+        base_generate: the model without the concept; its prompts have the class noun instead
         progress: called with (what, done, total) after each denoising step
 
     Raises:
@@ -94,7 +94,7 @@ def evaluate(
     if out is not None:
         tables = {
             "scores.csv": scores_csv(report).encode()
-        }  # part of the folder like the pictures, so written atomically
+        }  # part of the folder like the pictures, so that it is written atomically
         save_report(report.model_copy(update={"thumbs": {**report.thumbs, **tables}}), out, settings.overwrite)
     return report
 
@@ -153,7 +153,7 @@ class _Evaluation:
         return self.scorer.measure(pixels, [self.plain[i] for i, _ in shots], self._expects(shots))
 
     def _further(self) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[Measured, list[int]]]]:
-        """Pictures with more seeds for the prompts that leave the pose open, if freedom can be measured."""
+        """Generates pictures with more seeds for the prompts that leave the pose open, if freedom can be measured."""
         figures, seeds = self.scorer.figures, list(self.seeds)
         while len(seeds) < SEEDS:
             seeds.append(max(seeds) + 1)
@@ -167,9 +167,7 @@ class _Evaluation:
         return rows, thumbs, [(measured, [i for i, _ in shots])]
 
     def _drift(self) -> tuple[list[PictureRow], dict[str, bytes], list[tuple[int, float]]]:
-        """Pictures for the prompts that do not name the concept, with and without it loaded, and (prompt, drift) of each
-        pair.
-        """
+        """Generates pictures for prompts that do not name the concept, with and without it, and measures each pair's drift."""
         if not self.prompts.drift:
             return [], {}, []
         texts = [p.plain(self.case.class_noun) for p in self.prompts.drift]
@@ -200,8 +198,8 @@ class _Run:
     def pictures(
         self, concept: bool, texts: Sequence[str], shots: Sequence[tuple[int, int]], what: str
     ) -> tuple[Tensor, float]:
-        """All pictures `[N, 3, H, W]` of (number of the text, seed), float32 on the CPU, and the seconds that one took;
-        with the concept, or without it: then those that are kept are not made again."""
+        """Returns pictures `[N, 3, H, W]` of all shots (text index, seed), float32 on the CPU, and the seconds per picture.
+        Pictures without the concept are generated only once if they are kept."""
         if concept or self.kept is None:
             return self._made(concept, texts, shots, what)
         key = (tuple(texts), tuple(shots))
@@ -222,5 +220,5 @@ class _Run:
             parts.append(pixels.detach().float().cpu())
             seconds += time.perf_counter() - clock
             if len(pixels) != len(some):
-                raise ValueError(f"asked for {len(some)} pictures, got {len(pixels)}")
+                raise ValueError(f"expected {len(some)} pictures, got {len(pixels)}")
         return torch.cat(parts), seconds / len(shots)

@@ -1,4 +1,4 @@
-"""Pictures as rows of a report, each flagged with what is wrong with it."""
+"""Turns pictures into rows of a report, each with flags for what is wrong with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def picture_rows(
     measured: Measured,
     expects: Sequence[Mapping[str, str]],
 ) -> tuple[list[PictureRow], dict[str, bytes]]:
-    """One row and one PNG per picture."""
+    """Returns one row and one PNG per picture."""
     rows, thumbs = [], {}
     for n, ((prompt, seed), png) in enumerate(zip(shots, pngs(pixels), strict=True)):
         name = f"{PICTURES}/{kind}_{prompt:02d}_{seed}.png"
@@ -48,20 +48,20 @@ def picture_rows(
 
 
 def _flags(measured: Measured, n: int, expects: Mapping[str, str]) -> list[str]:
-    """What is wrong with picture n, in words; empty if nothing is."""
+    """Says what is wrong with picture n; empty if nothing is."""
     flags = []
     if _is(measured, "copied", n):
         flags.append(f"copies reference {measured.look.source(n) + 1}")
     if _is(measured, "no_face", n):
-        if not math.isnan(measured.scores["identity"][n]):  # otherwise the prompt asked for a view without a face
+        if not math.isnan(measured.scores["identity"][n]):  # otherwise the prompt describes a view without a face
             flags.append("no face")
     elif measured.nearest[n] and measured.nearest[n] != SUBJECT:
-        flags.append(f"taken for {measured.nearest[n]}")
+        flags.append(f"mistaken for {measured.nearest[n]}")
     elif not flags and "verified" in measured.scores and measured.scores["verified"][n] == 0:
-        flags.append("recognised, but less like the references than 95 % of true pictures")
+        flags.append("recognised, but less similar to the references than 95 % of true pictures are")
     for name, hit in measured.hits[n].items():
         if not hit:
-            flags.append(f"{name}: {measured.seen[n][name]}, asked for {expects[name]}")
+            flags.append(f"{name}: {measured.seen[n][name]}, but the prompt says {expects[name]}")
     return flags
 
 
@@ -70,7 +70,7 @@ def _is(measured: Measured, key: str, n: int) -> bool:
 
 
 def pngs(pixels: Tensor) -> list[bytes]:
-    """`[N, 3, H, W]` in [-1, 1] as N PNG files."""
+    """Encodes `[N, 3, H, W]` in [-1, 1] as N PNG files."""
     out = []
     for picture in to_pil(pixels):
         stream = io.BytesIO()

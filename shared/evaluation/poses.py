@@ -1,4 +1,4 @@
-"""How much the subject turns and moves in pictures whose prompts leave the pose open."""
+"""Measures how much the subject turns and moves in pictures whose prompts leave the pose open."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from shared.metrics.scorer import Measured
 
 @dataclass(frozen=True)
 class Poses:
-    """Pictures of one arm (with the concept, or the base model); everything but the pairs is of the verified ones only."""
+    """Poses in the pictures of one arm (with the concept, or the base model). Everything but the pairs is measured on verified
+    pictures only."""
 
     by_prompt: dict[int, Pairs]
     place: float  # spread of the subject's centre within a prompt, in half-pictures; NaN for fewer than two pictures

@@ -2,7 +2,7 @@
 line).
 
 In a prompt, `{concept}` stands for the subject and `{class_noun}` for its plain class. With the concept, `{concept}` becomes
-`<name>`; for the base model and for text scores it becomes the class noun, so no score depends on a made-up word.
+`<name>`; for the base model and for text scores it becomes the class noun, so that no score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.recipe.catalog import config_folder
 
 FOLDER = config_folder() / "prompts"
 CLIP_SETS = "*_motion.yaml"  # sets for clips: `shared.evaluation.clips.prompt_sets` reads them
-REAL = "dreambench"  # the set for real-world models
+REAL = "dreambench"  # the set for models of the real world
 LIVE_CLASSES = frozenset(
     {"cat", "dog", "kitten", "puppy", "bird", "horse", "rabbit", "person", "man", "woman", "boy", "girl"}
 )
@@ -51,15 +51,15 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether its pictures can measure freedom: a photo with neither view nor placement given."""
+        """Whether freedom can be measured on its pictures: it describes a photo without giving view or placement."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:
-        """The prompt for the model with the concept: `{concept}` becomes `<name>`."""
+        """Returns the prompt for the model with the concept: `{concept}` becomes `<name>`."""
         return fill(self.text, f"<{name}>", class_noun)
 
     def plain(self, class_noun: str) -> str:
-        """The prompt in plain words: `{concept}` becomes the class noun."""
+        """Returns the prompt in plain words: `{concept}` becomes the class noun."""
         return fill(self.text, class_noun, class_noun)
 
 
@@ -86,12 +86,12 @@ class PromptSet(Part):
         return self
 
     def first(self, count: int | None) -> PromptSet:
-        """The same set with its first `count` prompts; None keeps all."""
+        """Returns the set with only its first `count` prompts; None keeps all."""
         return self if count is None else self.model_copy(update={"prompts": self.prompts[:count]})
 
 
 def prompt_sets() -> tuple[str, ...]:
-    """The names of the shipped sets; `dreambench` means whichever of its two sets fits the class noun."""
+    """Returns the names of the shipped sets; `dreambench` means whichever of its two sets fits the class noun."""
     return tuple(sorted({p.stem for p in FOLDER.glob("*.yaml") if not p.match(CLIP_SETS)} | {REAL}))
 
 
@@ -124,7 +124,7 @@ def _from_txt(path: Path) -> PromptSet:
 
 
 def prompt_lines(path: Path) -> list[str]:
-    """The prompts in a text file, one per line; lines that begin with # are comments. ValueError if none are left."""
+    """Returns the prompts in a text file, one per line; lines that begin with # are comments. ValueError if none are left."""
     lines = read_text_file(path, "the prompts").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:

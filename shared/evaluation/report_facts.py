@@ -1,4 +1,4 @@
-"""What a report states besides scores: instruments, costs, and notes."""
+"""Collects what a report states besides scores: instruments, costs, and notes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Case:
     references: Tensor  # [R, 3, H, W] in [-1, 1]
     masks: Tensor | None = None  # [R, H, W] in [0, 1]: where the subject is in the references, if they have masks
     gallery: Mapping[str, Tensor] | None = None  # look-alikes of the same class: name -> [n, 3, H, W]
-    fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject that are not references (new renders)
+    fresh: Tensor | None = None  # [F, 3, H, W]: pictures of the subject other than the references (new renders)
     through: Callable[[Tensor], Tensor] | None = (
         None  # the model's autoencoder: pictures to compare with pass through it too
     )
-    through_key: str = ""  # its fingerprint, if measurements made through it may be cached
+    through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
     cache: Path | None = None  # a folder for measurements of true pictures; None: nothing is cached
     concept: Path | None = None  # its folder, for its size on disk
@@ -49,7 +49,7 @@ class Case:
 
 
 def about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, Any]:
-    """The fields of a report that state what was evaluated, and with what."""
+    """Returns the fields of a report that state what was evaluated, and with what."""
     limits = scorer.limits
     return {
         "name": case.name,
@@ -70,7 +70,7 @@ def about(case: Case, instruments: Instruments, scorer: Scorer) -> dict[str, Any
 
 
 def costs(case: Case, seconds: float, base_seconds: float) -> Costs:
-    """The cost of a picture and of the concept; seconds are per picture."""
+    """Returns the cost of a picture and of the concept; seconds are per picture."""
     gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     peak, of = peak_memory(torch.device("cuda" if gpu else "cpu"))
     size = None
@@ -88,14 +88,14 @@ def costs(case: Case, seconds: float, base_seconds: float) -> Costs:
 
 
 def notes(case: Case, scorer: Scorer, prompts: PromptSet, seeds: Sequence[int]) -> list[str]:
-    """What a reader must know to interpret the scores correctly."""
+    """Returns what a reader must know to interpret the scores correctly."""
     instruments = scorer.instruments
     out = _of_identity(case, scorer)
     if instruments.text_image is None:
         out.append("No CLIP was given: how well the prompt was followed is not measured.")
     if instruments.attributes is None and any(p.expects for p in prompts.prompts):
         out.append(
-            "No recognizer was given: whether pictures show the backgrounds, views and styles asked for is not checked."
+            "No recognizer was given: whether pictures show the prompts' backgrounds, views and styles is not checked."
         )
     if not prompts.drift:
         out.append("The prompt set has no drift prompts: whether the concept changes other things is not measured.")
@@ -140,7 +140,7 @@ def _why_two(case: Case, scorer: Scorer) -> str:
 
 
 def truth_note(report: Report) -> str | None:
-    """How well the instruments recognise the real subject; None if no true pictures of it were drawn."""
+    """Says how well the instruments recognise the real subject; None if no true pictures of it were drawn."""
     identity = report.score("identity")
     if report.truth is None or identity is None or identity.truth is None:
         return None
@@ -152,7 +152,7 @@ def truth_note(report: Report) -> str | None:
 
 
 def scores_csv(report: Report) -> str:
-    """The headline scores, one per row, and the costs; cells of what was not measured are empty."""
+    """Returns the headline scores, one per row, and the costs; cells of what was not measured are empty."""
     out = io.StringIO()
     writer: Any = csv.DictWriter(out, SCORE_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()

@@ -26,11 +26,11 @@ ABOUT = {
     "identity": About(
         "Identity",
         "How often a picture shows this exact subject, relative to how often true pictures of it pass: recognised among "
-        "look-alikes, not a copy of a reference, and at least as like the references as 95 % of true pictures are.",
+        "look-alikes, not a copy of a reference, and at least as similar to the references as 95 % of true pictures are.",
     ),
     "text": About(
         "Prompt followed",
-        "The share of what a prompt asks for (background, view, accessory, style) that the picture shows.",
+        "The share of the prompt's attributes (background, view, accessory, style) that the picture shows.",
     ),
     "freedom": About(
         "Freedom",
@@ -39,7 +39,7 @@ ABOUT = {
         "score",
     ),
     "recognised": About(
-        "Recognised", "How often a picture is more like the references than like any of the look-alikes."
+        "Recognised", "How often a picture is more similar to the references than to any of the look-alikes."
     ),
     "no_face": About(
         "No face",
@@ -55,14 +55,14 @@ ABOUT = {
     "size": About("Spread of size", "The same for the subject's size: half its larger side.", "count"),
     "views": About(
         "Effective views",
-        "From how many sides the subject is seen if the prompt leaves it open: exp(entropy) of the views that the "
+        "From how many sides the subject is seen if the prompt leaves the view open: exp(entropy) of the views that the "
         "recognizer finds in the verified pictures.",
         "count",
     ),
-    "background": About("Background", "How often the background is the one asked for."),
-    "view": About("View", "How often the subject is seen from the side asked for."),
-    "accessory": About("Accessory", "How often the subject wears what was asked for."),
-    "style": About("Style", "How often the picture is in the style asked for."),
+    "background": About("Background", "How often the background matches the prompt."),
+    "view": About("View", "How often the subject is seen from the side that the prompt states."),
+    "accessory": About("Accessory", "How often the subject wears the accessory in the prompt."),
+    "style": About("Style", "How often the picture is in the style that the prompt states."),
     "copied": About(
         "Copies",
         "How many pictures repeat a reference instead of showing the subject anew. They count as identity failures.",
@@ -96,8 +96,8 @@ ABOUT = {
 }
 WITHOUT_GALLERY = "Likeness to the references, with copies counted as 0 (no gallery of look-alikes was given)."
 WITHOUT_TRUTH = (
-    "How often a picture is recognised among look-alikes and is not a copy of a reference. That it shows this exact subject "
-    "is not verified, because there are no true pictures of it to set a bar."
+    "How often a picture is recognised among look-alikes and is not a copy of a reference. Whether it shows this exact "
+    "subject is not verified, because there are no true pictures of it to set a threshold."
 )
 TWO_TERMS = (
     "One number for two competing goals: the harmonic mean of identity and prompt following. Freedom is not included, "
@@ -110,7 +110,7 @@ NOT_MEASURED = "Not measured: there are too few pairs of pictures that both show
 
 
 def explained(key: str, scorer: Scorer, read: bool) -> dict[str, object]:
-    """The title, unit and explanation of a score in this run, if they differ from `ABOUT`.
+    """Returns the title, unit and explanation of a score in this run, if they differ from `ABOUT`.
 
     read: whether a recognizer checked what the prompts ask for
     """

@@ -34,7 +34,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
-    """The scores in reading order; those that were not measured are left out. Intervals resample whole prompts."""
+    """Returns the scores in reading order; those that were not measured are left out. Intervals resample whole prompts."""
     measured, floor, prompts = arms.measured, arms.floor, arms.prompts
     figures = scorer.figures
     ranges: Ranges = {"": figures.range} if figures is not None and figures.range is not None else {}
@@ -63,7 +63,7 @@ def summary_scores(arms: Arms, scorer: Scorer) -> list[Score]:
 
 
 def headline(made: Sequence[Tally], base: Sequence[Tally], ranges: Ranges) -> list[Score]:
-    """`trade_off` and its terms, for one subject or several. If freedom could not be measured, it has no value and the
+    """Returns `trade_off` and its terms, for one subject or several. If freedom could not be measured, it has no value and the
     trade-off is 0."""
     terms, floor, spans = measured_terms(made, ranges), measured_terms(base, {}), bootstrap_terms(made, ranges)
     out = []
@@ -90,7 +90,7 @@ def _freedom(terms: Terms, span: tuple[float, float], ranges: Ranges) -> Score:
 
 
 def _beside(arms: Arms) -> list[Score]:
-    """The scores that accompany freedom: spread of the subject's place and size, and the number of views."""
+    """Returns the scores that accompany freedom: spread of the subject's place and size, and the number of views."""
     if arms.poses is None:
         return []
     nothing, base = (math.nan, math.nan), arms.base_poses
@@ -120,7 +120,7 @@ def make_score(
 
 
 def _completed(score: Score, scorer: Scorer, measured: Measured) -> Score:
-    """Completes a score for this run: its texts, and what true pictures or the references themselves reach."""
+    """Completes a score for this run: adds its texts, and the values of true pictures or of the references among themselves."""
     update: dict[str, object] = explained(score.key, scorer, any(measured.hits))
     if score.key in ("identity", "recognised") and scorer.chance is not None:
         key = "recognised" if "recognised" in measured.scores and scorer.figures is not None else "identity"
@@ -142,8 +142,8 @@ def prompt_rows(
     rows: Sequence[PictureRow],
     poses: Poses | None,
 ) -> list[PromptRow]:
-    """Means per prompt; the base model's as `base_…`, `diversity` if there are several seeds, and the pairs of a prompt
-    that leaves the pose open.
+    """Returns means per prompt: the concept's, the base model's as `base_…`, `diversity` if there are several seeds, and
+    the pairs of a prompt that leaves the pose open.
 
     texts: the prompts with the concept's name, and in plain words
     """

@@ -13,18 +13,18 @@ Arm = Literal["concept", "base"]
 
 
 def tallies(subject: str, pictures: Iterable[PictureRow], prompts: Sequence[PromptRow], arm: Arm) -> list[Tally]:
-    """One tally per prompt. Only the concept's arm has pairs, because the base model does not know the subject."""
+    """Returns one tally per prompt. Only the concept's arm has pairs, because the base model does not know the subject."""
     own = [p for p in pictures if p.kind == arm]
     return [_tally(subject, row, [p for p in own if p.prompt == row.prompt], arm) for row in prompts]
 
 
 def of_report(subject: str, report: Report, arm: Arm = "concept") -> list[Tally]:
-    """The tallies of a saved report, under a subject's name."""
+    """Returns the tallies of a saved report, under a subject's name."""
     return tallies(subject, report.pictures, report.prompts, arm)
 
 
 def range_of(report: Report) -> Range | None:
-    """The range of pose distances for the report's subject; None if freedom is not a term of its trade-off."""
+    """Returns the range of pose distances for the report's subject; None if freedom is not a term of its trade-off."""
     return report.truth.range if report.truth else None
 
 
@@ -49,7 +49,7 @@ def _ceiling(scores: Mapping[str, float | None]) -> float:
 
 
 def pair_scores(pairs: Pairs) -> dict[str, float | None]:
-    """Pairs as scores in a prompt's row."""
+    """Converts pairs to scores in a prompt's row."""
     mean = pairs.mean if pairs.counted else None
     return {"pairs": float(pairs.of), "verified_pairs": float(pairs.counted), "crop_distance": mean}
 

@@ -1,4 +1,4 @@
-"""Measurements of a subject's true pictures, cached on disk under a hash of everything they depend on."""
+"""Measures a subject's true pictures, and caches the figures on disk under a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Progress = Callable[[str, int, int], None]
 def true_figures(
     scorer: Scorer, case: Case, prompts: PromptSet, progress: Progress | None = None
 ) -> TrueFigures | None:
-    """Bars and range of a case, from the cache or measured now; None if no world can draw the subject or the instruments
-    for it are missing.
+    """Returns thresholds and range of a case, from the cache or measured now. None if no world can draw the subject, or the
+    instruments for it are missing.
 
     progress: called with ("true pictures of the subject", done, total)
     """
@@ -58,7 +58,7 @@ def _read(file: Path) -> TrueFigures | None:
 
 
 def _key(scorer: Scorer, case: Case, asked: Sequence[Asked]) -> str:
-    """A hash of everything the figures depend on; "" if something has no fingerprint."""
+    """Returns a hash of everything the figures depend on; "" if something has no fingerprint."""
     assert case.true is not None
     tools = scorer.instruments
     prints = [i.fingerprint for i in tools.infos()]
@@ -86,7 +86,7 @@ def _pixels(pictures: Tensor) -> str:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """A hash of the code that measures."""
+    """Returns a hash of the code that does the measuring."""
     digest = hashlib.sha256()
     for module in _CODE:
         assert module.__file__ is not None

@@ -53,7 +53,7 @@ _FORM = frozenset(
 )
 _CHANGES_BASE = re.compile(r"(?i)pissa|olora|corda|loftq|eva|lora_ga")  # initializations that rewrite the base weights
 _MAX_RANK, _MAX_LOKR_RANK = 4096, 10**6  # LoKr reads a rank above the layer's size as "full matrices"
-_MAX_NUMBER = 2**24  # for anything that could be a size
+_MAX_NUMBER = 2**24  # the bound on anything that could be a size
 _PATTERN = re.compile(r"[\w.^$-]{1,256}")  # peft reads the keys of its patterns as regular expressions
 
 
@@ -88,7 +88,7 @@ def check_adapter(settings: Mapping[str, Any], where: str) -> None:
 def recordable(
     settings: Mapping[str, Any], modules: list[str], seed: int, min_rank: int | None = None
 ) -> dict[str, Any]:
-    """The settings of an adapter on `modules` as a file stores them, without those used only to create it."""
+    """Returns the settings of an adapter on `modules` as a file stores them, without those used only to create it."""
     kept = {k: v.value if isinstance(v, Enum) else v for k, v in settings.items() if k not in _OF_THE_MAKING}
     own = {SEED: seed or None, MIN_RANK: min_rank}
     return {**kept, "target_modules": modules, **{key: value for key, value in own.items() if value is not None}}

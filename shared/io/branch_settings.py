@@ -1,4 +1,4 @@
-"""Forms of branches beside a network's layers, as files store them. Importing this loads no model library."""
+"""Settings of the branches that are added to a network's layers, as files store them. Importing this loads no model library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Values = Literal["differences", "as_learned", "off"]
 
 
 class BottleneckForm(Part):
-    """out + up(gelu(down(input))) around a layer of attention or feed-forward."""
+    """Adds up(gelu(down(input))) to the output of an attention or feed-forward layer."""
 
     kind: Literal["bottleneck"] = "bottleneck"
 

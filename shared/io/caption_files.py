@@ -1,7 +1,7 @@
 """Captions in the usual formats: a text file next to each picture or clip, or one `metadata.jsonl` for all of them.
 
-Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`, with extensions in any case; the first of this list wins.
-`metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a mug"} on each line.
+Text files are `NAME.txt`, `NAME.caption` or `NAME.png.txt`, with extensions in upper or lower case; the first in this list
+wins. `metadata.jsonl` is Hugging Face's image-folder format: {"file_name": "a.png", "text": "a photo of a mug"} on each line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEYS = ("text", "caption", "prompt")
 
 
 def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Picture or clip (a file or a folder of frames) -> the file in `folder` that holds its caption."""
+    """Returns picture or clip (a file or a folder of frames) -> the file in `folder` that holds its caption."""
     there: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.iterdir()):
         if looks_like_captions(path):
@@ -39,13 +39,13 @@ def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def looks_like_captions(path: Path) -> bool:
-    """Whether a file's name is that of a caption file."""
+    """Whether a file is named like a caption file."""
     named = path.suffix.lower() in ENDINGS or path.name == METADATA
     return named and not path.name.startswith(".") and path.is_file()
 
 
 def caption_text(file: Path, item: Path) -> str:
-    """The caption of a picture or clip from the file that `caption_files` found, with line breaks turned into spaces.
+    """Returns the caption of a picture or clip from the file that `caption_files` found, with line breaks turned into spaces.
 
     Raises ValueError, naming the file, if it is not UTF-8 text or a line of `metadata.jsonl` cannot be read.
     """
@@ -54,7 +54,7 @@ def caption_text(file: Path, item: Path) -> str:
 
 
 def _listed(file: Path | None) -> dict[str, str]:
-    """File name -> caption in a `metadata.jsonl`; lines without a caption are ignored."""
+    """Returns file name -> caption from a `metadata.jsonl`; lines without a caption are ignored."""
     out: dict[str, str] = {}
     for number, line in enumerate(read_text_file(file, "the captions").splitlines() if file else (), 1):
         if not line.strip():
@@ -79,8 +79,8 @@ def given_captions(items: Sequence[Path], folder: str | os.PathLike[str], a_name
     """Like `caption_files`, for a caption folder that the user gives. Raises ValueError if it holds none of the captions.
 
     Args:
-        a_name: whose name a caption file must have, for example "a picture's"
-        what: the items, for example "pictures"
+        a_name: for messages, whose name a caption file must have, for example "a picture's"
+        what: for messages, what the items are, for example "pictures"
     """
     root = expanded(folder)
     if not root.is_dir():

@@ -22,7 +22,7 @@ _TILE = 128  # pixels: smaller pictures are enlarged to about this on a contact 
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] (clamped) as an 8-bit image. ValueError for NaN or Inf."""
+    """Converts [3, H, W] in [-1, 1] (clamped) to an 8-bit image. ValueError for NaN or Inf."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"a picture must have the shape [3, H, W]; this one has {list(pixels.shape)}")
     pixels = pixels.detach().to("cpu", torch.float32)
@@ -58,7 +58,7 @@ def write_picture(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text chunks of a PNG by key; empty if there are none. ValueError if it is not a readable PNG."""
+    """Returns the text chunks of a PNG by key; empty if there are none. ValueError if it is not a readable PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             assert isinstance(image, PngImagePlugin.PngImageFile)
@@ -68,8 +68,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def stills(pixels: Tensor, frames: int = 4) -> Tensor:
-    """Pictures [N, 3, H, W] unchanged; clips [N, 3, F, H, W] as at most `frames` frames, evenly spaced from the first to the
-    last, side by side: [N, 3, H, n * W]."""
+    """Returns pictures [N, 3, H, W] unchanged, and clips [N, 3, F, H, W] as at most `frames` frames side by side, evenly spaced
+    from the first to the last: [N, 3, H, n * W]."""
     if pixels.ndim == 4:
         return pixels
     chosen = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
@@ -77,7 +77,7 @@ def stills(pixels: Tensor, frames: int = 4) -> Tensor:
 
 
 def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
-    """[N, 3, H, W] in [-1, 1] as a grid with `gap` pixels between pictures; `columns` is about sqrt(N) by default."""
+    """Arranges [N, 3, H, W] in [-1, 1] in a grid with `gap` pixels between pictures; `columns` defaults to about sqrt(N)."""
     if pixels.ndim != 4 or len(pixels) == 0:
         raise ValueError(f"a grid needs pictures of shape [N, 3, H, W], not {list(pixels.shape)}")
     columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -93,7 +93,7 @@ def grid(pixels: Tensor, columns: int | None = None, gap: int = 0) -> Image.Imag
 
 
 def contact_sheet(rows: Mapping[str, Tensor], tile: int = _TILE, columns: int | None = None) -> Image.Image:
-    """Rows of pictures, each [N, 3, H, W] in [-1, 1], with their labels in a column on the left.
+    """Draws rows of pictures, each [N, 3, H, W] in [-1, 1], with their labels in a column on the left.
 
     Pictures smaller than `tile` pixels are enlarged by an integer factor without smoothing, so that every pixel shows;
     larger ones are unchanged. Rows may differ in length and picture size; rows longer than `columns` wrap.

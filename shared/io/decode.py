@@ -23,9 +23,9 @@ from shared.io.terminal import encodable
 MAX_PIXELS = (
     64_000_000  # width * height at 8 bits per channel; decoding and resizing take up to 1.7 GB, as 32-bit values
 )
-_DEEP = 2  # deeper channels take twice as much: 64-bit values while they are converted to 8 bits
+_DEEP = 2  # deeper channels take twice the memory: 64-bit values while they are converted to 8 bits
 MIN_SIDE = 16  # pixels
-GROUND = (128, 128, 128)  # shown behind transparency and around a padded picture
+GROUND = (128, 128, 128)  # the colour behind transparency and around a padded picture
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,7 +120,7 @@ def read_mask(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def two_valued(mask: Image.Image) -> Image.Image:
-    """A mask of mode L, stretched to black and white if it has only two values. An empty mask stays empty."""
+    """Returns a mask of mode L, stretched to black and white if it has only two values; an empty mask stays empty."""
     values = np.asarray(mask)
     levels = np.unique(values)
     if len(levels) <= 2 and levels[-1] > 0:
@@ -129,7 +129,7 @@ def two_valued(mask: Image.Image) -> Image.Image:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header. ValueError if it cannot be read."""
+    """Reads (width, height) of the upright picture from its header. ValueError if it cannot be read."""
     path = expanded(path)
     with opened(path) as image:
         turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFFs itself
@@ -137,7 +137,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as [3, H, W] float32 in [-1, 1]."""
+    """Returns an RGB image as [3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
 
 
@@ -150,7 +150,7 @@ def named_errors(path: Path) -> Iterator[None]:
     """Turns any error inside into a ValueError that names the file."""
     try:
         yield
-    except Exception as error:  # decoders raise almost anything on hostile data
+    except Exception as error:  # decoders can raise anything on hostile data
         if of_the_machine(error) or (isinstance(error, ValueError) and str(path) in str(error)):
             raise
         what = f"{error}".strip() or type(error).__name__
@@ -159,7 +159,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """The header of a picture file. Unlike Image.open, it tries only one format and leaves the size check to the caller."""
+    """Opens a picture file and reads its header. Unlike Image.open, tries only one format and leaves the size to the caller."""
     try:
         kind = sniff(path)
     except OSError as error:
@@ -185,7 +185,7 @@ def check_size(path: Path, size: tuple[int, int], max_pixels: int = MAX_PIXELS, 
 
 
 def _decode(path: Path, max_pixels: int, min_side: int) -> Image.Image:
-    """The first frame, decoded and upright, in the file's own mode."""
+    """Returns the first frame, decoded and upright, in the file's own mode."""
     with opened(path) as image:
         deep = image.mode.startswith(("I", "F"))
         check_size(path, image.size, max_pixels // (_DEEP if deep else 1), min_side)
@@ -208,7 +208,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colour (mode L, RGB or CMYK) and transparency (mode L) of a decoded picture."""
+    """Splits a decoded picture into colour (mode L, RGB or CMYK) and transparency (mode L)."""
     if image.mode.startswith(("I", "F")):
         return _grey(image)
     if image.mode == "LA":
@@ -220,10 +220,10 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit, 32-bit and float grey as 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
+    """Converts 16-bit, 32-bit and float grey to 8 bits: 65535 / 257 = 255. Pillow's own conversion would clip to white.
 
-    Integers up to 255 are taken as 8-bit values in a wider type, as scientific software writes them; read as 16-bit values
-    they would all be black.
+    Integers up to 255 are assumed to be 8-bit values in a wider type, as scientific software writes them; read as 16-bit
+    values they would all be black.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
@@ -242,7 +242,7 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, path: Path) -> Image.Image:
-    """Mode RGB in sRGB, converted with the embedded colour profile if it suits this kind of picture."""
+    """Converts to mode RGB in sRGB, with the embedded colour profile if it suits this kind of picture."""
     if icc and features.check("littlecms2"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))

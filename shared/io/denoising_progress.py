@@ -1,4 +1,4 @@
-"""Progress callbacks, from the innermost loop to the display."""
+"""Progress callbacks, passed from the display down to the innermost loop."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Steps = Callable[[int, int], None]
 
 
 def named(progress: Callable[[str, int, int], None] | None, what: str) -> Steps | None:
-    """A (done, of) callback that passes (what, done, of) to `progress`."""
+    """Returns a (done, of) callback that passes (what, done, of) to `progress`."""
     return partial(progress, f"{what}, denoising steps") if progress else None
 
 
 def part_of(progress: Steps | None, start: int, count: int, total: int) -> Steps | None:
-    """A callback for pictures `start` to `start + count` that reports progress over all `total`."""
+    """Returns a callback for pictures `start` to `start + count` that reports progress over all `total`."""
     if progress is None:
         return None
 

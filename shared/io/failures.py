@@ -1,5 +1,5 @@
-"""Explains failures of the machine rather than of the input (memory, disk, links, depth): what happened, where, and what to
-do. Libraries report them with their own exceptions, which are recognised only here."""
+"""Explains failures of the machine rather than of the input (memory, disk, links, recursion depth): what happened, where, and
+what to do. Libraries report them with their own exceptions, and only this module recognises those."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SMALLER = (
 
 
 def system_error(error: BaseException) -> int | None:
-    """The `errno` of a failure, even if a library only quotes it in its message; None if there is none."""
+    """Returns the `errno` of a failure, even if a library only quotes it in its message; None if there is none."""
     if isinstance(error, OSError):
         return error.errno
     found = _NUMBER.search(str(error)) if not isinstance(error, ValueError) else None
@@ -57,12 +57,12 @@ def of_the_machine(error: BaseException) -> bool:
 
 
 def of_the_disk(error: BaseException) -> bool:
-    """Whether writing failed: if several outputs are made in turn, the next one would fail too."""
+    """Whether writing failed, so that any output written next would fail too."""
     return system_error(error) in _OF_WRITING
 
 
 def in_words(error: BaseException) -> str | None:
-    """One message for a failure of the machine; None for any other error, which may be a bug."""
+    """Describes a failure of the machine in one message; None for any other error, which may be a bug."""
     if out_of_memory(error):
         where = (
             "the GPU"
@@ -87,7 +87,7 @@ def in_words(error: BaseException) -> str | None:
 
 
 def _size(error: BaseException) -> str:
-    """How much memory was requested, if the error says so."""
+    """Returns how much memory was requested, if the error contains it."""
     asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
     if asked is None:
         return ""
@@ -96,7 +96,7 @@ def _size(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While `path` is written, makes disk failures of any library name `path`, not the temporary file that is written first."""
+    """While `path` is written, makes disk errors of any library name `path` instead of the temporary file written first."""
     try:
         yield
     except Exception as error:

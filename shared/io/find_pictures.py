@@ -44,7 +44,7 @@ class Listing:
 
 
 def sniff(path: Path) -> str | None:
-    """A file's picture format, judged by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
+    """Returns a file's picture format, judged by its content: "PNG", "JPEG", … "HEIC"; None for anything else.
 
     Formats with a two-letter signature (BMP, PPM) must also have the right extension. OSError if it cannot be opened.
     """
@@ -150,7 +150,7 @@ def _skipped(path: Path, reason: str) -> str:
 
 
 def _not_a_picture(path: Path) -> str:
-    """Why a file is not a picture; empty when it is one."""
+    """Says why a file is not a picture; empty when it is one."""
     if path.is_dir():
         return "a folder"
     if not path.is_file():
@@ -164,7 +164,7 @@ def _not_a_picture(path: Path) -> str:
 
 
 def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> str:
-    """Why a possible caption file is not used."""
+    """Says why a possible caption file is not used."""
     if file.name == METADATA:
         return "no captions for the files here, or each has its own caption file"
     owner = next((p for p in items if file.stem in (p.stem, p.name)), None)
@@ -173,7 +173,7 @@ def no_caption(file: Path, items: Collection[Path], used: Collection[Path]) -> s
 
 
 def owner_stem(stem: str, stems: Collection[str]) -> str:
-    """The stem of the picture that a mask file belongs to; its own stem if it is a picture itself."""
+    """Returns the stem of the picture that a mask file belongs to; its own stem if it is a picture itself."""
     for end in MASK_ENDS:
         if stem.endswith(end) and stem.removesuffix(end) in stems:
             return stem.removesuffix(end)
@@ -181,7 +181,7 @@ def owner_stem(stem: str, stems: Collection[str]) -> str:
 
 
 def _mask_files(folder: Path) -> list[Path]:
-    """Every possible mask of a picture in this folder, those in `masks/` first."""
+    """Returns every possible mask of a picture in this folder, those in `masks/` first."""
     inside = sorted((folder / "masks").iterdir()) if (folder / "masks").is_dir() else []
     named = sorted(p for p in folder.iterdir() if p.stem.endswith(MASK_ENDS))
     return [p for p in (*inside, *named) if not p.name.startswith(".") and not _not_a_picture(p)]

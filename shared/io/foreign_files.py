@@ -1,4 +1,4 @@
-"""Which files in a folder pcs wrote: a folder may be replaced only if it holds nothing else.
+"""Finds out which files in a folder pcs wrote, because a folder may be replaced only if it holds nothing else.
 
 Concepts, reports, exports, checkpoints and benchmark cells list their files in their JSON; pictures are marked in their PNG
 text. Any other folder contains a list of its files: `atomic_folder` writes it at the end, and training adds each file before
@@ -19,16 +19,16 @@ from typing import Any
 from shared.io.temporary_names import is_temporary
 
 MARK = ".pcs-output"  # the hidden list of files
-_NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave
+_NOISE = {MARK, ".DS_Store", "Thumbs.db", "desktop.ini"}  # besides our list, files that file managers leave
 _MAX_JSON = 64 * 1024 * 1024  # bytes
 _MADE = "pcs"  # the key in the PNG text of generated pictures
-_ALBUM = {"toybox-subject", "toybox-style"}  # the same for pictures of held-out things
+_ALBUM = {"toybox-subject", "toybox-style"}  # the same for pictures of held-out objects
 _CHECKPOINT = re.compile(r"checkpoint-\d\d-\d{7}x*")
 _CHECKPOINT_FILES = {"state.json", *(f"{n}.safetensors" for n in ("learned", "optimizer", "best", "carried"))}
 
 
 def foreign_files(folder: Path, most: int = 4) -> list[str]:
-    """Up to `most` files below a folder that are not recorded there as written by pcs.
+    """Returns up to `most` files below a folder that are not recorded there as written by pcs.
 
     Paths are relative to the folder. Links are not followed and count as foreign.
     """
@@ -96,7 +96,7 @@ def _foreign_files(folder: Path, known: Collection[str], prefix: str) -> Iterato
 
 
 def _explained(folder: Path) -> set[str]:
-    """Files below a folder that its own JSON files or marks account for."""
+    """Returns the files below a folder that its own JSON files or marks account for."""
     out: set[str] = set()
     for name, (keys, files) in _LISTS.items():
         content = _json(folder / name)
@@ -113,7 +113,7 @@ def _explained(folder: Path) -> set[str]:
 
 
 def _of_pictures(folder: Path) -> set[str]:
-    """Captions and masks of an album's pictures."""
+    """Returns the captions and masks of an album's pictures."""
     out: set[str] = set()
     for picture in folder.glob("*.png"):
         if _ALBUM & _png_text(picture):
@@ -148,7 +148,7 @@ def _json(path: Path) -> Any:
 
 
 def _png_text(path: Path) -> set[str]:
-    """The keys of the text chunks in a PNG's header; nothing is decoded. Empty for any other file."""
+    """Returns the keys of the text chunks in a PNG's header; nothing is decoded. Empty for any other file."""
     from PIL import Image
 
     if path.suffix.lower() != ".png" or path.is_symlink():

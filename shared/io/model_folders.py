@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.io.failures import of_the_machine
 
-#: Keys in older files, and of the other half of a model of which only the text encoder is used.
+#: Expected stray keys: those of older files, and those of the unused half of a model that is used only for text.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PADDED = 0.9  # the smallest share of a table's rows that are tokens: tables are padded by a few rows, not by half
@@ -23,14 +23,14 @@ _WORDS = ("dog", "mug", "teapot")
 def load_network(
     kind: Any, folder: Path, unused: Sequence[str] = (), variant: str | None = None, dtype: Any = None
 ) -> Any:
-    """`kind.from_pretrained(folder)`, on the CPU and offline.
+    """Loads a network with `kind.from_pretrained(folder)`, on the CPU and offline.
 
     Args:
         kind: a model class of diffusers or transformers
         folder: with `config.json` and safetensors, in one file or in shards
         unused: patterns of keys that the model has but that are not used here; they may be missing
         variant: as in `model.fp16.safetensors`; default: the files' variant, if all of them have it
-        dtype: of the weights (default: float32)
+        dtype: the dtype of the weights (default: float32)
 
     Raises:
         ValueError: the files cannot be read, or lack a key, or have a key with another shape; the message says where
@@ -54,7 +54,7 @@ def load_network(
                 local_files_only=True,
                 **options,
             )
-    except Exception as error:  # whatever a broken folder raises concerns the user's files
+    except Exception as error:  # whatever a broken folder raises, the fault is in the user's files
         if of_the_machine(error):
             raise
         raise ValueError(f"cannot load {folder} as {kind.__name__}: {first_line(error)}") from error
@@ -120,7 +120,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _weights_file(folder: Path) -> str:
-    """The name of the file that lists the keys: the shard index, or the only file."""
+    """Returns the name of the file that lists the keys: the shard index, or the only file."""
     names = sorted(p.name for p in (*folder.glob("*.index*.json"), *folder.glob("*.safetensors")))
     return next((n for n in names if "index" in n), names[0] if names else "")
 
@@ -167,14 +167,14 @@ def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
+    """Returns the first line of an exception's message, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def quiet(network: bool = False) -> Iterator[None]:
     """Silences the progress bars and logs of diffusers and transformers while they load, and blocks network requests unless
-    `network` is set, since `local_files_only` is not respected everywhere. Restores the previous state."""
+    `network` is set, because not all code respects `local_files_only`. Restores the previous state."""
     from diffusers.utils import logging as diffusers_log
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_log
@@ -189,7 +189,7 @@ def quiet(network: bool = False) -> Iterator[None]:
         log.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # argument names differ between versions
+            warnings.simplefilter("ignore", FutureWarning)  # argument names change between versions
             yield
     finally:
         constants.HF_HUB_OFFLINE = offline

@@ -69,7 +69,7 @@ def _named(path: PathLike) -> Path:
 
 
 def _place(path: PathLike) -> Path:
-    """The path with links resolved; unchanged if its links form a loop."""
+    """Returns the path with links resolved; unchanged if its links form a loop."""
     return Path(os.path.realpath(expanded(path)))
 
 
@@ -115,7 +115,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
     supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    gives. Leftovers of killed processes next to it are removed. Raises ValueError as `check_output` does, before and after.
+    sets. Leftovers of killed processes next to it are removed. Raises ValueError as `check_output` does, before and after.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -132,7 +132,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
                 if file.is_file() and not file.is_symlink():
                     file.chmod(usual)
             if path.exists():
-                _check_there(path, overwrite)  # again: this may have changed in the meantime
+                _check_there(path, overwrite)  # check again: the output may have appeared in the meantime
             _take_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +160,7 @@ def _take_place(temporary: Path, path: Path) -> None:
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path (same extension) to write to; it replaces `path` at the end and is removed on an error.
 
-    The folder must exist; the file gets the mode that the umask gives, whichever library wrote it.
+    The folder must exist; the file gets the mode that the umask sets, whichever library wrote it.
     `with atomic_write(p) as temporary: save_file(tensors, temporary)`.
     """
     named, path = path, Path(os.path.realpath(path))

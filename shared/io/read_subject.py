@@ -57,7 +57,7 @@ def read_subject(
 
 
 def plain_noun(text: str) -> str:
-    """A class noun without its article, which templates add: "a mug" is "mug". ValueError if it is not a plain word."""
+    """Removes the article from a class noun ("a mug" is "mug"), because templates add one. ValueError unless a plain word."""
     if set("<>{}") & set(check_utf8(text)):
         raise ValueError(f"class_noun = {text!r}: use a plain word for what the subject is, for example duck")
     words = text.split()
@@ -65,7 +65,7 @@ def plain_noun(text: str) -> str:
 
 
 def _warn_of_gaps(pictures: Sequence[Path], having: Collection[Path], what: str, then: str) -> None:
-    """Warns of pictures that lack what others have; if none has it, that is not a mistake."""
+    """Warns of pictures that lack what others have. If no picture has it, that is intended, so there is no warning."""
     without = [p.name for p in pictures if p not in having]
     if having and without:
         count = f"{len(without)} of {len(pictures)} pictures have no {what}"
@@ -90,7 +90,7 @@ def _match(pictures: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _masks_in(pictures: Sequence[Path], folder: PathLike) -> dict[Path, Path]:
-    """The file of `folder` with the same stem, for each picture that has one."""
+    """Returns the file of `folder` with the same stem, for each picture that has one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"masks: {root} is not a folder")

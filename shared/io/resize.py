@@ -12,7 +12,7 @@ from shared.io.decode import GROUND, Picture
 from shared.io.terminal import encodable
 
 ResizeMode = Literal["cover", "contain"]
-_KEPT = 2 / 3  # of a picture: if less is kept, warn
+_KEPT = 2 / 3  # the share of a picture; warn if less is kept
 
 
 def resize(
@@ -21,11 +21,11 @@ def resize(
     mode: ResizeMode | None = None,
     keep: tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Resize picture and mask to `size` (a side, or (height, width)) in pixels. Deterministic to the bit.
+    """Resize picture and mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
 
     "cover" fills the frame and crops the rest, around the centre of the mask if there is one, else of the picture. A
     UserWarning names a picture that loses more than a third, unless all of its mask stays inside. None is "cover" without the
-    warning, for pictures that are only looked at. `keep`, a box (left, top, right, bottom), replaces the bounds of the mask,
+    warning, for pictures that are only displayed. `keep`, a box (left, top, right, bottom), replaces the bounds of the mask,
     so that all frames of a clip are cropped alike.
     "contain" keeps everything and pads with a neutral ground; `valid` says where the picture is.
     """
@@ -35,7 +35,7 @@ def resize(
     if mode == "contain":
         return _contain(picture, width, height)
     if mode not in ("cover", None):
-        raise ValueError(f"unknown way to resize {mode!r}. There are: contain, cover.")
+        raise ValueError(f"unknown way to resize {mode!r}. Available: contain, cover.")
     full_w, full_h = picture.size
     scale = max(width / full_w, height / full_h)
     cut_w, cut_h = min(full_w, width / scale), min(full_h, height / scale)
@@ -74,7 +74,7 @@ def _warn_of_loss(picture: Picture, kept: float) -> None:
 
 
 def _middle(picture: Picture, keep: tuple[int, int, int, int] | None) -> tuple[float, float]:
-    """(x, y) of the centre of what must stay in the frame."""
+    """Returns (x, y), the centre of what must stay in the frame."""
     left, top, right, bottom = keep or (0, 0, *picture.size)
     return (left + right) / 2, (top + bottom) / 2
 

@@ -24,7 +24,7 @@ _ITEM = {
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
+    """Reads entries (dtype, shape, data_offsets by tensor name) and metadata of a safetensors file, checked against its size.
 
     Raises ValueError, naming the file, if it is missing, truncated, or its header is invalid.
     """
@@ -67,7 +67,7 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> None:
 
 
 def safe_load_safetensors(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU. Nothing in the file is executed.
+    """Reads tensors by name, on the CPU. Nothing in the file is executed.
 
     Raises ValueError, naming file and tensor, if the file is missing, truncated or malformed, or (with `finite`) if a value is
     NaN or Inf.

@@ -22,12 +22,12 @@ _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def beside(path: Path) -> Path:
-    """An unused hidden name in the same folder (so on the same file system), with the same extension."""
+    """Returns an unused hidden name in the same folder (so on the same file system), with the same extension."""
     return path.with_name(f".{path.stem}.{_tag()}.partial{path.suffix}")
 
 
 def replaced(path: Path) -> Path:
-    """An unused hidden name for the old `path` until the new one is in place."""
+    """Returns an unused hidden name for the old `path` until the new one is in place."""
     return path.with_name(f".{path.name}.{_tag()}.replaced")
 
 
@@ -42,7 +42,7 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name has the form that `beside` and `replaced` give."""
+    """Whether a name has the form that `beside` and `replaced` create."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -57,7 +57,7 @@ def sweep(folder: Path) -> None:
         if match is None or match["host"] != _host() or _alive(int(match["pid"])):
             continue
         target = folder / match["name"]
-        with suppress(OSError):  # another process may be doing the same
+        with suppress(OSError):  # another process may be cleaning up too
             if match["kind"] == "replaced" and not target.exists():
                 entry.rename(target)
             elif entry.is_dir() and not entry.is_symlink():
@@ -79,7 +79,7 @@ def _tag() -> str:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Six digits that identify this machine: on a shared disk, whether another machine's processes are alive is unknown."""
+    """Returns six digits that identify this machine, because on a shared disk it cannot check the processes of another one."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 

@@ -8,26 +8,26 @@ from collections.abc import Iterable
 
 _KEPT = "\n\t"
 _SHOWN = 8  # names in a message
-# Bidirectional control characters, which can make a text look different from what it says.
+# Bidirectional control characters, which can make text look different from what it is.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: object, line: bool = False) -> str:
-    """The text without control characters (C0, C1, lone surrogates) and bidirectional marks; line breaks and tabs stay.
+    """Returns the text without control characters (C0, C1, lone surrogates) and bidirectional marks; line breaks and tabs stay.
 
-    line: make it one line, so that a name cannot pose as a separate message; line breaks and tabs become spaces.
+    line: turn line breaks and tabs into spaces, so that a name cannot pose as a separate message.
     """
     words = "".join(c for c in str(text) if c in _KEPT or not (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS))
     return words.replace("\n", " ").replace("\t", " ") if line else words
 
 
 def encodable(text: str) -> str:
-    """The text with characters that UTF-8 cannot encode (lone surrogates from bytes of file names or arguments) as escapes."""
+    """Escapes the characters that UTF-8 cannot encode (lone surrogates from bytes of file names or arguments)."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def escaped_name(name: str) -> str:
-    """A file name as one printable word without folder separators, so that it can be stored and shown anywhere.
+    """Turns a file name into one printable word without folder separators, so that it can be stored and shown anywhere.
 
     Printable Unicode and the plain space stay. Every other character becomes its Python escape (`\\uXXXX`, or
     `\\UXXXXXXXX` above U+FFFF): controls, other separators (U+00A0, U+202F, U+3000), joiners, lone surrogates (bytes
@@ -54,7 +54,7 @@ def check_utf8(text: str) -> str:
 
 
 def names(items: Iterable[str]) -> str:
-    """A list for a message: at most eight names, then the number of the rest."""
+    """Formats a list for a message: at most eight names, then the number of the others."""
     every = list(items)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

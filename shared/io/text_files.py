@@ -15,7 +15,7 @@ def read_text_file(path: str | os.PathLike[str], what: str, max_bytes: int = MAX
     not UTF-8.
 
     Args:
-        what: what errors call it, for example "the caption"
+        what: how errors refer to the file, for example "the caption"
     """
     path = Path(expanded(path))
     try:

@@ -1,4 +1,4 @@
-"""The available recipes, and their place in the survey. Cheap to import: nothing here imports torch."""
+"""Finds the available recipes, and records their place in the survey. Cheap to import: nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Taxonomy(Part):
 
 
 def config_folder() -> Path:
-    """The `configs` folder: in the wheel next to the packages, or at the top of the checkout."""
+    """Returns the `configs` folder: in the wheel next to the packages, or at the top of the checkout."""
     return Path(str(files("configs")))
 
 
 def recipe_files(modality: str) -> dict[str, Path]:
-    """Every shipped recipe of a modality ("image", "video", "3d") by name."""
+    """Returns every shipped recipe of a modality ("image", "video", "3d") by name."""
     return {p.stem: p for p in sorted((config_folder() / modality).glob("*.yaml"))}
 
 

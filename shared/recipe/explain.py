@@ -1,4 +1,4 @@
-"""A resolved recipe as annotated YAML: each part is explained above it, each setting after it."""
+"""Writes a resolved recipe as annotated YAML: each part is explained above it, each setting after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH = 120
 
 
 def explained(recipe: BaseModel, data: Mapping[str, Any]) -> str:
-    """YAML of `data` (the dump of `recipe`), with the documentation of its parts' classes as comments."""
+    """Returns `data` (the dump of `recipe`) as YAML, with the documentation of its parts' classes as comments."""
     return "\n".join(_lines(recipe, data, 0)) + "\n"
 
 
@@ -41,14 +41,14 @@ def _lines(model: Any, data: Mapping[str, Any], depth: int) -> Iterator[str]:
 
 
 def _documentation(part: type[BaseModel], width: int) -> Iterator[str]:
-    """The part's docstring, wrapped into lines."""
+    """Yields the part's docstring, wrapped into lines."""
     for paragraph in inspect.cleandoc(part.__doc__ or "").split("\n\n"):
         yield from wrap(" ".join(paragraph.split()), max(40, width))
 
 
 @cache
 def comments(part: type[BaseModel]) -> dict[str, str]:
-    """Setting -> the comment after it in the source of its class or a base class. Empty if there is no source."""
+    """Returns setting -> the comment after it in the source of its class or a base class. Empty if there is no source."""
     out: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

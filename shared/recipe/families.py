@@ -1,4 +1,4 @@
-"""The families of methods: for each its equation, the settings that matter, when to use it, and what it costs."""
+"""The families of methods: the equation of each, the settings that matter, when to use it, and what it costs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shared.recipe.catalog import config_folder
 
 
 class Family(Part):
-    """Methods that optimise the same thing."""
+    """Methods with the same objective, trained on the same parameters."""
 
     title: str
     equation: str
-    settings: dict[str, str]  # a key of its recipes -> what it does
+    settings: dict[str, str]  # a key of its recipes -> what the key does
     use: str
     cost: str
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def families(modality: str) -> dict[str, Family]:
-    """The families of a modality ("image", "video", "3d") by name, from `configs/families.yaml`."""
+    """Returns the families of a modality ("image", "video", "3d") by name, from `configs/families.yaml`."""
     known = yaml.safe_load((config_folder() / "families.yaml").read_text("utf-8"))
     return {name: Family(**entry) for name, entry in known[modality].items()}

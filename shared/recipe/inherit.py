@@ -25,7 +25,7 @@ class Layer:
 
 
 def read_layers(path: Path, modality: str) -> tuple[Layer, ...]:
-    """The file and everything it inherits from, root first.
+    """Reads a recipe file and everything it inherits from, root first.
 
     `base` is the name of a recipe of the same modality, or a path (`.yaml`) relative to the file that contains it.
 

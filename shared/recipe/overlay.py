@@ -1,4 +1,4 @@
-"""What a small world changes in every recipe (`configs/overlays/*.yaml`), and how the user's settings override it."""
+"""Adapts every recipe to a small world (`configs/overlays/*.yaml`), and lets the user's settings override the changes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Rules:
 
     @classmethod
     def read(cls, name: str | None, modality: str, kinds: Mapping[str, Any], model: type[Recipe] = Recipe) -> Rules:
-        """The rules of `configs/overlays/NAME-MODALITY.yaml`, else `NAME.yaml`; empty if neither exists or NAME is None."""
+        """Reads `configs/overlays/NAME-MODALITY.yaml`, else `NAME.yaml`; empty if neither exists or NAME is None."""
         folder = config_folder() / "overlays"
         path = folder / f"{name}-{modality}.yaml"
         path = path if path.is_file() else folder / f"{name}.yaml"
         return cls(read_yaml(path) if name and path.is_file() else {}, modality, kinds, slots(model))
 
     def of(self, data: Mapping[str, Any], methods: Sequence[str] = ()) -> dict[str, Any]:
-        """The changes to the recipe `data`.
+        """Returns the changes to the recipe `data`.
 
         Args:
             methods: the shipped recipes that it is or inherits from, root first
@@ -76,7 +76,7 @@ class Rules:
 
 
 def _for_parts_of(data: Mapping[str, Any], rule: Mapping[str, Any], slots: Sequence[str]) -> dict[str, Any]:
-    """A rule without its settings for parts that the recipe or phase lacks, or has with a different kind."""
+    """Returns a rule without its settings for parts that the recipe or phase lacks, or has with a different kind."""
     out = {key: part for key, part in rule.items() if not _of_another_kind(part, data.get(key))}
     for slot in slots:
         if isinstance(rule.get(slot), Mapping):
@@ -105,7 +105,7 @@ def _of_another_kind(rule: Any, part: Any) -> bool:
 def unstated(
     rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], full: Mapping[str, Any], kinds: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The rules without what the user set: a rule yields to a user's value that still holds in `full`, the whole recipe.
+    """Returns the rules without what the user set. A rule yields to a user's value that still holds in `full`, the recipe.
 
     Values set outside the phases count inside them too.
     """
@@ -133,5 +133,5 @@ def _unstated(rules: Mapping[str, Any], stated: Sequence[Mapping[str, Any]], ful
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value if it is a mapping, else an empty one (validation reports what is wrong)."""
+    """Returns the value if it is a mapping, else an empty one (validation reports what is wrong)."""
     return value if isinstance(value, Mapping) else {}

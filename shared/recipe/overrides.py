@@ -1,4 +1,4 @@
-"""`key=value` on the command line: literal text for paths and strings, YAML for everything else."""
+"""Parses `key=value` on the command line: literal text for paths and strings, YAML for everything else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NONE = type(None)
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, for the fields of `model`.
 
-    If a field is a path or a string, the text after = is taken literally; every other value is read as YAML. Such a field
-    has two exceptions:
+    If a field is a path or a string, the text after = is taken literally; every other value is read as YAML. There are
+    two exceptions for such a field:
 
     - `[a.png, b.png]`, if it takes several: a YAML list of strings, unless a file or folder has that name.
     - empty (`subject.masks=`) for a path and `null` for a string, if the field can be unset. A path may be called null.
@@ -44,7 +44,7 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
 
 
 def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Adds `more` in place. Mappings join; anything else replaces."""
+    """Adds `more` in place. Mappings are merged; anything else is replaced."""
     for key, value in more.items():
         if isinstance(value, Mapping):
             if not isinstance(into.get(key), dict):
@@ -55,7 +55,7 @@ def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _value(text: str, leaves: set[Any]) -> Any:
-    """The value of a field whose type is any of `leaves`: types, and (type,) for sequences of one."""
+    """Parses the value of a field whose type is one of `leaves`; (type,) is a sequence of that type."""
     path = Path in leaves
     if not path and (str not in leaves or leaves - {str, _NONE, (str,)}):
         return parse_yaml(text)
@@ -67,7 +67,7 @@ def _value(text: str, leaves: set[Any]) -> Any:
 
 
 class _Texts(yaml.SafeLoader):
-    """YAML in which every scalar is a string: `[2024, true]` is two names."""
+    """Loads YAML with every scalar as a string, so that `[2024, true]` is two names."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
@@ -81,7 +81,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
-    """The types allowed at a dotted key below an annotation, through models, unions, slots and the phases' overlays."""
+    """Yields the types allowed at a dotted key below an annotation, through models, unions, slots and the phases' overlays."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)

@@ -1,4 +1,4 @@
-"""The phases of a recipe: which names are allowed where, and the full recipe of each."""
+"""The phases of a recipe: checks their names, and builds the full recipe of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.recipe.schema import Recipe, dump
 
 R = TypeVar("R", bound=Recipe)
 
-#: The keys that let a file add a new phase: what it trains, or its task.
+#: The keys that let a file add a new phase: its trainable parts, or its task.
 _OWN = ("trainable", "task")
 #: Settings of the whole run, which a phase cannot change.
 _ONCE = frozenset(

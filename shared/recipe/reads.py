@@ -1,4 +1,4 @@
-"""The files and folders that a recipe reads, so that no output overwrites them."""
+"""Lists the files and folders that a recipe reads, so that no output overwrites them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES_OR_PATHS = ("backbone", "motion_adapter")  # `NameOrPath`
 
 
 def paths_read(recipe: Recipe) -> list[Path]:
-    """The files and folders that a recipe reads in any phase: pictures, masks, captions, models; not its output."""
+    """Returns the files and folders that a recipe reads in any phase: pictures, masks, captions, models; but not its output."""
     return list(dict.fromkeys(path for _, phase in expand_phases(recipe) for path in _paths(phase)))
 
 

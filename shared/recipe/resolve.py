@@ -15,13 +15,13 @@ from shared.recipe.phases import check_phases, expand_phases
 from shared.recipe.schema import Recipe
 
 R = TypeVar("R", bound=Recipe)
-GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` with the parts that its package adds
+GROUP = "pcs.recipes"  # entry points: modality = "module:class", a `Recipe` that includes its package's parts
 
 
 def model_of(modality: str) -> type[Recipe]:
-    """The recipe class of a modality: the core's own for "image", else that of an installed package.
+    """Returns the recipe class of a modality: the core's own for "image", else that of an installed package.
 
-    ValueError for a modality without an installed package.
+    ValueError if no installed package has this modality.
     """
     from importlib.metadata import entry_points
 
@@ -32,9 +32,9 @@ def model_of(modality: str) -> type[Recipe]:
 
 
 def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
-    """Resolves a recipe from these layers, lowest priority first: shipped files (a `base` before what inherits from it), the
-    toybox's overlay (only on the toybox), the user's own files, the user's `key=value`. The overlay adapts the parts of the
-    combined recipe.
+    """Resolves a recipe from these layers, lowest priority first: shipped files (a `base` before the files that inherit from
+    it), the toybox's overlay (only on the toybox), the user's own files, the user's `key=value`. The overlay adapts the parts
+    of the combined recipe.
 
     Raises ValueError for an unknown recipe, a broken file, or an invalid key or value.
     """
@@ -57,7 +57,7 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
 
 
 def written(recipe: str, modality: str = "image", model: type[R] = Recipe) -> R:
-    """The recipe as written in its files, for full-size models: without any overlay. Raises ValueError as `load` does."""
+    """Returns the recipe as its files have it, without any overlay, for full-size models. Raises ValueError as `load` does."""
     layers = read_layers(find(recipe, modality), modality)
     return validate(model, _inherited(layers, model), where=layers[-1].path.name)
 
@@ -92,7 +92,7 @@ def _kinds(model: type[Recipe]) -> dict[str, Any]:
 
 
 def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe]) -> dict[str, Any]:
-    """Applies the user's changes to a file and its phases; a part that the user adds joins the existing ones."""
+    """Applies the user's changes to a file and its phases; a part that the user adds is added to the existing ones."""
     filled = {slot: model.model_fields[slot].default for slot in slots(model)} | dict(data)
     filled, left = _outrank(filled, changes, slots(model), default_kinds(model))
     gone = [name for name, phase in mapping(changes.get("phases")).items() if phase is None]
@@ -105,9 +105,9 @@ def _lay(data: Mapping[str, Any], changes: Mapping[str, Any], model: type[Recipe
 def _outrank(
     data: Mapping[str, Any], changes: Mapping[str, Any], parts: Sequence[str], kinds: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the user's changes override the phases: returns (data with changed phases, the changes left for the base).
+    """Lets the user's changes override the phases. Returns (data with changed phases, the changes left for the base).
 
-    A part that only phases have is changed only there; a part that a phase has dropped stays out.
+    A part that only phases have is changed only there; a part that a phase has dropped stays dropped.
     """
     kept = data.get("phases") if changes.get("phases", {}) is not None else None
     phases = {name: dict(phase) for name, phase in mapping(kept).items() if isinstance(phase, Mapping)}
@@ -134,7 +134,7 @@ def _outrank(
 
 
 def _replaced(phase: Any, change: Any) -> Any:
-    """`phase` with its own keys replaced from `change`."""
+    """Returns `phase` with its own keys replaced by those of `change`."""
     if not isinstance(phase, Mapping) or not isinstance(change, Mapping):
         return change
     return {k: _replaced(v, change[k]) if k in change else v for k, v in phase.items()}

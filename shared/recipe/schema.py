@@ -29,7 +29,7 @@ from shared.trainable import Trainable
 from shared.trainable.base import MAIN
 from shared.types import Subject
 
-#: Counts and sizes have bounds far above any real setting, so that a typo is an immediate error, not a full memory.
+#: Counts and sizes have bounds far above any real setting, so that a typo fails at once instead of filling memory.
 Many = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 _STEPS = 10_000_000
@@ -74,10 +74,10 @@ class Train(Part):
     gradient_accumulation: Many = 1
     gradient_checkpointing: bool = False
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device computes it fast
-    resolution: Side | None = None  # pixels; None: the backbone's own
+    resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (
-        0  # augmented versions of each picture, computed once and cached; 0: a new one each step
+        0  # augmented versions of each picture, computed once and cached; 0: a new version each step
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = 200  # steps; 0: only at the end and on interruption
     optimizers: Annotated[dict[Group, Optimizer], parts_of("adamw")] = {MAIN: AdamW()}  # by group of trainable parts
@@ -85,15 +85,15 @@ class Train(Part):
 
 
 class Sampling(Part):
-    """How pictures and clips are generated, during training and by default afterwards. None: the backbone's own setting."""
+    """How pictures and clips are generated, during training and by default afterwards. null: the backbone's own setting."""
 
     steps: Many | None = None
     guidance: float | None = None
     scheduler: str | None = None
-    strength: Annotated[str, AfterValidator(check_points)] = ""  # of the concept, by step: "0@0,1@0.2"; "": constant
+    strength: Annotated[str, AfterValidator(check_points)] = ""  # by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
-        """The sampler's settings, without the strength by step, which needs the concept's name."""
+        """Returns the sampler's settings, without the strength by step, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
 
@@ -101,8 +101,8 @@ class PreviewSettings(Part):
     """The new pictures in a concept's `preview.png`, generated after the last step."""
 
     num: Annotated[int, Field(ge=0, le=1000)] = 4  # 0: no preview
-    resolution: Side | None = None  # pixels; None: train.resolution, else the backbone's own
-    steps: Many | None = None  # denoising steps; None: sampling.steps, else the backbone's own
+    resolution: Side | None = None  # pixels; null: train.resolution, else the backbone's own
+    steps: Many | None = None  # denoising steps; null: sampling.steps, else the backbone's own
     prompt: str = "a photo of a {concept}"
 
 
@@ -139,7 +139,7 @@ class Recipe(Part):
     phases: Annotated[dict[str, Overlay], BeforeValidator(_nothing)] = {}  # by name, run in order
 
     def opening(self) -> dict[str, Any]:
-        """What a runner needs to open the backbone besides its name."""
+        """Returns what a runner needs to open the backbone besides its name."""
         return {}
 
     @model_validator(mode="after")
@@ -156,5 +156,5 @@ class Recipe(Part):
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data; `validate(type(recipe), dump(recipe))` restores it."""
+    """Returns the recipe as plain data; `validate(type(recipe), dump(recipe))` restores it."""
     return recipe.model_dump(mode="json", by_alias=True)

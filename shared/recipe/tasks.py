@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class TuneTask(Part):
-    """Learns from the phase's sources. off: adapter sets of this run that are off in this phase."""
+    """Learns the subject from the phase's sources. off: adapter sets of this run that are off in this phase."""
 
     kind: Literal["tune"] = "tune"
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()
@@ -34,7 +34,7 @@ class TuneTask(Part):
         return True
 
     def count(self, steps: int, subjects: int) -> int:
-        """How many steps it takes, given `train.steps` and the number of subjects."""
+        """Returns the number of steps, given `train.steps` and the number of subjects."""
         return steps
 
 
@@ -45,7 +45,7 @@ class GenerateTask(Part):
     kind: Literal["generate"] = "generate"
     prompts: tuple[str, ...] = ("a photo of a {concept}",)
     num: Count = 8  # pictures per prompt and subject
-    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; None: all
+    keep: Count | None = None  # how many of a subject's pictures to keep, the best by score; null: all
     batch_size: Count = 4  # generated at once
     off: tuple[Annotated[str, Field(pattern=NAME)], ...] = ()  # adapter sets of this run that are off in this phase
 
@@ -61,11 +61,11 @@ class GenerateTask(Part):
 
     @property
     def learns_subjects(self) -> bool:
-        """It only uses what was learned."""
+        """False: it only uses what was learned."""
         return False
 
     def count(self, steps: int, subjects: int) -> int:
-        """How many steps it takes: one per batch of pictures."""
+        """Returns the number of steps: one per batch of pictures."""
         return -(-self.num * len(self.prompts) * subjects // self.batch_size)
 
     @field_validator("prompts")

@@ -1,4 +1,4 @@
-"""A recipe's place in the survey (https://arxiv.org/abs/2405.05538), derived from its slots."""
+"""Derives a recipe's place in the survey (https://arxiv.org/abs/2405.05538) from its slots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = {
 
 
 def taxonomy_of(recipe: Recipe) -> Taxonomy:
-    """The recipe's own `taxonomy`, with empty fields derived from the slots of all its phases."""
+    """Returns the recipe's own `taxonomy`, with empty fields derived from the slots of all its phases."""
     phases = [phase for _, phase in expand_phases(recipe)]
     derived = {
         "modifier": recipe.modifier.taxonomy,
@@ -41,7 +41,7 @@ def _on(roles: Iterable[str]) -> str:
 
 
 def _attending(phase: Recipe) -> str:
-    """Parts that change attention, and those that watch it: they need its maps."""
+    """Describes the parts that change attention, and those that watch it because they need its maps."""
     watching = (p for p in phase.regularize.values() if any("attention" in need for need in p.needs))
     return ", ".join(part.taxonomy for part in (*phase.attention.values(), *watching))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bars:
-    """Makes progress displays: `bar()` for training, `counter()` for everything else."""
+    """Creates progress displays: `bar()` for training, `counter()` for everything else."""
 
     bar: Callable[[], Any]
     counter: Callable[[], Any]

@@ -1,5 +1,5 @@
-"""The base of every package's runner: concepts loaded on one backbone; learn, generate, evaluate. A package defines how
-expanded prompts become its output (`make`)."""
+"""The base of every package's runner, which loads concepts on one backbone, learns, generates and evaluates. A package defines
+how expanded prompts become its output (`make`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Runner:
     """One backbone and the concepts attached to it."""
 
     tasks: ClassVar[TaskTable] = TASKS  # task part -> how its task is built
-    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # for what is generated during training
+    scorers: ClassVar[Callable[..., Any]] = staticmethod(training_scorers)  # scores what is generated during training
     backbone: Backbone
     loaded: dict[str, Loaded] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class Runner:
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError when a model's files show that it cannot do what the plan needs, before it is loaded."""
+        """Raises ValueError before a model is loaded if its files show that it cannot do what the plan needs."""
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
@@ -77,7 +77,7 @@ class Runner:
         return sample_all(self.backbone, prompts, seeds=seeds, settings=settings, progress=progress)
 
     def load(self, concept: Concept, strength: float = 1.0) -> None:
-        """Attaches a concept. ValueError when it does not fit, or one with this name is already loaded."""
+        """Attaches a concept. ValueError when it does not fit, or a concept with this name is already loaded."""
         attach(concept, self.backbone, strength)
         self.loaded[concept.meta.name] = Loaded(concept)
 
@@ -164,7 +164,7 @@ class Runner:
         ValueError for a name that is not loaded, and, if `must_name`, for a prompt that does not name every loaded subject.
         """
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one of each per picture")
+            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: give one seed per prompt")
         placeholders = self.backbone.placeholders
         if base:
             texts = [without(p, self.class_nouns) for p in prompts]
@@ -192,7 +192,7 @@ class Runner:
         return replace(settings, hooks=(*settings.hooks, *own))
 
     def evaluate(self, name: str, settings: EvaluationSettings = EvaluationSettings()) -> Report:
-        """Measures a loaded concept, as `pcs image evaluate` does.
+        """Scores a loaded concept, as `pcs image evaluate` does.
 
         Raises:
             ValueError: the concept is not loaded, its pictures cannot be found, or there is nothing to measure with
@@ -200,7 +200,7 @@ class Runner:
         return evaluate_loaded(self, name, settings)
 
     def shown(self, subject: Subject, side: int) -> Tensor:
-        """The training inputs, as pictures [N, 3, side, side'] for a contact sheet."""
+        """Returns what the concept is learned from, as pictures [N, 3, side, side'] for a contact sheet."""
         return references(subject, side)
 
     def _class_pictures(
@@ -220,7 +220,7 @@ class Runner:
     def _training(
         self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
     ) -> TrainingRun:
-        """A run of the recipe with the loaded concepts, not yet started."""
+        """Returns a run of the recipe with the loaded concepts, not yet started."""
         known: dict[str, Any] = {
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),
@@ -239,7 +239,7 @@ class Runner:
         return made
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
-        """A recipe's settings for pictures during training, at its training resolution."""
+        """Returns a recipe's settings for pictures during training, at its training resolution."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
         hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)

@@ -1,4 +1,4 @@
-"""Scores clips during training, and warns when a model has stopped moving."""
+"""Scores clips during training, and warns when a model no longer generates motion."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ALARM = 0.5  # the fraction of still clips that triggers the warning
 
 @dataclass(frozen=True)
 class Watched:
-    """A scorer that warns when at least half of the clips stand still."""
+    """A scorer that warns when at least half of the clips show no motion."""
 
     scorer: ClipScorer
     name: str
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """See `ClipScorer`; a UserWarning if `frozen` is 0.5 or more."""
+        """Scores clips as `ClipScorer` does, with a UserWarning if `frozen` is 0.5 or more."""
         scores = self.scorer(clips, prompts)
         if scores["frozen"] >= ALARM:
             warnings.warn(
@@ -42,9 +42,9 @@ class Watched:
 def clip_training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Watched] | None:
-    """One scorer per subject or motion for the clips generated during training; None if none are generated.
+    """Returns one scorer per subject or motion for the clips generated during training; None if no clips are.
 
-    They use only the clips and pictures that are learned from, and recognise no motion: the best checkpoint must not be
+    They use only the clips and pictures that are learned from, and do not recognise motions: the best checkpoint must not be
     chosen by the scores that judge the concept.
     """
     if not makes_previews(planned, clip, dino):

@@ -44,7 +44,7 @@ def check_folders(clip: Path | None, dino: Path | None) -> None:
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """One scorer per subject for pictures generated during training; None if none are generated, or nothing can score them.
+    """Returns one scorer per subject for pictures generated during training; None if there are none, or nothing scores them.
 
     They use only the references, never the look-alikes that the finished concept is judged against: the best checkpoint must
     not be chosen by the scores that judge the concept.
@@ -78,8 +78,8 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Whether anything is generated during training that could be scored; a UserWarning if not, but a folder to score it with
-    is given. ValueError when that folder does not exist."""
+    """Whether anything is generated during training that could be scored. Gives a UserWarning if not, although a folder to
+    score with is given. ValueError when that folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -94,7 +94,7 @@ def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
 
 
 def _expectations(planned: Plan, backbone: Backbone, class_noun: str) -> dict[str, Mapping[str, str]]:
-    """What a recognizer should see in the validation prompts that are also in the prompt set of the backbone's world."""
+    """Returns what a recognizer should see in validation prompts that are also in the prompt set of the backbone's world."""
     if backbone.world is None:
         return {}
     known = {p.plain(class_noun): p.expects for p in load_prompts(backbone.world.prompts).prompts}
@@ -112,13 +112,13 @@ class EvaluationSettings:
     limit: int | None = None  # only the first prompts of the set
     sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the concept's recipe
     references: Path | None = None  # a folder; default: the pictures it was learned from, or those next to its folder
-    gallery: Path | None = None  # a folder of folders with pictures of other things of the class
-    clip: Path | None = None  # model folders to measure with
+    gallery: Path | None = None  # a folder of folders with pictures of other objects of the class
+    clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
     path: Path | None = None  # the concept's folder, for its size; default: where it was read from
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
-    base: dict[str, KeptPictures] | None = None  # evaluations that share it generate the base model's pictures once
+    base: dict[str, KeptPictures] | None = None  # evaluations that share this reuse the base model's pictures
 
 
 def evaluate_loaded(
@@ -154,7 +154,7 @@ def evaluate_loaded(
 
 
 def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) -> Case:
-    """A subject's case: what to judge, and the known facts. ValueError when its pictures cannot be found."""
+    """Returns a subject's case: what to judge, and what is known about it. ValueError when its pictures cannot be found."""
     concept, folder, gallery = loaded.concept, settings.references, settings.gallery
     path = settings.path or concept.path
     subject = loaded.subject if folder is None else None
@@ -184,7 +184,7 @@ def picture_case(runner: Painter, loaded: Loaded, settings: EvaluationSettings) 
 
 @torch.no_grad()
 def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] in [-1, 1], encoded and decoded by the model's autoencoder."""
+    """Returns pictures [N, 3, H, W] in [-1, 1] after encoding and decoding them with the model's autoencoder."""
     size = pixels.shape[-2] * pixels.shape[-1]
     latents = [
         backbone.latent_moments(p.to(backbone.device))[0] for p in pixels.split(images_per_batch(size, DECODE_PIXELS))
@@ -193,7 +193,7 @@ def round_trip(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def find_references(concept: Concept, path: Path | None, folder: Path | None) -> Subject:
-    """The pictures the concept was learned from: in `folder`, or in the recorded folder next to the concept (`path`).
+    """Finds the pictures that the concept was learned from: in `folder`, or in the recorded folder next to `path`.
 
     Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
     """
@@ -210,7 +210,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 
 def beside(folder: Path, name: str) -> Path:
-    """The entry of a folder with a recorded name, plain or escaped."""
+    """Returns the entry of a folder with a recorded name, plain or escaped."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 
@@ -226,7 +226,7 @@ def _gallery(folder: Path, side: int) -> dict[str, Tensor]:
 def score_line(
     score: Score, true_ones: str = "true pictures", among_each_other: str = "references among themselves"
 ) -> str:
-    """A headline score as one line: value, interval, the base model's value, and other known figures with these labels."""
+    """Formats a headline score as one line: value, interval, the base model's value, and other figures with these labels."""
     if score.value is None:
         return "not measured"
     span = f" [{score.low:.3f}, {score.high:.3f}]" if score.low is not None and score.high is not None else ""
@@ -241,12 +241,12 @@ def score_line(
 
 
 def references(subject: Subject, side: int) -> Tensor:
-    """The subject's pictures: [N, 3, side, side] in [-1, 1]."""
+    """Returns the subject's pictures: [N, 3, side, side] in [-1, 1]."""
     return torch.stack([resize(read_picture(p), side).pixels for p in subject.images])
 
 
 def reference_masks(subject: Subject, side: int) -> Tensor | None:
-    """The masks [N, side, side] in [0, 1], cropped like `references`; None unless every picture has one."""
+    """Returns the masks [N, side, side] in [0, 1], cropped like `references`; None unless every picture has one."""
     if not all(p in subject.masks for p in subject.images):
         return None
     masks = [Picture(read_mask(subject.masks[p]).convert("RGB")) for p in subject.images]

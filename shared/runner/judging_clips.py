@@ -49,15 +49,15 @@ class ClipEvaluationSettings:
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
     sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the motion's recipe
-    references: Path | None = None  # the motion's clips; default: those it was learned from, next to its folder
-    pictures: Path | None = None  # the subject's pictures; default likewise
-    gallery: Path | None = None  # a folder of folders with pictures of other things of the subject's class
-    clip: Path | None = None  # model folders to measure with
+    references: Path | None = None  # the motion's clips; default: those that it was learned from, next to its folder
+    pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
+    gallery: Path | None = None  # a folder of folders with pictures of other objects of the subject's class
+    clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
-    reader: PathReader | None = None  # reads the paths of things; None: that of the model's world, if it has one
+    reader: PathReader | None = None  # reads the paths of subjects; None: that of the model's world, if any
     # Clips with the motion loaded but not requested: its name left out ("unnamed"), or named at strength 0 ("off"); or none.
     false_motion: FalseMotion = "unnamed"
-    compensate_camera: bool = False  # in motion fidelity
+    compensate_camera: bool = False  # when motion fidelity is measured
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     fps: float = 8.0  # of the clips in the report
@@ -70,7 +70,7 @@ def evaluate_clips_loaded(
     is written there.
 
     Raises:
-        ValueError: other concepts are loaded, their clips or pictures cannot be found, or the model generates no clips
+        ValueError: other concepts are loaded, the clips or pictures cannot be found, or the model generates no clips
     """
     check_false_motion(settings.false_motion)
     check_folders(settings.clip, settings.dino)
@@ -106,7 +106,7 @@ class _Judged:
 
     @staticmethod
     def of(runner: Painter) -> _Judged:
-        """ValueError unless one motion, one subject, or one of each is loaded."""
+        """Reads the concepts from a runner. ValueError unless one motion, one subject, or one of each is loaded."""
         by_kind = {name: loaded.concept.meta.kind for name, loaded in runner.loaded.items()}
         motions = [name for name, kind in by_kind.items() if kind == "motion"]
         subjects = [name for name, kind in by_kind.items() if kind in ("subject", "identity")]
@@ -140,14 +140,14 @@ class _Judged:
 
 
 def clip_score_line(score: Score) -> str:
-    """A headline score for clips as one line."""
+    """Returns a headline score for clips as one line."""
     if score.key in ("motion_recognised", "motion_fidelity", "leakage"):
         return score_line(score, "true clips", "the motion's clips among themselves")
     return score_line(score)
 
 
 def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
-    """The clips a motion was learned from: in `folder`, or in the recorded folder next to the concept.
+    """Returns the clips that a motion was learned from: in `folder`, or in the recorded folder next to the concept.
 
     Raises ValueError when they are missing, or differ from the concept's (which stores their hashes).
     """
@@ -166,8 +166,10 @@ def motion_clips(loaded: Loaded, folder: Path | None) -> tuple[Path, ...]:
 
 
 def read_motion(path: Path, recipe: Mapping[str, Any], side: int) -> Tensor:
-    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start); if the clip is shorter, all
-    its frames. ValueError for a single frame."""
+    """Reads a clip `[3, F, side, side]` as a motion's recipe does (rate, stride, length, start).
+
+    A shorter clip gives all its frames. ValueError for a single frame.
+    """
     window = _window(recipe)
     source = open_frames(path)
     try:
@@ -188,7 +190,7 @@ def _window(recipe: Mapping[str, Any]) -> ClipWindow:
 
 
 def clip_instruments(backbone: Backbone, clip: Path | None, dino: Path | None) -> Instruments:
-    """The instruments for this model's clips; empty if none are given and it does not have its own world."""
+    """Returns the instruments for this model's clips; empty if none are given and it does not have its own world."""
     if not (clip or dino or backbone.world):
         return Instruments()
     return load_instruments(clip, dino, backbone.world and backbone.world.instruments, str(backbone.device))
@@ -216,7 +218,7 @@ def _scorer(
 
 
 def _thing(case: Case, tools: Instruments, texts: ClipTexts, progress: Progress | None) -> Scorer:
-    """The picture scorer that decides whether a frame shows the subject, with the thresholds that true pictures set."""
+    """Returns the picture scorer that decides whether a frame shows the subject, with the thresholds that true pictures set."""
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
         through=case.through, masks=case.masks,

@@ -1,4 +1,4 @@
-"""Learning from files to files: turns a plan into concept folders."""
+"""Turns a plan into concept folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def personalize(
 ) -> dict[str, Path]:
     """Learns and saves; returns the concept folders by name. The training folder keeps logs and samples, not checkpoints.
 
-    Without `resume`, what an earlier run left in the training folder is removed when the first step begins. An interrupted
+    Without `resume`, leftovers of an earlier run in the training folder are removed when the first step begins. An interrupted
     run can be resumed until every concept is complete, including its preview.
     """
     if planned.finished:
@@ -58,19 +58,19 @@ def personalize(
 
 
 def _painted(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None) -> Any:
-    """The preview; None if it is not wanted or generating it fails, because a concept is complete without it."""
+    """Returns the preview; None if it is not wanted or generating it fails, because a concept is complete without it."""
     if not recipe.preview.num:
         return None
     try:
         return preview(runner, name, subject, recipe, progress)
-    except Exception as error:  # whatever it is (most likely out of memory), what was learned must be saved
+    except Exception as error:  # whatever it is (most likely out of memory), the concept must still be saved
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"the preview of {name!r} could not be generated and is left out ({why})", stacklevel=2)
         return None
 
 
 def preview_resolution(runner: Runner, recipe: Recipe) -> int:
-    """The side of the preview's pictures, in pixels."""
+    """Returns the side of the preview's pictures, in pixels."""
     *_, (_, last) = expand_phases(recipe)
     return recipe.preview.resolution or last.train.resolution or runner.backbone.resolution
 

@@ -41,5 +41,5 @@ class Painter(Protocol):
         must_name: bool = ...,
         progress: Steps | None = ...,
     ) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] on the CPU; see `Runner.generate`."""
+        """Returns pictures [N, 3, H, W] in [-1, 1] on the CPU; see `Runner.generate`."""
         ...

@@ -26,7 +26,7 @@ class AskedLora:
 
     path: Path
     strength: float = 1.0
-    token: str = ""  # the words that the subject had in its training captions
+    token: str = ""  # the words for the subject in its training captions
     class_noun: str = ""
 
 
@@ -47,7 +47,7 @@ def parse_loras(loras: Sequence[str], tokens: Sequence[str], class_noun: str = "
 
 
 def check_judged(concepts: Sequence[str], loras: Sequence[AskedLora], references: Path | None) -> None:
-    """Raises ValueError unless exactly one concept or LoRA is judged, and a LoRA has its token, class noun and references."""
+    """Raises ValueError unless one concept or LoRA is to be judged, and a LoRA has a token, class noun and references."""
     if len(concepts) + len(loras) != 1:
         counted = f"{len(concepts)} --concept" + (f" and {len(loras)} --lora" if loras else "")
         raise ValueError(f"evaluate takes exactly one --concept or --lora, got {counted}")
@@ -86,9 +86,9 @@ def open_runner(
     loras: Sequence[AskedLora] = (),
     **how: Any,
 ) -> R:
-    """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the one that the first
-    concept was learned on. `download`: whether to fetch it from the hub; `loras`: files of other programs to load as well;
-    `how`: arguments of the runner's `prepared`."""
+    """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the model that the first
+    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: files of other programs to load as
+    well; `how`: arguments of the runner's `prepared`."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
     if precision == "auto":  # in main memory the weights stay fp32, and only computations are rounded
@@ -106,14 +106,14 @@ def open_runner(
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """The model that `open_runner` opens: `backbone`, or the one that the first concept was learned on; None: the toybox."""
+    """Returns the model that `open_runner` opens: `backbone`, else that of the first concept, else None (the toybox)."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))
 
 
 def read_by(concepts: Sequence[str | Path], backbone: str | None) -> list[Path]:
-    """The folders that `open_runner` reads, including the first concept's model, so that no output overwrites them.
+    """Returns the folders that `open_runner` reads, including the first concept's model, so that no output overwrites them.
 
     Args:
         concepts: `PATH[:STRENGTH]`, or folders

@@ -36,14 +36,14 @@ class Plan:
     subjects: Mapping[str, Subject]
     outputs: Mapping[str, Path]
     workdir: Path
-    finished: bool = False  # nothing to resume: the concepts exist, learned with this recipe
+    finished: bool = False  # nothing to resume: the concepts already exist, learned with this recipe
 
 
 def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()) -> Plan:
     """Reads the subjects and determines the names. Raises ValueError before anything heavy is loaded or written.
 
     Args:
-        inputs: what a run reads besides its recipe's files (concepts, scorers); outputs must not overlap with it
+        inputs: what a run reads besides its recipe's files (concepts, scorers); no output may overlap with it
     """
     subjects = dict(recipe.subjects)
     if recipe.subject is not None:
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
 
 def _check_outputs(outputs: Mapping[str, Path], workdir: Path, overwrite: bool, resume: bool) -> bool:
     """Whether there is an interrupted run to resume. ValueError when existing files would be overwritten."""
-    anew = overwrite and not resume  # what an earlier run left is removed when this one begins
+    anew = overwrite and not resume  # leftovers of an earlier run are removed when this one begins
     begun = not anew and checkpoint.load(workdir) is not None
     for path in () if resume and not begun and not overwrite and _all_there(outputs) else outputs.values():
         check_output(path, overwrite or (resume and begun))
@@ -114,7 +114,7 @@ def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> Non
 
 
 def warn_unseen(backbone: Backbone, subjects: Mapping[str, Subject]) -> None:
-    """Warns when pictures do not come from the world that the model was trained on."""
+    """Warns when pictures do not come from the synthetic world that the model was trained on."""
     world = backbone.world
     for name, subject in subjects.items() if world else ():
         assert world is not None

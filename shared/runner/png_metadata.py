@@ -11,8 +11,8 @@ from shared.sampling.settings import SamplingSettings
 
 
 def metadata(prompt: str, seed: int, runner: Painter, settings: SamplingSettings) -> dict[str, str]:
-    """The PNG metadata of a picture: everything needed to generate it again. Since pictures are shared, models and files are
-    recorded without their folders; `checkpoint` identifies the model's weights."""
+    """Returns the PNG metadata of a picture: everything needed to generate it again. Models and files are recorded without
+    their folders, because pictures are shared; `checkpoint` identifies the model's weights."""
     backbone, stated = runner.backbone, settings.stated()
     made = {
         "steps": backbone.default_steps,

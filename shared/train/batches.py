@@ -1,4 +1,4 @@
-"""From examples to batches: order, captions, augmentation, and caching of what does not vary."""
+"""Turns examples into batches: order, captions, augmentation, and caching of what does not vary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.train.loop import generator
 from shared.types import Batch, Example, Role
 
 _ENCODE_PIXELS = 2**18  # the limit per autoencoder pass while caching: one 512x512 picture
-#: Step numbers that never occur, as random streams for epoch order, cached variants, and one-time preparation.
+#: Step numbers that never occur in a run; they seed the streams for epoch order, cached variants and preparation.
 _ORDER, _VARIANT, _FIXED = 2**40, 2**41, 2**43
 
 
@@ -35,10 +35,11 @@ class CachedExample:
 
 
 class Data:
-    """Draws batches. Latents are cached when no random augmentation is upstream, or else as `train.variants` versions of
-    each picture; pixels are dropped as soon as they are encoded.
+    """Draws batches. Latents are cached once per picture if no augmentation is random, otherwise in `train.variants` versions
+    of each picture; pixels are dropped as soon as they are encoded.
 
-    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, as many follow.
+    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same number of those
+    follows.
 
     Args:
         examples: consumed once, in order
@@ -109,7 +110,7 @@ class Data:
                 self._fill(role, indices)
 
     def _prepared(self, example: Example, index: int) -> Example:
-        """Does what is the same each time: masks, augmentations if none is random, other concepts named in the caption."""
+        """Applies what never varies: masks, augmentations if none is random, and other concepts named in the caption."""
         for mask in self.recipe.masks.values():
             example = mask(example)
         for augment in () if self.random else self.recipe.augment.values():
@@ -160,7 +161,7 @@ class Data:
         """Returns one micro-batch; the same for the same (seed, step, micro).
 
         Args:
-            role: only examples of this role; None: of the subject, plus of the class if a penalty needs them
+            role: only examples of this role; None: subject examples, plus class examples if a penalty needs them
         """
         draw = generator(self.recipe.seed, step, micro)
         roles: tuple[Role, ...] = ("instance", "prior") if self.with_priors else ("instance",)
@@ -227,7 +228,7 @@ class Data:
 
 
 def _own_name_open(example: Example) -> str:
-    """The caption with its first owner's name left for the prompt part to fill."""
+    """Returns the caption with its owner's name replaced by {concept}, which the prompt part fills."""
     return example.caption.replace(f"<{example.owner}>", "{concept}")
 
 
@@ -237,14 +238,14 @@ def _without_pixels(example: Example) -> Example:
 
 
 def _mask_of(cached: CachedExample, owner: str) -> Tensor:
-    """[1, (f), h, w]: where the owner is. All zeros in other owners' examples, all ones in its own if it has no mask."""
+    """Returns the owner's mask [1, (f), h, w]: all zeros in other owners' examples, all ones in its own if it has no mask."""
     if owner in cached.masks:
         return cached.masks[owner]
     return torch.ones_like(cached.mask) if owner in cached.example.owners else torch.zeros_like(cached.mask)
 
 
 def _at(mask: Tensor | None, size: torch.Size) -> Tensor:
-    """A mask resized to latent size by area; ones for None. For clips, time is pooled as the autoencoder groups frames."""
+    """Resizes a mask to latent size by area; ones for None. For clips, time is pooled as the autoencoder groups frames."""
     if mask is None:
         return torch.ones(1, *size)
     if mask.ndim == 4:

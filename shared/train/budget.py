@@ -1,4 +1,4 @@
-"""What a run may spend."""
+"""The limit on a run's length, in steps or minutes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `steps`, counted from the start of the run, or `minutes` from now."""
+    """Ends a run after `steps`, counted from its start, or after `minutes` from now."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -19,7 +19,7 @@ class Budget:
             raise ValueError(f"give either steps or minutes, not both or none: {self.steps=}, {self.minutes=}")
 
     def spent(self, step: int, warmup: int = 0) -> float:
-        """The fraction spent of the budget after `warmup` steps; 1 or more means that it is over."""
+        """Returns the spent fraction of the budget, not counting the first `warmup` steps; at 1 or more the run is over."""
         if self.steps is not None:
             return (step - warmup) / max(1, self.steps - warmup)
         return (time.monotonic() - self.begun) / (60 * max(self.minutes or 0.0, 1e-9))

@@ -32,7 +32,7 @@ class State:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     best: Mapping[str, Tensor] = field(default_factory=dict)  # learned tensors at the best score
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, best score, …
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases left besides `learned`
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # what earlier phases passed on besides `learned`
 
 
 def save(folder: Path, state: State) -> Path:
@@ -71,7 +71,7 @@ def _write(folder: Path, state: State) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Everything named like a checkpoint, in order."""
+    """Returns everything named like a checkpoint, in order."""
     return sorted(folder.glob(f"{PREFIX}*"))
 
 

@@ -36,7 +36,7 @@ class Clock:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds by kind, up to now."""
+        """Returns the seconds spent so far, by kind of work."""
         self._turn(self._what)
         return dict(self._spent)
 
@@ -48,7 +48,7 @@ def watch_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """The peak bytes in use, and of what: "gpu" (tensors, since `watch_memory`) or "process" (all its memory)."""
+    """Returns the peak bytes in use, and what they count: "gpu" (tensors, since `watch_memory`) or "process" (its memory)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "gpu"
     unit = 1 if sys.platform == "darwin" else 1024
@@ -56,8 +56,9 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 
 def summary(clock: Clock, device: torch.device, before: int = 0) -> dict[str, float | int | str]:
-    """For a concept's metrics: seconds spent on optimisation (`training_seconds`), on reading and generating the pictures to
-    learn from, and on validation; and peak memory in bytes, where `before` is the peak before an interruption."""
+    """Returns the costs recorded in a concept's metrics: seconds spent on optimisation (`training_seconds`), on reading and
+    generating training pictures, and on validation; and the peak memory in bytes. `before` is the peak before an
+    interruption."""
     spent, (peak, of) = clock.spent, peak_memory(device)
     return {
         "training_seconds": round(spent.get("optimisation", 0.0), 3),

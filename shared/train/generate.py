@@ -24,11 +24,11 @@ from shared.train.task import Updates
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture to generate. about: what else a later phase needs to know about it."""
+    """A picture to generate. about: anything else that a later phase needs to know about it."""
 
     file: str
     owner: str
-    prompt: str  # with {concept}
+    prompt: str  # contains {concept}
     seed: int
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,14 +51,14 @@ class Generate(ConceptTask):
         self._key = ""
 
     def planned(self) -> Iterator[Shot]:
-        """Every picture of the phase, in order."""
+        """Yields every picture of the phase, in order."""
         names = list(self.context.subjects)
         for number, (name, prompt) in enumerate((n, p) for n in names for p in self.settings.prompts):
             for i in range(self.settings.num):
                 yield Shot(f"{name}-{number:03d}-{i:04d}.png", name, prompt, self.seed(f"{number}/{i}"))
 
     def seed(self, of: str) -> int:
-        """The seed of one picture of this phase."""
+        """Returns the seed of one picture of this phase."""
         text = f"{self.context.recipe.seed}/{self.context.name}/{of}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
@@ -68,12 +68,12 @@ class Generate(ConceptTask):
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 
     def texts(self, shots: Sequence[Shot]) -> list[str]:
-        """Their prompts, expanded."""
+        """Returns their prompts, expanded."""
         placeholders = self.context.backbone.placeholders
         return [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in shots]
 
     def depends_on(self) -> Mapping[str, Tensor]:
-        """The tensors that a picture depends on."""
+        """Returns the tensors that a picture depends on."""
         return self.state_dict()
 
     def updates(self, step: int, micro: int) -> Updates:
@@ -98,7 +98,7 @@ class Generate(ConceptTask):
 
     @property
     def key(self) -> str:
-        """sha256 of what a picture depends on besides its prompt and seed; learned tensors do not change in this phase."""
+        """Hashes what a picture depends on besides its prompt and seed; what was learned does not change in this phase."""
         if not self._key:
             recipe, backbone = self.context.recipe, self.context.backbone
             digest = hashlib.sha256(model_key(backbone, self.context.loaded_strengths).encode())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.train.optim import Optimizers
 
-MOST = 2**26  # trained values; with more, nothing is copied and the last checkpoint has to do
+MOST = 2**26  # trained values; above this, no copy is kept, and only the last checkpoint can be restored
 _WILD = 1000.0  # a loss this many times the lowest one no longer counts as good
 
 
@@ -88,7 +88,7 @@ class LastGood:
 
 
 def _alike(new: Any, old: Any) -> bool:
-    """Whether one can be copied into the other."""
+    """Whether `new` can be copied into `old`."""
     both = isinstance(new, Tensor) and isinstance(old, Tensor)
     return both and new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
 

@@ -10,7 +10,7 @@ from shared.backbones.protocol import Adapter, Backbone
 
 
 def adapters_in(backbone: Backbone, adapter_sets: Sequence[str]) -> list[Adapter]:
-    """All adapters of these sets; a set with nothing injected has none."""
+    """Returns all adapters of these sets; a set with nothing injected has none."""
     return [adapter for name in adapter_sets for adapter in backbone.adapters.get(name, [])]
 
 
@@ -33,7 +33,7 @@ def restore(
     state: Mapping[str, Tensor],
     fresh: bool = False,
 ) -> None:
-    """The inverse of `gather`. ValueError when tensors are missing, left over or of the wrong shape.
+    """The inverse of `gather`. ValueError when tensors are missing, unexpected or of the wrong shape.
 
     With `fresh`, an adapter with no saved tensors keeps its initial values: the phase that adds it is just starting.
     """
@@ -48,7 +48,7 @@ def restore(
             continue
         adapter.load_state_dict({k: left.pop(prefix + k) for k in mine if prefix + k in left})
     if left:
-        raise ValueError(f"{len(left)} saved tensors fit nothing in this recipe, for example {sorted(left)[0]!r}")
+        raise ValueError(f"{len(left)} saved tensors match nothing in this recipe, for example {sorted(left)[0]!r}")
 
 
 def _take(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def check_log(folder: Path) -> None:
 
 
 class Log:
-    """`log.jsonl` and TensorBoard events in one folder, which is created on the first write.
+    """Writes `log.jsonl` and TensorBoard events into one folder, which is created on the first write.
 
     Lines of an earlier log past step `start` are dropped. Written files are added to the folder's list of files
     (`shared.io.foreign_files`); ValueError when one would replace a file that pcs did not write.
@@ -71,7 +71,7 @@ class Log:
                     self._board.add_scalar(key, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
-        """`pixels` [3, H, W] in [0, 1]."""
+        """Logs a picture to TensorBoard: `pixels` [3, H, W] in [0, 1]."""
         self._open()
         if self._board is not None:
             self._board.add_image(name, pixels.clamp(0, 1).numpy(), step)
@@ -97,7 +97,7 @@ class Log:
 
 
 def flat(record: Record) -> dict[str, float]:
-    """The values logged for one step."""
+    """Returns the values logged for one step, by name."""
     rates = {f"lr/{k}": v for k, v in record.lr.items()}
     parts = {f"loss/{k}": v for k, v in record.parts.items()}
     loss = {} if record.loss is None else {"loss": record.loss}

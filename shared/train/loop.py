@@ -1,7 +1,7 @@
 """The loop: a generator of steps. Logging, saving and sampling stay outside it.
 
-Every random draw of step i comes from a generator seeded with (seed, i). No generator state has to be saved, and k steps,
-stop, resume, m steps equal k + m steps.
+Every random draw of step i comes from a generator seeded with (seed, i). So no generator state has to be saved, and a run
+that is stopped after k steps and resumed for m more gives the same result as k + m steps in one go.
 """
 
 from __future__ import annotations

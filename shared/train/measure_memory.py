@@ -1,4 +1,4 @@
-"""The peak memory that a computation adds; and parsing of sizes as people write them."""
+"""Measures the peak memory that a computation adds, and parses memory sizes such as "8G"."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def peak_during(work: Callable[[], Any], device: torch.device) -> int:
-    """The peak bytes of tensors while `work` runs, minus those allocated before it."""
+    """Returns the peak bytes of tensors while `work` runs, minus those allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -46,7 +46,7 @@ def peak_during(work: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, nothing reaches standard error: the profiler announces itself there from below Python."""
+    """Silences standard error, to which the profiler's native code writes a notice."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -67,7 +67,7 @@ def _highest(changes: Iterable[int]) -> int:
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes in use now: tensors on a GPU, the whole process elsewhere (its peak so far on systems without /proc)."""
+    """Returns the bytes in use: tensors on a GPU, the whole process elsewhere (its peak so far on systems without /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""Less memory while a phase runs: recomputed activations, and idle networks offloaded to main memory."""
+"""Saves memory while a phase runs: activations are recomputed, and idle networks are offloaded to main memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recomputed_encoder(vae: Any, on: bool) -> Iterator[None]:
 class Offloaded:
     """GPU networks that wait in main memory while nothing uses them; elsewhere (`on` is False) nothing moves.
 
-    placement: of a backbone whose networks take turns on the device; each then comes back when it is used.
+    placement: given for a backbone whose networks take turns on the device; each then returns when it is next used.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
-"""What a penalty may need from a step besides the prediction: objects that can hold a context around the prediction and
-then give a value."""
+"""What a penalty may need from a step besides the prediction.
+
+A need can keep a context open around the prediction, and then computes a value.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from shared.types import Batch, Step
 
 
 class Need(Protocol):
-    """Something that parts can declare in `needs`, by name."""
+    """A value that parts can request by name in `needs`."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +42,7 @@ class Needing(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """A need that watches nothing: a function of the step."""
+    """A need computed from the step itself, without a context around the prediction."""
 
     name: str
     compute: Callable[[Step], Any]
@@ -53,7 +55,7 @@ class Computed:
 
 
 def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> dict[str, Need]:
-    """Every need that can be served, by name: the task's own, and those that parts provide.
+    """Returns every available need by name: the task's own, and those that parts provide.
 
     Raises ValueError when two different needs share a name.
     """
@@ -68,7 +70,7 @@ def needs_by_name(task_needs: Iterable[Need], parts: Mapping[str, Needing]) -> d
 
 
 def check_needs(parts: Mapping[str, Needing], served: Mapping[str, Need]) -> frozenset[str]:
-    """Every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing can serve."""
+    """Returns every need that the parts (place in the recipe -> part) declare. ValueError for one that nothing provides."""
     for place, part in parts.items():
         missing = sorted(part.needs - served.keys())
         if missing:

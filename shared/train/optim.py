@@ -92,7 +92,7 @@ class Optimizers:
         return tuple(self.groups)
 
     def parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
-        """All trained parameters, or those of these groups."""
+        """Returns all trained parameters, or those of these groups."""
         chosen = self.names if names is None else names
         return [p for name in chosen for part in self.groups[name] for p in part.parameters]
 
@@ -101,7 +101,7 @@ class Optimizers:
         return self.settings[group].needs_closure
 
     def states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Each parameter with its optimizer state: moments and step count, empty before the first step."""
+        """Yields each parameter with its optimizer state: moments and step count, empty before the first step."""
         for optimizer in self.raw.values():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -155,7 +155,7 @@ class Optimizers:
         whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite.
         """
         limit = self.settings[group].max_grad_norm
-        accelerator.unscale_gradients(self.prepared[group])  # fp16; only this one's: phases share parameters
+        accelerator.unscale_gradients(self.prepared[group])  # fp16; not the others': phases share parameters
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -178,11 +178,11 @@ class Optimizers:
         sums = [p.detach().sum() for p in self.parameters()]
         if sums and not bool(torch.stack([s.float().cpu() for s in sums]).isfinite().all()):
             for p in self.parameters():
-                if not bool(p.detach().isfinite().all()):  # a sum may overflow where no value does
+                if not bool(p.detach().isfinite().all()):  # a sum could overflow although every value is finite
                     raise NotFinite(f"the update of step {step} left parameters that are not finite")
 
     def scaler_state(self) -> dict[str, float]:
-        """The fp16 scaler's state as plain numbers; empty without a scaler."""
+        """Returns the fp16 scaler's state as plain numbers; empty without a scaler."""
         return {} if self._scaler is None else {**self._scaler.state_dict(), "skipped": self.skipped}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
@@ -199,7 +199,7 @@ class Optimizers:
     # --- what is saved -------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, list[dict[str, Any]]]:
-        """What optimizers store per parameter group (an estimated rate, a count), as plain numbers."""
+        """Returns what optimizers store per parameter group (an estimated rate, a count), as plain numbers."""
         return {
             name: [
                 {k: group[k] for k in self.settings[name].progress if k in group} for group in optimizer.param_groups
@@ -214,7 +214,7 @@ class Optimizers:
                 group.update(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`group.index.name` -> tensor: moments and step counts, for safetensors; lists and plain numbers as JSON keys."""
+        """Returns moments and step counts for safetensors, `group.index.name` -> tensor; keys mark lists and plain numbers."""
         out: dict[str, Tensor] = {}
         for name, optimizer in self.raw.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -245,7 +245,7 @@ class Optimizers:
 
 
 def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
-    """Optimizer state, rearranged for a parameter whose rows came from `rows` of the former one; new rows start at 0."""
+    """Rearranges optimizer state for a parameter whose rows came from `rows` of the former one; new rows start at 0."""
     if not isinstance(value, Tensor) or value.shape != former.shape:  # a count of steps
         return value
     at = rows.to(value.device)
@@ -253,7 +253,7 @@ def _rows_of(value: Any, former: Tensor, rows: Tensor) -> Any:
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """A value of an optimizer's state as tensors; for non-tensors the key records the type."""
+    """Yields one value of an optimizer's state as tensors; for non-tensors the key records the type."""
     if isinstance(value, Tensor):
         yield key, value.detach().cpu().clone().contiguous()
     elif isinstance(value, list):
@@ -266,7 +266,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _put(state: dict[str, Any], place: str, value: Tensor) -> None:
-    """The inverse of `_flat`, into one parameter's state; list items may arrive in any order."""
+    """Puts a value from `_flat` back into one parameter's state; list items may arrive in any order."""
     key, _, rest = place.partition("/")
     if not rest:
         state[key] = value

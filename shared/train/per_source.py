@@ -1,4 +1,4 @@
-"""Adapters that no concept keeps: those of one picture or clip (`per_source`), and temporary ones."""
+"""Adapters that are not saved in a concept: those of one picture or clip (`per_source`), and temporary ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from shared.types import Subject
 
 
 def adapter_set(slot: str, number: int) -> str:
-    """The adapter set of one part and one file; concepts cannot have such a name."""
+    """Returns the name of the adapter set of one part and one file; no concept can have such a name."""
     return f"{slot}@{number + 1}"
 
 
 def sets_by_file(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ...]]:
-    """File of any subject -> its own adapter sets; empty when no part uses `per_source`."""
+    """Returns file of any subject -> its own adapter sets; empty when no part uses `per_source`."""
     slots = dict.fromkeys(s for _, phase in phases for s, part in phase.trainable.items() if part.per_source)
     return {str(f): tuple(adapter_set(s, n) for s in slots) for n, f in enumerate(_files(subjects)) if slots}
 
 
 def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
-    """The adapter sets of temporary parts. ValueError when a permanent part shares one with them, because both would be
+    """Returns the adapter sets of temporary parts. ValueError when a permanent part shares one with them, because both would be
     dropped together."""
     parts = [(slot, part) for _, phase in phases for slot, part in phase.trainable.items() if part.adapter_set]
     sets = dict.fromkeys(part.adapter_set for _, part in parts if part.temporary)
@@ -40,7 +40,7 @@ def temporary_sets(phases: Sequence[tuple[str, Recipe]]) -> tuple[str, ...]:
 def inject_each(
     part: Trainable, backbone: Backbone, slot: str, subjects: Mapping[str, Subject], seed: int
 ) -> TrainableGroup:
-    """Injects one adapter per file of the subjects, as one group; each is off except while its file is learned."""
+    """Injects one adapter per file of the subjects, as one group; each is off except in steps on its own file."""
     groups = []
     for number in range(len(_files(subjects))):
         name = adapter_set(slot, number)

@@ -73,7 +73,7 @@ class Phase:
             except NotFinite as error:
                 raise NotFinite(f"{error} (phase {self.name}); {self._keep_good()}") from None
             self._finish()
-            if stop.is_set():  # it came after the last step
+            if stop.is_set():  # the signal came after the last step
                 raise Interrupted
 
     def _enter(self, stack: ExitStack) -> None:
@@ -86,7 +86,7 @@ class Phase:
         stack.callback(self._dropout, False)
         stack.callback(owner.offloaded.restore)
         self._dropout(True)
-        if owner.offloaded.on:  # on a GPU, networks the steps do not use make room
+        if owner.offloaded.on:  # on a GPU, networks that the steps do not use make room for those that they do
             owner.offloaded.offload(*(owner.offloaded.networks.keys() - self.task.networks_in_steps))
 
     def _loop(self) -> Loop:

@@ -1,4 +1,4 @@
-"""What a run gives to a phase's task."""
+"""What a phase's task receives from the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MakeNow(Protocol):
 
         Args:
             prompts: already expanded
-            start: what sampling starts from
+            start: the latents that sampling starts from
         """
         ...
 
@@ -48,8 +48,8 @@ class PhaseContext:
     name: str
     recipe: Recipe  # with the phase's overlay applied
     subjects: Mapping[str, Subject]
-    names: Sequence[str]  # of the subjects that the run learns: all, or none
-    adapter_sets: Sequence[str]  # of the adapters in training; first the default one
+    names: Sequence[str]  # of all subjects; empty if the run does not learn them
+    adapter_sets: Sequence[str]  # of the adapters in training, the default set first
     trained: Sequence[TrainableGroup]  # what the phase trains
     loaded_strengths: Mapping[str, float]  # concepts loaded before the run, which stay on
     initial_parameters: Mapping[str, Sequence[Tensor]]  # of each concept's modifier, before any training
@@ -61,7 +61,7 @@ class PhaseContext:
     progress: Callable[[str, int, int], None] | None = None
     per_source: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file -> its own adapter sets
     temporary: tuple[str, ...] = ()  # adapter sets that are on only in training steps
-    carried: Mapping[str, Tensor] = field(default_factory=dict)  # from earlier phases, besides what they learned
+    carried: Mapping[str, Tensor] = field(default_factory=dict)  # from earlier phases, in addition to what they learned
     earlier: Sequence[Recipe] = ()  # recipes of the earlier phases, in order
     phase_folders: Mapping[str, Path] = field(default_factory=dict)  # earlier phase -> the folder of its files
     resumed_step: int = 0  # the step of this phase that the run resumes at; 0: the phase starts fresh
@@ -81,11 +81,11 @@ class ConceptTask:
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """All of them, unless a task overrides this."""
+        """Returns all of them, unless a task overrides this."""
         return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
+        """Returns token vectors and adapters: `placeholder/<concept>/<key>` and `adapter/<slot>/<tensor>`."""
         return gather(self.context.backbone, self.context.names, self.context.adapter_sets)
 
     @contextmanager
@@ -114,24 +114,24 @@ class ConceptTask:
             yield
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of the wrong shape. An adapter with no saved tensors keeps
+        """Raises ValueError when tensors are missing, unexpected or of the wrong shape. An adapter with no saved tensors keeps
         its initial values at the start of a phase, because that phase adds it."""
         fresh = self.context.resumed_step == 0
         restore(self.context.backbone, self.context.names, self.context.adapter_sets, state, fresh)
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        """Optimizer group -> the trainable parts in it."""
+        """Returns optimizer group -> the trainable parts in it."""
         out: dict[str, list[TrainableGroup]] = {}
         for group in self.context.trained:
             out.setdefault(group.group, []).append(group)
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Nothing changes with time."""
+        """Returns None: nothing changes over time."""
         return None
 
     def carried(self) -> dict[str, Tensor]:
-        """Nothing: all that was learned is attached to the backbone."""
+        """Returns nothing: everything learned is attached to the backbone."""
         return {}
 
     def result(self) -> Any:

@@ -34,7 +34,7 @@ def same_recipe(
     old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
 ) -> None:
     """Raises ValueError naming the first key in which the recipe differs from that of a checkpoint or a finished run. Keys
-    that cannot matter may differ: output, name, preview, when checkpoints are written, and where pictures and model are.
+    that cannot matter may differ: output, name, preview, when checkpoints are written, and the locations of pictures and model.
 
     After a non-finite loss, rates, precision and optimizer may differ too.
     """
@@ -50,7 +50,7 @@ def same_recipe(
 
 
 def _world(value: Any) -> bool:
-    """Whether it names a model with its own world: its defaults belong to the name, not the weights."""
+    """Whether a value names a model with its own world, whose defaults come from the name rather than the weights."""
     return isinstance(value, str) and value in WORLDS
 
 
@@ -62,7 +62,7 @@ def same_precision(old: str, new: str) -> None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf key whose values differ, with both values."""
+    """Yields every leaf key whose values differ, with both values."""
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -72,7 +72,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = ""
 
 
 def dependencies(backbone: Backbone, subjects: Mapping[str, Subject], strengths: Mapping[str, float]) -> dict[str, str]:
-    """What a run depends on besides its recipe: description -> hash of the weights, the pictures and the loaded concepts.
+    """Returns what a run depends on besides its recipe: description -> hash of weights, pictures and loaded concepts.
 
     Call it before the concepts in training are attached.
     """
@@ -117,7 +117,7 @@ def _short(value: str) -> str:
 
 
 def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
-    """A key of what class pictures depend on besides their settings: the weights, and the concepts that are on."""
+    """Returns a key for what class pictures depend on besides their settings: the weights, and the concepts that are on."""
     digest = hashlib.sha256(backbone.checkpoint.encode())
     on = {n: s for n, s in strengths.items() if s and n in backbone.adapters}
     for name, strength in sorted(on.items()):
@@ -126,7 +126,7 @@ def model_key(backbone: Backbone, strengths: Mapping[str, float]) -> str:
 
 
 def concept_hash(backbone: Backbone, name: str) -> str:
-    """sha256 over the words and tensors attached under a name."""
+    """Returns the sha256 of the words and tensors attached under a name."""
     digest = hashlib.sha256()
     placeholder = backbone.placeholders.get(name)
     if placeholder is not None:

@@ -16,28 +16,28 @@ class Update:
     """One loss. A step may hold several, in order (distillation alternates)."""
 
     loss: Tensor  # scalar
-    groups: tuple[str, ...] | None = None  # the optimizer groups it trains; None: all
+    groups: tuple[str, ...] | None = None  # the optimizer groups that it trains; None: all
     parts: Mapping[str, float | Tensor] = field(default_factory=dict)  # the terms of the loss, for the log
 
 
 @dataclass(frozen=True)
 class Regrouped:
-    """What is trained from a step on.
+    """The new set of trained parameters, from some step on.
 
-    came_from: parameter -> the parameter it replaces, and int64 [N]: for each of its rows, the row of the old one that it was;
-    -1: a new row. A row keeps its optimizer state; a new row starts with none.
+    came_from: new parameter -> the parameter it replaces, and int64 [N]: for each new row, the index of the old row that it
+    continues, or -1. A continued row keeps its optimizer state; a row with -1 starts with none.
     """
 
     groups: Mapping[str, Sequence[TrainableGroup]]
     came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
 
-#: The losses of one micro-batch, in order. A generator, closed when it is left early.
+#: The losses of one micro-batch, in order. A generator; the loop closes it if it stops early.
 Updates = Generator[Update, None, None]
 
 
 class UpdateSource(Protocol):
-    """Where the loop gets a step's losses."""
+    """Provides the losses of each step to the loop."""
 
     def updates(self, step: int, micro: int) -> Updates:
         """Yields the losses of one micro-batch. All randomness derives from `generator(seed, step, micro)`, so that a step can
@@ -55,7 +55,7 @@ class Task(UpdateSource, Protocol):
     this order: `load_state_dict` (if the run is resumed) -> `groups` -> for each step `regrouped`, then `updates` -> `result`;
     `state_dict` and `carried` at any time between two steps."""
 
-    steps: int  # how many it takes
+    steps: int  # the task's total number of steps
     rate_key: str  # the recipe key that sets the learning rate
 
     @property
@@ -64,26 +64,29 @@ class Task(UpdateSource, Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when tensors are missing, left over or of the wrong shape."""
+        """Raises ValueError when tensors are missing, unexpected or of the wrong shape."""
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Optimizer group -> what it trains; empty for a task that trains nothing."""
+        """Returns optimizer group -> what it trains; empty for a task that trains nothing."""
         ...
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Called before a step: applies what changes with time, and returns the new groups if they changed (a field has
-        split, say), else None. A second call for the same step changes nothing more: a run may resume there."""
+        """Called before a step: applies what changes with time, and returns the new groups if they changed, else None.
+
+        Groups change when a field splits, for example. A second call for the same step changes nothing more, because a run
+        may resume there.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the task has produced so far and cannot reproduce, fp32, on the CPU; what checkpoints and the best
-        state hold."""
+        """Returns everything that the task has produced so far and could not recompute, for checkpoints and the best state:
+        fp32, on the CPU."""
         ...
 
     def carried(self) -> dict[str, Tensor]:
-        """What later phases find in `PhaseContext.carried`, besides everything attached to the backbone; fp32, on the CPU. It
-        replaces what an earlier phase left under the same prefix (up to the "/")."""
+        """Returns what later phases find in `PhaseContext.carried`, in addition to everything attached to the backbone: fp32,
+        on the CPU. It replaces what an earlier phase left under the same prefix (up to the "/")."""
         ...
 
     def result(self) -> Any:

@@ -60,7 +60,7 @@ class TrainingRun:
     subjects: Mapping[str, Subject]
     workdir: Path
     cache_dir: Path
-    class_pictures: ClassPictures | None = None  # generates with the model without what is in training
+    class_pictures: ClassPictures | None = None  # generates with everything in training switched off
     make: MakeNow | None = None  # generates with the model as it is now
     preview: Preview | None = None
     scorers: Mapping[str, Score] = field(default_factory=dict)
@@ -85,9 +85,9 @@ class TrainingRun:
         self.precision = resolve_precision(self.recipe.train.mixed_precision, self.backbone.device)
         AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run's precision sticks
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=self.backbone.device.type == "cpu")
-        self.trained: dict[str, TrainableGroup] = {}  # by slot: all that has been injected so far
+        self.trained: dict[str, TrainableGroup] = {}  # by slot: everything injected so far
         self.best: dict[str, Tensor] = {}
-        self.carried: dict[str, Tensor] = {}  # from phase to phase, besides what is attached to the backbone
+        self.carried: dict[str, Tensor] = {}  # passed from phase to phase, but not attached to the backbone
         self.best_score: float | None = None
         self.final_scores: dict[str, float] = {}  # of the returned state, if it was scored
         self.clock = Clock()  # time spent so far, including before an interruption
@@ -107,12 +107,12 @@ class TrainingRun:
         return self.steps_before(len(self.phases))
 
     def steps_before(self, phase: int) -> int:
-        """Total steps of all phases before this index."""
+        """Returns the total number of steps of all phases before this index."""
         return sum(p.task.count(p.train.steps, len(self.subjects)) for _, p in self.phases[:phase])
 
     @property
     def costs(self) -> dict[str, Any]:
-        """The run's costs (`shared.train.costs.summary`), and the precision that "auto" resolved to."""
+        """Returns the run's costs (`shared.train.costs.summary`) and the precision that "auto" resolved to."""
         return {**summary(self.clock, self.backbone.device, self._peak), "mixed_precision": self.precision}
 
     # --- the run -------------------------------------------------------------------------------------------
@@ -203,12 +203,12 @@ class TrainingRun:
 
     @property
     def sets_of_the_run(self) -> tuple[str, ...]:
-        """Every adapter set of this run: those of the concepts, and those of single files."""
+        """Returns every adapter set of this run, including those of single files."""
         return (*self.adapter_sets, *(name for names in self.per_source.values() for name in names))
 
     @property
     def kept_sets(self) -> tuple[str, ...]:
-        """The adapter sets that the concepts keep."""
+        """Returns the adapter sets that the concepts keep."""
         return tuple(name for name in self.adapter_sets if name not in self.temporary)
 
     def _freeze(self) -> None:
@@ -246,18 +246,21 @@ class TrainingRun:
         )
 
     def folder(self, phase: str) -> Path:
-        """The folder for a phase's files."""
+        """Returns the folder for a phase's files."""
         return self.workdir / "phases" / phase
 
     def _before(self, phase: Recipe) -> list[str]:
-        """The phases that run before this one; files a later phase left in an earlier run must not be learned from."""
+        """Returns the names of the phases before this one.
+
+        An earlier run may have left files of later phases, from which this phase must not learn.
+        """
         return [name for name, _ in takewhile(lambda entry: entry[1] is not phase, self.phases)]
 
     def examples(self, phase: Recipe) -> Iterator[Example]:
         """Yields every example of the phase's sources, source by source."""
         context = SourceContext(
             subjects=self.subjects,
-            resolution=phase.train.resolution or self.backbone.resolution,  # of class pictures as well
+            resolution=phase.train.resolution or self.backbone.resolution,  # class pictures have it too
             seed=phase.seed,
             cache_dir=self.cache_dir,
             generate=self._plain_class_pictures if self.class_pictures else None,
@@ -305,7 +308,7 @@ class TrainingRun:
         )
 
     def begin(self) -> None:
-        """Removes what an earlier run left, once. Called after all checks have passed."""
+        """Removes what an earlier run left, only the first time it is called. Called after all checks have passed."""
         if self._anew:
             checkpoint.clear(self.workdir)
             self._anew = False

@@ -25,7 +25,7 @@ _NOISE = 2**42  # a separate stream from the one that draws examples
 
 
 class Tune(ConceptTask):
-    """Denoising plus penalties on one backbone, for the concepts in training.
+    """Trains the concepts by denoising plus penalties on one backbone.
 
     Raises ValueError when nothing can serve a part's need, or when the recipe trains nothing.
     """
@@ -67,7 +67,7 @@ class Tune(ConceptTask):
         return (frozenset() if self.data.cached else vae) | (frozenset() if self.text_frozen else text)
 
     def _own_needs(self) -> list[Need]:
-        """The needs a penalty may declare here, and what computes each."""
+        """Returns the needs that a penalty may declare in this task, each with the function that computes it."""
         return [
             Computed("pixels", lambda step: step.batch.pixels),  # [B, 3, H, W] in [-1, 1]
             Computed("example_loss", self._example_loss),  # [B], the objective per example
@@ -83,7 +83,7 @@ class Tune(ConceptTask):
 
     def updates(self, step: int, micro: int) -> Updates:
         """Yields one loss per micro-batch: the objective on instance examples, plus every penalty. It is yielded inside all
-        contexts that the needs hold around the prediction."""
+        contexts that the needs keep open around the prediction."""
         with self.state(step, micro) as state:
             parts = self.losses(state)
             loss = torch.stack(list(parts.values())).sum()
@@ -99,11 +99,12 @@ class Tune(ConceptTask):
         groups: tuple[str, ...] | None = None,
     ) -> Updates:
         """Yields one loss on examples of one role: subject examples get the objective and the penalties that need no class
-        examples, class examples get those that do. For examples that cannot share a batch, or the same active adapters.
+        examples, class examples get those that do. Use it for examples that cannot share a batch or need different
+        active adapters.
 
         Args:
             own, resting: see `state`
-            groups: the optimizer groups it trains; None: all
+            groups: the optimizer groups that the loss trains; None: all
         """
         of_class = "instance" not in batch.role
         penalties = {k: part for k, part in self.recipe.regularize.items() if part.needs_class_examples == of_class}
@@ -115,17 +116,17 @@ class Tune(ConceptTask):
             yield Update(loss, groups, {k: v.detach() for k, v in parts.items()})
 
     def losses(self, state: Step) -> dict[str, Tensor]:
-        """The terms of the loss: the objective on instance examples, and every penalty; scalars."""
+        """Returns the terms of the loss as scalars: the objective on instance examples, and every penalty."""
         return {"denoising": self.denoising(state), **self.penalties(state, self.recipe.regularize)}
 
     def denoising(self, state: Step) -> Tensor:
-        """The objective on instance examples, a scalar."""
+        """Returns the objective on instance examples, a scalar."""
         losses = state.need("example_loss")
         return losses[state.batch.with_role("instance").to(losses.device)].mean()
 
     @staticmethod
     def penalties(state: Step, parts: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The values of these penalties; scalars."""
+        """Returns the values of these penalties as scalars."""
         return {name: part(_for(part, state)) for name, part in parts.items()}
 
     @contextmanager
@@ -138,12 +139,12 @@ class Tune(ConceptTask):
         needs: frozenset[str] | None = None,
         resting: Sequence[str] = (),
     ) -> Iterator[Step]:
-        """Yields one micro-batch's prediction with the requested needs, inside the contexts they hold around it.
+        """Yields one micro-batch's prediction with the requested needs, inside the contexts that they keep open around it.
 
         Args:
             batch: the examples; None: those of this step
             own: the strength of the adapters that belong only to this example
-            needs: by name; None: those of all penalties
+            needs: the names of the needs; None: those of all penalties
             resting: adapter sets that are off
         """
         batch = self.data.batch(step, micro) if batch is None else batch
@@ -168,7 +169,7 @@ class Tune(ConceptTask):
         return Step(step, batch, backbone, conditioning, noise, t, x_t, prediction, target)
 
     def encode(self, captions: Sequence[str], t: Tensor | None) -> Conditioning:
-        """Encodes the captions; from the cache when training does not change the text encoding."""
+        """Encodes the captions, or takes them from the cache if training does not change the text encoding."""
         if not self.text_frozen:
             return self.backbone.encode(list(captions), t)
         return self._kept(captions, self._text)
@@ -190,7 +191,7 @@ class Tune(ConceptTask):
         return losses * objective.time_weight(self.backbone, per_row(state.t))
 
     def _class_step(self, state: Step) -> tuple[Tensor, Tensor, list[str]]:
-        """Noisy latents, times and class prompts of the instance examples."""
+        """Returns noisy latents, times and class prompts of the instance examples."""
         batch = state.batch
         instance = batch.with_role("instance").to(state.x_t.device)
         captions = [c for c, r in zip(batch.captions, batch.role, strict=True) if r == "instance"]
@@ -221,7 +222,7 @@ class Tune(ConceptTask):
         return torch.cat([((now - start) ** 2).sum(-1).flatten() for now, start in pairs])
 
     def _class_prompt(self, caption: str) -> str:
-        """The caption for the base model: the concept's words replaced by its class noun."""
+        """Returns the caption for the base model, with the concept's words replaced by its class noun."""
         for words, name in sorted(self._name_of.items(), key=lambda pair: -len(pair[0])):
             if words:
                 caption = caption.replace(words, f"<{name}>")
@@ -229,7 +230,7 @@ class Tune(ConceptTask):
 
 
 def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
-    """The objective's weight [B, 1, (f), h, w] with given frames zeroed: those where t [B, f] is 0."""
+    """Returns the objective's weight [B, 1, (f), h, w], zero on noise-free frames (those where t [B, f] is 0)."""
     if t.ndim < 2:
         return weight
     asked = (t != 0).float()[:, None, :, None, None]
@@ -237,6 +238,6 @@ def without_given(weight: Tensor | None, t: Tensor) -> Tensor | None:
 
 
 def _for(part: Needing, state: Step) -> Step:
-    """The step as one part sees it: only with the needs it declared."""
+    """Returns the step as one part sees it, with only the needs that it declared."""
     lazy: Mapping[str, Callable[[], Any]] = {name: serve for name, serve in state.lazy.items() if name in part.needs}
     return replace(state, lazy=lazy)

@@ -110,7 +110,7 @@ def test_times_of_another_shape_are_refused(backbone: Any, name: str) -> None:
 
 
 def test_a_conditioning_for_another_batch_is_refused(backbone: Any) -> None:
-    with pytest.raises(ValueError, match="3 noisy pictures, but a conditioning for 1"):
+    with pytest.raises(ValueError, match="3 noisy pictures, but conditioning for 1"):
         backbone.predict(torch.randn(3, 4, 8, 8), torch.tensor(300), backbone.encode(["a mug"]))
 
 

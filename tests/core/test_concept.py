@@ -392,5 +392,5 @@ def test_nothing_attached_is_nothing_to_save(new_sd: Callable[..., Any]) -> None
     with pytest.raises(ValueError, match="nothing is attached under 'x'"):
         capture(backbone, "x")
     RareToken().attach(backbone, "x", "mug")
-    with pytest.raises(ValueError, match="give the modifier"):
+    with pytest.raises(ValueError, match="give its modifier"):
         capture(backbone, "x", Provenance(class_noun="mug"))

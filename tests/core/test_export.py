@@ -271,7 +271,7 @@ def test_an_export_that_is_not_the_same_is_not_kept(
         write(tensors, file, **settings)
 
     monkeypatch.setattr(files, "save_file", faulty)
-    with pytest.raises(ValueError, match="does not match what was learned and was not kept: denoiser differs by"):
+    with pytest.raises(ValueError, match="does not match the concept and was not kept: denoiser differs by"):
         export(concept, tmp_path / "out", backbone=backbone)
     assert list(tmp_path.iterdir()) == [] and not backbone.adapters and not backbone.placeholders
 

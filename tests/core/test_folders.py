@@ -55,7 +55,7 @@ def test_fit_is_deterministic_sharp_and_keeps_mask_and_picture_together(tmp_path
     assert torch.equal(one.mask, two.mask) and one.mask.shape == (1, 40, 56)
     red = (one.pixels[0] + 1) / 2 * one.mask[0]
     assert red[one.mask[0] == 1].min() > 0.45  # where the mask is, the picture is the bright part
-    with pytest.raises(ValueError, match=r"unknown way to resize 'stretch'. There are: contain, cover"):
+    with pytest.raises(ValueError, match=r"unknown way to resize 'stretch'. Available: contain, cover"):
         resize(one, 32, "stretch")  # type: ignore[arg-type]
 
 

@@ -142,7 +142,7 @@ def test_evaluation_measures_what_was_drawn(report: Report) -> None:
     assert report.value("identity") == pytest.approx(2 / 3)
     assert report.value("background") == pytest.approx(5 / 6)  # the copy shows the beach, but the prompt asks for snow
     wrong = next(p for p in made if p.prompt == 1 and p.seed == 23)
-    assert "background: beach, asked for snow" in wrong.flags
+    assert "background: beach, but the prompt says snow" in wrong.flags
     identity = report.score("identity")
     assert identity is not None and identity.base == 0 and identity.chance == pytest.approx(1 / 9)
     assert identity.low is not None and identity.low <= 2 / 3

@@ -1,4 +1,4 @@
-"""Clips as rows of a report, each flagged with what is wrong with it."""
+"""Turns clips into rows of a report, each with flags for what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from shared.metrics.clips.report import CLIPS, ClipRow, Kind
 from shared.metrics.clips.scorer import ClipScorer, MeasuredClips
 
-HALF = 0.5  # a clip is flagged if fewer of its frames show what was asked for
+HALF = 0.5  # a clip is flagged if fewer of its frames match the prompt
 STILL = "still"  # the candidate that every motion is compared to
-OPPOSED = 0.0  # motion fidelity at or below this: nothing in common, or the opposite motion
+OPPOSED = 0.0  # motion fidelity at or below this means nothing in common, or the opposite motion
 
 
 @dataclass(frozen=True)
 class Made:
-    """The clips of one arm: (prompt index, seed) of each, the texts by prompt, and what each clip must show."""
+    """The clips of one arm: each one's (prompt index, seed), the texts of the prompts, and what each clip must show."""
 
     kind: Kind
     shots: Sequence[tuple[int, int]]
@@ -25,7 +25,7 @@ class Made:
 
 
 def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[ClipRow]:
-    """One row per clip; limit: the leakage from which a clip is flagged."""
+    """Returns one row per clip. limit: the leakage from which a clip is flagged."""
     rows = []
     for n, (prompt, seed) in enumerate(made.shots):
         flags = _flags(measured, n, made.expects[n], limit) if made.kind == "concept" else []
@@ -48,13 +48,13 @@ def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[
 
 
 def leak_limit(scorer: ClipScorer) -> float | None:
-    """Half-way between 1 (the same clip) and the likeness of the motion's two most alike clips; None for fewer than two."""
+    """Returns the midpoint of 1 (the same clip) and the likeness of the motion's two most similar clips; None below two."""
     among = scorer.unrelated_looks
     return (max(among) + 1) / 2 if among else None
 
 
 def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: float | None) -> list[str]:
-    """What is wrong with clip n, in words; empty if nothing is."""
+    """Says what is wrong with clip n; empty if nothing is."""
 
     def score(key: str) -> float:
         return measured.scores[key][n] if key in measured.scores else math.nan
@@ -73,5 +73,5 @@ def _flags(measured: MeasuredClips, n: int, expects: Mapping[str, str], limit: f
         flags.append(f"the subject in only {score('identity'):.0%} of the frames")
     for name, asked in expects.items():
         if score(name) < HALF:
-            flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, asked for {asked}")
+            flags.append(f"{name}: {measured.seen[n].get(name, 'not seen')}, but the prompt says {asked}")
     return flags

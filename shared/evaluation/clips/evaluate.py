@@ -32,8 +32,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Makers:
-    """Functions that make clips: with the concepts, without any, and with the motion loaded but not asked for (None: not
-    made)."""
+    """Functions that generate clips: with the concepts, without any, and with the motion loaded but not asked for.
+
+    `unnamed` is None if there are no such clips.
+    """
 
     concept: Generate
     base: Generate
@@ -42,7 +44,7 @@ class Makers:
 
 @dataclass(frozen=True)
 class ClipShots:
-    """Which clips are made for each prompt, and where the report goes."""
+    """Which clips are generated for each prompt, and where the report is written."""
 
     seeds: Sequence[int]
     out: Path | str | None = None  # a folder; None: no report is written
@@ -90,7 +92,7 @@ class _Evaluation:
     frames: int = 0
 
     def report(self) -> ClipReport:
-        """Makes and measures everything."""
+        """Generates and measures everything."""
         asked = [(i, seed) for i in range(len(self.texts.chosen)) for seed in self.shots.seeds]
         made, rows, seconds = self._arm("concept", self.texts.named, asked, self.makers.concept)
         base, base_rows, base_seconds = self._arm("base", self.texts.plain, asked, self.makers.base)
@@ -134,7 +136,7 @@ class _Evaluation:
     def _arm(
         self, kind: Kind, texts: Sequence[str], asked: Sequence[tuple[int, int]], generate: Generate
     ) -> tuple[MeasuredClips, list[ClipRow], float]:
-        """Makes and measures all clips of one arm, a few at a time (only their files are kept); also the seconds per clip."""
+        """Generates and measures the clips of one arm in chunks, keeping only their files; also returns seconds per clip."""
         what = {"concept": "with the concepts", "base": "without them", "unnamed": "motion not asked for"}[kind]
         parts, strips, seconds = [], {}, 0.0
         for start in range(0, len(asked), self.shots.chunk):
@@ -144,7 +146,7 @@ class _Evaluation:
             clips = generate([texts[i] for i, _ in some], [seed for _, seed in some], on_progress)
             seconds += time.perf_counter() - clock
             if clips.ndim != 5 or len(clips) != len(some):
-                raise ValueError(f"asked for {len(some)} clips [N, 3, F, H, W], got {list(clips.shape)}")
+                raise ValueError(f"expected {len(some)} clips [N, 3, F, H, W], got {list(clips.shape)}")
             clips, self.frames = clips.detach().float().cpu(), clips.shape[2]
             plain, expects = self.texts.plain, self.texts.expects
             parts.append(self.scorer.measure(clips, [plain[i] for i, _ in some], [expects[i] for i, _ in some]))
@@ -163,7 +165,7 @@ class _Evaluation:
         self.files[f"{CLIPS}/{name}.webp"] = webp_bytes(clip, self.shots.fps, about)
 
     def _sheet(self, strips: Mapping[str, Tensor]) -> None:
-        """The frames of the clips with the concepts, for viewing where clips do not play."""
+        """Adds a sheet of the frames with the concepts, for viewers that cannot play clips."""
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory() as folder:

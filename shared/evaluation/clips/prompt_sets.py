@@ -1,8 +1,8 @@
 """Prompt sets for clips: the shipped ones (`configs/prompts/*_motion.yaml`) and the user's own (YAML or one prompt per line).
 
 In a prompt, `{concept}` stands for the motion and `{thing}` for what moves: the subject if one is evaluated, else the prompt's
-own `thing`. For the base model and for text scores, the motion is left out (no score depends on a made-up word) and the
-subject becomes its class noun.
+own `thing`. For the base model and for text scores, the motion is left out and the subject becomes its class noun,
+so that no score depends on a made-up word.
 """
 
 from __future__ import annotations
@@ -93,28 +93,28 @@ class ClipTexts:
 
     @property
     def named(self) -> list[str]:
-        """For the model with the concepts, which are written as `<name>`."""
+        """The prompts for the model with the concepts, which are written as `<name>`."""
         motion = f"<{self.motion}>" if self.motion else ""
         return [_said(p.text, motion, self._thing(p)) for p in self.chosen]
 
     @property
     def unnamed(self) -> list[str]:
-        """The same without the motion."""
+        """The prompts in `named` without the motion."""
         return [_said(p.text, "", self._thing(p)) for p in self.chosen]
 
     @property
     def plain(self) -> list[str]:
-        """For the base model and the text scores."""
+        """The prompts for the base model and the text scores."""
         return [_said(p.text, "", self.class_noun or "thing" if self.subject else p.thing) for p in self.chosen]
 
     @property
     def expects(self) -> list[dict[str, str]]:
-        """What frames must show; the class only if the prompt says it."""
+        """What the frames of each clip must show; the class only if the prompt contains it."""
         dropped = {"class"} if self.subject else set()
         return [{k: v for k, v in p.expects.items() if k not in dropped} for p in self.chosen]
 
     def of_pictures(self) -> PromptSet:
-        """The same for pictures of the subject; its true pictures are drawn from these prompts."""
+        """Returns the prompt set for pictures of the subject, whose true pictures are drawn from these prompts."""
         texts = [_said(p.text, "", "{concept}") for p in self.chosen]
         prompts = [Prompt(text=t, expects=e) for t, e in zip(texts, self.expects, strict=True)]
         return PromptSet(name=self.prompts.name, prompts=tuple(prompts))
@@ -126,12 +126,12 @@ class ClipTexts:
 def _said(text: str, motion: str, thing: str) -> str:
     words = text.replace("{concept}", motion).replace("{thing}", thing)
     words = re.sub(r"\s+", " ", words)
-    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # nothing may be left between two commas
+    words = re.sub(r"( ?,)+", ",", words).strip(" ,")  # no empty space may be left between two commas
     return words if "{" in words else fill(words, "", "")
 
 
 def clip_prompt_sets() -> tuple[str, ...]:
-    """The names of the shipped sets."""
+    """Returns the names of the shipped sets."""
     return tuple(sorted(p.stem for p in FOLDER.glob(CLIP_SETS)))
 
 

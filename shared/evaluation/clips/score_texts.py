@@ -8,8 +8,8 @@ from shared.evaluation.score_texts import About
 ABOUT = {
     "score": About(
         "Subject × motion × (1 − leakage)",
-        "One number for what a clip should have at once, of what was measured: the subject, the motion, and none of the "
-        "look of the motion's own clips. It selects the best checkpoint.",
+        "One number for everything that a clip should have at once, as far as it was measured: the subject, the motion, and "
+        "none of the look of the motion's own clips. It selects the best checkpoint.",
         "score",
     ),
     "motion_recognised": About(
@@ -37,7 +37,7 @@ ABOUT = {
     ),
     "identity": About(
         "Identity",
-        "How often a frame shows this exact subject, judged like pictures, relative to how often true pictures of it pass.",
+        "How often a frame shows this exact subject, judged as pictures are, relative to how often true pictures of it pass.",
     ),
     "both": About("Both at once", "How often a frame shows this exact subject in a clip whose motion is recognised."),
     "dynamic_degree": About(
@@ -54,7 +54,7 @@ ABOUT = {
     "frozen": About("Frozen", "How many clips show no motion.", better="lower"),
     "dynamic": About("Dynamic", "How many clips pass VBench's threshold: 6/256 of the side in a quarter of the steps."),
     "consistency_all_pairs": About(
-        "Consistency, all pairs", "Mean cosine of all pairs of frames of a clip, as some papers report it.", "cosine"
+        "Consistency, all pairs", "Mean cosine over all pairs of frames in a clip, as some papers report it.", "cosine"
     ),
     "path_distance": About(
         "Distance to the nearest path",
@@ -76,7 +76,7 @@ ABOUT = {
     ),
     "thing_recognised": About("Thing recognised", ABOUT_PICTURES["recognised"].explanation),
     "copied": About("Copies", "How many frames repeat a reference picture.", better="lower"),
-    "class": About("Class", "How often a frame shows an object of the class asked for."),
+    "class": About("Class", "How often a frame shows an object of the class in the prompt."),
     "background": ABOUT_PICTURES["background"],
     "view": ABOUT_PICTURES["view"],
     "accessory": ABOUT_PICTURES["accessory"],

@@ -21,7 +21,7 @@ ROUNDS = 2000
 
 @dataclass(frozen=True)
 class Arms:
-    """What was measured with the concepts, without them, and with the motion loaded but not asked for (None: not made)."""
+    """What was measured with the concepts, without them, and with the motion loaded but not asked for (None: not generated)."""
 
     made: MeasuredClips
     base: MeasuredClips
@@ -30,7 +30,7 @@ class Arms:
 
 
 def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> list[Score]:
-    """The scores in reading order; those that were not measured are left out. Intervals resample whole prompts.
+    """Returns the scores in reading order; those that were not measured are left out. Intervals resample whole prompts.
 
     ceiling: the share of true clips of the motion that are recognised
     """
@@ -39,7 +39,7 @@ def summary_scores(arms: Arms, scorer: ClipScorer, ceiling: float | None) -> lis
 
 
 def measured_scores(arms: Arms) -> list[Score]:
-    """The scores of what was measured, in reading order; intervals resample whole prompts (`Arms.prompts`)."""
+    """Returns the scores of what was measured, in reading order; intervals resample whole prompts (`Arms.prompts`)."""
     made, base = arms.made, arms.base
     out = [_product(made, base, arms.prompts)] if any(k in made.scores for k in FACTORS) else []
     for key in ABOUT:
@@ -56,7 +56,7 @@ def measured_scores(arms: Arms) -> list[Score]:
 
 
 def _relative(arms: Arms) -> Arms:
-    """Identity relative to how often true pictures of the subject pass, if they can be drawn."""
+    """Divides identity by how often true pictures of the subject pass, if they can be drawn."""
     least = arms.made.mean("ceiling")
     if math.isnan(least) or least <= 0:
         return arms
@@ -86,7 +86,7 @@ def _means(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, flo
 
 
 def _false_motion(arms: Arms) -> list[Score]:
-    """Uses the same measure as for the motion itself: recognition if paths are estimated, else fidelity."""
+    """Returns false motion by the same measure as the motion itself: recognition if paths are estimated, else fidelity."""
     key = next((k for k in ("motion_recognised", "motion_fidelity") if k in arms.made.scores), None)
     if key is None or arms.unnamed is None:
         return []
@@ -98,8 +98,8 @@ def _false_motion(arms: Arms) -> list[Score]:
 
 
 def _span(key: str, values: Sequence[float], prompts: Sequence[int]) -> tuple[float, float]:
-    """The 95 % interval of the mean. If a score is not a rate and is constant, both ends are that value (`bootstrap` would
-    take zeros and ones for a rate)."""
+    """Returns the 95 % interval of the mean. For a constant score that is not a rate, both ends are that value, because
+    `bootstrap` would mistake zeros and ones for a rate."""
     known = {v for v in values if not math.isnan(v)}
     if ABOUT[key].unit != "rate" and len(known) == 1:
         return (min(known), min(known))
@@ -123,7 +123,7 @@ def _score(key: str, value: float, span: tuple[float, float], base: float | None
 
 
 def _completed(score: Score, arms: Arms, scorer: ClipScorer, ceiling: float | None) -> Score:
-    """Adds to a score what true clips, true pictures, or the references among themselves reach."""
+    """Adds to a score the values that true clips, true pictures, or the references among themselves reach."""
     update: dict[str, object] = {}
     if score.key == "motion_recognised" and scorer.known is not None:
         update = {"chance": scorer.known.chance, "truth": ceiling}

@@ -1,4 +1,4 @@
-"""Animated GIF, WebP and PNG through Pillow, which composes frames that store only what changed."""
+"""Reads animated GIF, WebP and PNG through Pillow, which composes frames that store only what changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds, judged by its content: a video in a known container, an animation, one picture, or none of these."""
+"""Tells what a file holds from its content: a video in a known container, an animation, one picture, or none of these."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MAGIC = (
 
 
 def container(path: Path) -> str | None:
-    """libavformat's name for a video file's container; None if it is not a video. OSError if it cannot be opened.
+    """Returns libavformat's name for a video file's container; None if it is not a video. OSError if it cannot be opened.
 
-    Only this format is then tried, so that playlists and the like, which would open other files, are never read.
+    Only that format is then tried, so that playlists and similar files, which open other files, are never read.
     """
     with path.open("rb") as stream:
         head = stream.read(400)
@@ -42,7 +42,7 @@ def container(path: Path) -> str | None:
 
 
 def clip_kind(path: Path) -> Kind | None:
-    """What a file is; None if it cannot be read here. OSError if it cannot be opened; ValueError if it is damaged."""
+    """Returns a file's kind; None if it cannot be read here. OSError if it cannot be opened, ValueError if it is damaged."""
     if container(path):
         return "video"
     kind = sniff(path)
@@ -53,7 +53,7 @@ def clip_kind(path: Path) -> Kind | None:
 
 
 def stated_size(path: Path) -> int | None:
-    """The minimum size in bytes stated in the header of an AVI, Matroska or WebM file; None if none is stated."""
+    """Returns the minimum size in bytes stated in the header of an AVI, Matroska or WebM file; None if none is stated."""
     with path.open("rb") as stream:
         head = stream.read(4096)
     if head[:4] == b"RIFF":
@@ -70,7 +70,7 @@ def stated_size(path: Path) -> int | None:
 
 
 def _ebml_size(head: bytes, place: int) -> tuple[int | None, int]:
-    """(the size of an EBML element, where its content begins), RFC 8794 section 4; None for an unknown size."""
+    """Returns (an EBML element's size, where its content begins), RFC 8794 section 4; None for an unknown size."""
     width = 9 - head[place].bit_length() if place < len(head) and head[place] else 0
     if not width or place + width > len(head):
         return None, place

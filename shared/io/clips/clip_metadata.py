@@ -1,4 +1,4 @@
-"""How a clip was made, as recorded in its file."""
+"""Stores in a clip's file how it was generated, and reads it back."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DESCRIPTION = 0x010E  # EXIF: ImageDescription
 
 
 def as_json(metadata: Mapping[str, str]) -> str:
-    """One line of ASCII, so that no format's text encoding matters."""
+    """Returns one line of ASCII JSON, so that no format's text encoding matters."""
     return json.dumps({key: encodable(str(value)) for key, value in metadata.items()})
 
 
 def read_clip_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The `metadata` given to `write_clip`; empty for a clip that pcs did not write. ValueError if it cannot be read."""
+    """Reads the `metadata` that `write_clip` stored; empty for a clip that pcs did not write. ValueError if unreadable."""
     path = expanded(path)
     if path.is_dir():
         return {k: v for k, v in read_metadata(FrameFolder(path).files[0]).items() if k != FPS}

@@ -110,7 +110,7 @@ _PICTURE = "one picture, not a clip: put the frames of a clip in their own folde
 
 
 def _not_a_clip(path: Path) -> str:
-    """Why an entry of a folder is not a clip; empty if it is one."""
+    """Says why an entry of a folder is not a clip; empty if it is one."""
     if path.is_dir():
         return "" if _frames(path) else "a folder without frames"
     if not path.is_file():
@@ -156,7 +156,7 @@ def _with_neighbours(found: tuple[Path, ...], candidates: Sequence[Path]) -> Cli
 
 
 def _candidates(folder: Path, found: Sequence[Path]) -> list[Path]:
-    """Possible masks of clips in this folder, those in `masks/` first; none if the folder itself is the clip."""
+    """Returns possible masks of clips in this folder, those in `masks/` first; none if the folder itself is the clip."""
     inside = sorted((folder / _MASKS).iterdir()) if (folder / _MASKS).is_dir() and folder / _MASKS not in found else []
     beside = sorted(p for p in folder.iterdir() if _stem(p).endswith(MASK_ENDS))
     return [p for p in (*inside, *beside) if not p.name.startswith(".") and _not_a_clip(p) in ("", _PICTURE)]
@@ -196,7 +196,7 @@ def _match(found: Sequence[Path], key: PathLike, what: str) -> Path:
 
 
 def _named_alike(found: Sequence[Path], folder: PathLike, what: str) -> dict[Path, Path]:
-    """The entry of `folder` with the same name, for each clip that has one."""
+    """Returns the entry of `folder` with the same name, for each clip that has one."""
     root = expanded(folder)
     if not root.is_dir():
         raise ValueError(f"{what}: {root} is not a folder")

@@ -1,4 +1,4 @@
-"""Converts decoded video frames to 8-bit sRGB: stated colour matrix and range, 10 bits and more rounded, HDR tone-mapped."""
+"""Converts decoded video frames to 8-bit sRGB by the stated colour matrix and range, with rounding and HDR tone mapping."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 _BT709, _UNSPECIFIED, _BT601, _BT2020, _BT2020_CONSTANT = 1, 2, 5, 9, 10  # ITU-T H.273, matrix coefficients
 _PRIMARIES_2020 = 9
 _PQ, _HLG = 16, 18  # H.273, transfer characteristics
-_HD = 720  # lines: from this height on, a video without a stated matrix is taken as BT.709, as players do
+_HD = 720  # lines: from this height on, a video without a stated matrix is assumed to be BT.709, as players do
 _WHITE = 203.0  # nits of diffuse white, ITU-R BT.2408
-_KNEE = 0.75  # of diffuse white: anything darker keeps its brightness
+_KNEE = 0.75  # as a fraction of diffuse white: anything darker keeps its brightness
 _ROWS = 128  # rows converted in float at a time
 # Linear BT.2020 to linear BT.709, ITU-R BT.2087
 _TO_709 = np.array(
@@ -22,7 +22,7 @@ _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
 
 
 def to_image(frame: Any) -> Image.Image:
-    """A PyAV frame as an RGB image, or RGBA if its format has transparency. Its rotation is not applied."""
+    """Returns a PyAV frame as an RGB image, or RGBA if its format has transparency. Its rotation is not applied."""
     has_alpha = any(component.is_alpha for component in frame.format.components)
     deep = max(component.bits for component in frame.format.components) > 8
     wide = frame.color_trc in (_PQ, _HLG) or frame.color_primaries == _PRIMARIES_2020
@@ -47,7 +47,7 @@ _INTERPOLATION = 0x4 | 0x2000 | 0x40000  # SWS_BICUBIC, SWS_FULL_CHR_H_INT, SWS_
 
 
 def _matrix(frame: Any) -> int:
-    """The matrix from YCbCr to RGB by its H.273 number, as `reformat` takes it."""
+    """Returns the matrix from YCbCr to RGB by its H.273 number, as `reformat` takes it."""
     stated = int(frame.colorspace)
     if stated == _BT2020_CONSTANT:
         return _BT2020
@@ -57,10 +57,10 @@ def _matrix(frame: Any) -> int:
 
 
 def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
-    """BT.2020 code values [H, W, 3] in [0, 1] as sRGB ones.
+    """Converts BT.2020 code values [H, W, 3] in [0, 1] to sRGB.
 
-    HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100): light is kept up to three quarters of diffuse white and rolls off smoothly
-    from there to sRGB's maximum. Otherwise only the primaries change.
+    HDR (PQ, SMPTE ST 2084; HLG, ITU-R BT.2100): brightness is kept up to three quarters of diffuse white, then rolls off
+    smoothly to sRGB's maximum. Otherwise only the primaries change.
     """
     if transfer not in (_PQ, _HLG):
         return np.clip((code**2.4) @ _TO_709.T, 0, 1) ** (1 / 2.4)  # ITU-R BT.1886
@@ -72,13 +72,13 @@ def _to_srgb(code: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _pq(code: np.ndarray) -> np.ndarray:
-    """Nits of PQ code values, SMPTE ST 2084."""
+    """Converts PQ code values to nits, SMPTE ST 2084."""
     power = code ** np.float32(32 / 2523)
     return 10000 * (np.clip(power - 0.8359375, 0, None) / (18.8515625 - 18.6875 * power)) ** np.float32(16384 / 2610)
 
 
 def _hlg(code: np.ndarray) -> np.ndarray:
-    """Nits of HLG code values on a 1000-nit display, ITU-R BT.2100: the inverse OETF, then the OOTF with gamma 1.2."""
+    """Converts HLG code values to nits on a 1000-nit display, ITU-R BT.2100: the inverse OETF, then the OOTF with gamma 1.2."""
     scene = np.where(code <= 0.5, code**2 / 3, (np.exp((code - 0.55991073) / 0.17883277) + 0.28466892) / 12)
     luminance = np.maximum(scene @ _LUMA_2020, 1e-6)[..., None]
     return 1000 * luminance**0.2 * scene

@@ -21,7 +21,7 @@ FPS = "fps"  # the key in the PNG text of frames written by pcs
 class FrameFolder(FrameSource):
     """The pictures of a folder in natural order (frame2 before frame10), each one frame.
 
-    They have no rate unless pcs wrote them; without a rate every frame is used, whatever rate is requested. Raises
+    They have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
     ValueError, naming folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
     folder holds two series. A constant step other than 1 is not a gap.
     """
@@ -51,14 +51,14 @@ class FrameFolder(FrameSource):
 
 
 def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Frames by the last number in their names, else by name. Raises ValueError as `FrameFolder` does."""
+    """Sorts frames by the last number in their names, else by name. Raises ValueError as `FrameFolder` does."""
     ordered = sorted(files, key=lambda p: (_natural(p.stem), p.name))
     parts = [_last_number(p.stem) for p in ordered]
     if any(part is None for part in parts):
         return tuple(ordered)
     series = {(part[0], part[2]): path for part, path in zip(parts, ordered, strict=True) if part}
     if len(series) == len(ordered) > 1:
-        return tuple(ordered)  # the last number is not a frame number but, say, a size
+        return tuple(ordered)  # the last number is not a frame number (a size, for example)
     if len(series) > 1:
         heads = names(p.name for p in series.values())
         raise ValueError(f"{folder} holds {len(series)} series of frames ({heads} …): put each clip in its own folder")
@@ -76,18 +76,18 @@ def natural_order(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
 
 
 def _natural(stem: str) -> list[tuple[int, int, str]]:
-    """Runs of digits compare as numbers."""
+    """Returns a sort key in which runs of digits compare as numbers."""
     return [(0, int(run), "") if run[0] in "0123456789" else (1, 0, run) for run in re.findall(r"[0-9]+|[^0-9]+", stem)]
 
 
 def _last_number(stem: str) -> tuple[str, int, str] | None:
-    """(text before, the last number, text after)."""
+    """Splits a name into (text before, the last number, text after); None if it has no number."""
     match = re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", stem, re.DOTALL)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
 def _stated_rate(file: Path) -> Fraction | None:
-    """Frames per second, if pcs wrote them into the frame."""
+    """Returns the frames per second that pcs wrote into the frame, if it did."""
     if sniff(file) != "PNG":
         return None
     try:

@@ -20,7 +20,7 @@ class Timing:
 
     @staticmethod
     def at_rate(count: int, fps: Fraction) -> Timing:
-        """`count` frames at a constant rate."""
+        """Returns the timing of `count` frames at a constant rate."""
         return Timing(tuple(i / fps for i in range(count)), count / fps, Fraction(0))
 
 
@@ -34,7 +34,7 @@ class FrameSource:
     may_be_transparent: bool
 
     def frames(self, picks: Sequence[int]) -> Iterator[Picture]:
-        """The frames at these indices (strictly ascending), decoded one after another.
+        """Yields the frames at these indices (strictly ascending), decoded one after another.
 
         Raises ValueError, naming the file, if it is damaged or the size of a frame is not `size`.
         """

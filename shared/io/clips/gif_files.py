@@ -1,4 +1,4 @@
-"""Animated GIF with one palette for the whole clip, so that colours do not flicker."""
+"""Writes animated GIF with one palette for the whole clip, so that colours do not flicker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from shared.io.clips.webp_files import durations
 
 _COLORS = 256
-_SIDE = 360  # the palette is computed from this many pixels, squared, sampled from the whole clip
+_SIDE = 360  # the palette is computed from _SIDE² pixels, sampled from the whole clip
 _UNIT = 10  # milliseconds: the unit of a GIF's delays
 _FASTEST = 50  # frames per second: browsers slow anything faster down to 10
 
@@ -39,7 +39,7 @@ def write_gif(path: Path, levels: np.ndarray, fps: Fraction, comment: str) -> No
 
 
 def _exact(levels: np.ndarray) -> list[Image.Image]:
-    """Frames in a palette of all the clip's colours; empty if there are too many."""
+    """Returns frames in a palette of all the clip's colours; empty if there are too many."""
     packed = (levels.astype(np.uint32) * np.array([1 << 16, 1 << 8, 1], np.uint32)).sum(-1, dtype=np.uint32)
     colors = np.unique(packed)
     if len(colors) > _COLORS:
@@ -56,7 +56,7 @@ def _indexed(places: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def _patterned(levels: np.ndarray) -> list[Image.Image]:
-    """Frames in the clip's best 256 colours; the dither amplitude is about the distance between palette colours."""
+    """Returns frames in the clip's best 256 colours; the dither amplitude is about the distance between palette colours."""
     pixels = levels.reshape(-1, 3)
     drawn = pixels[np.random.default_rng(0).integers(0, len(pixels), _SIDE * _SIDE)].reshape(_SIDE, _SIDE, 3)
     palette = Image.fromarray(drawn).quantize(_COLORS, method=Image.Quantize.MEDIANCUT)
@@ -72,7 +72,7 @@ def _patterned(levels: np.ndarray) -> list[Image.Image]:
 
 
 def _bayer(order: int) -> np.ndarray:
-    """The ordered-dither matrix of 2**order rows, values evenly spread about 0 from -1/2 to 1/2 (Bayer 1973)."""
+    """Returns the ordered-dither matrix of 2**order rows, values evenly spread about 0 from -1/2 to 1/2 (Bayer 1973)."""
     matrix = np.zeros((1, 1))
     for _ in range(order):
         matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])

@@ -19,7 +19,7 @@ from shared.io.terminal import names
 class MaskFrames:
     """Masks (mode L, 255 where the subject is) by frame index.
 
-    `first_only`: there is only a mask of the clip's first frame; the others are found by tracking it.
+    `first_only`: only the clip's first frame has a mask; the others are found by tracking it.
     """
 
     def __init__(self, path: Path, source: FrameSource | None, files: Sequence[Path] = ()) -> None:
@@ -27,7 +27,7 @@ class MaskFrames:
         self._source, self._files = source, files
 
     def masks(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """The masks of these frames (ascending). ValueError for a later window if only the first frame's mask is known."""
+        """Yields these frames' masks (ascending). ValueError for a later window if only the first frame's mask is known."""
         if self.first_only and indices[0] != 0:
             raise ValueError(
                 f"{self.path} is the mask of the clip's first frame, but this window begins at frame {indices[0]}: "
@@ -42,7 +42,7 @@ class MaskFrames:
 
 
 def as_mask(picture: Picture) -> Image.Image:
-    """A frame as a mask: its alpha channel if it has one, else its brightness. A mask that marks nothing is empty."""
+    """Returns a frame as a mask: its alpha channel if it has one, else its brightness. A mask that marks nothing is empty."""
     return two_valued(picture.image.convert("L") if picture.alpha is None else picture.alpha)
 
 
@@ -70,7 +70,7 @@ def open_masks(path: Path, clip: FrameSource) -> MaskFrames:
 
 
 def _beside(clip: FrameFolder) -> MaskFrames:
-    """The masks in the folder of the frames, by their names."""
+    """Returns the masks in the folder of the frames, by their names."""
     for frame, mask in clip.masks.items():
         if (size := picture_size(mask)) != clip.size:
             _wrong_size(mask, size, frame, clip.size)

@@ -1,4 +1,4 @@
-"""H.264 in mp4, in a form that every browser and player shows."""
+"""Writes H.264 in mp4, in a form that every browser and player can show."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _read(
     seen = False
     valid = None
     for number, picture in enumerate(_with_masks(source, indices, masks)):
-        how = fit if fit == "contain" or number == 0 else None  # warn only once about what the crop loses
+        how = fit if fit == "contain" or number == 0 else None  # warn about what the crop loses only once
         square = picture if picture.size == (width, height) else resize(picture, (height, width), how, keep)
         pixels.append(square.pixels)
         seen |= picture.alpha is not None
@@ -118,7 +118,7 @@ def _masks_of(
 
 
 def _spread(planes: list[Tensor], indices: Sequence[int], picks: tuple[int, ...]) -> Tensor:
-    """[C, H, W] per index -> [C, F, H, W] per pick; picks may repeat."""
+    """Stacks [C, H, W] per index into [C, F, H, W] per pick; picks may repeat."""
     place = {index: i for i, index in enumerate(indices)}
     out = torch.empty(planes[0].shape[0], len(picks), *planes[0].shape[1:])
     for frame, index in enumerate(picks):
@@ -139,7 +139,7 @@ def _is_cut(size: tuple[int, int], width: int, height: int) -> bool:
 
 
 def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFrames | None) -> Box | None:
-    """The smallest box around all masks of a window; None if there are none."""
+    """Returns the smallest box around all masks of a window; None if there are none."""
     if masks is not None:
         planes: Iterator[Image.Image | None] = masks.masks(indices)
     elif source.may_be_transparent:
@@ -154,7 +154,7 @@ def _where_masks_are(source: FrameSource, indices: Sequence[int], masks: MaskFra
 
 
 def _boxes(planes: Iterator[Image.Image | None], size: tuple[int, int]) -> Iterator[Box]:
-    """The bounds of each mask that is not empty; the whole frame where there is no mask."""
+    """Yields the bounds of each mask that is not empty; the whole frame where there is no mask."""
     for plane in planes:
         box = (0, 0, *size) if plane is None else plane.getbbox()
         if box is not None:

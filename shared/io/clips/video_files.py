@@ -1,4 +1,4 @@
-"""Video files through libav: frame times are read from the packets first, then the requested frames are decoded."""
+"""Reads video files through libav: takes the frame times from the packets, then decodes the requested frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared.io.clips.frame_colors import to_image
 from shared.io.clips.frame_source import FrameSource, Timing
 from shared.io.decode import MAX_PIXELS, Picture, as_picture, check_size
 
-_THREADS = 4  # at most, because each holds a frame
+_THREADS = 4  # the maximum, because each thread holds a frame
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders drop transparency
 
 
@@ -85,20 +85,20 @@ class VideoFile(FrameSource):
         return self.same_size(as_picture(self._upright(frame), self.path), index)
 
     def _upright(self, frame: Any) -> Image.Image:
-        """The picture as a player shows it: square pixels, then the display matrix (for example of a phone held upright)."""
+        """Returns the picture as a player shows it: with square pixels, then turned by the display matrix (of a phone, say)."""
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
         return image if self._matrix is None else _turned(image, self._matrix)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Any]]:
-        """(index, frame) in display order, from `first` or somewhat before it."""
+        """Decodes (index, frame) in display order, from `first` or somewhat before it."""
         index_of = {stamp: i for i, stamp in enumerate(self._stamps)}
         with _opened(self.path) as (file, stream):
             if first > 0 and self._stamps:
                 self._seek(file, stream, self._stamps[first])
             decoder = _decoder(stream) or stream.codec_context
-            # an error, where libav would conceal damage or exceed the size in the header
+            # fail where libav would otherwise conceal damage or exceed the size in the header
             decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             decoder.thread_type, decoder.thread_count = "AUTO", min(_THREADS, os.cpu_count() or 1)
             counted = 0
@@ -139,7 +139,7 @@ class VideoFile(FrameSource):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream); libav's errors become a ValueError that names the file."""
+    """Opens (container, video stream); libav's errors become a ValueError that names the file."""
     try:
         kind = container(path)
     except OSError as error:
@@ -161,7 +161,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def why_not(path: Path) -> str:
-    """Why a video file cannot be used, judged from its header only; empty if it can."""
+    """Says why a video file cannot be used, judging only from its header; empty if it can."""
     try:
         with _opened(path):
             return ""
@@ -187,7 +187,7 @@ def _scan(file: Any, stream: Any) -> _Packets:
 
 
 def _decoder(stream: Any) -> Any:
-    """A decoder that keeps transparency if the stream's own drops it; None if the stream's own will do."""
+    """Returns a decoder that keeps transparency if the stream's own drops it; None if the stream's own can be used."""
     name = _ALPHA_DECODERS.get(stream.codec_context.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return None

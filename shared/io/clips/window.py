@@ -32,7 +32,7 @@ class ClipWindow(Part):
     windows: int = Field(default=1, ge=1)
 
     def picks(self, source: FrameSource) -> list[tuple[int, ...]]:
-        """The frame indices of each window, ascending; an index repeats if its frame is shown for several samples.
+        """Returns the frame indices of each window, ascending; an index repeats if its frame is shown for several samples.
 
         Raises ValueError, naming the clip and its number of frames, if it is shorter than one window.
         """
@@ -62,7 +62,7 @@ class ClipWindow(Part):
         return None if rate is None else float(rate)
 
     def _samples(self, source: FrameSource) -> list[int]:
-        """The frame index of each sample from `start` to the end of the clip, before the stride."""
+        """Returns the frame index of each sample from `start` to the end of the clip, before the stride."""
         fps, timing = self._exact_fps(), source.timing
         if timing is None:
             if fps is None and self.start > 0:
@@ -96,7 +96,7 @@ class ClipWindow(Part):
 
 
 def sample(timing: Timing, fps: Fraction, start: Fraction) -> list[int]:
-    """The index of the frame shown at start + k / fps seconds, for every k before the end of the clip.
+    """Returns the index of the frame shown at start + k / fps seconds, for every k before the end of the clip.
 
     The tolerance makes up for times that the file rounded to its clock.
     """

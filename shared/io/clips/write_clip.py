@@ -45,10 +45,10 @@ def write_clip(
     comment; GIF: comment extension; WebP: EXIF), in frames as text; `read_clip_metadata` reads it back.
 
     enlarge: the factor by which files for players are enlarged, without smoothing; None brings the shorter side to at
-    least 256 pixels. So clips of 64x64 stay sharp in players, and the halved colour resolution of yuv420p costs nothing.
+    least 256 pixels. This keeps clips of 64x64 sharp in players, and makes the halved colour resolution of yuv420p harmless.
     Frames in a folder are written as they are. For H.264, odd sides are made even by repeating the last row or column.
 
-    Raises ValueError for another extension or shape, NaN or Inf values, and a rate that the format cannot hold.
+    Raises ValueError for another extension or shape, NaN or Inf values, and a rate that the format cannot store.
     """
     path = expanded(path)
     frames = as_frames(frames)
@@ -68,7 +68,7 @@ def write_clip(
 
 
 def webp_bytes(frames: Tensor, fps: float, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a `.webp` file as `write_clip` writes it, but not enlarged, for pages that show clips at native size."""
+    """Returns a `.webp` file's bytes as `write_clip` writes them, but not enlarged, for pages that show the native size."""
     stream = io.BytesIO()
     write_webp(stream, _levels(as_frames(frames)), _rate(fps), as_json(metadata or {}))
     return stream.getvalue()
@@ -88,7 +88,7 @@ def write_clip_sheet(
 
 
 def spread(clip: Tensor, count: int) -> Tensor:
-    """At most `count` frames [N, 3, H, W] of a clip [3, F, H, W], evenly spaced from the first to the last."""
+    """Returns at most `count` frames [N, 3, H, W] of a clip [3, F, H, W], evenly spaced from the first to the last."""
     if count < 1:
         raise ValueError(f"a row of a contact sheet needs at least one frame, not {count}")
     frames = as_frames(clip).movedim(1, 0)
@@ -96,7 +96,7 @@ def spread(clip: Tensor, count: int) -> Tensor:
 
 
 def as_frames(frames: Tensor) -> Tensor:
-    """[3, F, H, W] or [F, 3, H, W] as [3, F, H, W] on the CPU. ValueError for another shape, NaN or Inf."""
+    """Returns [3, F, H, W] or [F, 3, H, W] as [3, F, H, W] on the CPU. ValueError for another shape, NaN or Inf."""
     if frames.ndim != 4 or 3 not in frames.shape[:2] or 0 in frames.shape:
         raise ValueError(f"a clip must have the shape [3, F, H, W]; this one has {list(frames.shape)}")
     frames = frames.detach().to("cpu", torch.float32)
@@ -106,7 +106,7 @@ def as_frames(frames: Tensor) -> Tensor:
 
 
 def _levels(frames: Tensor) -> np.ndarray:
-    """[3, F, H, W] in [-1, 1], clamped, as 8 bits [F, H, W, 3]."""
+    """Converts [3, F, H, W] in [-1, 1], clamped, to 8 bits [F, H, W, 3]."""
     return frames.permute(1, 2, 3, 0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
 
 
