@@ -14,8 +14,8 @@ from shared.config import Part
 class Backgrounds(Part):
     """The background of each view in a step: one colour.
 
-    With probability `random` it is any colour, else one of `colors`. If the background were always the same colour, the
-    field would grow a wall of that colour around the thing.
+    With probability `random` it is a random colour, otherwise one of `colors`. If the background were always the same
+    colour, the field would grow a wall of that colour around the object.
     """
 
     colors: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)

@@ -41,7 +41,7 @@ def check(asked: Asked) -> None:
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """One asset of the thing, seen from all around, as `pcs 3d evaluate` sees it."""
+    """Makes one asset of the subject and renders it from all around, as `pcs 3d evaluate` does."""
     recipe = _recipe(asked, f"<{asked.name}>")
     runner = _opened(asked, recipe, [asked.concept])
     subjects = {asked.name: asked.subject} if compares_with_subject(recipe) else {}
@@ -87,7 +87,7 @@ def _asset(
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """True renders that set the bar for verification, and others; None for a thing that is not in the toybox."""
+    """Renders of the real object: those that set the bar for verification, and others; None outside the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

@@ -1,4 +1,4 @@
-"""The recipe of an asset: how renders are guided, what is optimised and how it is drawn."""
+"""The recipe of an asset: how renders are guided, which field is optimised, and how it is drawn."""
 
 from __future__ import annotations
 

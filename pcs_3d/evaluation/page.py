@@ -11,7 +11,7 @@ from pcs_3d.evaluation.headline import said
 from shared.metrics.html import inline, render
 from shared.metrics.plots import COLORS
 
-NAMES = {"asset": "the asset", "truth": "the true thing", "sphere": "a sphere in its mean colour"}
+NAMES = {"asset": "the asset", "truth": "the real object", "sphere": "a sphere in its mean colour"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 150, 38, 8, 10, 24
 DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
@@ -57,7 +57,7 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """A score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" without values."""
+    """A score around the object as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" without values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

@@ -1,4 +1,4 @@
-"""Meshes with the colours of their files, rendered from all around."""
+"""Meshes in the colours that their files give them, rendered from all around."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FINER = 2  # supersampling: each pixel is the mean of 2 × 2 samples
 
 @dataclass(frozen=True)
 class Views:
-    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the thing covers at least half a pixel."""
+    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the object covers at least half a pixel."""
 
     pixels: Tensor
     masks: Tensor

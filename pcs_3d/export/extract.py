@@ -17,8 +17,8 @@ _CANDIDATES = 48  # thresholds tried
 
 @dataclass(frozen=True)
 class Extracted:
-    """vertices: float64 [V, 3] in radii of the thing; faces: int64 [F, 3], counter-clockwise seen from outside; notes: what
-    was chosen and left out, as sentences."""
+    """vertices: float64 [V, 3] in radii of the object; faces: int64 [F, 3], counter-clockwise seen from outside; notes:
+    choices made and parts left out, as sentences."""
 
     vertices: np.ndarray
     faces: np.ndarray

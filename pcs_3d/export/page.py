@@ -1,4 +1,4 @@
-"""The page of an asset: the mesh to turn, the request, time and memory; one file, which loads nothing else."""
+"""The page of an asset: a mesh that can be turned, the request, time and memory; one file, which loads nothing else."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class TetrahedraField(BaseField):
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """[R, R, R, 3]: the gradient of the signed distance, per radius: of length 1 for a true distance."""
+        """[R, R, R, 3]: the gradient of the signed distance, per radius: its length is 1 where the distance is exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 

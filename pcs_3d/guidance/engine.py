@@ -15,7 +15,7 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: An evaluation point, and what the model is asked there.
+#: An evaluation point, and the kind of prediction made there.
 Place = tuple[str, Ask]
 
 

@@ -1,6 +1,6 @@
-"""From a view's latents to noisy ones: at random, with one fixed noise, or along the model's own trajectory.
+"""Adds noise to a view's latents: random, fixed, or along the model's own trajectory.
 
-Each returns `Noised`: where to ask the teacher, and which noise the guided prediction is compared with.
+Each noiser returns `Noised`: where to evaluate the teacher, and the noise that the guided prediction is compared with.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _SAMPLES = 120_000  # points on the surface of a mesh
 
 
 class Shape(Protocol):
-    """A thing of radius about 1 around the origin, x forward, y to its left, z up."""
+    """An object of radius about 1 around the origin, x forward, y to its left, z up."""
 
     def distance(self, points: Tensor) -> Tensor:
         """[N, 3] -> [N]: distances to the surface, negative inside."""

@@ -1,4 +1,4 @@
-"""What the renderers have in common."""
+"""Base of the renderers."""
 
 from __future__ import annotations
 

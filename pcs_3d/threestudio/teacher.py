@@ -36,7 +36,7 @@ class Asked:
     def of(
         backbone: str, concepts: Mapping[str, float], recipe: str, settings: Sequence[str], device: str, precision: str
     ) -> Asked:
-        """The same, from a YAML's values."""
+        """Builds a request from the values in a YAML."""
         return Asked(backbone, tuple(concepts.items()), recipe, tuple(settings), device, precision)
 
 
@@ -67,7 +67,7 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """The recipe, of which only guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
+    """Loads the recipe; only its guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
     recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D)
     if recipe.phases:

@@ -137,10 +137,10 @@ def test_what_compares_with_pictures_to_come_can_be_fitted_into_memory(sd, subje
 
 def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_path):
     runner = Runner3D(sd)
-    with pytest.raises(ValueError, match=r"need exactly one subject, and there are 0: give subject\.images"):
+    with pytest.raises(ValueError, match=r"need exactly one subject, but there are 0: give subject\.images"):
         runner.create(reconstruction(), tmp_path / "run", tensorboard=False)
     bare = {"mug": replace(subject["mug"], masks={})}
-    with pytest.raises(ValueError, match=r"phases\.cameras cuts the pictures .* these have none: .*\.png"):
+    with pytest.raises(ValueError, match=r"phases\.cameras crops the pictures .* these have none: .*\.png"):
         runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
     with pytest.raises(ValueError, match=r"phases\.views\.task\.strength = 0\.1 of 4 steps leaves no steps"):
         few = reconstruction("phases.views.task.strength=0.1")
