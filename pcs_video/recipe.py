@@ -1,4 +1,4 @@
-"""What a recipe for clips adds to one for pictures: clips to learn from, and parts for motion."""
+"""The recipe for clips, which adds clips to learn from and parts for motion to the one for pictures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClipSubject(SubjectSettings):
     @model_validator(mode="after")
     def _one_medium(self) -> ClipSubject:
         if (self.images is None) == (self.clips is None):
-            raise ValueError("give either clips (of a motion) or images (of a thing)")
+            raise ValueError("give either clips (of a motion) or images (of a subject)")
         return self
 
     def read(self) -> Subject:

@@ -70,7 +70,7 @@ class VideoRunner(Runner):
         """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
 
         Raises:
-            ValueError: the loaded concepts are none of these, or their clips or pictures cannot be found
+            ValueError: no motion or subject is loaded, or its clips or pictures cannot be found
         """
         return evaluate_clips_loaded(self, settings)
 

@@ -1,4 +1,4 @@
-"""A motion as vectors added where frames attend to each other."""
+"""Learns a motion as vectors that are added where frames attend to each other."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class MotionEmbeddings(TrainablePart):
         return ("temporal_attention",)
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Hook the temporal attention layers and unfreeze the embeddings.
+        """Hooks the temporal attention layers and unfreezes the embeddings.
 
-        Raises ValueError if no layer attends only between frames, and for frames or sides that do not fit.
+        Raises ValueError if no layer attends only between frames, and for numbers of frames or sizes that do not fit.
         """
         side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
         sites = [site for site in backbone.sites() if site.kind == "temporal"]
