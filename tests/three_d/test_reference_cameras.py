@@ -44,7 +44,7 @@ def renders(cameras: Cameras) -> Rendering:
 
 
 def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Tensor:
-    """Pictures smaller and not in the middle: what `Estimate.cut` undoes."""
+    """Pictures that show the object smaller and off-centre, which `Estimate.cut` undoes."""
     theta = torch.tensor([[1 / scale, 0, -place[0] / scale], [0, 1 / scale, -place[1] / scale]])
     where = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
