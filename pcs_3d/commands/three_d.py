@@ -96,7 +96,7 @@ def evaluate(
     references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
     prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
     class_noun: str = typer.Option(
-        "", help="class of the learned name in the prompt (mug); default: the truth's class"
+        "", help="class of the learned name in the prompt (mug); default: the class of --truth"
     ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH

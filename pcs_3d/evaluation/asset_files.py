@@ -18,7 +18,7 @@ _LARGEST = 1 << 24  # bytes of an asset.json
 
 @dataclass(frozen=True)
 class Judged:
-    """name; the mesh's file; the mesh; the content of its asset.json (empty for a bare mesh)."""
+    """An asset to evaluate. about: the content of its asset.json (empty for a bare mesh)."""
 
     name: str
     file: Path

@@ -107,7 +107,7 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:
-        said.append("No truth was given: silhouettes, colours and identity are not measured (--truth NAME or FILE).")
+        said.append("Silhouettes, colours and identity are not measured: give --truth NAME or FILE.")
     elif judge.verifier is None:
         said.append(
             "Identity is not verified: look-alikes and a bar exist only for the toybox's subjects. "

@@ -49,7 +49,7 @@ class Measure:
     explanation: str = ""
 
 
-_ALIGNED = "Overlap of the silhouettes with the truth's, after aligning scale and translation but not rotation."
+_ALIGNED = "Overlap of the silhouettes with the real object's, after aligning scale and translation but not rotation."
 _COLORS = (
     f"Inside either silhouette, after the same alignment, over all views together; at most {BEST_DB:.0f}. The asset's colours "
     "are unlit; the toybox's real objects are lit."

@@ -59,7 +59,7 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """A teacher shared by all equal requests, for as long as any of them holds it; afterwards concepts are read anew."""
+    """Opens a teacher. Equal requests share it while any of them holds it; after that, concepts are read anew."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
