@@ -20,7 +20,7 @@ class Recipe3D(DistillRecipe):
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()
-    export: ExportSettings | None = ExportSettings()  # None: only renders and a turntable, no mesh
+    export: ExportSettings | None = ExportSettings()  # null: only renders and a turntable, no mesh
 
     @model_validator(mode="before")
     @classmethod

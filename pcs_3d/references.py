@@ -71,7 +71,7 @@ class PhaseViews(KindPart):
     A phase that is named twice counts twice.
 
     foreground: for views without masks: a pixel shows the object if a channel differs from the colour of the view's border by
-    more than this, in [0, 1], which suits prompts with a plain background. None: no masks.
+    more than this, in [0, 1], which suits prompts with a plain background. null: no masks.
     """
 
     kind: Literal["phase"] = "phase"

@@ -60,7 +60,7 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are generated, during training and by default afterwards. None: the backbone's own."""
+    """How clips are generated, during training and by default afterwards. null: the backbone's own."""
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
 
@@ -74,7 +74,7 @@ class VideoRecipe(Recipe):
 
     subject: ClipSubject | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
-    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: the backbone's own
+    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; null: the backbone's own
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
     trainable: Slot[ClipTrainable] = {}
     regularize: Slot[ClipRegularizer] = {}

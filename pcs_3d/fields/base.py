@@ -22,7 +22,7 @@ class FieldPart(KindPart):
     """Base of the settings of fields.
 
     bound: half the side of the cube around the object, in its radii. start: the content before the first step. lr:
-    learning rate of the shape; lr_features: that of the colours, None: the same.
+    learning rate of the shape; lr_features: that of the colours, null: the same.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer

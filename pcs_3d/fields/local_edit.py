@@ -21,8 +21,8 @@ from shared.trainable import TrainableGroup
 
 
 class LocalEdit(Voxels):
-    """Two grids that begin equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside them
-    the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
+    """Two grids that start out equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside
+    them the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
 
     regions: where it may change; if empty, those of the guidance. fill: the lowest initial density there, per radius: a grey
     fog from which new parts can grow.

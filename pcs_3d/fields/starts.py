@@ -64,7 +64,7 @@ class Blob(StartPart):
 class MeshFile(StartPart):
     """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: the size that cameras expect) around the origin.
 
-    up: which of the file's axes is up; None: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the object
+    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the object
     by this angle to its left, for files whose front points elsewhere.
     """
 
@@ -99,7 +99,7 @@ class PhaseStart(StartPart):
     """The result of an earlier phase of the recipe, whatever its kind of field: a volume takes over a volume's densities and
     colours; everything else starts from the surface.
 
-    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, None: found
+    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, null: found
     automatically; faces: the maximum number of triangles; all_parts: keep parts that are not connected to the largest one.
     """
 

@@ -20,7 +20,7 @@ Inside = Callable[[Tensor], Tensor]
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's; "": the recipe's. concepts: those whose adapters are on only there; None: the same
+    prompt, negative: replace the recipe's; "": the recipe's. concepts: those whose adapters are on only there; null: the same
     as in the rest. softness: width in radii over which the region fades in from its border inwards.
     """
 

@@ -26,9 +26,9 @@ class MotionEmbeddings(TrainablePart):
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2
-    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; None: all
-    frames: Annotated[int, Field(ge=2)] | None = None  # None: the backbone's own
-    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; None: the backbone's own
+    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; null: all
+    frames: Annotated[int, Field(ge=2)] | None = None  # null: the backbone's own
+    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; null: the backbone's own
     values: Values = "differences"
 
     @property
