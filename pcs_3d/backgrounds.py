@@ -23,7 +23,7 @@ class Backgrounds(Part):
     same: bool = False  # one colour for all views of a step
 
     def draw(self, count: int, channels: int, generator: Generator) -> Tensor:
-        """[B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) the background is 0."""
+        """Draws backgrounds [B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) they are 0."""
         rows = 1 if self.same else count
         chosen = torch.randint(len(self.colors), (rows,), generator=generator)
         any_color = torch.rand(rows, 3, generator=generator)

@@ -56,7 +56,7 @@ class CameraSampling(Part):
         return self
 
     def sample(self, count: int, moment: Moment, generator: Generator) -> Cameras:
-        """`count` cameras. Raises ValueError unless it is a multiple of `ring`."""
+        """Draws `count` cameras. Raises ValueError unless it is a multiple of `ring`."""
         if count % self.ring:
             raise ValueError(f"train.batch_size = {count} must be a multiple of cameras.ring = {self.ring}")
         groups, size = count // self.ring, moment.of(self.grown)
@@ -84,7 +84,7 @@ class CameraSampling(Part):
         return cameras
 
     def _azimuths(self, count: int, size: float, generator: Generator) -> Tensor:
-        """One azimuth in each of `count` equal parts of the range."""
+        """Draws one azimuth in each of `count` equal parts of the range."""
         low, high = (size * end for end in self.azimuth_deg)
         places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         return low + (high - low) * places

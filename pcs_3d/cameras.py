@@ -124,7 +124,7 @@ class Cameras:
 
 
 def turntable(count: int, elevation_deg: float = 15.0) -> Cameras:
-    """`count` cameras once around the object, the first at its front."""
+    """Places `count` cameras once around the object, the first at its front."""
     return Cameras.of([360 * i / count for i in range(count)], elevation_deg)
 
 

@@ -1,4 +1,4 @@
-"""Assets in `pcs concept evaluate`."""
+"""Makes assets for `pcs concept evaluate`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D
 def _asset(
     runner: Runner3D, recipe: Recipe3D, subjects: dict[str, Subject], out: Path, bars: Bars
 ) -> tuple[Tensor, Path]:
-    """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turntable."""
+    """Makes an asset; returns renders of its mesh, [16, 3, H, W] in [-1, 1], and its turntable."""
     files = AssetFiles(out)
     with bars.bar() as progress:
         asset = create(runner, recipe, files, subjects, progress=progress)

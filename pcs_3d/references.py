@@ -57,7 +57,7 @@ class References(KindPart):
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The pictures, side×side pixels, with their cameras. Raises ValueError as `check` does."""
+        """Reads the pictures at side×side pixels, with their cameras. Raises ValueError as `check` does."""
         self.check(subjects, False, {})
         subject = only(subjects)
         masks = reference_masks(subject, side)
@@ -98,7 +98,7 @@ class PhaseViews(KindPart):
         return (self.phase,) if isinstance(self.phase, str) else self.phase
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The views, side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
+        """Reads the views at side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
         each = [self._of(folders[name], side) for name in self.phases]
         masks = [views.masks for views in each if views.masks is not None]
         return Pictures(

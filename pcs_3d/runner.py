@@ -64,7 +64,7 @@ class Runner3D(Runner):
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> Asset:
-        """Make what `recipe.prompt` describes, with the loaded concepts.
+        """Makes an asset of what `recipe.prompt` describes, with the loaded concepts.
 
         Args:
             workdir: training state, logs and sample renders

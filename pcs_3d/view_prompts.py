@@ -128,7 +128,7 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """The cameras of a step, with the random choices for their prompts."""
+        """Adds the random choices for prompts to the cameras of a step."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))

@@ -1,4 +1,4 @@
-"""Pictures in `pcs concept evaluate`."""
+"""Generates pictures for `pcs concept evaluate`."""
 
 from __future__ import annotations
 

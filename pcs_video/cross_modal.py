@@ -1,4 +1,4 @@
-"""Clips in `pcs concept evaluate`."""
+"""Generates clips for `pcs concept evaluate`."""
 
 from __future__ import annotations
 

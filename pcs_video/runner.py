@@ -67,7 +67,7 @@ class VideoRunner(Runner):
             check_lengths(planned.recipe, check)
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
-        """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
+        """Measures the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
 
         Raises:
             ValueError: no motion or subject is loaded, or its clips or pictures cannot be found

@@ -30,7 +30,7 @@ class EarlierAsset:
 
     @property
     def field(self) -> Any:
-        """Its field as the phase left it."""
+        """The field as that phase left it."""
         if self._field is None:
             backbone = self.context.backbone
             channels = backbone.latent_shape(backbone.resolution, backbone.resolution)[0] if self.in_latents else 3

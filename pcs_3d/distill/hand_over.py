@@ -67,7 +67,7 @@ def first_field(
     carried: Mapping[str, Tensor],
     resumed: bool = False,
 ) -> Field:
-    """The field that a phase begins with, on the CPU.
+    """Returns the field that a phase begins with, on the CPU.
 
     A field of the same kind as the earlier phase's continues unchanged, unless `start.kind` is phase and its settings differ
     (apart from learning rates); it is then rebuilt from the shape and colours of the earlier field.
@@ -95,7 +95,7 @@ def first_field(
 
 
 def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tensor]) -> Field:
-    """The saved field, on the CPU. Raises ValueError if the state belongs to another field."""
+    """Rebuilds the saved field on the CPU. Raises ValueError if the state belongs to another field."""
     field = blank(part, channels, seed)
     field.load_state_dict(state)
     return field

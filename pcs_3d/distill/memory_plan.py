@@ -73,7 +73,7 @@ class Levers:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits into memory. estimate, budget: bytes; how: by phase."""
+    """A recipe that fits into memory. estimate, budget: bytes; how: the levers, by phase."""
 
     recipe: Any
     budget: int
@@ -93,7 +93,7 @@ class MemoryPlan:
 
 
 def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
-    """The recipe, changed so that each phase that makes an asset stays within `budget` bytes.
+    """Changes the recipe so that each phase that makes an asset stays within `budget` bytes.
 
     The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with gradients, moments
     and the saved copy, and the memory of one view in a step, measured at two small sizes. First, fewer views go through the
@@ -129,7 +129,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
 
 
 def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
-    """The first settings that fit into the budget, and their memory in bytes. Raises ValueError naming the smallest budget."""
+    """Finds the first settings that fit the budget, and their memory in bytes. Raises ValueError naming the smallest budget."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)

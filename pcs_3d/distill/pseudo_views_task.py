@@ -19,7 +19,7 @@ class PseudoViewsTask(GenerateTask):
 
     num: views, evenly around the object, the first at its front, cycling through these elevations; strength: the share of
     denoising steps that are run: higher values look more like the subject and less like the render. prompts: used for each
-    view, with {concept}; none: the recipe's prompt. Either gets words for the view.
+    view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]

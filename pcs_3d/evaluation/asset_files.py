@@ -38,7 +38,7 @@ class Judged:
 
 
 def read_judged(path: Path | str) -> Judged:
-    """The asset in a folder, or the mesh in a file.
+    """Reads the asset in a folder, or the mesh in a file.
 
     Raises ValueError for a missing path, a folder without an asset, a file that is not a mesh, and a mesh without faces.
     """

@@ -25,7 +25,7 @@ __all__ = ["Against", "Yardstick", "evaluate", "measure", "plain"]
 
 
 def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
-    """Measure the asset in a folder or the mesh in a file.
+    """Measures the asset in a folder or the mesh in a file.
 
     Raises ValueError if the asset, the truth, pictures or model folders are missing or invalid.
     """
@@ -103,7 +103,7 @@ def _files(renders: Views, true: Views | None, looks: Looks, around: Cameras) ->
 
 
 def _notes(judged: Judged, by: Yardstick) -> list[str]:
-    """What was not measured, and why."""
+    """Says what was not measured, and why."""
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:

@@ -17,7 +17,7 @@ DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
 
 def asset_html(report: AssetReport) -> str:
-    """The page, self-contained."""
+    """Builds the page, self-contained."""
     shown = [
         {
             "row": view,
@@ -49,7 +49,7 @@ class Line:
 
 
 def lines(curve: Curve) -> list[Line]:
-    """A curve's lines for the asset, the truth and the sphere."""
+    """A curve's lines for the asset, the real object and the sphere."""
     columns = [
         (arm, values, color) for arm, color in zip(ARMS, COLORS, strict=False) if (values := getattr(curve, arm))
     ]
@@ -57,7 +57,7 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """A score around the object as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" without values."""
+    """Draws a score around the object as an `<svg>`: azimuth to the right, from 0 (front) once around; "" without values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

@@ -79,7 +79,7 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """The truth given by a user: a subject of the toybox ("development-car"), or a mesh file.
+    """Reads the ground truth that a user gives: a subject of the toybox ("development-car"), or a mesh file.
 
     Raises ValueError for a file that is missing or not a mesh, and for an unknown subject, listing the known ones.
     """

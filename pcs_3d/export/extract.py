@@ -36,7 +36,7 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
-    """The surface of a field: its own triangles, or where its density passes a threshold.
+    """Extracts the surface of a field: its own triangles, or where its density passes a threshold.
 
     threshold: per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
     `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface.

@@ -17,7 +17,7 @@ _LARGEST = 448  # side in pixels of a picture of what the model learned
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:
-    """The page of the asset in a folder.
+    """Builds the page of the asset in a folder.
 
     Args:
         about: the content of its asset.json

@@ -92,12 +92,12 @@ class VolumeField(Field, Protocol):
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """[..., 3] -> [...]: `at(points).density`, cheaper where the field can."""
+        """[..., 3] -> [...]: `at(points).density`, cheaper if the field supports it."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper where the field
-        can: samples that are certainly empty or hidden are then not evaluated."""
+        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper than
+        evaluating it if the field supports this. They show which samples are certainly empty or hidden and can be skipped."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:

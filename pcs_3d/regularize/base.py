@@ -84,7 +84,7 @@ class GeometryPenalty(KindPart):
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Points [count, 3] drawn from what the views show, with samples of rays as probable as their weights, and the unit
+    """Draws points [count, 3] from what the views show, with samples of rays as probable as their weights, and the unit
     directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
