@@ -78,9 +78,9 @@ def create(
     export: Export = export_asset,
     plan: MemoryPlan | None = None,
 ) -> Asset:
-    """Make an asset and write it. Its folder appears only when complete; then the state of the run is deleted.
+    """Creates an asset and writes it. Its folder appears only once it is complete; the saved state of the run is then deleted.
 
-    plan: how the recipe was fitted into memory, if it was; recorded in the asset.
+    plan: the memory plan, if the recipe was changed to fit a budget; recorded in the asset.
 
     Raises:
         ValueError: prompt, concepts or recipe do not fit, or the field is empty; the state of the run is kept
@@ -101,7 +101,7 @@ def create(
 
 @torch.no_grad()
 def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
-    """Writes renders from eight sides and a turntable; by default at the size the asset was made with."""
+    """Writes renders from eight sides and a turntable; by default at the size of the training views."""
     side, frames = (None, 48) if how is None else (how.picture, how.frames)
     around = asset.views(turntable(_SIDES), side).pixels
     for i, picture in enumerate(around):
@@ -111,8 +111,8 @@ def write_views(asset: Asset, folder: Path, how: ExportSettings | None) -> None:
 
 
 def known(runner: Runner3D, subjects: Mapping[str, Subject]) -> list[tuple[str, bytes]]:
-    """What the model learned, for the page: previews of the loaded concepts, and the pictures of subjects learned in this
-    run."""
+    """Labels and PNGs of what the model learned, for the page: previews of the loaded concepts, and pictures of the subjects
+    learned in this run."""
     previews = [(name, loaded.concept.preview) for name, loaded in runner.loaded.items()]
     out = [(f"concept {name}", path.read_bytes()) for name, path in previews if path is not None and path.is_file()]
     for name, subject in subjects.items():
@@ -129,7 +129,7 @@ def write_turning(asset: Asset, path: Path) -> Path:
 
 
 def about(runner: Runner3D, recipe: DistillRecipe, asset: Asset, made: Exported | None) -> dict[str, Any]:
-    """The content of asset.json: what the asset is, and everything needed to make it again."""
+    """The content of asset.json: a description of the asset, and everything needed to reproduce it."""
     backbone = runner.backbone
     return {
         "prompt": recipe.prompt,

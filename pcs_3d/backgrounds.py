@@ -14,8 +14,8 @@ from shared.config import Part
 class Backgrounds(Part):
     """The background of each view in a step: one colour.
 
-    With probability `random` it is any colour, else one of `colors`. If the background were always the same colour, the
-    field would grow a wall of that colour around the thing.
+    With probability `random` it is a random colour, otherwise one of `colors`. If the background were always the same
+    colour, the field would grow a wall of that colour around the object.
     """
 
     colors: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)] = ((1.0, 1.0, 1.0),)
@@ -23,7 +23,7 @@ class Backgrounds(Part):
     same: bool = False  # one colour for all views of a step
 
     def draw(self, count: int, channels: int, generator: Generator) -> Tensor:
-        """[B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) the background is 0."""
+        """Draws backgrounds [B, K, 1, 1] in [0, 1]; for fields in latent space (K is not 3) they are 0."""
         rows = 1 if self.same else count
         chosen = torch.randint(len(self.colors), (rows,), generator=generator)
         any_color = torch.rand(rows, 3, generator=generator)

@@ -1,8 +1,8 @@
-"""From where pictures of a thing were taken, and the part of each that shows it.
+"""Estimates where pictures of an object were taken from, and crops them to the object.
 
-A picture is cut to the thing, so that afterwards its camera looks at the origin from the usual distance. Two ways of finding
-out: comparing with renders of an asset that resembles the thing (any pictures with masks), or the toybox's pose estimator (its
-own pictures).
+After cropping, the camera looks at the origin from the usual distance. There are two estimators: one compares the pictures with
+renders of an asset that resembles the object (any pictures with masks), the other is the toybox's pose estimator (only its own
+pictures).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from pcs_3d.cameras import Cameras, look_at_distance
 from pcs_3d.renderers.rendering import Rendering
 
-_TOYBOX_FILL = 0.92  # of a picture's side, by a thing of radius 1 at the toybox's scale 1
-_SOLID = 0.5  # what is at least this opaque belongs to the silhouette
+_TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
+_SOLID = 0.5  # pixels of at least this opacity belong to the silhouette
 
 #: Cameras -> renders on white, pixels [B, 3, H, W] in [0, 1], on the CPU.
 Renders = Callable[[Cameras], Rendering]
@@ -28,22 +28,22 @@ Renders = Callable[[Cameras], Rendering]
 
 @dataclass(frozen=True)
 class Framing:
-    """How cameras are placed: the angle of a picture's side, and the share of it that a thing of radius 1 covers."""
+    """How cameras are placed: their field of view, and the share of a picture's side that an object of radius 1 covers."""
 
     fov_deg: float
     fill: float
 
     def cameras(self, azimuth_deg: Tensor, elevation_deg: Tensor, roll_deg: Tensor | float = 0.0) -> Cameras:
-        """One for each azimuth, looking at the origin."""
+        """One camera per azimuth, looking at the origin."""
         distance = look_at_distance(self.fov_deg, self.fill)
         return Cameras.of(azimuth_deg, elevation_deg, distance, self.fov_deg, roll_deg)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """For N pictures: the camera of each once it is cut to the thing, and where to cut.
+    """For N pictures: the camera of each after it is cropped to the object, and the crop.
 
-    centre: [N, 2], x right and y down, in [-1, 1] across the picture; size: [N], the side of the cut relative to the picture's;
+    centre: [N, 2], x right and y down, in [-1, 1] across the picture; size: [N], the crop's side relative to the picture's;
     agreement: [N] in [0, 1], how well the picture matches what its camera sees, or None
     """
 
@@ -66,16 +66,16 @@ def from_renders(
     elevations_deg: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0),
     refinements: int = 2,
 ) -> Estimate:
-    """Compares each picture with renders from all around, then from closer and closer to the best of them.
+    """Compares each picture with renders from all around, then with renders in ever smaller steps around the best match.
 
-    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area; then they disagree by
-    the mean difference of colours where both show the thing, and by 1 where only one does.
+    A picture is moved and scaled until its silhouette's bounding box has the render's centre and area. Their
+    disagreement is the mean colour difference where both show the object, and 1 where only one does.
 
     Args:
         pictures: [N, 3, H, H] in [0, 1]
         masks: [N, 1, H, H] in [0, 1]
-        azimuths: how many to try, evenly around; each with all elevations
-        refinements: how often the steps between cameras are halved around the best
+        azimuths: how many to try, evenly spaced around the object; each is combined with every elevation
+        refinements: how often the steps between cameras are halved around the best match
 
     Raises:
         ValueError: a mask shows nothing, or no render shows anything
@@ -108,7 +108,7 @@ def from_renders(
 
 
 def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
-    """What the toybox's pose estimator reads from its pictures [N, 3, H, H] in [0, 1]."""
+    """Estimates by the toybox's pose estimator, for toybox pictures [N, 3, H, H] in [0, 1]."""
     from shared.toybox.evaluators.pose import load_pose, path_of
     from shared.toybox.motions.motion import PATH
 
@@ -141,7 +141,7 @@ class _Seen:
 
 
 def _best(seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor) -> _Found:
-    """Which of B renders the picture [3, H, H] with this mask resembles most."""
+    """The one of B renders that matches the picture [3, H, H] with this mask best."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]

@@ -26,18 +26,18 @@ Range = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 
 
 class CameraSampling(Part):
-    """Random cameras around a thing of radius 1, as DreamFusion and threestudio draw them.
+    """Random cameras around an object of radius 1, as DreamFusion and threestudio draw them.
 
-    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch. Ranges
-    grow from the front view with `grown`, from 0 (only the front) to 1 (full ranges). With `ring` = n, each n views share
-    everything but their azimuths, which are evenly spaced around the thing (MVDream, https://arxiv.org/abs/2308.16512); only
-    rings are stratified, not the views in one.
+    Half of the elevations are uniform in angle, half uniform on the sphere. Azimuths are stratified over the batch. `grown`
+    widens all ranges from 0 (only the front view) to 1 (full ranges). With `ring` = n, each n views share
+    everything but their azimuths, which are evenly spaced around the object (MVDream, https://arxiv.org/abs/2308.16512); only
+    the rings are stratified, not the views within a ring.
     """
 
     azimuth_deg: Range = (-180.0, 180.0)
     elevation_deg: Range = (-10.0, 60.0)
     fov_deg: Range = (24.53, 24.53)
-    fill: Range = (0.75, 0.95)  # how much of the view's side a thing of radius 1 covers; determines the distance
+    fill: Range = (0.75, 0.95)  # how much of the view's side an object of radius 1 covers; determines the distance
     distance: Range | None = None  # in radii; overrides `fill`
     roll_deg: NotNegative = 0.0  # standard deviation
     look_at: NotNegative = 0.0  # standard deviation of the point looked at, in radii
@@ -56,7 +56,7 @@ class CameraSampling(Part):
         return self
 
     def sample(self, count: int, moment: Moment, generator: Generator) -> Cameras:
-        """`count` cameras. Raises ValueError unless it is a multiple of `ring`."""
+        """Draws `count` cameras. Raises ValueError unless it is a multiple of `ring`."""
         if count % self.ring:
             raise ValueError(f"train.batch_size = {count} must be a multiple of cameras.ring = {self.ring}")
         groups, size = count // self.ring, moment.of(self.grown)
@@ -84,7 +84,7 @@ class CameraSampling(Part):
         return cameras
 
     def _azimuths(self, count: int, size: float, generator: Generator) -> Tensor:
-        """One in each of `count` equal parts of the range."""
+        """Draws one azimuth in each of `count` equal parts of the range."""
         low, high = (size * end for end in self.azimuth_deg)
         places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         return low + (high - low) * places

@@ -1,4 +1,4 @@
-"""Cameras that look at a thing: angles in degrees, lengths in the thing's radii."""
+"""Cameras that look at an object: angles in degrees, lengths in the object's radii."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DISTANCE, FOV_DEG = 5.0, 24.53
-"""The toybox's: a thing of radius 1 fills 92 % of the picture."""
+"""Distance and field of view of the toybox's cameras: an object of radius 1 fills 92 % of the picture's side."""
 
 
 @dataclass(frozen=True)
 class Cameras:
     """B pinhole cameras around the origin, each [B], float32.
 
-    In the world, x is forward (the thing's front), y its left and z up. Azimuth 0 looks at the front, 90 at the thing's
+    In the world, x is forward (the object's front), y its left and z up. Azimuth 0 looks at the front, 90 at the object's
     left; elevation 90 looks from above. `roll_deg` turns the picture clockwise; `fov_deg` is the angle of the whole side.
     `centre` [B, 3]: the point in the middle of the picture; the camera is `distance` away from it.
     """
@@ -67,17 +67,17 @@ class Cameras:
         return Cameras(*(value[index] for value in vars(self).values()))
 
     def to(self, device: torch.device | str) -> Cameras:
-        """The same on a device."""
+        """The same cameras, on a device."""
         return Cameras(*(value.to(device) for value in vars(self).values()))
 
     @staticmethod
     def cat(several: list[Cameras]) -> Cameras:
-        """All of them, in order."""
+        """Concatenates cameras, in order."""
         return Cameras(*(torch.cat(values) for values in zip(*(vars(c).values() for c in several), strict=True)))
 
     @property
     def axes(self) -> Tensor:
-        """[B, 3, 3]: the rows are the picture's right, its up, and the direction from the thing to the camera."""
+        """[B, 3, 3]: the rows are the picture's right, its up, and the direction from the object to the camera."""
         azimuth, elevation, roll = (torch.deg2rad(a) for a in (self.azimuth_deg, self.elevation_deg, self.roll_deg))
         zero = torch.zeros_like(azimuth)
         right = torch.stack([-azimuth.sin(), azimuth.cos(), zero], -1)
@@ -119,12 +119,12 @@ class Cameras:
         return local[..., :2] * self.focal[:, None, None] / safe[..., None], depth
 
     def turned(self, by_deg: float) -> Cameras:
-        """The same cameras, turned around the thing by this many degrees."""
+        """The same cameras, turned around the object by this many degrees."""
         return replace(self, azimuth_deg=self.azimuth_deg + by_deg)
 
 
 def turntable(count: int, elevation_deg: float = 15.0) -> Cameras:
-    """`count` cameras once around the thing, the first at its front."""
+    """Places `count` cameras once around the object, the first at its front."""
     return Cameras.of([360 * i / count for i in range(count)], elevation_deg)
 
 
@@ -134,5 +134,5 @@ def wrapped_deg(angle: Tensor) -> Tensor:
 
 
 def look_at_distance(fov_deg: float, fill: float = 0.92) -> float:
-    """The distance at which a thing of radius 1 fills the share `fill` of the picture's side."""
+    """The distance at which an object of radius 1 fills the share `fill` of the picture's side."""
     return 1 / (fill * math.tan(math.radians(fov_deg) / 2))

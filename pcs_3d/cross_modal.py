@@ -1,4 +1,4 @@
-"""Assets in `pcs concept evaluate`."""
+"""Makes assets for `pcs concept evaluate`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(asked: Asked) -> None:
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """One asset of the thing, seen from all around, as `pcs 3d evaluate` sees it."""
+    """Makes one asset of the subject and renders it from all around, as `pcs 3d evaluate` does."""
     recipe = _recipe(asked, f"<{asked.name}>")
     runner = _opened(asked, recipe, [asked.concept])
     subjects = {asked.name: asked.subject} if compares_with_subject(recipe) else {}
@@ -76,7 +76,7 @@ def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D
 def _asset(
     runner: Runner3D, recipe: Recipe3D, subjects: dict[str, Subject], out: Path, bars: Bars
 ) -> tuple[Tensor, Path]:
-    """Renders [16, 3, H, W] in [-1, 1] of its mesh, and its turntable."""
+    """Makes an asset; returns renders of its mesh, [16, 3, H, W] in [-1, 1], and its turntable."""
     files = AssetFiles(out)
     with bars.bar() as progress:
         asset = create(runner, recipe, files, subjects, progress=progress)
@@ -87,7 +87,7 @@ def _asset(
 
 
 def _true(asked: Asked) -> tuple[Tensor, Tensor] | None:
-    """True renders that set the bar for verification, and others; None for a thing that is not in the toybox."""
+    """Renders of the real object: those that set the bar for verification, and others; None outside the toybox."""
     held = shown_in(asked.subject.images)
     if held is None:
         return None

@@ -1,4 +1,4 @@
-"""Assets in the demo: a mesh of the thing learned from pictures."""
+"""Assets in the demo: a mesh of the subject learned from pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.recipe.resolve import load
 from shared.runner.open_runner import open_runner
 from shared.toybox.reference_sets import write_album
 
-_SHOTS, _SIDE = 5, 128  # of the overview: renders, and pixels
+_SHOTS, _SIDE = 5, 128  # in the overview: number of renders, and their side in pixels
 
 
 def check(asked: Asked) -> None:
@@ -26,8 +26,8 @@ def check(asked: Asked) -> None:
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the thing if it was learned from pictures, else of its class; recipes that compare with pictures of the
-    thing get those in any case."""
+    """Makes an asset of the subject if it was learned from pictures, otherwise of its class. Recipes that compare with the
+    subject's pictures get them in either case."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

@@ -1,4 +1,4 @@
-"""Libraries that assets need and pictures do not."""
+"""Checks for libraries that only assets need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NEEDED = {"nerfacc": "nerfacc", "scipy": "scipy", "skimage": "scikit-image", "tr
 
 
 def check_installed() -> None:
-    """Raises ValueError naming the missing ones."""
+    """Raises ValueError naming the libraries that are missing."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(f"assets need {', '.join(missing)}: pip install 'personalization-suite[3d]'")

@@ -1,4 +1,4 @@
-"""The recipe of an asset: how renders are guided, what is optimised and how it is drawn."""
+"""The recipe of an asset: how renders are guided, which field is optimised, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Recipe3D(DistillRecipe):
 
     field: FieldSettings = Voxels()
     renderer: RendererSettings = Volume()
-    export: ExportSettings | None = ExportSettings()  # None: only renders and a turntable, no mesh
+    export: ExportSettings | None = ExportSettings()  # null: only renders and a turntable, no mesh
 
     @model_validator(mode="before")
     @classmethod

@@ -22,9 +22,9 @@ from shared.types import Subject
 
 
 class References(KindPart):
-    """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the thing's left.
+    """The cameras of the subject's pictures, in the order of their file names. Azimuth 0 shows the front, 90 the object's left.
 
-    elevation_deg: one for all, or one each; fill: how much of a picture's side a thing of radius 1 covers.
+    elevation_deg: one for all, or one each; fill: how much of a picture's side an object of radius 1 covers.
     """
 
     kind: Literal["subject"] = "subject"
@@ -34,7 +34,7 @@ class References(KindPart):
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
 
     def cameras(self) -> Cameras:
-        """One for each picture. Raises ValueError unless there are as many elevations as azimuths."""
+        """One camera for each picture. Raises ValueError if there are several elevations, but not one per azimuth."""
         if isinstance(self.elevation_deg, tuple) and len(self.elevation_deg) != len(self.azimuth_deg):
             raise ValueError(
                 f"references: {len(self.azimuth_deg)} azimuths but {len(self.elevation_deg)} elevations: give one of each "
@@ -57,7 +57,7 @@ class References(KindPart):
         self.cameras()
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The pictures, side×side pixels, with their cameras. Raises ValueError as `check` does."""
+        """Reads the pictures at side×side pixels, with their cameras. Raises ValueError as `check` does."""
         self.check(subjects, False, {})
         subject = only(subjects)
         masks = reference_masks(subject, side)
@@ -70,8 +70,8 @@ class PhaseViews(KindPart):
     (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
     A phase that is named twice counts twice.
 
-    foreground: for views without masks: a pixel shows the thing if a channel differs from the colour of the view's border by
-    more than this, in [0, 1], which suits prompts with a plain background. None: no masks.
+    foreground: for views without masks: a pixel shows the object if a channel differs from the colour of the view's border by
+    more than this, in [0, 1], which suits prompts with a plain background. null: no masks.
     """
 
     kind: Literal["phase"] = "phase"
@@ -98,7 +98,7 @@ class PhaseViews(KindPart):
         return (self.phase,) if isinstance(self.phase, str) else self.phase
 
     def pictures(self, subjects: Mapping[str, Subject], side: int, folders: Mapping[str, Path]) -> Pictures:
-        """The views, side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
+        """Reads the views at side×side pixels, with their cameras. Raises ValueError if they cannot be read."""
         each = [self._of(folders[name], side) for name in self.phases]
         masks = [views.masks for views in each if views.masks is not None]
         return Pictures(
@@ -124,9 +124,9 @@ KnownViews = Annotated[References | PhaseViews, Field(discriminator="kind"), def
 
 
 def only(subjects: Mapping[str, Subject]) -> Subject:
-    """The one subject. Raises ValueError if there are several, or none."""
+    """The only subject. Raises ValueError if there are several, or none."""
     if len(subjects) != 1:
-        raise ValueError(f"references need exactly one subject, and there are {len(subjects)}: give subject.images")
+        raise ValueError(f"references need exactly one subject, but there are {len(subjects)}: give subject.images")
     (subject,) = subjects.values()
     return subject
 

@@ -1,4 +1,4 @@
-"""The public interface of `pcs_3d`: create an asset. The command line and Python code both use it."""
+"""The public interface of `pcs_3d`: creates assets. The command line and Python code both use it."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Runner3D(Runner):
         progress: Progress | None = None,
         tensorboard: bool = True,
     ) -> Asset:
-        """Make what `recipe.prompt` describes, with the loaded concepts.
+        """Makes an asset of what `recipe.prompt` describes, with the loaded concepts.
 
         Args:
             workdir: training state, logs and sample renders
-            subjects: name -> pictures, for recipes that also learn a subject; nothing of it stays attached
+            subjects: name -> pictures, for recipes that also learn a subject; its name and adapters are detached afterwards
             resume: continue from the newest checkpoint in `workdir`
 
         Raises:
@@ -109,7 +109,7 @@ class Runner3D(Runner):
         sides_fixed: bool = False,
     ) -> MemoryPlan:
         """The recipe changed so that making the asset fits into this many bytes (`plan_memory`), of the GPU or, on a CPU, of
-        the process. Raises ValueError with the least that would do if nothing fits; and as `create` does."""
+        the process. Raises ValueError, naming the smallest budget, if nothing fits; and as `create` does."""
         subjects = subjects or {}
         self.check(recipe, subjects)
         run = self._training(recipe, subjects, workdir, None, tensorboard=False)
@@ -133,8 +133,8 @@ class Runner3D(Runner):
         cameras."""
         check_fields(recipe)
         phases = list(expand_phases(recipe))
-        views: dict[str, bool] = {}  # phases that give pictures with cameras: whether also with masks
-        # Without a phase that learns, the subject's pictures are only compared with, and a concept stands for it.
+        views: dict[str, bool] = {}  # phases that give pictures with cameras -> whether they also give masks
+        # If no phase learns the subject, its pictures only serve for comparison, and prompts refer to a loaded concept.
         learned = list(subjects) if any(p.task.learns_subjects for _, p in phases) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
@@ -163,7 +163,7 @@ class Runner3D(Runner):
 
 
 def _check_strength(phase: str, strength: float, steps: int | None) -> None:
-    """Raises ValueError if this share of the denoising steps is none of them."""
+    """Raises ValueError if this share of the denoising steps rounds down to 0."""
     if steps is not None and int(steps * strength) == 0:
         raise ValueError(
             f"phases.{phase}.task.strength = {strength:g} of {steps} steps leaves no steps: use more steps "

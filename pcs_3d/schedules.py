@@ -1,4 +1,4 @@
-"""Numbers that change over a run, as a recipe writes them."""
+"""Schedules: numbers in a recipe that change over a run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Shadings(Part):
     spread: Annotated[float, Field(ge=0)] = 1.0  # std of the light's position around the camera, in radii
 
     def draw(self, cameras: Cameras, moment: Moment, generator: Generator) -> tuple[Shading, Tensor]:
-        """One shading for all views, and a light [B, 3] for each. Raises ValueError if all are 0 or one is negative."""
+        """Draws one shading for all views, and a light [B, 3] for each. Raises ValueError if all are 0 or one is negative."""
         parts = torch.tensor([moment.of(s) for s in (self.ambient, self.lambertian, self.textureless)])
         if bool((parts < 0).any()) or float(parts.sum()) <= 0:
             raise ValueError(

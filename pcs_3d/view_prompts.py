@@ -24,7 +24,7 @@ class ViewWords(Part):
     """Words for directions, and which direction a camera looks from (DreamFusion, section 3.2).
 
     `place: noun` puts them right after the first `<name>` of the prompt (at the end if it has none), where they bind to
-    the thing; `end` puts them at the end; a prompt with `{view}` gets them there.
+    the object; `end` puts them at the end; in a prompt with `{view}`, they replace it.
     """
 
     front: str = "front view"
@@ -36,7 +36,7 @@ class ViewWords(Part):
     back_deg: Annotated[float, Field(gt=0, lt=180)] = 45.0  # up to this angle from azimuth 180
     overhead_deg: Annotated[float, Field(gt=0, le=90)] = 60.0  # from this elevation upwards
     blend_deg: Annotated[float, Field(ge=0, le=45)] = 0.0  # within this angle of a border, embeddings are mixed
-    drop_subject: Share = 0.0  # how often a back view asks only for the class, because few pictures show the back
+    drop_subject: Share = 0.0  # how often a back view's prompt names only the class, because few pictures show the back
 
     def directions(self, cameras: Cameras) -> list[Direction]:
         """The direction of each camera."""
@@ -117,7 +117,7 @@ Mix = tuple[tuple[float, str], ...]
 class ScenePrompts:
     """All prompts for one asset. Texts refer to concepts as `<name>`.
 
-    class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ by more than
+    class_nouns: concept -> its class, for views that leave the name out. by_direction: prompts that differ in more than
     the words for the view
     """
 
@@ -128,7 +128,7 @@ class ScenePrompts:
     by_direction: Mapping[Direction, str] = field(default_factory=dict)
 
     def views(self, cameras: Cameras, generator: Generator) -> Views:
-        """The cameras of a step, with the random choices for their prompts."""
+        """Adds the random choices for prompts to the cameras of a step."""
         coins = torch.rand(len(cameras), generator=generator).tolist()
         behind = [d == "back" for d in self.words.directions(cameras)]
         return Views(cameras, tuple(b and c < self.words.drop_subject for b, c in zip(behind, coins, strict=True)))

@@ -1,4 +1,4 @@
-"""Pictures in `pcs concept evaluate`."""
+"""Generates pictures for `pcs concept evaluate`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check(asked: Asked) -> None:
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """Pictures of the standard prompts, with every seed."""
+    """Generates a picture of each standard prompt with every seed."""
     return shots_of(_opened(asked), asked.inside("pictures"), bars, _write)
 
 

@@ -1,4 +1,4 @@
-"""Pictures in the demo: learns the thing as a concept and shows new scenes, scores and a report."""
+"""Pictures in the demo: learns the subject as a concept and shows new scenes, scores and a report."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SCENES = 8
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for an unknown thing or recipe."""
+    """Raises ValueError for an unknown subject or recipe."""
     load(asked.recipe, _settings(asked))
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Learns the thing, measures it, and shows its pictures next to those of the base model."""
+    """Learns the subject, evaluates the concept, and shows its pictures next to the base model's."""
     start, noun = time.perf_counter(), asked.thing.thing.class_name
     planned = plan(load(asked.recipe, _settings(asked)))
     runner = open_runner(ImageRunner, "toybox", [], "cpu")
@@ -64,7 +64,7 @@ def _first(report: Any, asked: Asked, kind: str) -> torch.Tensor:
 
 
 def _sheet(report: Any, asked: Asked, class_noun: str) -> Path:
-    """references | new scenes | the base model without the concept, for the first prompts."""
+    """Writes a grid: references | new scenes | the base model without the concept, for the first prompts."""
     references = torch.stack([resize(read_picture(p), 64).pixels for p in sorted(asked.references.glob("*.png"))])
     path = asked.out / "contact-sheet.png"
     contact_sheet(

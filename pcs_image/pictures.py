@@ -1,4 +1,4 @@
-"""Pictures as files: from prompts to a folder of PNGs."""
+"""Generates pictures from prompts and writes them as PNGs into a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """Writes a picture of each prompt with each seed: one PNG each, whose metadata can reproduce it."""
+    """Writes one PNG for each prompt and seed, with the metadata needed to reproduce it."""
     check_output(out.path, out.overwrite)
     settings = runner.with_own_strengths(settings)
     shots = [(p, s) for p in prompts for s in seeds]

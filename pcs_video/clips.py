@@ -1,4 +1,4 @@
-"""Clips as files: from prompts to mp4, GIF, WebP or frames."""
+"""Generates clips from prompts and writes them as mp4, GIF, WebP or frames."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     progress: Steps | None = None,
 ) -> list[Path]:
-    """Writes a clip of each prompt with each seed, with its provenance in the file's metadata."""
+    """Writes one clip for each prompt and seed, with its provenance in the file's metadata."""
     shots = [(p, s) for p in prompts for s in seeds]
     out.check(len(shots))
     if out.one_file and out.with_sheet:

@@ -1,4 +1,4 @@
-"""Clips in `pcs concept evaluate`."""
+"""Generates clips for `pcs concept evaluate`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shared.runner.open_runner import open_runner, parse_concept
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError for a model that does not make clips, concepts that do not fit it, and a `--motion` that is not one."""
+    """Raises ValueError if the model does not make clips, the concepts do not fit it, or `--motion` is not a motion."""
     _motion(asked)
     _opened(asked)
 
 
 def make(asked: Asked, bars: Bars) -> Made:
-    """Clips of the standard prompts with every seed, in the requested motion."""
+    """Generates a clip of each standard prompt with every seed, in the requested motion."""
     runner = _opened(asked)
     rate = clip_rate(runner, None)
 

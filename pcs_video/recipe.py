@@ -1,4 +1,4 @@
-"""What a recipe for clips adds to one for pictures: clips to learn from, and parts for motion."""
+"""The recipe for clips, which adds clips to learn from and parts for motion to the one for pictures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClipSubject(SubjectSettings):
     @model_validator(mode="after")
     def _one_medium(self) -> ClipSubject:
         if (self.images is None) == (self.clips is None):
-            raise ValueError("give either clips (of a motion) or images (of a thing)")
+            raise ValueError("give either clips (of a motion) or images (of a subject)")
         return self
 
     def read(self) -> Subject:
@@ -60,7 +60,7 @@ class ClipSubject(SubjectSettings):
 
 
 class ClipSampling(Sampling):
-    """How clips are generated, during training and by default afterwards. None: the backbone's own."""
+    """How clips are generated, during training and by default afterwards. null: the backbone's own."""
 
     frames: Annotated[int, Field(ge=0)] | None = None  # 0: pictures
 
@@ -74,7 +74,7 @@ class VideoRecipe(Recipe):
 
     subject: ClipSubject | None = None
     subjects: dict[Annotated[str, Field(pattern=NAME)], ClipSubject] = {}
-    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; None: the backbone's own
+    motion_adapter: NameOrPath | None = None  # a folder with diffusers' `MotionAdapter`; null: the backbone's own
     sources: Slot[ClipSource] = {"clips": {"kind": "clips"}}  # type: ignore[assignment]
     trainable: Slot[ClipTrainable] = {}
     regularize: Slot[ClipRegularizer] = {}

@@ -67,10 +67,10 @@ class VideoRunner(Runner):
             check_lengths(planned.recipe, check)
 
     def evaluate_clips(self, settings: ClipEvaluationSettings = ClipEvaluationSettings()) -> ClipReport:
-        """Measure the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
+        """Measures the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
 
         Raises:
-            ValueError: the loaded concepts are none of these, or their clips or pictures cannot be found
+            ValueError: no motion or subject is loaded, or its clips or pictures cannot be found
         """
         return evaluate_clips_loaded(self, settings)
 

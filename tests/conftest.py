@@ -190,7 +190,7 @@ def _interrupts() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests neither read nor write what a person's runs have cached; commands in processes of their own too."""
+    """Keeps tests, and the commands that they run in separate processes, away from the user's own caches."""
     os.environ["PCS_CACHE"] = str(tmp_path_factory.getbasetemp() / "pcs-cache")
 
 

@@ -1,9 +1,9 @@
-"""Six golden runs on tiny models, as hashes of everything they learn and paint: `make golden`.
+"""Six golden runs on tiny models, as hashes of everything they learn and generate: `make golden`.
 
-    python tests/golden.py            compares with the kept hashes, and keeps them where there are none
-    python tests/golden.py --keep     keeps today's hashes, for a change that is meant to change them
+    python tests/golden.py            compares with the stored hashes, and stores those that are missing
+    python tests/golden.py --keep     stores the new hashes, after a change that is meant to change them
 
-A commit that only moves code must leave them as they are. Hashes depend on processor and torch, so they are kept per
+A commit that only moves code must leave them as they are. Hashes depend on processor and torch, so they are stored per
 checkout (`.golden.json`, ignored by git) and not committed.
 """
 
@@ -106,7 +106,7 @@ def runs(work: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    """0 when every hash is as kept."""
+    """Returns 0 if every hash matches the stored one."""
     import torch
 
     torch.set_num_threads(1)

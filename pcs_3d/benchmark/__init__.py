@@ -1,1 +1,1 @@
-"""Compares recipes for assets on the toybox's held-out things."""
+"""Compares recipes for assets on the toybox's held-out subjects."""

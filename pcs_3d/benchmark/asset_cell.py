@@ -1,4 +1,4 @@
-"""One cell of a comparison: a recipe's asset of one thing, and what it is compared with."""
+"""One cell of a comparison: a recipe's asset of one subject, and the references for its scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 class AssetCell(BaseModel):
     """made: the asset with the concept; base: by the same recipe, prompted only with the class; generic: the scores of a
-    generic thing of the class, by key (`Yardstick.generic_scores`)."""
+    generic object of the class, by key (`Yardstick.generic_scores`)."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -35,7 +35,7 @@ class AssetCell(BaseModel):
 
     @property
     def apart(self) -> bool:
-        """Whether the instruments verify too few true renders for this thing's figures to be pooled with others."""
+        """Whether this subject is left out of pooled figures because the instruments verify too few of its true renders."""
         return self.truth is not None and self.truth < APART
 
     def score(self, key: str) -> Score | None:

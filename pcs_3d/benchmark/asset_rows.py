@@ -1,4 +1,4 @@
-"""One recipe's assets as one row of a table: means over things, each counted once."""
+"""One recipe's assets as one row of a table: means over subjects, each counted once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """What a recipe must reach; None leaves a part out. All in [0, 1]. Identity must also be above that of the same recipe
-    without the concept, and the overlap of silhouettes above that of a generic thing of the class."""
+    """Scores that a recipe must reach, in [0, 1]; None: no requirement. Identity must also be above that of the same recipe
+    without the concept, and the overlap of silhouettes above that of a generic object of the class."""
 
     identity: float | None = None
     view: float | None = None
     iou: float | None = None
 
     def met(self, row: AssetRow) -> bool | None:
-        """Whether the row reaches it; None if the goal is empty."""
+        """Whether the row meets the goal; None if the goal is empty."""
         found = {"identity": row.value(IDENTITY), "view": row.value("view"), "iou": row.value("iou")}
         reached = all_reached([(value, getattr(self, name)) for name, value in found.items()])
         if not reached:
@@ -40,7 +40,7 @@ class AssetGoal:
 
 @dataclass(frozen=True)
 class AssetRow:
-    """One recipe over all its things. scores: `base` is the same recipe without the concept, `truth` the true thing; sphere,
+    """One recipe over all its subjects. scores: `base` is the same recipe without the concept, `truth` the real object; sphere,
     generic: mean scores of these references, by key."""
 
     recipe: str
@@ -50,10 +50,10 @@ class AssetRow:
     generic: Mapping[str, float]
     training_seconds: float | None
     peak_memory: float | None  # bytes
-    failed: Mapping[str, str] = field(default_factory=dict)  # thing -> what went wrong
+    failed: Mapping[str, str] = field(default_factory=dict)  # subject -> error message
     apart: Mapping[str, float] = field(
         default_factory=dict
-    )  # thing -> share of true renders that are verified: left out of pooled figures
+    )  # subject -> share of true renders that are verified: left out of pooled figures
 
     def value(self, key: str) -> float | None:
         return self.scores[key].value if key in self.scores else None
@@ -62,7 +62,7 @@ class AssetRow:
 def aggregate_assets(
     recipe: str, cells: Mapping[str, AssetCell], failed: Mapping[str, str], pool_all: bool = False
 ) -> AssetRow:
-    """All assets of a recipe; confidence intervals resample whole things. Unless `pool_all`, leaves out things of which the
+    """All assets of a recipe; confidence intervals resample whole subjects. Unless `pool_all`, leaves out subjects of which the
     instruments verify too few true renders (`AssetCell.apart`)."""
     apart = {name: c for name, c in cells.items() if c.apart and not pool_all}
     pooled = [c for name, c in cells.items() if name not in apart]
@@ -81,7 +81,7 @@ def aggregate_assets(
 
 
 def _first_of_each(cells: Sequence[AssetCell]) -> list[Score]:
-    """Every score that any of the cells has, in reading order."""
+    """Every score that occurs in a cell, taken from the first cell that has it."""
     found: dict[str, Score] = {}
     for cell in cells:
         found |= {s.key: s for s in cell.made.scores if s.key not in found}

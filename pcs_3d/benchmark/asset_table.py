@@ -28,7 +28,7 @@ CURVES = (IDENTITY, "verified", "recognised", "iou", "psnr", "view", "clip_t", "
 ASSET, PLAIN = "asset", "asset-without-concept"  # folders in a cell's `work`
 REPORT, PLAIN_REPORT = "report", "report-without-concept"
 SHOWN = ("000", "090", "180", "270")  # renders on the page
-_GENERIC = "a generic thing of the class"
+_GENERIC = "a generic object of the class"
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class AssetComparison:
     """The table, sorted by identity and then by overlap of silhouettes, and the cells behind it."""
 
     rows: tuple[AssetRow, ...]
-    reports: Mapping[tuple[str, str], AssetCell]  # by (recipe, thing)
+    reports: Mapping[tuple[str, str], AssetCell]  # by (recipe, subject)
     failures: Mapping[tuple[str, str], str]
     goal: AssetGoal
     out: Path
 
     @property
     def columns(self) -> list[Score]:
-        """The score of each column."""
+        """The score shown in each column."""
         found = {k: next((r.scores[k] for r in self.rows if k in r.scores), None) for k in COLUMNS}
         return [s.model_copy(update={"title": COLUMNS[k]}) for k, s in found.items() if s is not None]
 
@@ -53,7 +53,7 @@ class AssetComparison:
 
     @property
     def apart(self) -> dict[str, float]:
-        """The things left out of pooled figures, and the share of their true renders that are verified."""
+        """The subjects left out of pooled figures, and the share of their true renders that are verified."""
         return {thing: share for r in self.rows for thing, share in r.apart.items()}
 
     def met(self, row: AssetRow) -> str:
@@ -66,7 +66,7 @@ class AssetComparison:
         return [_shown(s, (found := row.scores.get(s.key)) and found.base) for s in self.columns]
 
     def floors(self) -> list[tuple[str, list[str]]]:
-        """Reference values that need no recipe, for each column: the generic thing, the sphere, the true thing and a guess."""
+        """Reference values that need no recipe, by column: the generic object, the sphere, the real object and a guess."""
         first = next((r for r in self.rows if r.scores), None)
         if first is None:
             return []
@@ -74,16 +74,16 @@ class AssetComparison:
         return [
             (_GENERIC, [_shown(s, first.generic.get(s.key)) for s, _ in known]),
             ("a sphere in its mean colour", [_shown(s, first.sphere.get(s.key)) for s, _ in known]),
-            ("the true thing", [_shown(s, found and found.truth) for s, found in known]),
+            ("the real object", [_shown(s, found and found.truth) for s, found in known]),
             ("a guess", [_shown(s, found and found.chance) for s, found in known]),
         ]
 
     @property
     def notes(self) -> list[str]:
-        """Notes that a reader needs."""
+        """Notes on how to read the table."""
         out = [
-            "The generic thing has the class's usual shape and the true thing's two colours, but not its proportions and "
-            "pattern. It is rendered as it is; assets and the sphere are first aligned to the true thing's size and position."
+            "The generic object has the class's usual shape and the real object's two colours, but not its proportions and "
+            "pattern. It is rendered as it is; assets and the sphere are first aligned to the real object's size and position."
         ]
         if self.apart:
             listed = ", ".join(f"{thing} ({share:.0%})" for thing, share in self.apart.items())
@@ -93,7 +93,7 @@ class AssetComparison:
     def markdown(self) -> str:
         """Two lines per recipe, with the concept and without it, then the floors; ready for a README."""
         columns = self.columns
-        head = ["recipe", "things", *(s.title for s in columns), "making", "memory", "goal"]
+        head = ["recipe", "subjects", *(s.title for s in columns), "making", "memory", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for row in self.rows:
             count = f"{len(row.things)}" + (f", {len(row.failed)} failed" if row.failed else "")
@@ -158,7 +158,7 @@ class AssetComparison:
 
 
 def _shown(about: Score, value: float | None) -> str:
-    """A mean over things as text; yes-or-no scores become shares."""
+    """A mean over subjects as text; yes-or-no scores become shares."""
     return formatted(value, "rate") if about.key == "watertight" else said(about, value)
 
 
@@ -181,7 +181,7 @@ def _numbers(row: AssetRow, key: str) -> list[float | None]:
 
 
 def _plots(rows: Sequence[AssetRow], cells: Mapping[tuple[str, str], AssetCell]) -> Iterator[tuple[str, str]]:
-    """(title, svg) of each score by azimuth: means over the things, one line per recipe, dashed for the true things."""
+    """(title, svg) of each score by azimuth: means over the subjects, one line per recipe, dashed for the real objects."""
     for key in CURVES:
         lines, truth, title, azimuths = [], [], "", [0.0]
         for number, row in enumerate(rows):
@@ -206,7 +206,7 @@ def compare_assets(
     out: Path,
     goal: AssetGoal = AssetGoal(),
 ) -> AssetComparison:
-    """The table of the cells in the folder `out`, by (recipe, thing). Raises ValueError if they were not measured with the
+    """The table of the cells in the folder `out`, by (recipe, subject). Raises ValueError if they were not measured with the
     same instruments."""
     check_instruments(reports.values())
     rows = []

@@ -1,4 +1,4 @@
-"""Compares recipes for assets on the toybox's held-out things, each learned from its pictures once for all recipes."""
+"""Compares recipes for assets on the toybox's held-out subjects, each learned from its pictures once for all recipes."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ GOAL = AssetGoal(identity=0.50, view=0.65, iou=0.55)
 
 @dataclass(frozen=True)
 class AssetBenchmarkSettings:
-    """What is compared, on how many things, and where results go."""
+    """Settings of a comparison: the subjects, the recipe that learns them, and the output folder."""
 
-    split: str = "development"  # of the held-out things; "reporting" once, at the end
+    split: str = "development"  # of the held-out subjects; "reporting" once, at the end
     subjects: int = 4  # the first of the split
-    learn: str = "t_lora"  # recipe that learns things from pictures
+    learn: str = "t_lora"  # recipe that learns subjects from pictures
     prompt: str = "a photo of a {concept}"
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU if there is one
@@ -60,8 +60,8 @@ class AssetBenchmarkSettings:
 
 
 def run(recipes: Sequence[str], settings: AssetBenchmarkSettings) -> AssetComparison:
-    """Learns the split's things, then makes and scores assets with every recipe (shipped names and your own files; none:
-    `RECIPES`), each with the concept and, prompted only with the class, without it.
+    """Learns the split's subjects, then makes and scores assets of them with every recipe (names or YAML files; none:
+    `RECIPES`), once with the concept and once without it, prompted only with the class.
 
     Raises ValueError for an unknown recipe or split, and for recipes that need more than a prompt and a concept. Resumes an
     interrupted call with the same arguments.
@@ -113,7 +113,7 @@ def _loaded(recipe: str, settings: AssetBenchmarkSettings, thing: str, noun: str
 
 @dataclass(frozen=True)
 class _Bench:
-    """Learns each thing once, makes assets of it and evaluates them."""
+    """Learns each subject once, makes assets of it and evaluates them."""
 
     runner: Runner3D
     things: Things
@@ -151,7 +151,7 @@ def make_once(
     concept: Mapping[str, str],
     subjects: dict[str, Subject] | None = None,
 ) -> None:
-    """Makes the asset in a folder: reuses that of an earlier call with identical inputs, and resumes an interrupted one.
+    """Makes the asset in a folder: reuses the one from an earlier call with identical inputs, and resumes an interrupted call.
     concept: its files and their hashes; subjects: pictures for recipes that compare with them."""
     pictures = {f.name: sha256(f) for subject in (subjects or {}).values() for f in subject.files}
     inputs = {"concept": dict(concept), **({"pictures": pictures} if pictures else {})}
@@ -164,7 +164,7 @@ def make_once(
     files = AssetFiles(out, overwrite=True)
     files = replace(files, resume=same and checkpoint.load(files.workdir) is not None)
     files.check()
-    if out.exists():  # an asset of something else: if the new one fails, it must not be mistaken for it
+    if out.exists():  # made from other inputs; if the new one fails, the old one must not be mistaken for it
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(marked, mark)

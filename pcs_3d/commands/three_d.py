@@ -29,10 +29,10 @@ def create(
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
     vram: str = typer.Option(
         None,
-        help="memory limit, 8G or 512M: of the GPU or, on a CPU, of the whole process; met by fewer views at a time, "
-        "recomputed activations, and smaller renders unless train.resolution is set",
+        help="memory limit (8G, 512M) of the GPU or, on a CPU, of the whole process; to meet it, fewer views are processed at "
+        "once, activations are recomputed, and renders get smaller unless train.resolution is set",
     ),
-    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
+    download: bool = typer.Option(False, "--download", help="download what is not in the local cache from the hub"),
 ) -> None:
     """Make a 3D asset from a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles
@@ -97,7 +97,7 @@ def evaluate(
     references: Path = typer.Option(None, help="a folder of pictures of the object", **PATH),
     prompt: str = typer.Option("", help="what it should look like; default: the asset's own prompt"),
     class_noun: str = typer.Option(
-        "", help="class of the learned name in the prompt (mug); default: the truth's class"
+        "", help="class of the learned name in the prompt (mug); default: the class of --truth"
     ),
     out: Path = typer.Option(
         Path("report"), help="folder for report.html, report.json, CSV tables and renders", **PATH
@@ -107,7 +107,7 @@ def evaluate(
     device: str = typer.Option("cpu", help="where --clip and --dino run"),
     overwrite: bool = typer.Option(False, help="replace an existing report"),
 ) -> None:
-    """Measure an asset from 16 sides: shape and colour against the truth, identity, prompt, views, geometry."""
+    """Measure an asset from 16 sides: shape and colour against the real object, identity, prompt, views, geometry."""
     from pcs_3d.evaluation.evaluate import Against
     from pcs_3d.evaluation.evaluate import evaluate as measure
     from pcs_3d.evaluation.headline import line
@@ -148,7 +148,7 @@ def benchmark(
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe for assets, for example train.steps=100"
     ),
-    learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe for pictures"),
+    learn_overrides: list[str] = typer.Option([], "--set-learn", help="the same for the recipe that learns subjects"),
     device: str = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one"),
 ) -> None:
     """Compare recipes for assets on the toybox's held-out subjects: identity with and without the concept, shape, views."""

@@ -31,7 +31,7 @@ def install(
 
 @app.command()
 def doctor(checkout: Path = _CHECKOUT) -> None:
-    """Report which parts of a checkout work on this machine, and how to fix those that do not. Exits with 1 if any must be."""
+    """Report which parts of a checkout work on this machine, and how to fix the others. Exits with 1 if any must be fixed."""
     from pcs_3d.threestudio.doctor import findings
 
     bad = False

@@ -126,19 +126,19 @@ class Distill(ConceptTask):
         return vae | (super().networks_in_steps - {"vae"} if timed else frozenset())
 
     def groups(self) -> dict[str, list[TrainableGroup]]:
-        """The field's, and the student's."""
+        """The groups of the field and of the student."""
         out = {name: list(parts) for name, parts in self.field.groups().items()}
         for name, parts in super().groups().items():
             out.setdefault(name, []).extend(parts)
         return out
 
     def regrouped(self, step: int) -> Regrouped | None:
-        """Advances the field to this step; its groups if they have changed."""
+        """Advances the field to this step; returns its groups if they have changed."""
         came_from = self.field.advance(step, self.steps)
         return None if came_from is None else Regrouped(self.groups(), came_from)
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The loss of guidance and penalties, for the field; then the student's."""
+        """Yields the field's loss, from guidance and penalties, then the student's."""
         moment = Moment(step, self.steps)
         noise = generator(self.recipe.seed, _NOISE + step, micro)
         seen = self._drawn(moment, micro)
@@ -167,7 +167,7 @@ class Distill(ConceptTask):
                 yield Update(loss, (student.group,), {STUDENT: loss.detach()})
 
     def _drawn(self, moment: Moment, micro: int) -> Seen:
-        """The views of a step."""
+        """Draws the views of a step."""
         recipe, draw = self.recipe, generator(self.recipe.seed, _VIEWS + moment.step, micro)
         device, channels = self.context.backbone.device, self.field.channels
         cameras = recipe.cameras.sample(recipe.train.batch_size, moment, draw)
@@ -189,7 +189,7 @@ class Distill(ConceptTask):
         return any(penalty.needs_normals for penalty in self.recipe.penalties.values())
 
     def _seen(self, cameras: Cameras, settings: RenderSettings, moment: Moment) -> Seen:
-        """Views drawn in full precision."""
+        """Draws views in full precision."""
 
         def view(cameras: Cameras, settings: RenderSettings) -> Rendering:
             with torch.autocast(self.field.device.type, enabled=False):
@@ -199,7 +199,7 @@ class Distill(ConceptTask):
         return Seen(self.field, cameras, rendering, moment, settings.generator, view, settings, self.pictures)
 
     def _latents(self, rendering: Rendering) -> tuple[Tensor, Tensor]:
-        """The latents that the guidance acts on, and the views in [0, 1]: pixels are encoded, latents taken as they are."""
+        """The latents that the guidance acts on, and the views in [0, 1]: pixels are encoded, latents are used as they are."""
         pixels = rendering.pixels
         if self.guidance.space == "latents":
             return pixels, pixels
@@ -209,8 +209,8 @@ class Distill(ConceptTask):
     # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The field (`field/…`) and the adapters in training, the student's among them. Schedules are functions of the
-        step."""
+        """The field (`field/…`) and the adapters in training, including the student's. Schedules have no state: they
+        depend only on the step."""
         return {**super().state_dict(), **self.carried()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

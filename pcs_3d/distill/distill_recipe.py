@@ -1,4 +1,4 @@
-"""What a recipe for assets adds to one for pictures, whichever field is optimised."""
+"""The settings of a recipe for assets that do not depend on the kind of field."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class DistillRecipe(Recipe):
 
     prompt: str = ""
     setting: str = (
-        ""  # the scene, appended to the prompt ("in a white studio"): a plain one keeps the field to the thing itself
+        ""  # the scene, appended to the prompt ("in a white studio"): a plain one keeps other objects out of the field
     )
     negative: str = ""
     views: ViewWords = ViewWords()
-    debias: PromptDebias | None = None  # leaves words out of the prompts of some views
+    debias: PromptDebias | None = None  # leaves words out of the prompts for some views
     cameras: CameraSampling = CameraSampling()
     background: Backgrounds = Backgrounds()
     shading: Shadings = Shadings()
@@ -50,7 +50,7 @@ class DistillRecipe(Recipe):
     field: Any = None
     renderer: Any = None
     penalties: Slot[GeometryRegularizer] = {}
-    references: KnownViews | None = None  # pictures of the thing with cameras, for penalties that compare
+    references: KnownViews | None = None  # pictures of the object with cameras, for penalties that compare
     export: Any = None  # how the field is written to files
     sources: Slot[Source] = {}
     trainable: Slot[AssetTrainable] = {}

@@ -15,7 +15,7 @@ class DistillTask(TuneTask):
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """The field's."""
+        """Only the group of the field."""
         return frozenset({MAIN})
 
     @property

@@ -1,4 +1,4 @@
-"""The asset that an earlier phase of the run left."""
+"""The asset made by an earlier phase of the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EarlierAsset:
 
     @property
     def field(self) -> Any:
-        """Its field as the phase left it."""
+        """The field as that phase left it."""
         if self._field is None:
             backbone = self.context.backbone
             channels = backbone.latent_shape(backbone.resolution, backbone.resolution)[0] if self.in_latents else 3
@@ -39,7 +39,7 @@ class EarlierAsset:
         return self._field
 
     def shown(self, cameras: Cameras, side: int) -> Rendering:
-        """Renders on white, `side` pixels wide; those of a field of latents are decoded."""
+        """Renders on white, `side` pixels wide; renders of a field of latents are decoded."""
         backbone = self.context.backbone
         cells = backbone.latent_shape(side, side)[-1] if self.in_latents else side
         return shown(self.recipe, self.field, cameras, cells, lambda z: (backbone.decode(z).float() + 1) / 2)

@@ -1,4 +1,4 @@
-"""Hands one phase's field over to the next, also to a different kind of field."""
+"""Hands one phase's field over to the next, even if that one is of a different kind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SAMPLES = 120_000  # points on a surface that is handed over
 
 
 def check_fields(recipe: DistillRecipe) -> None:
-    """Raises ValueError if a phase's field cannot be built as set: a file that cannot be read, a start from an earlier phase
-    if there is none, or a field of a different kind than the earlier phase's that does not start from it."""
+    """Raises ValueError if a phase's field cannot be built as set: its file cannot be read; it starts from an earlier phase,
+    but there is none; or it differs in kind from the earlier phase's field and does not start from it."""
     earlier: DistillRecipe | None = None
     for name, phase in expand_phases(recipe):
         if isinstance(phase.task, DistillTask):
@@ -67,10 +67,10 @@ def first_field(
     carried: Mapping[str, Tensor],
     resumed: bool = False,
 ) -> Field:
-    """The field that a phase begins with, on the CPU.
+    """Returns the field that a phase begins with, on the CPU.
 
-    One of the same kind as the earlier phase's continues unchanged, unless it starts from a phase and its settings differ
-    (apart from rates); then it is built from what that phase's field shows.
+    A field of the same kind as the earlier phase's continues unchanged, unless `start.kind` is phase and its settings differ
+    (apart from learning rates); it is then rebuilt from the shape and colours of the earlier field.
 
     Args:
         earlier: recipes of the phases before
@@ -95,7 +95,7 @@ def first_field(
 
 
 def restored(part: FieldPart, channels: int, seed: int, state: Mapping[str, Tensor]) -> Field:
-    """The saved field, on the CPU. Raises ValueError if the state is of another field."""
+    """Rebuilds the saved field on the CPU. Raises ValueError if the state belongs to another field."""
     field = blank(part, channels, seed)
     field.load_state_dict(state)
     return field
@@ -111,7 +111,7 @@ def blank(part: FieldPart, channels: int, seed: int) -> Field:
 
 
 def _settings(part: FieldPart) -> dict[str, Any]:
-    """Everything but its start and its rates."""
+    """All settings but the start and the learning rates."""
     return {k: v for k, v in dict(part).items() if k != "start" and not k.startswith("lr")}
 
 

@@ -41,7 +41,7 @@ _PLANNED = {
 @dataclass(frozen=True)
 class Levers:
     """Ways to save memory. views: per pass through networks, out of `of` per step; recompute: 0: nothing; 1: activations of
-    networks; 2: those of the renderer, too; side: pixels of a view, None: as requested."""
+    networks; 2: also those of the renderer; side: pixels of a view, None: as requested."""
 
     views: int
     of: int
@@ -73,7 +73,7 @@ class Levers:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe that fits into memory. estimate, budget: bytes; how: by phase."""
+    """A recipe that fits into memory. estimate, budget: bytes; how: the levers, by phase."""
 
     recipe: Any
     budget: int
@@ -93,10 +93,10 @@ class MemoryPlan:
 
 
 def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = False) -> MemoryPlan:
-    """The recipe, changed so that each phase that makes an asset stays within `budget` bytes.
+    """Changes the recipe so that each phase that makes an asset stays within `budget` bytes.
 
     The estimate adds up what is already in memory (networks; on a CPU, the whole process), the field with gradients, moments
-    and the saved copy, and what one view takes in a step, measured at two small sizes. First, fewer views go through the
+    and the saved copy, and the memory of one view in a step, measured at two small sizes. First, fewer views go through the
     networks at once, which changes only the order of random draws; then activations are recomputed; then, unless
     `sides_fixed`, renders get smaller.
 
@@ -104,7 +104,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
         run: a run of this recipe that has not begun; the caller removes the names and adapters that it attaches
 
     Raises:
-        ValueError: nothing fits; names the least that would do
+        ValueError: nothing fits; names the smallest budget that would be enough
     """
     run._attach_names()
     how: dict[str, Levers] = {}
@@ -129,7 +129,7 @@ def plan_memory(run: TrainingRun, recipe: Any, budget: int, sides_fixed: bool = 
 
 
 def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
-    """The first settings that fit into the budget, and what they take, in bytes. Raises ValueError with the least possible."""
+    """Finds the first settings that fit the budget, and their memory in bytes. Raises ValueError naming the smallest budget."""
     least: tuple[int, Levers] | None = None
     for levers in tries.ladder(sides_fixed):
         fixed, per_view = tries.costs(levers)
@@ -149,7 +149,7 @@ def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
 
 
 class Tries:
-    """Small steps of one phase, to measure what they take."""
+    """Runs small steps of one phase to measure their memory."""
 
     def __init__(self, run: TrainingRun, index: int, trained: Any) -> None:
         self.run, self.index, self.trained = run, index, trained
@@ -166,7 +166,7 @@ class Tries:
         self._known: dict[tuple[int, int | None], tuple[int, int]] = {}
 
     def ladder(self, sides_fixed: bool) -> Iterator[Levers]:
-        """Ways to take less memory, the costliest in time and quality last."""
+        """Yields ways to save memory, those that cost most time and quality last."""
         views = self.recipe.train.batch_size
         for recompute in range(3):
             yield Levers(views, views, recompute)
@@ -203,8 +203,8 @@ class Tries:
         return {name: blank_views(cameras, folder / name) for name, cameras in views.items()}
 
     def _peak(self, levers: Levers, share: float) -> tuple[int, int]:
-        """Bytes of the field with everything kept of it, and of one step on the fewest views, at this share of their usual
-        side."""
+        """Bytes of the field with its gradients, moments and saved copy, and of one step on the fewest views, at this share of
+        their usual side."""
         unit = self.run.backbone.vae_factor * self.run.backbone.latent_multiple  # type: ignore[attr-defined]
         changes = replace(levers, views=self.together, of=self.together).changes(self.recipe)
         side = max(_LEAST // 2, round((levers.side or self.side) * share))
@@ -237,7 +237,7 @@ def step_once(run: TrainingRun, task: Any) -> None:
 
 
 def as_begun(recipe: Any, saved: Mapping[str, Any]) -> Any:
-    """The recipe with the changes that a plan made when an interrupted run began: measured again, they could differ."""
+    """Applies the changes that a plan made when an interrupted run began: measuring again could give different ones."""
     data = dump(recipe)
 
     def copied(mine: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

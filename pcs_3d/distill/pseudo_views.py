@@ -1,4 +1,4 @@
-"""Pictures of the subject from all around, made from renders of an asset that only resembles it so far."""
+"""Pictures of the subject from all around, made from renders of a preliminary asset."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PseudoViews(Generate):
         super().__init__(context)
 
     def planned(self) -> Iterator[Shot]:
-        """One for each view and prompt, with words for the side that it shows."""
+        """One shot for each view and prompt, with words for the visible side."""
         owner = next(iter(self.context.names), _ASSET)
         for number, prompt in enumerate(self.task.prompts or (self.recipe.prompt,)):
             named = prompt.replace("{concept}", f"<{owner}>")
@@ -76,7 +76,7 @@ class PseudoViews(Generate):
 
 
 def blank_views(cameras: Cameras, folder: Path) -> Path:
-    """A folder with white pictures and masks for these cameras, for trying out phases that compare with pictures to come."""
+    """A folder with white pictures and masks for these cameras, to try out phases whose reference pictures do not exist yet."""
     kept = []
     write_picture(torch.ones(3, 16, 16), folder / "blank.png", {})
     for i in range(len(cameras)):

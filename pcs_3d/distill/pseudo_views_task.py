@@ -1,4 +1,4 @@
-"""Pictures of the subject from all around: their settings in a recipe."""
+"""Settings for generating pictures of the subject from all around."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PseudoViewsTask(GenerateTask):
     learned so far (DreamBooth3D, https://arxiv.org/abs/2303.13508, section 3.2; SDEdit). Later phases learn from them
     (`sources.NAME.kind=phase_pictures`) and compare with them (`references.kind=phase`).
 
-    num: views, evenly around the thing, the first at its front, cycling through these elevations; strength: the share of
-    denoising steps that are run: higher values look more like the subject and less like the render. prompts: for each view,
-    with {concept}; none: the recipe's prompt. Words for the view are added to both.
+    num: views, evenly around the object, the first at its front, cycling through these elevations; strength: the share of
+    denoising steps that are run: higher values look more like the subject and less like the render. prompts: used for each
+    view, with {concept}; if empty, the recipe's prompt. Words for the view are added to each.
     """
 
     kind: Literal["pseudo_views"] = "pseudo_views"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,4 +1,4 @@
-"""Finds where the subject's pictures were taken from, with the help of an asset that resembles it so far."""
+"""Finds where the subject's pictures were taken from, with the help of a preliminary asset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIDE = 64  # pixels of the renders that pictures are compared with
 
 
 def compares_with_subject(recipe: DistillRecipe) -> bool:
-    """Whether a phase compares the field with the subject's own pictures, so that these must be given."""
+    """Whether a phase compares the field with the subject's own pictures, which must then be given."""
     phases = [phase for _, phase in expand_phases(recipe)]
     return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
 
@@ -42,7 +42,7 @@ def check_subject(phase: str, subjects: Mapping[str, Subject]) -> None:
     subject = only(subjects)
     if bare := [path.name for path in subject.images if path not in subject.masks]:
         raise ValueError(
-            f"phases.{phase} cuts the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
+            f"phases.{phase} crops the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
             "masks/NAME.png beside them"
         )
 
@@ -66,7 +66,7 @@ class ReferenceCameras(ConceptTask):
 
     @torch.no_grad()
     def result(self) -> list[dict[str, Any]]:
-        """Writes the pictures, cut to the subject, with masks and cameras. Returns their list."""
+        """Writes the pictures, cropped to the subject, with masks and cameras. Returns their entries."""
         recipe, folder = recipe_of(self.context), self.context.folder
         side = recipe.train.resolution or self.context.backbone.resolution
         subject = only(self.context.subjects)

@@ -1,4 +1,4 @@
-"""Where the subject's pictures were taken from: settings in a recipe."""
+"""Settings for finding where the subject's pictures were taken from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Angle = Annotated[float, Field(ge=-89, le=89)]
 
 
 class ReferenceCamerasTask(Part):
-    """Finds the camera of each of the subject's pictures and cuts the picture and its mask to the subject. A later phase
+    """Finds the camera of each of the subject's pictures and crops the picture and its mask to the subject. A later phase
     compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
 
-    estimator: renders compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
-    `elevation_deg`, and then closer and closer to the best, `refinements` times; toybox reads the toybox's own pictures with
-    its pose estimator. fill: how much of a picture's side a thing of radius 1 covers after the cut.
+    estimator: `renders` compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
+    `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's pose
+    estimator, which knows only its own pictures. fill: share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"
@@ -29,21 +29,21 @@ class ReferenceCamerasTask(Part):
     refinements: Annotated[int, Field(ge=0, le=8)] = 2
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
-    off: tuple[str, ...] = ()  # adapter sets of this run that are off in this phase: none of them matters to it
+    off: tuple[str, ...] = ()  # adapter sets of this run that are off in this phase, which uses no adapters
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """It trains nothing."""
+        """None: it trains nothing."""
         return frozenset()
 
     @property
     def needs_scores(self) -> bool:
-        """It makes no pictures that could be scored."""
+        """Never: it makes no pictures that could be scored."""
         return False
 
     @property
     def learns_subjects(self) -> bool:
-        """It only looks at their pictures."""
+        """False: it only reads their pictures."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Regions of a phase: what guides each of them, and where views show them."""
+"""The regions of a phase: the scores that guide each, and where views show them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Opened = Callable[[ScenePrompts, Mapping[str, float]], Scores]
 def scene_prompts(
     recipe: DistillRecipe, class_nouns: Mapping[str, str], region: RegionPart | None = None
 ) -> ScenePrompts:
-    """The teacher's prompts as the recipe sets them; for a region, its own, or the recipe's where it has none."""
+    """The teacher's prompts as the recipe sets them; a region's own prompts replace them."""
     said = (region.prompt if region else "") or recipe.prompt
     negative = (region.negative if region else "") or recipe.negative
     prompt = f"{said} {recipe.setting}".strip()

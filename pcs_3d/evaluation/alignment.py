@@ -1,4 +1,4 @@
-"""Aligns a mesh with its truth, by scale and translation only: a wrong front is not corrected."""
+"""Aligns a mesh with the real object, by scale and translation only: a wrong front is not corrected."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
-    """The mesh at the size and position at which its silhouettes overlap most with the truth's; unchanged if nothing is
-    better.
+    """The mesh at the size and position at which its silhouettes overlap most with the truth's; unchanged if no
+    other is better.
 
     truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, a coordinate search refines it; one
     size and one position apply to all views. The mesh is never rotated.
@@ -101,7 +101,7 @@ def _by_moments(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMes
             break
         larger = math.sqrt(float(wanted.areas.sum() / found.areas.sum()))
         scale = min(max(mesh.scale * larger, _LIMITS[0]), _LIMITS[1])
-        # Half a view's width, in radii, at the thing's distance.
+        # Half a view's width, in radii, at the object's distance.
         width = (around.distance / around.focal).double()[:, None]
         shift = torch.linalg.lstsq(axes.reshape(-1, 3), ((wanted.middles - found.middles) * width).reshape(-1, 1))
         x, y, z = (torch.tensor(mesh.offset, dtype=torch.float64) + shift.solution[:, 0]).tolist()

@@ -1,4 +1,4 @@
-"""What is evaluated: a folder that `pcs 3d create` wrote, or a mesh of any origin."""
+"""Reads the asset to evaluate: a folder that `pcs 3d create` wrote, or a mesh from any program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST = 1 << 24  # bytes of an asset.json
 
 @dataclass(frozen=True)
 class Judged:
-    """name; the mesh's file; the mesh; the content of its asset.json (empty for a bare mesh)."""
+    """An asset to evaluate. about: the content of its asset.json (empty for a bare mesh)."""
 
     name: str
     file: Path
@@ -32,24 +32,24 @@ class Judged:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """Time and memory of making it; empty if not recorded."""
+        """Time and memory that its creation took; empty if not recorded."""
         value = self.about.get("costs")
         return dict(value) if isinstance(value, Mapping) else {}
 
 
 def read_judged(path: Path | str) -> Judged:
-    """The asset in a folder, or the mesh in a file.
+    """Reads the asset in a folder, or the mesh in a file.
 
     Raises ValueError for a missing path, a folder without an asset, a file that is not a mesh, and a mesh without faces.
     """
     path = expanded(path)
     if not path.exists():
-        raise ValueError(f"{path}: there is no such folder or file")
+        raise ValueError(f"{path}: no such folder or file")
     if path.is_file():
         return Judged(path.name, path, painted_mesh(path))
     if not (path / MESH).is_file():
         what = "an asset without a mesh (export was null)" if (path / ABOUT).is_file() else "no asset"
-        raise ValueError(f"{path} holds {what}: there is no {MESH} in it, which `pcs 3d create` writes")
+        raise ValueError(f"{path} holds {what}: it lacks {MESH}, which `pcs 3d create` writes")
     about = _about(path / ABOUT) if (path / ABOUT).is_file() else {}
     return Judged(path.resolve().name, path / MESH, painted_mesh(path / MESH), about)
 
@@ -62,5 +62,5 @@ def _about(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {str(error)[:200]}") from None
     if not isinstance(about, dict):
-        raise ValueError(f"{file} is not what `pcs 3d create` writes: it is not a JSON object")
+        raise ValueError(f"{file} was not written by `pcs 3d create`: it is not a JSON object")
     return about

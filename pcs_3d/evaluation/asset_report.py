@@ -32,7 +32,7 @@ class ViewRow(Row):
 
 
 class Curve(Row):
-    """One score by azimuth around the thing; also for the truth and the sphere, if they have it."""
+    """One score by azimuth around the object; also for the real object and the sphere, if it was measured for them."""
 
     key: str
     title: str
@@ -43,7 +43,7 @@ class Curve(Row):
 
 
 class Placed(Row):
-    """How the mesh was aligned with its truth. It was not rotated."""
+    """How the mesh was scaled and moved to align it with the real object. It was not rotated."""
 
     scale: float
     offset: tuple[float, float, float]
@@ -69,7 +69,7 @@ class AssetReport(BaseModel):
     placed: Placed | None = None
     references: list[str] = []  # files in the report's folder
     instruments: list[Instrument] = []
-    costs: dict[str, Any] = {}  # of making it, as recorded in the asset
+    costs: dict[str, Any] = {}  # of creating the asset, as recorded in it
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
     viewer: str = Field(default="", exclude=True, repr=False)  # a page that shows the mesh

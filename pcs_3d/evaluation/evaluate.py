@@ -1,4 +1,4 @@
-"""Evaluation of one asset: renders from all around, compared with the truth and read by instruments."""
+"""Evaluates one asset: renders it from all around, compares them with the real object, and applies the instruments."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Against", "Yardstick", "evaluate", "measure", "plain"]
 
 
 def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
-    """Measure the asset in a folder or the mesh in a file.
+    """Measures the asset in a folder or the mesh in a file.
 
-    Raises ValueError for an asset, a truth, pictures or model folders that are missing or invalid.
+    Raises ValueError if the asset, the truth, pictures or model folders are missing or invalid.
     """
     judged = read_judged(asset)
     progress("instruments")
@@ -36,7 +36,7 @@ def evaluate(asset: Path | str, against: Against, progress: Callable[[str], None
 
 @torch.no_grad()
 def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lambda _: None) -> AssetReport:
-    """The report of one asset; a yardstick can be reused for all assets of the same thing and prompt."""
+    """The report of one asset; a yardstick can be reused for all assets of the same object and prompt."""
     judge, tools = by.judge, by.judge.tools
     progress("renders")
     renders = draw(judged.mesh, by.around)
@@ -72,7 +72,7 @@ def measure(judged: Judged, by: Yardstick, progress: Callable[[str], None] = lam
 def _arms(
     judged: Judged, renders: Views, by: Yardstick, progress: Callable[[str], None]
 ) -> tuple[Arms, Compared | None]:
-    """The asset, and for comparison the truth and a sphere in its mean colour, all measured in the same way."""
+    """Measures the asset and, for comparison, the real object and a sphere in its mean colour, all in the same way."""
     chance = None if by.judge.verifier is None else by.judge.verifier.chance
     looks = by.judge.look(renders, by.true)
     if by.true is None:
@@ -103,14 +103,14 @@ def _files(renders: Views, true: Views | None, looks: Looks, around: Cameras) ->
 
 
 def _notes(judged: Judged, by: Yardstick) -> list[str]:
-    """What was not measured, and why."""
+    """Says what was not measured, and why."""
     judge, tools, prompt = by.judge, by.judge.tools, by.judge.prompt
     said = []
     if by.truth is None:
-        said.append("No truth was given: silhouettes, colours and identity are not measured (--truth NAME or FILE).")
+        said.append("Silhouettes, colours and identity are not measured: give --truth NAME or FILE.")
     elif judge.verifier is None:
         said.append(
-            "Identity is not verified: look-alikes and a bar exist only for the toybox's things. "
+            "Identity is not verified: look-alikes and a bar exist only for the toybox's subjects. "
             "With an encoder, likeness to the truth from the same side replaces it."
         )
     if tools.attributes is None:
@@ -122,5 +122,5 @@ def _notes(judged: Judged, by: Yardstick) -> list[str]:
     if judge.references is None:
         said.append("Likeness to pictures is not measured by azimuth: give --references FOLDER.")
     if re.search(r"<[^<>]*>", judged.said("prompt")) and "thing" in prompt.split():
-        said.append("The prompt's learned name was read as “thing”: set its class with --class-noun.")
+        said.append("The learned name in the prompt was read as “thing”: set its class with --class-noun.")
     return said

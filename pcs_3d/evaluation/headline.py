@@ -1,4 +1,4 @@
-"""The headline numbers of a report: means over views, next to those of the truth and the sphere."""
+"""The headline numbers of a report: means over views, next to those of the real object and the sphere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Unit = Literal["rate", "score", "cosine", "count", "share"]
 
 @dataclass(frozen=True)
 class Arm:
-    """All measurements of one thing: by view, shape included, and the PSNR over all views (NaN: no truth)."""
+    """All measurements of one object: by view, including shape, and the PSNR over all views (NaN: nothing to compare with)."""
 
     looks: Looks
     psnr: float = math.nan
@@ -31,7 +31,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Arms:
-    """The asset; and if there is a truth, the true thing and a sphere in its mean colour."""
+    """The asset and, if the real object is known, the object and a sphere in its mean colour."""
 
     asset: Arm
     truth: Arm | None = None
@@ -49,23 +49,23 @@ class Measure:
     explanation: str = ""
 
 
-_ALIGNED = "Overlap of the silhouettes with the truth's, after aligning scale and translation but not rotation."
+_ALIGNED = "Overlap of the silhouettes with the real object's, after aligning scale and translation but not rotation."
 _COLORS = (
     f"Inside either silhouette, after the same alignment, over all views together; at most {BEST_DB:.0f}. The asset's colours "
-    "are unlit; a true thing of the toybox is lit."
+    "are unlit; the toybox's real objects are lit."
 )
 _VERIFIED = (
     "Views that are recognised among look-alikes and at least as similar to the references as 95 % of true renders are."
 )
 _RETRIEVED = (
-    "Retrieval: closer to the thing than to any other of its class and colours. A sphere may pass: see identity."
+    "Retrieval: closer to the object than to any other of its class and colours. A sphere may pass: see identity."
 )
 _JANUS = (
     "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
     "A guess that is always “front” gets 31 %, “side” 62 %."
 )
 _ERROR = "Between the camera and the pose estimator's reading; 90 if it has none."
-_FRONTS = "Quarters around the thing in which most views look like its front: 1 is correct."
+_FRONTS = "Quarters around the object in which most views look like its front: 1 is correct."
 
 MEASURES: Mapping[str, Measure] = {
     "iou": Measure("Silhouette IoU", "score", explanation=_ALIGNED),
@@ -87,7 +87,7 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def headline(arms: Arms, shape: Geometry | None = None) -> list[Score]:
-    """Every score that was measured; `base` is the sphere's, `truth` the true thing's. shape: None if there is no mesh."""
+    """Every score that was measured; `base` is the sphere's, `truth` the real object's. shape: None if there is no mesh."""
     scores = []
     for key, measure in MEASURES.items():
         if (value := _of(arms.asset, key)) is None:
@@ -138,7 +138,7 @@ def _geometry(shape: Geometry) -> list[Score]:
 
 
 def curves(arms: Arms, azimuths: Sequence[float]) -> list[Curve]:
-    """Every score by azimuth, for each of the things that have it."""
+    """Every score by azimuth, for each arm in which it was measured."""
     found = []
     for key, measure in MEASURES.items():
         if key not in arms.asset.looks.scores:
@@ -159,7 +159,7 @@ def said(score: Score, value: float | None) -> str:
 
 
 def line(score: Score) -> str:
-    """A headline score as one line, with the truth's and the sphere's."""
-    beside = {"true thing": score.truth, "sphere": score.base, "chance": score.chance}
+    """A headline score as one line, with those of the real object and the sphere."""
+    beside = {"real object": score.truth, "sphere": score.base, "chance": score.chance}
     figures = [said(score, score.value), *(f"{n} {said(score, v)}" for n, v in beside.items() if v is not None)]
     return "   ".join([*figures, "lower is better"] if score.better == "lower" else figures)

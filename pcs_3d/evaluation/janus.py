@@ -1,4 +1,4 @@
-"""Does each view show the side that its camera looks at? An asset with the Janus problem shows its front on several sides."""
+"""Checks that views show the side that the camera looks at: an asset with the Janus problem has fronts on several sides."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def agreeing(named: Sequence[set[str]], azimuths: Sequence[float]) -> list[bool]
 
 
 def fronts(seen: Sequence[set[str]], azimuths: Sequence[float]) -> int:
-    """In how many of the four quarters around a thing (front, left, back, right) most views look like its front: 1 for a
-    thing with one front, 4 for one with a front on every side. Views on the border of two quarters are left out."""
+    """In how many of the four quarters around an object (front, left, back, right) most views look like its front: 1 for an
+    object with one front, 4 for one with a front on every side. Views on the border of two quarters are left out."""
     count = 0
     for middle in _QUARTERS:
         apart = [abs((a - middle + 180) % 360 - 180) for a in azimuths]

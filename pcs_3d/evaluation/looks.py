@@ -23,8 +23,8 @@ _ELEVATIONS_DEG = (8.0, 15.0, 22.0)  # of the true renders that set the bar
 
 @dataclass(frozen=True)
 class Looks:
-    """Measurements of B views of one thing: scores by name, [B] each, NaN where one does not apply; names of what was seen;
-    fronts, how many were found (None: no instrument reads views)."""
+    """Measurements of B views of one object: scores by name, [B] each, NaN where one does not apply; names of what was seen;
+    number of fronts found (None: no instrument reads views)."""
 
     scores: Mapping[str, list[float]]
     seen: list[dict[str, str]] = field(default_factory=list)
@@ -32,14 +32,14 @@ class Looks:
 
 
 class Judge:
-    """Measures renders of several things with the same instruments.
+    """Measures renders of several objects with the same instruments.
 
     Args:
         instruments: the available instruments
         around: the cameras of all renders
         prompt: in plain words; "" if unknown
         references: [R, 3, H, W] in [-1, 1], or None
-        toy: the true thing, if it is one of the toybox's: only then can it be told from look-alikes
+        toy: the real object, if it is from the toybox: only then are there look-alikes to tell it from
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Judge:
             self._know(toy)
 
     def _know(self, toy: TrueToy) -> None:
-        """Finds the look-alikes, and the bar: how similar to the references 95 % of true renders are."""
+        """Finds the look-alikes, and the bar: the similarity to the references that 95 % of true renders reach."""
         held = toy.held
         shown = reference_sets.pictures(held.thing, split=held.name.split("-")[0])
         shown = shown if self.references is None else self.references
@@ -64,7 +64,7 @@ class Judge:
         self.least = float(torch.quantile(torch.cat(likeness), 1 - PASSING))
 
     def look(self, views: Views, true: Views | None = None) -> Looks:
-        """Measures everything possible. true: the true thing from the same cameras."""
+        """Measures everything possible. true: the real object from the same cameras."""
         pixels, scores = as_model_pixels(views), dict[str, list[float]]()
         tools = self.tools
         if tools.text_image is not None:

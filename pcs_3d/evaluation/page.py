@@ -11,13 +11,13 @@ from pcs_3d.evaluation.headline import said
 from shared.metrics.html import inline, render
 from shared.metrics.plots import COLORS
 
-NAMES = {"asset": "the asset", "truth": "the true thing", "sphere": "a sphere in its mean colour"}
+NAMES = {"asset": "the asset", "truth": "the real object", "sphere": "a sphere in its mean colour"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 150, 38, 8, 10, 24
 DASHES = {"asset": "", "truth": "5 3", "sphere": "1.5 3"}
 
 
 def asset_html(report: AssetReport) -> str:
-    """The page, self-contained."""
+    """Builds the page, self-contained."""
     shown = [
         {
             "row": view,
@@ -49,7 +49,7 @@ class Line:
 
 
 def lines(curve: Curve) -> list[Line]:
-    """A curve's lines for the asset, the truth and the sphere."""
+    """A curve's lines for the asset, the real object and the sphere."""
     columns = [
         (arm, values, color) for arm, color in zip(ARMS, COLORS, strict=False) if (values := getattr(curve, arm))
     ]
@@ -57,7 +57,7 @@ def lines(curve: Curve) -> list[Line]:
 
 
 def curve_svg(title: str, azimuth_deg: Sequence[float], drawn: Sequence[Line]) -> str:
-    """A score around the thing as an `<svg>` element: azimuth to the right, from 0 (front) once around; "" without values."""
+    """Draws a score around the object as an `<svg>`: azimuth to the right, from 0 (front) once around; "" without values."""
     known = [v for line in drawn for v in line.values if v is not None]
     if not known:
         return ""

@@ -1,4 +1,4 @@
-"""How well an asset's silhouettes and colours match its truth, and properties of its mesh."""
+"""How well an asset's silhouettes and colours match those of the real object, and properties of its mesh."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _BEHIND = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Compared:
-    """A mesh compared with its truth: per view, overlap of the silhouettes (0 to 1) and PSNR of the colours in dB, [B] each;
-    PSNR over all views; and the size and position that `aligned` found."""
+    """A mesh compared with the real object: per view, overlap of the silhouettes (0 to 1) and PSNR of the colours in dB, [B]
+    each; PSNR over all views; and the size and position that `aligned` found."""
 
     iou: Tensor
     psnr: Tensor

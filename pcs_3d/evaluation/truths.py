@@ -1,4 +1,4 @@
-"""What an asset is compared with: a held-out thing of the toybox, or a mesh file."""
+"""The real object that an asset is compared with: a held-out subject of the toybox, or a mesh file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MESHES = (".glb", ".obj", ".ply")
 
 
 class Truth(Protocol):
-    """The true thing."""
+    """The real object that an asset should look like."""
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ class Truth(Protocol):
 
 @dataclass(frozen=True)
 class TrueMesh:
-    """A mesh file."""
+    """An object given as a mesh file."""
 
     name: str
     mesh: PaintedMesh
@@ -47,7 +47,7 @@ class TrueMesh:
 
 @dataclass(frozen=True)
 class TrueToy:
-    """A held-out thing of the toybox: rendered lit, cut out and placed on white."""
+    """A held-out subject of the toybox: rendered lit, cut out and placed on white."""
 
     held: HeldOut
 
@@ -61,7 +61,7 @@ class TrueToy:
 
     @property
     def plain(self) -> TrueToy:
-        """A generic thing of the class: its usual shape in the same two colours, without this thing's own proportions and
+        """A generic object of the class: its usual shape in the same two colours, without this object's own proportions and
         pattern."""
         thing = self.held.thing
         return TrueToy(replace(self.held, thing=replace(thing, pattern_seed=None)))
@@ -79,7 +79,7 @@ class TrueToy:
 
 
 def read_truth(name: str) -> Truth:
-    """The truth given by a user: a subject of the toybox ("development-car"), or a mesh file.
+    """Reads the ground truth that a user gives: a subject of the toybox ("development-car"), or a mesh file.
 
     Raises ValueError for a file that is missing or not a mesh, and for an unknown subject, listing the known ones.
     """
@@ -95,6 +95,6 @@ def read_truth(name: str) -> Truth:
 
 
 def mean_color(views: Views) -> Tensor:
-    """[3]: the mean colour of the pixels that the thing covers."""
+    """[3]: the mean colour of the pixels that the object covers."""
     inside = views.pixels.permute(0, 2, 3, 1)[views.masks]
     return inside.mean(0) if len(inside) else torch.full((3,), 0.5)

@@ -1,4 +1,4 @@
-"""Meshes with the colours of their files, rendered from all around."""
+"""Meshes in the colours that their files give them, rendered from all around."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FINER = 2  # supersampling: each pixel is the mean of 2 × 2 samples
 
 @dataclass(frozen=True)
 class Views:
-    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the thing covers at least half a pixel."""
+    """B views: pixels [B, 3, H, W] in [0, 1] on white; masks bool [B, H, W], where the object covers at least half a pixel."""
 
     pixels: Tensor
     masks: Tensor
@@ -70,8 +70,8 @@ def cameras() -> Cameras:
 
 
 def painted_mesh(path: Path) -> PaintedMesh:
-    """The mesh in a GLB, OBJ or PLY file, of radius 1 around the origin. Raises ValueError as `read_mesh` does, and for a file
-    with only points."""
+    """Reads a GLB, OBJ or PLY file as a mesh of radius 1 around the origin. Raises ValueError as `read_mesh` does, and for a
+    file with only points."""
     pieces = tuple(p for p in read_mesh(path) if len(p.faces))
     if not pieces:
         raise ValueError(f"{path} has points but no faces: only meshes can be evaluated")
@@ -89,7 +89,7 @@ def sphere(color: Tensor) -> PaintedMesh:
 
 
 def draw(mesh: PaintedMesh, around: Cameras, side: int = SIDE) -> Views:
-    """A mesh in its own colours, without light, on white."""
+    """Draws a mesh in its own colours, without light, on white."""
     vertices, faces, fine = mesh.vertices, mesh.faces, side * _FINER
     pixels = []
     for i in range(len(around)):

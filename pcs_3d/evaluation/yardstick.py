@@ -1,4 +1,4 @@
-"""What assets of one object are measured against: ground truth, matching evaluators and baselines; computed once."""
+"""The ground truth, evaluators and baselines that assets of one object are measured with, computed once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Yardstick:
     def of(against: Against, prompt: str = "", backbone: str = "") -> Yardstick:
         """prompt, backbone: as recorded in the assets.
 
-        Raises ValueError for a truth, pictures or model folders that are missing or invalid.
+        Raises ValueError if the truth, pictures or model folders are missing or invalid.
         """
         truth = None if against.truth is None else read_truth(against.truth)
         shown, truth = _references(against, truth)
@@ -101,7 +101,7 @@ class Yardstick:
 
 
 def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
-    """`looks` with the scores of shape added."""
+    """Adds the scores of shape to `looks`."""
     return replace(looks, scores={"iou": iou, "psnr": psnr, **looks.scores})
 
 

@@ -1,1 +1,1 @@
-"""From a field to files for other programs, each read back and compared."""
+"""Writes a field to files for other programs; each file is read back and compared."""

@@ -1,4 +1,4 @@
-"""All files of one asset."""
+"""Writes all files of one asset."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pcs_3d.fields.grids import by_chunks
 
 @dataclass(frozen=True)
 class Exported:
-    """files: what was written; faces, watertight, volume (radii³; None if not closed): of the mesh; notes: what was chosen and
-    left out."""
+    """files: what was written; faces, watertight, volume (radii³; None if not closed): of the mesh; notes: choices made
+    and parts left out."""
 
     files: tuple[Path, ...]
     faces: int

@@ -17,8 +17,8 @@ _CANDIDATES = 48  # thresholds tried
 
 @dataclass(frozen=True)
 class Extracted:
-    """vertices: float64 [V, 3] in radii of the thing; faces: int64 [F, 3], counter-clockwise seen from outside; notes: what
-    was chosen and left out, as sentences."""
+    """vertices: float64 [V, 3] in radii of the object; faces: int64 [F, 3], counter-clockwise seen from outside; notes:
+    choices made and parts left out, as sentences."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -36,7 +36,7 @@ def export_grid(field: VolumeField, resolution: int = 96) -> Tensor:
 
 
 def extract(field: Any, resolution: int = 96, threshold: float | None = None, all_parts: bool = False) -> Extracted:
-    """The surface of a field: its own triangles, or where its density passes a threshold.
+    """Extracts the surface of a field: its own triangles, or where its density passes a threshold.
 
     threshold: per radius; None: the one whose silhouettes fit the rendered ones best (`automatic_threshold`). Unless
     `all_parts`, only the largest connected part is kept. Raises ValueError for a field without a surface.

@@ -1,4 +1,4 @@
-"""The page of an asset: the mesh to turn, the request, time and memory; one file, which loads nothing else."""
+"""The page of an asset: a mesh that can be turned, the request, time and memory; one file, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = 448  # side in pixels of a picture of what the model learned
 
 
 def page_html(folder: Path, about: Mapping[str, Any], recipe: Any, known: Sequence[tuple[str, bytes]] = ()) -> str:
-    """The page of the asset in a folder.
+    """Builds the page of the asset in a folder.
 
     Args:
         about: the content of its asset.json

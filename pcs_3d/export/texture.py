@@ -27,7 +27,7 @@ class Textured:
 
 
 def textured(mesh: Extracted, colors: Callable[[Tensor], Tensor], size: int = 512) -> Textured:
-    """A mesh with a texture of size×size pixels.
+    """Unwraps a mesh and bakes a texture of size×size pixels.
 
     colors: points [N, 3] on the surface -> [N, 3] in [0, 1]. Pixels outside all triangles take the colour of the nearest
     covered one, so that no seam shows when a viewer interpolates or shrinks the texture.
@@ -59,7 +59,7 @@ def _baked(
     face = nearest_faces(corners, torch.ones(len(faces), 3, dtype=torch.float64), size, size)
     y, x = (face >= 0).nonzero(as_tuple=True)
     if not len(y):
-        raise ValueError("the texture is too small, none of its pixels lies in a triangle: increase export.texture")
+        raise ValueError("the texture is too small: none of its pixels lies in a triangle; increase export.texture")
     chosen = face[y, x]
     shares = barycentric(corners[chosen], torch.stack([x, y], -1) + 0.5)
     points = (shares[..., None] * torch.from_numpy(vertices[faces])[chosen]).sum(1).float()

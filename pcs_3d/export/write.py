@@ -15,7 +15,7 @@ _CLOSE = 1e-5  # tolerance of coordinates that were read back, in radii
 
 
 def write_glb(path: Path, mesh: Textured) -> Path:
-    """Writes glTF in one file: y up, the thing's front towards +z, one rough material with the texture. Raises ValueError if
+    """Writes glTF in one file: y up, the object's front towards +z, one rough material with the texture. Raises ValueError if
     what is read back differs."""
     import trimesh
     from trimesh.visual.material import PBRMaterial

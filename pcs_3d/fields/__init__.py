@@ -1,4 +1,4 @@
-"""What is optimised: representations of a thing in 3D. A new one is one file and one line in the union."""
+"""Fields: representations of an object in 3D, which are optimised. Adding one takes one file and one line in the union."""
 
 from typing import Annotated
 

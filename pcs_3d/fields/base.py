@@ -1,4 +1,4 @@
-"""What the fields have in common: settings, what is trained at which rate, and how they are saved."""
+"""Base classes of fields: settings, learning rates, and saving."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Length = Annotated[float, Setting(gt=0, le=100)]
 class FieldPart(KindPart):
     """Base of the settings of fields.
 
-    bound: half the side of the cube around the thing, in its radii. start: the content before the first step. lr: rate of
-    the shape; lr_features: rate of the colours, None: the shape's.
+    bound: half the side of the cube around the object, in its radii. start: the content before the first step. lr:
+    learning rate of the shape; lr_features: that of the colours, null: the same.
     """
 
     drawn_by: ClassVar[str] = "volume"  # the kind of renderer
@@ -33,11 +33,11 @@ class FieldPart(KindPart):
 
     @property
     def feature_rate(self) -> float:
-        """The rate of the colours."""
+        """The learning rate of the colours."""
         return self.lr if self.lr_features is None else self.lr_features
 
     def within(self, regions: Mapping[str, Any]) -> FieldPart:
-        """The settings with the guidance's regions, by name: itself, unless it needs to know where they are."""
+        """These settings, with the guidance's regions (by name) filled in if the field depends on them."""
         return self
 
     def check(self) -> None:
@@ -45,7 +45,7 @@ class FieldPart(KindPart):
         self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
-        """The field that it describes, on the CPU. channels: 3 colours, or those of latents. Raises ValueError if the file to
+        """Builds the field on the CPU. channels: 3 colours, or those of latents. Raises ValueError if the file to
         start from cannot be read."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class BaseField(nn.Module):
         return next(self.parameters()).device
 
     def trained(self) -> list[tuple[str, list[nn.Parameter], float]]:
-        """What is trained, each with name, parameters and rate."""
+        """Name, parameters and learning rate of each trained part."""
         raise NotImplementedError
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -80,7 +80,7 @@ class BaseField(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         mine = self._kept()
         if wrong := sorted(mine.keys() ^ state.keys()):
-            raise ValueError(f"the saved state is of another field: {', '.join(wrong)}: in only one of the two")
+            raise ValueError(f"the saved state is of another field: only one of the two has {', '.join(wrong)}")
         for name, value in mine.items():
             if value.shape != state[name].shape:
                 raise ValueError(
@@ -115,8 +115,8 @@ class BaseVolume(BaseField):
         return density, density
 
     def normals(self, points: Tensor) -> Tensor:
-        """By differences at the corners of a tetrahedron: four evaluations instead of six, and no second derivative, which
-        interpolation does not have."""
+        """Normals from differences at the corners of a tetrahedron: four evaluations instead of six, and no
+        second derivative, which interpolation does not have."""
         corners = points.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
         step = self.normal_step * self.bound
         values = self.density(points[..., None, :] + step * corners)

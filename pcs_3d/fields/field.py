@@ -16,7 +16,7 @@ from shared.trainable import TrainableGroup
 class Sample:
     """A field at points [..., 3].
 
-    density: [...], per radius of the thing, at least 0. features: [..., K], colours in [0, 1] (K = 3) unless the field is
+    density: [...], per radius of the object, at least 0. features: [..., K], colours in [0, 1] (K = 3) unless the field is
     rendered in latent space.
     """
 
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Surface:
-    """Triangles: vertices [V, 3] in radii of the thing, faces int64 [F, 3], counter-clockwise seen from outside."""
+    """Triangles: vertices [V, 3] in radii of the object, faces int64 [F, 3], counter-clockwise seen from outside."""
 
     vertices: Tensor
     faces: Tensor
@@ -44,20 +44,20 @@ class Splats:
     features: Tensor
 
 
-#: A parameter that replaces another: the old one, and int64 [N], the old row that each row comes from, -1: none.
+#: A parameter that replaces another: the old one, and for each new row, the old row it comes from: int64 [N], -1: none.
 Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]]
 
 
 @runtime_checkable
 class Field(Protocol):
-    """A thing in 3D, learned by gradients. The space is the cube [-bound, bound]³ around the origin; outside is nothing."""
+    """An object in 3D, learned by gradient descent. It fills the cube [-bound, bound]³ at most; space outside is empty."""
 
     bound: float
     channels: int  # K: 3 colours, or the channels of latents
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its parameters."""
         ...
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
@@ -66,8 +66,8 @@ class Field(Protocol):
 
     def advance(self, step: int, steps: int) -> Replaced | None:
         """Makes the changes due before step `step` of `steps` (finer levels, splitting, pruning). If `groups` have changed,
-        returns what their parameters came from, else None. Calling it again for the same step, also after the field was saved
-        and loaded, changes nothing more."""
+        returns what their parameters came from, else None. Calling it again for the same step, even after saving and loading
+        the field, has no effect."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -92,12 +92,12 @@ class VolumeField(Field, Protocol):
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """[..., 3] -> [...]: `at(points).density`, cheaper where the field can."""
+        """[..., 3] -> [...]: `at(points).density`, cheaper if the field supports it."""
         ...
 
     def between(self, origins: Tensor, directions: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper where the field
-        can: samples that are certainly empty or hidden are then not evaluated."""
+        """Along rays [N, 3], [N, 3] at distances [N, S]: lower and upper bounds [N, S] of `density`, cheaper than
+        evaluating it if the field supports this. They show which samples are certainly empty or hidden and can be skipped."""
         ...
 
     def normals(self, points: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from shared.trainable import TrainableGroup
 
 
 class LocalEdit(Voxels):
-    """Two grids that begin equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside them
-    the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
+    """Two grids that start out equal: the start, which is fixed, and a learned one, visible only inside the regions. Outside
+    them the field is the start, bit for bit (as with FocalDreamer's separate fields, https://arxiv.org/abs/2308.10608).
 
-    regions: where it may change; none: those of the guidance. fill: the lowest initial density there, per radius: a grey fog
-    that something can grow from.
+    regions: where it may change; if empty, those of the guidance. fill: the lowest initial density there, per radius: a grey
+    fog from which new parts can grow.
     """
 
     kind: Literal["local_edit"] = "local_edit"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,7 +40,7 @@ class LocalEdit(Voxels):
         if not self.regions:
             raise ValueError(
                 "field.kind = local_edit: set where it may change: guidance.regions.hat.kind=box guidance.regions.hat.lo=[…] "
-                "guidance.regions.hat.hi=[…], in radii of the thing"
+                "guidance.regions.hat.hi=[…], in radii of the object"
             )
         super().check()
 

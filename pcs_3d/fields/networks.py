@@ -1,4 +1,4 @@
-"""What the network fields have in common: a small MLP added to a coarse grid that holds the start."""
+"""Base of the network fields: a small MLP added to a coarse grid that holds the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a field holds before its first step: a blob, a file's mesh, or the result of an earlier phase."""
+"""The content of a field before its first step: a blob, the mesh in a file, or the result of an earlier phase."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from shared.config import KindPart, PathText, default_kind
 
 class StartPart(KindPart):
     """Base of the starts. density: inside, per radius; softness: the width, in radii, over which the density falls off inside
-    the surface, so that soft things look as large as hard ones."""
+    the surface, so that soft shapes look as large as hard ones."""
 
     density: Annotated[float, Setting(gt=0, le=1000)] = 10.0
     softness: Annotated[float, Setting(gt=0, le=1)] = 0.1
 
     def shape(self) -> Shape:
-        """Distances to the surface, and the colours there. Raises ValueError if they cannot be known."""
+        """Distances to the surface, and the colours there. Raises ValueError if the shape is not available."""
         raise NotImplementedError
 
     def triangles(self) -> Surface:
@@ -52,7 +52,7 @@ class StartPart(KindPart):
 
 
 class Blob(StartPart):
-    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius in radii of the thing."""
+    """A soft grey ball, as in DreamFusion (https://arxiv.org/abs/2209.14988, appendix A.2); radius in radii of the object."""
 
     kind: Literal["blob"] = "blob"
     radius: Annotated[float, Setting(gt=0, le=10)] = 0.5
@@ -62,9 +62,9 @@ class Blob(StartPart):
 
 
 class MeshFile(StartPart):
-    """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: what cameras are made for) around the origin.
+    """A mesh or points: GLB, OBJ or PLY, scaled to `radius` (1: the size that cameras expect) around the origin.
 
-    up: which of the file's axes is up; None: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the thing
+    up: which of the file's axes is up; null: z in PLY, y otherwise, as is usual for the formats. azimuth_deg: turns the object
     by this angle to its left, for files whose front points elsewhere.
     """
 
@@ -99,7 +99,7 @@ class PhaseStart(StartPart):
     """The result of an earlier phase of the recipe, whatever its kind of field: a volume takes over a volume's densities and
     colours; everything else starts from the surface.
 
-    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, None: found
+    resolution: nodes along a side of the grid on which the surface is extracted; threshold: the density there, null: found
     automatically; faces: the maximum number of triangles; all_parts: keep parts that are not connected to the largest one.
     """
 
@@ -115,7 +115,7 @@ class PhaseStart(StartPart):
         raise ValueError("field.start.kind = phase: there is no earlier phase that makes an asset")
 
     def check(self) -> None:
-        """Nothing to check before that phase has ended."""
+        """Checks nothing: the phase has not run when recipes are checked."""
 
 
 class Handed(StartPart):

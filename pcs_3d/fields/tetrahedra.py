@@ -1,4 +1,4 @@
-"""Signed distances on a grid of tetrahedra, drawn as the triangles between them (DMTet, https://arxiv.org/abs/2111.04276)."""
+"""Signed distances on a grid of tetrahedra, drawn as triangles where they are 0 (DMTet, https://arxiv.org/abs/2111.04276)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EDGES = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 
 class Tetrahedra(FieldPart):
     """resolution³ nodes with a signed distance and a position that may move by almost half a cell; colours on a grid with
-    color_resolution nodes along a side. lr: rate of distances, in cells; lr_places: rate of the positions."""
+    color_resolution nodes along a side. lr: learning rate of the distances, in cells; lr_places: that of the positions."""
 
     drawn_by: ClassVar[str] = "mesh"
     kind: Literal["tetrahedra"] = "tetrahedra"
@@ -76,7 +76,7 @@ class TetrahedraField(BaseField):
         return grids.total_variation(self.raw_features)
 
     def slopes(self) -> Tensor:
-        """[R, R, R, 3]: the gradient of the signed distance, per radius: of length 1 for a true distance."""
+        """[R, R, R, 3]: the gradient of the signed distance, per radius: its length is 1 where the distance is exact."""
         size = self.part.resolution
         return grids.slopes((self.distances * self.cell).view(size, size, size), self.bound)
 

@@ -1,4 +1,4 @@
-"""A diffusion model with concepts as the teacher of a guidance."""
+"""Uses a diffusion model with concepts as the teacher."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from shared.types import Conditioning
 class BackboneScores:
     """`Scores` of a backbone.
 
-    Adapters are switched only by set: the teacher is the backbone with `concepts` at their strengths, the student that set
-    plus `student`, the base neither. For the base, class nouns replace names in prompts.
+    Adapters are switched only by set: the teacher is the backbone with `concepts` at their strengths; the student adds the
+    set `student`; the base uses no adapters. For the base, class nouns replace names in prompts.
 
     Args:
         concepts: name -> strength, of adapters and learned words

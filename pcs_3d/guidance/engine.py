@@ -15,7 +15,7 @@ from pcs_3d.schedules import Moment
 from pcs_3d.view_prompts import ScenePrompts, Views
 
 _AWAY = (Ask("away_near"), Ask("away_far"))
-#: An evaluation point, and what the model is asked there.
+#: An evaluation point, and the kind of prediction made there.
 Place = tuple[str, Ask]
 
 
@@ -121,7 +121,7 @@ def _place(term: Term) -> Place:
 def _predictions(
     settings: Guidance, scores: Scores, noised: Noised, views: Views, weights: dict[str, Tensor]
 ) -> dict[Place, Tensor]:
-    """Each needed prediction, once."""
+    """Makes each needed prediction once."""
     known: dict[Place, Tensor] = {}
     for point in ("t", "s"):
         asks = [term.ask for name, term in settings.terms.items() if name in weights and term.at == point]

@@ -1,4 +1,4 @@
-"""Views of one thing that attend to each other, as in a multi-view model."""
+"""Views of one object that attend to each other, as in a multi-view model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From a view's latents to noisy ones: at random, with one fixed noise, or along the model's own trajectory.
+"""Adds noise to a view's latents: random, fixed, or along the model's own trajectory.
 
-Each returns `Noised`: where to ask the teacher, and which noise the guided prediction is compared with.
+Each noiser returns `Noised`: where to evaluate the teacher, and the noise that the guided prediction is compared with.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def ddim_step(scores: Scores, z_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -
 
 
 def _gaussian(like: Tensor, generator: Generator, offset: float = 0.0) -> Tensor:
-    """Noise, drawn on the CPU so that devices agree, with an offset for each view and channel."""
+    """Draws noise on the CPU, so that devices agree, with an offset for each view and channel."""
     noise = torch.randn(like.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*like.shape[:2], 1, 1, generator=generator)

@@ -1,5 +1,5 @@
 """A teacher that knows a scene: the exact scores of Gaussians around the true view of each camera. With it, a guidance's
-gradient is known exactly, and an asset can be compared with the truth."""
+gradient is known exactly, and an asset can be compared with the scene."""
 
 from __future__ import annotations
 

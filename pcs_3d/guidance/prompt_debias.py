@@ -1,4 +1,4 @@
-"""Leaves words that imply one side of a thing out of the prompts for the others (D-SDS, https://arxiv.org/abs/2303.15413,
+"""Leaves words that imply one side of an object out of the prompts for the others (D-SDS, https://arxiv.org/abs/2303.15413,
 section 4.2)."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PromptDebias(Part):
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. Raises ValueError if the folder has no such model, or it does not know the views."""
+        """The prompt of each direction. Raises ValueError if the folder has no such model, or it lacks words for them."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()

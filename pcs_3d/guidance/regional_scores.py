@@ -17,9 +17,9 @@ _OWN: frozenset[Told] = frozenset({"prompt", "plain_prompt", "negative", "away_n
 
 
 class RegionalScores:
-    """The whole's `Scores`, except where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
-    sum_r m_r eps_r, for all text prompts. Overlapping regions share. The base, the student and unconditional predictions are
-    always the whole's.
+    """Scores of the whole scene, except where views show regions (`Views.regions`): eps = (1 - sum_r m_r) eps_whole +
+    sum_r m_r eps_r, for all text prompts. Overlapping regions share the weight. The base, the student and unconditional
+    predictions always use the whole.
 
     Args:
         regions: by name; the same model, with their own prompts and concepts

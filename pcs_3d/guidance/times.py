@@ -26,7 +26,7 @@ class Times(Part):
     same: bool = False  # one time for all views of a step
 
     def draw(self, count: int, moment: Moment, generator: Generator, discrete: bool) -> Tensor:
-        """[count]; integers if the model was trained on timesteps. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 now."""
+        """Draws [count] times; integers if the model was trained on those. Raises ValueError unless 0 ≤ low ≤ high ≤ 1 now."""
         low, high = moment.of(self.low), moment.of(self.high)
         if not 0 <= low <= high <= 1:
             raise ValueError(

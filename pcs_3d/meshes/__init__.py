@@ -1,1 +1,1 @@
-"""Triangles and points: reading them from files, and the shapes they form."""
+"""Reads triangles and points from files, and forms shapes from them."""

@@ -60,7 +60,7 @@ def _check_gltf(path: Path, tree: dict[str, Any], binary: bytes) -> None:
         total += count
         view = accessor.get("bufferView")
         if count < 0 or total > 12 * MAX_POINTS or (view is not None and count > int(views[view]["byteLength"])):
-            raise ValueError(f"{path} declares {count} values, more than it holds or than are allowed")
+            raise ValueError(f"{path} declares {count} values: more than it holds, or more than allowed")
     for image in tree.get("images", []):
         if "uri" in image:
             check_picture(path, _data_uri(path, image["uri"]))

@@ -33,7 +33,7 @@ class Piece:
 
 
 def read_mesh(path: Path | str, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0) -> list[Piece]:
-    """The pieces of a file, with x forward, y left, z up, scaled together to radius 1 around the origin.
+    """Reads the pieces of a file, with x forward, y left, z up, scaled together to radius 1 around the origin.
 
     Points with non-finite coordinates are dropped, along with their triangles, and so are triangles without area. Raises
     ValueError for a file that is in none of these formats, holds or declares too much, refers to files outside its folder,

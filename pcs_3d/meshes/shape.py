@@ -24,7 +24,7 @@ _SAMPLES = 120_000  # points on the surface of a mesh
 
 
 class Shape(Protocol):
-    """A thing of radius about 1 around the origin, x forward, y to its left, z up."""
+    """An object of radius about 1 around the origin, x forward, y to its left, z up."""
 
     def distance(self, points: Tensor) -> Tensor:
         """[N, 3] -> [N]: distances to the surface, negative inside."""
@@ -133,7 +133,7 @@ def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
 def shape_of_file(
     path: Path, up: Literal["y", "z"] | None = None, azimuth_deg: float = 0.0, radius: float = 1.0
 ) -> SampledShape:
-    """The shape in a GLB, OBJ or PLY file, scaled to this radius. Raises ValueError as `read_mesh` does."""
+    """Reads the shape in a GLB, OBJ or PLY file, scaled to this radius. Raises ValueError as `read_mesh` does."""
     from pcs_3d.meshes.read_mesh import read_mesh, sampled
 
     points, colors = sampled(read_mesh(path, up, azimuth_deg), _SAMPLES)

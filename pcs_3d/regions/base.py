@@ -1,4 +1,4 @@
-"""What regions have in common, and where a view shows them."""
+"""Base of regions, and where views show them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Inside = Callable[[Tensor], Tensor]
 
 
 class RegionPart(KindPart):
-    """A part of space, in radii of the thing (x forward, y to its left, z up), with its own prompt or concepts.
+    """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's; "": the recipe's. concepts: those whose adapters are on only there; None: those of
-    the rest. softness: width in radii over which the region fades in from its border inwards.
+    prompt, negative: replace the recipe's; "": the recipe's. concepts: those whose adapters are on only there; null: the same
+    as in the rest. softness: width in radii over which the region fades in from its border inwards.
     """
 
     prompt: str = ""
@@ -39,7 +39,7 @@ class RegionPart(KindPart):
         self.build()
 
     def build(self) -> Inside:
-        """The function that says where it is. Raises ValueError for a file that cannot be read."""
+        """The function that tells how far points are inside. Raises ValueError for a file that cannot be read."""
         raise NotImplementedError
 
     def faded(self, depth: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def together(regions: Mapping[str, Inside], points: Tensor) -> Tensor:
 def seen(
     inside: Inside, cameras: Cameras, depth: Tensor, opacity: Tensor, cells: tuple[int, int], reach: float
 ) -> Tensor:
-    """How much of each cell shows a region, [B, 1, h, w] in [0, 1]: where rays pass through it before they hit the thing.
+    """How much of each cell shows a region, [B, 1, h, w] in [0, 1]: where rays pass through it before they hit the object.
 
     Args:
         depth, opacity: [B, 1, H, W], of the views

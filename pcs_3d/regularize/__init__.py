@@ -1,4 +1,4 @@
-"""Penalties on fields. A new one is one file (or a class next to related ones) and one line in the union."""
+"""Penalties on fields. Adding one takes one file (or a class next to related ones) and one line in the union."""
 
 from typing import Annotated
 

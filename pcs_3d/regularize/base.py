@@ -1,4 +1,4 @@
-"""What penalties on fields see, and what they have in common."""
+"""Base of penalties on fields, and their inputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from shared.config import KindPart
 
 @dataclass(frozen=True)
 class Pictures:
-    """R pictures of the thing with known cameras: pixels [R, 3, H, W] in [0, 1], masks [R, 1, H, W] or None."""
+    """R pictures of the object with known cameras: pixels [R, 3, H, W] in [0, 1], masks [R, 1, H, W] or None."""
 
     pixels: Tensor
     cameras: Cameras
     masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Pictures:
-        """The same on a device."""
+        """The same pictures, on a device."""
         masks = None if self.masks is None else self.masks.to(device)
         return Pictures(self.pixels.to(device), self.cameras.to(device), masks)
 
@@ -37,7 +37,7 @@ _ONLY = Moment(0, 1)
 @dataclass(frozen=True)
 class Seen:
     """The views of one step, as penalties see them. draw: renders the field from other cameras, as the step does; settings:
-    how these views were drawn; pictures: references of the thing; generator: this step's."""
+    how these views were drawn; pictures: references of the object; generator: this step's."""
 
     field: Any
     cameras: Cameras
@@ -63,7 +63,7 @@ class GeometryPenalty(KindPart):
     """A scalar added to the loss of a step: its weight at that step times its value."""
 
     needs_normals: ClassVar[bool] = False  # views drawn with normals
-    needs_pictures: ClassVar[bool] = False  # pictures of the thing with their cameras (`references`)
+    needs_pictures: ClassVar[bool] = False  # pictures of the object with their cameras (`references`)
     needs_masks: ClassVar[bool] = False  # masks for all of these pictures
     weight: Weight = 1.0
 
@@ -84,7 +84,7 @@ class GeometryPenalty(KindPart):
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Points [count, 3] drawn from what the views show, with samples of rays as probable as their weights, and the unit
+    """Draws points [count, 3] from what the views show, with samples of rays as probable as their weights, and the unit
     directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):

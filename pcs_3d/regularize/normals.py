@@ -44,7 +44,7 @@ class NormalSmoothness(GeometryPenalty):
 
 
 class NormalImageSmoothness(GeometryPenalty):
-    """mean |∇n|² between neighbouring pixels that both show the thing (RealFusion, https://arxiv.org/abs/2302.10663, 3.2)."""
+    """mean |∇n|² between neighbouring pixels that both show the object (RealFusion, https://arxiv.org/abs/2302.10663, 3.2)."""
 
     needs_normals: ClassVar[bool] = True
     kind: Literal["normal_image_smoothness"] = "normal_image_smoothness"

@@ -12,7 +12,7 @@ from pcs_3d.regularize.base import GeometryPenalty, Seen
 
 
 class Sparsity(GeometryPenalty):
-    """mean √(o² + 0.01): the thing stays as small as it can (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
+    """mean √(o² + 0.01): the object stays as small as it can (DreamFusion, https://arxiv.org/abs/2209.14988, A.2)."""
 
     kind: Literal["sparsity"] = "sparsity"
 

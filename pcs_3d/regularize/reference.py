@@ -17,7 +17,7 @@ Count = Annotated[int, Setting(ge=1)]
 
 
 class ReferenceViews(GeometryPenalty):
-    """Makes the field match pictures of the thing from their cameras: the mean squared error of pixels, on a grey background,
+    """Makes the field match pictures of the object from their cameras: the mean squared error of pixels, on a grey background,
     and of opacities against masks (RealFusion, https://arxiv.org/abs/2302.10663, eq. 5). count: pictures per step, drawn at
     random. outside: the weight of pixels outside the masks; 0 if the silhouette should not follow the pictures. Without masks
     all pixels count, and the field is drawn on the colour of each picture's border."""
@@ -50,7 +50,7 @@ class Silhouette(GeometryPenalty):
     def value(self, seen: Seen) -> Tensor:
         drawn, chosen = _drawn(self, seen, self.count)
         if chosen.masks is None:
-            raise self.missing("pictures of the thing, all with masks")
+            raise self.missing("pictures of the object, all with masks")
         return F.mse_loss(drawn.opacity, chosen.masks)
 
 
@@ -59,7 +59,7 @@ def _drawn(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Rendering,
     of each picture's border."""
     pictures = seen.pictures
     if pictures is None or seen.draw is None or seen.settings is None:
-        raise penalty.missing("pictures of the thing with known cameras (references)")
+        raise penalty.missing("pictures of the object with known cameras (references)")
     where = "cpu" if seen.generator is None else seen.generator.device
     order = torch.randperm(len(pictures.pixels), generator=seen.generator, device=where)
     at = order[:count].to(pictures.pixels.device)

@@ -1,4 +1,4 @@
-"""Renderers: from a field and cameras to views. A new one is one file and one line in the union."""
+"""Renderers, which draw views of a field. Adding one takes one file and one line in the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What the renderers have in common."""
+"""Base of the renderers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RendererPart(KindPart):
     draws: ClassVar[type]  # the protocol of the fields that it draws
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering:
-        """B views of a field, differentiable in it. Raises ValueError for a field that it cannot draw, or settings that do not
-        fit it."""
+        """Draws B views of a field, differentiable in it. Raises ValueError for a field that it cannot draw, or settings that
+        do not fit it."""
         raise NotImplementedError
 
     def check(self, field: Any, cameras: Cameras, settings: RenderSettings) -> None:

@@ -1,4 +1,4 @@
-"""Which triangle is visible where: a z-buffer, without gradient; and silhouettes with one."""
+"""Finds the visible triangle at each pixel with a z-buffer, without gradient, and draws silhouettes that have one."""
 
 from __future__ import annotations
 

@@ -47,6 +47,6 @@ class RenderSettings:
 
 
 class Renderer(Protocol):
-    """From a field to views, differentiable in the field."""
+    """Draws views of a field, differentiable in the field."""
 
     def render(self, field: Any, cameras: Cameras, settings: RenderSettings) -> Rendering: ...

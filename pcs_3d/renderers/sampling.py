@@ -1,4 +1,4 @@
-"""Where along a ray a field is sampled."""
+"""Chooses where along rays a field is sampled."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ def version_of(folder: Path) -> str:
 
 
 def content(name: str) -> str:
-    """A file of `WRITTEN`."""
+    """The content of a file in `WRITTEN`."""
     return (files("pcs_3d.threestudio") / WRITTEN[name]).read_text(encoding="utf-8")
 
 
 def differing(folder: Path) -> dict[str, bool]:
-    """The files that are not as they would be written -> whether something else is in their place."""
+    """The files that are missing or differ from what `install` writes -> whether something is in their place."""
     places = {name: folder / name for name in WRITTEN}
     return {
         n: p.exists() for n, p in places.items() if not p.is_file() or p.read_text("utf-8", "replace") != content(n)

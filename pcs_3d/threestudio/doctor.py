@@ -16,7 +16,7 @@ from pcs_3d.threestudio.checkout import WRITTEN, check_checkout, differing, vers
 from pcs_3d.threestudio.stand_ins import NEEDED, REPLACEABLE, absent
 
 _PATIENCE = 600  # seconds, for an import from a cold disk
-#: Whether something works (None: it is optional), and what it is.
+#: Whether a part works (None: it is missing but optional), and a description.
 Finding = tuple[bool | None, str]
 
 

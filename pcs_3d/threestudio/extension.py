@@ -140,7 +140,7 @@ class AssetExporter(Exporter):
     class Config(Exporter.Config):
         save_name: str = "asset"
         resolution: int = 96
-        threshold: float | None = None  # None: found automatically
+        threshold: float | None = None  # null: found automatically
         faces: int = 20_000
         texture: int = 512
 

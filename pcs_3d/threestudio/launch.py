@@ -1,4 +1,4 @@
-"""Starts threestudio's own `launch.py` on a machine that lacks something it takes for granted."""
+"""Starts threestudio's own `launch.py` on a machine without a GPU or some of the packages it imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pcs_3d.threestudio.stand_ins import NEEDED, absent, standing_in
 
 
 def launch(checkout: Path, arguments: Sequence[str], cpu: bool = False) -> None:
-    """Runs it with these arguments, in this process and in the checkout's folder.
+    """Runs `launch.py` with these arguments, in this process and in the checkout's folder.
 
     Missing packages of `REPLACEABLE` are replaced by stand-ins. cpu: Lightning trains on the CPU in full precision, and
     threestudio's modules put their tensors there. Raises ValueError if there is no GPU and `cpu` is not set, and if a package

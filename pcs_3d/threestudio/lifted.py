@@ -12,7 +12,7 @@ from pcs_3d.fields.field import Sample
 
 
 class Lifted(BaseVolume):
-    """Raises ValueError for a geometry without densities, and for a material without colours."""
+    """The volume of a geometry and its material. Raises ValueError if they have no densities or colours."""
 
     def __init__(self, geometry: Any, material: Any) -> None:
         super().__init__(float(geometry.cfg.radius), 3)

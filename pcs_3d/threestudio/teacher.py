@@ -36,7 +36,7 @@ class Asked:
     def of(
         backbone: str, concepts: Mapping[str, float], recipe: str, settings: Sequence[str], device: str, precision: str
     ) -> Asked:
-        """The same, from a YAML's values."""
+        """Builds a request from the values in a YAML."""
         return Asked(backbone, tuple(concepts.items()), recipe, tuple(settings), device, precision)
 
 
@@ -59,7 +59,7 @@ _OPEN: WeakValueDictionary[Asked, Teacher] = WeakValueDictionary()
 
 
 def open_teacher(asked: Asked) -> Teacher:
-    """A teacher shared by all equal requests, for as long as any of them holds it; afterwards concepts are read anew."""
+    """Opens a teacher. Equal requests share it while any of them holds it; after that, concepts are read anew."""
     found = _OPEN.get(asked)
     if found is None:
         _OPEN[asked] = found = Teacher(asked)
@@ -67,7 +67,7 @@ def open_teacher(asked: Asked) -> Teacher:
 
 
 def recipe_for(asked: Asked) -> Recipe3D:
-    """The recipe, of which only guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
+    """Loads the recipe; only its guidance and words for views are used. Raises ValueError if threestudio cannot follow it."""
     backbone = [f"backbone={asked.backbone}"] if asked.backbone else []
     recipe = load(asked.recipe, [*backbone, *asked.settings], "3d", Recipe3D)
     if recipe.phases:

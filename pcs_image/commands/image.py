@@ -19,7 +19,7 @@ _TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug");
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
-_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
+_DOWNLOAD = typer.Option(False, "--download", help="download what is not in the local cache from the hub")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
@@ -120,7 +120,7 @@ def evaluate(
         None, help="the subject's pictures; default: a folder beside the concept, named as when it was learned", **PATH
     ),
     gallery: Path = typer.Option(
-        None, help="a folder of folders: other things of the same class, for identity retrieval", **PATH
+        None, help="a folder of folders: other objects of the same class, for identity retrieval", **PATH
     ),
     num: int = typer.Option(2, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),

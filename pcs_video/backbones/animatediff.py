@@ -32,9 +32,9 @@ _ENDS = ("conv_in", "time_proj", "time_embedding", "conv_norm_out", "conv_act", 
 class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
     """A diffusers `AnimateDiffPipeline` behind the protocol.
 
-    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers: for a single
-    frame, motion modules are not the identity, and a subject should be learned, and look, as without them. So a concept that
-    was learned on the image U-Net loads here unchanged, and one that trains both kinds of layers is a single concept.
+    Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers:
+    motion modules change even a single frame, but a subject should be learned and shown without them. So a concept that was
+    learned on the image U-Net loads here unchanged, and one that trains both kinds of layers is a single concept.
 
     Args:
         pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen

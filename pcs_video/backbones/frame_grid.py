@@ -1,4 +1,4 @@
-"""How many frames a model can make, read from its folder, so that errors come before its gigabytes are loaded."""
+"""Reads from a model's folder how many frames it can make, so that errors are reported before the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Check = Callable[[int], object]  # raises ValueError for a number of frames that
 
 
 def frame_check(source: str | Path | None, motion_adapter: str | Path | None = None) -> Check | None:
-    """A function that refuses numbers of frames that the model cannot make, as its `latent_shape` does.
+    """A function that rejects numbers of frames that the model cannot make, as its `latent_shape` does.
 
     Args:
         source: as for `load_backbone`; None: the toybox
         motion_adapter: a folder with a diffusers `MotionAdapter`, for an image model
 
-    Returns None if the files do not tell: a model that is not downloaded yet, a single file, a family of another package.
+    Returns None if the files do not say: a model that is not downloaded yet, a single file, a family of another package.
     Opening the model then checks it.
     """
     if source is None or str(source) == TOYBOX:

@@ -13,7 +13,7 @@ from shared.io.model_folders import load_network
 
 
 def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) -> Backbone:
-    """`backbone` itself if it already makes clips; a Stable Diffusion or the toybox with motion modules added.
+    """Returns `backbone` itself if it already makes clips, otherwise with motion modules added (Stable Diffusion, the toybox).
 
     Args:
         folder: of a diffusers `MotionAdapter`; None: the toybox's own on the toybox

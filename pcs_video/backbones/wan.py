@@ -77,7 +77,7 @@ class WanBackbone(VideoTransformerBackbone):
 
     @property
     def boundary(self) -> float:
-        """The time from which upwards the first expert predicts."""
+        """The first expert predicts at this time and above."""
         return 1000.0 * (self.boundary_ratio or 0.0)
 
     # --- the autoencoder -----------------------------------------------------------------------------------

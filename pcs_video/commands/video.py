@@ -14,10 +14,10 @@ app = typer.Typer(help="Personalized clips.", no_args_is_help=True)
 
 _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:STRENGTH; can be repeated")
 _SEEDS = 2**62
-_FPS = "frames per second; default: the model's own where it is told (LTX: 25), else 8"
+_FPS = "frames per second; default: the model's own if it has one (LTX: 25), else 8"
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
 _PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
-_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
+_DOWNLOAD = typer.Option(False, "--download", help="download what is not in the local cache from the hub")
 _MOTION = typer.Option(
     None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: the backbone's own", **PATH
 )
@@ -56,7 +56,7 @@ def generate(
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if `out` is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets the motion be decided before the subject"
+        [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
     prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),
@@ -128,7 +128,7 @@ def evaluate(
         None, help="the motion's clips; default: a folder beside the concept, named as when it was learned", **PATH
     ),
     pictures: Path = typer.Option(None, help="the subject's pictures; default: found in the same way", **PATH),
-    gallery: Path = typer.Option(None, help="a folder of folders: other things of the subject's class", **PATH),
+    gallery: Path = typer.Option(None, help="a folder of folders: other objects of the subject's class", **PATH),
     num: int = typer.Option(2, min=1, max=10_000, help="clips per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
@@ -212,7 +212,7 @@ def benchmark(
     overrides: list[str] = typer.Option(
         [], "--set", help="key=value applied to every recipe for motions, for example train.steps=100"
     ),
-    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the recipe for subjects"),
+    subject_overrides: list[str] = typer.Option([], "--set-subject", help="the same for the subjects' recipe"),
     motion_adapter: Path = _MOTION,
     device: str = _DEVICE,
 ) -> None:

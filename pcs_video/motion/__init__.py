@@ -1,1 +1,1 @@
-"""Parts for recipes of clips that the core does not have."""
+"""Recipe parts for clips, which the core does not have."""

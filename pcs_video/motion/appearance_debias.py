@@ -1,4 +1,4 @@
-"""The loss on how frames differ, which discounts what they have in common."""
+"""A loss on the differences between frames, which gives little weight to what they have in common."""
 
 from __future__ import annotations
 

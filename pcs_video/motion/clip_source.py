@@ -19,9 +19,9 @@ from shared.types import Example, Subject
 class Clips(SourcePart):
     """Every clip of every subject: the examples of role "instance" that motions are learned from.
 
-    `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the user's
-    if there are any beside the clip, else its transparency, else none. The caption is the user's own, or "" for the prompt
-    part to fill.
+    `window` sets which frames are used: rate, stride, length, start, and the number of windows per clip. Masks are the
+    user's, if there are any beside the clip, else its transparency, else none. The caption is the user's; without one it is
+    "", which the prompt part fills in.
     """
 
     kind: Literal["clips"] = "clips"

@@ -24,8 +24,8 @@ _PATHS = 2**44  # a separate random stream
 class DualPathTask(TuneTask):
     """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2); each step runs both, one after the other.
 
-    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (if latents join
-    frames, the first, the only one that is a picture by itself), with nothing else in training switched on. The temporal path:
+    The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (the first
+    frame if a latent spans several, because only the first has its own), with all other trained parts off. The temporal path:
     parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters provide its looks and are fixed.
     With probability `skip`, the spatial path and its adapters are off. If a penalty needs class examples (the base model's own
     clips), the temporal path also learns from those, with no spatial adapters on.

@@ -1,4 +1,4 @@
-"""Pictures as still clips."""
+"""Turns pictures into still clips."""
 
 from __future__ import annotations
 

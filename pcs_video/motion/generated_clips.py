@@ -18,7 +18,7 @@ from shared.sources.generated import Generated
 
 
 class GeneratedClips(Generated):
-    """`num_images` clips of `frames` frames per subject, of role "prior", made once and kept as `Generated` keeps pictures.
+    """`num_images` clips of `frames` frames per subject, of role "prior", generated once and cached as in `Generated`.
 
     A model that learns a subject only from pictures forgets how things move; its own clips, learned alongside them, preserve
     that (MotionBooth, https://arxiv.org/abs/2406.17758, uses real clips of anything).
@@ -37,7 +37,7 @@ class GeneratedClips(Generated):
         return self.frames, side, side
 
     def _file(self, folder: Path, number: int) -> Path:
-        return folder / f"{number:05d}"  # a folder of frames: formats for players merge equal frames
+        return folder / f"{number:05d}"  # a folder of frames, because video formats merge equal frames
 
     def _is_there(self, path: Path) -> bool:
         return path.is_dir()

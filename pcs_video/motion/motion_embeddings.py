@@ -1,4 +1,4 @@
-"""A motion as vectors added where frames attend to each other."""
+"""Learns a motion as vectors that are added where frames attend to each other."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class MotionEmbeddings(TrainablePart):
     taxonomy: ClassVar[str] = "motion embeddings"
     kind: Literal["motion_embeddings"] = "motion_embeddings"
     lr: Rate = 2e-2
-    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; None: all
-    frames: Annotated[int, Field(ge=2)] | None = None  # None: the backbone's own
-    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; None: the backbone's own
+    coarsest: Annotated[int, Field(ge=1)] | None = 2  # grids of temporal attention, from the coarsest; null: all
+    frames: Annotated[int, Field(ge=2)] | None = None  # null: the backbone's own
+    resolution: Annotated[int, Field(ge=1)] | None = None  # pixels; null: the backbone's own
     values: Values = "differences"
 
     @property
@@ -36,9 +36,9 @@ class MotionEmbeddings(TrainablePart):
         return ("temporal_attention",)
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Hook the temporal attention layers and unfreeze the embeddings.
+        """Hooks the temporal attention layers and unfreezes the embeddings.
 
-        Raises ValueError if no layer attends only between frames, and for frames or sides that do not fit.
+        Raises ValueError if no layer attends only between frames, and for numbers of frames or sizes that do not fit.
         """
         side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
         sites = [site for site in backbone.sites() if site.kind == "temporal"]

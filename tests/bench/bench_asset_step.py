@@ -1,4 +1,4 @@
-"""Where an iteration of score distillation spends its time, and how many rendered views per second it optimises.
+"""Measures where an iteration of score distillation spends its time, and how many views per second it renders.
 
     python tests/bench/bench_asset_step.py [--recipe dreamfusion] [--steps 20] [--backbone PATH] [--side 64] [--set key=value]
 

@@ -1,4 +1,4 @@
-"""Where a training step on clips spends its time, and what the caches gain, as ratios within one run.
+"""Measures where a training step on clips spends its time, and the speed-up from caches, as ratios within one run.
 
     python tests/bench/bench_clip_step.py [--recipe motion_director] [--steps 20] [--backbone PATH] [--frames 16] [--set K=V]
 
@@ -37,7 +37,7 @@ MOTION = "development-zigzag"
 
 
 def clock_of(stepping: Stepping) -> Callable[[], float]:
-    """What tells the time: the process's own computing, or, where a GPU does that, the clock on the wall."""
+    """Returns the clock: CPU time of the process, or wall-clock time on a GPU."""
     if stepping.run.backbone.device.type == "cpu":
         return time.process_time
 
@@ -69,7 +69,7 @@ class Stepping:
         self.optimizers = Optimizers(self.task.groups(), recipe.train.optimizers, self.run.accelerator)
 
     def step(self, index: int, clock: Clock | None = None) -> None:
-        """Runs every update of one step: loss, gradients, optimizers."""
+        """Runs all updates of one step: loss, gradients, optimizers."""
         quiet, accelerator = clock or Clock(), self.run.accelerator
         updates = self.task.updates(index, 0)
         while True:

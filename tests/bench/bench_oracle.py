@@ -1,4 +1,4 @@
-"""Score distillation against the truth: each guidance, through the whole engine, with the exact scores of a known thing.
+"""Score distillation of a known object: each guidance runs through the whole engine, with the exact scores of the object.
 
     python tests/bench/bench_oracle.py [GUIDANCE …]
 

@@ -1,4 +1,4 @@
-"""Where a training step spends its time, and what the caches gain, as ratios within one run.
+"""Measures where a training step spends its time, and the speed-up from caches, as ratios within one run.
 
     python tests/bench/bench_step.py [--recipe dreambooth_lora] [--steps 40] [--backbone PATH]
 

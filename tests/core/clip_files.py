@@ -14,13 +14,13 @@ MILLI = Fraction(1, 1000)
 
 
 def greys(count: int = 8, size: tuple[int, int] = (48, 32)) -> np.ndarray:
-    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so that a frame tells its number; size is (width, height)."""
+    """[F, H, W, 3]: frame i is grey at level 20 + 20 i, so that its level identifies a frame; size is (width, height)."""
     levels = 20 + 20 * np.arange(count)
     return np.broadcast_to(levels[:, None, None, None], (count, size[1], size[0], 3)).astype(np.uint8)
 
 
 def numbers(frames: Any) -> list[int]:
-    """The number of the frame in `greys` that each frame of [3, F, H, W] in [-1, 1] is."""
+    """For each frame of [3, F, H, W] in [-1, 1], its number in `greys`."""
     return [round((float(level) * 127.5 + 127.5 - 20) / 20) for level in frames.mean((0, 2, 3))]
 
 

@@ -25,7 +25,7 @@ CLASS = ("sources.class_pictures.num_images=3", "sources.class_pictures.steps=1"
 
 
 def paint(folder: Path) -> Path:
-    """Three 32×32 pictures with masks; `../other` has three of something else."""
+    """Three 32×32 pictures with masks; `../other` has three of another subject."""
     (folder / "masks").mkdir(parents=True)
     other = folder.parent / "other"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""`pcs` answers quickly, has complete help and honest exit codes."""
+"""`pcs` answers quickly, has complete help and correct exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TREE = sorted(commands(typer.main.get_command(build())))
 
 
 def test_help_imports_nothing_heavy():
-    """Its time is that of the CLI library, since nothing else of weight is imported."""
+    """It takes as long as the CLI library, because nothing else heavy is imported."""
     code, out, err = ran(
         "-c",
         "import sys; from shared.cli import build, run; code = run(build(), ['--help']); "
@@ -155,7 +155,7 @@ def test_exit_codes(capsys, error, code, message):
 
 
 def test_every_count_has_a_bound():
-    """10**12 pictures are an error at once, instead of running for ages."""
+    """10**12 pictures are rejected at once, instead of running for ages."""
     app = build()
     groups = [group.typer_instance for group in app.registered_groups]
     made = [command.callback for group in groups for command in group.registered_commands if command.callback]

@@ -1,4 +1,4 @@
-"""How much moves and how steady frames are; what frames look like, compared with sums written out."""
+"""Amount of motion, steadiness, and looks of frames, compared with sums written out."""
 
 from __future__ import annotations
 

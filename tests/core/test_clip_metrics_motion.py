@@ -142,14 +142,14 @@ def test_fidelity_looks_only_where_both_are_visible() -> None:
 
 def test_a_camera_s_own_movement_can_be_taken_off() -> None:
     ground = [(-6.0, 0.0)] * 8
-    seen = along(*ground, (-1, 0))  # a thing that moves right by 5, while the camera follows too fast
+    seen = along(*ground, (-1, 0))  # an object that moves right by 5, while the camera follows too fast
     fixed = along(*[(0.0, 0.0)] * 8, (5, 0))
     assert motion_fidelity(seen, fixed, compensate_camera=True) == pytest.approx(1)
     assert motion_fidelity(seen, fixed) < 0
 
 
 def test_fidelity_of_true_clips(right: Clip) -> None:
-    """The same motion by another thing in another place; the opposite direction; played backwards; a still of it."""
+    """The same motion by another object in another place; the opposite direction; played backwards; a still of it."""
     clip = pixels(right)
     again, left = (pixels(drawn(name, seed)) for name, seed in (("slide right", 3), ("slide left", 1)))
     one, two, other, back, still = (

@@ -1,4 +1,4 @@
-"""How a concept's model is found again, and what `pcs concept show` says about how it was learned."""
+"""Finding the model of a concept again, and what `pcs concept show` prints about its training."""
 
 from __future__ import annotations
 

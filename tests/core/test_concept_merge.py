@@ -85,7 +85,7 @@ def test_the_closed_form_is_the_constrained_least_squares_solution():
 
 
 def test_several_changes_of_one_weight_add_up(sd, both):
-    """Two parts of one recipe may have made them."""
+    """They may come from two parts of one recipe."""
     whole = both[0]
     (paths,) = whole.meta.weights.values()
     halves = {f"{slot}.{k}": v / 2 for slot in ("one", "two") for k, v in changes(whole).items()}

@@ -1,4 +1,4 @@
-"""A concept's record of how it was made: writing it never loses what was learned, and reading it is checked."""
+"""A concept's provenance record: writing it never loses what was learned, and reading it is checked."""
 
 from __future__ import annotations
 

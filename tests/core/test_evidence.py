@@ -1,4 +1,4 @@
-"""Verified identity and freedom on pictures whose truth is known: the shipped instruments must not be too generous."""
+"""Verified identity and freedom on pictures with known ground truth: the shipped instruments must not be too generous."""
 
 from __future__ import annotations
 

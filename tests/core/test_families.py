@@ -1,4 +1,4 @@
-"""The families of methods cover every shipped recipe, and what they say is true."""
+"""The families of methods cover every shipped recipe, and their statements are true."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_the_spread_of_places_is_within_prompts() -> None:
     assert all(math.isnan(v) for v in freedom.placement_spread(at[:2], ["a", "b"]))
 
 
-# the thing cut out of a reference
+# the subject cut out of a reference
 
 
 def _scene(thing: Tensor, mask: Tensor, background: float, dy: int, dx: int) -> tuple[Tensor, Tensor]:

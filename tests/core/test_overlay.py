@@ -1,4 +1,4 @@
-"""What the small world changes: rules by what is trained, kind and modality, for shipped files and your own."""
+"""The toybox's overlay: rules by trained parts, kind and modality, for shipped files and your own."""
 
 from __future__ import annotations
 

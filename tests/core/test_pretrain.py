@@ -1,4 +1,4 @@
-"""The driver of trainings from data: what it saves, resumes, skips and refuses, on a layer of a few numbers."""
+"""The driver that trains networks from data: what it saves, resumes, skips and refuses, on a tiny layer."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_prior_preservation_counts_class_pictures_apart(tiny, photos, tmp_path):
 
 
 def test_class_pictures_are_made_by_the_model_before_with_what_was_loaded(tiny, photos, tmp_path):
-    """They are made once, kept for the next run, and not shared with a run that has another concept on."""
+    """They are generated once, kept for the next run, and not shared with a run that has another concept loaded."""
     recipe = small("dreambooth_lora", "train.steps=1")
     made = []
 

@@ -172,7 +172,7 @@ def run_again(tiny: Callable[[], Any], recipe: Recipe, photos: Path, folder: Pat
 
 @pytest.mark.parametrize("phases", [0, 2])
 def test_an_update_that_ends_a_phase_is_checked_too(tiny, photos, tmp_path, phases):
-    """Nothing that is not finite is saved, and the advice given works."""
+    """Only finite values are saved, and the advice in the message works."""
     recipe = small("textual_inversion", "train.steps=1", "trainable.tokens.lr=0.1")
     if phases:
         recipe = validate(Recipe, {**dump(recipe), "phases": {"a": {}, "b": {}}})

@@ -42,7 +42,7 @@ CHEAP = (
 
 @pytest.fixture(scope="module")
 def duck(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A held-out thing of the toybox, barely trained."""
+    """A held-out subject of the toybox, barely trained."""
     from shared.cli import build, run
 
     folder = tmp_path_factory.mktemp("duck")

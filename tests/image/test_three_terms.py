@@ -1,4 +1,4 @@
-"""A thing with known truth: verified identity, freedom and the three-term trade-off, from evaluation to table."""
+"""A subject with known ground truth: verified identity, freedom and the three-term trade-off, from evaluation to table."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from shared.metrics.html import report_html
 from shared.metrics.report import Report
 from shared.metrics.scorer import Scorer
 
-# A world of shaded squares: the hue identifies the thing, the brighter side its pose.
+# A world of shaded squares: the hue identifies the subject, the brighter side its pose.
 BACK = {"beach": (0.9, 0.8, 0.5), "snow": (0.95, 0.95, 1.0)}
-BEYOND = 0.55  # distance from the background's colour beyond which a pixel belongs to the thing
+BEYOND = 0.55  # distance from the background's colour beyond which a pixel belongs to the subject
 
 
 def _draw(hue: float, turn: float, background: str, seed: int) -> Tensor:
@@ -69,7 +69,7 @@ class _Grid:
 
 
 def _lighter_half(grey: Tensor, mask: Tensor) -> str:
-    """ "front" if the thing is brighter above its middle than below."""
+    """ "front" if the subject is brighter above its middle than below."""
     rows = mask.any(1).nonzero()[:, 0]
     middle = int(rows.float().mean()) if len(rows) else 16
     above, below = (
@@ -109,7 +109,7 @@ PROMPTS = validate(
 
 
 class _Square:
-    """The true thing in this world."""
+    """The real subject in this world."""
 
     key = "square"
 

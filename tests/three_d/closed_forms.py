@@ -17,7 +17,7 @@ COLOR = (0.9, 0.2, 0.4)
 
 @dataclass(frozen=True)
 class Chords:
-    """For rays [B, H, W]: where they enter a thing, and their length inside it (0: they miss it)."""
+    """For rays [B, H, W]: where they enter an object, and their length inside it (0: they miss it)."""
 
     near: Tensor
     length: Tensor

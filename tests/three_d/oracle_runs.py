@@ -1,4 +1,4 @@
-"""A real field of density and colour, optimised by the whole engine with a teacher that knows a solid thing exactly."""
+"""A real field of density and colour, optimised by the whole engine with a teacher that knows a solid object exactly."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GUIDANCES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """How well a thing was recovered, over 16 views not seen in training."""
+    """How well an object was recovered, over 16 views not seen in training."""
 
     iou: float
     psnr: float  # dB

@@ -1,4 +1,4 @@
-"""The simplest possible asset, for tests: a learnable picture for each of several views; and its truth."""
+"""The simplest possible asset, for tests: a learnable picture for each of several views; and its ground truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thing with exactly known views, for the oracle: coloured ellipsoids, intersected with rays in closed form."""
+"""An object with exactly known views, for the oracle: coloured ellipsoids, intersected with rays in closed form."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OVER = 3  # rays per pixel and axis
 
 @dataclass(frozen=True)
 class TrueViews:
-    """Pixels [B, 3, S, S] in [0, 1] on white, and the share of each pixel that the thing covers, [B, 1, S, S]."""
+    """Pixels [B, 3, S, S] in [0, 1] on white, and the share of each pixel that the object covers, [B, 1, S, S]."""
 
     pixels: Tensor
     coverage: Tensor
 
 
 def true_views(cameras: Cameras, side: int) -> TrueViews:
-    """The cameras' views of the thing, without shading."""
+    """The cameras' views of the object, without shading."""
     origins, directions = cameras.rays(side * _OVER, side * _OVER)
     nearest = torch.full(directions.shape[:-1], torch.inf)
     colors = torch.ones_like(directions)

@@ -38,7 +38,7 @@ def test_a_recipe_is_compared_with_itself_without_the_concept_and_what_fails_is_
     assert ran.code == 2 and "1 of 2 cells failed" in ran.err and "empty on development-duck" in ran.err
     assert (
         "hifa, without the concept" in ran.out
-        and "a generic thing of the class" in ran.out
+        and "a generic object of the class" in ran.out
         and "Toy numbers" in ran.out
     )
     lines = {(r["recipe"], r["thing"]): r for r in csv.DictReader((out / "comparison.csv").open())}
@@ -166,7 +166,7 @@ def test_goals_ask_for_their_parts_and_for_more_than_the_floors():
         (cell(0.4, 0.7), False),  # identity
         (cell(0.6, 0.5), False),  # silhouettes
         (cell(0.6, 0.7, base=0.6), False),  # no better than without the concept
-        (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic thing of the class
+        (cell(0.6, 0.7, generic=0.8), False),  # no better than a generic object of the class
     ):
         assert goal.met(aggregate_assets("r", {"a": made}, {})) is met
     assert AssetGoal().met(aggregate_assets("r", {"a": cell(0.6, 0.7)}, {})) is None

@@ -186,7 +186,7 @@ def test_a_penalty_that_wakes_late_is_refused_before_the_first_step(sd, tmp_path
     assert checkpoint.load(tmp_path / "run") is None
 
 
-# --- pictures of the thing -------------------------------------------------------------------
+# --- pictures of the object -------------------------------------------------------------------
 
 
 def red_pictures(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Measuring assets: only the truth matches itself, and nothing is ever rotated to fit."""
+"""Measuring assets: only the real object matches perfectly, and nothing is ever rotated to fit."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_field_that_looks_like_its_pictures_has_no_reference_loss():
     assert float(outline(drawn(field, pictures=pictures))) < 1e-9
     empty = Pictures(truth.pixels, CAMERAS, torch.zeros_like(truth.opacity))
     assert float(outline(drawn(field, pictures=empty))) == pytest.approx(2 * float(truth.opacity.square().mean()))
-    with pytest.raises(ValueError, match="silhouette needs pictures of the thing, all with masks"):
+    with pytest.raises(ValueError, match="silhouette needs pictures of the object, all with masks"):
         outline(drawn(field, pictures=Pictures(truth.pixels, CAMERAS)))
     field.raw_features.data += 3
     worse = part(drawn(field, pictures=pictures))

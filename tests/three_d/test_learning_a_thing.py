@@ -1,4 +1,4 @@
-"""A field trained only on pictures becomes the thing in them: its shape and colours, also from unseen sides."""
+"""A field trained only on pictures becomes the object in them: its shape and colours, also from unseen sides."""
 
 from __future__ import annotations
 

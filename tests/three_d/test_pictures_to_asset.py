@@ -171,7 +171,7 @@ def test_phases_that_do_not_fit_are_refused(sd, tmp_path, subject, settings, why
 def test_without_masks_a_field_is_compared_on_the_colour_around_each_picture():
     pictures = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     pictures[:, :, [0, -1]], pictures[:, :, :, [0, -1]] = 0.25, 0.25
-    pictures[1, :, 0, :6] = 0.9  # a part of the thing may touch the border
+    pictures[1, :, 0, :6] = 0.9  # a part of the object may touch the border
     assert torch.equal(border_color(pictures), torch.full((2, 3, 1, 1), 0.25))
 
 

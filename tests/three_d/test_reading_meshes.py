@@ -28,7 +28,7 @@ PARTS = [
 
 
 def ball(scale: float = 1.0) -> trimesh.Trimesh:
-    """A ball with a red left half (+x of the file: the thing's left) and a blue right one."""
+    """A ball with a red left half (+x of the file: the object's left) and a blue right one."""
     mesh = trimesh.creation.icosphere(3)
     red = np.asarray(mesh.vertices)[:, :1] > 0
     mesh.visual.vertex_colors = np.where(red, [255, 0, 0, 255], [0, 0, 255, 255]).astype(np.uint8)

@@ -44,7 +44,7 @@ def renders(cameras: Cameras) -> Rendering:
 
 
 def elsewhere(pictures: Tensor, place: tuple[float, float], scale: float) -> Tensor:
-    """Pictures smaller and not in the middle: what `Estimate.cut` undoes."""
+    """Pictures that show the object smaller and off-centre, which `Estimate.cut` undoes."""
     theta = torch.tensor([[1 / scale, 0, -place[0] / scale], [0, 1 / scale, -place[1] / scale]])
     where = F.affine_grid(theta.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, where, padding_mode="zeros", align_corners=False)
@@ -137,10 +137,10 @@ def test_what_compares_with_pictures_to_come_can_be_fitted_into_memory(sd, subje
 
 def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_path):
     runner = Runner3D(sd)
-    with pytest.raises(ValueError, match=r"need exactly one subject, and there are 0: give subject\.images"):
+    with pytest.raises(ValueError, match=r"need exactly one subject, but there are 0: give subject\.images"):
         runner.create(reconstruction(), tmp_path / "run", tensorboard=False)
     bare = {"mug": replace(subject["mug"], masks={})}
-    with pytest.raises(ValueError, match=r"phases\.cameras cuts the pictures .* these have none: .*\.png"):
+    with pytest.raises(ValueError, match=r"phases\.cameras crops the pictures .* these have none: .*\.png"):
         runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
     assert not (tmp_path / "run").exists()
 

@@ -46,7 +46,7 @@ def test_the_inside_of_a_mesh_is_a_region_where_it_was_put(tmp_path):
 
 
 def test_a_drawn_mask_is_what_lies_behind_it_in_its_view(tmp_path):
-    """The mask's left half, seen from the thing's left, where the front is on the left."""
+    """The mask's left half, seen from the object's left, where the front is on the left."""
     drawn = np.zeros((40, 60), np.uint8)
     drawn[:, :30] = 255
     Image.fromarray(drawn).save(tmp_path / "mask.png")

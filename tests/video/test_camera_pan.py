@@ -43,7 +43,7 @@ def test_what_comes_into_view_is_of_its_own_row_and_outside_of_boxes() -> None:
     draw = torch.Generator().manual_seed(0)
     plane = torch.arange(64, dtype=torch.float32).view(1, 8, 8)
     source = torch.ones(8, 8, dtype=torch.bool)
-    source[:, 2:7] = False  # a thing
+    source[:, 2:7] = False  # a subject
     right = shifted(plane, 3, 2, source, draw)
     assert torch.equal(right[0, :, :5], plane[0, :, 3:])
     for y in range(8):
