@@ -217,7 +217,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """transformers 5 returns an object whose `pooler_output` is the projection, version 4 the tensor itself."""
+    """Normalises the projection: transformers 5 has it in an object's `pooler_output`, version 4 returns the tensor itself."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 

@@ -17,9 +17,7 @@ SCHEMA_VERSION = 2  # 2: identity is verification, freedom, three terms
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
 # "freedom": with the concept, more seeds of the prompts that leave the pose open; they only count towards freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = (
-    0.5  # with T below this, the instruments pass fewer than half of the true pictures: the thing is shown apart
-)
+APART = 0.5  # with T below this, the instruments pass fewer than half of the true pictures: the thing is shown apart
 
 
 class Row(BaseModel):

@@ -51,7 +51,7 @@ class SheetSettings:
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
     """Writes a captioned sheet. ValueError if `out` is a folder, not a PNG, or exists already, unless `overwrite`."""
     if out.suffix.lower() != ".png" and not out.is_dir():
-        raise ValueError(f"{out}: a sheet is a PNG: give it a name that ends in .png")
+        raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_file(out, overwrite)
     rng, source = np.random.default_rng(settings.seed), settings.source
     scenes = [sample_scene(rng) for _ in range(settings.rows * settings.columns)]
