@@ -10,9 +10,7 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
-_BEHIND = (
-    0.06  # radii: a point this much farther away than the surface that the next frame shows at its pixel is hidden
-)
+_BEHIND = 0.06  # radii: a point this much farther away than the surface at its pixel in the next frame is hidden
 _GRAZING = 0.2  # the cosine below which a surface is seen edge-on
 
 
