@@ -1,8 +1,8 @@
-"""Surfaces from which the toybox shapes are put together.
+"""The surfaces that the toybox's shapes are assembled from.
 
 A primitive is sampled once at an even spacing: points on its surface, outward unit normals, and a test of which other
-points lie inside it, so that an assembly can drop what can never be seen. Axes: x forward (a thing faces +x), y left,
-z up; lengths are in the units of the shape being built.
+points lie inside it, so that an assembly can drop points that can never be seen. Axes: x forward (a thing faces +x), y
+left, z up; lengths are in the units of the shape being built.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Surface:
     inside: Inside
 
     def move(self, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Surface:
-        """The surface shifted by (x, y, z)."""
+        """Returns the surface shifted by (x, y, z)."""
         shift = np.array([x, y, z])
         return Surface(self.points + shift, self.normals, lambda p, m: self.inside(p - shift, m))
 
     def turn(self, axis: str, degrees: float) -> Surface:
-        """The surface rotated about one of the axes "x", "y", "z" through the origin."""
+        """Returns the surface rotated about one of the axes "x", "y", "z" through the origin."""
         turn = rotation(axis, degrees)
         return Surface(self.points @ turn.T, self.normals @ turn.T, lambda p, m: self.inside(p @ turn, m))
 
     def mirror(self) -> Surface:
-        """The surface reflected left to right (y to -y)."""
+        """Returns the surface reflected left to right (y to -y)."""
         flip = np.array([1.0, -1.0, 1.0])
         return Surface(self.points * flip, self.normals * flip, lambda p, m: self.inside(p * flip, m))
 
 
 def rotation(axis: str, degrees: float) -> np.ndarray:
-    """The right-handed rotation matrix [3, 3] about a coordinate axis."""
+    """Returns the right-handed rotation matrix [3, 3] about a coordinate axis."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     matrix = np.eye(3)
@@ -50,7 +50,7 @@ def rotation(axis: str, degrees: float) -> np.ndarray:
 
 
 def curve(points: Sequence[Sequence[float]] | np.ndarray, n: int = 60) -> np.ndarray:
-    """A smooth (Catmull-Rom) curve [n, D] through the given points."""
+    """Returns a smooth (Catmull-Rom) curve [n, D] through the points."""
     p = np.asarray(points, float)
     padded = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = np.linspace(0, len(p) - 1 - 1e-9, n)
@@ -61,7 +61,7 @@ def curve(points: Sequence[Sequence[float]] | np.ndarray, n: int = 60) -> np.nda
 
 
 def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Even samples of a polyline [K, D]: points [N, D] and the unit tangent [N, D] of the segment each lies on."""
+    """Samples a polyline [K, D] evenly: points [N, D], and the unit tangent [N, D] of the segment that each lies on."""
     steps = np.diff(path, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
     steps, starts, lengths = steps[lengths > 1e-9], path[:-1][lengths > 1e-9], lengths[lengths > 1e-9]
@@ -74,7 +74,7 @@ def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Which points [M, 2] lie in a polygon [K, 2] (even-odd rule)."""
+    """Tells which points [M, 2] lie in a polygon [K, 2] (even-odd rule)."""
     inside = np.zeros(len(points), bool)
     x, y = points[:, 0], points[:, 1]
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -84,7 +84,7 @@ def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """The distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
+    """Returns the distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
     best = np.full(len(points), np.inf)
     for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         d = b - a
