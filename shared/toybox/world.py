@@ -99,7 +99,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Camera:
-    """A thing's viewpoint and its place in the picture: x right and y down from the centre; scale 1 nearly fills the picture."""
+    """A thing's viewpoint and its place in the picture: x right and y down from the centre; scale 1 nearly fills it."""
 
     azimuth_deg: float = 0.0
     elevation_deg: float = 15.0
