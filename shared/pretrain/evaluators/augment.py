@@ -1,6 +1,6 @@
-"""Augmentations between the renderer and an evaluator: shifts, blur and noise, as batched tensor operations.
+"""Augments rendered pictures for training evaluators: shifts, blur and noise, as batched tensor operations.
 
-They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on these.
+They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on such pictures.
 A batch is split into groups; each group shares one draw, so that every operation is a plain batched one.
 """
 

@@ -1,4 +1,4 @@
-"""Contact sheets of the toybox's pictures: `pcs toybox sheet`."""
+"""Draws contact sheets of the toybox's pictures: `pcs toybox sheet`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = ("world", "model", "vae")
 
 @dataclass(frozen=True)
 class SheetSettings:
-    """What a sheet shows: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
+    """The content of a sheet: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
 
     ValueError for an unknown source, and for options of the model (`guidance`, `prompts`) with another source.
     """
@@ -70,6 +70,6 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
 
 
 def _beside(pixels: Tensor) -> Tensor:
-    """[N, …] -> [2 N, …]: every picture followed by its reconstruction."""
+    """Inserts each picture's reconstruction after it: [N, …] -> [2 N, …]."""
     decoded = round_trip(load_vae(backbone_path() / "vae"), pixels)
     return torch.stack([pixels, decoded], 1).flatten(0, 1)
