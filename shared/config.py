@@ -151,7 +151,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, 
     drops the settings of the old kind.
 
     Args:
-        kinds: default kinds by key, nested like the layers, with "*" for any key. A key without one is its own default kind
+        kinds: default kinds by key, nested like the layers, with "*" for any key; without an entry, the key itself is the kind
     """
     kinds, out = kinds or {}, dict(base)
     for key, value in over.items():

@@ -32,7 +32,7 @@ from shared.train.device import pick_device
 
 #: The maximum number of subjects in a benchmark.
 MOST = 10_000
-#: Keys of a concept's recipe whose folders are not saved with the concept, so they are not compared.
+#: Keys of a concept's recipe whose paths are removed when it is saved, so they are not compared.
 _PLACES = ("subject", "output", "backbone")
 #: The project's own targets (a copy counts as a failure).
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
@@ -199,7 +199,7 @@ class Things:
     overrides: tuple[str, ...] = ()  # key=value applied on top of it
 
     def references(self, thing: str) -> Path:
-        """Returns the folder of the thing's pictures, writing it first if needed."""
+        """Returns the folder of the thing's pictures."""
         return self.out / "references" / thing
 
     def concept(self, thing: str) -> Path:

@@ -227,7 +227,7 @@ def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
 
 
 def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
-    """Loads a CLIP from a local transformers folder. ValueError when it is not one."""
+    """Loads a CLIP from a local transformers folder. ValueError if the folder holds no CLIP."""
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
@@ -241,7 +241,7 @@ DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
-    """Loads a DINO or DINOv2 from a local transformers folder. ValueError when it is not one."""
+    """Loads a DINO or DINOv2 from a local transformers folder. ValueError if the folder holds neither."""
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")

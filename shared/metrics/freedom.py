@@ -76,8 +76,8 @@ class Range:
 
 
 def effective_views(views: Sequence[str]) -> float:
-    """exp(H) of the views seen: 1 when all are the same, the number of distinct views when all are equally frequent; NaN for
-    none."""
+    """Returns exp(H) of the views seen: 1 if all are the same, the number of distinct views if all are equally frequent; NaN
+    for none."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)

@@ -150,7 +150,7 @@ class Report(BaseModel):
 
     @property
     def apart(self) -> bool:
-        """Whether the instruments pass too few true pictures of this thing to pool its figures with others'."""
+        """Whether too few true pictures of this thing pass the instruments, so that its figures must not be pooled."""
         identity = self.score("identity")
         return identity is not None and identity.truth is not None and identity.truth < APART
 

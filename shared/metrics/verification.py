@@ -20,7 +20,7 @@ from shared.metrics.encoders import Instruments
 from shared.metrics.scores import Retrieval, retrieve, similarities
 
 SUBJECT = "the subject"
-PASSING = 0.95  # share of true pictures whose likeness to the references must reach the bar
+PASSING = 0.95  # the bar is the likeness to the references that this share of true pictures reaches
 FACES = frozenset({"face"})  # class nouns whose individuals can only be told apart by the face
 FACELESS = ("back", "above")  # views that prompts may request but that show no face
 
@@ -141,7 +141,7 @@ class Verifier:
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:
-        """Reads `[N, 3, H, W]` in [-1, 1] with all instruments: everything except the verdict."""
+        """Reads `[N, 3, H, W]` in [-1, 1] with all instruments, without deciding whether they are verified."""
         whole = self.whole.images(pixels)
         who = whole if self.who is self.whole else self.who.images(pixels)
         copying = find_copies(pixels, whole, self.references, self.whole_references, self.limits)

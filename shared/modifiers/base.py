@@ -28,7 +28,8 @@ class PlaceholderBase:
     def set_strength(self, strength: float) -> None:
         """Raises ValueError for strengths other than 1 if words are learned; plain words have no strength.
 
-        Subclasses may interpolate from the initial to the learned vectors instead."""
+        Subclasses may interpolate from the initial to the learned vectors instead.
+        """
         if strength != 1 and any(True for _ in self.parameters()):
             raise ValueError(f"{self.name!r}: its learned words only work at strength 1, not {strength:g}")
 

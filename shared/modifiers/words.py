@@ -1,4 +1,4 @@
-"""Concepts named by words that the text encoder already knows."""
+"""Names concepts by words that the text encoder already knows."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None
 
 @torch.no_grad()
 def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """[3, (F), H, W] in [-1, 1] -> latents [1, C, (f), h, w], in the sampler's precision."""
+    """Encodes [3, (F), H, W] in [-1, 1] to latents [1, C, (f), h, w], in the sampler's precision."""
     given = pixels[None].to(backbone.device, backbone.dtype)
     with torch.autocast(given.device.type, enabled=False):  # the autoencoder keeps its loaded precision
         return backbone.encode_pixels(given).to(backbone.latent_dtype)

@@ -94,7 +94,7 @@ class Thing:
         if self.main == self.second:
             raise ValueError(f"main and second color must differ, both are {self.main!r}")
         if (self.class_name == "face") != (self.identity is not None):
-            raise ValueError("a face, and nothing else, has an identity")
+            raise ValueError("faces must have an identity, and other things must not")
 
 
 @dataclass(frozen=True)

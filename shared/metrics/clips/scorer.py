@@ -49,7 +49,7 @@ class MeasuredClips:
 
 @dataclass
 class ClipScorer:
-    """Compares clips with their prompts and with whichever is given of a motion's clips and a subject's pictures.
+    """Compares clips with their prompts and, where available, with a motion's clips and a subject's pictures.
 
     motion_clips: all of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and a path reader.
     thing: the scorer that holds the subject's references. compensate_camera: as in `motion_fidelity`.

@@ -30,7 +30,7 @@ def open_pipeline(folder: str | None) -> Any:
         if kind != StableDiffusionPipeline.__name__:
             raise ValueError(f"it is a {kind}, but only a StableDiffusionPipeline can be judged")
         pipe = StableDiffusionPipeline.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # whatever is in the folder
+    except Exception as error:  # the folder may contain anything
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--backbone {str(place)!r} cannot be loaded: {why}") from None
     pipe.set_progress_bar_config(disable=True)
