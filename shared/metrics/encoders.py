@@ -67,7 +67,7 @@ class AttributeReader(Protocol):
     info: InstrumentInfo
 
     def read(self, pixels: Tensor) -> dict[str, list[str]]:
-        """`[N, 3, H, W]` in [-1, 1] -> per attribute the N values seen."""
+        """Reads `[N, 3, H, W]` in [-1, 1]: attribute -> the N values seen."""
         ...
 
 
@@ -85,7 +85,7 @@ class FaceFinder(Protocol):
     """Tells in which pictures an identity can be judged at all."""
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> bool `[N]`: whether a face can be seen (not only the back of a head)."""
+        """Tells for `[N, 3, H, W]` in [-1, 1] whether a face can be seen (not only the back of a head): bool `[N]`."""
         ...
 
 
@@ -94,7 +94,7 @@ class Locator(Protocol):
     """Finds the thing in a picture."""
 
     def where(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> `[N, h, w]` in [0, 1]: the chance that a cell shows the thing."""
+        """Returns the probability that a cell shows the thing, `[N, h, w]`, for `[N, 3, H, W]` in [-1, 1]."""
         ...
 
 
@@ -140,7 +140,7 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError for another shape or non-finite values."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures. ValueError for another shape or non-finite values."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():
@@ -150,12 +150,12 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_bytes(pixels: Tensor) -> bytes:
-    """`[N, 3, H, W]` in [-1, 1] -> their 8-bit values, for comparing or hashing."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to the bytes of their 8-bit values, for comparing or hashing."""
     return b"".join(picture.tobytes() for picture in to_pil(pixels))
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], 8 bits; fits the shorter side and crops to the middle."""
+    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], 8 bits: by the shorter side, then a middle crop."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):

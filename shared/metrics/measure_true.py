@@ -110,7 +110,7 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Pairs of pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
+    """Compares pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):

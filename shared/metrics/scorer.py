@@ -42,7 +42,7 @@ class Measured:
         return self.look.whole
 
     def mean(self, key: str) -> float:
-        """The mean of a column without its NaN; NaN when nothing is left."""
+        """Averages a column without its NaNs; NaN if nothing is left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -85,7 +85,7 @@ class Scorer:
         return None if self.figures is None else self.figures.pasted
 
     def plain(self, prompt: str) -> str:
-        """The prompt with the concept's name replaced by the class noun."""
+        """Replaces the concept's name in a prompt by the class noun."""
         text = prompt.replace(f"<{self.name}>", "{concept}") if self.name else prompt
         return fill(text, self.class_noun, self.class_noun)
 

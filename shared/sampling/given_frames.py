@@ -97,7 +97,7 @@ class GivenFrames(SamplingHookBase):
 
 
 def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """[1, F, H, W] -> bool [1, 1, f, h, w]."""
+    """Pools masks [1, F, H, W] to latent cells that are kept, bool [1, 1, f, h, w]."""
     return (pool_masks(masks[None], (grid[0], grid[1], grid[2])) >= _MOST).to(backbone.device)
 
 

@@ -90,7 +90,7 @@ def snow(c: Canvas) -> Tensor:
 
 
 def _firs(c: Canvas, behind: Tensor, foot: Tensor, color: Color, count: int) -> Tensor:
-    """A row of triangular trees standing on a line."""
+    """Draws a row of triangular trees standing on a line."""
     cell = c.x * count + c.u(5)
     tall = 0.12 + 0.16 * c.at(cell.floor() + 11)
     across = (cell - cell.floor() - 0.5).abs() * 2

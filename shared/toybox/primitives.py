@@ -94,7 +94,7 @@ def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
-    """An ellipsoid about the origin, with points about h apart."""
+    """Samples an ellipsoid about the origin, with points about h apart."""
     wide = max(rx, ry)
     t = np.linspace(-np.pi / 2, np.pi / 2, 400)
     meridian, _ = _along(np.stack([wide * np.cos(t), rz * np.sin(t)], 1), h)
@@ -115,7 +115,7 @@ def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
 
 
 def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Surface:
-    """A box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
+    """Samples a box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
     half = np.array([hx, hy, hz])
     points, normals = [], []
     for axis in range(3):
@@ -138,7 +138,7 @@ def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Sur
 
 
 def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
-    """A profile of (radius, z) pairs revolved about the z axis; it runs with the solid on its left."""
+    """Revolves a profile of (radius, z) pairs about the z axis; the profile runs with the solid on its left."""
     outline = np.asarray(profile, float)
     samples, tangents = _along(outline, h)
     points, normals = [], []
@@ -158,7 +158,7 @@ def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
 
 
 def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: float) -> Surface:
-    """A polygon of (x, z) pairs, counter-clockwise with z up and x right, extruded to y = ±half."""
+    """Extrudes a polygon of (x, z) pairs, counter-clockwise with z up and x right, to y = ±half."""
     outline = np.asarray(polygon, float)
     edge, tangents = _along(np.concatenate([outline, outline[:1]]), h)
     y = np.linspace(-half, half, max(2, int(np.ceil(2 * half / h)) + 1))
@@ -181,7 +181,7 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """A round tube with closed ends along a smooth curve through the path [K, 3]; radius: one for all, or one per point."""
+    """Samples a round tube with closed ends along a smooth curve through the path [K, 3]; radius: one, or one per point."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

@@ -77,6 +77,6 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
 
 
 def _longest(values: Tensor) -> Tensor:
-    """`[F-1, h, w]` -> `[F-1]`, float64: the mean of the largest 5 % of each step."""
+    """Averages the largest 5 % of each step: `[F-1, h, w]` -> `[F-1]`, float64."""
     each = values.flatten(1).double()
     return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

@@ -86,7 +86,7 @@ class KnownMotion:
         return self.name.split("-")[0]
 
     def candidates(self, frames: int) -> dict[str, Array]:
-        """The motion, its look-alikes, the other held-out motions of its split, and standing still: name -> `[F, 6]`."""
+        """Returns the motion, its look-alikes, the split's other held-out motions, and standing still: name -> `[F, 6]`."""
         return candidates(self.motion, self.split, frames)
 
     @property

@@ -42,7 +42,7 @@ class MeasuredClips:
     embeddings: Tensor  # [N, F, D], of whole frames
 
     def mean(self, key: str) -> float:
-        """The mean of a column without its NaN; NaN when nothing is left."""
+        """Averages a column without its NaNs; NaN if nothing is left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 

@@ -92,7 +92,7 @@ class DecoderTask(PretrainTask):
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
+        """Yields the discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         index = torch.randint(self.among, (settings.batch,), generator=draws).numpy()
         layout: Any = {"device": self.compute.device, "memory_format": torch.channels_last}

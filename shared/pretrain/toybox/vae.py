@@ -75,7 +75,7 @@ class VaeTraining:
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    """Converts uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 

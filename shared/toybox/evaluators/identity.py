@@ -74,7 +74,7 @@ class Locator(Trunk):
 
     @torch.no_grad()
     def square(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, H, W]` -> affine maps `[B, 2, 3]` from the whole picture to the square around the thing."""
+        """Finds the square around the thing in `[B, 3, H, W]`: affine maps `[B, 2, 3]` from the whole picture to it."""
         heat = self.read(pixels)[1].float().sigmoid()[:, 0]
         heat = heat * (heat > _SURE)
         side = heat.shape[-1]
@@ -122,7 +122,7 @@ class IdentityEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]` on the CPU, without gradients."""
+        """Embeds `[B, 3, 64, 64]` in [0, 1] as unit vectors `[B, D]` on the CPU, without gradients."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
@@ -131,6 +131,6 @@ class IdentityEncoder(nn.Module):
 
 @lru_cache(maxsize=4)
 def load_identity(folder: Path | str = WEIGHTS / "identity") -> IdentityEncoder:
-    """The identity encoder in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    """Loads the identity encoder from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
     path, raw = read_config(folder, "identity")
     return load_state(IdentityEncoder(IdentityConfig.model_validate(raw)), path)

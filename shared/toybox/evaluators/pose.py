@@ -71,7 +71,7 @@ class PoseEstimator(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
-        """`[B, 3, 64, 64]` in [0, 1] -> poses, on the CPU."""
+        """Reads the poses in `[B, 3, 64, 64]` in [0, 1], on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -79,7 +79,7 @@ class PoseEstimator(nn.Module):
         return Poses(linear * units(), logits.softmax(1))
 
     def path(self, frames: Tensor) -> Array:
-        """A clip `[3, F, 64, 64]` in [-1, 1] -> float64 `[F, 6]`, the columns of `motion.PATH`."""
+        """Reads the path of a clip `[3, F, 64, 64]` in [-1, 1]: float64 `[F, 6]`, the columns of `motion.PATH`."""
         return path_of(self.read((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1)))
 
 

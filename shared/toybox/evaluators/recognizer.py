@@ -81,14 +81,14 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def where(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> `[B, 8, 8]`, the chance that a cell shows the thing."""
+        """Returns the probability that a cell shows the thing, `[B, 8, 8]`, for `[B, 3, 64, 64]` in [0, 1]."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.trunk.read(chunk.to(device, torch.float32))[1][:, 0] for chunk in pixels.split(batch_size)]
         return torch.cat(parts).sigmoid().cpu()
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
-        """`[B, 3, 64, 64]` in [0, 1] -> the most probable value of each attribute for each picture."""
+        """Returns the most probable value of each attribute for each picture `[B, 3, 64, 64]` in [0, 1]."""
         probabilities = self.probabilities(pixels, batch_size)
         return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in probabilities.items()}
 

@@ -57,7 +57,7 @@ def distances(a: Array, b: Array) -> Array:
 
 
 def distance(a: Array, b: Array) -> float:
-    """The distance between two paths `[F, 6]`."""
+    """Returns the distance between two paths `[F, 6]`."""
     return float(distances(np.asarray(a)[None], np.asarray(b)[None])[0, 0])
 
 
