@@ -54,12 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs `pcs`. Exit code 0; 1 if the run failed, 2 for wrong user input, 130 after Ctrl-C, 143 after SIGTERM, 129 after
     SIGHUP.
 
-    All these signals end a command in the same way: half-written files are removed, and training saves its state.
+    All these signals end a command the same way: half-written files are removed, and training saves its state.
     """
     heed_stops()
     try:
         code = _main(arguments)
-    except KeyboardInterrupt:  # while the commands were being collected
+    except KeyboardInterrupt:  # Ctrl-C while commands are being collected
         print("stopped", file=sys.stderr)
         code = _STOPPED
     if code == _STOPPED:  # skip Python's own exit, which reports SIGINT if the signal came inside an `exec`
@@ -117,8 +117,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 
 def _check_bytes(argument: str) -> None:
-    """Raises ValueError for bytes that are not UTF-8, unless they are part of the path of an existing file or folder: only
-    those may have such names."""
+    """Raises ValueError for bytes that are not UTF-8, unless they belong to the path of an existing file or folder."""
     if argument.isascii():
         return
     from shared.config import expanded
@@ -144,7 +143,7 @@ def _failed(error: Exception) -> int:
 
 
 def _warn(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    """Prints each warning only once, wherever it comes from."""
+    """Prints each warning only once, regardless of its origin."""
     text = _clean(message)
     if text not in _PRINTED:
         _PRINTED.add(text)

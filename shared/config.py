@@ -38,12 +38,12 @@ class KindPart(Part):
 
     @property
     def taxonomy(self) -> str:
-        """Its name in comparisons of recipes."""
+        """The part's name in comparisons of recipes."""
         return self.kind.replace("_", " ")
 
 
 def unknown(value: str, choices: Iterable[str], what: str = "key") -> str:
-    """An error text: what is unknown, the nearest valid name, and all valid names."""
+    """Returns an error text: what is unknown, the nearest valid name, and all valid names."""
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -70,9 +70,9 @@ def _kinds_from_keys(value: Any) -> Any:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Expands a leading `~` or `~user` in a path as a user writes it; expanding the result again changes nothing.
+    """Expands a leading `~` or `~user` in a path that a user wrote; expanding the result again changes nothing.
 
-    `./~` is the folder called `~`; `~nobody` is the folder of that name if there is no such user.
+    `./~` is the folder called `~`; `~nobody` is the folder of that name if that user does not exist.
     """
     text = os.path.expanduser(os.fspath(path))
     out = Path(text)
@@ -87,19 +87,19 @@ def _path(value: Any) -> Any:
     return expanded(value)
 
 
-#: The path of a file or folder, as the user writes it.
+#: The path of a file or folder, as the user wrote it.
 PathText = Annotated[Path, BeforeValidator(_path)]
 #: A name, or a file or folder.
 NameOrPath = Annotated[str, BeforeValidator(lambda v: str(expanded(v)) if isinstance(v, str) and v[:1] == "~" else v)]
 
 
 T = TypeVar("T")
-#: A slot that holds several parts under free names; `kind` defaults to the name.
+#: A slot that holds several parts under freely chosen names; `kind` defaults to the name.
 Slot = Annotated[dict[str, T], BeforeValidator(_kinds_from_keys)]
 
 
 def slots(model: type[BaseModel]) -> tuple[str, ...]:
-    """The fields of a model that hold several parts under free names."""
+    """Lists the fields of a model that hold several parts under freely chosen names."""
     return tuple(n for n, f in model.model_fields.items() if any(_is_slot(m) for m in f.metadata))
 
 
@@ -108,7 +108,7 @@ def _is_slot(mark: Any) -> bool:
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """For a slot that holds one part: the kind to use if none is given (`noise.offset=0.1`)."""
+    """Sets the default kind of a slot that holds one part, for settings such as `noise.offset=0.1`."""
 
     def fill(value: Any) -> Any:
         return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
@@ -118,7 +118,7 @@ def default_kind(kind: str) -> BeforeValidator:
 
 
 def parts_of(kind: str) -> BeforeValidator:
-    """For a mapping of parts under free names: the kind to use if none is given (`train.optimizers.main.eps=1e-6`)."""
+    """Sets the default kind in a mapping of freely named parts, for settings such as `train.optimizers.main.eps=1e-6`."""
 
     def fill(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -130,8 +130,8 @@ def parts_of(kind: str) -> BeforeValidator:
 
 
 def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """Field -> its default kind, for slots that hold one part; nested like the fields, with "*" for any key of a mapping of
-    parts. For `merge`."""
+    """Maps the fields that hold one part to their default kinds, for `merge`; nested like the fields, with "*" for any key of
+    a mapping of parts."""
     out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         marks = [getattr(mark, "func", None) for mark in field.metadata]
@@ -147,11 +147,11 @@ def default_kinds(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any], kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Applies the layer `over` on top of the layer `base`. Mappings merge; anything else replaces; a changed `kind` drops its
-    stale siblings.
+    """Applies the layer `over` on top of the layer `base`. Mappings are merged and anything else is replaced; a changed `kind`
+    drops the settings of the old kind.
 
     Args:
-        kinds: default kinds by key, nested like the layers, with "*" for any key; without one, the key is the kind
+        kinds: default kinds by key, nested like the layers, with "*" for any key; without an entry, the key itself is the kind
     """
     kinds, out = kinds or {}, dict(base)
     for key, value in over.items():
@@ -171,8 +171,8 @@ _MAX_YAML = 1_000_000  # bytes; a recipe has a few thousand, and parsing takes 1
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data: tags run no code; aliases (which can expand without bound, or contain themselves) and duplicate keys are
-    errors. Unlike in YAML 1.1, 1e-4 is a number, and no and 2024-01-01 are text."""
+    """Loads plain data only: tags run no code; aliases (which can expand without bound, or contain themselves) and duplicate
+    keys are errors. Unlike in YAML 1.1, 1e-4 is a number, and no and 2024-01-01 are text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -232,7 +232,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], data: Mapping[str, Any], where: str = "") -> M:
-    """Validates the data. ValueError with one line per problem: the key, the value, the choices."""
+    """Validates the data. ValueError, with one line per problem: the key, the value, the choices."""
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -1,8 +1,8 @@
-"""The demo: a held-out thing of the toybox, learned once and used in every modality that is installed.
+"""The demo: a held-out thing of the toybox, learned once and used in every installed modality.
 
 A package adds its part with an entry point `pcs.demo`, named after the modality, whose value is a module with two functions:
-`check(asked)` refuses invalid requests before any work, and `show(asked, bars)` does the work and yields lines to print and
-`Exhibit`s for the page. Parts run in the order of `ORDER`; a later one uses the concepts of an earlier one.
+`check(asked)` rejects invalid requests before any work, and `show(asked, bars)` does the work and yields lines to print and
+`Exhibit`s for the page. Parts run in the order of `ORDER`; later ones use the concepts of earlier ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TILE = 128  # pixels
 
 @dataclass(frozen=True)
 class Asked:
-    """What to show, and where to write it."""
+    """What to show, and the folder to write it to."""
 
     out: Path
     subject: str
@@ -71,7 +71,7 @@ class Exhibit:
     text: str
     scores: Sequence[tuple[str, str]] = ()
     more: Mapping[str, Path] = field(default_factory=dict)  # link text -> target
-    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: its row of the overview; None: no row
+    shots: Tensor | None = None  # [N, 3, H, W] in [-1, 1]: the pictures of its row in the overview; None: no row
 
 
 class DemoPart(Protocol):
@@ -87,7 +87,7 @@ class DemoPart(Protocol):
 
 
 def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
-    """The parts of the installed packages in order, or only the `chosen` ones. ValueError for an unknown one."""
+    """Returns the parts of the installed packages in order, or only the `chosen` ones. ValueError for an unknown one."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -98,7 +98,7 @@ def parts(chosen: Sequence[str] = ()) -> Mapping[str, DemoPart]:
 
 
 def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iterator[str]:
-    """Runs the named parts, or all; yields lines to print. ValueError for unknown names, or an `out` that exists."""
+    """Runs the parts `names`, or all, and yields lines to print. ValueError for unknown names, or if `out` exists."""
     chosen = parts(names)
     check_output(asked.out, overwrite)
     for part in chosen.values():
@@ -116,7 +116,7 @@ def run(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> Iter
                 exhibits.append(made)
                 claim(asked.out, made.file.relative_to(asked.out).as_posix(), made=True)
                 _write_page(asked, exhibits)
-                if made.shots is not None:  # of several exhibits with one title, the first
+                if made.shots is not None:  # if several exhibits share a title, the first counts
                     rows.setdefault(made.title, made.shots[:_TILES])
             else:
                 yield made

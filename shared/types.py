@@ -24,7 +24,7 @@ Role = Literal["instance", "prior"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What the user gives: pictures or clips of one thing (or of one motion), and what kind of thing it is."""
+    """The user's input: pictures or clips of one thing (or of one motion), and the kind of thing it is."""
 
     images: tuple[Path, ...] = ()  # files; a folder is listed by `shared.io.find_pictures.list_pictures`
     class_noun: str = ""  # "mug"; empty for concepts without one (a style, a motion)
@@ -42,14 +42,14 @@ class Subject:
 class Example:
     """One picture or clip on its way into a batch. It may show several subjects, each with its own mask.
 
-    Raises ValueError when pixels, masks and valid area differ in size.
+    Raises ValueError if pixels, masks and valid area differ in size.
     """
 
     pixels: Tensor  # [3, (F), H, W] in [-1, 1]
     caption: str  # may contain {concept}, {class_noun} or <name>; resolved by the prompt part
-    owners: tuple[str, ...]  # the subjects in it; first the one that its caption names
+    owners: tuple[str, ...]  # the subjects in it; the one that its caption names comes first
     role: Role = "instance"
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> [1, (F), H, W] in [0, 1]: where it is
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # owner -> its mask [1, (F), H, W] in [0, 1]
     valid: Tensor | None = None  # [1, (F), H, W] in [0, 1]: where the picture is real (not padding)
     source: str = ""  # the file or the recipe it came from; used as a cache key
     user_caption: bool = False  # True: the caption is the user's own, and templates do not replace it
@@ -76,7 +76,7 @@ class Example:
         return self.pixels.ndim == 4
 
     def frames(self) -> list[Example]:
-        """A clip's frames as pictures with their masks. Only for clips whose pixels have not been dropped."""
+        """Returns a clip's frames as pictures with their masks. Only for clips whose pixels have not been dropped."""
         return [
             replace(
                 self,
@@ -104,11 +104,11 @@ class Example:
         return torch.stack(list(self.masks.values())).amax(0) if self.masks else None
 
     def with_(self, **changes: Any) -> Example:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed."""
         return replace(self, **changes)
 
     def with_masks(self, change: Callable[[Tensor], Tensor]) -> Example:
-        """A copy with `change` applied to every mask [1, H, W] (for a clip, per frame); itself if it has no masks."""
+        """Returns a copy with `change` applied to every mask [1, H, W] (for a clip, per frame); itself if it has none."""
         if not self.masks:
             return self
 
@@ -120,7 +120,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are trained on together. Raises ValueError when their counts differ."""
+    """Examples that are trained on together. Raises ValueError if the fields' lengths differ."""
 
     captions: tuple[str, ...]  # B, fully expanded
     owners: tuple[tuple[str, ...], ...]  # B; as in `Example`
@@ -146,7 +146,7 @@ class Batch:
         return len(self.captions)
 
     def with_role(self, role: Role) -> Tensor:
-        """Bool [B] on the CPU: which examples have this role."""
+        """Tells which examples have this role: bool [B] on the CPU."""
         return torch.tensor([r == role for r in self.role])
 
 
@@ -183,7 +183,7 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Concatenates along the batch, as classifier-free guidance does.
 
-        Raises ValueError when the parts do not have the same streams.
+        Raises ValueError if the parts do not have the same streams.
         """
         first = parts[0]
         sites = [set() if isinstance(p.context, Tensor) else set(p.context) for p in parts]
@@ -222,7 +222,7 @@ class Conditioning:
         )
 
     def per_site(self, sites: Sequence[str]) -> Conditioning:
-        """The same conditioning with its single context repeated for each site."""
+        """Returns the conditioning with its single context repeated for each site."""
         if not isinstance(self.context, Tensor):
             return self
         return replace(self, context={s: SiteContext(self.context, self.context) for s in sites})
@@ -270,7 +270,7 @@ class Step:
     lazy: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     def need(self, name: str) -> Any:
-        """A declared need ("base_prediction", "attention_maps", …), computed once."""
+        """Returns a declared need ("base_prediction", "attention_maps", …), computed once."""
         if name not in self.lazy:
             raise AssertionError(f"the part did not declare the need {name!r}; it has {sorted(self.lazy)}")
         return self.lazy[name]()

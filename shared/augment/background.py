@@ -15,10 +15,10 @@ Fill = Literal["color", "noise", "grey"]
 
 
 class Background(Augmentation):
-    """Replaces everything outside the mask, with probability `p`, with one of `fills` (DreamTuner's random masking).
+    """With probability `p`, replaces everything outside the mask with one of `fills` (DreamTuner's random masking).
 
     "color": one random colour; "noise": uniform noise per pixel; "grey": 0. Every example that it may change needs a mask;
-    ValueError names a picture without one. Captions that describe the background become wrong.
+    ValueError, with the picture's path, if one has none. Captions that describe the background become wrong.
     """
 
     kind: Literal["background"] = "background"

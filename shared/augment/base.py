@@ -9,20 +9,20 @@ from shared.types import Example, Role
 
 
 class Augmentation(KindPart):
-    """Changes an example as it is drawn: picture, mask and valid area together, with the given generator.
+    """Changes an example as it is drawn: picture, mask and valid area together, with the generator passed in.
 
-    Runs after the prompt part (captions are filled in) and after the masks.
+    Runs after the prompt part (so captions are filled in) and after the mask parts.
     """
 
     roles: tuple[Role, ...] = ("instance", "prior")  # which examples are changed
 
     @property
     def random(self) -> bool:
-        """Whether two calls may differ; if no augmentation is random, latents are cached."""
+        """Tells whether two calls may give different results; latents are cached if no augmentation is random."""
         return True
 
     def __call__(self, example: Example, generator: torch.Generator) -> Example:
-        """Returns the changed example; other roles are passed through. All frames of a clip are changed alike."""
+        """Returns the changed example; examples of other roles are passed through. All frames of a clip change alike."""
         if example.role not in self.roles:
             return example
         if not example.is_clip:

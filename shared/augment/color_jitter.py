@@ -16,7 +16,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class ColorJitter(Augmentation):
     """Multiplies brightness, contrast and saturation by factors from [1 - a, 1 + a]; padding stays grey.
 
-    Keep them small: colour is part of most subjects' identity.
+    Keep these factors small: colour is part of most subjects' identity.
     """
 
     kind: Literal["color_jitter"] = "color_jitter"

@@ -16,9 +16,9 @@ from shared.types import Example, Role
 class RandomResize(Augmentation):
     """Resizes the picture by a factor from `scale` and places it, or a crop of it, at random (arXiv 2212.04488, 3.2).
 
-    Below `small_below`, one of `small_words` is added to the caption, above 1 one of `large_words`; an empty caption stays
-    empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is invalid too, because the
-    autoencoder mixes it with the padding. Sizes are drawn from one range as in the paper; its code uses two.
+    For factors below `small_below`, one of `small_words` is added to the caption; above 1, one of `large_words`. An empty
+    caption stays empty. Padding is grey, and 0 in `valid`; a border of `margin` pixels of the picture is invalid too, because
+    the autoencoder mixes it with the padding. Sizes are drawn from one range, as in the paper; its code uses two.
     """
 
     kind: Literal["random_resize"] = "random_resize"

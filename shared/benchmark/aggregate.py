@@ -25,7 +25,7 @@ class Goal:
     background: float | None = None
 
     def met(self, row: Row) -> bool | None:
-        """Whether the row reaches the goal; None if the goal requires nothing."""
+        """Tells whether the row reaches the goal; None if the goal requires nothing."""
         identity, over = row.value("identity"), over_floor(row.scores.get("identity"))
         return all_reached(
             [(identity, self.identity), (over, self.over_floor), (row.value("background"), self.background)]
@@ -33,13 +33,13 @@ class Goal:
 
 
 def all_reached(parts: Sequence[tuple[float | None, float | None]]) -> bool | None:
-    """Whether each value reaches its limit, if one is set (unmeasured values do not). None if no limit is set."""
+    """Tells whether all values reach their limits (unmeasured values do not). None if no limit is set."""
     asked = [(value, limit) for value, limit in parts if limit is not None]
     return all(value is not None and value >= limit - 1e-9 for value, limit in asked) if asked else None
 
 
 def over_floor(score: Score | None) -> float | None:
-    """A score minus the base model's; None if either was not measured."""
+    """Returns a score minus the base model's; None if either was not measured."""
     return None if score is None or score.value is None or score.base is None else score.value - score.base
 
 
@@ -67,8 +67,8 @@ class Row:
 
 
 def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, str], pool_all: bool = False) -> Row:
-    """Pools all pictures of a recipe, leaving out subjects of which the instruments pass too few true pictures
-    (`Report.apart`), unless `pool_all`.
+    """Pools all pictures of a recipe. Subjects whose true pictures too rarely pass the instruments (`Report.apart`) are left
+    out, unless `pool_all`.
     """
     apart = {s: r for s, r in reports.items() if r.apart and not pool_all}
     pooled = {s: r for s, r in reports.items() if s not in apart}
@@ -89,7 +89,7 @@ def aggregate(recipe: str, reports: Mapping[str, Report], failed: Mapping[str, s
 
 
 def _headline(reports: Mapping[str, Report]) -> list[Score]:
-    """The trade-off and its terms; identity with the subjects' mean T and mean chance."""
+    """Computes the trade-off and its terms; identity comes with the subjects' mean T and mean chance."""
     ranges = {s: known for s, r in reports.items() if (known := range_of(r)) is not None}
     made, base = ([t for s, r in reports.items() for t in of_report(s, r, arm)] for arm in ("concept", "base"))
     found = [i for r in reports.values() if (i := r.score("identity"))]
@@ -99,7 +99,7 @@ def _headline(reports: Mapping[str, Report]) -> list[Score]:
 
 
 def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Means over all pictures, and over the pairs with and without the concept."""
+    """Averages over all pictures, and over the pairs with and without the concept."""
     made, base, drifts = (
         [(s, p) for s, r in reports.items() for p in r.of_kind(kind)] for kind in ("concept", "base", "drift")
     )
@@ -119,7 +119,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Diversity over prompts, and the scores that accompany freedom over subjects."""
+    """Averages diversity over prompts, and the scores that accompany freedom over subjects."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))
@@ -142,14 +142,14 @@ def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
 def interval(
     values: Sequence[float], unit: str, clusters: Sequence[Hashable] | None = None
 ) -> tuple[float | None, float | None]:
-    """The 95 % interval of a mean, resampling whole `clusters` (None: each value is its own). (None, None) for fewer than two
-    clusters, because one says nothing about others. NaN values are left out."""
+    """Returns the 95 % interval of a mean, resampling whole `clusters` (None: each value is its own cluster). (None, None)
+    for fewer than two clusters, because one says nothing about others. NaNs are left out."""
     labels = list(range(len(values))) if clusters is None else list(clusters)
     kept = {c for c, v in zip(labels, values, strict=True) if not math.isnan(v)}
     if len(kept) < 2:
         return None, None
     known = {v for v in values if not math.isnan(v)}
-    if unit != "rate" and len(known) == 1:  # `bootstrap` would take zeros and ones for a rate
+    if unit != "rate" and len(known) == 1:  # `bootstrap` would treat zeros and ones as a rate
         return min(known), max(known)
     return bootstrap(values, labels)
 
@@ -164,6 +164,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def average(values: Sequence[float | None]) -> float | None:
-    """The mean of what was measured; None if nothing was."""
+    """Averages the measured values; None if there are none."""
     known = [float(v) for v in values if v is not None]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""Compares motion recipes in clips: reports pooled by recipe, as Markdown, CSV and a page."""
+"""Compares motion recipes by their clips: pools reports by recipe and writes Markdown, CSV and a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = (
     "dynamic_degree", "temporal_consistency", "score",
 )  # fmt: skip
 REPORT = "work/report"  # a cell's report, in its folder
-RELATIVE = ("identity", "both")  # in reports, these are relative to how often true pictures pass
+RELATIVE = ("identity", "both")  # reports divide these by the share of true pictures that pass
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ClipGoal:
     both: float | None = None
 
     def met(self, row: ClipsRow) -> bool | None:
-        """Whether the row reaches the goal; None if the goal requires nothing."""
+        """Tells whether the row reaches the goal; None if the goal requires nothing."""
         found = {
             "motion": row.value("motion_recognised"),
             "identity": row.value("identity"),
@@ -90,7 +90,7 @@ def _pooled(reports: Iterable[ClipReport]) -> Arms:
     for report in listed:
         made += _rows(report, report.of_kind("concept"))
         base += _rows(report, report.of_kind("base"))
-        # A motion without words acts in every clip, so its clips count as the unnamed ones.
+        # A motion without words acts in every clip, so its clips also count as those that do not name it.
         unnamed += _rows(report, report.of_kind("unnamed") or report.of_kind("concept"))
     clusters = [number[r.motion] for r in listed for _ in r.of_kind("concept")]
     said = any(r.score("false_motion") for r in listed)
@@ -98,7 +98,7 @@ def _pooled(reports: Iterable[ClipReport]) -> Arms:
 
 
 def _rows(report: ClipReport, rows: Sequence[ClipRow]) -> list[dict[str, float | None]]:
-    """The scores of clips, with those of `RELATIVE` scaled as in the report."""
+    """Returns the clips' scores, with those in `RELATIVE` scaled as in the report."""
     identity = report.score("identity")
     least = identity.truth if identity is not None and identity.truth else 1.0
     scaled = {key: least for key in RELATIVE}
@@ -115,7 +115,7 @@ def _measured(rows: Sequence[Mapping[str, float | None]]) -> MeasuredClips:
 
 
 def _beside(score: Score, reports: Iterable[ClipReport]) -> Score:
-    """Adds the means of what true clips or pictures and a guess reach; drops the interval for a single motion."""
+    """Adds the mean scores of true clips or pictures and of a guess; drops the interval for a single motion."""
     listed = list(reports)
     found = [s for r in listed if (s := r.score(score.key))]
     beside = {"truth": average([s.truth for s in found]), "chance": average([s.chance for s in found])}
@@ -143,12 +143,12 @@ class ClipComparison:
         return f"{cell_folder(recipe, name).as_posix()}/{REPORT}/index.html"
 
     def met(self, row: ClipsRow) -> str:
-        """Yes or no, or a dash if the goal requires nothing."""
+        """Returns yes or no, or a dash if the goal requires nothing."""
         met = self.goal.met(row)
         return "–" if met is None else "yes" if met else "no"
 
     def markdown(self) -> str:
-        """One line per recipe and one for the base model, ready for a README."""
+        """Returns one line per recipe and one for the base model, ready for a README."""
         head = ["recipe", "motions", "clips", *(ABOUT[k].title for k in self.columns), "learning", "one clip", "goal"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for r in self.rows:
@@ -164,7 +164,7 @@ class ClipComparison:
         return "\n".join(lines) + "\n" + ("\nToy numbers: made and judged on the toybox.\n" if toy else "")
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`cell` is empty in pooled lines), at full precision."""
+        """Returns one line per recipe and one per cell (`cell` is empty in pooled lines), at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -184,7 +184,7 @@ class ClipComparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """A self-contained page: the table, and each cell's scores with a link to its own report."""
+        """Returns a self-contained page: the table, and each cell's scores with a link to its report."""
         first = next(iter(self.reports.values()), None)
         return render(
             "compare_clips.html.j2",
@@ -201,7 +201,7 @@ def compare_clips(
     failures: Mapping[tuple[str, str], str] | None = None,
     goal: ClipGoal = ClipGoal(),
 ) -> ClipComparison:
-    """The table of reports by (recipe, cell). ValueError if they were not measured with the same instruments."""
+    """Builds the table from reports by (recipe, cell). ValueError if they were not measured with the same instruments."""
     failures = failures or {}
     check_instruments(reports.values())
     rows = []
@@ -213,5 +213,5 @@ def compare_clips(
 
 
 def clips(goal: ClipGoal = ClipGoal()) -> Reporting[ClipReport, ClipComparison]:
-    """How reports of clips become a table."""
+    """Returns the functions that turn reports of clips into a table."""
     return Reporting(ClipReport, SCHEMA_VERSION, lambda reports, failures: compare_clips(reports, failures, goal))

@@ -1,4 +1,4 @@
-"""A comparison as Markdown, CSV and a page."""
+"""Writes a comparison as Markdown, CSV and a page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Comparison:
     control: str | None = None  # the recipe that the others are compared with
 
     def markdown(self) -> str:
-        """One line per recipe, ready for a README."""
+        """Returns one line per recipe, ready for a README."""
         head = [
             "recipe",
             "subjects",
@@ -57,7 +57,7 @@ class Comparison:
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
-        """One line per recipe and one per cell (`subject` is empty in pooled lines), at full precision."""
+        """Returns one line per recipe and one per cell (`subject` is empty in pooled lines), at full precision."""
         out = io.StringIO()
         keys = [k for k in ABOUT if any(k in r.scores for r in self.rows)]
         names = [f"{k}{end}" for k in keys for end in ("", ".low", ".high", ".base")]
@@ -91,7 +91,7 @@ class Comparison:
         return out.getvalue()
 
     def html(self) -> str:
-        """A self-contained page: table, plot, and each cell's scores."""
+        """Returns a self-contained page: table, plot, and each cell's scores."""
         first = next(iter(self.reports.values()), None)
         pooled = [Report(name=r.recipe, recipe=r.recipe, scores=list(r.scores.values())) for r in self.rows if r.scores]
         return render(
@@ -112,8 +112,8 @@ class Comparison:
         return sorted({s for _, s in [*self.reports, *self.failures]})
 
     def ahead(self, recipe: str) -> Score | None:
-        """The mean difference of trade-offs to the control's over the subjects that both have, with its 95 % interval over
-        subjects; None for the control itself, and where no subject has both."""
+        """Returns the recipe's trade-off minus the control's, averaged over the subjects that both have, with a 95 % interval
+        over subjects; None for the control itself, and if they share no subject."""
         if self.control is None or recipe == self.control:
             return None
         pairs = [(self._trade_off(recipe, s), self._trade_off(self.control, s)) for s in self.subjects]
@@ -125,14 +125,14 @@ class Comparison:
         return Score(key="ahead", title=title, value=sum(gaps) / len(gaps), low=low, high=high)
 
     def _trade_off(self, recipe: str, subject: str) -> float | None:
-        """Of one cell; None where there is none or it stands apart."""
+        """Returns one cell's trade-off; None if it has none or its subject is shown apart."""
         report = self.reports.get((recipe, subject))
         score = None if report is None or report.apart else report.score("trade_off")
         return None if score is None else score.value
 
     @property
     def apart(self) -> dict[str, float]:
-        """The subjects that are left out of all pooled scores, with the share of their true pictures that pass."""
+        """The subjects left out of all pooled scores, with the share of their true pictures that pass."""
         return {s: t for r in self.rows for s, t in r.apart.items()}
 
     @property
@@ -155,7 +155,7 @@ class Comparison:
 
 
 def cell(score: Score | None) -> str:
-    """A score's value and interval."""
+    """Formats a score's value and interval."""
     if score is None:
         return "–"
     if score.value is None:

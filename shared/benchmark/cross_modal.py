@@ -22,7 +22,7 @@ KINDS = ("subject", "identity")  # kinds of concept that have an appearance in e
 
 
 def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
-    """The modalities of the installed packages in order, or only the named ones. ValueError if a name is unknown."""
+    """Returns the modalities of the installed packages in order, or only those in `names`. ValueError for an unknown name."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -36,7 +36,7 @@ def modalities(names: Sequence[str] = ()) -> Mapping[str, Modality]:
 
 
 def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: Bars) -> CrossModalReport:
-    """Evaluate the concept in the named modalities (default: all), and write the report to `asked.out`.
+    """Evaluates the concept in the modalities `names` (default: all), and writes the report to `asked.out`.
 
     If a modality fails, the report says so and the others continue.
 
@@ -75,7 +75,7 @@ def evaluate_across(asked: Asked, names: Sequence[str], overwrite: bool, bars: B
 
 
 def failures_told(report: CrossModalReport) -> None:
-    """Raises ValueError naming the modalities that failed, if any."""
+    """Raises a ValueError that lists the modalities that failed, if any."""
     if report.failures:
         raise ValueError("\n".join(f"{name} failed: {error}" for name, error in report.failures.items()))
 
@@ -89,4 +89,4 @@ def _check_thing(asked: Asked) -> None:
         )
     assert asked.subject and asked.standard
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
-        raise ValueError(f"seeds: give at least one, each once; got {list(asked.seeds)}")
+        raise ValueError(f"seeds: pass at least one, without repeats; got {list(asked.seeds)}")

@@ -32,12 +32,12 @@ class ModalityRow(Row):
     """One line of the table."""
 
     name: str
-    made: int = 0  # pictures, clips or assets
-    frames: int = 0  # of each
-    prompts: list[str] = []  # as given to the model
+    made: int = 0  # number of pictures, clips or assets
+    frames: int = 0  # frames per picture, clip or asset
+    prompts: list[str] = []  # as passed to the model
     scores: list[Score] = []
     seconds_each: float | None = None
-    failed: str = ""  # what went wrong
+    failed: str = ""  # the error, if any
 
     @property
     def title(self) -> str:
@@ -91,7 +91,7 @@ class CrossModalReport(BaseModel):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know to interpret the table."""
+        """The caveats that a reader needs to interpret the table."""
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
@@ -105,7 +105,7 @@ class CrossModalReport(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def markdown(self) -> str:
-        """One line per modality, ready for a README."""
+        """Returns one line per modality, ready for a README."""
         head = ["modality", "made", *(s.title for s in self.columns), "one takes"]
         lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         for m in self.modalities:
@@ -119,7 +119,7 @@ class CrossModalReport(BaseModel):
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in [*notes, *self.notes])
 
     def csv(self) -> str:
-        """One line per modality, at full precision; cells of what was not measured are empty."""
+        """Returns one line per modality, at full precision; cells of unmeasured scores are empty."""
         rows = []
         for m in self.modalities:
             row: dict[str, Any] = {"modality": m.name, "made": m.made, "frames": m.frames, "error": m.failed}
@@ -131,7 +131,7 @@ class CrossModalReport(BaseModel):
         return csv_table(rows, ("modality", "made", "frames", "seconds_each", "error"))
 
     def shots_csv(self) -> str:
-        """One line per picture, clip and asset."""
+        """Returns one line per picture, clip and asset."""
         rows = []
         for shot in self.shots:
             row: dict[str, Any] = {"modality": shot.modality, "text": shot.text, "seed": shot.seed, "file": shot.file}
@@ -142,7 +142,7 @@ class CrossModalReport(BaseModel):
 def report_of(
     concept: Concept, rows: Sequence[ModalityRow], shots: Sequence[ShotRow], tools: Instruments
 ) -> CrossModalReport:
-    """The report without its references, which `save_cross_modal` adds."""
+    """Builds the report without its references, which `save_cross_modal` adds."""
     meta = concept.meta
     return CrossModalReport(
         name=meta.name,
@@ -177,7 +177,7 @@ def save_cross_modal(report: CrossModalReport, subject: Subject, folder: Path) -
 
 
 def page(report: CrossModalReport, folder: Path) -> str:
-    """The self-contained page: the table, pictures, playing clips and the turning asset."""
+    """Renders the self-contained page: the table, pictures, playing clips and the turning asset."""
     return render(
         "cross_modal.html.j2",
         report=report,

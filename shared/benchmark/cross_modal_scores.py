@@ -1,9 +1,9 @@
 """Scores one modality; all modalities use the same encoder, look-alikes and rule.
 
-A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as like the
-references as 95 % of true pictures are. A share T of other true pictures passes this, and identity is the share of frames that
-pass, divided by T. True pictures are drawn the way the modality shows the subject: for the same prompts and through the
-model's autoencoder, or from the same cameras.
+A frame shows the subject if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to
+the references as 95 % of true pictures. A share T of other true pictures passes this test, and identity is the share of
+frames that pass, divided by T. True pictures are drawn the way the modality shows the subject: for the same prompts and
+through the model's autoencoder, or from the same cameras.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Values = dict[str, float]
 
 
 def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[ModalityRow, list[ShotRow]]:
-    """The modality's row of the table, and a row for each shot; file names are relative to `out`."""
+    """Returns the modality's row of the table, and a row for each shot; file names are relative to `out`."""
     scorer = _scorer(made, tools)
     measured = [_measured(scorer, made, shot) for shot in made.shots]
     floor = [_measured(scorer, made, shot) for shot in made.floor]
@@ -52,7 +52,7 @@ def scores_of(name: str, made: Made, tools: Instruments, out: Path) -> tuple[Mod
 
 
 def _scorer(made: Made, tools: Instruments) -> Scorer:
-    """A scorer with the bars set by true pictures."""
+    """Creates a scorer whose bars are set by true pictures."""
     case = made.case
     scorer = Scorer(
         case.references, tools, case.class_noun, case.name, case.gallery, case.fresh,
@@ -68,14 +68,14 @@ def _scorer(made: Made, tools: Instruments) -> Scorer:
 
 
 def _figures(verifier: Verifier, bar: Tensor, others: Tensor) -> TrueFigures:
-    """Figures from true renders: `bar` sets the bar, and `others` are compared to it."""
+    """Computes figures from true renders: `bar` sets the bar, and `others` are compared to it."""
     least = float(torch.quantile(verifier.look(bar).likeness, 1 - PASSING))
     passed = verifier.look(others).passes([least] * len(others)).double().mean()
     return TrueFigures(bars={"": Bar(least=least, passed=float(passed), pictures=len(others))})
 
 
 def _measured(scorer: Scorer, made: Made, shot: Shot) -> Values:
-    """Means over the frames of a shot."""
+    """Averages the scores over a shot's frames."""
     count = min(FRAMES, len(shot.frames))
     frames = shot.frames[torch.linspace(0, len(shot.frames) - 1, count).round().long()]
     reads = scorer.instruments.attributes is not None
@@ -84,7 +84,7 @@ def _measured(scorer: Scorer, made: Made, shot: Shot) -> Values:
         expects["class"] = made.case.class_noun
     found = scorer.measure(frames, [shot.plain] * count, [expects] * count)
     means = {key: found.mean(key) for key in found.scores}
-    if reads:  # only what the prompt itself asks for, without the class
+    if reads:  # only the attributes in the prompt itself, without the class
         asked = [v for k in shot.expects if not math.isnan(v := means.get(k, math.nan))]
         means["text"] = sum(asked) / len(asked) if asked else math.nan
     if scorer.figures is None:  # without a bar, only likeness can be reported
@@ -124,7 +124,7 @@ def _scores(scorer: Scorer, measured: Sequence[Values], floor: Sequence[Values],
 
 
 def _with_beside(score: Score, scorer: Scorer, passed: float | None) -> Score:
-    """Adds what true pictures, a guess, and the references among themselves reach; caps rates at 1."""
+    """Adds the values for true pictures, a guess, and the references among themselves; caps rates at 1."""
     update: dict[str, object] = {}
     if score.unit == "rate":
         update = {k: min(1.0, v) for k in ("value", "low", "high", "base") if (v := getattr(score, k)) is not None}

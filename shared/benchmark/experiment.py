@@ -1,4 +1,4 @@
-"""Runs several recipes on several subjects: one report per cell, saved as soon as it is made, then one table and page.
+"""Runs several recipes on several subjects: saves one report per cell as soon as it is done, then one table and page.
 
 Cells on disk are not run again, so an interrupted comparison resumes where it stopped.
 """
@@ -47,7 +47,7 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Experiment:
-    """The cells, and what a saved cell must have been made with."""
+    """The cells, and the settings that a saved cell must match."""
 
     recipes: Mapping[str, object]  # name in the table -> resolved recipe
     subjects: Sequence[str]
@@ -65,7 +65,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Reporting(Generic[R, T]):
-    """The type of the cells' reports, and how they become a table: `table(reports, failures)`, both by (recipe, subject)."""
+    """The type of the cells' reports, and the function that builds their table: `table(reports, failures)`, both by
+    (recipe, subject)."""
 
     kind: type[R]
     schema: int
@@ -73,7 +74,8 @@ class Reporting(Generic[R, T]):
 
 
 def pictures(goal: Goal = Goal(), control: str | None = None) -> Reporting[Report, Comparison]:
-    """How reports of pictures become a table. control: the recipe that the others are compared with, subject by subject."""
+    """Returns the functions that turn reports of pictures into a table. control: the recipe that the others are compared
+    with, subject by subject."""
     return Reporting(Report, SCHEMA_VERSION, lambda reports, failures: compare(reports, failures, goal, control))
 
 
@@ -101,7 +103,7 @@ def benchmark(
         "prompts": experiment.prompts,
         "seeds": list(experiment.seeds),
         "settings": dict(experiment.settings),
-        "schema": reporting.schema,  # scores of other versions mean something else
+        "schema": reporting.schema,  # scores of other versions are not comparable
     }
     out.mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, str], R] = {}
@@ -124,7 +126,7 @@ def benchmark(
 
 @dataclass(frozen=True)
 class _Kept(Generic[R]):
-    """Gets the cells' reports, from disk or by running them."""
+    """Obtains the cells' reports, from disk or by running the cells."""
 
     run: Run[R]
     kind: type[R]
@@ -132,7 +134,7 @@ class _Kept(Generic[R]):
     tell: Callable[[str, str, str], None]
 
     def report(self, recipe: str, subject: str, folder: Path, key: Mapping[str, object]) -> R | str:
-        """The cell's report, or what went wrong."""
+        """Returns the cell's report, or its error."""
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(key, sort_keys=True, default=str).encode()
         kept, mark = folder / "cell.json", hashlib.sha256(content).hexdigest()
@@ -167,7 +169,7 @@ class _Kept(Generic[R]):
 
 
 def failures_told(failures: Mapping[tuple[str, str], str], worked: int) -> None:
-    """Raises ValueError naming the cells that failed, if any; `worked` is the number of those that did not."""
+    """Raises a ValueError that lists the cells that failed, if any; `worked` is the number of cells that succeeded."""
     if failures:
         lines = [f"{recipe} on {subject}: {error}" for (recipe, subject), error in failures.items()]
         share = f"{len(lines)} of {len(lines) + worked} cells failed"
@@ -180,8 +182,8 @@ def compare(
     goal: Goal = Goal(),
     control: str | None = None,
 ) -> Comparison:
-    """The table of reports by (recipe, subject). ValueError if they were not measured with the same instruments, or their
-    trade-offs have different terms."""
+    """Builds the table from reports by (recipe, subject). ValueError if they were not measured with the same instruments, or
+    their trade-offs have different terms."""
     failures = failures or {}
     terms = {r.terms for r in reports.values() if not r.apart}
     if len(terms) > 1:
@@ -199,7 +201,7 @@ def compare(
 
 
 def cell_folder(recipe: str, subject: str) -> Path:
-    """A cell's folder in the benchmark's folder; its outputs are in `work` there."""
+    """Returns a cell's folder in the benchmark's folder; the cell's outputs are in its subfolder `work`."""
     return Path("cells") / _slug(recipe) / _slug(subject)
 
 
@@ -212,5 +214,5 @@ def check_instruments(reports: Iterable[Measured]) -> None:
 
 
 def _slug(name: str) -> str:
-    """A folder name for a recipe or a subject."""
+    """Turns the name of a recipe or a subject into a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "_"

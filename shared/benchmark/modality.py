@@ -27,19 +27,19 @@ from shared.types import Subject
 
 @dataclass(frozen=True)
 class Asked:
-    """What to generate, and how; `out` is the folder of the report."""
+    """What to generate and with which settings; `out` is the report's folder."""
 
     concept: str  # PATH or PATH:STRENGTH
     out: Path
     prompts: str = ""  # a prompt set or a file; "": the first plain prompts of the model's default set
-    limit: int = 4  # prompts
+    limit: int = 4  # number of prompts
     seeds: tuple[int, ...] = (0, 1)
     steps: int | None = None  # denoising steps; None: those of the concept's recipe
     motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
     asset_recipe: str = "texture_refinement"
     asset_settings: tuple[str, ...] = ()  # key=value applied on top of it
-    floor: bool = False  # also make everything without the concept
+    floor: bool = False  # also generate everything without the concept
     judged: EvaluationSettings = field(default_factory=EvaluationSettings)  # references, gallery, clip, dino
     backbone: str | None = None
     device: str | None = None
@@ -50,7 +50,7 @@ class Asked:
         return read(parse_concept(self.concept)[0])
 
     def inside(self, folder: str) -> Asked:
-        """The same, with `out` a new folder inside the report's."""
+        """Returns a copy whose `out` is a new folder inside the report's."""
         (self.out / folder).mkdir()
         return replace(self, out=self.out / folder)
 
@@ -69,13 +69,13 @@ class Asked:
 
     @cached_property
     def subject(self) -> Subject:
-        """The concept's pictures. ValueError if they cannot be found."""
+        """Finds the concept's pictures. ValueError if there are none."""
         return find_references(self.read, parse_concept(self.concept)[0], self.judged.references)
 
     @cached_property
     def standard(self) -> PromptSet:
-        """The prompts of pictures and clips: by default those of the model's own set that only say where the subject is.
-        Freedom is not measured here."""
+        """Returns the prompts of pictures and clips: by default those of the model's own set that only state where the subject
+        is. Freedom is not measured here."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -84,32 +84,32 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shot:
-    """One result: a picture, a clip, or an asset seen from several sides."""
+    """One output: a picture, a clip, or an asset seen from several sides."""
 
-    text: str  # the prompt as given to the model
-    plain: str  # in plain words
+    text: str  # the prompt as passed to the model
+    plain: str  # the prompt in plain words
     seed: int
     frames: Tensor  # [F, 3, H, W] in [-1, 1]
-    expects: Mapping[str, str] = field(default_factory=dict)  # what the prompt itself asks for
+    expects: Mapping[str, str] = field(default_factory=dict)  # attributes that the prompt itself asks for
     file: Path | None = None  # a PNG or an animated WebP in the report's folder
     more: Mapping[str, Path] = field(default_factory=dict)  # link text -> file
 
 
 @dataclass(frozen=True)
 class Made:
-    """Everything that a modality made. case: what its frames are compared with; true: renders of the real subject as this
-    modality shows it, [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it (None: pictures for the shots'
-    prompts, if a world can draw them)."""
+    """Everything that a modality generated. case: what its frames are compared with; true: renders of the real subject as
+    this modality shows it, [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it (None: pictures for the
+    shots' prompts, if a world can draw them)."""
 
     case: Case
     shots: Sequence[Shot]
-    floor: Sequence[Shot] = ()  # without the concept
+    floor: Sequence[Shot] = ()  # shots generated without the concept
     true: tuple[Tensor, Tensor] | None = None
     seconds: float | None = None  # per shot
 
 
 class Modality(Protocol):
-    """The interface of a package's module."""
+    """The interface of the module that a package registers."""
 
     def check(self, asked: Asked) -> None:
         """Raises ValueError if this modality cannot show the concept, or if its settings are wrong."""

@@ -1,4 +1,4 @@
-"""Pictures and clips for `pcs concept evaluate`: the code that their packages share."""
+"""Generates pictures and clips for `pcs concept evaluate`: the code that both packages share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Write = Callable[[Tensor, Path], Path]  # pixels, and a path without an extensio
 
 
 def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str = "") -> Made:
-    """Generates the standard prompts with every seed, using a runner with the concept loaded. motion: the name of a motion
-    that is also loaded, and that follows the concept's name in prompts."""
+    """Generates the standard prompts with every seed, using a runner with the concept loaded. motion: the name of a loaded
+    motion, which follows the concept's name in prompts."""
     thing = f"<{asked.name}> <{motion}>" if motion else f"<{asked.name}>"
     chosen = [(p, s) for p in asked.standard.prompts for s in asked.seeds]
     texts, plain = ([fill(p.text, t, asked.class_noun) for p, _ in chosen] for t in (thing, asked.class_noun))
@@ -47,12 +47,12 @@ def shots_of(runner: Runner, asked: Asked, bars: Bars, write: Write, motion: str
 
 
 def as_frames(pixels: Tensor) -> Tensor:
-    """A picture [3, H, W], or a clip [3, F, H, W], as frames [F, 3, H, W]."""
+    """Turns a picture [3, H, W], or a clip [3, F, H, W], into frames [F, 3, H, W]."""
     return pixels[None] if pixels.ndim == 3 else pixels.transpose(0, 1)
 
 
 def _sampling(runner: Runner, asked: Asked, name: str) -> SamplingSettings:
-    """The sampling settings of this concept's recipe, with the requested number of steps on top."""
+    """Returns the sampling settings of this concept's recipe, with the requested number of steps applied."""
     learned = runner.loaded[name].concept.meta.learned_with.sampling
     settings = SamplingSettings(
         guidance=learned.guidance, steps=asked.steps or learned.steps, scheduler=learned.scheduler

@@ -1,4 +1,4 @@
-"""Compares recipes on the toybox's held-out subjects; it makes the table in the README."""
+"""Compares recipes on the toybox's held-out subjects; the table in the README comes from it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from shared.toybox.evaluators.convnet import WEIGHTS
 from shared.toybox.subjects import subjects as held_out
 from shared.train.device import pick_device
 
-#: As many subjects, at most, as a benchmark takes.
+#: The maximum number of subjects in a benchmark.
 MOST = 10_000
-#: Keys of a concept's recipe that lost the folders of the machine it was learned on, so they are not compared.
+#: Keys of a concept's recipe whose paths are removed when it is saved, so they are not compared.
 _PLACES = ("subject", "output", "backbone")
 #: The project's own targets (a copy counts as a failure).
 GOAL = Goal(identity=0.70, over_floor=0.40, background=0.80)
@@ -43,24 +43,24 @@ class BenchmarkSettings:
     """What to compare, on how much data, and where results are saved."""
 
     split: str = "development"  # split of the toybox's held-out things; use "reporting" only once, at the end
-    subjects: int | tuple[str, ...] = 4  # the first ones of the split, or their names
-    limit: int = 10  # prompts
+    subjects: int | tuple[str, ...] = 4  # how many (the first of the split), or their names
+    limit: int = 10  # number of prompts
     num: int = 2  # pictures per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU if there is one
     overrides: tuple[str, ...] = ()  # key=value applied to every recipe
     grid: tuple[str, ...] = ()  # key=value,value: every recipe with each combination
-    control: str | None = None  # the row from which the others' paired differences are taken
+    control: str | None = None  # the row that the others are compared with by paired differences
 
 
 def run(kind: type[Runner], recipes: Sequence[str], settings: BenchmarkSettings) -> Comparison:
-    """Learn, generate and score every recipe (shipped names or your own files; default: all shipped ones) on the split's
-    subjects.
+    """Learns, generates and scores with every recipe (shipped names or your own files; default: all shipped ones) on the
+    split's subjects.
 
     Raises ValueError for an unknown recipe or split. Resumes where an earlier call with the same arguments stopped.
     """
     chosen = varied(named(recipes or list(recipe_files("image"))), settings.overrides, settings.grid)
-    contents = {  # a wrong setting is an error now, not a failed cell
+    contents = {  # a wrong setting raises an error now instead of failing the cell
         name: dump(load(v.recipe, v.overrides)) for name, v in chosen.items()
     }
     if settings.control is not None and settings.control not in chosen:
@@ -98,7 +98,8 @@ def count_or_names(text: str) -> int | tuple[str, ...]:
 
 
 def chosen_things(split: str, subjects: int | Sequence[str]) -> list[str]:
-    """The first so many held-out things of a split, or those with these names. ValueError for an unknown split or name."""
+    """Returns the first `subjects` held-out things of a split, or those with these names. ValueError for an unknown split or
+    name."""
     if split not in album.SPLITS:
         raise ValueError(unknown(split, album.SPLITS, "split"))
     names = [h.name for h in held_out(split)]
@@ -116,7 +117,7 @@ def say(*what: str) -> None:
 
 
 def named(recipes: Sequence[str]) -> dict[str, str]:
-    """Name in the table (for a file, its stem) -> recipe. ValueError if two recipes have the same name."""
+    """Maps each name in the table (for a file, its stem) to its recipe. ValueError if two recipes have the same name."""
     out: dict[str, str] = {}
     for recipe in recipes:
         name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
@@ -166,7 +167,8 @@ def _cell(
 
 
 def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
-    """Loads the concept if an earlier call left exactly this one, to be scored again; returns whether it did."""
+    """Loads the concept if an earlier call has learned exactly this one, so that it is only scored again. Returns whether it
+    was loaded."""
     if not concept.is_dir():
         return False
     kept = read(concept)
@@ -179,7 +181,7 @@ def learned_before(concept: Path, planned: Plan, runner: Runner) -> bool:
 
 
 def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
-    """Learns a concept, unless an earlier call did, and loads it. Returns its name."""
+    """Learns a concept unless an earlier call has, and loads it. Returns its name."""
     concept.parent.mkdir(parents=True, exist_ok=True)
     planned = plan(recipe, overwrite=True)
     if not learned_before(concept, planned, runner):
@@ -190,18 +192,18 @@ def learned(runner: Runner, recipe: Recipe, concept: Path) -> str:
 
 @dataclass(frozen=True)
 class Things:
-    """Held-out things as concepts in a benchmark's folder, each learned from its pictures, once for all recipes."""
+    """Held-out things as concepts in a benchmark's folder, each learned once from its pictures for all recipes."""
 
     out: Path
     recipe: str  # for pictures
     overrides: tuple[str, ...] = ()  # key=value applied on top of it
 
     def references(self, thing: str) -> Path:
-        """The folder of the thing's pictures."""
+        """Returns the folder of the thing's pictures."""
         return self.out / "references" / thing
 
     def concept(self, thing: str) -> Path:
-        """The folder of the thing's concept."""
+        """Returns the folder of the thing's concept."""
         return self.out / "subjects" / f"{thing}.concept"
 
     def learned(self, painter: Runner, thing: str) -> str:
@@ -214,7 +216,7 @@ class Things:
 
 
 def evaluators() -> str:
-    """A hash of the evaluators' weights and calibration, because scores of different instruments cannot share a table."""
+    """Returns a hash of the evaluators' weights and calibration: scores of different instruments cannot share a table."""
     digest = hashlib.sha256()
     for path in sorted([*WEIGHTS.glob("*/model.safetensors"), *WEIGHTS.glob(CALIBRATION)]):
         digest.update(path.parent.name.encode() + path.read_bytes())

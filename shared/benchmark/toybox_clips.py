@@ -35,10 +35,10 @@ class ClipBenchmarkSettings:
     """What to compare, on how much data, and where results are saved."""
 
     split: str = "development"  # split of the held-out motions and things; use "reporting" only once, at the end
-    motions: int = 6  # the first ones of the split
-    subjects: int = 4  # the first ones of the split; 0: motions only
+    motions: int = 6  # how many, the first of the split
+    subjects: int = 4  # how many, the first of the split; 0: motions only
     subject_recipe: str = "dreambooth_lora"  # how things are learned from pictures, once for all recipes
-    limit: int = 1  # prompts
+    limit: int = 1  # number of prompts
     num: int = 4  # clips per prompt
     out: Path = Path("benchmark")
     device: str | None = None  # None: the GPU if there is one
@@ -51,7 +51,7 @@ class ClipBenchmarkSettings:
 def run(
     kind: type[Runner], model: type[Recipe], recipes: Sequence[str], settings: ClipBenchmarkSettings
 ) -> ClipComparison:
-    """Learn, generate and score every motion recipe (shipped names or your own files; default: all shipped ones).
+    """Learns, generates and scores with every motion recipe (shipped names or your own files; default: all shipped ones).
 
     Each cell is a motion with a thing. Raises ValueError for an unknown recipe or split. Resumes where an earlier call with
     the same arguments stopped.
@@ -79,7 +79,7 @@ def run(
 
 
 def _of_motions(model: type[Recipe]) -> list[str]:
-    """The shipped recipes that learn motions."""
+    """Lists the shipped recipes that learn motions."""
     return [name for name in recipe_files("video") if _load(name, (), model).kind == "motion"]
 
 
@@ -88,7 +88,7 @@ def _load(recipe: str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
 
 
 def cells_of(settings: ClipBenchmarkSettings) -> Mapping[str, tuple[str, str]]:
-    """Name of each cell in the table -> (held-out motion, held-out thing or "")."""
+    """Maps the name of each cell in the table to (held-out motion, held-out thing or "")."""
     motions = [f"{settings.split}-{m.name}" for m in held_out_motions(settings.split)][: settings.motions]
     things = [h.name for h in held_out(settings.split)][: settings.subjects] or [""]
     short = len(settings.split) + 1
@@ -104,7 +104,7 @@ class _Bench:
     """Learns motions and things once each, and evaluates them together."""
 
     runner: Runner
-    painter: Runner  # of pictures
+    painter: Runner  # generates pictures
     things: Things
     model: type[Recipe]
     settings: ClipBenchmarkSettings

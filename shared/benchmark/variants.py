@@ -1,4 +1,4 @@
-"""Grids: each recipe with every combination of some settings, one row each."""
+"""Expands grids: each recipe with every combination of some settings, one row each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: Rows of a grid; each is learned and scored on every subject.
+#: The maximum number of rows in a grid; each is learned and scored on every subject.
 MOST = 1000
-#: A value: quoted text, a list, a mapping, or anything but a comma.
+#: A value: quoted text, a list, a mapping, or anything without a comma.
 _VALUE = re.compile(r"""(?:"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^,])*""")
 
 
@@ -22,11 +22,11 @@ class Variant:
 
 
 def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[str]) -> dict[str, Variant]:
-    """Every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
+    """Combines every recipe (name in the table -> recipe) with every combination of the grid's values, after `overrides`.
 
     grid: "key=value,value"; commas inside brackets or double quotes belong to a value. Without a grid the names stay as they
-    are; with one, the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, or
-    given twice, and for more than `MOST` rows.
+    are; with one, the settings are appended: "dreambooth_lora train.steps=240". ValueError for an axis without values, for
+    a repeated axis, and for more than `MOST` rows.
     """
     axes = [_axis(item) for item in grid]
     keys = [key for key, _ in axes]
@@ -47,7 +47,7 @@ def varied(recipes: Mapping[str, str], overrides: Sequence[str], grid: Sequence[
 
 
 def _axis(item: str) -> tuple[str, list[str]]:
-    """The key and its values."""
+    """Parses an axis into its key and its values."""
     key, _, text = item.partition("=")
     values = [v.strip().strip('"') for v in _split(text)]
     if not key.strip() or not all(values):
@@ -58,7 +58,7 @@ def _axis(item: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """The values between commas, empty ones too."""
+    """Splits at commas, keeping empty values."""
     out, at = [], 0
     while at <= len(text):
         found = _VALUE.match(text, at)

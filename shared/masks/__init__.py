@@ -1,4 +1,4 @@
-"""Where the subject is: masks as given, grown and softened, as boxes, or tracked through clips."""
+"""Masks of the subjects: the user's own, grown and softened, reduced to boxes, or tracked through clips."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from shared.types import Example
 
 
 def no_mask(picture: object) -> str:
-    """The error message for a picture that must have a mask."""
+    """Returns the error message for a picture that must have a mask."""
     return (
         f"{picture} has no mask, but this recipe requires one: put it in masks/ next to the pictures, with the same name, "
         "or use pictures with a transparent background"
@@ -22,12 +22,12 @@ class MaskPart(KindPart):
 
     @property
     def needs_masks(self) -> bool:
-        """Whether every picture of a subject must come with a mask."""
+        """Tells whether every picture of a subject must come with a mask."""
         return False
 
     @property
     def random(self) -> bool:
-        """Never: masks are prepared once."""
+        """Returns False: masks are prepared once."""
         return False
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:

@@ -1,4 +1,4 @@
-"""A rectangle around the mask."""
+"""Replaces the mask by a rectangle around it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.masks.base import MaskPart
 
 
 class Box(MaskPart):
-    """1 inside the bounding box of the mask (where it is above 0.5), enlarged by `margin` pixels on each side."""
+    """Replaces the mask by its bounding box (where it is above 0.5), enlarged by `margin` pixels on each side."""
 
     taxonomy: ClassVar[str] = "boxes as masks"
     kind: Literal["box"] = "box"

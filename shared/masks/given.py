@@ -1,4 +1,4 @@
-"""The masks that came with the pictures."""
+"""Uses the masks that came with the pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Given(MaskPart):
     taxonomy: ClassVar[str] = "given masks"
     kind: Literal["given"] = "given"
     require: bool = False
-    threshold: float | None = None  # in (0, 1): above it 1, else 0
+    threshold: float | None = None  # in (0, 1): the mask becomes 1 above it, else 0
 
     @property
     def needs_masks(self) -> bool:

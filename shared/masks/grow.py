@@ -1,4 +1,4 @@
-"""Larger, smaller and softer masks."""
+"""Makes masks larger, smaller or softer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Grow(MaskPart):
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """The maximum within `radius` pixels of each pixel of [1, H, W]."""
+    """Replaces each pixel of [1, H, W] by the maximum within `radius` pixels."""
     height = mask.shape[-2]
     out = mask.clone()
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):
@@ -42,7 +42,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def blur(mask: Tensor, sigma: float) -> Tensor:
-    """[1, H, W] blurred with a Gaussian of `sigma` pixels; edge values are replicated outside."""
+    """Blurs [1, H, W] with a Gaussian of `sigma` pixels; edge values are replicated outside."""
     if sigma == 0:
         return mask
     half = max(1, math.ceil(3 * sigma))

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 
 def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """[B, 1, F, H, W] in [0, 1] -> [B, 1, f, h, w]: the share of each latent cell that is in the mask.
+    """Pools [B, 1, F, H, W] in [0, 1] to [B, 1, f, h, w]: the share of each latent cell that is in the mask.
 
-    In space, the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one (AnimateDiff),
-    or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the first latent covers
-    only the first frame, each other one the mean of the next r frames. ValueError for any other f.
+    In space, this is the mean over a cell's pixels, as for pictures. In time, f = F if frames are encoded one by one
+    (AnimateDiff), or f = 1 + (F - 1) / r for a causal autoencoder that compresses time r times (Wan: 4, LTX: 8): the first
+    latent covers only the first frame, every other one is the mean of the next r frames. ValueError for any other f.
     """
     if masks.ndim != 5 or masks.shape[1] != 1:
         raise ValueError(f"the masks of clips must have the shape [B, 1, F, H, W], not {list(masks.shape)}")
@@ -27,7 +27,7 @@ def pool_masks(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
         possible = sorted({frames, *(1 + (frames - 1) // r for r in range(1, frames) if (frames - 1) % r == 0)} - {1})
         raise ValueError(
             f"masks of {frames} frames cannot be pooled to {latents} latent frames, only to {possible or [1]}: "
-            "one per frame, or the first alone and then equal groups"
+            "one per frame, or one for the first frame and then one per group of equal size"
         )
     groups = planes[:, 1:].unflatten(1, (latents - 1, ratio)).mean(2)
     return torch.cat([planes[:, :1], groups], 1)[:, None]

@@ -18,19 +18,19 @@ _SIDE = 256  # pixels: the minimum size, approximately, at which flow is estimat
 
 
 class Track(MaskPart):
-    """Tracks the single mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, are
-    passed through.
+    """Tracks the mask of a clip's first frame by optical flow; pictures, and clips with a mask per frame, are passed
+    through.
 
     flow: "dis" (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590) or "farneback"
     (Farnebäck, "Two-Frame Motion Estimation Based on Polynomial Expansion", 2003). Parts that are hidden in the first
-    frame and appear later are not found. For those, and for motion of more than about a tenth of the frame between
-    frames, give a mask for every frame.
+    frame and appear later are not found. For those, and for motion of more than about a tenth of the picture between
+    frames, provide a mask for every frame.
     """
 
     taxonomy: ClassVar[str] = "tracked masks"
     kind: Literal["track"] = "track"
     flow: Literal["dis", "farneback"] = "dis"
-    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # above it 1, else 0; None: soft edges
+    threshold: float | None = Field(default=0.5, gt=0, lt=1)  # the mask becomes 1 above it, else 0; None: soft edges
 
     def __call__(self, example: Example, generator: torch.Generator | None = None) -> Example:
         frames = example.pixels
@@ -42,11 +42,11 @@ class Track(MaskPart):
         return example.with_(masks={**example.masks, **{o: self.follow(frames, m[:, 0]) for o, m in alone.items()}})
 
     def follow(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Frames [3, F, H, W] in [-1, 1] and the first frame's mask [1, H, W] -> masks [1, F, H, W] of all frames.
+        """Follows the first frame's mask [1, H, W] through frames [3, F, H, W] in [-1, 1]: masks [1, F, H, W].
 
-        Every frame's mask is the first one sampled through the accumulated flow; it is sampled only once, so it does not
-        blur from frame to frame. Only flow well inside the mask is used, and extrapolated across its edge, because at an
-        edge flow mixes subject and background. ValueError when frames and mask differ in size.
+        Every mask is sampled directly from the first one through the accumulated flow, so it does not get blurrier from
+        frame to frame. Only flow well inside the mask is used and extrapolated across its edge, because at edges the flow
+        mixes subject and background. ValueError if frames and mask differ in size.
         """
         if frames.ndim != 4 or frames.shape[0] != 3 or mask.shape != (1, *frames.shape[2:]):
             raise ValueError(
@@ -73,7 +73,7 @@ class Track(MaskPart):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for the patches that flow compares."""
+    """Converts frames to uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for flow's patches."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:
@@ -82,7 +82,7 @@ def grey_levels(frames: Tensor) -> np.ndarray:
 
 
 def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """[h, w, 2]: the displacement of each pixel of `before`, in pixels (x, y)."""
+    """Estimates the displacement of each pixel of `before`, in pixels (x, y): [h, w, 2]."""
     import cv2
 
     if kind == "dis":
@@ -91,7 +91,7 @@ def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray
 
 
 def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
-    """The flow [h, w, 2] inside the mask [h, w], extrapolated smoothly everywhere: [1, 2, h, w]. 0 for an empty mask."""
+    """Extrapolates the flow [h, w, 2] inside the mask [h, w] smoothly everywhere: [1, 2, h, w]. 0 for an empty mask."""
     import cv2
 
     reach = max(mask.shape) // 40

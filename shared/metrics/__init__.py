@@ -1,1 +1,1 @@
-"""Scores: is it the subject, does it show what was asked for, is it a copy, and what else did learning change?"""
+"""Scores: is it the subject, does it follow the prompt, is it a copy, and what else did learning change?"""

@@ -1,8 +1,8 @@
-"""Is the thing in a picture cut out of a reference and pasted where the prompt wants it?
+"""Detects things that were cut out of a reference and pasted into a new picture.
 
-The whole picture then differs (`shared.metrics.copying` sees nothing), but the thing is the same point by point. So the
-thing from the reference, without its surroundings, is searched for in the picture cropped to its thing: normalised
-cross-correlation under the reference's mask, maximal over shifts, sizes and mirroring.
+Such a picture differs as a whole (`shared.metrics.copying` does not notice it), but its thing is the same pixel by pixel.
+So the thing is cut out of the reference and searched for in the picture, cropped to its own thing: normalised
+cross-correlation under the reference's mask, maximized over shifts, sizes and mirroring.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from shared.metrics.crops import aligned_crops
 GRID = 40  # pictures are compared at this size
 OUTPUT_MARGIN, REFERENCE_MARGIN = 1.6, 1.1  # sides of the crops, in sides of the thing
 ZOOMS = tuple(0.8 * 1.045**i for i in range(11))  # up to 1.24
-INSIDE = 2  # power of the mask: cells at the thing's border, which also show something else, count little
+INSIDE = 2  # exponent of the mask: cells at the thing's border, which also show the background, count little
 FLAT = 1e-3  # below this spread there is no structure to compare
 
 
 def thing_similarity(pixels: Tensor, where: Tensor, references: Tensor, reference_where: Tensor) -> Tensor:
-    """Best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with the one in `[R, 3, H', W']`.
+    """Returns the best correlation `[N, R]` in [-1, 1] of the thing in `[N, 3, H, W]` with the one in `[R, 3, H', W']`.
 
     Args:
         where: `[N, h, w]` and `reference_where`: `[R, h, w]`, the chance that a cell shows the thing
 
-    Each colour channel is compared about its mean on the thing, so that lighting does not matter.
+    Each colour channel's mean over the thing is subtracted first, so that lighting does not matter.
     """
     cells = F.interpolate(aligned_crops(pixels, where, OUTPUT_MARGIN), (GRID, GRID), mode="area")
     shown = F.interpolate(reference_where[:, None], references.shape[2:], mode="bilinear").expand(-1, 3, -1, -1)

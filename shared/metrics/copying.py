@@ -1,8 +1,8 @@
-"""Does an output repeat a reference picture instead of showing the subject anew?
+"""Detects outputs that repeat a reference picture instead of showing the subject anew.
 
-An output counts as a copy when two measures both pass their limit: the picture is the same as a whole (embedding
-cosine), and it is the same point by point (zero-mean normalised cross-correlation, maximal over shifts, zooms and
-mirroring). Neither suffices: a faithful new view has a high cosine, and two objects before the same plain wall correlate.
+An output counts as a copy when two measures both exceed their limits: it matches the reference as a whole (embedding
+cosine) and pixel by pixel (zero-mean normalised cross-correlation, maximized over shifts, zooms and mirroring). Neither
+is enough by itself: a faithful new view has a high cosine, and two objects in front of the same plain wall correlate.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from shared.metrics.scores import cosine
 
 GRID = 32  # pictures are compared at this size
-MARGIN = 5  # by how many cells of the grid a copy may be shifted: 16 % of the picture
+MARGIN = 5  # the shift, in cells of the grid, up to which a copy is found: 16 % of the picture
 ZOOMS = (0.87, 1.0, 1.15)
 PIXEL_FLOOR, EMBED_FLOOR = 0.85, 0.9  # limits never go below these
-SAME = 0.995  # from here on two references count as one picture given twice
+SAME = 0.995  # from this similarity on, two references count as duplicates
 PIXEL_DEFAULT, EMBED_DEFAULT = 0.9, 0.95  # with one reference there is nothing to calibrate on
 
 
 @dataclass(frozen=True)
 class CopyLimits:
-    """The similarities from which on an output counts as a copy of a reference."""
+    """The similarities at which an output counts as a copy of a reference."""
 
     pixel: float
     embed: float
@@ -34,7 +34,7 @@ class CopyLimits:
 
 @dataclass(frozen=True)
 class Copying:
-    """Per output: the most similar reference, both measures `[N]`, and whether it is a copy."""
+    """For each output: the most similar reference, both measures `[N]`, and whether the output is a copy."""
 
     nearest: Tensor  # long [N]
     pixel: Tensor  # float64 [N]
@@ -43,10 +43,10 @@ class Copying:
 
 
 def aligned_similarity(pixels: Tensor, references: Tensor) -> Tensor:
-    """Best point-by-point correlation `[N, R]` in [-1, 1] of `[N, 3, H, W]` with `[R, 3, H', W']`.
+    """Returns the best pixelwise correlation `[N, R]` in [-1, 1] of `[N, 3, H, W]` with `[R, 3, H', W']`.
 
-    The middle of each output is searched for in each reference by template matching (Lewis 1995), each colour channel
-    about its own mean, also mirrored and slightly zoomed. 1: the same picture; a flat picture has 0 with everything.
+    The middle of each output is searched for in each reference by template matching (Lewis 1995), with each colour
+    channel's mean subtracted, also mirrored and slightly zoomed. 1: the same picture. A flat picture scores 0 with everything.
     """
     side = GRID - 2 * MARGIN
     whole = _grid(references)
@@ -75,7 +75,7 @@ def _match(template: Tensor, whole: Tensor) -> Tensor:
 
 
 def _grid(pixels: Tensor, size: int = GRID) -> Tensor:
-    """The picture at `size`², area-averaged, in float64; cropped to the middle square first."""
+    """Crops pictures to the middle square and averages them down to `size`², in float64."""
     side = min(pixels.shape[2:])
     top, left = (pixels.shape[2] - side) // 2, (pixels.shape[3] - side) // 2
     square = pixels[:, :, top : top + side, left : left + side].detach().double().cpu()
@@ -86,11 +86,11 @@ def _grid(pixels: Tensor, size: int = GRID) -> Tensor:
 def calibrate(
     references: Tensor, embeddings: Tensor, fresh: Tensor | None = None, fresh_embeddings: Tensor | None = None
 ) -> CopyLimits:
-    """Limits half-way between "two different pictures of the subject" and "the same picture".
+    """Sets the limits half-way between "two different pictures of the subject" and "the same picture".
 
-    The former is the largest similarity to a reference of any picture known not to be a copy of it: the other references
-    `[R, 3, H, W]`, and `fresh` pictures of the subject `[F, 3, H, W]` (new renders) if any.
-    Pictures given twice among the references are not counted.
+    The former is the largest similarity between a reference and any picture known not to be a copy of it: the other
+    references `[R, 3, H, W]`, and `fresh` pictures of the subject `[F, 3, H, W]` (new renders) if any.
+    Duplicates among the references are not counted.
     """
     others, vectors = references, embeddings
     if fresh is not None and fresh_embeddings is not None:
@@ -108,8 +108,8 @@ def calibrate(
 def find_copies(
     pixels: Tensor, embeddings: Tensor, references: Tensor, reference_embeddings: Tensor, limits: CopyLimits
 ) -> Copying:
-    """Which outputs `[N, 3, H, W]` repeat one of the references `[R, 3, H, W]`; embeddings `[N, D]`, `[R, D]` are of
-    whole pictures.
+    """Finds the outputs `[N, 3, H, W]` that repeat one of the references `[R, 3, H, W]`. The embeddings `[N, D]` and
+    `[R, D]` are those of whole pictures.
     """
     pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
     nearest = pixel.argmax(1)

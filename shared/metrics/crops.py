@@ -1,4 +1,4 @@
-"""Pictures cropped to the thing in them, so that they can be compared whatever its place, size and surroundings."""
+"""Crops pictures to their thing, so that they can be compared regardless of its place, size and surroundings."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LEAST = 0.15  # smallest half side of a crop, in half-pictures: anything smaller
 
 
 def placements(where: Tensor) -> Tensor:
-    """Where things are, `[N, 3]`: x right and y down from the centre, and half their larger side, all in half-pictures.
+    """Locates things, `[N, 3]`: x right and y down from the centre, and half their larger side, all in half-pictures.
 
     Args:
         where: `[N, h, w]`, the chance that a cell shows the thing (a mask will do)
 
-    The size is that of an evenly filled box of the same spread (half a side = √3 standard deviations), which a few stray
-    cells hardly change. An empty map gives the whole picture.
+    The size is that of a uniformly filled box with the same spread (half a side = √3 standard deviations), so a few stray
+    cells hardly change it. An empty map gives the whole picture.
     """
     heat = (where * (where > SURE)).double()
     total = heat.sum((1, 2)).clamp_min(1e-9)
@@ -50,13 +50,13 @@ def placements(where: Tensor) -> Tensor:
 def aligned_crops(
     pixels: Tensor, where: Tensor, margin: float, cells: int | None = None, jitter: Jitter = (0.0, 0.0, 1.0)
 ) -> Tensor:
-    """The square around each thing, enlarged to a picture of the same size: `[N, 3, H, W]` in and out.
+    """Enlarges the square around each thing to the size of the picture: `[N, 3, H, W]` in and out.
 
     Args:
         where: `[N, h, w]`, see `placements`
-        margin: side of the square, in sides of the thing: at 1 they touch
-        cells: the detail to keep, as the side of a grid, so that things that were large in their picture show no more
-            detail than small ones. None keeps everything
+        margin: side of the square as a multiple of the thing's: at 1 they touch
+        cells: the side of the grid that the crop is reduced to, so that things that were large in their picture show no
+            more detail than small ones. None keeps all detail
         jitter: how far the square is moved right and down, in half sides of the thing, and how much it is enlarged
     """
     right, down, larger = jitter

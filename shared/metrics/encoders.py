@@ -1,4 +1,4 @@
-"""The instruments: models that turn pictures and texts into embeddings, or read what is in a picture.
+"""The instruments: models that embed pictures and texts, or read what a picture shows.
 
 All take pixels `[N, 3, H, W]` in [-1, 1] of any size and resize them with their own processor. Pictures are rounded to
 8 bits first, so that a tensor and the PNG saved from it get the same score. Nothing here needs torchvision or network
@@ -35,9 +35,9 @@ class InstrumentInfo:
     name: str  # "CLIP (clip-vit-base-patch32)"
     measures: str  # "text alignment"
     toybox: bool = False
-    accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, where a card states it; in [0, 1]
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # on fresh renders, if a card states it; in [0, 1]
     text_weight: float = CLIP_SCORE_WEIGHT  # factor from picture-text cosines to a score on [0, 1]
-    fingerprint: str = ""  # of its weights, where measurements made with it may be cached
+    fingerprint: str = ""  # of its weights, if its measurements may be cached
 
 
 @runtime_checkable
@@ -67,25 +67,25 @@ class AttributeReader(Protocol):
     info: InstrumentInfo
 
     def read(self, pixels: Tensor) -> dict[str, list[str]]:
-        """`[N, 3, H, W]` in [-1, 1] -> per attribute the N values seen."""
+        """Reads `[N, 3, H, W]` in [-1, 1]: attribute -> the N values seen."""
         ...
 
 
 @runtime_checkable
 class SoftReader(AttributeReader, Protocol):
-    """A reader that says how sure it is, so that one misread picture cannot dominate a score over few."""
+    """A reader that returns probabilities, so that one misread picture cannot dominate a score over a few pictures."""
 
     def chances(self, pixels: Tensor, asked: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-        """`[N, 3, H, W]` in [-1, 1] and the values asked for in each -> per picture: attribute -> its probability."""
+        """`[N, 3, H, W]` in [-1, 1] and each picture's requested values -> per picture: attribute -> its probability."""
         ...
 
 
 @runtime_checkable
 class FaceFinder(Protocol):
-    """Says in which pictures an identity can be judged at all."""
+    """Tells in which pictures an identity can be judged at all."""
 
     def faces(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> bool `[N]`: whether a face can be seen (not only the back of a head)."""
+        """Tells for `[N, 3, H, W]` in [-1, 1] whether a face can be seen (not only the back of a head): bool `[N]`."""
         ...
 
 
@@ -94,18 +94,18 @@ class Locator(Protocol):
     """Finds the thing in a picture."""
 
     def where(self, pixels: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1] -> `[N, h, w]` in [0, 1]: the chance that a cell shows the thing."""
+        """Returns the probability that a cell shows the thing, `[N, h, w]`, for `[N, 3, H, W]` in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class Typical:
-    """Readings of `Instruments` on things that no test uses: anchors for scores that may see neither look-alikes nor true
+    """Readings of `Instruments` on things that no test uses. They scale scores that may use neither look-alikes nor true
     pictures of the thing.
     """
 
     same: float  # likeness of new pictures of a thing to its references
-    other: float  # likeness of another thing of the same class and colours to them
+    other: float  # likeness to these references of another thing of the same class and colours
     free: float  # distance between crops of a thing from random views
     fixed: float  # distance between crops of a thing in one pose and place
 
@@ -114,13 +114,13 @@ class Typical:
 class CropSettings:
     """How pictures are cropped to the thing before their poses are compared."""
 
-    margin: float = 1.35  # side of the crop, in sides of the thing
-    cells: int | None = None  # the detail to keep, as the side of a grid
+    margin: float = 1.35  # side of the crop as a multiple of the thing's
+    cells: int | None = None  # side of the grid that the crop is reduced to; None keeps all detail
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """The instruments of an evaluation. Where one is None, its scores are left out, and the report says so."""
+    """The instruments of an evaluation. If one is None, its scores are left out, and the report says so."""
 
     text_image: TextImageEncoder | None = None
     identity: ImageEncoder | None = None
@@ -140,7 +140,7 @@ class Instruments:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [-1, 1] -> N 8-bit RGB pictures. ValueError for another shape or values that are not finite."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to N 8-bit RGB pictures. ValueError for another shape or non-finite values."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected [N, 3, H, W], got {list(pixels.shape)}")
     if not torch.isfinite(pixels).all():
@@ -150,12 +150,12 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_bytes(pixels: Tensor) -> bytes:
-    """`[N, 3, H, W]` in [-1, 1] -> their 8-bit values, for comparing or hashing."""
+    """Converts `[N, 3, H, W]` in [-1, 1] to the bytes of their 8-bit values, for comparing or hashing."""
     return b"".join(picture.tobytes() for picture in to_pil(pixels))
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """`[N, 3, H, W]` in [-1, 1] -> `[N, 3, size, size]` in [0, 1], 8 bits; fits the shorter side and crops to the middle."""
+    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], 8 bits: by the shorter side, then a middle crop."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -217,7 +217,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """transformers 5 returns an object whose `pooler_output` is the projection, version 4 the tensor itself."""
+    """Normalises the projection: transformers 5 has it in an object's `pooler_output`, version 4 returns the tensor itself."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 
@@ -227,7 +227,7 @@ def _stack(parts: Sequence[Tensor], dimensions: int) -> Tensor:
 
 
 def load_clip(folder: Path | str, device: str = "cpu") -> ClipEncoder:
-    """Loads a CLIP from a local transformers folder. ValueError when it is not one."""
+    """Loads a CLIP from a local transformers folder. ValueError if the folder holds no CLIP."""
     from transformers import CLIPModel, CLIPTokenizer
 
     path = _check_folder(folder, {"clip"}, "CLIP")
@@ -241,7 +241,7 @@ DINO_TYPES = {"vit", "dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 def load_dino(folder: Path | str, device: str = "cpu") -> DinoEncoder:
-    """Loads a DINO or DINOv2 from a local transformers folder. ValueError when it is not one."""
+    """Loads a DINO or DINOv2 from a local transformers folder. ValueError if the folder holds neither."""
     from transformers import AutoModel
 
     path = _check_folder(folder, DINO_TYPES, "DINO")
@@ -277,5 +277,5 @@ def _image_processor(path: Path) -> Any:
     from transformers import AutoImageProcessor
 
     if not any((path / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(f"{path} has no preprocessor_config.json, which says how to resize pictures for this model")
+        raise ValueError(f"{path} has no preprocessor_config.json; it is needed to resize pictures for this model")
     return AutoImageProcessor.from_pretrained(str(path), backend="pil", local_files_only=True)

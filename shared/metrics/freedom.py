@@ -1,9 +1,9 @@
-"""How much of the real object's variation in pose is preserved across pictures of one prompt.
+"""Measures how much of the real object's variation in pose remains across pictures of one prompt.
 
-D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is the same for true
-pictures of the thing from random views, F for true pictures in one pose and place with everything around it redrawn. So
-0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: a shifted picture is
-not a new pose, and neither is another background.
+D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is that distance for true
+pictures of the thing from random views, F for true pictures in one pose and place with everything around it redrawn.
+Freedom 0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: neither
+a shift nor another background makes a new pose.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from shared.metrics.scores import cosine
 
-SEEDS = 4  # pictures of each prompt that leaves the pose open
-ENOUGH = 0.3  # share of all pairs that must be verified on both sides: fewer say nothing about the thing
+SEEDS = 4  # pictures per prompt that leaves the pose open
+ENOUGH = 0.3  # share of the pairs in which both pictures must be verified: fewer say nothing about the thing
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pairs:
 
 
 def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> dict[Hashable, Pairs]:
-    """The pairs within each group (prompt).
+    """Compares the pairs within each group (prompt).
 
     Args:
         embeddings: `[N, D]` of crops
@@ -56,28 +56,28 @@ def pairs(embeddings: Tensor, groups: Sequence[Hashable], counted: Tensor) -> di
 
 
 def pooled(of_groups: Iterable[Pairs]) -> Pairs:
-    """The pairs of all groups combined."""
+    """Adds up the pairs of all groups."""
     every = list(of_groups)
     return Pairs(sum(p.of for p in every), sum(p.counted for p in every), sum(p.distance for p in every))
 
 
 @dataclass(frozen=True)
 class Range:
-    """The scale for distances of crops of one thing."""
+    """The scale for distances between crops of one thing."""
 
     free: float  # R: the thing from random views
     fixed: float  # F: the thing in one pose and place
 
     def freedom(self, made: Pairs) -> float | None:
-        """(D − F) / (R − F) on [0, 1]; None where too few pairs are verified, or there is no range."""
+        """Returns (D − F) / (R − F) on [0, 1]; None if too few pairs are verified, or R is not above F."""
         if not made.of or made.counted < ENOUGH * made.of or not self.free > self.fixed:
             return None
         return min(1.0, max(0.0, (made.mean - self.fixed) / (self.free - self.fixed)))
 
 
 def effective_views(views: Sequence[str]) -> float:
-    """exp(H) of the views seen: 1 when all are the same, the number of distinct views when all are equally frequent; NaN for
-    none."""
+    """Returns exp(H) of the views seen: 1 if all are the same, the number of distinct views if all are equally frequent; NaN
+    for none."""
     if not views:
         return math.nan
     shares = torch.tensor([views.count(v) / len(views) for v in dict.fromkeys(views)], dtype=torch.float64)
@@ -85,8 +85,8 @@ def effective_views(views: Sequence[str]) -> float:
 
 
 def placement_spread(at: Tensor, groups: Sequence[Hashable]) -> tuple[float, float]:
-    """How much place and size vary within a prompt: the standard deviations of the centre (over both axes) and of the
-    size, in half-pictures, pooled over the groups; NaN where no group has two pictures.
+    """Measures how much place and size vary within a prompt: the standard deviations of the centre (over both axes) and of
+    the size, in half-pictures, pooled over the groups; NaN if no group has two pictures.
 
     Args:
         at: `[N, 3]` of `placements`

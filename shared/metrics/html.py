@@ -1,4 +1,4 @@
-"""One HTML page per report: pictures and plots inline, no scripts, no external URLs; readable on a phone, in dark mode
+"""Renders one HTML page per report: pictures and plots inline, no scripts, no external URLs; readable on a phone, in dark mode
 and by a screen reader.
 """
 
@@ -54,7 +54,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def report_html(report: Report) -> str:
-    """The page of one report, self-contained."""
+    """Renders the self-contained page of one report."""
     by_key = {s.key: s for s in report.scores}
     return render(
         "report.html.j2",
@@ -71,7 +71,7 @@ def report_html(report: Report) -> str:
 
 
 def plot_of(reports: Sequence[Report]) -> str | None:
-    """The trade-off plot of several reports and the base's floor; None where text was not measured."""
+    """Plots the trade-off of several reports and the base model's floor; None if text was not measured."""
     points = []
     for r in reports:
         identity, text, freedom = (r.score(key) for key in ("identity", "text", "freedom"))
@@ -80,7 +80,7 @@ def plot_of(reports: Sequence[Report]) -> str | None:
         if not points and identity.base is not None and text.base is not None:
             points.append(Point("base model, given only the class", identity.base, text.base, base=True))
         point = Point(r.recipe or r.name, identity.value, text.value, _span(identity), _span(text))
-        if freedom is not None:  # without a value too few pictures show the thing, and that counts as 0
+        if freedom is not None:  # no value means that too few pictures show the thing, which counts as 0
             point = replace(point, freedom=freedom.value or 0.0, freedom_range=_span(freedom))
         points.append(point)
     if not points:
@@ -130,13 +130,13 @@ def _tile(report: Report, row: PictureRow) -> dict[str, Any]:
 
 
 def _is_small(report: Report) -> bool:
-    """Whether the pictures are so small that smoothing would just blur them."""
+    """Tells whether the pictures are so small that smoothing would just blur them."""
     data = next(iter(report.thumbs.values()), None)
     return data is not None and max(Image.open(io.BytesIO(data)).size) <= 128
 
 
 def inline(png: bytes | None, largest: int = LARGEST) -> str:
-    """A `data:` URL of a picture, scaled down to what a page needs; "" where there is none."""
+    """Returns a picture as a `data:` URL, scaled down to the size shown on the page; "" if there is none."""
     if png is None:
         return ""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
@@ -149,7 +149,7 @@ def inline(png: bytes | None, largest: int = LARGEST) -> str:
 
 
 def formatted(value: float | None, unit: str = "score") -> str:
-    """A score for display: rates in whole percent, shares with one more digit, the rest with two decimals."""
+    """Formats a score: rates in whole percent, shares with one more digit, the rest with two decimals."""
     if value is None:
         return "–"
     if unit == "share":
@@ -170,7 +170,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes for display, in powers of 1024."""
+    """Formats a number of bytes, in powers of 1024."""
     if value is None:
         return "–"
     amount, units = float(value), ["bytes", "KiB", "MiB", "GiB"]

@@ -1,4 +1,4 @@
-"""Which instruments a run measures with."""
+"""Chooses the instruments that a run measures with."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from shared.metrics.encoders import ImageEncoder, Instruments, load_clip, load_d
 from shared.metrics.toybox import load_toybox, toybox_known
 from shared.metrics.true_thing import Known
 
-#: The evaluators of worlds that bring their own, by the name a backbone states.
+#: The evaluators of worlds that have their own, by the name in the backbone's `World.instruments`.
 OWN: Mapping[str, Callable[[], Instruments]] = {"toybox": load_toybox}
 
 
 def known_thing(files: Sequence[Path]) -> Known | None:
-    """Look-alikes, new pictures and true pictures of the thing in these pictures; None where no world knows it."""
+    """Returns the look-alikes, new pictures and true pictures of the thing in these pictures; None if no world knows it."""
     return toybox_known(files)
 
 
 def load_instruments(
     clip: Path | str | None = None, dino: Path | str | None = None, evaluators: str | None = None, device: str = "cpu"
 ) -> Instruments:
-    """The instruments for a run. Given folders replace a world's own; where nothing else judges likeness, CLIP does.
+    """Loads the instruments for a run. The folders passed in replace a world's own; if nothing else judges likeness, CLIP does.
 
-    evaluators: those of the world the pictures come from (`World.instruments`); they mean nothing on other pictures.
-    ValueError when there is nothing to measure with.
+    evaluators: those of the world the pictures come from (`World.instruments`); on other pictures they are meaningless.
+    ValueError if there is nothing to measure with.
     """
     owned = OWN[evaluators]() if evaluators else Instruments()
     text = load_clip(clip, device) if clip else owned.text_image
@@ -34,5 +34,5 @@ def load_instruments(
         raise ValueError(
             "nothing to measure with: give a local CLIP folder (clip=PATH), a DINO folder (dino=PATH), or both"
         )
-    typical = None if dino else owned.typical  # these readings hold for the world's own encoder only
+    typical = None if dino else owned.typical  # these readings are only valid for the world's own encoder
     return replace(owned, text_image=text, identity=who, typical=typical)

@@ -1,4 +1,4 @@
-"""Measures true pictures of a thing: they set the bars that a recipe's pictures must reach."""
+"""Measures true pictures of a thing, which set the bars that a recipe's pictures must reach."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shared.metrics.freedom import Pairs, effective_views, pairs, placement_spre
 from shared.metrics.true_thing import Asked, Bar, TrueFigures, TrueThing, style_of
 from shared.metrics.verification import PASSING, Look, Verifier
 
-#: The least number of pictures behind each of a style's two figures, and of each of its prompts.
+#: The minimum number of pictures for each of a style's two figures, and for each of its prompts.
 BEHIND, PER_PROMPT = 120, 16
-#: One pose and place: FIXED pictures per prompt, in the first of up to POSES poses that the instruments verify.
+#: For one pose and place: FIXED pictures per prompt, in the first of up to POSES poses that the instruments verify.
 FIXED, POSES = 6, 8
-#: The share of true pictures that may match a reference's thing point by point, by chance.
+#: The share of true pictures that may match a reference's thing pixel by pixel, by chance.
 PASTED = 0.03
 _BARS, _OTHERS, _FIXED = 1000, 1001, 1002  # seeds of the three sets of pictures
 CHUNK = 256  # pictures per batch
@@ -40,10 +40,10 @@ def measure_true(
     instruments: Instruments,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrueFigures:
-    """Measures the bar for each style among the prompts, and the range of freedom where poses can be compared.
+    """Measures the bar for each style among the prompts, and the range of freedom if poses can be compared.
 
-    Two sets of pictures are drawn for every prompt: one sets the bar, the other is judged by it. Those of the second that
-    pass also give the freedom of random views. The verifier must have look-alikes.
+    Two sets of pictures are drawn for every prompt: one sets the bar, the other is judged by it. The pictures of the second
+    set that pass also give the freedom of random views. The verifier must have look-alikes.
     """
     sets = []
     for number, seed in enumerate((_BARS, _OTHERS)):
@@ -110,7 +110,7 @@ def _free(
 
 
 def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figures: TrueFigures) -> Pairs:
-    """Pairs of pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
+    """Compares pictures in one pose and place: per prompt, the first pose that is verified in at least half its pictures."""
     left = [i for i, p in enumerate(prompts) if p.free]
     found: dict[int, Pairs] = {}
     for pose in range(POSES):
@@ -130,7 +130,7 @@ def _fixed(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], figur
 
 
 def _drawn(verifier: Verifier, thing: TrueThing, prompts: Sequence[Asked], instruments: Instruments, seed: int) -> _Set:
-    """At least `BEHIND` pictures of every style, evenly over its prompts, after the autoencoder."""
+    """Draws at least `BEHIND` pictures of every style, evenly over its prompts, and sends them through the autoencoder."""
     styles = [style_of(p.expects) for p in prompts]
     counts = [max(PER_PROMPT, math.ceil(BEHIND / styles.count(style))) for style in styles]
     of = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -149,6 +149,6 @@ def _rows_of(style: str, prompts: Sequence[Asked], drawn: _Set) -> Tensor:
 
 
 def ceilings(figures: TrueFigures, expects: Sequence[Mapping[str, str]]) -> tuple[list[float], list[float]]:
-    """Per picture, the likeness it must reach and T of its style; NaN where nothing was drawn in that style."""
+    """Returns, per picture, the likeness it must reach and its style's T; NaN if nothing was drawn in that style."""
     bars = [figures.bar(e) for e in expects]
     return [b.least if b else math.nan for b in bars], [b.passed if b else math.nan for b in bars]

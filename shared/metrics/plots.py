@@ -1,4 +1,4 @@
-"""Plots as SVG text to inline in HTML: without external URLs, and with text in the page's colour (dark mode)."""
+"""Draws plots as SVG to inline in HTML: no external URLs, and text in the page's own colour (dark mode)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe in the trade-off plot; all on [0, 1], intervals where known."""
+    """One recipe in the trade-off plot; all values on [0, 1], intervals optional."""
 
     label: str
     identity: float
@@ -44,7 +44,7 @@ _FREEDOM = _Axis("freedom", lambda p: p.freedom, lambda p: p.freedom_range)
 
 
 def trade_off_svg(points: Sequence[Point], title: str, chance: float | None = None) -> str:
-    """Identity (up) against prompt following (right), with a second panel against freedom where any point has it.
+    """Plots identity (up) against prompt following (right), and in a second panel against freedom if any point has it.
     Returns one `<svg>` element.
 
     With two terms, grey lines join points of equal trade-off.

@@ -1,4 +1,4 @@
-"""What an evaluation found: a `Report`, kept as JSON, CSV, pictures and one self-contained HTML page."""
+"""The results of an evaluation: a `Report`, saved as JSON, CSV, pictures and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shared.metrics.true_thing import TrueFigures
 
 SCHEMA_VERSION = 2  # 2: identity is verification, freedom, three terms
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
-# "freedom": with the concept, more seeds of the prompts that leave the pose open; they count for freedom only.
+# "freedom": with the concept, more seeds of the prompts that leave the pose open; they only count towards freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]
-APART = 0.5  # with T below this the instruments pass fewer than half of the true pictures: the thing is shown apart
+APART = 0.5  # with T below this, the instruments pass fewer than half of the true pictures: the thing is shown apart
 
 
 class Row(BaseModel):
@@ -27,19 +27,19 @@ class Row(BaseModel):
 
 
 class Score(Row):
-    """One headline number. All its values share a unit: rates and scores are on [0, 1], or it is a cosine."""
+    """One headline number. All its values share one unit; rates and scores are on [0, 1]."""
 
     key: str
     title: str
     value: float | None
     low: float | None = None  # 95 % interval
     high: float | None = None
-    unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small part of a whole
+    unit: Literal["rate", "score", "cosine", "count", "share"] = "score"  # "share": a small fraction
     better: Literal["higher", "lower"] = "higher"
-    base: float | None = None  # the same for the base model, given only the class: the floor
+    base: float | None = None  # the value for the base model, prompted only with the class: the floor
     chance: float | None = None
-    truth: float | None = None  # the same for true pictures of the thing, where they can be drawn
-    among_low: float | None = None  # the same for each reference against the others: minimum and maximum
+    truth: float | None = None  # the value for true pictures of the thing, if they can be drawn
+    among_low: float | None = None  # minimum and maximum over each reference against the others
     among_high: float | None = None
     explanation: str = ""
 
@@ -54,7 +54,7 @@ class MadeRow(Row):
     """A picture or a clip, and everything measured on it."""
 
     prompt: int  # row of the report's prompts
-    text: str  # as the model got it
+    text: str  # as passed to the model
     seed: int
     file: str  # below the report's folder
     scores: dict[str, float | None] = {}
@@ -88,7 +88,7 @@ class PromptRow(Row):
 
 
 class Instrument(Row):
-    """An instrument, and its accuracy on fresh renders where a card states it."""
+    """An instrument, and its accuracy on fresh renders if a card states it."""
 
     name: str
     measures: str
@@ -108,7 +108,7 @@ class Costs(Row):
 
 
 class Report(BaseModel):
-    """The whole evaluation of one concept. `thumbs` (PNG bytes by file name) is kept as files, not in the JSON."""
+    """The evaluation of one concept. `thumbs` (PNG bytes by file name) are saved as files, not in the JSON."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -125,12 +125,12 @@ class Report(BaseModel):
     pictures: list[PictureRow] = []
     references: list[str] = []  # files below the report's folder
     instruments: list[Instrument] = []
-    gallery: list[str] = []  # the look-alikes that the subject was told apart from
+    gallery: list[str] = []  # the look-alikes that the subject had to be told apart from
     copy_limits: dict[str, float] = {}
-    truth: TrueFigures | None = None  # what was measured on true pictures of the thing, where they can be drawn
+    truth: TrueFigures | None = None  # figures measured on true pictures of the thing, if they can be drawn
     costs: Costs = Costs()
-    metadata: dict[str, Any] = {}  # of the concept, from its own file
-    notes: list[str] = []  # what a reader must know: missing instruments, a small gallery
+    metadata: dict[str, Any] = {}  # the concept's metadata, from its file
+    notes: list[str] = []  # caveats for the reader: missing instruments, a small gallery
     thumbs: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
     def score(self, key: str) -> Score | None:
@@ -144,13 +144,13 @@ class Report(BaseModel):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The terms of the trade-off: freedom is one of them where its range was measured on true pictures."""
+        """The terms of the trade-off; freedom is one of them if its range was measured on true pictures."""
         free = self.truth is not None and self.truth.range is not None
         return ("identity", "text", "freedom") if free else ("identity", "text")
 
     @property
     def apart(self) -> bool:
-        """Whether the instruments pass too few true pictures of this thing to pool its figures with others'."""
+        """Whether too few true pictures of this thing pass the instruments, so that its figures must not be pooled."""
         identity = self.score("identity")
         return identity is not None and identity.truth is not None and identity.truth < APART
 
@@ -162,7 +162,7 @@ class Report(BaseModel):
 
     @staticmethod
     def load(path: Path | str, pictures: bool = True) -> Report:
-        """Reads a report from its folder or its JSON. ValueError when it is missing, damaged or of another schema
+        """Reads a report from its folder or its JSON. ValueError if it is missing, damaged or has another schema
         version.
         """
         path = Path(path)
@@ -190,7 +190,7 @@ class Report(BaseModel):
 
 
 def number(value: Any) -> float | None:
-    """A float, or None unless it is finite: JSON has neither NaN nor infinity."""
+    """Converts a value to a float, or to None unless it is finite: JSON has neither NaN nor infinity."""
     if value is None:
         return None
     value = float(value)

@@ -1,4 +1,4 @@
-"""A report as a folder: JSON, CSV tables, pictures and one page."""
+"""Saves a report as a folder: JSON, CSV tables, pictures and one page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
-    """Rows as CSV: the columns `first`, then all others sorted by name."""
+    """Writes rows as CSV: the columns `first`, then all others sorted by name."""
     rows = list(rows)
     rest = sorted({k for r in rows for k in r} - set(first))
     out = io.StringIO()
@@ -29,8 +29,8 @@ def csv_table(rows: Iterable[Mapping[str, Any]], first: Sequence[str]) -> str:
 
 
 def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
-    """One row per picture or clip, with columns `score.*`, `expects.*` and `seen.*` and flags joined with "; "; `last` is
-    the column that only pictures or only clips have."""
+    """Writes one row per picture or clip, with columns `score.*`, `expects.*` and `seen.*`, and flags joined with "; ".
+    `last` is the column that only pictures or only clips have."""
     rows = []
     for m in made:
         row: dict[str, Any] = {"kind": m.kind, "prompt": m.prompt, "text": m.text, "seed": m.seed, "file": m.file}
@@ -42,7 +42,7 @@ def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes a report's files below its folder, by name. ValueError for a name that leads out of it."""
+    """Writes a report's files below its folder, by name. ValueError for a name that points outside it."""
     for name, data in files.items():
         path = safe_relative(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

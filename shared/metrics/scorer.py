@@ -21,9 +21,7 @@ Expects = Mapping[str, str]
 
 
 def fill(text: str, concept: str, class_noun: str) -> str:
-    """`text` with `{concept}` and `{class_noun}` filled in ("thing" where they are empty), and "a" changed to "an" where
-    needed.
-    """
+    """Fills in `{concept}` and `{class_noun}` in `text` ("thing" if they are empty), and changes "a" to "an" where needed."""
     filled = text.replace("{concept}", concept or "thing").replace("{class_noun}", class_noun or "thing")
     return re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", filled)
 
@@ -33,7 +31,7 @@ class Measured:
     """Scores of N pictures. `scores` holds float columns of length N (NaN where a score does not apply)."""
 
     scores: Mapping[str, list[float]]
-    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as asked for
+    hits: list[dict[str, bool]]  # per picture: attribute -> whether it is as the prompt demands
     seen: list[dict[str, str]]  # per picture: attribute -> value seen
     nearest: list[str]  # per picture: the most similar gallery entry; "" without a gallery
     look: Look
@@ -44,7 +42,7 @@ class Measured:
         return self.look.whole
 
     def mean(self, key: str) -> float:
-        """The mean of a column without its NaN; NaN when nothing is left."""
+        """Averages a column without its NaNs; NaN if nothing is left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
@@ -53,11 +51,11 @@ class Measured:
 class Scorer:
     """Compares pictures with a subject's references.
 
-    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`; with it, identity means
-    "recognised among them", and with `figures` of the true thing "verified"; without it, the likeness to the references.
+    references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`. With a gallery, identity means
+    "recognised among them", and with `figures` of the true thing also "verified"; without, likeness to the references.
     fresh: pictures of the subject that are not references, to calibrate what counts as a copy. expects: what a picture
-    must show, by prompt (in plain words). through: what the pictures have gone through (the model's autoencoder).
-    masks: `[R, H, W]`, where the thing is in the references.
+    must show, by prompt (in plain words). through: the model's autoencoder, which the pictures have passed through.
+    masks: `[R, H, W]`, the thing's masks in the references.
     """
 
     references: Tensor
@@ -87,12 +85,12 @@ class Scorer:
         return None if self.figures is None else self.figures.pasted
 
     def plain(self, prompt: str) -> str:
-        """The prompt with the concept's name replaced by the class noun."""
+        """Replaces the concept's name in a prompt by the class noun."""
         text = prompt.replace(f"<{self.name}>", "{concept}") if self.name else prompt
         return fill(text, self.class_noun, self.class_noun)
 
     def measure(self, pixels: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> Measured:
-        """All scores of `[N, 3, H, W]` in [-1, 1] with their N prompts; ValueError when the counts differ."""
+        """Computes all scores of `[N, 3, H, W]` in [-1, 1] with their N prompts; ValueError if the counts differ."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} pictures and {len(prompts)} prompts")
         plain = [self.plain(p) for p in prompts]
@@ -137,7 +135,7 @@ class Scorer:
             scores |= {"verified": identity.tolist(), "likeness": look.likeness.tolist(), "ceiling": ceiling}
         if look.face is not None:
             hidden = ~look.face & torch.tensor([e.get("view") in FACELESS for e in expected], dtype=torch.bool)
-            identity[hidden] = math.nan  # the view asked for shows no face: nothing to judge
+            identity[hidden] = math.nan  # the requested view shows no face, so there is nothing to judge
             if "ceiling" in scores:
                 scores["ceiling"] = [math.nan if h else c for h, c in zip(hidden, scores["ceiling"], strict=True)]
         scores["identity"] = identity.tolist()
@@ -157,8 +155,8 @@ class Scorer:
         return hits, [{k: v[i] for k, v in read.items()} for i in range(len(pixels))]
 
     def _follows(self, hits: Sequence[Mapping[str, bool]], scores: dict[str, list[float]]) -> None:
-        """Adds `text`: the share of attributes that are as asked for, where there are any to check; else CLIPScore with
-        the instrument's own factor."""
+        """Adds `text`: the share of the prompt's attributes that the picture shows, if there are any to check; otherwise
+        CLIPScore with the instrument's own factor."""
         if any(hits):
             scores["text"] = scores["attributes"]
         elif "clip_t" in scores:
@@ -167,7 +165,7 @@ class Scorer:
             scores["text"] = text_score(torch.tensor(scores["clip_t"], dtype=torch.float64), weight).tolist()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Means over the pictures, and `score`, which chooses the best checkpoint: see `stand_ins`."""
+        """Returns means over the pictures, and `score`, which chooses the best checkpoint: see `stand_ins`."""
         plain = [self.plain(p) for p in prompts]
         measured = self.measure(pixels, prompts)
         out = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}

@@ -45,8 +45,8 @@ def dino_i(outputs: Tensor, references: Tensor) -> Tensor:
 
 
 def leave_one_out(references: Tensor) -> Tensor:
-    """The mean cosine `[R]` of each reference with the others: what `clip_i` would give for a picture of the subject
-    itself. Empty for fewer than two."""
+    """Returns the mean cosine `[R]` of each reference with the others: what `clip_i` would give for a real picture of the
+    subject. Empty for fewer than two."""
     count = len(references)
     if count < 2:
         return torch.zeros(0, dtype=torch.float64)
@@ -64,10 +64,10 @@ def text_score(cosines: Tensor, weight: float = CLIP_SCORE_WEIGHT) -> Tensor:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Which gallery entry each output looks most like."""
+    """The gallery entry that each output resembles most."""
 
     nearest: tuple[str, ...]  # N names of gallery entries
-    hits: Tensor  # bool [N]: whether that is the subject
+    hits: Tensor  # bool [N]: whether that entry is the subject
     margin: Tensor  # float64 [N]: similarity to the subject minus that to the nearest other entry
     chance: float  # accuracy of a guess: 1 / entries
 
@@ -77,10 +77,10 @@ class Retrieval:
 
 
 def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Retrieval:
-    """Finds the nearest gallery entry of each output `[N, D]`. An entry is several pictures `[n, D]` of one thing, of
+    """Finds the gallery entry nearest to each output `[N, D]`. An entry holds several pictures `[n, D]` of one thing, of
     which the two closest count (`similarities`).
 
-    ValueError when the gallery lacks the subject, or has nothing else.
+    ValueError if the gallery lacks the subject, or contains nothing else.
     """
     if subject not in gallery or len(gallery) < 2:
         raise ValueError(
@@ -92,14 +92,14 @@ def retrieve(outputs: Tensor, gallery: Mapping[str, Tensor], subject: str) -> Re
     others = similarity.clone()
     others[:, column] = -torch.inf
     margin = similarity[:, column] - others.max(1).values
-    # A tie is not a hit: two equal gallery entries would give one.
+    # A tie is not a hit: it would also occur with two equal gallery entries.
     nearest = torch.where(margin > 0, torch.full_like(margin, column, dtype=torch.long), others.argmax(1))
     return Retrieval(tuple(names[i] for i in nearest.tolist()), margin > 0, margin, 1 / len(names))
 
 
 def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """1 − mean cosine over pairs of outputs in one group (one prompt, several seeds). Groups with one output are left
-    out.
+    """Returns 1 − mean cosine over pairs of outputs in one group (one prompt, several seeds). Groups with one output are
+    left out.
     """
     if len(groups) != len(embeddings):
         raise ValueError(f"{len(embeddings)} embeddings and {len(groups)} groups")
@@ -113,18 +113,18 @@ def diversity(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, 
 
 
 def drift(base: Tensor, loaded: Tensor) -> Tensor:
-    """Per pair `[N]`: 1 − cosine between the pictures without and with the concept loaded (same prompt and seed, concept
-    not named).
+    """Returns, per pair `[N]`, 1 − cosine between the pictures without and with the concept loaded (same prompt and seed,
+    concept not named).
 
-    0: loading the concept changes nothing it should not. This is the measure of peft's image benchmark.
+    0: loading the concept changes nothing that it should not. peft's image benchmark uses the same measure.
     """
     return (1 - clip_t(base, loaded)).clamp_min(0)  # rounding can put a cosine above 1
 
 
 def attribute_hits(expected: Sequence[Mapping[str, str]], seen: Mapping[str, Sequence[str]]) -> list[dict[str, bool]]:
-    """Per picture, whether each attribute that its prompt names was seen as asked for.
+    """Tells, per picture, which of the attributes in its prompt were seen with the expected value.
 
-    ValueError when a prompt expects an attribute that the reader does not read.
+    ValueError if a prompt expects an attribute that the reader does not read.
     """
     out = []
     for i, attributes in enumerate(expected):
@@ -157,8 +157,8 @@ def kid(x: Tensor, y: Tensor, degree: int = 3) -> float:
 
 
 def trade_off(*terms: float) -> float:
-    """The harmonic mean of scores on [0, 1] that pull against each other; 0 when any is 0 (copying, ignoring the prompt,
-    one pose for every seed).
+    """Returns the harmonic mean of scores on [0, 1] that pull against each other; 0 if any is 0 (copying, ignoring the
+    prompt, one pose for every seed).
     """
     values = [min(1.0, max(0.0, v)) for v in terms]
     return len(values) / sum(1 / v for v in values) if values and min(values) > 0 else 0.0
@@ -171,10 +171,10 @@ def bootstrap(
     rounds: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979). NaN values are left out; (nan, nan) when none remain.
+    """Returns the percentile bootstrap interval of the mean (Efron 1979). NaNs are left out; (nan, nan) if none remain.
 
-    clusters: values of one cluster (all pictures of one prompt and subject) are drawn together. When the values are all
-    0 or all 1, resampling says nothing; Wilson's interval for the number of clusters is returned instead.
+    clusters: values of one cluster (all pictures of one prompt and subject) are drawn together. If all values are 0 or
+    all are 1, resampling says nothing; Wilson's interval for the number of clusters is returned instead.
     """
     data = np.asarray(values, dtype=np.float64)
     labels = list(range(len(data))) if clusters is None else list(clusters)
@@ -196,7 +196,7 @@ def bootstrap(
 
 
 def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate (1927); (nan, nan) without trials."""
+    """Returns Wilson's score interval of a rate (1927); (nan, nan) without trials."""
     if trials == 0:
         return math.nan, math.nan
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
@@ -207,19 +207,19 @@ def wilson(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def similarities(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """How much each query looks like each gallery entry: `[Q, G]`, float64, at most 1.
+    """Measures how much each query looks like each gallery entry: `[Q, G]`, float64, at most 1.
 
     Args:
         queries: `[Q, D]`
         gallery: entries `[D]` or `[n, D]`, n pictures of one thing. A thing looks different from each side, so the mean of
-            the two highest cosines counts, not the cosine with the mean. Only the first pictures of each entry are used, as
-            many as the smallest entry has, since the best of more would be higher by chance
+            the two highest cosines counts, not the cosine with the mean. Each entry is cut to the size of the smallest,
+            because the best of more pictures would be higher by chance
 
     Raises:
         ValueError: the gallery is empty
     """
     if not len(gallery):
-        raise ValueError("gallery: empty; give at least one entry of embeddings")
+        raise ValueError("gallery: empty; pass at least one entry of embeddings")
     entries = [entry.double().reshape(-1, queries.shape[1]) for entry in gallery]
     count = min(len(entry) for entry in entries)
     pictures = F.normalize(torch.stack([entry[:count] for entry in entries]), dim=2)

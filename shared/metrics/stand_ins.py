@@ -1,8 +1,8 @@
-"""The score that chooses the best checkpoint: stand-ins for identity, text and freedom that see only the references.
+"""The score that chooses the best checkpoint: stand-ins for identity, text and freedom that only use the references.
 
-The measures that judge the finished concept (look-alikes, true pictures of the thing) must not choose it. The readings
-are soft because eight to sixteen pictures are few: otherwise one misread attribute would outweigh the difference between
-two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
+The measures that judge the finished concept (look-alikes, true pictures of the thing) must not also select it. The
+readings are soft because there are only eight to sixteen pictures: one misread attribute would otherwise outweigh the
+difference between two checkpoints. Freedom is scaled between two constants measured on things that no test uses (`Typical`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # of each stand-in, so that two rigid checkpoints still differ by the other two
+FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ in the other two
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
-    """Per picture `[N]` on [0, 1]: 0 when as like the references as another thing of its class and colours typically is, 1
-    when as like as the thing itself; the plain likeness without these constants. 0 for copies and for faces not seen.
+    """Rates identity per picture `[N]` on [0, 1]: 0 for the likeness that another thing of the same class and colours
+    typically has to the references, 1 for that of the thing itself. Without these constants, the plain likeness. 0 for
+    copies and for faces that are not visible.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)
@@ -59,8 +60,9 @@ def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list
 
 
 def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float | None:
-    """The mean distance between crops of one prompt, each pair weighted by how much both show the thing, scaled between
-    the two constants. None without constants, crops, or two pictures of a prompt that leaves view and style open.
+    """Returns the mean distance between crops of one prompt, scaled between the two constants. Each pair is weighted by how
+    much both pictures show the thing. None without constants, crops, or two pictures of a prompt that leaves view and style
+    open.
     """
     crops = made.look.crops
     if crops is None or typical is None or not typical.free > typical.fixed:
@@ -80,7 +82,7 @@ def soft_freedom(made: Previewed, who: Tensor, typical: Typical | None) -> float
 
 
 def _text(made: Previewed, instruments: Instruments) -> float | None:
-    """How well the prompts were followed: the probabilities of what they ask for, where a reader gives them."""
+    """Rates how well the prompts were followed: by the probabilities of the requested attributes if a reader gives them."""
     if isinstance(instruments.attributes, SoftReader) and any(made.expects):
         chances = instruments.attributes.chances(made.pixels, made.expects)
         values = [sum(c.values()) / len(c) for c in chances if c]

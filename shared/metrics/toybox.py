@@ -1,4 +1,4 @@
-"""The toybox's own instruments, and how reliable they are."""
+"""Loads the toybox's own instruments and their measured accuracy."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ToyboxReader:
 
 
 def load_toybox() -> Instruments:
-    """Loads the shipped evaluators. A FileNotFoundError says how to make a missing one."""
+    """Loads the shipped evaluators. FileNotFoundError if one is missing, with the command that trains it."""
     from shared.toybox.evaluators.clip import load_clip as toybox_clip
     from shared.toybox.evaluators.identity import load_identity
     from shared.toybox.evaluators.recognizer import load_recognizer
@@ -103,15 +103,15 @@ def load_toybox() -> Instruments:
 
 
 def pose_encoders(found: Instruments) -> dict[str, ImageEncoder]:
-    """Encoders that might tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
+    """Returns the encoders that might tell poses apart on crops, by name; `pcs toybox calibrate` tries all of them."""
     assert isinstance(found.attributes, ToyboxReader) and found.text_image is not None and found.identity is not None
     seen = ToyboxFeatures(found.attributes.model, found.attributes.info)
     return {"clip": found.text_image, "identity": found.identity, "recognizer": seen}
 
 
 def calibration() -> dict[str, Any]:
-    """The output of `pcs toybox calibrate`: which `encoder` compares poses, on which `crops`, and the `typical` readings;
-    empty where it has not been run."""
+    """Reads the output of `pcs toybox calibrate`: the `encoder` that compares poses, the `crops` it uses, and the `typical`
+    readings. Empty if it has not been run."""
     from shared.toybox.evaluators.convnet import WEIGHTS
 
     path = WEIGHTS / CALIBRATION
@@ -125,7 +125,7 @@ def _fingerprint(name: str) -> str:
 
 
 class ToyboxThing:
-    """A thing of the toybox, which can be drawn as it truly is."""
+    """A thing of the toybox, which can be drawn exactly as it is."""
 
     def __init__(self, thing: Any, split: str) -> None:
         from shared.toybox.true_renders import drawing_code
@@ -140,7 +140,7 @@ class ToyboxThing:
 
 
 def toybox_known(files: Sequence[Path]) -> Known | None:
-    """What the toybox knows about the held-out thing in an album; None for other pictures."""
+    """Returns what the toybox knows about the held-out thing in an album; None for other pictures."""
     from shared.toybox import reference_sets
 
     held = reference_sets.shown_in(files)
@@ -151,8 +151,8 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """`{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies are those after the
-    VAE's round trip where measured, since generated pictures come out of the VAE too.
+    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies after a round
+    trip through the VAE are preferred where measured, since generated pictures come out of the VAE too.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

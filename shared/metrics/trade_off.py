@@ -1,6 +1,6 @@
 """The headline: the harmonic mean of identity, prompt following and freedom, over one subject or many, with intervals.
 
-All of it follows from a few sums per prompt, so that whole prompts, with all their pictures and pairs, can be resampled.
+Everything is computed from a few sums per prompt, so that whole prompts, with all their pictures and pairs, can be resampled.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Tally:
     prompt: int
     identity: float  # pictures that show the thing (a likeness on [0, 1] counts in part)
     judged: int  # pictures that can be judged
-    ceiling: float  # sum over these of the share of true pictures that pass; `judged` where no true thing is known
-    text: float  # sum of how far the prompt was followed
+    ceiling: float  # sum, over these, of the share of true pictures that pass; `judged` if no true thing is known
+    text: float  # sum of the pictures' scores for following the prompt
     texts: int
-    pairs: Pairs | None = None  # where the prompt leaves the pose open
+    pairs: Pairs | None = None  # only if the prompt leaves the pose open
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms on [0, 1]; None where a term cannot be measured at all. Too few pictures of the `unmeasured` subjects show
-    the thing; these count as freedom 0."""
+    """The terms on [0, 1]; None if a term cannot be measured at all. For the `unmeasured` subjects, too few pictures show
+    the thing; their freedom counts as 0."""
 
     identity: float | None
     text: float | None
@@ -51,7 +51,7 @@ Ranges = Mapping[str, Range]  # of the subjects whose freedom can be measured
 
 
 def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
-    """The terms of all subjects together: identity and freedom are means over subjects, text over pictures."""
+    """Computes the terms of all subjects together: identity and freedom are means over subjects, text over pictures."""
     identities, freedoms, unmeasured = [], [], []
     for subject in dict.fromkeys(t.subject for t in tallies):
         own = [t for t in tallies if t.subject == subject]
@@ -71,8 +71,8 @@ def measured_terms(tallies: Sequence[Tally], ranges: Ranges) -> Terms:
 def bootstrap_terms(
     tallies: Sequence[Tally], ranges: Ranges, level: float = 0.95, rounds: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan) for
-    missing terms. Where all prompts give 0 or all give 1, resampling says nothing: Wilson's interval is used.
+    """Returns percentile intervals of `identity`, `text`, `freedom` and `trade_off`, resampling whole prompts; (nan, nan)
+    for missing terms. If all prompts give 0 or all give 1, resampling says nothing, so Wilson's interval is used.
     """
     if not tallies:
         return dict.fromkeys(("identity", "text", "freedom", "trade_off"), (math.nan, math.nan))

@@ -1,6 +1,6 @@
-"""What a world knows about the thing in the references: its look-alikes, and how it truly looks under any prompt.
+"""What a world knows about the thing in the references: its look-alikes, and how it really looks under any prompt.
 
-Only a world that draws its own pictures knows this. Nothing that chooses what is learned or kept may see any of it.
+Only a world that draws its own pictures knows this. Nothing that decides what is learned or kept may use it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from shared.metrics.freedom import Range
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt, as a true picture for it is drawn."""
+    """One prompt, in the form needed to draw a true picture for it."""
 
     expects: Mapping[str, str]  # attribute -> value
     free: bool  # a photo prompt that fixes neither the view of the thing nor its place in the picture
 
 
 class TrueThing(Protocol):
-    """A thing that can be drawn as it truly is, any number of times."""
+    """A thing that can be drawn exactly as it is, any number of times."""
 
     key: str  # which thing, and a fingerprint of the drawing code: equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """`[N, 3, H, W]` in [-1, 1], one for each of `asked`; `pose`: the number of one pose and place for all."""
+        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of one pose and place for all."""
         ...
 
 
@@ -51,15 +51,17 @@ class Bar(_Kept):
 
     least: float  # likeness to the references that 95 % of the true pictures reach
     passed: float  # T: share of other true pictures that pass all three conditions (for faces: of those with a face)
-    pictures: int  # behind each of the two figures
-    faceless: int = 0  # how many of the pictures behind `passed` were not judged
+    pictures: int  # number of pictures behind each of these two figures
+    faceless: int = 0  # number of pictures behind `passed` that were not judged because they show no face
 
 
 class TrueFigures(_Kept):
     """Figures measured on true pictures of a thing."""
 
     bars: Mapping[str, Bar]  # style, as prompts ask for it ("" is a photo) -> bar
-    pasted: float | None = None  # from here on the thing counts as pasted from a reference: few true pictures do
+    pasted: float | None = (
+        None  # correlation at which a thing counts as pasted from a reference; few true pictures reach it
+    )
     free: float | None = None  # R
     fixed: float | None = None  # F
     place: float | None = None  # spread of the true thing's place within a prompt, in half-pictures
@@ -76,5 +78,5 @@ class TrueFigures(_Kept):
 
 
 def style_of(expects: Mapping[str, str]) -> str:
-    """The style that a prompt asks for; "" where it names none."""
+    """Returns the style that a prompt asks for; "" if it names none."""
     return expects.get("style", "")

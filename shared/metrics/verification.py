@@ -1,8 +1,8 @@
-"""Is it the subject itself? Verification of pictures against references, and the bar set by true pictures.
+"""Verifies that pictures show the subject itself, by its references and the bar set by true pictures.
 
-A picture is verified when it is recognised among look-alikes, is not a copy of a reference, and is at least as like the
-references as 95 % of true pictures of the thing are. The first condition alone would pass a thing with arms of another
-colour: it need only be nearer to this thing than to eight others.
+A picture is verified if it is recognised among look-alikes, is not a copy of a reference, and is at least as similar to the
+references as 95 % of true pictures of the thing. The first condition by itself would pass a thing with arms of another
+colour: it only has to be nearer to this thing than to eight others.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from shared.metrics.encoders import Instruments
 from shared.metrics.scores import Retrieval, retrieve, similarities
 
 SUBJECT = "the subject"
-PASSING = 0.95  # share of true pictures that must be at least as like the references as the bar
-FACES = frozenset({"face"})  # class nouns whose individuals only the face tells apart
-FACELESS = ("back", "above")  # views that a prompt may ask for but that show no face
+PASSING = 0.95  # the bar is the likeness to the references that this share of true pictures reaches
+FACES = frozenset({"face"})  # class nouns whose individuals can only be told apart by the face
+FACELESS = ("back", "above")  # views that prompts may request but that show no face
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen in N pictures; None where an instrument or the look-alikes are missing."""
+    """The instruments' readings of N pictures; None where an instrument or the look-alikes are missing."""
 
     who: Tensor  # [N, D] embeddings from the identity instrument
     whole: Tensor  # [N, E] embeddings of the whole picture
@@ -37,10 +37,11 @@ class Look:
     face: Tensor | None  # bool [N], where the thing is a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] of `placements`
-    pasted: Tensor | None  # float64 [N, R]: how much the thing matches that of each reference, point by point
+    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and that in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
-        """Bool `[N]`: whether the whole picture copies a reference, or its thing does with a correlation of `limit` or more."""
+        """Bool `[N]`: whether the whole picture copies a reference, or its thing matches one with a correlation of at least
+        `limit`."""
         whole = self.copying.copied
         return whole if limit is None or self.pasted is None else whole | (self.pasted.amax(1) >= limit)
 
@@ -62,7 +63,7 @@ class Look:
 
     @staticmethod
     def joined(looks: Sequence[Look]) -> Look:
-        """Several looks as one, in their order."""
+        """Joins several looks into one, in order."""
 
         def cat(values: Sequence[Tensor | None]) -> Tensor | None:
             known = [v for v in values if v is not None]
@@ -97,9 +98,9 @@ class Verifier:
         references: `[R, 3, H, W]` in [-1, 1]
         gallery: look-alikes, name -> `[n, 3, H, W]`; without them nothing is recognised
         fresh: pictures of the subject that are not references, to calibrate what counts as a copy
-        through: what the pictures have gone through (the model's autoencoder). The pictures they are compared with are
-            sent through it too, so that they are not blamed for what it cannot show
-        masks: `[R, H, W]` in [0, 1], where the thing is in the references; None: where the locator finds it
+        through: the model's autoencoder, which the pictures have passed through. The pictures they are compared with are
+            sent through it too, so that its losses do not lower the scores
+        masks: `[R, H, W]` in [0, 1], the thing's masks in the references; None uses the locator's maps
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Verifier:
         return 1 / len(self.gallery) if self.gallery else None
 
     def look(self, pixels: Tensor) -> Look:
-        """Looks at `[N, 3, H, W]` in [-1, 1]: everything except the verdict."""
+        """Reads `[N, 3, H, W]` in [-1, 1] with all instruments, without deciding whether they are verified."""
         whole = self.whole.images(pixels)
         who = whole if self.who is self.whole else self.who.images(pixels)
         copying = find_copies(pixels, whole, self.references, self.whole_references, self.limits)

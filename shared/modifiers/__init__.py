@@ -1,4 +1,4 @@
-"""How a concept is named in prompts. A new modifier is one file and one line in the union."""
+"""Modifiers: the words that stand for a concept in prompts. To add one, write one file and add one line to the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What every modifier attaches: one concept's name on one backbone."""
+"""The placeholder that every modifier attaches: one concept's name on one backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.types import SiteContext
 
 
 class PlaceholderBase:
-    """Plain words that learn nothing; the base of the others. Satisfies `shared.backbones.protocol.Placeholder`."""
+    """Plain words that are not learned; the base of other placeholders. Satisfies `shared.backbones.protocol.Placeholder`."""
 
     tokens: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -26,8 +26,10 @@ class PlaceholderBase:
         return context
 
     def set_strength(self, strength: float) -> None:
-        """Plain words have no strength. A placeholder that learns interpolates from its start to what it learned, or
-        refuses."""
+        """Raises ValueError for strengths other than 1 if words are learned; plain words have no strength.
+
+        Subclasses may interpolate from the initial to the learned vectors instead.
+        """
         if strength != 1 and any(True for _ in self.parameters()):
             raise ValueError(f"{self.name!r}: its learned words only work at strength 1, not {strength:g}")
 
@@ -39,16 +41,16 @@ class PlaceholderBase:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            raise ValueError(f"this concept has no learned words, but {len(state)} tensors were given for it")
+            raise ValueError(f"this concept has no learned words, but there are {len(state)} tensors for it")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """Empty: it cannot interpolate between its start and what it learned."""
+        """Returns nothing, because this placeholder cannot interpolate between its initial and its learned words."""
         return {}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when there is anything to load."""
+        """Raises ValueError if there is anything to load."""
         if state:
-            raise ValueError(f"{self.name!r} keeps no initial words, but {len(state)} tensors were given for them")
+            raise ValueError(f"{self.name!r} keeps no initial words, but there are {len(state)} tensors for them")
 
 
 def phrase(words: str, class_noun: str, with_class_noun: bool) -> str:

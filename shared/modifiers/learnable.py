@@ -37,7 +37,7 @@ class LearnableToken(KindPart):
         """Adds `<name>`, `<name>_1`, … to the tokenizers.
 
         Raises:
-            ValueError: there is no word to start from, or `per` is set for a model without cross-attention
+            ValueError: there is neither `init` nor a class noun, or `per` is set for a model without cross-attention
         """
         init = self.init or class_noun
         if not init:
@@ -81,25 +81,25 @@ class LearnedPlaceholder(PlaceholderBase):
         self.strength = 1.0
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """[n, d] at the current strength."""
+        """Returns the vectors [n, d] at the current strength."""
         return at_strength(self.start[component], self.table[component], self.strength)
 
     def set_strength(self, strength: float) -> None:
-        """0 is the start, 1 what was learned; other values interpolate or extrapolate linearly."""
+        """Sets the strength: 0 gives the initial vectors, 1 the learned ones; others interpolate or extrapolate linearly."""
         self.strength = strength
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.table.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """component (for vectors per layer, component and layer) -> learned vectors [n, d]."""
+        """Maps each component (for vectors per layer, component and layer) to its learned vectors [n, d]."""
         return {c: p.detach().float().cpu().clone() for c, p in self.table.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._load(state, {c: p.data for c, p in self.table.items()}, "embeddings")
 
     def initial_state_dict(self) -> dict[str, Tensor]:
-        """component -> initial vectors [n, d]."""
+        """Maps each component to its initial vectors [n, d]."""
         return {c: v.float().cpu().clone() for c, v in self.start.items()}
 
     def load_initial_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -116,7 +116,7 @@ class LearnedPlaceholder(PlaceholderBase):
 
 
 class LayeredPlaceholder(LearnedPlaceholder):
-    """Separate vectors per attention layer, with the same start, which therefore equals that of shared vectors.
+    """Separate vectors per attention layer. All start from the same values, so training starts as with shared vectors.
 
     Args:
         start: text encoder -> [n, d]
@@ -134,7 +134,7 @@ class LayeredPlaceholder(LearnedPlaceholder):
         self.components, self.sites = tuple(start), sites
 
     def embeddings(self, component: str, t: Tensor | None, site: str | None) -> Tensor | None:
-        """[n, d] of one layer; their mean if no layer is given (for a pooled text embedding)."""
+        """Returns one layer's vectors [n, d], or their mean over layers if `site` is None (for a pooled text embedding)."""
         if site is not None:
             return super().embeddings(f"{component}.{site}", t, site)
         per_site = [super(LayeredPlaceholder, self).embeddings(f"{component}.{s}", t, s) for s in self.sites]
@@ -154,9 +154,9 @@ def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
 
 
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
-    """Initial vectors [vectors, d]: the embeddings of the words' sub-tokens in order.
+    """Computes initial vectors [vectors, d]: the embeddings of the words' sub-tokens in order.
 
-    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single one as the mean of all:
+    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single vector as the mean of all:
     "coffee mug"). With more, the words are repeated with a little noise so that they can diverge. "<rand>" gives noise with
     the spread of the whole table.
     """

@@ -1,4 +1,4 @@
-"""Concepts named by words that the text encoder already knows."""
+"""Names concepts by words that the text encoder already knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.modifiers.base import PlaceholderBase, phrase
 
 
 class PlainText(KindPart):
-    """`<name>` becomes plain words; without any, only the class noun."""
+    """Replaces `<name>` by plain words, or only by the class noun if none are set."""
 
     kind: Literal["plain_text"] = "plain_text"
     words: str = ""
@@ -22,9 +22,9 @@ class PlainText(KindPart):
 
 
 class RareToken(KindPart):
-    """A rare word of the vocabulary stands for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
+    """Lets a rare word of the vocabulary stand for the subject: "sks mug" (DreamBooth, https://arxiv.org/abs/2208.12242).
 
-    A token that a tokenizer splits is accepted, with a warning that lists the pieces."""
+    If a tokenizer splits the token, it is still accepted, with a warning that lists the pieces."""
 
     kind: Literal["rare_token"] = "rare_token"
     token: str = "sks"

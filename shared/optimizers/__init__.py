@@ -1,4 +1,4 @@
-"""Optimizers from libraries. A new one is one file and one line in the union."""
+"""Optimizers from libraries. To add one, write one file and add one line to the union."""
 
 from typing import Annotated
 

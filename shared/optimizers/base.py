@@ -1,4 +1,4 @@
-"""The base of all optimizer parts: how rates change over a run, clipping, and the progress that is saved."""
+"""The base class of all optimizer parts: the schedule of rates, clipping, and the state that is saved."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class OptimizerPart(Part):
         return self
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Builds the optimizer for parameter groups with "params", "lr" and "weight_decay". ValueError when it cannot be used
-        here (a missing library or GPU, unsuitable rates)."""
+        """Builds the optimizer for parameter groups with "params", "lr" and "weight_decay". ValueError if it cannot be used
+        (a missing library or GPU, unsuitable rates)."""
         raise NotImplementedError
 
     def rate(self, lr: float, factor: float) -> float:
-        """The rate of a part with its own rate `lr`, at this factor of the schedule."""
+        """Returns the rate of a part whose own rate is `lr`, at this factor of the schedule."""
         return lr * factor
 
     def factor(self, step: int, done: float) -> float:
-        """The factor on the rates.
+        """Returns the factor on the rates.
 
         Args:
             step: steps done; rates rise linearly over the first `warmup`
-            done: the fraction done of what comes after the warm-up, in [0, 1]
+            done: the fraction of the run after the warm-up that is done, in [0, 1]
         """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)

@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 class Lbfgs(OptimizerPart):
     """torch's L-BFGS, which evaluates a step's loss up to `max_iter` * 1.25 times, each time with the same noise.
 
-    Gradients are not clipped, because its line search compares losses with their gradients.
+    Gradients are not clipped, because the line search needs gradients that match the losses.
     """
 
     needs_closure: ClassVar[bool] = True
@@ -30,7 +30,7 @@ class Lbfgs(OptimizerPart):
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         rates = sorted({group["lr"] for group in groups})
         if len(rates) > 1:
-            raise ValueError(f"train.optimizers: lbfgs uses one rate for everything, but the parts have {rates}")
+            raise ValueError(f"train.optimizers: lbfgs uses one rate for all parts, but they have {rates}")
         return torch.optim.LBFGS(
             [p for group in groups for p in group["params"]],
             lr=rates[0],

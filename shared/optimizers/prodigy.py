@@ -1,4 +1,4 @@
-"""Prodigy (https://arxiv.org/abs/2306.06101): estimates the learning rate itself."""
+"""Prodigy (https://arxiv.org/abs/2306.06101), which estimates the learning rate itself."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Prodigy(OptimizerPart):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     lr: Positive = 1.0
-    d_coef: Positive = 1.0  # larger: larger estimates of the rate
-    safeguard_warmup: bool = True  # the low rates of the warm-up do not inflate the estimate
+    d_coef: Positive = 1.0  # larger values give larger estimates of the rate
+    safeguard_warmup: bool = True  # keeps the low rates of the warm-up from inflating the estimate
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         from prodigyopt import Prodigy as Optimizer

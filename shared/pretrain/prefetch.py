@@ -12,11 +12,11 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """Calls `draw(step)` one step ahead in a thread, as long as steps come in order; the batches are the same either way.
+    """Calls `draw(step)` one step ahead in a thread, as long as steps come in order; the batches do not depend on it.
 
     Args:
         draw: depends only on the step
-        device: on a CPU nothing is drawn ahead, because it would compete for the same cores
+        device: on a CPU nothing is drawn ahead, because that would compete for the same cores
     """
 
     def __init__(self, draw: Callable[[int], B], device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Prefetch(Generic[B]):
         self.ahead: dict[int, Future[B]] = {}
 
     def __call__(self, step: int) -> B:
-        """The batch of a step. Errors in drawing it are raised here."""
+        """Returns a step's batch, and raises the errors of drawing it."""
         if self.pool is None:
             return self.draw(step)
         found = self.ahead.pop(step, None)

@@ -24,24 +24,24 @@ from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
 from shared.train.signals import interruptible
 
-_SKIPPED = 20  # steps in a row without a finite gradient: the next will not have one either
+_SKIPPED = 20  # after so many consecutive steps without a finite gradient, the run stops
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """A training's budget and device.
 
-    Either `steps` (counted from the beginning of the run) or `minutes` (of this session) ends it, and learning rates follow
-    how much of that is spent. With both, rates follow the steps, and the minutes only pause the run.
+    Either `steps` (counted from the beginning of the run) or `minutes` (of this session) ends it, and learning rates depend
+    on the fraction spent. With both, rates follow the steps, and the minutes only pause the run.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    pause_at: int | None = None  # a step after which the run pauses; rates ignore it
-    resume: bool = True  # from the newest checkpoint, if there is one
+    pause_at: int | None = None  # the step after which the run pauses; rates ignore it
+    resume: bool = True  # resumes from the newest checkpoint, if there is one
     threads: int | None = None  # torch's threads on a CPU
     device: str | None = None  # as torch names it; None: the GPU if there is one
-    bf16: bool | None = None  # None: where the device computes it fast; elsewhere it can take ten times as long
+    bf16: bool | None = None  # None: if the device computes it fast; otherwise it can take ten times as long
     compiled: bool = False  # torch.compile for U-Net blocks: takes a minute, then about twice as fast on a GPU
     log_every: int = 50  # steps
     save_minutes: float = 3.0
@@ -53,11 +53,11 @@ class RunSettings:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
     def budget(self) -> Budget:
-        """The budget, starting now."""
+        """Returns the budget, starting now."""
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """The device. Also limits torch's CPU threads: more threads than cores are ten times slower, not just a little."""
+        """Chooses the device, and limits torch's CPU threads: more threads than cores make it ten times slower."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -67,7 +67,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a session did."""
+    """The progress after a session."""
 
     step: int  # total steps done
     pictures: int  # total pictures seen
@@ -82,8 +82,8 @@ def run_task(
 
     Args:
         folder: for the checkpoints and `log.jsonl`
-        first: the step at which a run without a checkpoint begins: that of the weights it took over
-        budget: given where the task uses it too; otherwise one that starts now
+        first: the step at which a run without a checkpoint begins: that of the weights it continues from
+        budget: pass it if the task uses it too; None: one that starts now
 
     Raises:
         ValueError: the checkpoint belongs to other settings
@@ -109,7 +109,7 @@ class _Session:
         self.accelerator = Accelerator(mixed_precision="no", cpu=task.compute.device.type == "cpu")
         self.optimizers = Optimizers(task.groups(), task.optimizers, self.accelerator)
         self.trained = {name: len(self.optimizers.parameters([name])) for name in self.optimizers.names}
-        if state is not None and state.optimizer:  # weights taken over have none
+        if state is not None and state.optimizer:  # adopted weights have none
             self._restore_optimizer(state)
         self.log = Log(folder, self.start, tensorboard=False)
         self.window = _Window()
@@ -118,7 +118,7 @@ class _Session:
     def _restore_optimizer(self, state: checkpoint.State) -> None:
         if state.info.get("trained") != self.trained:
             warnings.warn(
-                f"{self.folder}: different parameters are trained now, so the optimizer starts anew", stacklevel=2
+                f"{self.folder}: different parameters are trained now, so the optimizer starts afresh", stacklevel=2
             )
             return
         self.optimizers.load_state_dict(state.optimizer)
@@ -145,7 +145,7 @@ class _Session:
         return Outcome(self.step, self.pictures, self.step - self.start, dict(record.parts) if record else {})
 
     def _records(self, budget: Budget) -> Iterator[Record]:
-        """The loop's steps. One whose loss or gradient is not finite is skipped with a warning and changes nothing."""
+        """Yields the loop's steps. A step with a non-finite loss or gradient is skipped with a warning and changes nothing."""
         task = self.task
         loop = Loop(task, self.optimizers, budget, task.seed, self.accelerator, averages=task.averages)
         step, skipped = self.start, 0
@@ -203,7 +203,7 @@ class _Session:
 
 @dataclass
 class _Window:
-    """The steps since the last line of the log."""
+    """The steps since the last log line."""
 
     records: list[Record] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
@@ -212,7 +212,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """The mean of everything logged per step, but the last value of the rates."""
+        """Averages everything logged per step, except rates, of which it returns the last value."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
@@ -224,7 +224,7 @@ class _Window:
 
 
 def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
-    """What a checkpoint records besides its tensors and its step."""
+    """Returns what a checkpoint records besides its tensors and its step."""
     return {"facts": json.loads(json.dumps(dict(facts))), "pictures": pictures}
 
 

@@ -1,4 +1,4 @@
-"""What all trainings from data share: networks, their moving averages, optimizers, and the contents of checkpoints."""
+"""The base of all trainings from data: networks, their moving averages, optimizers, and the contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a training computes, and whether it uses bf16 and compiled blocks."""
+    """A training's device, and whether it uses bf16 and compiled blocks."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     compiled: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing. Autocast is per thread, so each thread enters its own."""
+        """Returns bf16 autocast, or a context that does nothing. Autocast is per thread, so each thread enters its own."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
@@ -45,24 +45,24 @@ class PretrainTask:
     optimizers: Mapping[str, OptimizerPart]  # optimizer group -> its settings
     averages: Averages | None = None  # of parameters, updated after each step
     facts: Mapping[str, Any] = {}  # JSON, saved with every checkpoint: the settings that a resumed run must share
-    #: Modules that only help training: weights taken over from elsewhere do not have them.
+    #: Modules that are only used in training; adopted weights do not contain them.
     helpers: ClassVar[frozenset[str]] = frozenset()
 
     def groups(self) -> Mapping[str, Sequence[TrainableGroup]]:
-        """Optimizer group -> what it trains."""
+        """Maps each optimizer group to the parameters that it trains."""
         raise NotImplementedError
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The losses of one step, in order; see `shared.train.task.UpdateSource`."""
+        """Yields the losses of one step, in order; see `shared.train.task.UpdateSource`."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<module>/<tensor>` and `average/<parameter>`, on the CPU."""
+        """Returns `<module>/<tensor>` and `average/<parameter>`, on the CPU."""
         networks = {name: module.state_dict() for name, module in self.modules.items()}
         return state_of(networks, self.averages.state_dict() if self.averages else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores a state. ValueError when tensors are missing, left over or of another shape."""
+        """Restores a state. ValueError if tensors are missing, unknown or of another shape."""
         left = dict(state)
         for name, module in self.modules.items():
             own = _take(left, name)
@@ -88,8 +88,8 @@ class PretrainTask:
 
 
 def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: networks by name, and the average by parameter. Each owns its memory, as safetensors
-    requires."""
+    """Returns the tensors of a checkpoint: networks by name, and the average by parameter. Each owns its memory, as
+    safetensors requires."""
     return {
         f"{name}/{key}": tensor.detach().cpu().clone().contiguous()
         for name, state in {**networks, _AVERAGE: average}.items()
@@ -98,12 +98,12 @@ def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str,
 
 
 def average_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The averages in a checkpoint's tensors, by parameter."""
+    """Picks the averages from a checkpoint's tensors, by parameter."""
     return _take(dict(state), _AVERAGE)
 
 
 def decay_groups(module: nn.Module, lr: float, weight_decay: float) -> list[TrainableGroup]:
-    """The trainable parameters of `module`: matrices and kernels with weight decay; biases, norms, embeddings without."""
+    """Groups the trainable parameters of `module`: matrices and kernels get weight decay; biases, norms, embeddings do not."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]

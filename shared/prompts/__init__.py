@@ -1,4 +1,4 @@
-"""How training pictures are captioned and prompts are expanded."""
+"""Captions training pictures and expands prompts."""
 
 from typing import Annotated
 

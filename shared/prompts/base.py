@@ -18,7 +18,7 @@ def _with_place(template: str) -> str:
     return template
 
 
-#: A caption with {concept} in it.
+#: A caption that contains {concept}.
 Template = Annotated[str, AfterValidator(_with_place)]
 #: Owner -> its words in captions, or its class noun.
 Names = Mapping[str, str]

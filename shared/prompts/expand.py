@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from shared.backbones.protocol import Placeholder
 from shared.prompts.foreign_syntax import foreign_syntax
 
-_FOREIGN = frozenset("<([{_:")  # without these characters there is no foreign syntax
+_FOREIGN = frozenset("<([{_:")  # a prompt without these characters has no foreign syntax
 _NAME = re.compile(r"<([A-Za-z0-9][A-Za-z0-9_-]*)>")
 
 
 def names_in(prompt: str) -> tuple[str, ...]:
-    """The concepts that a prompt names as `<name>`, in order, without repeats."""
+    """Lists the concepts that a prompt names as `<name>`, in order, without repeats."""
     return tuple(dict.fromkeys(_NAME.findall(prompt)))
 
 
 def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
-    """Replaces every `<name>` with its words. ValueError for a name that is not loaded; lists the loaded ones.
+    """Replaces every `<name>` with its words. ValueError, with the loaded names, for a name that is not loaded.
 
     Warns about the syntax of other programs, which is read as plain words here.
     """
@@ -34,12 +34,12 @@ def expand(prompt: str, placeholders: Mapping[str, Placeholder]) -> str:
 
 
 def without(prompt: str, class_nouns: Mapping[str, str]) -> str:
-    """The prompt with each `<name>` replaced by its class noun, for the base model."""
+    """Replaces each `<name>` in a prompt by its class noun, for the base model."""
     return re.sub(r"\s+", " ", _NAME.sub(lambda m: class_nouns.get(m.group(1), m.group(0)), prompt)).strip()
 
 
 def check_named(prompt: str, must: Mapping[str, str]) -> None:
-    """Raises ValueError when the prompt does not name a loaded subject (name -> kind); motions and styles need no name."""
+    """Raises ValueError if the prompt does not name a loaded subject (name -> kind); motions and styles need no mention."""
     named = names_in(prompt)
     for name, kind in must.items():
         if kind in ("subject", "identity") and name not in named:

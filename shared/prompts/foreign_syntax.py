@@ -36,7 +36,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], Collection[str]], 
 
 
 def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
-    """One sentence for each piece of another program's syntax in a prompt, saying how to write it here.
+    """Yields one sentence for each piece of another program's syntax in a prompt, with the way to write it here.
 
     Args:
         names: the loaded concepts
@@ -52,6 +52,6 @@ def foreign_syntax(prompt: str, names: Collection[str] = ()) -> Iterator[str]:
 
 
 def _fitting(text: str, names: Collection[str]) -> str:
-    """The loaded concept that the text refers to, else the text as a valid name."""
+    """Returns the loaded concept that the text refers to, else the text as a valid name."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text.strip()).strip("-_")
     return next((n for n in names if n.lower() == name.lower()), name)

@@ -37,13 +37,13 @@ SETS = {"plain": ("a photo of a {concept}",), "subject": SUBJECT, "style": STYLE
 class Templates(CaptionPart):
     """Draws one template per picture and step; a user's own caption is kept, with the concept inserted.
 
-    In a user's caption, `<name>` or `{concept}` marks the position; without either, the class noun is replaced, and without
-    that the concept is put in front.
+    In a user's caption, `<name>` or `{concept}` marks the position. If it has neither, the concept replaces the class noun,
+    and if that is missing too, the concept is put in front.
     """
 
     kind: Literal["templates"] = "templates"
     set: Literal["plain", "subject", "style"] = "plain"
-    templates: tuple[Template, ...] = ()  # if given, used instead of the set
+    templates: tuple[Template, ...] = ()  # used instead of the set, unless empty
     user_captions: bool = True  # false: templates replace the user's captions
 
     @property

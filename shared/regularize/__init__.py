@@ -1,4 +1,4 @@
-"""Penalties. A new penalty is one file and one line in the union."""
+"""Penalties. To add one, write one file and add one line to the union."""
 
 from typing import Annotated
 

@@ -22,7 +22,7 @@ class Localisation(Penalty):
     """weight * mean over instance examples of the sum over their concepts of |A(concept) - mask|^2 (Break-A-Scene,
     https://arxiv.org/abs/2305.16311, eq. 3).
 
-    A is the picture's attention to the concept's own tokens: the mean over heads, watched layers and tokens, divided by its
+    A is the picture's attention to the concept's own tokens: the mean over heads, selected layers and tokens, divided by its
     maximum, as in the paper's code. It is compared at 16×16, the resolution at which the layers of a full-size model localise
     objects best. Needs a mask for each subject. With `distance: cross_entropy`, the map is the probability that a position
     belongs to the concept (MotionBooth, https://arxiv.org/abs/2406.17758, eq. 4).
@@ -38,12 +38,12 @@ class Localisation(Penalty):
 
     @property
     def provides(self) -> tuple[AttentionMaps, ...]:
-        """The need that this part provides."""
+        """Returns the need that this part provides."""
         return (AttentionMaps(scales=frozenset(self.scales)),)
 
     def __call__(self, step: Step) -> Tensor:
         masks = step.batch.owner_masks
-        if not masks:  # in this batch; a run without any masks is refused at the start
+        if not masks:  # in this batch; a run without any masks is rejected at the start
             return step.prediction.sum() * 0
         record: Record = step.need("attention_maps")
         positions = step.conditioning.token_positions
@@ -71,9 +71,9 @@ def localisation_loss(
     normalize: Literal["max", "none"] = "max",
     distance: Distance = "squared",
 ) -> Tensor:
-    """Mean over examples of the sum over concepts of the mean distance between map and mask: a scalar.
+    """Returns the mean over examples of the sum over concepts of the mean distance between map and mask: a scalar.
 
-    A concept counts in examples whose text names it and whose mask for it is not empty.
+    A concept counts in examples whose text names it and in which its mask is not empty.
 
     Args:
         maps: [B, rows * columns of the grid, L], probabilities
@@ -100,7 +100,7 @@ def localisation_loss(
 
 
 def _cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
-    """-target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; written out because torch's
-    version refuses autocast."""
+    """Returns -target log(chance) - (1 - target) log(1 - chance), both in [0, 1], of the same shape; written out because
+    torch's version does not work under autocast."""
     chance = chance.float().clamp(1e-6, 1 - 1e-6)
     return -(target * chance.log() + (1 - target) * (1 - chance).log())

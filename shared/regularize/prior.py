@@ -1,4 +1,4 @@
-"""Keeps what the model knows about the class while it learns one member of it."""
+"""Preserves what the model knows about the class while it learns one member of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PriorPreservation(Penalty):
 
 
 class PriorPrediction(Penalty):
-    """Keeps the prediction for the class prompt, on the same noisy latents, as it is without the concept in training.
+    """Keeps the prediction for the class prompt, on the same noisy latents, close to that without the concept in training.
 
     |eps_adapted(x_t, c_class) - eps_base(x_t, c_class)|^2; needs no class pictures. "Base" is the model with all previously
     loaded concepts but without those in training, whose adapters are switched off by name.

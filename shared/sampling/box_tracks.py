@@ -1,4 +1,4 @@
-"""Where things should be in a picture or clip: a box, or boxes at some frames, interpolated linearly in between."""
+"""Boxes for things in a picture or clip: one box, or boxes at some frames with linear interpolation in between."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Track = Mapping[int, Box]  # by frame
 
 
 def as_track(value: Any, name: str) -> dict[int, Box]:
-    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError when invalid."""
+    """Parses one box for all frames, a list of boxes from the first frame on, or boxes by frame. ValueError if invalid."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], int | float):
         value = {0: value}
     if isinstance(value, list | tuple):
@@ -61,7 +61,7 @@ def read_tracks(path: Path) -> dict[str, dict[int, Box]]:
 
 
 def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
-    """Raises ValueError when a box is for a frame that is not generated."""
+    """Raises ValueError if a box is set for a frame that is not generated."""
     for name, track in tracks.items():
         if max(track) >= frames:
             raise ValueError(
@@ -70,7 +70,7 @@ def check_frames(tracks: Mapping[str, Track], frames: int) -> None:
 
 
 def at(track: Track, frame: float) -> Box:
-    """The box at a frame: as given or interpolated linearly; constant before the first and after the last."""
+    """Returns the box at a frame: a key box or a linear interpolation; constant before the first and after the last."""
     before = max((f for f in track if f <= frame), default=min(track))
     after = min((f for f in track if f >= frame), default=max(track))
     if before >= after:
@@ -81,12 +81,12 @@ def at(track: Track, frame: float) -> Box:
 
 
 def latent_frame_times(latents: int, factor: int) -> list[float]:
-    """The middle of the frames that each latent frame covers: the first frame alone, then groups of `factor`."""
+    """Returns the middle of the frames that each latent frame covers: only the first frame, then groups of `factor`."""
     return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
 
 
 def box_masks(track: Track, times: list[float], height: int, width: int) -> Tensor:
-    """Bool [f, h, w]: the cells whose centre is in the box; at least one."""
+    """Marks the cells whose centre is in the box, at least one: bool [f, h, w]."""
     out = torch.zeros(len(times), height, width, dtype=torch.bool)
     for i, time in enumerate(times):
         left, top, right, bottom = at(track, time)

@@ -1,4 +1,4 @@
-"""Pictures and clips given to the sampler, encoded to latents of the sampled size."""
+"""Reads the sampler's input pictures and clips, and encodes them to latents of the sampled size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file or folder is a clip, not a picture. ValueError, naming it, if it is neither."""
+    """Tells whether a file or folder is a clip and not a picture. ValueError, with its path, if it is neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)
@@ -26,23 +26,24 @@ def is_clip(path: Path) -> bool:
 
 
 def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Tensor:
-    """Encodes a picture to latents [1, C, h, w]; `size`: (height, width) in pixels, which it is cropped to cover.
+    """Encodes a picture to latents [1, C, h, w], after scaling and cropping it to `size`: (height, width) in pixels.
 
-    ValueError, naming it, when it cannot be read.
+    ValueError, with its path, if it cannot be read.
     """
     picture = resize(read_picture(path), size, "cover")
     return encoded(backbone, picture.pixels)
 
 
 def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped alike. ValueError when their sizes differ."""
+    """Reads a picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped alike. ValueError if their sizes
+    differ."""
     fitted = resize(load(path, mask), size, "cover")
     assert fitted.mask is not None
     return fitted.pixels, fitted.mask
 
 
 def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None = None) -> Clip:
-    """Reads the first `frames` frames of a clip, cropped to cover `size`. ValueError, naming it, when it is shorter."""
+    """Reads the first `frames` frames of a clip, scaled and cropped to `size`. ValueError, with its path, if it is shorter."""
     there = open_frames(path).count
     if there < frames:
         raise ValueError(f"{path} has {there} frames, but {frames} are needed: use fewer frames, or a longer clip")
@@ -51,7 +52,7 @@ def read_given(path: Path, frames: int, size: tuple[int, int], mask: Path | None
 
 @torch.no_grad()
 def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """[3, (F), H, W] in [-1, 1] -> latents [1, C, (f), h, w], in the sampler's precision."""
+    """Encodes [3, (F), H, W] in [-1, 1] to latents [1, C, (f), h, w], in the sampler's precision."""
     given = pixels[None].to(backbone.device, backbone.dtype)
     with torch.autocast(given.device.type, enabled=False):  # the autoencoder keeps its loaded precision
         return backbone.encode_pixels(given).to(backbone.latent_dtype)

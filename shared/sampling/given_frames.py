@@ -1,4 +1,4 @@
-"""Given content: a first frame, the first frames, or a region, kept while the rest is sampled."""
+"""Keeps existing content (a first frame, the first frames, or a region) while the rest is sampled."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MOST = 0.5  # the share of a latent cell that must be masked for the cell to be
 
 
 class GivenFrames(SamplingHookBase):
-    """Frames, or a region of them, that the result keeps. Several may be given.
+    """Keeps frames, or a region of them, in the result. Several such hooks may be combined.
 
-    A picture becomes the first frame, a clip the first frames. With a mask, its region is kept; the clip must then be as
-    long as the result (for a picture, a picture). At each step the kept latents are replaced by the given ones with that
-    step's noise, after the last step by the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8, without
-    resampling). A family that takes a time per frame (`time_per_frame`) instead gets whole frames without noise, at t = 0
-    (HaCohen et al., LTX-Video, arXiv 2501.00103).
+    A picture becomes the first frame, a clip the first frames. With a mask, only its region is kept; the clip must then be
+    as long as the result (a picture, if a picture is generated). At each step the kept latents are replaced by the file's,
+    with that step's noise, and after the last step by the clean ones (Lugmayr et al., RePaint, arXiv 2201.09865, eq. 8,
+    without resampling). Families that take a time per frame (`time_per_frame`) get whole frames without noise instead, at
+    t = 0 (HaCohen et al., LTX-Video, arXiv 2501.00103).
     """
 
     kind: Literal["given_frames"] = "given_frames"
@@ -36,18 +36,18 @@ class GivenFrames(SamplingHookBase):
     frames: Annotated[int, Field(ge=1)] | None = None  # for a clip without a mask: how many of its first frames to use
 
     def check(self) -> None:
-        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
+        """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
         clip = is_clip(self.path)
         if self.mask is None and clip and self.frames is not None and self.frames > open_frames(self.path).count:
             there = open_frames(self.path).count
             raise ValueError(f"{self.path} has only {there} frames, but its first {self.frames} are requested")
         if not clip and self.frames is not None:
-            raise ValueError(f"{self.path} is a picture: a number of frames is only for clips")
+            raise ValueError(f"{self.path} is a picture: set a number of frames only for clips")
         if self.mask is not None and not self.mask.exists():
             raise ValueError(f"{self.mask} does not exist")
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> KeptLatents:
-        """Raises ValueError when frames or masks do not fit what is sampled, or nothing is left to generate."""
+        """Raises ValueError if frames or masks do not fit the sampled size, or nothing is left to generate."""
         self.check()
         *frames, height, width = output_size(backbone, settings)
         shape = backbone.latent_shape(height, width, *frames)
@@ -56,20 +56,20 @@ class GivenFrames(SamplingHookBase):
         elif frames:
             known, kept = self._beginning(backbone, frames[0], (height, width), shape)
         else:
-            raise ValueError(f"{self.path} would give the whole picture: use a mask to choose what to keep")
+            raise ValueError(f"{self.path} would fix the whole picture: use a mask to choose what to keep")
         if bool(kept.all()):
-            raise ValueError(f"{self.path} already gives everything: nothing is left to generate")
+            raise ValueError(f"{self.path} already fixes every frame: nothing is left to generate")
         return KeptLatents(known=known, kept=kept)
 
     def _beginning(
         self, backbone: Backbone, frames: int, size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, f, h, w], 0 where nothing is given, and bool [1, 1, f, h, w]: where they are kept."""
+        """Returns latents [1, C, f, h, w], 0 where nothing is kept, and bool [1, 1, f, h, w]: where they are kept."""
         if is_clip(self.path):
             count = self.frames or open_frames(self.path).count
             if count >= frames:
                 raise ValueError(
-                    f"{self.path} gives {count} frames of a clip of {frames}: generate a longer clip, or give fewer frames"
+                    f"{self.path} fixes {count} of {frames} frames: generate a longer clip, or keep fewer frames"
                 )
             if count > 1:
                 backbone.latent_shape(*size, count)  # report an invalid number of frames as such
@@ -85,7 +85,7 @@ class GivenFrames(SamplingHookBase):
     def _region(
         self, backbone: Backbone, frames: list[int], size: tuple[int, int], shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Latents [1, C, (f), h, w], and bool [1, 1, (f), h, w]: where they are kept."""
+        """Returns latents [1, C, (f), h, w], and bool [1, 1, (f), h, w]: where they are kept."""
         assert self.mask is not None
         if not frames:
             pixels, mask = masked_picture(self.path, self.mask, size)
@@ -97,7 +97,7 @@ class GivenFrames(SamplingHookBase):
 
 
 def _pooled(backbone: Backbone, masks: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """[1, F, H, W] -> bool [1, 1, f, h, w]."""
+    """Pools masks [1, F, H, W] to latent cells that are kept, bool [1, 1, f, h, w]."""
     return (pool_masks(masks[None], (grid[0], grid[1], grid[2])) >= _MOST).to(backbone.device)
 
 
@@ -108,7 +108,7 @@ class KeptLatents(SamplingHookBase):
     kept: Tensor
 
     def _whole(self, backbone: Backbone) -> Tensor:
-        """Bool [1, 1, f, 1, 1]: the frames kept whole, for a network that takes a time per frame; else all False."""
+        """Returns bool [1, 1, f, 1, 1]: the frames kept whole, for a network that takes a time per frame; else all False."""
         whole = self.kept.all(-1, keepdim=True).all(-2, keepdim=True)
         return whole if backbone.time_per_frame and self.kept.ndim == 5 else torch.zeros_like(whole)
 

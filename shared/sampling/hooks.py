@@ -1,4 +1,4 @@
-"""Hooks between denoising steps, around one sampler."""
+"""Hooks that the sampler calls between denoising steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """One denoising step, before its prediction."""
+    """The state of a denoising step before its prediction."""
 
     index: int  # 0 … steps - 1
     steps: int  # scheduler calls (two per step for second-order schedulers)
@@ -41,18 +41,18 @@ class DenoisingStep:
         return self.index + 1 == self.steps
 
     def noised(self, x0: Tensor) -> Tensor:
-        """Clean latents [B or 1, C, (f), h, w] noised to this step's level with the initial noise, in the scheduler's units:
+        """Noises clean latents [B or 1, C, (f), h, w] to this step's level with the initial noise, in the scheduler's units:
         [B, C, (f), h, w]."""
         return self.backbone.add_noise(x0.expand_as(self.noise), self.noise, self.t) / self.scale
 
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """Acts between denoising steps. `SamplingHookBase` implements it with no effect, as a base class."""
+    """Acts between denoising steps. The base class `SamplingHookBase` implements it without any effect."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
-        """Returns the hook for one call of the sampler: itself, or one that has read its files. ValueError when they do not
-        fit what is sampled."""
+        """Returns the hook for one call of the sampler: itself, or a copy that has read its files. ValueError if they do not
+        fit the sampled size."""
         ...
 
     def initial_noise(self, backbone: Backbone, noise: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class StrengthSchedule(SamplingHookBase):
 
     @classmethod
     def parse(cls, text: str) -> StrengthSchedule:
-        """Parses `my-mug=0@0,1@0.2`: strength 0 from the first step, 1 once a fifth of the steps is done.
+        """Parses `my-mug=0@0,1@0.2`: strength 0 from the first step, 1 after a fifth of the steps.
 
         ValueError for any other format, or a fraction that is outside [0, 1] or repeated.
         """
@@ -155,12 +155,12 @@ class StrengthSchedule(SamplingHookBase):
         return validate(cls, {"strengths": {name: schedule}})
 
     def times(self, factor: float) -> StrengthSchedule:
-        """The same schedule with every strength multiplied by `factor`."""
+        """Returns the schedule with every strength multiplied by `factor`."""
         scaled = {n: {f: factor * s for f, s in points.items()} for n, points in self.strengths.items()}
         return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
-        """One concept's strength when `fraction` of the steps is done; before the first point, that point's strength."""
+        """Returns a concept's strength when `fraction` of the steps is done; before the first point, that point's strength."""
         points = sorted(self.strengths[name].items())
         before = [p for p in points if p[0] <= fraction] or points[:1]
         after = [p for p in points if p[0] > fraction]

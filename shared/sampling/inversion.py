@@ -1,4 +1,4 @@
-"""Inversion: from clean latents back to the noise that would generate them, by running the sampler's equation backwards."""
+"""Inverts clean latents to the noise that would generate them, by running the sampler's equation backwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 def invert(
     backbone: Backbone, latents: Tensor, prompts: Sequence[str] = ("",), *, steps: int | None = None, refine: int = 0
 ) -> Tensor:
-    """The noise [B, C, (f), h, w] from which deterministic sampling without guidance gives `latents`, with these prompts.
+    """Finds the noise [B, C, (f), h, w] from which deterministic sampling without guidance generates `latents`, with these
+    prompts.
 
     For epsilon, v and sample predictions, DDIM backwards (Song et al., arXiv 2010.02502, section 4.3; Mokady et al., arXiv
     2211.09794, section 3.2), over the DDIM scheduler's times; for flow matching, Euler's method backwards, over the sigmas
@@ -62,7 +63,8 @@ def invert(
 
 
 def _levels(backbone: Backbone, steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Increasing times [N]; alpha and sigma of the sampler's final latents, then at these times, each [N + 1], float64."""
+    """Returns increasing times [N], and alpha and sigma of the sampler's final latents, then at these times, each [N + 1],
+    float64."""
     flow = backbone.prediction_type == "flow"
     solver: Any = make_scheduler(backbone, "flow_euler" if flow else "ddim")
     backbone.set_timesteps(solver, steps, shape)
@@ -83,7 +85,7 @@ def _one_back(
     t: Tensor,
     levels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """The latents from which a deterministic step with this prediction gives x."""
+    """Returns the latents from which a deterministic step with this prediction leads to x."""
     (a0, s0), (a1, s1) = levels
     kind = backbone.prediction_type
     if kind == "flow":
@@ -97,8 +99,8 @@ def _one_back(
 class NoisePrior(SamplingHookBase):
     """Starts sampling from noise that partly comes from a clip (or picture): sqrt(p) * inverted + sqrt(1 - p) * random.
 
-    p = 1 is Tune-A-Video's start (https://arxiv.org/abs/2212.11565); 0.1 to 0.5 is MotionDirector's for a motion from a
-    single clip (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without its appearance. The
+    Tune-A-Video starts with p = 1 (https://arxiv.org/abs/2212.11565). For a motion from a single clip, MotionDirector uses
+    0.1 to 0.5 (https://arxiv.org/abs/2310.08465), which keeps the clip's layout and movement without its appearance. The
     clip is inverted with the current model, including loaded concepts.
     """
 
@@ -106,15 +108,15 @@ class NoisePrior(SamplingHookBase):
     path: PathText
     share: Share = 0.3  # p
     prompt: str = ""  # the prompt of the inversion
-    steps: Annotated[int, Field(ge=1)] | None = None  # of the inversion; None: as in sampling
+    steps: Annotated[int, Field(ge=1)] | None = None  # steps of the inversion; None: as many as in sampling
     refine: Annotated[int, Field(ge=0)] = 0  # see `invert`
 
     def check(self) -> None:
-        """Raises ValueError, naming the file, for errors that can be found before a model is loaded."""
+        """Raises ValueError, with the file's path, for errors that can be found before a model is loaded."""
         is_clip(self.path)
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> MixedNoise:
-        """Raises ValueError when the file cannot be read, is a picture when a clip is generated (or the reverse), or is too
+        """Raises ValueError if the file cannot be read, is a picture although a clip is generated (or the reverse), or is too
         short."""
         *frames, height, width = output_size(backbone, settings)
         backbone.latent_shape(height, width, *frames)

@@ -1,6 +1,6 @@
 """One sampler around diffusers' schedulers, with hooks between the steps.
 
-It gives the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
+It generates the same pixels as the family's diffusers pipeline with the same prompt, negative prompt, guidance, steps,
 scheduler and generators (tested). Each picture has its own generator, so it does not depend on its batch.
 """
 
@@ -24,7 +24,7 @@ from shared.sampling.settings import SamplingSettings, Start
 from shared.trainable.merged_forward import merged_layers
 from shared.types import Conditioning
 
-DECODE_PIXELS = 2**18  # one 512x512 picture: the autoencoder's activations are the largest of all
+DECODE_PIXELS = 2**18  # decoded together: one 512x512 picture, because the autoencoder has the largest activations
 SAMPLE_PIXELS = 2**20  # denoised together: four 512x512 pictures, or one of 1024x1024
 
 
@@ -74,7 +74,7 @@ def sample_all(
     settings: SamplingSettings = SamplingSettings(),
     progress: Steps | None = None,
 ) -> Tensor:
-    """Like `sample`, but on the CPU and in batches that are sure to fit into memory. One prompt per seed."""
+    """Samples like `sample`, but returns pixels on the CPU and uses batches that fit into memory. One prompt per seed."""
     settings = ready(backbone, settings)
     pixels = math.prod(output_size(backbone, settings))
     at_once = images_per_batch(pixels, SAMPLE_PIXELS)
@@ -89,20 +89,20 @@ def sample_all(
 
 
 def output_size(backbone: Backbone, settings: SamplingSettings) -> tuple[int, ...]:
-    """(H, W) in pixels for a picture, (F, H, W) for a clip: as requested, or the backbone's own."""
+    """Returns (H, W) in pixels for a picture, (F, H, W) for a clip: as requested, or the backbone's own."""
     height, width = settings.height or backbone.resolution, settings.width or backbone.resolution
     frames = backbone.frames if settings.frames is None else settings.frames
     return (frames, height, width) if frames else (height, width)
 
 
 def ready(backbone: Backbone, settings: SamplingSettings) -> SamplingSettings:
-    """The settings with hooks that have read their files; calling it again changes nothing."""
+    """Returns the settings with hooks that have read their files; calling it again changes nothing."""
     return replace(settings, hooks=InTurn(settings.hooks).ready(backbone, settings).hooks)
 
 
 @torch.no_grad()
 def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
-    """Decodes to pictures or clips in [-1, 1] with `pixels` = (F *) H * W each; a bounded number of pixels at a time.
+    """Decodes to pictures or clips in [-1, 1] of `pixels` = (F *) H * W each, with a bounded number of pixels at a time.
 
     The autoencoder keeps its loaded precision, even under autocast.
     """
@@ -112,12 +112,12 @@ def decoded(backbone: Backbone, latents: Tensor, pixels: int) -> Tensor:
 
 
 def images_per_batch(pixels: int, limit: int, most: int = 8) -> int:
-    """How many pictures of `pixels` pixels fit into `limit` pixels: at least one, at most `most`."""
+    """Returns how many pictures of `pixels` pixels fit into `limit` pixels: at least one, at most `most`."""
     return max(1, min(most, limit // pixels))
 
 
 def check_guidance(guidance: float | None, where: str = "guidance") -> None:
-    """Raises ValueError when the guidance is not finite."""
+    """Raises ValueError unless the guidance is finite."""
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"{where} = {guidance}: give a number, such as 7.5 (1 means no guidance)")
 
@@ -130,7 +130,7 @@ def denoise(
     seeds: Sequence[int],
     settings: SamplingSettings = SamplingSettings(),
 ) -> Iterator[Denoised]:
-    """The sampler as a generator of its steps; arguments as in `sample`."""
+    """Runs the sampler and yields each step; arguments as in `sample`."""
     guidance = backbone.default_guidance if settings.guidance is None else settings.guidance
     check_guidance(guidance)
     steps = backbone.default_steps if settings.steps is None else settings.steps
@@ -159,8 +159,8 @@ def denoise(
 
 
 def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple[Tensor, Tensor]:
-    """The remaining times [n], and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units. ValueError
-    for a start of the wrong shape, or one that leaves no steps."""
+    """Returns the remaining times [n], and the latents [B, C, (f), h, w] at the first of them, in the scheduler's units.
+    ValueError for a start of the wrong shape, or one that leaves no steps."""
     if start is None:
         return solver.timesteps, noise * getattr(solver, "init_noise_sigma", 1.0)
     if start.latents.shape != noise.shape:
@@ -180,7 +180,7 @@ def _begun(solver: Any, noise: Tensor, start: Start | None, steps: int) -> tuple
 
 
 def _seen(solver: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """The latents in the network's units: some schedulers use their own."""
+    """Converts latents to the network's units: some schedulers use their own."""
     return solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
 
 
@@ -216,7 +216,7 @@ def _requests(
     steps: int,
     guidance: float,
 ) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts, one per picture, checked."""
+    """Checks prompts and negative prompts, and returns one per picture."""
     if steps < 1 or batch < 1:
         raise ValueError(f"sampling needs at least one step and one seed, got steps={steps} and {batch} seeds")
     guided = backbone.needs_negative(guidance)
@@ -239,7 +239,7 @@ def _texts(texts: Sequence[str], batch: int, what: str) -> list[str]:
 
 
 def _noise(backbone: Backbone, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """[B, C, (f), h, w], drawn per picture on the CPU in the sampler's precision, as diffusers' `randn_tensor` does."""
+    """Draws noise [B, C, (f), h, w] per picture on the CPU in the sampler's precision, like diffusers' `randn_tensor`."""
     noise = [torch.randn((1, *shape), generator=g, dtype=backbone.latent_dtype) for g in generators]
     return torch.cat(noise).to(backbone.device)
 

@@ -1,4 +1,4 @@
-"""Schedulers by name, built from a backbone's own configuration, like `X.from_config(pipe.scheduler.config)`."""
+"""Makes schedulers by name from a backbone's own configuration, like `X.from_config(pipe.scheduler.config)`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def scheduler_names(backbone: Backbone) -> tuple[str, ...]:
-    """The names that `make_scheduler` accepts for this backbone."""
+    """Lists the names that `make_scheduler` accepts for this backbone."""
     return tuple(sorted(FLOW if backbone.prediction_type == "flow" else DIFFUSION))
 
 
 def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
-    """Makes a new diffusers scheduler: the named one, or the backbone's own kind if no name is given.
+    """Makes a new diffusers scheduler: the one called `name`, or the backbone's own kind if that is None.
 
     Raises:
-        ValueError: for an unknown name; lists those that fit the family
+        ValueError: for an unknown name, with those that fit the family
     """
     default = backbone.scheduler
     if name is None:
@@ -49,10 +49,10 @@ def make_scheduler(backbone: Backbone, name: str | None = None) -> Any:
 
 
 def named_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """Makes a new diffusers scheduler of a known name from another one's configuration, as `from_config` does."""
+    """Makes a new diffusers scheduler, by a known name, from another scheduler's configuration, as `from_config` does."""
     import diffusers
 
     kind, settings = {**DIFFUSION, **FLOW}[name]
-    if "flow_shift" in config and "shift" not in config:  # the same setting, by UniPC's and Euler's names
+    if "flow_shift" in config and "shift" not in config:  # UniPC and Euler have different names for the same setting
         settings = {**settings, "shift": config["flow_shift"]}
     return getattr(diffusers, kind).from_config(config, **settings)

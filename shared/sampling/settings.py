@@ -14,7 +14,7 @@ from shared.sampling.hooks import SamplingHook
 class Start:
     """Starts sampling from existing latents instead of pure noise (SDEdit, https://arxiv.org/abs/2108.01073).
 
-    latents: clean, [B, C, (f), h, w]. strength: the share of the steps to take, in (0, 1]: a small one changes little, and 1
+    latents: clean, [B, C, (f), h, w]. strength: the share of the steps to take, in (0, 1]: small values change little, and 1
     keeps hardly anything. Raises ValueError for any other strength.
     """
 
@@ -24,7 +24,7 @@ class Start:
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(
-                f"strength = {self.strength:g}: it must be above 0 (where nothing would change) and at most 1"
+                f"strength = {self.strength:g}: must be above 0 (which would change nothing) and at most 1"
             )
 
     def __getitem__(self, rows: slice) -> Start:
@@ -33,7 +33,7 @@ class Start:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The sampler's settings besides prompts and seeds; None: the backbone's own."""
+    """The sampler's settings besides prompts and seeds; None means the backbone's default."""
 
     negative: str | tuple[str, ...] = ""  # one text, or one per picture
     guidance: float | None = None  # classifier-free guidance, or distilled guidance if the model takes it; 1: none
@@ -41,10 +41,10 @@ class SamplingSettings:
     scheduler: str | None = None  # one of `scheduler_names(backbone)`
     height: int | None = None  # pixels
     width: int | None = None
-    frames: int | None = None  # of a clip; 0: a picture, even from a clip model
+    frames: int | None = None  # number of frames of a clip; 0: a picture, even from a clip model
     hooks: tuple[SamplingHook, ...] = field(default=())  # applied between steps, in order
     start: Start | None = None  # None: pure noise
 
     def stated(self) -> dict[str, Any]:
-        """What differs from the defaults, by name."""
+        """Returns the settings that differ from the defaults, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}

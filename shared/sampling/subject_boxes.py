@@ -20,7 +20,7 @@ from shared.sampling.hooks import DenoisingStep, SamplingHookBase
 from shared.sampling.sampler import output_size
 from shared.sampling.settings import SamplingSettings
 
-_NEVER = -1e4  # added to a score, it removes the attention, even in half precision
+_NEVER = -1e4  # when added to a score, removes the attention, even in half precision
 
 
 class SubjectBoxes(SamplingHookBase):
@@ -40,7 +40,7 @@ class SubjectBoxes(SamplingHookBase):
     @classmethod
     def _tracks(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not value:
-            raise ValueError("give boxes by name: {my-mug: [left, top, right, bottom]}, or by frame")
+            raise ValueError("set boxes by name: {my-mug: [left, top, right, bottom]}, or by frame")
         return {str(name): as_track(track, str(name)) for name, track in value.items()}
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SubjectBoxes:
@@ -59,7 +59,7 @@ class SubjectBoxes(SamplingHookBase):
         return step.backbone.attending(At(edit, Where(kinds=frozenset({"cross"}))))
 
     def _positions(self, step: DenoisingStep, name: str) -> Tensor:
-        """Bool [B, L]: the positions of a concept's words, or of these words, in the prompts."""
+        """Finds the positions of a concept's words, or of the words `name`, in the prompts: bool [B, L]."""
         placeholder = step.backbone.placeholders.get(name)
         words = placeholder.words if placeholder is not None else name
         found = step.backbone.word_positions(step.prompts, words)
@@ -71,7 +71,7 @@ class SubjectBoxes(SamplingHookBase):
 
 @dataclass(frozen=True)
 class _Boxed:
-    """The edit of one step."""
+    """The edit of the attention scores in one step."""
 
     part: SubjectBoxes
     step: DenoisingStep
@@ -85,7 +85,7 @@ class _Boxed:
         return q, k, v, added if bias is None else bias + added.to(bias.dtype)
 
     def _bias(self, name: str, site: Site, q: Tensor, rows: Rows) -> Tensor:
-        """[entries, 1, Lq, L]: a row's frames are separate entries, or consecutive in Lq."""
+        """Returns the bias [entries, 1, Lq, L]: a row's frames are separate entries, or consecutive in Lq."""
         *frames, height, width = self.step.noise.shape[2:]
         times = latent_frame_times(frames[0], self.step.backbone.frame_factor) if frames else [0.0]
         inside = box_masks(self.part.boxes[name], times, *site.grid(height, width))

@@ -1,4 +1,4 @@
-"""Where examples come from: the user's pictures, the model's own, or a folder. Touches no model in training."""
+"""Sources of examples: the user's pictures, the model's own, or a folder. They never use the model in training."""
 
 from __future__ import annotations
 

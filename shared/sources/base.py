@@ -19,13 +19,13 @@ class SourcePart(KindPart):
         return "instance"
 
     def check(self, subjects: Mapping[str, Subject], earlier: Sequence[str]) -> Mapping[Path, Path | None]:
-        """Checks what can be checked before a model is loaded.
+        """Checks everything that can be checked before a model is loaded.
 
         Args:
             earlier: the phases before the one that has this source
 
         Returns:
-            its pictures of role "instance" that already exist as files, each with its mask if it has one
+            its pictures of role "instance" that already exist as files, each with its mask or None
 
         Raises:
             ValueError: for missing files, subjects and phases

@@ -27,11 +27,11 @@ _SCHEME = 1  # increase it when the way pictures are generated changes
 
 
 class Generated(SourcePart):
-    """`num_images` class pictures per subject, of role "prior", generated once and cached under `SourceContext.cache_dir`.
+    """Generates `num_images` class pictures per subject, of role "prior", once; cached under `SourceContext.cache_dir`.
 
-    The cache key covers everything they depend on (weights, prompt, guidance, steps, seed, resolution), but not their
-    number: more are added to existing ones. Missing and damaged files are generated again. Two subjects of the same class
-    share them. The caption is the prompt they were generated with.
+    The cache key covers everything that they depend on (weights, prompt, guidance, steps, seed, resolution), but not their
+    number: new ones are added to existing ones. Missing and damaged files are generated again. Two subjects of the same
+    class share them. The caption is the prompt that they were generated with.
     """
 
     made: ClassVar[str] = "class pictures"
@@ -62,7 +62,7 @@ class Generated(SourcePart):
         return {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError when the prompt needs a class noun that a subject lacks, or the run cannot generate pictures."""
+        """Raises ValueError if the prompt needs a class noun that a subject lacks, or the run cannot generate pictures."""
         self.check(context.subjects, ())
         for name, subject in context.subjects.items():
             prompt = self.prompt.replace("{class_noun}", subject.class_noun)
@@ -70,18 +70,18 @@ class Generated(SourcePart):
                 yield Example(self._read(path), prompt, (name,), "prior", source=str(path), user_caption=True)
 
     def key(self, context: SourceContext, prompt: str) -> str:
-        """sha256 of everything the pictures depend on."""
+        """Returns a sha256 hash of everything that the pictures depend on."""
         facts = [_SCHEME, context.backbone_key, prompt, self.guidance, self.steps, self.seed, context.resolution]
         return hashlib.sha256(json.dumps([*facts, *self._more_facts()]).encode()).hexdigest()
 
     # --- what is generated: here pictures ------------------------------------------------------------------------
 
     def _more_facts(self) -> list[Any]:
-        """Further facts for the key."""
+        """Returns additional values for the key."""
         return []
 
     def _size(self, side: int) -> tuple[int, ...]:
-        """(side, side), or (frames, side, side)."""
+        """Returns (side, side), or (frames, side, side)."""
         return side, side
 
     def _file(self, folder: Path, number: int) -> Path:
@@ -91,7 +91,7 @@ class Generated(SourcePart):
         return path.is_file()
 
     def _read(self, path: Path) -> Tensor:
-        """[3, (F), H, W] in [-1, 1]. ValueError when it cannot be read."""
+        """Reads a file as [3, (F), H, W] in [-1, 1]. ValueError if it cannot be read."""
         return read_picture(path, min_side=1).pixels
 
     def _key_of(self, path: Path) -> str | None:
@@ -103,7 +103,7 @@ class Generated(SourcePart):
     # -------------------------------------------------------------------------------------------------------------
 
     def _filled(self, context: SourceContext, prompt: str) -> list[Path]:
-        """The files of one prompt's pictures, after generating the missing ones."""
+        """Returns the files of one prompt's pictures, after generating the missing ones."""
         key = self.key(context, prompt)
         folder = context.cache_dir / "class" / key[:24]
         paths = [self._file(folder, i) for i in range(self.num_images)]
@@ -116,7 +116,7 @@ class Generated(SourcePart):
         return paths
 
     def _make(self, context: SourceContext, prompt: str, key: str, todo: dict[int, Path]) -> None:
-        """Generates the pictures with these numbers in batches; finished ones are kept even if the rest fails."""
+        """Generates the pictures with these numbers in batches; finished ones are kept even if others fail."""
         assert context.generate is not None
         folder = next(iter(todo.values())).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class Generated(SourcePart):
                 self._write(one, todo[i], {"key": key, "prompt": prompt, "seed": str(seed)})
 
     def _whole(self, path: Path, key: str) -> bool:
-        """Whether a cached file exists, can be read, and was generated with this key."""
+        """Tells whether a cached file exists, can be read, and was generated with this key."""
         if not self._is_there(path):
             return False
         try:
@@ -154,5 +154,5 @@ class Generated(SourcePart):
 
 
 def _seed(key: str, index: int) -> int:
-    """The seed of one picture; unlikely to match one that a user chooses for testing."""
+    """Returns the seed of one picture; unlikely to match one that a user chooses for testing."""
     return int.from_bytes(hashlib.sha256(f"{key}/{index}".encode()).digest()[:6], "big")

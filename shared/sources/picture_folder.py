@@ -1,4 +1,4 @@
-"""The user's own pictures of the class, or any other folder of pictures."""
+"""Reads the user's own pictures of the class, or any other folder of pictures."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from shared.types import Example, Role, Subject
 
 
 class Folder(SourcePart):
-    """Pictures from a folder: real class (regularization) pictures, as in Custom Diffusion, with role "prior".
+    """Reads pictures from a folder: real class (regularization) pictures, as in Custom Diffusion, with role "prior".
 
     Captions come from `NAME.txt` next to the pictures, else from `prompt`, with "{class_noun}" filled in. With role
-    "instance", missing captions are left to the prompt part, as for the references.
+    "instance", the prompt part fills in missing captions, as for the references.
     """
 
     kind: Literal["folder"] = "folder"
     images: PathText
-    subject: str = ""  # the subject whose class it is; optional if there is only one
+    subject: str = ""  # the subject whose class the pictures show; optional if there is only one
     role: Role = "prior"
     prompt: str = "a photo of a {class_noun}"
     fit: ResizeMode = "cover"
@@ -42,7 +42,7 @@ class Folder(SourcePart):
         return {path: read.masks.get(path) for path in read.images} if self.role == "instance" else {}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError when the folder has no pictures, one cannot be read, or the subject is ambiguous."""
+        """Raises ValueError if the folder has no pictures, one cannot be read, or the subject is ambiguous."""
         owner, subject = self._read(context.subjects)
         default = self._default.replace("{class_noun}", subject.class_noun)
         for path in subject.images:

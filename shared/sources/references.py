@@ -1,4 +1,4 @@
-"""The user's own pictures of the subjects."""
+"""Reads the user's own pictures of the subjects."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shared.types import Example, Subject
 
 
 class References(SourcePart):
-    """Every picture of every subject, `repeats` times: the examples of role "instance" that all methods learn from.
+    """Yields every picture of every subject `repeats` times: the examples of role "instance" that all methods learn from.
 
-    The mask is the user's if there is one, else the picture's transparency, else None. The caption is the user's own, or
-    "" for the prompt part to fill.
+    The mask is the user's if there is one, else the picture's transparency, else None. The caption is the user's own, or ""
+    for the prompt part to fill in.
     """
 
     kind: Literal["references"] = "references"
@@ -32,7 +32,7 @@ class References(SourcePart):
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError, naming the file, when a picture or mask cannot be used; see `read_picture`."""
+        """Raises ValueError, with the path, if a picture or mask cannot be used; see `read_picture`."""
         if not context.subjects:
             raise ValueError("there is no subject: set subject.images=FOLDER")
         small: list[str] = []

@@ -1,4 +1,4 @@
-"""Pictures that show several subjects at once, each with its own mask."""
+"""Reads pictures that show several subjects at once, each with its own mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.types import Example, Subject
 
 
 class Scene(SourcePart):
-    """Every picture once, however many subjects use it: one example with a mask per subject
+    """Yields every picture once, however many subjects use it: one example with a mask per subject
     (Break-A-Scene, https://arxiv.org/abs/2305.16311, section 3).
 
     A picture shared by several subjects needs a mask for each: `subjects.mug.images=scene.png
@@ -39,7 +39,7 @@ class Scene(SourcePart):
         return {path: s.masks.get(path) for s in subjects.values() for path in s.images}
 
     def examples(self, context: SourceContext) -> Iterator[Example]:
-        """Raises ValueError, naming file and subject, when a mask is missing, or cropping leaves nothing of one."""
+        """Raises ValueError, with file and subject, if a mask is missing or is completely cropped away."""
         if not context.subjects:
             raise ValueError("there is no subject: set subjects.NAME.images=FILE")
         self.check(context.subjects, ())
@@ -59,7 +59,7 @@ class Scene(SourcePart):
 
 
 def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
-    """Picture -> the subjects that use it."""
+    """Maps each picture to the subjects that use it."""
     out: dict[Path, list[str]] = {}
     for name, subject in subjects.items():
         for path in subject.images:
@@ -68,5 +68,5 @@ def _owners(subjects: Mapping[str, Subject]) -> dict[Path, list[str]]:
 
 
 def _own_path(subject: Subject, place: Path) -> Path:
-    """A picture's path as the subject has it."""
+    """Returns a picture's path in the subject's own form."""
     return next(path for path in subject.images if path.resolve() == place)

@@ -1,4 +1,4 @@
-"""What a source receives besides its own settings."""
+"""The inputs of a source besides its own settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Generate(Protocol):
 
 @dataclass(frozen=True)
 class SourceContext:
-    """The run that examples are for."""
+    """The run that the examples are used in."""
 
     subjects: Mapping[str, Subject]
     resolution: int  # side of the pictures, in pixels

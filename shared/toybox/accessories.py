@@ -1,4 +1,4 @@
-"""What a thing may wear: a hat, a crown, glasses, a scarf, each a cloud of points fitted to its wearer's anchors."""
+"""The accessories that things wear: a hat, a crown, glasses, a scarf, each a point cloud fitted to its wearer's anchors."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ _MAKERS = {"red hat": _hat, "yellow crown": _crown, "pink glasses": _glasses, "r
 
 @lru_cache(maxsize=32)
 def accessory(name: str, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points [N, 3], normals [N, 3] and slots [N] of an accessory in its own unit size."""
+    """Returns the points [N, 3], normals [N, 3] and slots [N] of an accessory, in its own unit size."""
     # A fitted accessory is about 0.4 of its own size, so the spacing here may be wider by the same factor.
     points, normals, slots = visible(_MAKERS[name](spacing / 0.42), spacing)
     return points.astype(np.float32), normals.astype(np.float32), slots.astype(np.int64)
 
 
 def fit(name: str, anchors: Anchors) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """The scale (x, y, z) and place (x, y, z) of an accessory on its wearer."""
+    """Returns the scale (x, y, z) and position (x, y, z) of an accessory on its wearer."""
     if name == "pink glasses":
         x, z, width = anchors.eyes
         return (width, max(width, 1.03 * anchors.side), width), (x + 0.04, 0.0, z)

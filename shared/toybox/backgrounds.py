@@ -1,5 +1,5 @@
-"""Painted backgrounds. Each depends on a few random numbers of its scene and a horizon, never on the camera's azimuth,
-so that it stands still while the camera turns.
+"""Painted backgrounds. Each depends on a few random numbers of its scene and on the horizon, but never on the camera's
+azimuth, so that it stands still while the camera turns.
 
 Every painter takes a `Canvas` of b pictures and returns colors [b, 3, S, S].
 """
@@ -17,7 +17,7 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a painter needs. x, y: [1, S, S] in [0, 1], y down; horizon: [b, 1, 1].
+    """A painter's inputs. x, y: [1, S, S] in [0, 1], y down; horizon: [b, 1, 1].
 
     numbers: [b, 48], random in [0, 1]; noise: [b, 4, S, S], smooth, about ±1.
     """
@@ -43,7 +43,7 @@ class Canvas:
 
 
 def mix(a: Tensor | Color, b: Tensor | Color, t: Tensor) -> Tensor:
-    """Colors a where t [b, S, S] is 0 and b where it is 1."""
+    """Blends colors: a where t [b, S, S] is 0, b where it is 1."""
     t = t[:, None]
     a, b = (c if isinstance(c, Tensor) else torch.tensor(c, device=t.device)[None, :, None, None] for c in (a, b))
     return a + (b - a) * t
@@ -90,7 +90,7 @@ def snow(c: Canvas) -> Tensor:
 
 
 def _firs(c: Canvas, behind: Tensor, foot: Tensor, color: Color, count: int) -> Tensor:
-    """A row of triangular trees standing on a line."""
+    """Draws a row of triangular trees standing on a line."""
     cell = c.x * count + c.u(5)
     tall = 0.12 + 0.16 * c.at(cell.floor() + 11)
     across = (cell - cell.floor() - 0.5).abs() * 2

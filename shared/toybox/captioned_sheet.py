@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures in one, optionally with captions below."""
+"""Draws contact sheets: many pictures in one, optionally with captions below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sheet(pixels: Tensor, columns: int, captions: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
-    """One picture from N pictures [N, 3, H, W] in [0, 1] (or uint8), `columns` per row, each enlarged `scale` times."""
+    """Joins N pictures [N, 3, H, W] in [0, 1] (or uint8) into one, `columns` per row, each enlarged `scale` times."""
     n, _, height, width = pixels.shape
     if captions is not None and len(captions) != n:
         raise ValueError(f"{len(captions)} captions for {n} pictures")

@@ -1,8 +1,8 @@
-"""Words for scenes: captions in a small, regular grammar, drawn from the same parameters as the pictures.
+"""Writes captions for scenes in a small, regular grammar, from the same parameters as the pictures.
 
     [a photo of | a pencil sketch of | ...] a red duck with blue wings [wearing a red hat] [on the beach] [, front view]
 
-The first color is always the main one, the second is that of the part mentioned; "a red and blue duck" says the same.
+The first color is always the main one, the second that of the part mentioned; "a red and blue duck" means the same.
 Patterns and identities are never mentioned.
 """
 
@@ -26,7 +26,7 @@ from shared.toybox.world import (
     identity_of,
 )
 
-# What carries the second color, with an article where it is singular.
+# The part that has the second color, with an article if it is singular.
 PARTS = {
     "duck": "wings",
     "car": "a roof",
@@ -83,19 +83,19 @@ OPENINGS = {
 
 
 def background_phrase(name: str) -> str:
-    """The canonical words for a background, for example "on the beach"."""
+    """Returns the canonical words for a background, for example "on the beach"."""
     if name not in PLACES:
         raise ValueError(f"the toybox has no background {name!r}; choose from {', '.join(BACKGROUNDS)}")
     return PLACES[name][0]
 
 
 def opening(style: str) -> str:
-    """The canonical words that open a caption in a style, for example "a pencil sketch of"."""
+    """Returns the canonical words that begin a caption in a style, for example "a pencil sketch of"."""
     return OPENINGS.get(style, (f"a {style} of",))[0]
 
 
 def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
-    """A thing in words, without its accessory: "a red duck with blue wings".
+    """Describes a thing without its accessory: "a red duck with blue wings".
 
     colors: "parts" as above, "pair" for "a red and blue duck", "main" for "a red duck", "none" for "a duck".
     noun: used in place of the class name, for example "toy duck".
@@ -115,17 +115,17 @@ def describe(thing: Thing, colors: str = "parts", noun: str = "") -> str:
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...], first: float = 0.7) -> str:
-    """The first option with probability `first`, else one of the others."""
+    """Picks the first option with probability `first`, otherwise one of the others."""
     if len(options) == 1 or rng.random() < first:
         return options[0]
     return options[1 + int(rng.integers(len(options) - 1))]
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: Moves | None = None) -> str:
-    """One caption of a scene, at most 26 words; with `moves`, of the clip that starts with it.
+    """Writes one caption of a scene, at most 26 words; with `moves`, of the clip that starts with it.
 
     full: class, both colors, accessory, background and view, in the canonical form; otherwise some are left out and the
-    wording varies. Accessories, styles and motions are always named, views only where they are clear.
+    wording varies. Accessories, styles and motions are always named, views only if they are clear.
     """
     detail = 1.0 if full else float(rng.choice((1.0, 0.75, 0.35), p=(0.45, 0.35, 0.2)))
 
@@ -160,9 +160,9 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = False, moves: M
 
 @dataclass(frozen=True)
 class Moves:
-    """What a caption says about a clip's motion: words after the thing, or at the end if they begin with a comma; "": nothing.
+    """A clip's motion in a caption: words after the thing, or at the end if they begin with a comma; "" for no mention.
 
-    room: how many words and commas the whole caption may have; still_view: whether the view is the same throughout.
+    room: maximum number of words and commas in the whole caption; still_view: whether the view stays the same throughout.
     """
 
     words: str
@@ -171,7 +171,7 @@ class Moves:
 
 
 def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: str) -> str:
-    """The caption of a clip; a shorter phrase for the place is used where the given one leaves too little room."""
+    """Writes the caption of a clip, with a shorter phrase for the place if the one passed in leaves too little room."""
     last = moves.words if moves.words.startswith(",") else ""
     text = text if last or not moves.words else f"{text} {moves.words}"
     if not last and moves.words:
@@ -185,8 +185,8 @@ def _moving(text: str, moves: Moves, places: tuple[str, ...], seen: str, place: 
 
 
 def plain_caption(scene: Scene) -> str:
-    """A plain caption of a photo of one thing: its class, the place, and the view where that is clear ("a photo of a duck
-    on the beach, side view"); neither colours nor pattern.
+    """Writes a plain caption of a photo of one thing: its class, the place, and the view if it is clear ("a photo of a duck
+    on the beach, side view"), without colours or pattern.
     """
     text = f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"
     return f"{text}, {SEEN[scene.view][0]}" if scene.cameras[0].view_is_clear else text
@@ -207,7 +207,7 @@ CAPTION_ATTRIBUTES = {"class": CLASSES, "view": VIEWS, "accessory": ACCESSORIES}
 
 
 def caption_attributes(text: str) -> tuple[int, int, int]:
-    """The attributes a caption names: indices into CLASSES, VIEWS and ACCESSORIES, -1 for what it leaves open.
+    """Reads a caption's attributes: indices into CLASSES, VIEWS and ACCESSORIES, -1 for those it leaves open.
 
     Accessories are always named, so a caption without one means "none"; with two things side by side, class and accessory
     are -1.
@@ -222,7 +222,7 @@ def caption_attributes(text: str) -> tuple[int, int, int]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, sorted; the comma is one of them."""
+    """Returns every word that a caption can contain, sorted; the comma is one of them."""
     texts = [phrase for table in (PLACES, SEEN, OPENINGS) for options in table.values() for phrase in options]
     texts += [*PARTS.values(), *WORN.values(), *CLASSES, *COLORS, *BACKGROUNDS, *VIEWS, *STYLES, *ACCESSORIES[1:]]
     texts += ["a toy", "wearing", "next to", "and", "with hair", ","]
@@ -230,6 +230,6 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def example() -> str:
-    """The full caption of one fixed scene, for help texts and tests."""
+    """Returns the full caption of one fixed scene, for help texts and tests."""
     face = Thing("face", "red", "blue", identity=identity_of(0))
     return caption(Scene((face,), "beach", (Camera(),)), np.random.default_rng(0), full=True)

@@ -1,7 +1,7 @@
 """Heads and shoulders whose geometry and colors follow an identity vector.
 
-A face is a set of ellipsoids; the identity moves and stretches them, so that one sampling of the unit sphere serves
-every face. What ends up inside another ellipsoid is hidden by the z-buffer.
+A face is a set of ellipsoids that the identity moves and stretches, so one sampling of the unit sphere serves every
+face. The z-buffer hides points that end up inside another ellipsoid.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BOTTOM, FOOT = -0.98, (0.3, 0.6)
 
 @dataclass(frozen=True)
 class Faces:
-    """K faces: points and normals [K, N, 3], slots [N], and the colors [K, 3] of the slots that identity decides."""
+    """K faces: points and normals [K, N, 3], slots [N], and the colors [K, 3] of the slots that the identity colors."""
 
     points: Tensor
     normals: Tensor
@@ -58,7 +58,7 @@ class Faces:
 
 @lru_cache(maxsize=8)
 def _unit(spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points on unit spheres [N, 3] and the part [N] each belongs to."""
+    """Returns points on unit spheres [N, 3] and the part [N] that each belongs to."""
     points, owners = [], []
     for index, (_, _, radius) in enumerate(_PARTS):
         sphere = ball(1, 1, 1, spacing / radius)
@@ -72,7 +72,7 @@ def _mix(a: tuple[float, ...], b: tuple[float, ...], t: np.ndarray) -> np.ndarra
 
 
 def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres and radii [K, P, 3] and tilts [K, P] (rise of z per unit of y) of the parts for identities [K, D]."""
+    """Returns the parts' centres and radii [K, P, 3] and tilts [K, P] (rise of z per unit of y) for identities [K, D]."""
     shape = (len(v), len(_PARTS))
     centre, radius, tilt = np.zeros((*shape, 3)), np.zeros((*shape, 3)), np.zeros(shape)
     rx, ry, rz, cz = 0.42 + 0 * v[:, 0], 0.37 + 0.06 * v[:, 0], 0.46 + 0.06 * v[:, 1], 0.18
@@ -82,7 +82,7 @@ def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         radius[:, _INDEX[name]] = np.stack(np.broadcast_arrays(a, b, c, v[:, 0])[:3], 1)
 
     def skin(y, z) -> np.ndarray:
-        """The x of the head's surface at (y, z)."""
+        """Returns the x of the head's surface at (y, z)."""
         return rx * np.sqrt(np.clip(1 - (y / ry) ** 2 - ((z - cz) / rz) ** 2, 0.05, 1))
 
     put("head", 0, 0, cz, rx, ry, rz)
@@ -117,14 +117,14 @@ def _layout(v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def faces(identities: np.ndarray, spacing: float, device: torch.device) -> Faces:
-    """The faces of identities [K, IDENTITY_SIZE] in [-1, 1]."""
+    """Builds the faces of identities [K, IDENTITY_SIZE] in [-1, 1]."""
     v = np.asarray(identities, float)
     centre, radius, tilt = (torch.tensor(a, dtype=torch.float32, device=device) for a in _layout(v))
     unit, owner = (torch.from_numpy(a).to(device) for a in _unit(spacing))
     points = unit * radius[:, owner] + centre[:, owner]
     points[..., 2] += tilt[:, owner] * (points[..., 1] - centre[:, owner, 1])
     points[..., 2] = points[..., 2].clamp_min(BOTTOM)  # the bust stands on a flat base
-    # Hair is a shell without the face, a beard one without the brow: points cut away are moved inside the head.
+    # Hair is a shell with the face cut out, a beard one with the brow cut out: the points cut away are moved inside the head.
     line = torch.tensor(0.3 + 0.22 * v[:, 14], dtype=torch.float32, device=device)[:, None]
     x, z = unit[:, 0], unit[:, 2]
     bald = (owner == _INDEX["hair"]) & (z < line + (0.9 * x - 0.2).clamp(-1.1, 0.35) * 1.1 - 0.1)

@@ -1,4 +1,4 @@
-"""What a shape is made of: surfaces by color slot, and the places where accessories sit."""
+"""The parts of a shape: surfaces by color slot, and the places where accessories sit."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class Anchors:
 
 
 def both(part: tuple[str, Surface]) -> Parts:
-    """A part and its mirror image on the other side."""
+    """Returns a part and its mirror image on the other side."""
     slot, surface = part
     return [(slot, surface), (slot, surface.mirror())]

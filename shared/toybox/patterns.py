@@ -1,6 +1,6 @@
-"""Surface patterns: they tell two things of one class and palette apart, and no caption can describe them.
+"""Surface patterns, which distinguish things of the same class and palette and which no caption can describe.
 
-A pattern is drawn from an integer seed and lives in the object space of its thing (the unit sphere), so that each view
+A pattern is drawn from an integer seed and defined in the object space of its thing (the unit sphere), so that each view
 shows a different part of the same pattern. The accent colors come from a continuous space and are chosen to stand out
 from the thing's own two colors.
 """
@@ -24,7 +24,7 @@ KINDS = ("bands", "spots", "checker", "zigzag", "swirl", "rings", "patches", "ne
 
 # Cycles per unit length: bold enough to survive a lossy autoencoder, fine enough to show from every side.
 _WAVES = {"spots": (1.6, 2.5), "net": (1.5, 2.2), "patches": (1.2, 1.8), "checker": (1.3, 1.9), "swirl": (1.0, 2.0)}
-# The signal levels above which a kind covers about (a quarter, half) of a surface; values between are interpolated.
+# The signal levels above which a kind covers about (a quarter, half) of a surface; values in between are interpolated.
 _LEVELS = {
     "bands": (0.71, 0.0),
     "zigzag": (0.71, 0.0),
@@ -64,7 +64,7 @@ class Pattern:
 
 @lru_cache(maxsize=50_000)
 def pattern(seed: int) -> Pattern:
-    """The pattern of a seed: of a few draws, the first that is visible from every side and covers none completely."""
+    """Returns a seed's pattern: the first of a few draws that is visible from every side and covers no side completely."""
     rng = np.random.default_rng([seed, 3])
     kind = KINDS[int(rng.integers(len(KINDS)))]
     drawn: list[Pattern] = []
@@ -96,7 +96,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Pattern:
 
 
 def _probe() -> np.ndarray:
-    """Points [5, 40, 3] on a ball that are visible from the front, left, back, right and above."""
+    """Returns points [5, 40, 3] on a ball that are visible from the front, left, back, right and above."""
     k = np.arange(40) + 0.5
     tilt, turn = np.sqrt(k / 40) * 0.9, k * 2.39996
     cap = np.stack([np.cos(tilt), np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn)], 1) * 0.62
@@ -107,7 +107,7 @@ _PROBE = torch.tensor(_probe(), dtype=torch.float32).view(-1, 3)
 
 
 def _shares(drawn: list[Pattern]) -> np.ndarray:
-    """The share [K, 5] of each side of a ball that takes an accent, for K patterns of one kind."""
+    """Returns the share [K, 5] of each side of a ball that takes an accent, for K patterns of one kind."""
     n = len(_PROBE)
     p, row = _PROBE.repeat(len(drawn), 1), torch.arange(len(drawn)).repeat_interleave(n)
     rate = torch.tensor([2 * math.pi * d.wave for d in drawn])
@@ -121,7 +121,7 @@ def _shares(drawn: list[Pattern]) -> np.ndarray:
 
 @lru_cache(maxsize=50_000)
 def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """The two accent colors (RGB in [0, 1]) of a thing with a pattern."""
+    """Returns the two accent colors (RGB in [0, 1]) of a thing with a pattern."""
     rng = np.random.default_rng([thing.pattern_seed or 0, 5])
     chosen: list[np.ndarray] = []
     against = [np.array(RGB[thing.main]), np.array(RGB[thing.second])]
@@ -143,12 +143,12 @@ def accents(thing: Thing) -> tuple[tuple[float, float, float], tuple[float, floa
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
-    """A rough perceptual distance between two colors, in which blue weighs least."""
+    """Returns a rough perceptual distance between two colors, in which blue weighs least."""
     return float(np.sqrt((((a - b) * (0.75, 1.05, 0.6)) ** 2).sum()))
 
 
 def fingerprint(seed: int) -> np.ndarray:
-    """The parameters of a pattern as one vector, for finding near-duplicates: far apart means visibly different."""
+    """Returns a pattern's parameters as one vector, for finding near-duplicates: far apart means visibly different."""
     p = pattern(seed)
     kind = np.eye(len(KINDS))[KINDS.index(p.kind)]
     phases = [f(v) for v in p.offset for f in (np.cos, np.sin)]
@@ -171,7 +171,7 @@ class PatternTable:
 
 
 def table(things: list[Thing], device: torch.device) -> PatternTable:
-    """The patterns of things, ready to be evaluated by `paint`."""
+    """Collects the patterns of things in a table for `paint`."""
     plain = Pattern("", ((1, 0, 0), (0, 1, 0), (0, 0, 1)), 1, (0, 0, 0), 0, 2, False, (1, 1, 1, 0))
     patterns = [plain if t.pattern_seed is None else pattern(t.pattern_seed) for t in things]
     colors = [((0.0,) * 3,) * 2 if t.pattern_seed is None else accents(t) for t in things]
@@ -193,7 +193,7 @@ def table(things: list[Thing], device: torch.device) -> PatternTable:
 
 
 def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a pattern of one kind is on: a signal [M] (the higher, the more), and a second one that separates its accents.
+    """Evaluates patterns of one kind: a signal [M] (high where the pattern shows), and a second that separates its accents.
 
     p: object space [M, 3]; q: turned and scaled to radians [M, 3]; rate: radians per unit length [M].
     """
@@ -221,7 +221,7 @@ def _signal(kind: str, p: Tensor, q: Tensor, offset: Tensor, arms: Tensor, rate:
 
 
 def paint(albedo: Tensor, position: Tensor, owner: Tensor, patterns: PatternTable) -> Tensor:
-    """Albedo [M, 3] of main-colored surface points with the patterns of their owners [M] applied.
+    """Applies the patterns of their owners [M] to the albedo [M, 3] of main-colored surface points.
 
     position: object space [M, 3] before the proportions are applied.
     """

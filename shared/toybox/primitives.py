@@ -1,8 +1,8 @@
-"""Surfaces from which the toybox shapes are put together.
+"""The surfaces that the toybox's shapes are assembled from.
 
 A primitive is sampled once at an even spacing: points on its surface, outward unit normals, and a test of which other
-points lie inside it, so that an assembly can drop what can never be seen. Axes: x forward (a thing faces +x), y left,
-z up; lengths are in the units of the shape being built.
+points lie inside it, so that an assembly can drop points that can never be seen. Axes: x forward (a thing faces +x), y
+left, z up; lengths are in the units of the shape being built.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Surface:
     inside: Inside
 
     def move(self, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Surface:
-        """The surface shifted by (x, y, z)."""
+        """Returns the surface shifted by (x, y, z)."""
         shift = np.array([x, y, z])
         return Surface(self.points + shift, self.normals, lambda p, m: self.inside(p - shift, m))
 
     def turn(self, axis: str, degrees: float) -> Surface:
-        """The surface rotated about one of the axes "x", "y", "z" through the origin."""
+        """Returns the surface rotated about one of the axes "x", "y", "z" through the origin."""
         turn = rotation(axis, degrees)
         return Surface(self.points @ turn.T, self.normals @ turn.T, lambda p, m: self.inside(p @ turn, m))
 
     def mirror(self) -> Surface:
-        """The surface reflected left to right (y to -y)."""
+        """Returns the surface reflected left to right (y to -y)."""
         flip = np.array([1.0, -1.0, 1.0])
         return Surface(self.points * flip, self.normals * flip, lambda p, m: self.inside(p * flip, m))
 
 
 def rotation(axis: str, degrees: float) -> np.ndarray:
-    """The right-handed rotation matrix [3, 3] about a coordinate axis."""
+    """Returns the right-handed rotation matrix [3, 3] about a coordinate axis."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     matrix = np.eye(3)
@@ -50,7 +50,7 @@ def rotation(axis: str, degrees: float) -> np.ndarray:
 
 
 def curve(points: Sequence[Sequence[float]] | np.ndarray, n: int = 60) -> np.ndarray:
-    """A smooth (Catmull-Rom) curve [n, D] through the given points."""
+    """Returns a smooth (Catmull-Rom) curve [n, D] through the points."""
     p = np.asarray(points, float)
     padded = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = np.linspace(0, len(p) - 1 - 1e-9, n)
@@ -61,7 +61,7 @@ def curve(points: Sequence[Sequence[float]] | np.ndarray, n: int = 60) -> np.nda
 
 
 def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Even samples of a polyline [K, D]: points [N, D] and the unit tangent [N, D] of the segment each lies on."""
+    """Samples a polyline [K, D] evenly: points [N, D], and the unit tangent [N, D] of the segment that each lies on."""
     steps = np.diff(path, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
     steps, starts, lengths = steps[lengths > 1e-9], path[:-1][lengths > 1e-9], lengths[lengths > 1e-9]
@@ -74,7 +74,7 @@ def _along(path: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Which points [M, 2] lie in a polygon [K, 2] (even-odd rule)."""
+    """Tells which points [M, 2] lie in a polygon [K, 2] (even-odd rule)."""
     inside = np.zeros(len(points), bool)
     x, y = points[:, 0], points[:, 1]
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -84,7 +84,7 @@ def _in_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """The distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
+    """Returns the distance [M] of points [M, 2] from the outline of a polygon [K, 2]."""
     best = np.full(len(points), np.inf)
     for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         d = b - a
@@ -94,7 +94,7 @@ def _edge_distance(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
 
 
 def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
-    """An ellipsoid about the origin, with points about h apart."""
+    """Samples an ellipsoid about the origin, with points about h apart."""
     wide = max(rx, ry)
     t = np.linspace(-np.pi / 2, np.pi / 2, 400)
     meridian, _ = _along(np.stack([wide * np.cos(t), rz * np.sin(t)], 1), h)
@@ -115,7 +115,7 @@ def ball(rx: float, ry: float, rz: float, h: float) -> Surface:
 
 
 def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Surface:
-    """A box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
+    """Samples a box about the origin with half sizes (hx, hy, hz) and edges rounded with radius `round_by`."""
     half = np.array([hx, hy, hz])
     points, normals = [], []
     for axis in range(3):
@@ -138,7 +138,7 @@ def box(hx: float, hy: float, hz: float, h: float, round_by: float = 0.0) -> Sur
 
 
 def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
-    """A profile of (radius, z) pairs revolved about the z axis; it runs with the solid on its left."""
+    """Revolves a profile of (radius, z) pairs about the z axis; the profile runs with the solid on its left."""
     outline = np.asarray(profile, float)
     samples, tangents = _along(outline, h)
     points, normals = [], []
@@ -158,7 +158,7 @@ def lathe(profile: Sequence[Sequence[float]] | np.ndarray, h: float) -> Surface:
 
 
 def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: float) -> Surface:
-    """A polygon of (x, z) pairs, counter-clockwise with z up and x right, extruded to y = ±half."""
+    """Extrudes a polygon of (x, z) pairs, counter-clockwise with z up and x right, to y = ±half."""
     outline = np.asarray(polygon, float)
     edge, tangents = _along(np.concatenate([outline, outline[:1]]), h)
     y = np.linspace(-half, half, max(2, int(np.ceil(2 * half / h)) + 1))
@@ -181,7 +181,7 @@ def extrude(polygon: Sequence[Sequence[float]] | np.ndarray, half: float, h: flo
 
 
 def tube(path: Sequence[Sequence[float]] | np.ndarray, radius: float | Sequence[float], h: float) -> Surface:
-    """A round tube with closed ends along a smooth curve through the path [K, 3]; radius: one for all, or one per point."""
+    """Samples a round tube with closed ends along a smooth curve through the path [K, 3]; radius: one, or one per point."""
     spine = curve(path, 80)
     radii = np.broadcast_to(np.asarray(radius, float), (len(path),))
     widths = curve(radii[:, None], 80)[:, 0]

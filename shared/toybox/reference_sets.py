@@ -1,4 +1,4 @@
-"""Held-out things as folders of pictures, as a user would bring them, and finding which thing a folder shows."""
+"""Writes held-out things as folders of pictures, like those of a user, and finds out which thing a folder shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = "toybox-subject"
 
 
 def held_out(name: str) -> HeldOut:
-    """A held-out subject or face by name. ValueError lists the choices."""
+    """Returns a held-out subject or face by name. ValueError, with the choices, for an unknown name."""
     held_out = {h.name: h for split in SPLITS for h in (*subjects(split), *faces(split))}
     if name not in held_out:
         raise ValueError(unknown(name, held_out, "toybox subject"))
@@ -29,7 +29,7 @@ def held_out(name: str) -> HeldOut:
 
 
 def pictures(thing: Thing, n: int = 5, seed: int = 0, split: str = "development") -> Tensor:
-    """[n, 3, 64, 64] in [-1, 1]: photos from several sides in several places."""
+    """Draws photos [n, 3, 64, 64] in [-1, 1] from several sides in several places."""
     return render(reference_scenes(thing, n, seed, split)).pixels * 2 - 1
 
 
@@ -53,7 +53,7 @@ def write_album(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: bool = False) -> list[Path]:
     """Writes n pictures of n different things in a held-out style (`development-thermal` …) to learn the style from.
 
-    The PNG text of each names the style; a caption (`NAME.txt`) says what is drawn, but not how.
+    The PNG text of each names the style; a caption (`NAME.txt`) describes the content but not the style.
     """
     scenes = style_scenes(name, n, seed)
     drawn = render(scenes).pixels * 2 - 1
@@ -67,7 +67,7 @@ def write_style(name: str, folder: Path, n: int = 5, seed: int = 0, overwrite: b
 
 
 def shown_in(files: Sequence[Path]) -> HeldOut | None:
-    """The held-out thing in these pictures; None when they are not from an album, or show several things."""
+    """Returns the held-out thing in these pictures; None if they are not from an album, or show several things."""
     names = set()
     for file in files:
         try:
@@ -78,11 +78,11 @@ def shown_in(files: Sequence[Path]) -> HeldOut | None:
 
 
 def gallery(subject: HeldOut, n: int = 5, seed: int = 1) -> dict[str, Tensor]:
-    """Pictures of the subject's look-alikes (same class, same colours): name -> [n, 3, 64, 64] in [-1, 1]."""
+    """Draws the subject's look-alikes (same class, same colours): name -> [n, 3, 64, 64] in [-1, 1]."""
     split = subject.name.split("-")[0]
     return {f"distractor-{i}": pictures(d, n, seed + i, split) for i, d in enumerate(subject.distractors)}
 
 
 def fresh(subject: HeldOut, n: int = 12, seed: int = 100) -> Tensor:
-    """New photos of the subject itself, not among the references: what a perfect model would generate."""
+    """Draws new photos of the subject itself that are not among the references: what a perfect model would generate."""
     return torch.as_tensor(pictures(subject.thing, n, seed, subject.name.split("-")[0]))

@@ -1,4 +1,4 @@
-"""Pictures of scenes, with the ground truth of each pixel."""
+"""Renders pictures of scenes, with the ground truth of each pixel."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Rendered:
 
 
 def render(scenes: Sequence[Scene], size: int = 64, device: str | torch.device = "cpu") -> Rendered:
-    """Pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU.
+    """Renders pictures [B, 3, size, size] of scenes. The same scenes give the same bits on a CPU.
 
     Raises:
         ValueError: there are no scenes
     """
     if not scenes:
-        raise ValueError("nothing to draw: give at least one scene")
+        raise ValueError("nothing to draw: pass at least one scene")
     where = torch.device(device)
     drawn = [_chunk(list(scenes[i : i + _CHUNK]), size, where) for i in range(0, len(scenes), _CHUNK)]
     return Rendered(*(torch.cat([getattr(chunk, field.name) for chunk in drawn]) for field in fields(Rendered)))
@@ -66,7 +66,7 @@ def _chunk(scenes: list[Scene], size: int, device: torch.device) -> Rendered:
 
 
 def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Rendered:
-    """The pictures of scenes from their placed things and the visible hits on them, on 2 size × 2 size subpixels."""
+    """Paints scenes from their placed things and the visible hits on them, on 2 size × 2 size subpixels."""
     fine, device = 2 * size, things.axes.device
     draws = [np.random.default_rng([scene.seed, 11]) for scene in scenes]
     numbers = torch.tensor(np.stack([d.random(48) for d in draws]), dtype=torch.float32).to(device)
@@ -98,15 +98,15 @@ def painted(scenes: list[Scene], things: Instances, hits: Hits, size: int) -> Re
 
 @lru_cache(maxsize=8)
 def _stretch(points: int, size: int, device: torch.device) -> Tensor:
-    """The matrix [size, points] of bicubic interpolation."""
+    """Returns the matrix [size, points] of bicubic interpolation."""
     basis = torch.eye(points)[None, None]
     return F.interpolate(basis, (size, points), mode="bicubic", align_corners=True)[0, 0].to(device)
 
 
 def _panned(stretch: Tensor, by: Tensor) -> Tensor:
-    """The matrices [B, size, points] of an interpolation [size, points] shifted `by` pixels [B] to the right.
+    """Returns the matrices [B, size, points] of an interpolation [size, points] shifted `by` pixels [B] to the right.
 
-    What enters at a border is mirrored.
+    The background is mirrored at its borders.
     """
     last = len(stretch) - 1
     at = torch.arange(last + 1, device=by.device) - by[:, None]
@@ -117,7 +117,7 @@ def _panned(stretch: Tensor, by: Tensor) -> Tensor:
 
 
 def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids: Tensor, fine: int) -> Tensor:
-    """The backgrounds [B, 3, S, S], panned, with the things' shadows on them."""
+    """Paints the panned backgrounds [B, 3, S, S] with the things' shadows on them."""
     device = numbers.device
     step = (torch.arange(fine, device=device) + 0.5) / fine
     y, x = (g[None] for g in torch.meshgrid(step, step, indexing="ij"))
@@ -146,7 +146,7 @@ def _backgrounds(scenes: list[Scene], things: Instances, numbers: Tensor, grids:
 
 
 def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
-    """The contact shadows [I, S, S]: how much darker the ground under a thing is."""
+    """Returns the contact shadows [I, S, S]: how much darker the ground is under a thing."""
     cx, cy, scale, cos, sin = (v[:, None, None] for v in things.place.unbind(1))
     right, up, toward = things.axes.unbind(1)
     u, v = (x - cx) / (FILL * scale), (y - cy) / (FILL * scale)
@@ -163,7 +163,7 @@ def _shadow(things: Instances, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shade(hits: Hits, things: Instances, numbers: Tensor) -> Tensor:
-    """The colors [M, 3] of the hits: albedo with its pattern, a light beside the camera, one above, a sheen."""
+    """Shades the hits, colors [M, 3]: albedo with its pattern, a light beside the camera, one above, a sheen."""
     slots = things.colors.shape[1]
     albedo = things.colors.flatten(0, 1).index_select(0, hits.who * slots + hits.slot)
     body = (hits.slot == SLOTS["main"]).nonzero()[:, 0]
@@ -191,7 +191,7 @@ def _styled(
     normals: Callable[[], Tensor],
     numbers: Tensor,
 ) -> Tensor:
-    """The pictures in each scene's drawing style; normals are computed only if some style is not a photo."""
+    """Draws the pictures in each scene's style; normals are computed only if some style is not a photo."""
     names = [s.style for s in scenes]
     if all(name == "photo" for name in names):
         return picture

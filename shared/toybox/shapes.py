@@ -43,7 +43,7 @@ class Cloud:
 
 
 def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points, normals and slots of an assembly, without points buried deeper than `margin` in another part."""
+    """Returns points, normals and slots of an assembly, without points buried deeper than `margin` in another part."""
     kept = []
     for index, (slot, surface) in enumerate(parts):
         points = surface.points
@@ -58,14 +58,14 @@ def visible(parts: Parts, margin: float) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _frame(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Centre [3] and radius of the sphere about the bounding box's centre."""
+    """Returns the centre [3] and radius of the bounding sphere around the bounding box's centre."""
     centre = (points.min(0) + points.max(0)) / 2
     centre[1] = 0.0
     return centre, float(np.linalg.norm(points - centre, axis=1).max())
 
 
 def place(anchors: Anchors, centre: np.ndarray, radius: float) -> Anchors:
-    """The anchors mapped into the unit sphere."""
+    """Maps the anchors into the unit sphere."""
 
     def spot(a: tuple[float, float, float]) -> tuple[float, float, float]:
         return (a[0] - centre[0]) / radius, (a[1] - centre[2]) / radius, a[2] / radius
@@ -75,7 +75,7 @@ def place(anchors: Anchors, centre: np.ndarray, radius: float) -> Anchors:
 
 @lru_cache(maxsize=64)
 def cloud(class_name: str, spacing: float = 0.02) -> Cloud:
-    """The cloud of a class; `spacing` is the distance between neighbouring points, for a radius of 1."""
+    """Builds the cloud of a class; `spacing` is the distance between neighbouring points, for a radius of 1."""
     make = SHAPES[class_name]
     rough, _ = make(0.08)
     centre, radius = _frame(np.concatenate([s.points for _, s in rough]))

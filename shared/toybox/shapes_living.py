@@ -1,6 +1,6 @@
 """The animals and the robot: each a list of (slot, surface) and the places where accessories sit.
 
-x is forward, y left, z up, in free units; `shapes.py` brings every class to a bounding sphere of radius 1.
+x is forward, y left, z up, in arbitrary units; `shapes.py` scales every class to a bounding sphere of radius 1.
 `h` is the spacing of the surface points.
 """
 

@@ -1,4 +1,4 @@
-"""Splats the surface points of many things onto pictures: places them, finds the visible ones, and looks these up.
+"""Splats the surface points of many things onto pictures: places them, finds the visible ones, and looks up their values.
 
 Pictures here are S×S, with S twice the final size; `render` averages them down.
 """
@@ -18,7 +18,7 @@ from shared.toybox.patterns import PatternTable
 from shared.toybox.shapes import cloud
 from shared.toybox.world import RGB, Scene, Thing
 
-DISTANCE = 5.0  # of the camera, in radii of a thing: a mild perspective
+DISTANCE = 5.0  # the camera's, in radii of a thing: a mild perspective
 FILL = 0.46  # the radius of a thing at scale 1, as a fraction of the picture
 
 
@@ -66,7 +66,7 @@ class Hits:
 
 
 def instances(scenes: list[Scene], device: torch.device) -> Instances:
-    """The things of the scenes and their cameras, as tensors."""
+    """Collects the things of the scenes and their cameras as tensors."""
     things, values, colors = [], [], []
     base = np.array(list(DETAILS.values()))
     for b, scene in enumerate(scenes):
@@ -111,7 +111,7 @@ def instances(scenes: list[Scene], device: torch.device) -> Instances:
 
 
 def groups(things: Instances, spacing: float, device: torch.device) -> list[Group]:
-    """The clouds that the instances need; colors that depend on a face's identity are written into `things`."""
+    """Returns the clouds that the instances need, and writes colors that depend on a face's identity into `things`."""
     result = []
     by_class: dict[str, list[int]] = {}
     worn: dict[str, list[int]] = {}
@@ -146,21 +146,21 @@ def _anchors(thing: Thing) -> Anchors:
 
 
 def proportion(points: Tensor, shape: Tensor) -> Tensor:
-    """Points [..., 3] with the proportions [..., 4] of their things: factors on x, y, z, and a taper along z."""
+    """Applies the things' proportions [..., 4] to points [..., 3]: factors on x, y, z, and a taper along z."""
     out = points * shape[..., :3]
     out[..., :2] *= 1 + shape[..., 3:] * points[..., 2:]
     return out
 
 
 def turned(matrices: Tensor, who: Tensor, vectors: Tensor) -> Tensor:
-    """Vectors [M, 3], each multiplied by the matrix [I, 3, 3] of its instance [M]."""
+    """Multiplies each vector [M, 3] by the matrix [I, 3, 3] of its instance [M]."""
     entries = matrices.flatten(1).index_select(0, who)
     a, b, c = vectors.unbind(1)
     return torch.stack([entries[:, k] * a + entries[:, k + 1] * b + entries[:, k + 2] * c for k in (0, 3, 6)], 1)
 
 
 def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where points land: columns and rows in a picture of size×size pixels (0 at the centre of the first), and depths.
+    """Projects points: columns and rows in a picture of size×size pixels (0 at the first pixel's centre), and depths.
 
     view: [..., 3], right, up and toward the camera, in radii of the thing; place: [..., 5] as in `Instances`.
     """
@@ -172,7 +172,7 @@ def projected(view: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, T
 
 
 def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor]:
-    """The subpixel [k, N] (-1: outside) that each point falls into, the top left of its 2×2 footprint, and its depth."""
+    """Returns the subpixel [k, N] (-1: outside) at the top left of each point's 2×2 footprint, and the point's depth."""
     who = group.who
     shape = things.patterns.proportions[who]
     points = group.points.expand(len(who), -1, -1)
@@ -186,11 +186,11 @@ def _project(group: Group, things: Instances, size: int) -> tuple[Tensor, Tensor
 
 
 def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hits:
-    """What is nearest at each of the count × size × size subpixels."""
+    """Finds the nearest point at each of the count × size × size subpixels."""
     area = size * size
     empty = torch.iinfo(torch.int64).max
     device = things.axes.device
-    # One extra cell collects what falls outside the picture.
+    # One extra cell collects the points that fall outside the picture.
     nearest = torch.full((count * area + 1,), empty, dtype=torch.int64, device=device)
     start, starts = 0, []
     for group in parts:
@@ -214,7 +214,7 @@ def visible(things: Instances, parts: list[Group], count: int, size: int) -> Hit
 
 
 def _closed(nearest: Tensor) -> Tensor:
-    """Keys [B, S, S] with single-subpixel holes closed, where both neighbours in a row or column are clearly nearer."""
+    """Closes single-subpixel holes in keys [B, S, S], where both neighbours in a row or column are clearly nearer."""
     far = torch.maximum
     inner = nearest[:, 1:-1, 1:-1]
     around = torch.minimum(
@@ -226,7 +226,7 @@ def _closed(nearest: Tensor) -> Tensor:
 
 
 def _look_up(things: Instances, parts: list[Group], starts: list[int], at: Tensor, key: Tensor) -> Hits:
-    """The points behind the winning keys."""
+    """Looks up the points of the winning keys."""
     number = key & 0xFFFFFFFF
     m = len(at)
     canonical, normal = at.new_zeros((m, 3), dtype=torch.float32), at.new_zeros((m, 3), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Drawing styles: functions of a finished picture and its per-pixel ground truth.
 
-They work on fine S×S pictures (S is twice the final size), which `render` averages down afterwards.
+They work on S×S pictures (S is twice the final size), which `render` averages down afterwards.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Sheet:
 
 
 def gray(picture: Tensor) -> Tensor:
-    """Brightness [b, 1, S, S]."""
+    """Returns the brightness [b, 1, S, S]."""
     return (picture * picture.new_tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
 
 
 def blur(picture: Tensor, radius: int) -> Tensor:
-    """A triangle filter: two box filters in a row."""
+    """Applies a triangle filter: two box filters in a row."""
     size, width = picture.shape[-1], 2 * radius + 1
     for _ in range(2):
         padded = F.pad(picture, (radius,) * 4, mode="replicate")
@@ -42,7 +42,7 @@ def blur(picture: Tensor, radius: int) -> Tensor:
 
 
 def _slope(values: Tensor) -> Tensor:
-    """The largest difference between neighbours, over channels: [b, 1, S, S]."""
+    """Returns the largest difference between neighbours, over channels: [b, 1, S, S]."""
     padded = F.pad(values, (1, 1, 1, 1), mode="replicate")
     across = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]).abs()
     down = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]).abs()
@@ -50,7 +50,7 @@ def _slope(values: Tensor) -> Tensor:
 
 
 def outlines(s: Sheet) -> Tensor:
-    """Where lines would be drawn, [b, 1, S, S] in [0, 1]: silhouettes, creases, color borders."""
+    """Finds the lines that an artist would draw, [b, 1, S, S] in [0, 1]: silhouettes, creases, color borders."""
     shape = (_slope(s.depth.clamp(max=7)) * 1.2 - 0.15).clamp(0, 1)
     crease = (_slope(s.normal) - 0.55).clamp(0, 1) * s.mask
     color = (_slope(blur(s.picture, 1)) * 3 - 0.42).clamp(0, 1)
@@ -58,7 +58,7 @@ def outlines(s: Sheet) -> Tensor:
 
 
 def _grid(s: Sheet) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates x, y [1, 1, S, S] in units of a 64th of the picture."""
+    """Returns pixel coordinates x, y [1, 1, S, S] in 64ths of the picture."""
     size = s.picture.shape[-1]
     step = torch.arange(size, device=s.picture.device) * (64 / size)
     y, x = torch.meshgrid(step, step, indexing="ij")
@@ -66,7 +66,7 @@ def _grid(s: Sheet) -> tuple[Tensor, Tensor]:
 
 
 def _fine(s: Sheet, pixels: float) -> int:
-    """A length given in 64ths of the picture, in fine pixels (at least 1)."""
+    """Converts a length from 64ths of the picture to pixels of the sheet (at least 1)."""
     return max(1, round(pixels * s.picture.shape[-1] / 64))
 
 
@@ -152,7 +152,7 @@ def halftone(s: Sheet) -> Tensor:
 
 
 def _cells(s: Sheet, pitch: float) -> tuple[Tensor, Tensor]:
-    """Irregular cells: the picture's color at each cell's centre, and the distance to the border (64ths)."""
+    """Divides the picture into irregular cells: the color at each cell's centre, and the distance to the border (64ths)."""
     b, _, size, _ = s.picture.shape
     x, y = _grid(s)
     best = torch.full((b, 1, size, size), 1e9, device=s.picture.device)
@@ -184,7 +184,7 @@ def stained_glass(s: Sheet) -> Tensor:
 
 
 def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
-    """A color ramp over values [b, 1, S, S] in [0, 1]."""
+    """Maps values [b, 1, S, S] in [0, 1] to a color ramp."""
     table = values.new_tensor(colors)
     at = values[:, 0].clamp(0, 1) * (len(colors) - 1)
     low = at.floor().long().clamp(max=len(colors) - 2)
@@ -193,7 +193,7 @@ def _ramp(values: Tensor, colors: list[tuple[float, float, float]]) -> Tensor:
 
 
 def thermal(s: Sheet) -> Tensor:
-    """A heat picture: things glow, the background is cold."""
+    """A thermal image: things glow, the background is cold."""
     heat = 0.12 + 0.25 * gray(s.picture) + s.mask * (0.28 + 0.42 * s.normal[:, 2:].clamp(0, 1))
     ramp = [(0.02, 0.0, 0.2), (0.35, 0.0, 0.6), (0.85, 0.15, 0.35), (1.0, 0.6, 0.0), (1.0, 1.0, 0.6)]
     return _ramp(blur(heat, 1), ramp)
@@ -256,7 +256,7 @@ DRAWERS: dict[str, Callable[[Sheet], Tensor]] = {
 
 
 def draw(name: str, sheet: Sheet) -> Tensor:
-    """The pictures [b, 3, S, S] in a style; ValueError for an unknown one."""
+    """Draws the pictures [b, 3, S, S] in a style; ValueError for an unknown one."""
     if name not in DRAWERS:
         raise ValueError(f"the toybox has no style {name!r}; choose from photo, {', '.join(DRAWERS)}")
     return DRAWERS[name](sheet).clamp(0, 1)

@@ -1,7 +1,7 @@
-"""Held out from training: subjects, faces and styles for personalization, in two splits.
+"""Subjects, faces and styles for personalization, held out from training, in two splits.
 
-"development" is for working, "reporting" for final numbers. Every subject comes with distractors: other things of the
-same class and palette from which only its pattern, or its identity, tells it apart.
+Use "development" while working and "reporting" for final numbers. Every subject comes with distractors: other things of
+the same class and palette that differ from it only in pattern or identity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PALETTES = (("black", "red"), ("yellow", "blue"), ("red", "green"), ("white", "
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out subject: its name, the thing, and the things it must not be mistaken for."""
+    """A held-out subject: its name, the thing, and the things that it must not be mistaken for."""
 
     name: str
     thing: Thing
@@ -39,13 +39,13 @@ def _check(split: str) -> None:
 
 
 def styles(split: str) -> tuple[str, ...]:
-    """The drawing styles that only this split uses."""
+    """Returns the drawing styles that only this split uses."""
     _check(split)
     return _STYLES[split]
 
 
 def _differ(a: Thing, b: Thing) -> bool:
-    """Whether two patterned things of one class and palette are clearly distinguishable."""
+    """Tells whether two patterned things of one class and palette are clearly distinguishable."""
     assert a.pattern_seed is not None and b.pattern_seed is not None
     first, second = pattern(a.pattern_seed), pattern(b.pattern_seed)
     gap = float(np.abs(np.subtract(accents(a)[0], accents(b)[0])).sum())
@@ -57,7 +57,7 @@ def _faces_differ(a: Thing, b: Thing) -> bool:
 
 
 def _gather(thing: Thing, candidates: list[Thing], differ: Callable[[Thing, Thing], bool]) -> tuple[Thing, ...]:
-    """The first DISTRACTORS candidates that differ from the thing and from each other."""
+    """Returns the first DISTRACTORS candidates that differ from the thing and from each other."""
     chosen: list[Thing] = []
     for other in candidates:
         if all(differ(other, known) for known in (thing, *chosen)):
@@ -69,7 +69,7 @@ def _gather(thing: Thing, candidates: list[Thing], differ: Callable[[Thing, Thin
 
 @lru_cache(maxsize=2)
 def subjects(split: str) -> tuple[HeldOut, ...]:
-    """The 12 subjects of a split, one of each class except the face."""
+    """Returns the 12 subjects of a split, one of each class except the face."""
     _check(split)
     rng = np.random.default_rng([SEEDS[split].start, 1])
     held_out = []
@@ -84,7 +84,7 @@ def subjects(split: str) -> tuple[HeldOut, ...]:
 
 @lru_cache(maxsize=2)
 def faces(split: str) -> tuple[HeldOut, ...]:
-    """The held-out identities of a split; the distractors have the same hair and shirt colors."""
+    """Returns the held-out identities of a split; the distractors have the same hair and shirt colors."""
     _check(split)
     held_out = []
     for index, (hair, shirt) in enumerate(_PALETTES):
@@ -95,9 +95,9 @@ def faces(split: str) -> tuple[HeldOut, ...]:
 
 
 def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development") -> list[Scene]:
-    """n photos of a thing as a user would take them: near the middle, from several sides, in several places.
+    """Returns n photos of a thing as a user would take them: near the middle, from several sides, in several places.
 
-    The views cycle (front, left, behind, right, above, between); backgrounds repeat only after all were used.
+    The views cycle (front, left, behind, right, above, between); backgrounds repeat only after all have been used.
     """
     rng = np.random.default_rng([seed, SEEDS[split].start, 9])
     order = [BACKGROUNDS[i] for i in rng.permutation(len(BACKGROUNDS))]
@@ -114,14 +114,14 @@ def reference_scenes(thing: Thing, n: int, seed: int, split: str = "development"
 
 
 def style_names() -> dict[str, str]:
-    """The held-out styles by name: "development-stained-glass" -> "stained glass"."""
+    """Returns the held-out styles by name: "development-stained-glass" -> "stained glass"."""
     return {f"{split}-{style.replace(' ', '-')}": style for split in _STYLES for style in _STYLES[split]}
 
 
 def style_scenes(name: str, n: int, seed: int) -> list[Scene]:
-    """n scenes in one held-out style, each a different plain thing in a different place, as training might show too.
+    """Returns n scenes in one held-out style, each a different plain thing in a different place, as in training.
 
-    Classes and backgrounds repeat only after all were used. ValueError lists the choices.
+    Classes and backgrounds repeat only after all have been used. ValueError, with the choices, for an unknown style.
     """
     names = style_names()
     if name not in names:

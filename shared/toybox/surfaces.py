@@ -1,4 +1,4 @@
-"""The visible surfaces as pictures: values of the hits in their places, and means over the subpixels of each pixel."""
+"""Turns visible surfaces into pictures: hits' values at their subpixels, and means over the subpixels of each pixel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits
 
 FAR = 2 * DISTANCE  # the depth of the background
-SPACING = 0.02  # between neighbouring points of a surface, for pictures of 64 pixels
+SPACING = 0.02  # distance between neighbouring points of a surface, for pictures of 64 pixels
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HitImage:
     side: int
 
     def scatter(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values [M, D] of the hits as pictures [B, D, S, S]."""
+        """Writes the hits' values [M, D] into pictures [B, D, S, S]."""
         flat = values.new_full((self.count * self.side * self.side, values.shape[1]), fill)
         flat[self.hits.at] = values
         return flat.view(self.count, self.side, self.side, -1).permute(0, 3, 1, 2)
@@ -33,12 +33,12 @@ class HitImage:
 
 
 def halved(picture: Tensor) -> Tensor:
-    """The mean of 2×2 pixels: [B, C, S, S] to [B, C, S / 2, S / 2]."""
+    """Averages 2×2 pixels: [B, C, S, S] to [B, C, S / 2, S / 2]."""
     rows = picture[..., ::2, :] + picture[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
 def near_depth(depth: Tensor, mask: Tensor) -> Tensor:
-    """The mean depth of the things in each pixel, `FAR` where there are none: [B, 1, S, S] to [B, 1, S / 2, S / 2]."""
+    """Averages the things' depth in each pixel, `FAR` where there are none: [B, 1, S, S] to [B, 1, S / 2, S / 2]."""
     cover = halved(mask)
     return torch.where(cover > 0, halved(depth * mask) / cover.clamp_min(1e-6), torch.full_like(cover, FAR))

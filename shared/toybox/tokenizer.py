@@ -50,7 +50,7 @@ _BYTES_PER_SYMBOL = 256
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes that GPT-2 and CLIP use, in CLIP's order.
+    """Returns the 256 printable stand-ins for bytes that GPT-2 and CLIP use, in CLIP's order.
 
     Returns:
         one character per byte value, printable bytes first (Radford et al., GPT-2's ``bytes_to_unicode``)
@@ -61,7 +61,7 @@ def byte_symbols() -> list[str]:
 
 
 def world_words() -> list[str]:
-    """The words of the toybox's captions, prompt words and rare tokens, sorted and unique.
+    """Returns the words of the toybox's captions, the prompt words and the rare tokens, sorted and unique.
 
     Returns:
         lower-case words made only of letters (others are split, as CLIP's pre-tokenizer does)
@@ -81,7 +81,7 @@ def clean_words(words: Iterable[str]) -> list[str]:
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each of ``words`` one symbol (Sennrich et al., arXiv 1508.07909, to exhaustion).
+    """Learns byte-pair merges that turn each of ``words`` into one symbol (Sennrich et al., arXiv 1508.07909, to exhaustion).
 
     Ties are broken alphabetically, so the result depends only on the words.
 
@@ -110,7 +110,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build(words: Sequence[str] | None = None) -> CLIPTokenizer:
-    """The tokenizer for ``words`` (by default those of the world); equal words give equal tokenizers.
+    """Builds the tokenizer for ``words`` (by default those of the world); equal words give equal tokenizers.
 
     Ids: 256 bytes, 256 bytes at a word's end, the merges in order, begin, end. Padding is the end token, as in CLIP.
 
@@ -144,5 +144,5 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def is_one_token(tokenizer: CLIPTokenizer, word: str) -> bool:
-    """Whether ``word`` is a single token between begin and end."""
+    """Tells whether ``word`` is a single token between begin and end."""
     return len(tokenizer(word)["input_ids"]) == 3

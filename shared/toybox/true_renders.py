@@ -1,4 +1,4 @@
-"""A thing as it truly is, under the prompts of a recipe's pictures: what a perfect model would generate."""
+"""Renders a thing exactly as it is, under the prompts of a recipe's pictures: what a perfect model would generate."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shared.toybox.world import Scene, Thing, sample_camera, sample_scene
 def asked_scenes(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> list[Scene]:
-    """One scene for each of `asked`, which gives what a picture of a prompt must show (`background`, `view`, `accessory`,
-    `style`, as the recognizer names them); the rest is drawn as `sample_scene` does.
+    """Samples one scene for each of `asked`, the attributes that the picture must show (`background`, `view`, `accessory`,
+    `style`, as the recognizer names them); the rest is random, as in `sample_scene`.
 
     pose: the number of the pose and place that all scenes share; None draws a camera for each.
     """
@@ -38,13 +38,13 @@ def asked_scenes(
 def asked_pictures(
     thing: Thing, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None, split: str = "development"
 ) -> Tensor:
-    """The pictures `[N, 3, 64, 64]` in [-1, 1] of `asked_scenes`."""
+    """Renders `asked_scenes` as pictures `[N, 3, 64, 64]` in [-1, 1]."""
     return render(asked_scenes(thing, asked, seed, pose, split)).pixels * 2 - 1
 
 
 @lru_cache(maxsize=1)
 def drawing_code() -> str:
-    """A hash of the drawing code, which invalidates cached pictures when it changes."""
+    """Returns a hash of the drawing code: when it changes, measurements of true pictures are no longer reused."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

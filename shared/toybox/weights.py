@@ -1,4 +1,4 @@
-"""Where the toybox's weights are, and the sampling settings from its card."""
+"""Locates the toybox's weights and reads the sampling settings from its card."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def backbone_path() -> Path:
-    """The shipped diffusers folder.
+    """Returns the shipped diffusers folder.
 
     Raises:
         ValueError: this installation has none
     """
     folder = WEIGHTS / "backbone"
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"no toybox backbone in {folder}: reinstall, or make it with `pcs toybox train`")
+        raise ValueError(f"no toybox backbone in {folder}: reinstall, or create it with `pcs toybox train`")
     return folder
 
 
 def sampling_defaults() -> dict[str, Any]:
-    """The `guidance` and `steps` that the card states for the shipped model (``weights/sampling.json``)."""
+    """Reads the `guidance` and `steps` recommended for the shipped model (``weights/sampling.json``)."""
     path = WEIGHTS / "sampling.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"guidance": 4.0, "steps": 25}
 
 
 def motion_adapter_path() -> Path:
-    """The shipped motion module: a diffusers `MotionAdapter` folder for the backbone's U-Net.
+    """Returns the shipped motion module: a diffusers `MotionAdapter` folder for the backbone's U-Net.
 
     Raises:
         ValueError: this installation has none
     """
     folder = WEIGHTS / "motion_adapter"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no toybox motion module in {folder}: reinstall, or make it with `pcs toybox train`")
+        raise ValueError(f"no toybox motion module in {folder}: reinstall, or create it with `pcs toybox train`")
     return folder

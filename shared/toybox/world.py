@@ -1,6 +1,6 @@
 """The toybox world: its vocabularies, and the scenes drawn from it.
 
-Angles are in degrees. Azimuth 0 looks at the front of a thing, 90 at its left side; elevation 90 looks down from above.
+Angles are in degrees. Azimuth 0 looks at a thing's front, 90 at its left side; elevation 90 looks down from above.
 Positions and sizes are fractions of the picture.
 """
 
@@ -47,8 +47,8 @@ VIEWS = ("front", "side", "back", "above")
 ACCESSORIES = ("none", "red hat", "yellow crown", "pink glasses", "rainbow scarf")
 STYLES = ("photo", "pencil sketch", "watercolor painting", "pixel art", "cartoon", "neon")
 
-# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training meets each of its
-# seeds several times in different colors and places.
+# Pattern and identity seeds of the splits: disjoint by construction, and few enough that training sees each of its seeds
+# several times in different colors and places.
 SEEDS = {
     "train": range(0, 20_000),
     "development": range(1_000_000, 1_010_000),
@@ -70,7 +70,7 @@ RGB = {
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its class, its two colors, the seed of its pattern and proportions (None: plain), what it wears.
+    """An object: its class, its two colors, the seed of its pattern and proportions (None: plain), its accessory.
 
     identity: for a face, IDENTITY_SIZE numbers in [-1, 1]; None for everything else.
     """
@@ -94,12 +94,12 @@ class Thing:
         if self.main == self.second:
             raise ValueError(f"main and second color must differ, both are {self.main!r}")
         if (self.class_name == "face") != (self.identity is not None):
-            raise ValueError("a face, and nothing else, has an identity")
+            raise ValueError("faces must have an identity, and other things must not")
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a thing is seen from, and where it lands: x right and y down from the centre; scale 1 nearly fills the picture."""
+    """A thing's viewpoint and its place in the picture: x right and y down from the centre; scale 1 nearly fills it."""
 
     azimuth_deg: float = 0.0
     elevation_deg: float = 15.0
@@ -118,7 +118,7 @@ class Camera:
 
     @property
     def view_is_clear(self) -> bool:
-        """Whether the view is far enough from the boundaries between views to be named in a caption."""
+        """Tells whether the view is far enough from the boundaries between views to be named in a caption."""
         turn = abs((self.azimuth_deg + 180) % 360 - 180)
         if self.elevation_deg >= 52:
             return True
@@ -146,7 +146,7 @@ class Scene:
 
 
 def identity_of(seed: int) -> tuple[float, ...]:
-    """The identity vector of a face: IDENTITY_SIZE numbers in [-1, 1]."""
+    """Returns the identity vector of a face: IDENTITY_SIZE numbers in [-1, 1]."""
     values = np.random.default_rng([seed, 7]).uniform(-1, 1, IDENTITY_SIZE)
     return tuple(round(float(v), 4) for v in values)
 
@@ -157,7 +157,7 @@ def _choose(rng: np.random.Generator, values: tuple[str, ...], but: tuple[str, .
 
 
 def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Thing:
-    """A random thing. fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity."""
+    """Samples a random thing. fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity."""
     name = fixed.get("class_name") or _choose(rng, CLASSES)
     main = fixed.get("main") or _choose(rng, COLORS, (fixed.get("second", ""),))
     second = fixed.get("second") or _choose(rng, COLORS, (main,))
@@ -175,7 +175,7 @@ def sample_thing(rng: np.random.Generator, split: str = "train", **fixed: Any) -
 
 
 def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
-    """A random camera; with a view given, one that clearly shows it."""
+    """Samples a random camera; if `view` is set, one that clearly shows it."""
     if view is None and rng.random() < 0.75:
         view = VIEWS[int(rng.choice(4, p=(0.3, 0.28, 0.25, 0.17)))]
     low = float(np.clip(abs(rng.normal(14, 10)), 0, 35))
@@ -202,7 +202,7 @@ def sample_camera(rng: np.random.Generator, view: str | None = None) -> Camera:
 def _pair(
     rng: np.random.Generator, split: str, fixed: dict[str, Any]
 ) -> tuple[tuple[Thing, Thing], tuple[Camera, Camera]]:
-    """Two things of different classes side by side, the left one first."""
+    """Samples two things of different classes side by side, the left one first."""
     first = sample_thing(rng, split, **{"accessory": "none", **fixed})
     other = _choose(rng, CLASSES, (first.class_name,))
     second = sample_thing(rng, split, class_name=other, accessory="none")
@@ -224,7 +224,7 @@ def _pair(
 
 
 def sample_scene(rng: np.random.Generator, split: str = "train", **fixed: Any) -> Scene:
-    """A random scene of a split ("train", "development", "reporting": where its pattern and identity seeds come from).
+    """Samples a random scene of a split ("train", "development", "reporting": the source of its pattern and identity seeds).
 
     fixed: any of class_name, main, second, accessory, pattern (bool), pattern_seed, identity, thing (a whole Thing),
     background, view, camera, style, two (bool), seed.

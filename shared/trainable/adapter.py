@@ -1,4 +1,4 @@
-"""peft layers, injected into a backbone under a concept's name and removed without a trace."""
+"""Injects peft layers into a backbone under a concept's name, and removes them without a trace."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class PeftAdapter:
     """One peft adapter in one component; satisfies `shared.backbones.protocol.Adapter`.
 
     peft's own switches act on all adapters of a model at once, and `set_adapter` makes the adapters it activates trainable
-    again. So strength is set here layer by layer, and training is switched only by `requires_grad_`.
+    again. So this class sets strengths layer by layer, and switches training only by `requires_grad_`.
     """
 
     def __init__(self, model: nn.Module, component: str, slot: str, peft_name: str, config: PeftConfig) -> None:
         self.model, self.component, self.slot, self.peft_name, self.config = model, component, slot, peft_name, config
         self.layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and _holds(m, peft_name)]
-        self.seed = 0  # of the initialization; also reproduces random tensors that are not trained
-        self.min_rank: int | None = None  # of a LoRA whose rank falls with the noise
+        self.seed = 0  # seeds the initialization, and reproduces random tensors that are not trained
+        self.min_rank: int | None = None  # the minimum rank of a LoRA whose rank falls with the noise
         # LoRA and similar types keep a scale per adapter; types without one (OFT) can only be on or off
         self._chances: dict[tuple[Any, str], float] = {
             (layer, key): getattr(layer, key)[peft_name]
@@ -46,15 +46,15 @@ class PeftAdapter:
     ) -> PeftAdapter:
         """Wraps the target modules of `component` and registers the adapter under `name`; it starts frozen and active at 1.
 
-        Raises ValueError when nothing matches, when this type of adapter cannot wrap a layer, and for settings that cannot be
-        saved in a concept, so that they do not fail after training.
+        Raises ValueError if nothing matches or this type of adapter cannot wrap a layer. Also for settings that cannot be
+        saved in a concept, which would otherwise fail only after training.
         """
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
         peft_name = f"{name}__{slot}"
         while peft_name in getattr(
             model, "peft_config", {}
-        ):  # an adapter shared by several concepts outlives the first
+        ):  # an adapter shared by several concepts outlives the first one
             peft_name += "_"
         trainable = {id(p): p.requires_grad for p in model.parameters()}
         active: dict[Any, list[str]] = {
@@ -83,7 +83,7 @@ class PeftAdapter:
         return adapter
 
     def modules(self) -> list[str]:
-        """Dotted names of the layers that this adapter wraps."""
+        """The dotted names of the layers that this adapter wraps."""
         ids = {id(layer) for layer in self.layers}
         return sorted(name for name, module in self.model.named_modules() if id(module) in ids)
 
@@ -170,7 +170,7 @@ class PeftAdapter:
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
-    """Returns JSON-safe settings that rebuild the adapter: its type, and what differs from peft's defaults."""
+    """Returns JSON-safe settings that rebuild the adapter: its type, and the settings that differ from peft's defaults."""
     plain = type(config)()
     out: dict[str, Any] = {"peft_type": getattr(config.peft_type, "value", config.peft_type)}
     for key, value in config.to_dict().items():
@@ -180,7 +180,7 @@ def config_to_dict(config: PeftConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any]) -> PeftConfig:
-    """The inverse of `config_to_dict`. ValueError on a type or a key that peft does not have."""
+    """Inverts `config_to_dict`. ValueError for a type or a key that peft does not have."""
     kinds = {k.value if hasattr(k, "value") else str(k): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = data.get("peft_type")
     if kind not in kinds:
@@ -200,7 +200,7 @@ def _restore(model: nn.Module, trainable: Mapping[int, bool], active: Mapping[An
 
 
 def _names(layer: BaseTunerLayer) -> list[str]:
-    """The adapters on a layer, in order of injection."""
+    """Lists the adapters on a layer, in order of injection."""
     return list(dict.fromkeys(n for attr in layer.adapter_layer_names for n in getattr(layer, attr, {}) or {}))
 
 

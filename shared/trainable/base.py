@@ -1,4 +1,4 @@
-"""The base of trainable parts, how they find the layers they adapt, and what they return."""
+"""The base classes of trainable parts, which find the layers to adapt, and the groups of parameters they return."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shared.backbones.protocol import Backbone, Group
 from shared.config import NAME, KindPart, unknown
 from shared.trainable.layer_choice import Projection, block_names, of_blocks, of_projections, parse_ranges
 
-MAIN = "main"  # the optimizer group of parts that set none
+MAIN = "main"  # the optimizer group of parts that do not set one
 
 
-#: A learning rate; anything above the limit overflows in one step and must be a typo.
+#: A learning rate; a value above the limit overflows in one step and must be a typo.
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
@@ -29,8 +29,8 @@ class TrainablePart(KindPart):
         ""  # the name that switches its adapters; "": the concept's
     )
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
-    per_source: bool = False  # one adapter per picture or clip, on while that one is learned; not saved in the concept
-    temporary: bool = False  # on only in training steps, of this phase and later ones; not saved in the concept
+    per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
+    temporary: bool = False  # active only in training steps, of this phase and later ones; not saved in the concept
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
@@ -42,15 +42,15 @@ class TrainablePart(KindPart):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The roles it trains; empty for parts that are not chosen by role."""
+        """The roles that it trains; empty for parts that do not select modules by role."""
         return ()
 
 
 class OnRoles(TrainablePart):
     """Base of the parts that act on the modules of some roles: all of them, or those that the other fields select.
 
-    With attention over space and time at once, no role is specific to motion, and such choices separate motion from
-    appearance: queries and keys determine where to look, values and outputs what is seen there (TAP+AH,
+    In models that attend over space and time jointly, no role is specific to motion. There, selecting projections separates
+    motion from appearance: queries and keys determine where to look, values and outputs what is seen there (TAP+AH,
     https://arxiv.org/abs/2501.16714).
     """
 
@@ -73,8 +73,8 @@ class OnRoles(TrainablePart):
     def modules(self, backbone: Backbone, slot: str) -> tuple[dict[str, list[str]], tuple[str, ...]]:
         """Returns component -> sorted dotted names of the selected modules, and a note for each port.
 
-        Raises ValueError for roles, blocks and networks that this backbone does not have, and for a role with no modules left
-        by the selection.
+        Raises ValueError for roles, blocks and networks that this backbone does not have, and if the selection leaves a role
+        without modules.
         """
         chosen = []
         for role in self.roles:
@@ -112,7 +112,7 @@ class OnRoles(TrainablePart):
 
 @dataclass(frozen=True)
 class TrainableGroup:
-    """Parameters that a part injected or unfroze, and how to train them."""
+    """Parameters that a part injected or unfroze, with their training settings."""
 
     slot: str
     parameters: list[nn.Parameter]

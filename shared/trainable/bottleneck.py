@@ -1,4 +1,4 @@
-"""A small network in parallel to attention or feed-forward layers."""
+"""Trains small networks in parallel to attention and feed-forward layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Bottleneck(OnRoles):
     https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so the
     adapter starts as the identity.
 
-    A role selects the attention layers and feed-forward networks its layers belong to: `cross_attention` and
-    `cross_attention.q` both mean cross-attention as a whole.
+    A role selects the whole attention layers and feed-forward networks that its layers belong to: `cross_attention` and
+    `cross_attention.q` select the same ones.
     """
 
     taxonomy: ClassVar[str] = "bottleneck adapters"
     kind: Literal["bottleneck"] = "bottleneck"
     roles: tuple[str, ...] = ("cross_attention",)
-    width: Annotated[int, Field(ge=1, le=8192)] = 64  # of the bottleneck
+    width: Annotated[int, Field(ge=1, le=8192)] = 64  # hidden width of the bottleneck
     lr: Rate = 1e-5
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:

@@ -1,4 +1,4 @@
-"""Branches: small trainable functions in parallel to a network's layers, removed without a trace."""
+"""Branches: small trainable functions in parallel to a network's layers, which can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from shared.backbones.protocol import Backbone
 from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 
-#: The name endings of a place's first layer: in attention, and in a feed-forward network.
+#: How the name of a place's first layer ends, in attention and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
 class BranchAdapter:
     """Branches at some places of one component; satisfies `shared.backbones.protocol.Adapter`.
 
-    A place is an attention layer or a feed-forward network, named by its first layer (`….attn2.to_q`). Branches are hooks on
-    these modules, not submodules: the network's module names, repr and state dict are unchanged. What a branch adds to the
-    input of a layer reaches only that layer's own weights, not other adapters on it.
+    A place is an attention layer or a feed-forward network, identified by its first layer (`….attn2.to_q`). Branches are
+    hooks on these modules, not submodules: the network's module names, repr and state dict are unchanged. What a branch adds
+    to a layer's input reaches only the layer's own weights, not other adapters on it.
     """
 
     def __init__(self, backbone: Backbone, component: str, slot: str, form: BranchForm) -> None:
@@ -71,7 +71,7 @@ class BranchAdapter:
 
     @property
     def settings(self) -> BranchSettings:
-        """What is saved besides its tensors."""
+        """Returns what is saved besides its tensors."""
         return BranchSettings(form=self.form, layers=tuple(self.branches))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -131,14 +131,14 @@ class HasInput(Protocol):
 
 
 def unwrapped(layer: Any) -> Any:
-    """The layer itself, without any adapters around it."""
+    """Returns the layer itself, without any adapters around it."""
     while isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
     return layer
 
 
 def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
-    """Returns (name of the place, its first layer) if `first` names one, else ("", None)."""
+    """Returns (name of the place, its first layer) if `first` is the name of such a layer, else ("", None)."""
     end = next((end for end in FIRST if first.endswith(end)), None)
     if end is None:
         return "", None
@@ -150,5 +150,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Those of a role's layers that are the first layer of a place."""
+    """Filters a role's layers for those that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

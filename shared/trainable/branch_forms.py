@@ -1,4 +1,4 @@
-"""What branches compute: a bottleneck in parallel to a layer, or frame embeddings added to its input."""
+"""The forms of branches: a bottleneck in parallel to a layer, or frame embeddings added to its input."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Unwrap = Callable[[Any], Any]
 
 
 class Grid:
-    """The latent grid of the current prediction, from the network's last call."""
+    """The latent grid of the current prediction, read from the network's last call."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.size = (0, 0)
 
     def look(self, _network: nn.Module, args: tuple[Any, ...]) -> None:
-        """Pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
+        """Reads the grid; a pre-hook on the network, whose first argument is the latents [B, C, (f), h, w]."""
         if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
             self.size = (args[0].shape[-2], args[0].shape[-1])
 
     def at(self, site: str) -> tuple[int, int]:
-        """Rows and columns at this site."""
+        """Returns rows and columns at this site."""
         return self.sites[site].grid(*self.size)
 
 
 class Branch:
-    """One branch at one place. `parameters` are fp32, by the form's keys."""
+    """One branch at one place. `parameters` holds fp32 tensors by the form's keys."""
 
     keys: ClassVar[Mapping[str, int]]  # key -> number of axes
 
@@ -44,7 +44,7 @@ class Branch:
         self.strength, self.training = 1.0, False
 
     def start(self, tensors: Mapping[str, Tensor], width: int, device: torch.device, where: str) -> None:
-        """Sets copies of these as parameters. ValueError when they do not match this form or the layer's width."""
+        """Sets copies of the tensors as parameters. ValueError if they do not match this form or the layer's width."""
         for key, axes in self.keys.items():
             if key not in tensors or tensors[key].ndim != axes:
                 raise ValueError(f"{where}: the branch needs {key!r} with {axes} axes")
@@ -63,7 +63,7 @@ class Branch:
         raise NotImplementedError
 
     def value(self, key: str, like: Tensor) -> Tensor:
-        """A parameter on the device of `like`."""
+        """Returns a parameter on the device of `like`."""
         return self.parameters[key].to(like.device)
 
 
@@ -92,7 +92,7 @@ class Bottleneck(Branch):
         return out + added.to(out.dtype)
 
     def _of(self, x: Tensor) -> Tensor:
-        """[..., C] -> the same."""
+        """Computes the bottleneck: [..., C] -> [..., C]."""
         down, bias, up, shift = (self.value(key, x) for key in self.keys)
         return F.linear(F.gelu(F.linear(x.to(down.dtype), down, bias)), up, shift)
 
@@ -139,14 +139,14 @@ class FrameEmbeddings(Branch):
 
 
 def resized_frames(embedding: Tensor, frames: int) -> Tensor:
-    """[F, C] -> [frames, C], linear in time."""
+    """Interpolates linearly in time: [F, C] -> [frames, C]."""
     if len(embedding) == frames:
         return embedding
     return F.interpolate(embedding.T[None], size=frames, mode="linear", align_corners=False)[0].T
 
 
 def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
-    """[rows, columns, F, C] -> [*grid, frames, C], linear in space and time."""
+    """Interpolates linearly in space and time: [rows, columns, F, C] -> [*grid, frames, C]."""
     size = (*grid, frames)
     if embedding.shape[:3] == size:
         return embedding
@@ -156,5 +156,5 @@ def resized_places(embedding: Tensor, grid: tuple[int, int], frames: int) -> Ten
 
 
 def differences(embedding: Tensor) -> Tensor:
-    """[..., F, C]: every frame but the first replaced by its difference from the previous one."""
+    """Replaces every frame but the first by its difference from the previous one: [..., F, C]."""
     return torch.cat([embedding[..., :1, :], embedding.diff(dim=-2)], dim=-2)

@@ -1,4 +1,4 @@
-"""Changed weights, kept as differences, so that they have a strength and can be removed without a trace."""
+"""Keeps changed weights as differences, so that they can be scaled by a strength and removed without a trace."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class DeltaAdapter:
 
     @classmethod
     def inject(cls, backbone: Backbone, name: str, slot: str, deltas: Mapping[str, Tensor]) -> DeltaAdapter:
-        """Registers the deltas under a concept's name; they act at once, at that name's strength.
+        """Registers the deltas under a concept's name; they act immediately, at that name's strength.
 
         Args:
-            slot: the recipe's slot they come from; it keeps several parts of one concept apart
+            slot: the recipe slot that they come from, which distinguishes several parts of one concept
             deltas: "{component}.{path of the parameter}" -> its change, in the parameter's shape
 
         Raises:
-            ValueError: when the model lacks a parameter, or has it in a different shape
+            ValueError: the model lacks a parameter, or has it in a different shape
         """
         targets = {key: find_parameter(backbone, key) for key in deltas}
         unknown = sorted(k for k, p in targets.items() if p is None)
@@ -59,7 +59,7 @@ class DeltaAdapter:
         return iter(self.deltas.values())
 
     def train(self, mode: bool) -> None:
-        """Does nothing: a sum is the same in training and outside it."""
+        """Does nothing: the sum is the same in and outside training."""
 
     def set_strength(self, strength: float) -> None:
         """Rewrites the weights; 0 restores the original bytes."""
@@ -97,7 +97,7 @@ class DeltaAdapter:
 
 
 def find_parameter(backbone: Backbone, key: str) -> nn.Parameter | None:
-    """The parameter with this key, even if an adapter has wrapped its module since."""
+    """Finds the parameter with this key, even if an adapter has since wrapped its module."""
     component, _, path = key.partition(".")
     module = backbone.components.get(component)
     *parents, leaf = path.split(".")

@@ -1,4 +1,4 @@
-"""Selecting some of a role's layers: by attention projection, and by block."""
+"""Selects some of a role's layers, by attention projection or by block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 Projection = Literal["q", "k", "v", "out"]
 
-#: The last part of a layer's name, by projection, in every family: diffusers' attention (including the text stream of joint
+#: The last part of a layer's name, by projection, for all families: diffusers' attention (including the text stream of joint
 #: attention), CLIP's and T5's.
 _LEAVES: dict[Projection, str] = {
     "q": r"to_q|add_q_proj|q_proj|q",
@@ -21,21 +21,21 @@ _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def of_projections(layers: Sequence[str], projections: Sequence[Projection]) -> list[str]:
-    """The layers that compute these projections; never feed-forward layers or convolutions."""
+    """Returns the layers that compute these projections; never feed-forward layers or convolutions."""
     pattern = re.compile(rf"(.*\.)?({'|'.join(_LEAVES[p] for p in projections)})")
     return [name for name in layers if pattern.fullmatch(name)]
 
 
 def block_names(layers: Sequence[str]) -> list[str]:
-    """The blocks of a network's layers, in the order of the forward pass: in transformers each block (in FLUX the double-stream
-    blocks, then the single-stream ones), in U-Nets the down levels, the middle, the up levels."""
+    """Lists the blocks of a network's layers in the order of the forward pass: in transformers each block (in FLUX the
+    double-stream blocks, then the single-stream ones), in U-Nets the down levels, the middle, the up levels."""
     found = dict.fromkeys(match[1] for name in layers if (match := _BLOCK.match(name)))
     order = ("down_blocks", "mid_block", "up_blocks")
     return sorted(found, key=lambda name: next((i for i, part in enumerate(order) if name.startswith(part)), -1))
 
 
 def of_blocks(layers: Sequence[str], numbers: Sequence[int], blocks: Sequence[str]) -> list[str]:
-    """The layers inside the blocks with these numbers; layers outside every block are left out."""
+    """Returns the layers inside the blocks with these numbers; layers outside all blocks are left out."""
     inside = tuple(f"{blocks[n]}." for n in numbers)
     return [name for name in layers if name.startswith(inside)]
 

@@ -18,16 +18,16 @@ class Lora(OnRoles):
     """W' = W + (alpha / rank) B A on the modules of `roles`; B starts at 0, so the adapter starts as the identity.
 
     With `min_rank`, T-LoRA (https://arxiv.org/abs/2507.05964, section 3): W' = W + (alpha / rank) B M_t A, where the mask
-    M_t keeps the first r(t) directions: all of them at no noise, `min_rank` at full noise, where a few pictures overfit most
-    (their poses and layouts). It applies at sampling too.
+    M_t keeps the first r(t) directions: all of them at no noise, `min_rank` at full noise, where training on a few pictures
+    overfits most (to their poses and layouts). The mask also applies at sampling.
     """
 
     kind: Literal["lora"] = "lora"
     roles: tuple[str, ...] = ("cross_attention", "self_attention")
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: float | None = None  # None: equal to rank, so a scale of 1
+    alpha: float | None = None  # None: equal to rank, so that the scale is 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    min_rank: Annotated[int, Field(ge=0)] | None = None  # at full noise; None: the rank is the same at all times
+    min_rank: Annotated[int, Field(ge=0)] | None = None  # rank at full noise; None: the rank is the same at all times
     orthogonal: bool = False  # A starts with orthonormal rows, so that no masked direction repeats another
     dora: bool = False  # separate magnitude and direction; the norm is treated as constant in backward
 
@@ -45,7 +45,7 @@ class Lora(OnRoles):
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Injects into every component of the roles; the new weights are trainable."""
+        """Injects LoRA layers into every component of the roles; the new weights are trainable."""
         targets, ports = self.modules(backbone, slot)
         text = sorted(c for c in targets if c.startswith("text_encoder"))
         if self.min_rank is not None and text:

@@ -1,8 +1,9 @@
-"""LoRA layers that compute with one merged weight, W' = W + s B A, instead of a second, narrow layer beside the first.
+"""Lets LoRA layers compute with one merged weight, W' = W + s B A, instead of a second, narrow layer in parallel.
 
 peft's layers compute W x + s B (A x): two extra products, and two passes over the output. When x has many rows, W' is cheaper.
-Results are equal up to rounding, and exactly those of W if B is 0. Only inside `merged_layers()`, which sampling and teachers
-enter: predictions that a training step compares must all round alike, and with a backward pass peft's own forward is as fast.
+Results are equal up to rounding, and exactly those of W if B is 0. Merging happens only inside `merged_layers()`, which
+sampling and teachers use: predictions that a training step compares must all be rounded in the same way, and with a backward
+pass peft's own forward is just as fast.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _merges: ContextVar[bool] = ContextVar("merges", default=False)
 
 @contextmanager
 def merged_layers() -> Iterator[None]:
-    """Inside, LoRA layers compute with merged weights where that is possible and pays; gradients turn it off."""
+    """Inside this context, LoRA layers compute with merged weights where possible and cheaper, but not with gradients."""
     token = _merges.set(True)
     try:
         yield
@@ -54,10 +55,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
-    """The factors that currently act on a layer. None if peft's own forward must be used: with gradients; in half precision and
-    autocast, where W' would round B A away; with hooks on the layer, or dropout or anything else between A, B and x; for
-    layers other than plain ones; if x has too few rows for W' to pay; and on other devices than a CPU, where it was not
-    measured."""
+    """Returns the factors that currently act on a layer. None if peft's own forward must be used: with gradients; in half
+    precision and autocast, where W' would round B A away; with hooks on the layer, or dropout or anything else between A, B
+    and x; for variants of LoRA layers; if x has too few rows for W' to be cheaper; and on devices other than the CPU, where
+    it has not been measured."""
     base = layer.base_layer
     if torch.is_grad_enabled() or layer.disable_adapters or layer.merged or not _plain(base):
         return None
@@ -80,8 +81,8 @@ def _pairs(layer: Any, x: Tensor) -> list[Pair] | None:
 
 
 def _rank(a: Any) -> int | None:
-    """How many directions of A act. During sampling, a rank that falls with the noise is the same for all rows. None if rows
-    differ, or if A has any other hook."""
+    """Returns how many directions of A act. During sampling, a rank that falls with the noise is the same for all rows. None
+    if rows differ, or if A has any other hook."""
     if not _hooked(a):
         return len(a.weight)
     falls = [hook for hook in a._forward_hooks.values() if isinstance(hook, RankByNoise)]
@@ -103,7 +104,8 @@ def _hooked(module: Any) -> bool:
 
 
 def _pays(base: Any, x: Tensor) -> bool:
-    """Whether computing B A (r out K multiplications, with K inputs per output) costs less than r (out + K) per row of x."""
+    """Tells whether computing B A (r out K multiplications, with K inputs per output) costs less than r (out + K) per row of
+    x."""
     if x.ndim < base.weight.ndim:
         return False
     out, inputs = len(base.weight), base.weight[0].numel()
@@ -111,14 +113,14 @@ def _pays(base: Any, x: Tensor) -> bool:
 
 
 def _count(base: Any, x: Tensor) -> int:
-    """Rows of a linear layer's input, output positions of a convolution."""
+    """Counts the rows of a linear layer's input, or the output positions of a convolution."""
     if isinstance(base, nn.Conv2d):
         return x.numel() // x.shape[1] // (base.stride[0] * base.stride[1])
     return x.numel() // x.shape[-1]
 
 
 def _merged(weight: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """W + the sum of s B A, in the shape of W."""
+    """Returns W + the sum of s B A, in the shape of W."""
     flat = weight.flatten(1)
     for a, b, s in pairs:
         flat = torch.addmm(flat, b.flatten(1), a.flatten(1), alpha=s)

@@ -20,8 +20,8 @@ Plain = bool | int | float | str | dict[str, int | float]
 class Peft(OnRoles):
     """The adapter that peft calls `type`, with peft's own `settings`, on the modules of `roles`.
 
-    It starts as the identity: exactly, except DEFT and HRA, which rotate by products of reflections and leave rounding
-    errors (1e-6). Methods that cannot be trained, saved and removed again are refused with the reason.
+    It starts as the exact identity, except for DEFT and HRA, whose products of reflections leave rounding errors (1e-6).
+    Methods that cannot be trained, saved and removed again are rejected with the reason.
     """
 
     kind: Literal["peft"] = "peft"
@@ -49,7 +49,7 @@ class Peft(OnRoles):
         return self
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Injects into every component of the roles; the new weights are trainable.
+        """Injects the adapter into every component of the roles; the new weights are trainable.
 
         Raises ValueError for roles with layers that this method cannot adapt, and for settings that do not fit them.
         """
@@ -90,7 +90,7 @@ class Peft(OnRoles):
 
 
 def _kernel(module: nn.Module) -> tuple[int, ...]:
-    """A convolution's kernel size, also through adapter wrappers; () for a linear layer."""
+    """Returns a convolution's kernel size, even inside adapter wrappers; () for a linear layer."""
     base: Any = getattr(module, "base_layer", module)
     while hasattr(base, "base_layer"):
         base = base.base_layer
@@ -98,7 +98,7 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 
 
 def _check_value(key: str, value: Plain, default: Any) -> None:
-    """Raises ValueError when a value's type differs from that of peft's default, where the default has a plain type."""
+    """Raises ValueError if peft's default has a plain type and the value has another."""
     for kind in (bool, int, float, str):
         if type(default) is kind:
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -1,9 +1,9 @@
-"""The peft methods that `kind: peft` offers, with the settings a recipe may give; and why others are not offered.
+"""The peft methods that `kind: peft` offers, the settings that a recipe may set, and the reasons why others are not offered.
 
 Each one was tested on linear layers and convolutions with peft 0.21.2 (see `tests/core/test_trainable_peft.py`): it starts
-as the identity, gets a gradient, gives the same outputs after saving and loading, leaves the network as it was after
-removal, and works on half-precision networks. Settings that would change base weights or the start, or run names as code,
-are excluded.
+as the identity, gets a gradient, computes the same outputs after saving and loading, leaves the network unchanged after
+removal, and works on half-precision networks. Settings that change base weights or the initial identity, or that run names
+as code, are excluded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class AdapterType:
     """One of peft's methods."""
 
     settings: frozenset[str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # always set, so that it starts as the identity
-    exact_start: bool = True  # False: the identity up to rounding
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # always set, so that the adapter starts as the identity
+    exact_start: bool = True  # False: it starts as the identity up to rounding
     layers: str = "any"  # "linear"; "linear or 1x1": also convolutions with 1x1 kernels
 
 
@@ -73,7 +73,7 @@ ADAPTER_TYPES: Mapping[str, AdapterType] = {
 _PROMPTS = "it learns prompts for a language model and adapts no layers"
 _SHARED = "its layers share tensors that peft keeps on a wrapper around the whole model"
 _HALF = "peft cannot run it with half-precision weights"
-#: peft's other methods, and why they are not offered.
+#: peft's other methods, and the reasons why they are not offered.
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
         ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), _PROMPTS
@@ -92,7 +92,7 @@ UNSUPPORTED: Mapping[str, str] = {
 
 
 def why_not(peft_type: str) -> str:
-    """Why a method is not offered, with the ones that are; "" if it is offered."""
+    """Explains why a method is not offered, and lists those that are; "" if it is offered."""
     if peft_type in ADAPTER_TYPES:
         return ""
     reason = UNSUPPORTED.get(peft_type, "it has not been tested with this suite")
@@ -100,7 +100,7 @@ def why_not(peft_type: str) -> str:
 
 
 def unsuited(peft_type: str, kernels: Mapping[str, Iterable[int]]) -> list[str]:
-    """The layers that such an adapter cannot wrap. `kernels`: layer -> its kernel size, () for a linear layer."""
+    """Lists the layers that such an adapter cannot wrap. `kernels`: layer -> its kernel size, () for a linear layer."""
     allowed = ADAPTER_TYPES[peft_type].layers
     sides = {name: list(kernel) for name, kernel in kernels.items()}
     bad = {"any": lambda k: False, "linear": bool, "linear or 1x1": lambda k: any(side != 1 for side in k)}[allowed]

@@ -1,4 +1,4 @@
-"""A LoRA whose rank falls as the noise grows (T-LoRA, https://arxiv.org/abs/2507.05964)."""
+"""Lowers a LoRA's rank as the noise grows (T-LoRA, https://arxiv.org/abs/2507.05964)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = 1000  # number of timesteps in the model's training schedule
 
 
 def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
-    """r(t) = floor((r - r_min) (T - t) / T) + r_min: how many of `rank` directions act at times t [B]; int64."""
+    """Returns r(t) = floor((r - r_min) (T - t) / T) + r_min: how many of `rank` directions act at times t [B]; int64."""
     return ((rank - min_rank) * (_T - t.double()) / _T).floor().long() + min_rank
 
 
@@ -21,14 +21,14 @@ class RankByNoise:
     """Hook on a LoRA's first matrix: passes on only the first r(t) values of its output.
 
     Each picture of a batch has its own time, that of the current prediction; in layers with several rows per picture
-    (frames, positions) it is repeated. It adds no parameters, and nothing to repr or state.
+    (frames, positions) it is repeated. The hook adds no parameters, and nothing to repr or the state dict.
     """
 
     def __init__(self, backbone: Backbone, min_rank: int) -> None:
         self.backbone, self.min_rank = backbone, min_rank
 
     def common(self, rank: int) -> int | None:
-        """r(t) of `rank` if it is the same for all pictures of the current prediction, else None."""
+        """Returns r(t) of `rank` if it is the same for all pictures of the current prediction, else None."""
         t = self.backbone.prediction_time
         if t is None:
             return None

@@ -1,4 +1,4 @@
-"""What acts on one parameter: its original values, saved changes on top of them, and values in training."""
+"""Keeps all that acts on one parameter: its original values, saved changes on top of them, and values in training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Owner(Protocol):
 class Stack:
     """W = W_0 + sum of strength * delta. It lives on the parameter as long as anything changes it.
 
-    The parameter object stays and only its tensor is swapped, so the original bytes come back unchanged, and a graph built on
-    one tensor keeps it.
+    The parameter object stays and only its tensor is swapped, so the original bytes are restored exactly, and a graph built
+    on one tensor keeps that tensor.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -37,7 +37,7 @@ class Stack:
         self.show()
 
     def below(self, parts: dict[Any, tuple[Tensor, float]]) -> Tensor:
-        """W_0 with these changes, fp32."""
+        """Returns W_0 with these changes, fp32."""
         total = self.original.to(self.parameter.device).float()
         for _, (delta, strength) in sorted(parts.items(), key=lambda part: part[0].number):
             total = total + strength * delta.to(total.device)
@@ -65,9 +65,9 @@ class Training:
     """Values of one parameter in training: fp32, updated by the optimizer, W_0 + other changes + delta.
 
     They are the only copy besides the original: delta is their difference, and `settle` rounds them to the sum of the
-    original and that difference, so that what is saved equals what was trained, bit for bit. The parameter holds them at
-    strength 1 on top of the changes they were trained on; in any other state it holds a sum and has no gradient.
-    (`settle` is idempotent in fp32: measured over all exponents that weights have.)
+    original and that difference, so that the saved values equal the trained ones bit for bit. The parameter holds them at
+    strength 1 on top of the changes that they were trained on; in any other state it holds a sum and has no gradient.
+    (`settle` is idempotent in fp32, as measured over all exponents that weights have.)
     """
 
     def __init__(self, stack: Stack, owner: Owner) -> None:
@@ -78,20 +78,20 @@ class Training:
         self._wants_grad = stack.parameter.requires_grad
 
     def delta(self) -> Tensor:
-        """The change in training, fp32, on the parameter's device."""
+        """Returns the change in training, fp32, on the parameter's device."""
         self.settle()
         return self.current() - self.stack.below(self.reference)
 
     def current(self) -> Tensor:
-        """The values in training, on the parameter's device."""
+        """Returns the values in training, on the parameter's device."""
         if self._shown and self.stack.parameter.dtype == torch.float32:
             return self.stack.parameter.data  # even if the network was moved meanwhile
         return self.values.to(self.stack.parameter.device)
 
     @torch.no_grad()
     def settle(self, again: bool = True) -> None:
-        """Rounds to what an fp32 difference from the original can represent. Repeating it changes nothing; without `again` it
-        runs only if the parameter has been written to since."""
+        """Rounds to values that an fp32 difference from the original can represent. Repeating it changes nothing; without
+        `again` it only runs if the parameter has been written to since."""
         version = self.stack.parameter._version
         if version == self._settled and not again:
             return
@@ -102,7 +102,7 @@ class Training:
 
     @torch.no_grad()
     def load(self, delta: Tensor) -> None:
-        """The inverse of `delta`."""
+        """Sets the values in training from a change, the inverse of `delta`."""
         below = self.stack.below(self.reference)
         values = self.current()
         values.copy_(below + delta.to(below.device))
@@ -111,7 +111,7 @@ class Training:
         self.stack.show()
 
     def enter(self) -> None:
-        """Puts the values on the parameter, rounded to the network's own precision when they are not being trained."""
+        """Puts the values on the parameter, rounded to the network's own precision unless they are being trained."""
         self.values, self._shown = self.values.to(self.stack.parameter.device), True
         self._expose()
         self.stack.parameter.requires_grad_(self._wants_grad)
@@ -139,14 +139,14 @@ class Training:
 
 
 def _same(a: dict[Any, tuple[Tensor, float]], b: dict[Any, tuple[Tensor, float]]) -> bool:
-    """Whether the same tensors act with the same strengths."""
+    """Tells whether the same tensors act with the same strengths."""
     return a.keys() == b.keys() and all(
         delta.data_ptr() == b[owner][0].data_ptr() and strength == b[owner][1] for owner, (delta, strength) in a.items()
     )
 
 
 def stack_of(parameter: nn.Parameter) -> Stack:
-    """The parameter's stack; a new one if nothing changes it yet."""
+    """Returns the parameter's stack, a new one if it has none."""
     stack: Stack | None = getattr(parameter, _ATTRIBUTE, None)
     if stack is None:
         stack = Stack(parameter)

@@ -11,8 +11,8 @@ from shared.trainable.base import Rate, TrainableGroup, TrainablePart
 
 
 class Tokens(TrainablePart):
-    """Trains what the concept's modifier learns: its token vectors. Every row of the embedding table stays bit-identical,
-    because the new vectors never enter the table."""
+    """Trains the token vectors of the concept's modifier. Every row of the embedding table stays bit-identical, because the
+    new vectors never enter the table."""
 
     taxonomy: ClassVar[str] = "token embeddings"
     kind: Literal["tokens"] = "tokens"
@@ -20,9 +20,9 @@ class Tokens(TrainablePart):
     weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Trains the tokens of every attached concept that is not frozen (loaded); `name` is ignored.
+        """Trains the tokens of every attached concept that is not frozen; loaded concepts are. `name` is ignored.
 
-        Raises ValueError when no concept in training has learnable tokens.
+        Raises ValueError if no concept in training has learnable tokens.
         """
         parameters = [
             p

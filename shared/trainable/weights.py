@@ -19,9 +19,9 @@ from shared.trainable.stack import Training, stack_of
 class Weights(OnRoles):
     """Trains the weights (and biases) of `roles` themselves, in fp32, and saves them as differences from the originals.
 
-    Memory: besides gradients and optimizer state, one more copy (the originals) in the precision and on the device the
-    network was loaded with. Switching it off (for a penalty's base prediction) copies nothing; a strength between 0 and 1
-    needs one sum per weight.
+    Memory: besides gradients and optimizer state, one more copy (the originals), in the precision and on the device that the
+    network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a strength between 0
+    and 1 needs one sum per weight.
     """
 
     taxonomy: ClassVar[str] = "weights"
@@ -32,7 +32,7 @@ class Weights(OnRoles):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Unfreezes the parameters of the roles' modules; training starts from their current values.
 
-        Raises ValueError when a role is unknown or has no parameters, and when another slot already trains them.
+        Raises ValueError if a role is unknown or has no parameters, or another slot already trains them.
         """
         targets, ports = self.modules(backbone, slot)
         keys = weights_of(backbone, targets)
@@ -51,7 +51,7 @@ class Weights(OnRoles):
 
 
 def weights_of(backbone: Backbone, targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """`{component}.{path}` of the parameters that these modules (by component) hold directly."""
+    """Lists the parameters that these modules (by component) hold directly, as `{component}.{path}`."""
     keys = []
     for component, paths in targets.items():
         for path in paths:
@@ -82,7 +82,7 @@ class TrainedWeights(DeltaAdapter):
 
     @classmethod
     def inject_training(cls, backbone: Backbone, name: str, slot: str, keys: list[str]) -> TrainedWeights:
-        """Registers the weights with these keys. ValueError when another slot of this concept trains one of them."""
+        """Registers the weights with these keys. ValueError if another slot of this concept trains one of them."""
         targets = {key: parameter for key in keys if (parameter := find_parameter(backbone, key)) is not None}
         assert len(targets) == len(keys)
         others = {id(o): o for p in targets.values() if (o := _trainer(p)) is not None}.values()
@@ -105,12 +105,12 @@ class TrainedWeights(DeltaAdapter):
             parameter.requires_grad_(on)
 
     def train(self, mode: bool) -> None:
-        """Uses fp32 weights in training, whatever precision the network has; otherwise the values a load would give."""
+        """Uses fp32 weights in training, whatever precision the network has; otherwise the values that loading would give."""
         for training in self.training.values():
             training.train(mode)
 
     def set_strength(self, strength: float) -> None:
-        """0 restores the original bytes."""
+        """Sets the strength; 0 restores the original bytes."""
         if not self.training:
             return super().set_strength(strength)
         self.strength = strength
@@ -120,7 +120,7 @@ class TrainedWeights(DeltaAdapter):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """The changes, fp32, on the CPU; computed one weight at a time, so that the device never holds a copy of them all."""
+        """Returns the changes, fp32, on the CPU, computed one weight at a time, so that the device never holds a full copy."""
         if not self.training:
             return super().state_dict()
         return {key: t.delta().cpu().contiguous() for key, t in self.training.items()}
@@ -133,7 +133,7 @@ class TrainedWeights(DeltaAdapter):
             training.load(state[key])
 
     def finish(self) -> None:
-        """Ends training: from now on it is an ordinary saved change, and another can be trained on top of it."""
+        """Ends training: from now on this is an ordinary saved change, and another can be trained on top of it."""
         strength, self.strength = self.strength, 0.0
         self.deltas = {k: nn.Parameter(t.delta(), requires_grad=False) for k, t in self.training.items()}
         self._leave()

@@ -110,7 +110,7 @@ def test_leakage_is_the_best_match_of_each_frame() -> None:
     assert between[0] == pytest.approx(expected, abs=1e-12) and len(between) == 3
     assert max(between) < 1, "a clip is not compared with itself"
     assert unrelated(clips[:1]) == []
-    with pytest.raises(ValueError, match="none were given"):
+    with pytest.raises(ValueError, match="but there are none"):
         leakage(frames, [])
 
 

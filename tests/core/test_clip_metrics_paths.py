@@ -46,7 +46,7 @@ def test_what_a_motion_is_told_from() -> None:
         assert names[0] == known.motion.name and set(others) < set(names) and "still" in names
         assert len(look_alikes(known.motion)) >= 4 and known.chance == 1 / len(names) <= 1 / 11
         assert known.is_shown(still(16))[1].name == "still"
-    with pytest.raises(ValueError, match="none were given"):
+    with pytest.raises(ValueError, match="but there are none"):
         recognised(still(4), {})
 
 

@@ -72,11 +72,11 @@ def test_what_does_not_fit_is_refused(tiny_sd: Any, given: GivenFrames, tmp_path
     Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
     for wrong, message in [
-        (GivenFrames(path=given.path), "would give the whole picture: use a mask"),
+        (GivenFrames(path=given.path), "would fix the whole picture: use a mask"),
         (GivenFrames(path=given.path, mask=tmp_path / "all.png"), "nothing is left to generate"),
         (GivenFrames(path=given.path, mask=tmp_path / "small.png"), "small.png is 16x16 pixels, but its picture"),
         (GivenFrames(path=given.path, mask=tmp_path / "gone.png"), "gone.png does not exist"),
-        (GivenFrames(path=given.path, frames=2), "is a picture: a number of frames is only for clips"),
+        (GivenFrames(path=given.path, frames=2), "is a picture: set a number of frames only for clips"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(sd, ["a mug"], seeds=[1], steps=2, hooks=(wrong,))

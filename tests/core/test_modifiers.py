@@ -48,7 +48,7 @@ def test_words_of_the_vocabulary_learn_nothing(sd, part, words):
     assert placeholder.words == words and expanded(sd) == f"a photo of a {words}".strip()
     assert placeholder.tokens == () and not list(placeholder.parameters()) and placeholder.state_dict() == {}
     placeholder.load_state_dict({})
-    with pytest.raises(ValueError, match="has no learned words, but 1 tensors"):
+    with pytest.raises(ValueError, match="has no learned words, but there are 1 tensors"):
         placeholder.load_state_dict({"text_encoder": torch.zeros(1, 16)})
     assert len(table(sd)) == len(sd.tokens.base["text_encoder"]), "no row was added"
 

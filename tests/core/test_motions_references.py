@@ -68,7 +68,7 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.
         (("subjects", "development-zigzig", "--out", tmp_path / "a"), "Did you mean 'development-zigzag'?"),
         (("subjects", "development-mug", "--frames", 8, "--out", tmp_path / "a"), "only motions are written as clips"),
         (("subjects", "development-spiral", "--frames", 65, "--out", tmp_path / "a"), "2 to 64 frames, not 65"),
-        (("motions", tmp_path / "a.txt"), "ends in .png"),
+        (("motions", tmp_path / "a.txt"), "must end in .png"),
         (("motions", tmp_path / "a.png", "--name", "hover"), "toybox motion"),
     )
     for arguments, message in wrong:

@@ -52,7 +52,7 @@ def test_a_sheet_does_not_replace_a_file_unasked(toybox, refused, tmp_path: Path
     assert toybox("sheet", keep, "--rows", 1, "--columns", 2, "--overwrite")[0] == 0
     assert Image.open(keep).width > 200
     assert "is a folder; give the path of a file" in refused("sheet", tmp_path)
-    assert "give it a name that ends in .png" in refused("sheet", tmp_path / "sheet.txt")
+    assert "its name must end in .png" in refused("sheet", tmp_path / "sheet.txt")
 
 
 def test_what_only_the_model_heeds_is_refused_elsewhere(refused, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How much the frames of clips look like the prompt, the subject, and the clips that a motion was learned from."""
+"""Measures how closely a clip's frames match the prompt, the subject, and the clips that a motion was learned from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shared.metrics.encoders import CropSettings, ImageEncoder, InstrumentInfo
 from shared.metrics.scores import clip_i, clip_t, cosine
 
 GRID = 16  # cells along each side of the grid to which `PixelEncoder` reduces a picture
-_FLAT = 1e-3  # makes two flat pictures alike rather than undefined
+_FLAT = 1e-3  # defines two flat pictures as equal, where the cosine would be undefined
 
 
 class PixelEncoder:
     """Encodes frames by their pixels: their colours on a 16×16 grid, minus the mean, as a unit vector.
 
-    A fallback where no network is given. It sees which colour is where, but not what is shown.
+    The fallback when no network is given. It sees which colours are where, but not what they depict.
     """
 
     info = InstrumentInfo("pixels (16×16, no network)", "likeness of frames")
@@ -37,19 +37,19 @@ def clip_t_per_frame(frames: Tensor, text: Tensor) -> Tensor:
 
 
 def leakage(frames: Tensor, clips: Sequence[Tensor]) -> float:
-    """How much a clip looks like those its motion was learned from: the highest cosine of each frame `[F, D]` with any
-    frame of the clips `[f, D]`, averaged. 1: every frame is one of theirs.
+    """Measures how much a clip looks like the clips its motion was learned from: the highest cosine of each frame
+    `[F, D]` with any frame of those clips `[f, D]`, averaged. 1 means that every frame equals one of theirs.
 
     ValueError when there are no clips.
     """
     if not clips:
-        raise ValueError("leakage compares with the motion's clips, and none were given")
+        raise ValueError("leakage compares with the motion's clips, but there are none")
     return float(cosine(frames, torch.cat(list(clips))).amax(1).clamp_max(1).mean())
 
 
 def unrelated(clips: Sequence[Tensor]) -> list[float]:
-    """The `leakage` of each clip `[f, D]` from the others: the level that unrelated clips (other things, other places)
-    reach anyway. Empty for fewer than two."""
+    """Returns the `leakage` of each clip `[f, D]` from the others: the baseline for unrelated clips (different things in
+    different places). Empty for fewer than two."""
     if len(clips) < 2:
         return []
     return [leakage(clip, [other for j, other in enumerate(clips) if j != i]) for i, clip in enumerate(clips)]
@@ -58,19 +58,19 @@ def unrelated(clips: Sequence[Tensor]) -> list[float]:
 def subject_similarity(
     encoder: ImageEncoder, frames: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], how: CropSettings
 ) -> Tensor:
-    """Masked likeness to the subject: the mean cosine `[F]` of each frame with the references, both cropped to the thing
+    """Returns the masked likeness to the subject: each frame's mean cosine `[F]` with the references, both cropped to the thing
     (R-CLIP and R-DINO of MotionBooth, arXiv 2406.17758).
 
     Args:
-        frames: pixels `[F, 3, H, W]` in [-1, 1], and where the thing is, `[F, h, w]` in [0, 1] (a mask or a locator's map)
-        references: the same for the references
+        frames: pixels `[F, 3, H, W]` in [-1, 1], and the thing's position `[F, h, w]` in [0, 1] (a mask or a locator's map)
+        references: pixels and positions of the references, in the same form
     """
     return clip_i(crop_embeddings(encoder, *frames, how), crop_embeddings(encoder, *references, how))
 
 
 def seed_spread(embeddings: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """How different the clips of one group (one prompt, several seeds) are: 1 minus the mean cosine of frames at the same
-    time, over all pairs of clips. Groups of one clip are left out.
+    """Measures how much the clips of one group (one prompt, several seeds) differ: 1 minus the mean cosine of frames at
+    the same time, over all pairs of clips. Groups of one clip are left out.
 
     embeddings: `[N, F, D]`
     """

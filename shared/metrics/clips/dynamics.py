@@ -1,4 +1,4 @@
-"""How much moves, and how steady the frames are: always reported together, because a frozen clip is the steadiest."""
+"""Measures how much moves and how steady the frames are. Always report both: a frozen clip is the steadiest of all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shared.metrics.clips.flow_fields import FlowFields, flow_fields
 from shared.metrics.clips.tracks import Tracks, follow
 from shared.metrics.scores import cosine
 
-TOP = 0.05  # the share of flow vectors, from the longest on, that is averaged
-MOVES = 6 / 256  # of the shorter side from frame to frame: VBench's threshold
-OF_SIXTEEN = 4  # VBench: a clip of 16 frames is dynamic when this many steps pass the threshold
-REACH = 0.03  # of the shorter side: a point that never gets this far from its start does not move
+TOP = 0.05  # the share of the flow vectors that is averaged: the longest ones
+MOVES = 6 / 256  # VBench's threshold, as a fraction of the shorter side per frame
+OF_SIXTEEN = 4  # VBench: a 16-frame clip is dynamic when this many steps exceed the threshold
+REACH = 0.03  # fraction of the shorter side: a point that never gets this far from its start counts as still
 FEW = 0.03  # share of the points that may move in a frozen clip
-CHANGE = 0.1  # of the range of brightness, from frame to frame: flicker changes less than this
+CHANGE = 0.1  # fraction of the brightness range per frame: flicker stays below this
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Dynamics:
     """Dynamic degree and temporal consistency of one clip, which pull against each other."""
 
     degree: float  # mean over frames of the longest 5 % of the flow, as a fraction of the shorter side per frame
-    dynamic: bool  # whether VBench's threshold is passed
+    dynamic: bool  # whether it exceeds VBench's threshold
     consistency: float  # mean cosine of consecutive frames' embeddings
     consistency_all_pairs: float  # mean cosine of all pairs of frames
 
@@ -42,7 +42,7 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
         embeddings: `[F, D]` of the clip's frames
 
     Raises:
-        ValueError: fewer than two frames, or not one embedding for each
+        ValueError: fewer than two frames, or a number of embeddings that differs from the number of frames
     """
     frames = len(fields.forward) + 1
     if frames < 2:
@@ -62,11 +62,11 @@ def dynamics(fields: FlowFields, embeddings: Tensor) -> Dynamics:
 
 
 def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
-    """Whether nothing moves in a clip `[3, F, H, W]` in [-1, 1] (or its flow, with its tracks where they are known), so
-    that it is a still picture, though it may flicker.
+    """Tells whether a clip `[3, F, H, W]` in [-1, 1] (or its flow, with its tracks if known) is a still picture: nothing
+    moves, though it may flicker.
 
-    Hardly any tracked point may get anywhere. Points too fast to be followed get nowhere either, so the flow must also be
-    below the threshold for "dynamic", and the 5 % that change most must change little. A clip of one frame is frozen.
+    Almost no tracked point may leave its place. Points that move too fast to be tracked seem still too, so the flow must
+    also be below the threshold for "dynamic", and the 5 % that change most must change little. A clip of one frame is frozen.
     """
     fields = clip if isinstance(clip, FlowFields) else flow_fields(clip)
     if len(fields.forward) == 0:
@@ -77,6 +77,6 @@ def frozen(clip: Tensor | FlowFields, tracks: Tracks | None = None) -> bool:
 
 
 def _longest(values: Tensor) -> Tensor:
-    """`[F-1, h, w]` -> `[F-1]`, float64: the mean of the largest 5 % of each step."""
+    """Averages the largest 5 % of each step: `[F-1, h, w]` -> `[F-1]`, float64."""
     each = values.flatten(1).double()
     return each.topk(max(1, int(TOP * each.shape[1])), dim=1).values.mean(1)

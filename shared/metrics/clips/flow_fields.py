@@ -1,7 +1,7 @@
-"""Optical flow of a clip, forward and backward: the basis of point tracks and of the dynamic degree.
+"""Computes a clip's optical flow, forward and backward: the basis of point tracks and of the dynamic degree.
 
 The flow is DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", arXiv 1603.03590). VBench measures with
-RAFT, which needs weights; its thresholds are kept, but the values differ slightly.
+RAFT, which needs weights. This module keeps VBench's thresholds, but its values differ slightly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shared.masks.track import flow_between, grey_levels
 class FlowFields:
     """Flow between consecutive frames, on a grid at least 256 cells wide and high (small clips are enlarged first).
 
-    Values are in cells of that grid: x to the right, y down. A clip of one frame has none (F-1 = 0).
+    Values are in cells of that grid: x to the right, y down. A clip of one frame has no flow (F-1 = 0).
     """
 
     forward: Tensor  # float32 [F-1, h, w, 2]: from a frame to the next
@@ -36,8 +36,8 @@ class FlowFields:
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side; 0 where the backward flow
-        does not confirm it, because flicker gets a flow too, a long one where there is no detail."""
+        """`[F-1, h, w]`: lengths of the forward flow, as a fraction of the frame's shorter side. 0 where the backward flow
+        does not confirm it: flicker also produces flow, and long vectors where there is no detail."""
         height, width = self.forward.shape[1:3]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         here = torch.stack([columns, rows], -1).reshape(-1, 2).double()
@@ -48,7 +48,7 @@ class FlowFields:
 
 
 def flow_fields(clip: Tensor) -> FlowFields:
-    """The flow of a clip `[3, F, H, W]` in [-1, 1]. ValueError for another shape or values that are not finite."""
+    """Computes the flow of a clip `[3, F, H, W]` in [-1, 1]. ValueError for another shape or non-finite values."""
     check_clip(clip)
     grey = grey_levels(clip.detach().float().cpu())
     height, width = grey.shape[1:]
@@ -67,7 +67,7 @@ def _between(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def confirmed(ahead: Tensor, backward: Tensor, at: Tensor) -> Tensor:
-    """Whether the backward flow leads back to the start, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
+    """Tells whether the backward flow leads back to the start, bool `[N]`: |f + b|² < 0.01 (|f|² + |b|²) + 0.5, in cells
     (Sundaram, Brox and Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow", ECCV 2010,
     eq. 5).
 
@@ -89,7 +89,7 @@ def sampled(field: Tensor, at: Tensor) -> Tensor:
 
 
 def check_clip(clip: Tensor) -> None:
-    """ValueError unless it is a clip `[3, F, H, W]` of finite values."""
+    """Raises ValueError unless `clip` has shape `[3, F, H, W]` and only finite values."""
     if clip.ndim != 4 or clip.shape[0] != 3 or 0 in clip.shape:
         raise ValueError(f"a clip must have shape [3, F, H, W], not {list(clip.shape)}")
     if not bool(torch.isfinite(clip).all()):

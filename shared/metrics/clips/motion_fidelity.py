@@ -1,12 +1,12 @@
-"""How alike two clips move: the motion fidelity of Space-Time Features, made symmetric and extended to still clips.
+"""Measures how similarly two clips move: Space-Time Features' motion fidelity, made symmetric and extended to still clips.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (arXiv 2311.17009, eq. 8 and 9):
 tracks are compared by the cosine of their displacements from frame to frame, averaged over time, and each track counts
 with its best match in the other clip. Their released script averages over one clip only, subtracts an identity matrix
 (so identical clips score less than 1) and divides by 0 where a track is still.
 
-Here both directions count equally, and a clip against itself scores exactly 1. Only tracks that go somewhere are compared:
-almost every clip has a still background, which would make a frozen clip as good as a moving one.
+Here both directions count equally, and a clip against itself scores exactly 1. Only moving tracks are compared: almost
+every clip has a still background, so otherwise a frozen clip would score as well as a moving one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from shared.metrics.clips.tracks import Tracks
 
-MOVES = 0.03  # of the frame's shorter side: a track that never gets this far from its start is still
-STILL = 0.004  # of the shorter side from one frame to the next: much less than this counts as rest, without direction
-SEEN = 0.4  # share of frames in which a track must be visible, and which two tracks must share to be compared
+MOVES = 0.03  # fraction of the frame's shorter side: a track that never gets this far from its start is still
+STILL = 0.004  # fraction of the shorter side per frame: displacements far below this count as rest, without direction
+SEEN = 0.4  # share of frames in which a track must be visible, and in which both tracks of a compared pair must be
 MOST = 256  # tracks compared per clip, evenly chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
-    """The mean best match of the tracks of `a` in `b`, averaged with the reverse; in [-1, 1].
+    """Returns the mean best match of the tracks of `a` in `b`, averaged with that of `b` in `a`; in [-1, 1].
 
     Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), e = `STILL`: their cosine where both are
     fast, 1 where both rest, about 0 where only one does. Averaged over the frames in which both are visible.
@@ -32,8 +32,8 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
     directions. Clips with different numbers of frames are compared at the smaller number.
 
     Args:
-        compensate_camera: subtract the median displacement of all visible tracks from each frame: it is the camera's, as
-            long as the thing covers less than half of the tracks
+        compensate_camera: subtract the median displacement of all visible tracks from each frame. It is the camera's motion
+            as long as the thing covers less than half of the tracks
 
     Raises:
         ValueError: a clip of one frame
@@ -49,8 +49,8 @@ def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> fl
 
 
 def resampled(tracks: Tracks, frames: int) -> Tracks:
-    """Tracks resampled linearly to another number of evenly spaced frames, with the same first and last one. A point is
-    visible where it is in both neighbouring frames."""
+    """Resamples tracks linearly to another number of evenly spaced frames, keeping the first and the last one. A point is
+    visible if it is visible in both neighbouring frames."""
     if frames == tracks.frames:
         return tracks
     at = torch.linspace(0, tracks.frames - 1, frames, dtype=torch.float64)

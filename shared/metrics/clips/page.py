@@ -1,4 +1,4 @@
-"""The report of clips as one self-contained HTML page: the clips play in it, without scripts or external files."""
+"""Renders a report of clips as one self-contained HTML page in which the clips play, without scripts or external files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.metrics.report import Score
 
 LARGEST = 256  # pixels: larger clips are scaled down for the page; the files keep their size
 MAIN = ("score", "motion_recognised", "motion_fidelity", "false_motion", "leakage", "identity", "both")
-PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # side by side: none means anything alone
+PAIR = ("dynamic_degree", "temporal_consistency", "frozen")  # shown together: none of them means anything on its own
 ARMS: dict[Kind, str] = {
     "concept": "with the concepts",
     "base": "base model",
@@ -24,7 +24,7 @@ ARMS: dict[Kind, str] = {
 
 
 def clips_html(report: ClipReport) -> str:
-    """The page of one report, self-contained."""
+    """Renders the self-contained page of one report."""
     by_key = {s.key: s for s in report.scores}
     first = report.files.get(report.clips[0].file) if report.clips else None
     return render(
@@ -64,13 +64,13 @@ def _shown(report: ClipReport, name: str, alt: str) -> dict[str, Any]:
 
 
 def _columns(scores: Sequence[Score], rows: Sequence[ClipRow]) -> list[Score]:
-    """The scores that are measured clip by clip."""
+    """Picks the scores that are measured clip by clip."""
     own = {key for row in rows for key in row.scores}
     return [s for s in scores if s.key in own]
 
 
 def inline_clip(webp: bytes) -> str:
-    """A `data:` URL of an animated WebP, scaled down to what a page needs."""
+    """Returns an animated WebP as a `data:` URL, scaled down to the size shown on the page."""
     clip = Image.open(io.BytesIO(webp))
     if max(clip.size) <= LARGEST:
         return _url("webp", webp)
@@ -88,7 +88,7 @@ def inline_clip(webp: bytes) -> str:
 
 
 def _still(webp: bytes | None) -> str:
-    """The first frame, for readers whose system asks for reduced motion."""
+    """Returns the first frame, for readers whose system is set to reduced motion."""
     if webp is None:
         return ""
     frame = Image.open(io.BytesIO(webp)).convert("RGB")

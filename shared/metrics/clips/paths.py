@@ -1,4 +1,4 @@
-"""Motions of the toybox, recognised by the path of the thing: place, size, view and tilt over time."""
+"""Recognises motions of the toybox by the thing's path: its place, size, view and tilt over time."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Recognition:
     """The motion that a path was recognised as."""
 
     name: str  # the nearest candidate
-    distance: float  # to it, see `path_distance`
-    margin: float  # how much farther the second nearest is
+    distance: float  # to that candidate, see `path_distance`
+    margin: float  # how much farther away the second nearest candidate is
 
 
 def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
-    """The motion (name -> path `[f, 6]`) nearest to a path `[F, 6]`. Timing matters: a different rhythm is a different
-    motion. Motions with another number of frames are resampled to that of the path. ValueError when there are none."""
+    """Finds the motion (name -> path `[f, 6]`) nearest to a path `[F, 6]`. Timing matters: a different rhythm is a different
+    motion. Motions are resampled to the path's number of frames. ValueError if there are no motions."""
     if not among:
-        raise ValueError("recognition needs motions to choose from, and none were given")
+        raise ValueError("recognition needs motions to choose from, but there are none")
     order = ranked(path, {name: resampled(known, len(path)) for name, known in among.items()})
     margin = order[1][1] - order[0][1] if len(order) > 1 else float("inf")
     return Recognition(order[0][0], order[0][1], margin)
@@ -50,8 +50,8 @@ def recognised(path: Array, among: Mapping[str, Array]) -> Recognition:
 
 @dataclass(frozen=True)
 class PathError:
-    """Root mean square differences over time, after the best shift of each column: where a motion begins is no part of
-    it."""
+    """Root mean square differences over time, after the best shift of each column: the starting point is not part of a
+    motion."""
 
     position_px: float  # of the thing's centre
     scale: float  # of the natural logarithm of its size: 0.1 is about 10 %
@@ -61,7 +61,7 @@ class PathError:
 
 
 def path_error(path: Array, truth: Array, side: int) -> PathError:
-    """How far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), in frames of `side` pixels."""
+    """Measures how far a path `[F, 6]` is from the true one `[f, 6]` (resampled to F frames), in frames of `side` pixels."""
     gap = np.asarray(path, np.float64) - resampled(truth, len(path))
     turn = PATH.index("azimuth_deg")
     middle = np.angle(np.exp(1j * np.radians(gap[:, turn])).mean())
@@ -86,7 +86,7 @@ class KnownMotion:
         return self.name.split("-")[0]
 
     def candidates(self, frames: int) -> dict[str, Array]:
-        """The motion, its look-alikes, the other held-out motions of its split, and standing still: name -> `[F, 6]`."""
+        """Returns the motion, its look-alikes, the split's other held-out motions, and standing still: name -> `[F, 6]`."""
         return candidates(self.motion, self.split, frames)
 
     @property
@@ -94,13 +94,13 @@ class KnownMotion:
         return 1 / len(self.candidates(2))
 
     def is_shown(self, path: Array) -> tuple[bool, Recognition]:
-        """Whether a path `[F, 6]` is nearest to this motion, and what it is nearest to."""
+        """Returns whether this motion is the one nearest to a path `[F, 6]`, and which one is."""
         found = recognised(path, self.candidates(len(path)))
         return found.name == self.motion.name, found
 
 
 def known_motion(files: Sequence[Path]) -> KnownMotion | None:
-    """The held-out motion that these clips' metadata names; None for other clips and for clips of several motions."""
+    """Finds the held-out motion named in these clips' metadata; None for other clips and for clips of several motions."""
     names = set()
     for file in files:
         try:
@@ -119,9 +119,9 @@ def recognition_ceiling(
     clips: int = 16,
     through: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """The share of newly drawn true clips of the motion that are recognised: no model can be expected to exceed it.
+    """Measures the share of newly drawn true clips of the motion that are recognised: no model can be expected to exceed it.
 
-    through: what generated frames have gone through too, `[F, 3, H, W]` in and out (the model's autoencoder)
+    through: the model's autoencoder, which generated frames have also passed through, `[F, 3, H, W]` in and out
     """
     rng = np.random.default_rng([_TRUE, *known.name.encode()])
     hits = 0

@@ -1,4 +1,4 @@
-"""Which network reads the paths of things from clips."""
+"""Chooses the network that reads things' paths from clips."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def _toybox() -> PathReader:
     return load_pose().path
 
 
-#: The readers of worlds that bring their own, by the name a backbone states (`World.instruments`).
+#: The readers of worlds that have one, by the name in the backbone's `World.instruments`.
 OWN: Mapping[str, Callable[[], PathReader]] = {"toybox": _toybox}
 
 
 def load_path_reader(world: str) -> PathReader | None:
-    """The reader for a world's clips; None where it has none."""
+    """Loads the reader for a world's clips; None if the world has none."""
     make = OWN.get(world)
     return None if make is None else make()

@@ -1,4 +1,4 @@
-"""What an evaluation of clips found: a `ClipReport`, kept as JSON, CSV, clips and one HTML page."""
+"""The results of an evaluation of clips: a `ClipReport`, saved as JSON, CSV, clips and one HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.metrics.report import REPORT_FILE, Instrument, MadeRow, Row, Score
 SCHEMA_VERSION = 1
 CLIPS = "clips"  # the folder of the clips
 Kind = Literal["concept", "base", "unnamed"]
-"""With all concepts as the prompt names them; without any; with the motion loaded but not asked for."""
+"""With all the concepts named in the prompt; without any; with the motion loaded but not named."""
 
 
 class ClipRow(MadeRow):
@@ -36,12 +36,12 @@ class ClipCosts(Row):
 
 
 class ClipReport(BaseModel):
-    """The whole evaluation of a motion, a subject, or both, in clips. `files` (bytes by name) are kept outside the JSON."""
+    """The evaluation of a motion, a subject, or both, in clips. `files` (bytes by name) are saved outside the JSON."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = SCHEMA_VERSION
     medium: Literal["clips"] = "clips"
-    motion: str = ""  # a concept's name; "" where no motion is judged
+    motion: str = ""  # a concept's name; "" if no motion is judged
     subject: str = ""
     class_noun: str = ""
     recipes: dict[str, str] = {}  # concept -> the recipe it was learned with
@@ -55,12 +55,12 @@ class ClipReport(BaseModel):
     toybox: bool = False
     scores: list[Score] = []
     clips: list[ClipRow] = []
-    motion_clips: list[str] = []  # files below the report's folder: what the motion was learned from
-    references: list[str] = []  # the same for the subject's pictures
-    candidates: list[str] = []  # the motions among which this one was recognised, itself included
+    motion_clips: list[str] = []  # the clips that the motion was learned from: files below the report's folder
+    references: list[str] = []  # the subject's pictures: files below the report's folder
+    candidates: list[str] = []  # the motions among which this one had to be recognised, itself included
     instruments: list[Instrument] = []
     costs: ClipCosts = ClipCosts()
-    metadata: dict[str, Any] = {}  # of the concepts, from their own files
+    metadata: dict[str, Any] = {}  # the concepts' metadata, from their files
     notes: list[str] = []
     files: dict[str, bytes] = Field(default={}, exclude=True, repr=False)
 
@@ -84,8 +84,8 @@ class ClipReport(BaseModel):
 
     @staticmethod
     def load(path: Path | str, clips: bool = True) -> ClipReport:
-        """Reads a report from its folder or its JSON; with `clips`, its files too. ValueError when it is missing, damaged,
-        a report of pictures, or of another schema version.
+        """Reads a report from its folder or its JSON; with `clips`, its files too. ValueError if it is missing, damaged,
+        a report of pictures, or has another schema version.
         """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path

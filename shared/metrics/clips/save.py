@@ -1,4 +1,4 @@
-"""A report of clips as a folder: JSON, CSV tables, the clips and one page."""
+"""Saves a report of clips as a folder: JSON, CSV tables, the clips and one page."""
 
 from __future__ import annotations
 

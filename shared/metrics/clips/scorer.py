@@ -42,17 +42,17 @@ class MeasuredClips:
     embeddings: Tensor  # [N, F, D], of whole frames
 
     def mean(self, key: str) -> float:
-        """The mean of a column without its NaN; NaN when nothing is left."""
+        """Averages a column without its NaNs; NaN if nothing is left."""
         values = [v for v in self.scores.get(key, []) if not math.isnan(v)]
         return sum(values) / len(values) if values else math.nan
 
 
 @dataclass
 class ClipScorer:
-    """Measures clips against the clips of a motion, the pictures of a subject, and their prompts, where these are known.
+    """Compares clips with their prompts and, where available, with a motion's clips and a subject's pictures.
 
-    motion_clips: all of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and a reader of paths.
-    thing: the scorer with the subject's references. compensate_camera: as in `motion_fidelity`.
+    motion_clips: all of one size, `[3, f, H, W]` in [-1, 1]. known, reader: a motion of the toybox and a path reader.
+    thing: the scorer that holds the subject's references. compensate_camera: as in `motion_fidelity`.
     """
 
     instruments: Instruments = field(default_factory=Instruments)
@@ -64,7 +64,7 @@ class ClipScorer:
 
     @property
     def whole(self) -> ImageEncoder:
-        """The encoder by which whole frames are compared."""
+        """The encoder that compares whole frames."""
         return self.instruments.text_image or self.instruments.identity or PixelEncoder()
 
     @cached_property
@@ -91,8 +91,8 @@ class ClipScorer:
         return unrelated(self.motion_looks)
 
     def measure(self, clips: Tensor, prompts: Sequence[str], expects: Sequence[Expects] | None = None) -> MeasuredClips:
-        """All scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError when the counts
-        differ."""
+        """Computes all scores of `[N, 3, F, H, W]` in [-1, 1] with their N prompts in plain words; ValueError if the
+        counts differ."""
         expected = [{}] * len(prompts) if expects is None else list(expects)
         if not len(clips) == len(prompts) == len(expected):
             raise ValueError(f"{len(clips)} clips, {len(prompts)} prompts and {len(expected)} expectations")
@@ -146,7 +146,7 @@ class ClipScorer:
         return {"motion_recognised": float(hit), "path_distance": found.distance, **errors}, found.name
 
     def _subject(self, frames: Tensor, prompt: str, expects: Expects) -> Column:
-        """Means over the frames of `Scorer`'s scores and of the likeness of crops."""
+        """Averages `Scorer`'s scores and the likeness of crops over the frames."""
         if self.thing is None:
             return {}
         measured = self.thing.measure(frames, [prompt] * len(frames), [expects] * len(frames))
@@ -162,7 +162,7 @@ class ClipScorer:
         return scores
 
     def _attributes(self, frames: Tensor, expects: Expects) -> tuple[Column, dict[str, str]]:
-        """The share of frames that show each attribute named by the prompt, and the values that most frames show."""
+        """Returns the share of frames that show each attribute in the prompt, and the value seen in most frames."""
         if self.instruments.attributes is None:
             return {}, {}
         read = self.instruments.attributes.read(frames)
@@ -171,9 +171,9 @@ class ClipScorer:
         return scores, {name: Counter(values).most_common(1)[0][0] for name, values in read.items()}
 
     def __call__(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Means over the clips, and `score`, which chooses the best checkpoint: see `checkpoint_score`.
+        """Returns means over the clips, and `score`, which chooses the best checkpoint: see `checkpoint_score`.
 
-        `frozen` is the alarm: the share of clips in which nothing moves.
+        A high `frozen`, the share of clips in which nothing moves, is a warning sign.
         """
         measured = self.measure(clips, prompts)
         means = {k: v for k in measured.scores if not math.isnan(v := measured.mean(k))}
@@ -183,7 +183,7 @@ class ClipScorer:
 def checkpoint_score(means: Mapping[str, float]) -> float:
     """Subject × motion × (1 - leakage), on [0, 1]; a factor that was not measured counts as 1.
 
-    Motion is the recognition rate where paths are read, else the fidelity; subject is `identity`.
+    Motion is the recognition rate if there is a path reader, else the fidelity; subject is `identity`.
     """
     motion = means.get("motion_recognised", means.get("motion_fidelity", 1.0))
     factors = (motion, means.get("identity", 1.0), 1 - max(0.0, means.get("leakage", 0.0)))

@@ -1,4 +1,4 @@
-"""Points followed through a clip."""
+"""Tracks points through a clip."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tracks:
 
     @property
     def reach(self) -> Tensor:
-        """`[N]`, float64: how far each point gets from its start, as a fraction of the frame's shorter side."""
+        """`[N]`, float64: each point's largest distance from its start, as a fraction of the frame's shorter side."""
         return (self.points - self.points[:, :1]).double().norm(dim=2).amax(1) / min(self.size)
 
 
@@ -49,15 +49,15 @@ def track_points(clip: Tensor, mask: Tensor | None = None, per_side: int = PER_S
 def follow(fields: FlowFields, mask: Tensor | None = None, per_side: int = PER_SIDE) -> Tracks:
     """Follows a grid of points of the first frame along the flow.
 
-    A point is visible as long as the backward flow confirms where it goes (`confirmed`).
+    A point is visible as long as the backward flow confirms its movement (`confirmed`).
 
     Args:
-        mask: `[H, W]` or `[1, H, W]`, above 0.5 where points of the first frame are wanted; the grid is refined until 16
+        mask: `[H, W]` or `[1, H, W]`, above 0.5 where the first frame should get points. The grid is refined until 16
             points lie inside or every pixel has one
         per_side: points along the shorter side
 
     Raises:
-        ValueError: a mask of another size, or one that marks nothing
+        ValueError: the mask is empty or does not have the frames' size
     """
     starts = _grid(fields.size, per_side) if mask is None else _inside(fields.size, mask, per_side)
     cells = fields.cells_per_pixel

@@ -1,1 +1,1 @@
-"""Training and measuring the toybox's evaluators."""
+"""Trains and measures the toybox's evaluators."""

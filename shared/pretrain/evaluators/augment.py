@@ -1,6 +1,6 @@
-"""Augmentations between the renderer and an evaluator: shifts, blur and noise, as batched tensor operations.
+"""Augments rendered pictures for training evaluators: shifts, blur and noise, as batched tensor operations.
 
-They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on these.
+They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on such pictures.
 A batch is split into groups; each group shares one draw, so that every operation is a plain batched one.
 """
 
@@ -15,12 +15,12 @@ GROUPS = 8
 
 
 def from_bytes(pictures: np.ndarray) -> Tensor:
-    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in [0, 1]."""
+    """Converts uint8 `[B, H, W, 3]` to float `[B, 3, H, W]` in [0, 1]."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255.0
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:
-    """float `[B, 3, H, W]` in [0, 1] -> uint8 `[B, H, W, 3]`."""
+    """Converts float `[B, 3, H, W]` in [0, 1] to uint8 `[B, H, W, 3]`."""
     return (pixels.clamp(0, 1) * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

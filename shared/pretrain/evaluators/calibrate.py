@@ -1,7 +1,7 @@
-"""Chooses how poses are told apart and measures typical readings of the instruments: `pcs toybox calibrate`.
+"""Chooses how poses are compared and measures typical readings of the instruments: `pcs toybox calibrate`.
 
-To be repeated whenever the evaluators or the autoencoder change. Only things of the training split are used, so that
-neither the choice of checkpoints nor the choice of instruments has seen a held-out thing.
+Repeat it whenever the evaluators or the autoencoder change. Only things of the training split are used, so that no held-out
+thing influences the choice of checkpoints or instruments.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from shared.toybox.true_renders import asked_scenes
 
 #: The crops on which each encoder of `pose_encoders` is tried.
 CROPS = (CropSettings(1.35, 24), CropSettings(1.6, 24))
-PLACES = ("beach", "snow", "grass", "white studio")  # each is a prompt
+PLACES = ("beach", "snow", "grass", "white studio")  # one prompt each
 VIEWS = 6  # pictures per prompt
 
 
 @dataclass(frozen=True)
 class _Sets:
-    """Pictures of one thing, `[N, 3, 64, 64]` in [-1, 1] after the autoencoder, with the prompt of each."""
+    """Pictures of one thing, `[N, 3, 64, 64]` in [-1, 1] after the autoencoder, each with its prompt."""
 
     pictures: dict[str, Tensor]
     where: dict[str, Tensor]
@@ -45,8 +45,8 @@ class _Sets:
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
     """Tries every encoder on every kind of crop and writes the best, with the typical readings, to `out`.
 
-    The best has the smallest error on pictures whose freedom is known, each on its thing's own range: 1 for other true
-    pictures, 0 for one pose in different places and for one picture shifted. Yields lines to print.
+    The best has the smallest error on pictures of known freedom, on the range of each thing: 1 for other true pictures, 0
+    for one pose in different places and for shifted copies of one picture. Yields lines to print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
 
@@ -84,13 +84,13 @@ def _line(found: dict[str, float]) -> str:
 
 
 def _thing(rng: np.random.Generator, number: int) -> world.Thing:
-    """A random thing; the number cycles through all classes except faces."""
+    """Draws a random thing; the number cycles through all classes except faces."""
     names = [c for c in world.CLASSES if c != "face"]
     return world.sample_thing(rng, "train", class_name=names[number % len(names)], pattern=True, accessory="none")
 
 
 def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: Instruments) -> _Sets:
-    """Random views twice, one pose in one place and in several places, and one picture shifted."""
+    """Draws two sets of random views, one pose in one place and in several places, and shifted copies of one picture."""
     asked = [{"background": place} for place in PLACES for _ in range(VIEWS)]
     four = [{"background": place} for place in PLACES for _ in range(4)]
     number, pose = int(1000 * seed[0] + seed[1]), 50_000 + int(seed[1])
@@ -116,7 +116,7 @@ def _drawn(thing: world.Thing, seed: Sequence[int], through: Any, instruments: I
 
 
 def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int = 8) -> Tensor:
-    """Each of `[N, 3, H, W]` shifted `copies` times by up to `most` pixels, its border replicated: `[N * copies, ...]`."""
+    """Shifts each of `[N, 3, H, W]` `copies` times by up to `most` pixels, replicating borders: `[N * copies, ...]`."""
     height, width = pixels.shape[2:]
     padded = torch.nn.functional.pad(pixels, (most,) * 4, mode="replicate")
     out = []
@@ -128,8 +128,8 @@ def shifted(pixels: Tensor, rng: np.random.Generator, copies: int = 4, most: int
 
 
 def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) -> dict[str, float]:
-    """Mean distances `free` and `fixed`, and the other sets' freedoms on the range of each thing; means over things.
-    `error`: the root mean square deviation of these freedoms from the truth (1, 0 and 0)."""
+    """Returns the mean distances `free` and `fixed`, and the other sets' freedoms on each thing's range, averaged over
+    things. `error`: the root mean square deviation of these freedoms from the correct values (1, 0 and 0)."""
     distances: dict[str, list[float]] = {}
     for of in sets:
         for name, pixels in of.pictures.items():
@@ -145,7 +145,8 @@ def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) ->
 
 
 def _likeness(things: Sequence[world.Thing], seed: int, through: Any, instruments: Instruments) -> tuple[float, float]:
-    """Mean likeness to five references: of new pictures of the thing, and of another thing of its class and colours."""
+    """Returns the mean likeness to five references of new pictures of the thing, and of another thing of its class and
+    colours."""
     assert instruments.identity is not None
     same, other = [], []
     for number, thing in enumerate(things):

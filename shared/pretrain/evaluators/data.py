@@ -1,4 +1,4 @@
-"""Pictures that the evaluators learn from: the backbone's dataset, and, for the identity encoder, things from many views."""
+"""The evaluators' training pictures: the backbone's dataset, and things from many views for the identity encoder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shared.toybox import patterns, world
 from shared.toybox.evaluators.convnet import write_json
 from shared.toybox.render import render
 
-RECONSTRUCTED = 0.7  # how often a picture that has a reconstruction is replaced by it
-VIEWS_PER_THING = 4  # in a batch
+RECONSTRUCTED = 0.7  # probability that a picture is replaced by its reconstruction, if it has one
+VIEWS_PER_THING = 4  # per batch
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: undefined), captions
-    per picture, names of the values.
+    """The dataset: pixels uint8 `[N, 64, 64, 3]`, packed masks uint8 `[N, 64, 8]`, labels `[N]` (-1: undefined), each
+    picture's captions, and the names of the labels' values.
     """
 
     pixels: np.ndarray
@@ -57,7 +57,7 @@ class Pictures:
         return cls(pixels, packed, labels, captions, attribute_values(), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> tuple[np.ndarray, Tensor]:
-        """Random rows `[count]`, and their pictures `[count, 3, 64, 64]` in [0, 1]."""
+        """Draws random rows `[count]` and their pictures `[count, 3, 64, 64]` in [0, 1]."""
         rows = _often_reconstructed(
             torch.randint(len(self.pixels), (count,), generator=generator), self.reconstructions, 1
         )
@@ -65,11 +65,11 @@ class Pictures:
         return rows, _read(self.pixels, self.reconstructions, rows, generator)
 
     def masks(self, rows: np.ndarray) -> Tensor:
-        """Where things are in the pictures of `rows`: float `[n, 1, 64, 64]`, 0 or 1."""
+        """Returns the things' masks in the pictures of `rows`: float `[n, 1, 64, 64]`, 0 or 1."""
         return torch.from_numpy(np.unpackbits(self.packed[rows], axis=-1)).float()[:, None]
 
     def draw_captions(self, rows: np.ndarray, generator: Generator) -> list[str]:
-        """One of the captions of each row."""
+        """Draws one of the captions of each row."""
         draws = torch.randint(1 << 30, (len(rows),), generator=generator).tolist()
         return [
             str(self.captions[row][draw % len(self.captions[row])])
@@ -93,7 +93,7 @@ class IdentityPictures:
 
     @classmethod
     def load(cls, folder: Path, reconstructions: Path | None = None) -> IdentityPictures:
-        """Reads what `build_identity` has finished so far."""
+        """Reads the pictures that `build_identity` has finished so far."""
         facts = json.loads((folder / "identity.json").read_text("utf-8"))
         things = [
             scenes[0].things[0]
@@ -107,7 +107,7 @@ class IdentityPictures:
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> Drawn:
-        """About `count` pictures, by group; each group is `vary`-ed as a whole."""
+        """Draws about `count` pictures, group by group; `vary` changes each group as a whole."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -136,11 +136,10 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Makes different things out of the same pictures: mirrors a group or permutes its colour channels, in all its pictures
-    alike.
+    """Makes different things out of the same pictures: mirrors all pictures of a group or permutes their colour channels.
 
-    What tells its things apart stays; this keeps a few thousand rendered things from being memorized. Faces keep their
-    colours, which belong to their identity.
+    The differences between the group's things remain. This keeps a few thousand rendered things from being memorized. Faces
+    keep their colours, which belong to their identity.
 
     Args:
         pixels: `[groups * n, 3, H, W]`; faces: `[groups]`, bool
@@ -160,11 +159,10 @@ def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tu
 
 
 def individual(thing: world.Thing) -> tuple[int, list[float]]:
-    """What sets a thing apart from others of its class and palette: the kind of its pattern (-1 for a face), and
-    numbers.
+    """Describes what distinguishes a thing from others of its class and palette: the kind of its pattern (-1 for a face),
+    and numbers.
 
-    The numbers: the two accent colours, coverage (centred) and proportions of the pattern; then a face's identity
-    vector.
+    The numbers are the two accent colours, coverage (centred) and proportions of the pattern, then a face's identity vector.
     """
     if thing.identity is not None:
         return -1, [float("nan")] * 11 + list(thing.identity)
@@ -176,13 +174,13 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
 
 
 def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
-    """`individual`'s numbers `[B, K]` with the accent colours permuted like the pictures' channels (`channels` `[B, 3]`)."""
+    """Permutes the accent colours in `individual`'s numbers `[B, K]` like the pictures' channels (`channels` `[B, 3]`)."""
     first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
     return torch.cat([first, second, numbers[:, 6:]], 1)
 
 
 def attribute_values() -> dict[str, tuple[str, ...]]:
-    """The names of the values of every attribute, in the order of the labels."""
+    """Returns the names of every attribute's values, in the order of the labels."""
     return {
         "class": world.CLASSES,
         "main": world.COLORS,
@@ -195,9 +193,9 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 
 
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Targets `[N]` from the dataset's label columns.
+    """Makes targets `[N]` from the dataset's label columns.
 
-    -1 (undefined): everything except background and style if two things are shown, and views without a clear name.
+    Undefined (-1) are views without a clear name, and, if two things are shown, everything except background and style.
     """
     labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
     for name, values in labels.items():
@@ -208,8 +206,8 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`; resumes where it stopped, and can be read while it
-    grows.
+    """Renders the identity encoder's training pictures into `folder`. It resumes where it stopped, and the folder can be
+    read while it grows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts_path, path = folder / "identity.json", folder / "pixels.npy"
@@ -231,7 +229,7 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
 
 
 def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
-    """Scenes `[things][views]` of things of one class and palette with different patterns (for faces, identities)."""
+    """Samples scenes `[things][views]` of things of one class and palette with different patterns (for faces, identities)."""
     first = world.sample_thing(rng, split, pattern=True, accessory="none")
     fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
     scenes = []
@@ -254,7 +252,7 @@ def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size:
 
 
 def _read(pixels: np.ndarray, reconstructions: np.ndarray | None, rows: np.ndarray, generator: Generator) -> Tensor:
-    """The pictures of `rows`, some of them after the VAE."""
+    """Reads the pictures of `rows`, some of them after the VAE."""
     found = pixels[rows]
     through = torch.rand(len(rows), generator=generator).numpy() < RECONSTRUCTED
     if reconstructions is not None:

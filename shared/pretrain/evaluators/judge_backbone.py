@@ -1,4 +1,4 @@
-"""Bars for the shipped backbone: does it draw what its captions say? The recognizer judges random full captions.
+"""Tests the shipped backbone against bars: the recognizer checks whether pictures show what random full captions say.
 
 `python -m shared.pretrain.evaluators.judge_backbone --backbone FOLDER --out judge.json`
 """
@@ -74,7 +74,7 @@ def judge_backbone(
 
 
 def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
-    """`n` random scenes of one thing with full captions, `n // 4` more with an accessory, `n // 4` more with a style."""
+    """Samples `n` scenes of one thing with full captions, `n // 4` more with an accessory, `n // 4` more with a style."""
     rng = np.random.default_rng([seed, 101])
     scenes = []
     for index in range(n + 2 * (n // 4)):
@@ -92,7 +92,7 @@ def captions(n: int, seed: int) -> tuple[list[world.Scene], list[str]]:
 def generate(
     pipeline: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 32
 ) -> Tensor:
-    """One picture per text: `[n, 3, H, W]` in [0, 1]. Each has its own seed, so that the batch size does not matter."""
+    """Generates one picture per text: `[n, 3, H, W]` in [0, 1]. Each has its own seed, so the batch size does not matter."""
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
     parts = []
@@ -114,7 +114,7 @@ def render_all(scenes: Sequence[world.Scene], batch_size: int = 32) -> Tensor:
 
 
 def truth(scene: world.Scene) -> dict[str, str]:
-    """What the recognizer should say of a scene's first thing."""
+    """Returns the attributes that the recognizer should read from a scene's first thing."""
     thing = scene.things[0]
     return {
         "class": thing.class_name,
@@ -130,8 +130,8 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Fractions recognised correctly: the first five over the first `n` scenes, accessory and style over scenes that have
-    one.
+    """Returns the fractions recognised correctly: the first five over the first `n` scenes, accessory and style over scenes
+    that have one.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
     right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}
@@ -146,8 +146,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """KID of `pictures` to `fresh` renders, by the features of recognizer and CLIP; `_floor`: KID of `others`, which are
-    renders too.
+    """Computes the KID of `pictures` to `fresh` renders, with the features of recognizer and CLIP; `_floor`: the KID of
+    `others`, which are renders too.
     """
     clip, _ = load_clip()
     result = {}
@@ -176,7 +176,7 @@ def kid(x: Tensor, y: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures `[B, 3, H, W]` in [0, 1] of the peak signal-to-noise ratio, in dB."""
+    """Returns the peak signal-to-noise ratio in dB, averaged over pictures `[B, 3, H, W]` in [0, 1]."""
     error = (a - b).square().mean((1, 2, 3)).clamp(min=1e-10)
     return round(float((-10 * error.log10()).mean()), 3)
 

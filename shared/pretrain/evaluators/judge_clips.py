@@ -1,4 +1,4 @@
-"""Bars for the toybox's motion module: do clips show what their captions say, and do things keep their looks?"""
+"""Tests the toybox's motion module against bars: clips must show what their captions say, and things must keep their looks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.toybox.motions.clips import MovingScene, draw_clip, sample_moving
 
 BARS = {"class": 0.90, "motion": 0.75, "background": 0.90, "ends_agree": 0.85}
 FRAMES = 16
-_ALIKE = 0.05  # share of true clips whose first and last frame are less alike than the threshold
+_ALIKE = 0.05  # share of true clips whose first and last frame are less similar than the threshold
 
 
 def judge_clips(
@@ -31,8 +31,8 @@ def judge_clips(
     """Measures a toybox `AnimateDiffPipeline` against the bars: `n` random captions of clips, one clip each of 16 frames.
 
     Motions take turns; class and background are read from the mean over the frames, the motion from the path. First and
-    last frame agree when the identity encoder finds them as alike as in 95 % of true clips of the same scenes after the
-    autoencoder. `still` is the share of clips in which nothing moves.
+    last frame agree if the identity encoder finds them at least as similar as in 95 % of true clips of the same scenes after
+    the autoencoder. `still` is the share of clips in which nothing moves.
 
     Returns:
         settings, `scores`, `instrument` (the same for true clips after the autoencoder: the ceiling), `bars`, `met`,
@@ -62,7 +62,7 @@ def judge_clips(
 
 
 def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
-    """`n` random clips of captioned motions in turn, in photo style without accessories, and their full captions."""
+    """Samples `n` clips of captioned motions in turn, in photo style without accessories, and their full captions."""
     rng, motions = np.random.default_rng([seed, 107]), tuple(MOTIONS.values())
     moving = [
         sample_moving(rng, motions[i % len(motions)], FRAMES, style="photo", accessory="none", pattern=False)
@@ -75,7 +75,7 @@ def clip_captions(n: int, seed: int) -> tuple[list[MovingScene], list[str]]:
 def generate(
     pipe: Any, texts: Sequence[str], guidance: float, steps: int, seed: int, batch_size: int = 4
 ) -> list[Tensor]:
-    """One clip `[16, 3, H, W]` in [0, 1] per text. Each has its own seed, so that the batch size does not matter."""
+    """Generates one clip `[16, 3, H, W]` in [0, 1] per text. Each has its own seed, so the batch size does not matter."""
     pipe.set_progress_bar_config(disable=True)
     clips: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
@@ -90,7 +90,7 @@ def generate(
 
 
 class _Read:
-    """What the evaluators read from clips."""
+    """The evaluators' readings of clips."""
 
     def __init__(self) -> None:
         self.classes: list[str] = []
@@ -112,7 +112,7 @@ class _Read:
         return read
 
     def scores(self, moving: Sequence[MovingScene], least: float) -> dict[str, float]:
-        """The shares that are correct; `least`: the cosine from which first and last frame agree."""
+        """Returns the shares of correct readings; `least`: the cosine at which first and last frame count as agreeing."""
         right = {
             "class": [a == m.scene.things[0].class_name for a, m in zip(self.classes, moving, strict=True)],
             "background": [a == m.scene.background for a, m in zip(self.backgrounds, moving, strict=True)],

@@ -1,4 +1,4 @@
-"""How reliable the evaluators are: their accuracies on fresh renders, before and after the VAE's round trip."""
+"""Measures the evaluators' accuracies on fresh renders, before and after the VAE's round trip."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def render_all(scenes: Sequence[world.Scene]) -> Tensor:
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
-    """`n` random scenes of one thing, whose views are far enough from the boundaries between views to have a name.
+    """Samples `n` scenes of one thing, with views far enough from the boundaries between views to have a name.
 
     Their random numbers are independent of the training pictures', and no training picture has their patterns and
     identities (`reporting` seeds).
@@ -49,10 +49,10 @@ def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
 
 
 def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Accuracies on `n` fresh renders in all styles, and the commonest confusions; `_shown`: over pictures with an
-    accessory or a style.
+    """Measures accuracies on `n` fresh renders in all styles, and the most common confusions; `_shown`: over pictures with
+    an accessory or a style.
 
-    degrade: applied to the pictures `[n, 3, 64, 64]` first, for instance the VAE's round trip.
+    degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
     """
     scenes = fresh_scenes(n, seed)
     pictures = render_all(scenes)
@@ -75,7 +75,7 @@ def measure_recognizer(n: int = 1000, seed: int = 0, degrade: Degrade | None = N
 
 
 def confusions(found: list[str], truths: list[str], most: int = 6) -> list[str]:
-    """The commonest errors, as "truth -> answer: count"."""
+    """Lists the most common errors, as "truth -> answer: count"."""
     counts: dict[tuple[str, str], int] = {}
     for answer, true in zip(found, truths, strict=True):
         if answer != true:
@@ -92,8 +92,8 @@ def measure_identity(
     degrade: Degrade | None = None,
     faces: bool = False,
 ) -> dict[str, Any]:
-    """Retrieval of held-out subjects (or faces) among their distractors of the same class and palette, from pictures that
-    are not in the gallery.
+    """Measures the retrieval of held-out subjects (or faces) among their distractors of the same class and palette, from
+    pictures that are not in the gallery.
 
     Every gallery entry (subject and distractors) has `references` reference pictures; the queries are other pictures of
     it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
@@ -131,7 +131,8 @@ def measure_identity(
 def _identity_hits(
     held: subjects.HeldOut, split: str, references: int, queries: int, seed: list[int], degrade: Degrade | None
 ) -> list[tuple[int, str, bool, bool]]:
-    """For every query: its gallery entry, its view, whether the right entry was found, and whether a face is visible."""
+    """Returns, for every query, its gallery entry, its view, whether the right entry was found, and whether a face is
+    visible."""
     encoder, rng = load_identity(), np.random.default_rng(seed)
     gallery = [held.thing, *held.distractors]
     through = degrade or (lambda pictures: pictures)
@@ -148,7 +149,7 @@ def _identity_hits(
 
 @torch.no_grad()
 def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) -> dict[str, Any]:
-    """Zero-shot accuracies, retrieval of a picture's full caption among 64, and the swap test.
+    """Measures zero-shot accuracies, the retrieval of a picture's full caption among 64, and the swap test.
 
     `swap_<attribute>`: the fraction of pictures closer to their caption than to the same caption with another value of the
     attribute (chance 0.5); `swap_binding`: with the two colours exchanged.
@@ -177,7 +178,7 @@ def measure_clip(n: int = 500, seed: int = 0, degrade: Degrade | None = None) ->
 
 
 def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
-    """The scene with another value of one attribute; `binding`: with its two colours exchanged."""
+    """Returns the scene with another value of one attribute; `binding`: with its two colours exchanged."""
 
     def other(values: tuple[str, ...], *but: str) -> str:
         left = [v for v in values if v not in but]
@@ -201,7 +202,7 @@ def swapped(scene: world.Scene, attribute: str, rng: np.random.Generator) -> wor
 
 
 def _retrieval(images: Tensor, words: Tensor, among: int) -> float:
-    """The fraction of pictures whose own caption is the closest of `among` consecutive ones."""
+    """Returns the fraction of pictures whose own caption is the closest of `among` consecutive ones."""
     count = len(images) // among * among
     scores = images[:count].view(-1, among, images.shape[1]) @ words[:count].view(-1, among, words.shape[1]).mT
     return float((scores.argmax(2) == torch.arange(among)).float().mean()) if count else float("nan")

@@ -1,4 +1,4 @@
-"""How reliable the pose estimator is: errors on fresh renders, and motions recognised in fresh clips."""
+"""Measures the pose estimator: its errors on fresh renders, and the motions it recognises in fresh clips."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from shared.toybox.motions.look_alikes import candidates
 from shared.toybox.motions.motion import PATH, Array, Motion
 from shared.toybox.motions.path_distance import ranked
 
-_LEVEL_DEG = 50.0  # at elevations above this, azimuths are hard to see
+_LEVEL_DEG = 50.0  # above this elevation, azimuths are hard to see
 _NEAR_DEG = 30.0
 _FRAMES = 16
 _SEED = 83
 
 
 def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, clips: int = 4) -> dict[str, Any]:
-    """Median absolute errors on `n` fresh renders in all styles, and recognition on `clips` fresh clips of every motion.
+    """Measures median absolute errors on `n` fresh renders in all styles, and recognition on `clips` fresh clips per motion.
 
     Azimuths are judged only on renders from an elevation below 50 degrees; `azimuth_near`: the share within 30 degrees.
-    `captioned`: the share of clips of captioned motions whose path is nearest to one of that motion; `held_out`: the same
-    for held-out motions, among look-alikes, the other motions of their split and standing still.
+    `captioned`: the share of clips of captioned motions whose path is nearest to one of that motion; `held_out`: the share
+    of held-out motions recognised among look-alikes, the other motions of their split and standing still.
 
-    degrade: applied to the pictures `[n, 3, 64, 64]` first, for instance the VAE's round trip.
+    degrade: applied to the pictures `[n, 3, 64, 64]` first, for example the VAE's round trip.
     """
     rng = np.random.default_rng([seed, _SEED])
     scenes = [world.sample_scene(rng, "reporting", two=False) for _ in range(n)]
@@ -56,7 +56,7 @@ def measure_pose(n: int = 600, seed: int = 0, degrade: Degrade | None = None, cl
 
 
 def path_read(rng: np.random.Generator, motion: Motion, degrade: Degrade | None = None) -> Array:
-    """The path `[16, 6]` read from a fresh clip of a motion."""
+    """Reads the path `[16, 6]` from a fresh clip of a motion."""
     clip = draw_clip(sample_moving(rng, motion, _FRAMES, "reporting"))
     frames = clip.frames.permute(0, 3, 1, 2)
     return path_of(load_pose().read(degrade(frames) if degrade else frames))

@@ -1,4 +1,4 @@
-"""The model card of the toybox's weights: what they are, how they were made, and how reliable the instruments are.
+"""Writes the model card of the toybox's weights: their contents, their training, and the instruments' accuracy.
 
 `python -m shared.pretrain.evaluators.model_card [--judge judge.json]` measures and writes `weights/CARD.md` and `card.json`.
 """
@@ -24,7 +24,7 @@ SPLITS = ("development", "reporting")
 
 
 def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
-    """All accuracies on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": …, "vae": …}}`."""
+    """Measures accuracies on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": …, "vae": …}}`."""
 
     def through(pixels: Tensor) -> Tensor:
         assert vae is not None
@@ -44,7 +44,7 @@ def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dic
 
 
 def describe(weights: Path = WEIGHTS) -> dict[str, Any]:
-    """The sizes in bytes and the trainings of what is in `weights`."""
+    """Returns the sizes in bytes and the training facts of the networks in `weights`."""
     folders = (
         sorted(f for f in weights.iterdir() if f.is_dir() and not f.name.startswith(".")) if weights.is_dir() else []
     )
@@ -60,7 +60,7 @@ def write_card(
 ) -> dict[str, Any]:
     """Measures the evaluators and writes `card.json` and `CARD.md` into `weights`.
 
-    judge: the result of `judge_backbone`; where None, the card's previous one. keep: keeps the card's previous accuracies
+    judge: the result of `judge_backbone`; None uses the card's previous one. keep: keeps the card's previous accuracies
     (with their `n` and `seed`) instead of measuring again, which takes minutes.
     """
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge", type=Path, help="JSON written by `shared.pretrain.evaluators.judge_backbone`")
-    parser.add_argument("--keep", action="store_true", help="keep the card's present accuracies")
+    parser.add_argument("--keep", action="store_true", help="keep the card's current accuracies")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -1,4 +1,4 @@
-"""The model card as Markdown."""
+"""Writes the model card as Markdown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Held-out ones: the nearest among their look-alikes, the other motions of their s
 
 
 def page(card: dict[str, Any]) -> str:
-    """The card of `model_card.write_card` as Markdown."""
+    """Formats the card of `model_card.write_card` as Markdown."""
     sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in card["bytes"].items())
     parts = [
         HEADER,
@@ -159,7 +159,7 @@ def _evaluators(card: dict[str, Any]) -> str:
 
 
 def _faceless(found: dict[str, Any]) -> str:
-    """How many queries with faces show none, where that was counted."""
+    """States how many queries of faces show no face, if that was counted."""
     counts = [found[k]["clean"]["no_face"] for k in found if k.startswith("faces_") and "no_face" in found[k]["clean"]]
     judged = [found[k]["clean"]["queries"] for k in found if k.startswith("faces_")]
     if not counts:

@@ -1,4 +1,4 @@
-"""Training of the pose estimator: how the things in pictures are placed and turned, and the loss over one batch."""
+"""Trains the pose estimator: the true poses of things in pictures, and the loss over one batch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from shared.toybox.motions.motion import PATH
 from shared.toybox.world import Camera
 
 _SOFT_DEG = 8.0  # standard deviation of the azimuth targets
-_STEEP_DEG = 70.0  # at elevations above this, azimuth and roll can hardly be told apart
+_STEEP_DEG = 70.0  # above this elevation, azimuth and roll can hardly be told apart
 _SMALL = 0.3  # errors below this, in units, count quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
-    """float32 `[count, 6]`, the columns of `motion.PATH`, for a data set's first pictures; NaN where two things are shown.
+    """Returns the poses in a data set's first pictures, float32 `[count, 6]`, the columns of `motion.PATH`; NaN for pictures
+    of two things.
 
-    The scenes are drawn again from the data set's seed: nothing is rendered.
+    The scenes are sampled again from the data set's seed, without rendering.
     """
     seed = json.loads((folder / "recipe.json").read_text("utf-8"))["seed"]
     poses = np.full((count, len(PATH)), np.nan, np.float32)
@@ -41,16 +42,16 @@ def poses_of(folder: Path, count: int) -> np.ndarray:
 
 
 def pose_of(camera: Camera) -> np.ndarray:
-    """A camera as a row of a path, float64 `[6]`."""
+    """Converts a camera to a row of a path, float64 `[6]`."""
     return np.array(
         [camera.x, camera.y, np.log(camera.scale), camera.azimuth_deg, camera.elevation_deg, camera.roll_deg]
     )
 
 
 class PoseTask(EvaluatorTask):
-    """Absolute errors of place, size, elevation and tilt, and the cross-entropy of the azimuth.
+    """Minimises absolute errors of place, size, elevation and tilt, and the cross-entropy of the azimuth.
 
-    `poses`: float32 `[N, 6]`, as `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
+    `poses`: float32 `[N, 6]`, as from `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class PoseTask(EvaluatorTask):
         self._set_up(self.estimator, settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """One term for the linear columns, and one for the azimuth."""
+        """Returns one term for the linear columns, and one for the azimuth."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
         pixels = augment(pixels, draws, shift=0).to(device)  # a shift would change the pose
@@ -101,7 +102,7 @@ class PoseTask(EvaluatorTask):
 
 
 def soft_azimuths(azimuth_deg: Tensor, bins: int) -> Tensor:
-    """Azimuths `[B]` as probabilities `[B, bins]`: a wrapped normal distribution around each."""
+    """Turns azimuths `[B]` into probabilities `[B, bins]`: a wrapped normal distribution around each."""
     centres = torch.arange(bins, device=azimuth_deg.device) * (360 / bins)
     apart = (centres - azimuth_deg[:, None] + 180) % 360 - 180
     return (-0.5 * (apart / _SOFT_DEG) ** 2).softmax(1)

@@ -1,4 +1,4 @@
-"""Pictures reconstructed by the autoencoder: the evaluators learn from them too, because they judge decoded pictures.
+"""Reconstructs pictures with the autoencoder: the evaluators also learn from these, because they judge decoded pictures.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """
@@ -30,7 +30,7 @@ def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_s
     temporary = target.with_name(target.name + ".part")
     result = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=source.shape)
     for start in range(0, len(source), batch_size):
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # off by a third of a grey level
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # changes pixels by a third of a grey level
             through = round_trip(vae, from_bytes(source[start : start + batch_size]))
         result[start : start + batch_size] = to_bytes(through.float())
     result.flush()
@@ -38,7 +38,7 @@ def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_s
 
 
 def load_vae(folder: Path) -> torch.nn.Module:
-    """The frozen `AutoencoderKL` in a folder, float32."""
+    """Loads the `AutoencoderKL` from a folder, float32 and frozen."""
     from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
     return (
@@ -50,7 +50,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [0, 1], encoded (mean of the latent) and decoded again, clamped to [0, 1]."""
+    """Encodes pictures `[B, 3, H, W]` in [0, 1] (mean of the latent) and decodes them again, clamped to [0, 1]."""
     parts = []
     for chunk in pixels.split(batch_size):
         latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]

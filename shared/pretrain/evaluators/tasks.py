@@ -1,4 +1,4 @@
-"""Training of the recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
+"""Trains the recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ADAMW = AdamW(betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class EvaluatorTraining:
-    """Settings; `lr` is the peak rate. `thaw`: the identity encoder trains the recognizer's trunk too, in a second round."""
+    """Settings; `lr` is the peak rate. `thaw`: the identity encoder also trains the recognizer's trunk, in a second round."""
 
     batch_size: int = 128
     lr: float = 2e-3
@@ -53,12 +53,12 @@ class EvaluatorTask(PretrainTask):
         return {"main": decay_groups(self.module, self.settings.lr, self.settings.optimizer.weight_decay)}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss, the sum of its terms."""
+        """Yields one loss, the sum of the terms."""
         terms = self.terms(generator(self.seed, step, micro))
         yield Update(torch.stack(list(terms.values())).sum(), parts={k: v.detach() for k, v in terms.items()})
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Named scalars, whose sum is minimised."""
+        """Returns named scalars whose sum is minimised."""
         raise NotImplementedError
 
     def export(self, out: Path) -> None:
@@ -66,17 +66,17 @@ class EvaluatorTask(PretrainTask):
         raise NotImplementedError
 
     def adopt(self, out: Path) -> bool:
-        """Loads what `export` wrote; False where that has another architecture."""
+        """Loads what `export` wrote; returns False if that has another architecture."""
         raise NotImplementedError
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """The command's flags for these pictures, for the card."""
+    """Returns the command's flags for these pictures, for the card."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
 class RecognizerTask(EvaluatorTask):
-    """Cross-entropy of every attribute; undefined labels (-1) are not counted."""
+    """Minimises the cross-entropy of every attribute; undefined labels (-1) are not counted."""
 
     def __init__(
         self, data: Pictures, settings: EvaluatorTraining, compute: Compute, config: RecognizerConfig | None = None
@@ -88,7 +88,7 @@ class RecognizerTask(EvaluatorTask):
         self._set_up(self.recognizer, settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """One cross-entropy per attribute, and one for where things are."""
+        """Returns one cross-entropy per attribute, and one for the things' positions."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
         pixels = augment(pixels, draws).to(device)
@@ -113,11 +113,12 @@ class RecognizerTask(EvaluatorTask):
 
 
 class IdentityTask(EvaluatorTask):
-    """Supervised contrastive loss; a batch has groups of one class and palette, each with several things in several views.
+    """Minimises the supervised contrastive loss; a batch has groups of one class and palette, each with several things in
+    several views.
 
-    During training, the layer before the embedding must also predict the parameters that the renderer drew the individual
-    from (these heads are not kept). `start`: a recognizer whose trunk the encoder takes over unchanged, so that only the
-    layers after it are trained (three times faster), unless the settings say `thaw`.
+    During training, the layer before the embedding must also predict the parameters from which the renderer drew the
+    individual (these heads are not kept). `start`: a recognizer whose trunk the encoder takes over unchanged, so that only
+    the layers after it are trained (three times faster), unless `thaw` is set.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class IdentityTask(EvaluatorTask):
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """The contrastive loss over the whole batch and within the groups of hard negatives, and the predicted parameters."""
+        """Returns the contrastive losses over the batch and within groups of hard negatives, and that of the parameters."""
         self.encoder.trunk.train(not self.frozen)
         device = self.compute.device
         drawn = self.data.draw(draws, self.batch_size)
@@ -168,12 +169,12 @@ class IdentityTask(EvaluatorTask):
         save_model(self.encoder, self.config, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written encoder; the training-only heads start anew."""
+        """Loads a written encoder; the training-only heads are initialised again."""
         return adopt_state(self.encoder, out)
 
 
 class ClipTask(EvaluatorTask):
-    """CLIP's loss, and during training a linear prediction of every attribute from the picture's embedding (not kept)."""
+    """Minimises CLIP's loss and, only in training, that of predicting every attribute linearly from the picture's embedding."""
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class ClipTask(EvaluatorTask):
         self._set_up(nn.ModuleDict({"clip": model, "heads": self.heads}), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """The contrastive term and the mean loss of the attribute heads."""
+        """Returns the contrastive term and the mean loss of the attribute heads."""
         device = self.compute.device
         rows, pixels = self.data.draw(draws, self.batch_size)
         pixels = augment(pixels, draws).to(device)
@@ -215,17 +216,17 @@ class ClipTask(EvaluatorTask):
         clips.save_clip(self.model, self.processor, out)
 
     def adopt(self, out: Path) -> bool:
-        """Loads a written CLIP; the attribute heads start anew."""
+        """Loads a written CLIP; the attribute heads are initialised again."""
         return adopt_state(self.model, out)
 
 
 def retrieve(queries: Tensor, gallery: Sequence[Tensor]) -> Tensor:
-    """The index `[Q]` of the entry most similar to each query `[Q, D]`; `gallery` as in `similarities`."""
+    """Returns the index `[Q]` of the entry most similar to each query `[Q, D]`; `gallery` as in `similarities`."""
     return similarities(queries, gallery).argmax(1)
 
 
 def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; a scalar.
+    """Returns the supervised contrastive loss (arXiv 2004.11362, eq. 2) of unit vectors `[B, D]` with labels `[B]`; a scalar.
 
     A row without a positive in the batch is left out.
     """

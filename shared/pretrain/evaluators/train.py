@@ -35,7 +35,7 @@ class Folders:
     """The folders that a training reads and writes.
 
     data: the dataset; for the identity encoder, a folder written by `data.build_identity`
-    out: for the weights; identity encoder and pose estimator start from the trunk of the `recognizer` next to it
+    out: for the weights; the identity encoder and the pose estimator start from the trunk of the `recognizer` next to it
     work: for checkpoint and log
     reconstructions: an .npy of the data's first pictures after the autoencoder
     """
@@ -68,7 +68,7 @@ def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
 
 
 def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> dict[str, Any]:
-    """What the card says about a training: its numbers so far and its last losses."""
+    """Returns the card's facts about a training: its numbers so far and its last losses."""
     return {
         "done": outcome.step,
         "pictures": outcome.pictures,
@@ -84,13 +84,13 @@ def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> di
 
 
 def adopt(task: EvaluatorTask, out: Path) -> int:
-    """Loads finished weights and returns their step; 0 where there are none, or with other shapes."""
+    """Loads finished weights and returns their step; 0 if there are none, or they have other shapes."""
     done = written_steps(out)
     return done if done and task.adopt(out) else 0
 
 
 def written_steps(out: Path) -> int | None:
-    """The step at which the weights in `out` were written; None where there are none."""
+    """Returns the step at which the weights in `out` were written; None if there are none."""
     file = out / TRAINING
     return int(json.loads(file.read_text("utf-8"))["done"]) if file.is_file() else None
 
@@ -118,7 +118,7 @@ def _pose(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> Ev
 
 @dataclass(frozen=True)
 class Training:
-    """How an evaluator is trained by default."""
+    """The default training of an evaluator."""
 
     build: Callable[[Folders, EvaluatorTraining, Compute], EvaluatorTask]
     steps: int

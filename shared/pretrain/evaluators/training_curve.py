@@ -1,4 +1,4 @@
-"""The curve over training: a run's snapshots, judged like the shipped backbone but on fewer captions."""
+"""Measures the curve over training: judges a run's snapshots like the shipped backbone, but on fewer captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     """Judges the snapshots and the checkpoint of `work/run` that `weights/curve.json` lacks, and adds them to it.
 
     Args:
-        n: number of random captions, the same as in `judge_backbone` with this seed
+        n: number of random captions, which equal those of `judge_backbone` with this seed
         guidance: for every point
     Yields:
         each new point: step, pictures, n, guidance and `SCORES`
@@ -52,6 +52,6 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
 
 
 def read(weights: Path = WEIGHTS) -> dict[str, Any] | None:
-    """`n`, `guidance`, `seed` and the `points` by step; None where nothing was measured."""
+    """Reads `n`, `guidance`, `seed` and the `points` by step; None if nothing was measured."""
     path = weights / CURVE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

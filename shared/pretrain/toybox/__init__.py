@@ -1,4 +1,4 @@
-"""How the toybox's weights are made: first the autoencoder, then text model and U-Net on its cached latents.
+"""Trains the toybox's weights: first the autoencoder, then text model and U-Net on its cached latents.
 
 Every training is a loop of numbered steps whose randomness depends only on ``(seed, step)``, so that on a CPU an
 interrupted run resumes to the same bits.

@@ -1,4 +1,4 @@
-"""Turns a training into the pipeline folder that is shipped."""
+"""Turns a training run into the pipeline folder that is shipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline:
-    """The average of the run's denoiser as a pipeline in fp32; untrained parts are freshly initialised (seed 0).
+    """Builds a pipeline in fp32 from the averaged denoiser of a run; untrained parts are freshly initialised (seed 0).
 
     Args:
         out: the run's folder
@@ -98,7 +98,7 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """The run's progress: step, pictures and sizes of the denoiser, and the last log lines of all trainings."""
+    """Returns the run's progress: step, pictures and sizes of the denoiser, and the last log lines of all trainings."""
     state = checkpoint.load(training_folder(out, "unet"))
     facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
     return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}
@@ -115,9 +115,9 @@ def _finish_tokenizer(folder: Path, out: Path) -> None:
 
 
 def plain_configs(folder: Path) -> None:
-    """Removes local paths, and states fp32 as the compute type.
+    """Removes local paths, and sets fp32 as the compute type.
 
-    By default transformers 5 loads in the configuration's type, and diffusers in fp32: these must agree.
+    By default transformers 5 loads in the configuration's type, and diffusers in fp32; the two must agree.
     """
     for path in folder.glob("**/*.json"):
         if path.name not in {"config.json", "model_index.json", "tokenizer_config.json"}:

@@ -1,4 +1,4 @@
-"""Turns the motion module's training into the folders that are shipped."""
+"""Turns a training run of the motion module into the folders that are shipped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _adapter(adapter: Any, fresh: Path, work: Path) -> None:
 
 
 def _words(pipe: Any, backbone: Path, fresh: Path) -> None:
-    """The backbone, unchanged except for the text encoder's embeddings and the tokenizer's words."""
+    """Writes the backbone, unchanged except for the text encoder's embeddings and the tokenizer's words."""
     shutil.copytree(backbone, fresh, dirs_exist_ok=True)
     pipe.text_encoder.to(torch.float16).save_pretrained(str(fresh / "text_encoder"))
     pipe.tokenizer.save_pretrained(str(fresh / "tokenizer"))

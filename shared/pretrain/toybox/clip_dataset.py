@@ -1,4 +1,4 @@
-"""Training clips on disk: rendered once in chunks, read as memory maps.
+"""Stores training clips on disk: rendered once in chunks, read as memory maps.
 
     FOLDER/recipe.json                      the settings; others in the same folder are refused
     FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl     one chunk, complete if its captions exist
@@ -57,7 +57,7 @@ class Clips:
 
 
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
-    """Clip `index` of the data set with this seed, and the generator that draws its captions next.
+    """Samples clip `index` of the data set with this seed; also returns the generator that draws its captions next.
 
     Motions take turns, so that all are equally frequent.
     """
@@ -106,7 +106,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Clips:
 
 
 def load(folder: Path) -> Clips:
-    """The complete chunks of a folder, from the first on. ValueError if there are none."""
+    """Loads a folder's chunks from the first on, as far as they are complete. ValueError if there are none."""
     folder = Path(folder)
     stems = []
     while (stem := folder / f"clips-{len(stems):05d}").with_suffix(".captions.jsonl").exists():

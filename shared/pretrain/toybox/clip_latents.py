@@ -1,4 +1,4 @@
-"""Clips encoded once by the finished autoencoder: the motion module learns from these latents."""
+"""Caches the latents of clips, encoded once by the finished autoencoder: the motion module learns from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClipLatents:
         return len(self.tokens)
 
     def take(self, index: Sequence[int] | np.ndarray, first: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Every `stride`-th frame of the given clips: latents float16 [n, C, F', h, w] and cover uint8 [n, F', h, w]."""
+        """Returns every `stride`-th frame of the clips: latents float16 [n, C, F', h, w] and cover uint8 [n, F', h, w]."""
         rows = [(i // CHUNK, i % CHUNK) for i in index]
         latents = np.stack([self.latents[c][i][first::stride] for c, i in rows])
         covered = np.stack([self.covered[c][i][first::stride] for c, i in rows])
@@ -44,7 +44,7 @@ class ClipLatents:
 def build(
     folder: Path, clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> ClipLatents:
-    """The latents in `folder`, computed or extended as needed; recomputed if autoencoder or tokenizer have changed."""
+    """Returns the latents in `folder`, computed or extended as needed; recomputed if autoencoder or tokenizer changed."""
     folder.mkdir(parents=True, exist_ok=True)
     mark, note = fingerprint(vae, tokenizer), folder / "state.json"
     same = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("fingerprint") == mark

@@ -1,4 +1,4 @@
-"""Training pictures on disk: rendered once in chunks, read as memory maps.
+"""Stores training pictures on disk: rendered once in chunks, read as memory maps.
 
     FOLDER/recipe.json                      the settings; others in the same folder are refused
     FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name and renamed
@@ -75,11 +75,11 @@ class Dataset:
         return len(self.captions)
 
     def pixels(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """The pictures at an index, uint8 [n, 64, 64, 3]."""
+        """Returns the pictures at an index, uint8 [n, 64, 64, 3]."""
         return self._take(self.chunks, index)
 
     def masks(self, index: np.ndarray | list[int] | slice) -> np.ndarray:
-        """Where things are in the pictures at an index, bool [n, 64, 64]."""
+        """Returns the things' masks in the pictures at an index, bool [n, 64, 64]."""
         packed = self._take(self.mask_chunks, index)
         return np.unpackbits(packed, axis=-1).astype(bool)
 
@@ -93,7 +93,7 @@ class Dataset:
 
 
 def labels_of(scene: Scene) -> list[int]:
-    """The labels of a scene in the order of LABELS."""
+    """Returns the labels of a scene in the order of LABELS."""
     first, other = scene.things[0], scene.things[1] if len(scene.things) == 2 else None
     beside = (-1, -1, -1)
     if other:
@@ -114,7 +114,7 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Picture `index` of the data set with this seed, and the generator that draws its captions next."""
+    """Samples picture `index` of the data set with this seed; also returns the generator that draws its captions next."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 
@@ -196,7 +196,7 @@ def build(folder: Path, n: int, seed: int, workers: int = 1) -> Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """The data set in a folder; ValueError if there is none or it is incomplete."""
+    """Loads the data set in a folder; ValueError if there is none or it is incomplete."""
     folder = Path(folder)
     note = folder / "recipe.json"
     if not note.exists():

@@ -1,9 +1,9 @@
-"""Sharper pictures from the same latents: trains only the decoder further, against a discriminator.
+"""Continues to train only the decoder, against a discriminator, for sharper pictures from the same latents.
 
 Squared and absolute errors are minimised by averaging all pictures that a latent may stand for, and an average has no edges.
 So once the latents are final, the decoder is trained further with the same losses plus an adversarial one, against a network
-that tells its pictures from the renderer's, with feature matching and the adaptive weight of arXiv 2012.09841, eq. 7. The
-encoder is frozen, so that everything learned on its latents stays valid.
+that distinguishes its pictures from the renderer's, with feature matching and the adaptive weight of arXiv 2012.09841, eq. 7.
+The encoder is frozen, so that everything learned on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class DecoderTask(PretrainTask):
         return self.decoder[1](self.decoder[0](latents / self.vae.config.scaling_factor))
 
     def updates(self, step: int, micro: int) -> Updates:
-        """The discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
+        """Yields the discriminator's loss on the decoded pictures, then, after its update, the decoder's."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         index = torch.randint(self.among, (settings.batch,), generator=draws).numpy()
         layout: Any = {"device": self.compute.device, "memory_format": torch.channels_last}
@@ -112,7 +112,7 @@ class DecoderTask(PretrainTask):
         """The decoder's loss and its parts.
 
         Args:
-            decoded: [B, 3, H, W] in [-1, 1], with its graph; `real`: what it should be
+            decoded: [B, 3, H, W] in [-1, 1], with its graph; `real`: the target
             thing: bool [B, 1, H, W], where errors count more
             trust: in [0, 1], the current fraction of the discriminator's full weight
         """

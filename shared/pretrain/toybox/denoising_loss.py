@@ -1,4 +1,4 @@
-"""The denoiser's batches and its loss: v-prediction on cached latents, plus what a reader can tell from the prediction."""
+"""The denoiser's batches and loss: v-prediction on cached latents, plus the losses of reading attributes from predictions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=200)
 @dataclass(frozen=True)
 class UnetTraining:
     """Settings of the denoiser's training; ``lr`` is the peak rate; for ``t_uniform`` and ``t_mean`` see ``draw_times``;
-    ``thing_weight``: how much more the loss counts where things are (a fifth of a picture, but all of what is hard).
-    ``reading``, ``probing``: at the full learning rate, the weights of class, view and accessory as read from the predicted
+    ``thing_weight``: how much more the loss counts on things, which cover a fifth of a picture but are the hard part.
+    ``reading``, ``probing``: the weights, at the full learning rate, of class, view and accessory as read from the predicted
     x0 and from the middle of the U-Net (`reader`); they fall with the rate and reach 0 at ``read_until`` of its peak.
     """
 
@@ -45,7 +45,7 @@ class UnetTraining:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """As `models.build_denoiser` takes them."""
+        """Returns the sizes in the form that `models.build_denoiser` takes."""
         return {"text": asdict(self.text), "unet": asdict(self.unet)}
 
 
@@ -54,20 +54,20 @@ class DenoisingBatch:
     """One step's random inputs, on the training device."""
 
     latents: Tensor  # [B, C, H, W], scaled
-    ids: Tensor  # [B, L] token ids, those of "" where the caption is dropped
+    ids: Tensor  # [B, L] token ids, those of "" if the caption is dropped
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for what is not named
+    caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for attributes that are not named
     again: Tensor  # [B, C, H, W] noise added to the predicted x0 before it is read
     level: Tensor  # [B] the level of that noise, as timesteps
 
     def to(self, device: torch.device) -> DenoisingBatch:
-        """The same on ``device``."""
+        """Returns the batch on ``device``."""
         return self._of(lambda x: x.to(device))
 
     def split(self, count: int) -> list[DenoisingBatch]:
-        """``count`` equal shares, each with every ``count``-th row (so that each has the full range of t)."""
+        """Splits into ``count`` equal shares, each with every ``count``-th row (so that each has the full range of t)."""
         return [self._of(lambda x, i=i: x[i::count]) for i in range(count)]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> DenoisingBatch:
@@ -75,7 +75,7 @@ class DenoisingBatch:
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
-    """The batch of a step; depends only on seed and step (and the cache's content)."""
+    """Draws the batch of a step; depends only on seed and step (and the cache's content)."""
     g, b = generator(settings.seed, step), settings.batch
     index = torch.randint(len(data), (b,), generator=g).numpy()
     variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
@@ -91,10 +91,10 @@ def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: i
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
-    """Timesteps [count] in [0, 1000): logit-normal (arXiv 2403.03206, section 3.1), except for a ``uniform`` fraction.
+    """Draws timesteps [count] in [0, 1000): logit-normal (arXiv 2403.03206, section 3.1), except for a ``uniform`` fraction.
 
-    Most of what a caption determines is settled at medium noise, where more timesteps are drawn; ``mean`` > 0 shifts them to
-    more noise. Stratified over the batch.
+    Most of what a caption determines is decided at medium noise, where more timesteps are drawn; ``mean`` > 0 shifts them
+    to more noise. Stratified over the batch.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
@@ -111,7 +111,7 @@ def v_loss(
     probe: reader.Probe | None = None,
     reading: float = 0.0,
 ) -> Tensor:
-    """Mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted more where things are, plus
+    """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted more on things, plus
     ``reading`` times the losses of ``reads`` on the predicted x0 and of ``probe``, weighted as in the settings.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)

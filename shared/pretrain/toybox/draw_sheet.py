@@ -1,4 +1,4 @@
-"""Contact sheets of the toybox's pictures: `pcs toybox sheet`."""
+"""Draws contact sheets of the toybox's pictures: `pcs toybox sheet`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = ("world", "model", "vae")
 
 @dataclass(frozen=True)
 class SheetSettings:
-    """What a sheet shows: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
+    """The content of a sheet: renders, the model's pictures, or renders next to their reconstructions by the autoencoder.
 
     ValueError for an unknown source, and for options of the model (`guidance`, `prompts`) with another source.
     """
@@ -51,7 +51,7 @@ class SheetSettings:
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
     """Writes a captioned sheet. ValueError if `out` is a folder, not a PNG, or exists already, unless `overwrite`."""
     if out.suffix.lower() != ".png" and not out.is_dir():
-        raise ValueError(f"{out}: a sheet is a PNG: give it a name that ends in .png")
+        raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_file(out, overwrite)
     rng, source = np.random.default_rng(settings.seed), settings.source
     scenes = [sample_scene(rng) for _ in range(settings.rows * settings.columns)]
@@ -70,6 +70,6 @@ def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> P
 
 
 def _beside(pixels: Tensor) -> Tensor:
-    """[N, …] -> [2 N, …]: every picture followed by its reconstruction."""
+    """Inserts each picture's reconstruction after it: [N, …] -> [2 N, …]."""
     decoded = round_trip(load_vae(backbone_path() / "vae"), pixels)
     return torch.stack([pixels, decoded], 1).flatten(0, 1)

@@ -15,7 +15,7 @@ from shared.toybox.weights import backbone_path, motion_adapter_path, sampling_d
 
 
 def open_pipeline(folder: str | None) -> Any:
-    """The diffusers pipeline in a folder, or the shipped one. ValueError when there is none, or it cannot be loaded."""
+    """Loads the diffusers pipeline in a folder, or the shipped one. ValueError if there is none, or it cannot be loaded."""
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     place = expanded(folder) if folder is not None else backbone_path()
@@ -30,7 +30,7 @@ def open_pipeline(folder: str | None) -> Any:
         if kind != StableDiffusionPipeline.__name__:
             raise ValueError(f"it is a {kind}, but only a StableDiffusionPipeline can be judged")
         pipe = StableDiffusionPipeline.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # whatever is in the folder
+    except Exception as error:  # the folder may contain anything
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--backbone {str(place)!r} cannot be loaded: {why}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -39,7 +39,7 @@ def open_pipeline(folder: str | None) -> Any:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the model is judged: on how many random captions, and how they are sampled (guidance None: the card's)."""
+    """Settings for judging the model: the number of random captions, and how they are sampled (guidance None: the card's)."""
 
     pictures: int = 256
     guidance: float | None = None
@@ -101,7 +101,7 @@ def evaluate_clips(
 
 
 def open_moving(backbone: str | None, work: Path | None) -> Any:
-    """The toybox's `AnimateDiffPipeline` with the shipped motion module, or with the current one of a training in `work`."""
+    """Loads the toybox's `AnimateDiffPipeline` with the shipped motion module, or that of a training run in `work`."""
     from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.pretrain.toybox.motion_module import averaged
@@ -125,7 +125,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def extend_curve(work: Path, pictures: int, guidance: float | None) -> Iterator[str]:
-    """Judges the snapshots of a run that the curve over training lacks. Yields lines to print."""
+    """Judges a run's snapshots that are not yet in the curve over training. Yields lines to print."""
     from shared.pretrain.evaluators.training_curve import SCORES, extend
 
     stated = sampling_defaults()["guidance"] if guidance is None else guidance

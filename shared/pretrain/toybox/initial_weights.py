@@ -1,4 +1,4 @@
-"""Continues from the shipped weights where a run has no checkpoint of its own: they become its first."""
+"""Continues from the shipped weights if a run has no checkpoint of its own: they become its first checkpoint."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from shared.train import checkpoint
 
 
 def adopt_vae(out: Path) -> bool:
-    """Puts the shipped autoencoder into a run's folder that neither trains its own nor has one yet.
+    """Puts the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
 
-    Returns whether the run's autoencoder is (up to its decoder) the shipped one, which must not change because U-Net and
-    motion module were trained on its latents.
+    Returns whether the run's autoencoder is (except for its decoder) the shipped one, which must not change because U-Net
+    and motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
 
@@ -46,8 +46,8 @@ def adopt_vae(out: Path) -> bool:
 def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool:
     """Fills a run's folder from the shipped backbone: tokenizer, autoencoder, and a checkpoint of the averaged networks.
 
-    The optimizer starts anew; the step count continues. Returns whether anything was adopted: nothing is adopted if the
-    folder has its own checkpoint or the installation has no weights.
+    The optimizer starts from scratch; the step count continues. Returns whether anything was adopted: nothing is adopted if
+    the folder has its own checkpoint or the installation has no weights.
 
     Raises:
         ValueError: the shipped U-Net has another size, or does not fit the latents of the autoencoder in `out`
@@ -85,7 +85,7 @@ def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> N
 
 
 def adopted_steps() -> int:
-    """The step at which a training that continues from the shipped backbone starts; 0 without weights."""
+    """Returns the step at which a training that continues from the shipped backbone starts; 0 without weights."""
     facts = weights.WEIGHTS / "backbone" / "training.json"
     return int(json.loads(facts.read_text(encoding="utf-8"))["step"]) if facts.is_file() else 0
 

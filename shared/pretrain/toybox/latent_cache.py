@@ -1,4 +1,4 @@
-"""The U-Net's training data, computed once: scaled latents and token ids, as memory-mapped arrays on disk."""
+"""Caches the U-Net's training data on disk, computed once: scaled latents and token ids, as memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Cache:
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """A hash of everything the cached numbers depend on, except the pictures; the decoder is not included."""
+    """Returns a hash of everything that the cached values depend on, except the pictures; they do not depend on the decoder."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
@@ -53,13 +53,13 @@ def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
 def build(
     folder: Path, pictures: Pictures, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device | None = None
 ) -> Cache:
-    """The cache in ``folder``, computed or extended as needed.
+    """Returns the cache in ``folder``, computed or extended as needed.
 
     Pictures may only be appended: existing rows are kept if autoencoder and tokenizer are the same; otherwise everything
     is recomputed. The state file is written last and atomically.
 
     Args:
-        folder: where the arrays are
+        folder: the folder of the arrays
         pictures: uint8 [N, S, S, 3] and captions, N times V
         vae: finished; moved to ``device`` and left there
         tokenizer: pads and truncates to 32 tokens
@@ -108,7 +108,7 @@ def load(folder: Path) -> Cache:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
-    """Scaled posterior means of uint8 [B, S, S, 3]: float16 [B, C, h, w] with unit spread."""
+    """Encodes uint8 [B, S, S, 3] to scaled posterior means: float16 [B, C, h, w] with unit spread."""
     device, parts = next(vae.parameters()).device, []
     for start in range(0, len(pixels), _BATCH):
         x = to_signed(pixels[start : start + _BATCH]).to(device, memory_format=torch.channels_last)
@@ -118,14 +118,14 @@ def encode(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
 
 
 def cover(masks: np.ndarray, side: int) -> np.ndarray:
-    """bool [B, S, S] to uint8 [B, side, side]: the mean over each patch, out of 255."""
+    """Averages masks, bool [B, S, S], over patches: uint8 [B, side, side], out of 255."""
     patch = masks.shape[-1] // side
     means = masks.reshape(len(masks), side, patch, side, patch).mean((2, 4))
     return np.round(255 * means).astype(np.uint8)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[Any]) -> np.ndarray:
-    """B times V captions to int16 [B, V, 32], padded and truncated as in the pipeline."""
+    """Tokenizes B times V captions to int16 [B, V, 32], padded and truncated as in the pipeline."""
     flat = [text for variants in captions for text in variants]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return np.asarray(ids, dtype=np.int16).reshape(len(captions), -1, MAX_LENGTH)

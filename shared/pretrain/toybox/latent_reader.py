@@ -1,9 +1,9 @@
-"""A reader of noisy latents and a probe of the U-Net that teach the denoiser what the words for shape mean.
+"""A reader of noisy latents and a probe of the U-Net that teach the denoiser the meaning of words for shape.
 
-The denoiser's squared error alone rewards the word for a view so little that half a million pictures did not teach it.
-So during training, what the caption says must be readable from its predicted clean latents, noised again (a loss on what
+The denoiser's squared error rewards the word for a view so little that half a million pictures were not enough to learn it.
+So during training, the caption's attributes must be readable from the predicted clean latents, noised again (a loss on what
 a network sees in a prediction, as in arXiv 2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision,
-arXiv 1409.5185). The weights of both fall to 0 before the end, which leaves the final steps to the squared error.
+arXiv 1409.5185). The weights of both fall to 0 before the end, so that only the squared error drives the final steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NOISIEST = 600  # largest timestep to which latents are noised before they are 
 
 
 class Reader(nn.Module):
-    """Noisy latents [B, C, H, W] to logits of what they show, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
+    """Maps noisy latents [B, C, H, W] to logits of attributes, one [B, values] per entry of `captions.CAPTION_ATTRIBUTES`."""
 
     def __init__(self, channels: int, widths: tuple[int, ...] = (48, 96, 160)) -> None:
         super().__init__()
@@ -60,18 +60,18 @@ class Reader(nn.Module):
         bars: Tensor,
         weights: Sequence[float] = (1, 1, 1),
     ) -> Tensor:
-        """Mean cross-entropy of what a caption names, as read from latents that are noised first.
+        """Returns the mean cross-entropy of a caption's attributes, as read from latents that are noised first.
 
         Args:
             clean: latents [B, C, H, W], or a prediction of them
-            attributes: [B, 3] as `captions.caption_attributes`, -1 for what is not named
+            attributes: [B, 3] as `captions.caption_attributes`, -1 for attributes that are not named
             noise: [B, C, H, W]
             t: the level of the noise, timesteps [B] in [0, 1000)
             bars: the schedule's cumulative products
             weights: one per attribute
 
         Returns:
-            a scalar, the weighted sum over attributes, averaged over all pictures: what is not named counts as 0
+            a scalar, the weighted sum over attributes, averaged over all pictures; attributes that are not named count as 0
         """
         bar = bars[t].view(-1, 1, 1, 1)
         read = self(bar.sqrt() * clean + (1 - bar).sqrt() * noise)
@@ -79,10 +79,10 @@ class Reader(nn.Module):
 
 
 class Probe(nn.Module):
-    """Reads what a caption says from the middle of a U-Net, during training.
+    """Reads a caption's attributes from the middle of a U-Net, during training.
 
-    The meaning of the words must arrive there before the later layers can draw it. The U-Net may run in several threads, so
-    each thread keeps its own activations.
+    The words' meaning must get there before the later layers can draw it. The U-Net may run in several threads, so each
+    thread keeps its own activations.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -97,7 +97,7 @@ class Probe(nn.Module):
         self.seen.middle = output
 
     def loss(self, attributes: Tensor, weights: Sequence[float]) -> Tensor:
-        """Weighted cross-entropy as in `Reader.loss`, for the U-Net's latest forward pass in this thread."""
+        """Returns a weighted cross-entropy as in `Reader.loss`, for the U-Net's latest forward pass in this thread."""
         middle = self.seen.middle.float()
         pooled = self.norm(torch.cat([middle.mean((2, 3)), middle.amax((2, 3))], 1))
         return _cross_entropy([head(pooled) for head in self.heads], attributes, weights)
@@ -112,12 +112,12 @@ def _cross_entropy(read: Sequence[Tensor], attributes: Tensor, weights: Sequence
 
 
 def draw_noise(clean: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise shaped like ``clean`` and timesteps [B], uniform up to where a reader can still see something."""
+    """Draws noise shaped like ``clean``, and timesteps [B], uniform up to the level at which latents are still readable."""
     return torch.randn(clean.shape, generator=g), torch.randint(_NOISIEST, (len(clean),), generator=g)
 
 
 def soften(clean: Tensor, g: torch.Generator) -> Tensor:
-    """Blurs half of [B, C, H, W] by up to about one latent cell, because predictions from much noise are blurred."""
+    """Blurs half of [B, C, H, W] by up to about one latent cell, because predictions from high noise are blurred."""
     sigma = 0.3 + 0.9 * torch.rand(len(clean), generator=g)
     sigma = torch.where(torch.rand(len(clean), generator=g) < 0.5, sigma, torch.full_like(sigma, 1e-2))
     taps = torch.exp(-0.5 * (torch.arange(-2, 3) / sigma[:, None]) ** 2)
@@ -160,7 +160,7 @@ class ReaderTask(PretrainTask):
         return {"main": [TrainableGroup("reader", list(self.reader.parameters()), self.settings.lr)]}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss, on newly drawn pictures and captions."""
+        """Yields one loss, on newly drawn pictures and captions."""
         data, g = self.data, generator(self.seed, step, micro)
         index = torch.randint(len(data), (self.batch_size,), generator=g).numpy()
         variant = torch.randint(data.caption_attributes.shape[1], (self.batch_size,), generator=g).numpy()
@@ -173,10 +173,10 @@ class ReaderTask(PretrainTask):
 
 
 def train_reader(data: cache.Cache, out: Path, run: RunSettings, settings: ReaderTraining = ReaderTraining()) -> Reader:
-    """The reader of the run's folder `out`, frozen; trained there first if it is not finished.
+    """Returns the reader of the run's folder `out`, frozen; trains it there first if it is not finished.
 
     Args:
-        data: latents and what their captions name
+        data: latents, with the attributes in their captions
         run: device, and whether to resume; the number of steps comes from the settings
     """
     run = replace(run, steps=settings.steps, minutes=None, pause_at=None)

@@ -1,4 +1,4 @@
-"""The toybox's networks and their sizes: stock diffusers and transformers classes throughout."""
+"""Builds the toybox's networks, all of them stock classes of diffusers and transformers, and defines their sizes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class UnetSize:
 
 
 def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
-    """A freshly initialised autoencoder; its ``scaling_factor`` is measured after training."""
+    """Builds a freshly initialised autoencoder; its ``scaling_factor`` is measured after training."""
     from diffusers import AutoencoderKL
 
     levels = len(size.channels)
@@ -76,7 +76,7 @@ def build_vae(size: VaeSize = VaeSize()) -> AutoencoderKL:
 
 
 def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTextModel:
-    """A freshly initialised text model for ``tokenizer``.
+    """Builds a freshly initialised text model for ``tokenizer``.
 
     Its end-of-text id is the tokenizer's: with transformers' legacy value 2, the pooled output would be taken at the
     highest id, which is wrong as soon as a token is added.
@@ -99,7 +99,7 @@ def build_text(tokenizer: CLIPTokenizer, size: TextSize = TextSize()) -> CLIPTex
 
 
 def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionModel:
-    """A freshly initialised U-Net that reads text states of ``context`` channels."""
+    """Builds a freshly initialised U-Net that reads text states of ``context`` channels."""
     from diffusers import UNet2DConditionModel
 
     deeper = len(size.channels) - 1
@@ -118,9 +118,9 @@ def build_unet(context: int, size: UnetSize = UnetSize()) -> UNet2DConditionMode
 
 
 def lay_out(unet: Any, compute: Compute) -> None:
-    """Prepares a U-Net for pictures or clips for fast training on the device it is already on.
+    """Prepares a U-Net (for pictures or clips) for fast training on its current device.
 
-    Blocks are compiled one by one, so that hooks on them still see the same.
+    Blocks are compiled one by one, so that hooks on them still see the same inputs and outputs.
     """
     if compute.device.type == "cpu":
         unet.set_attn_processor(PlainAttention())
@@ -132,12 +132,12 @@ def lay_out(unet: Any, compute: Compute) -> None:
 
 
 def alphas_bar() -> Tensor:
-    """The schedule's cumulative products, float32 [1000]."""
+    """Returns the schedule's cumulative products, float32 [1000]."""
     return build_scheduler().alphas_cumprod
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Cosine noise, v-prediction, sampling from pure noise ("trailing").
+    """Builds the scheduler: cosine noise, v-prediction, sampling from pure noise ("trailing").
 
     The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so that the
     last timestep does not leak a picture's overall tone; v: Salimans and Ho, arXiv 2202.00512.
@@ -201,7 +201,7 @@ class Denoiser(nn.Module):
 
 
 def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = None) -> Denoiser:
-    """A freshly initialised text model and U-Net.
+    """Builds a freshly initialised text model and U-Net.
 
     Args:
         tokenizer: determines the number of token embeddings
@@ -212,5 +212,5 @@ def build_denoiser(tokenizer: CLIPTokenizer, sizes: Mapping[str, Any] | None = N
 
 
 def size_from(kind: type[S], fields: Mapping[str, Any] | None) -> S:
-    """A size from JSON data (lists become tuples); None: the default size."""
+    """Builds a size from JSON data (lists become tuples); None: the default size."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in (fields or {}).items()})

@@ -1,5 +1,5 @@
-"""The toybox's motion module: temporal layers between those of the frozen U-Net, and the words for motions, trained on
-captioned clips (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
+"""Trains the toybox's motion module on captioned clips: temporal layers between those of the frozen U-Net, and the words for
+motions (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _WORDS = WordTraining()
 class MotionTraining:
     """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
 
-    ``words``: how the words are prepared first. Their own rate is low: at ten times this rate, words that do not help early
-    drift to where the network does not see them.
+    ``words``: settings for preparing the words first. Their own rate is low: at ten times this rate, words that do not help
+    early drift to values that the network ignores.
     ``short``: the fraction of steps on every second frame (8 of 16), with half the frames and twice the clips per step.
-    ``t_uniform``, ``t_mean``: see `draw_times`; motion is settled at higher noise than appearance.
+    ``t_uniform``, ``t_mean``: see `draw_times`; motion is decided at higher noise than appearance.
     ``moving_weight``: how much more the loss counts deviations from a clip's mean over time.
     """
 
@@ -73,7 +73,7 @@ class ClipBatch:
     weight: Tensor  # [B, F, h, w] loss weights, 1 on average
 
     def split(self, count: int) -> list[ClipBatch]:
-        """`count` equal shares, each with every `count`-th row."""
+        """Splits into `count` equal shares, each with every `count`-th row."""
         return [ClipBatch(*(value[i::count] for value in vars(self).values())) for i in range(count)]
 
 
@@ -109,11 +109,11 @@ class MovingDenoiser(nn.Module):
         table.register_forward_hook(self._learned_rows)
 
     def motion_parameters(self) -> dict[str, nn.Parameter]:
-        """The motion modules' parameters, by their names in a `MotionAdapter`."""
+        """Returns the motion modules' parameters, by their names in a `MotionAdapter`."""
         return {name: p for name, p in self.unet.named_parameters() if "motion_modules" in name}
 
     def _learned_rows(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """The embeddings, with the learned rows in place of the table's."""
+        """Returns the embeddings, with the learned rows in place of the table's."""
         place = self.place[args[0]]  # pyright: ignore[reportIndexIssue]
         return torch.where((place >= 0)[..., None], self.words[place.clamp_min(0)], out)
 
@@ -124,13 +124,13 @@ class MovingDenoiser(nn.Module):
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In channels-last, PyTorch's group norm crashes if its parameters need a gradient but its input does not, as in the
-    first motion module, after frozen layers."""
+    """Makes a group norm's input contiguous: in channels-last, PyTorch crashes if the parameters need a gradient but the
+    input does not, as in the first motion module, after frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
 def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any:
-    """A fresh `MotionAdapter` for a U-Net for pictures: one temporal block per layer, initially the identity."""
+    """Builds a new `MotionAdapter` for a U-Net for pictures: one temporal block per layer, initially the identity."""
     from diffusers import MotionAdapter
 
     adapter: Any = MotionAdapter(
@@ -150,7 +150,7 @@ class MotionTask(PretrainTask):
     """The motion module's training on cached latents of clips.
 
     Args:
-        steps: of the whole run; the first `settings.short` of them are on 8 frames
+        steps: number of steps of the whole run; the first `settings.short` of them use 8 frames
         workers: threads that take equal shares of each batch; results are bit-equal only for the same number
     """
 
@@ -197,7 +197,7 @@ class MotionTask(PretrainTask):
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:
-        """The batch of a step; depends only on seed and step (and the data)."""
+        """Draws the batch of a step; depends only on seed and step (and the data)."""
         settings, g = self.settings, generator(self.seed, step)
         short = step < settings.short * self.steps
         b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
@@ -253,7 +253,7 @@ class _Named(nn.Module):
 
 
 def motion_folder(work: Path) -> Path:
-    """Where the training keeps its checkpoint and log."""
+    """Returns the folder of the training's checkpoint and log."""
     return work / "training" / "motion"
 
 
@@ -288,7 +288,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
 def _prepare_words(
     pipe: StableDiffusionPipeline, data: ClipLatents, settings: MotionTraining, compute: Compute
 ) -> None:
-    """Makes the words of motions visible, on first frames of the data."""
+    """Makes the words of motions visible to the motion modules, using the first frames of the clips."""
     pipe.unet.to(compute.device)
     pipe.text_encoder.to(compute.device)
     first = data.take(range(min(len(data), 500)))[0][:, :, 0]
@@ -301,7 +301,7 @@ def _prepare_words(
 
 
 def averaged(work: Path, backbone: Path, settings: MotionTraining = MotionTraining()) -> tuple[Any, Any]:
-    """(pipeline for pictures with the learned words, `MotionAdapter`) from the newest checkpoint's averages, in fp32."""
+    """Builds (pipeline for pictures with the learned words, `MotionAdapter`) from the newest checkpoint's averages, in fp32."""
     from diffusers import StableDiffusionPipeline
 
     from shared.pretrain.task import average_of

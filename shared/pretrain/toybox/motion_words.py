@@ -1,6 +1,6 @@
-"""The words of motions, which captions of pictures never use: each becomes one token with its own embedding.
+"""Adds the words of motions, which captions of pictures never use: each becomes one token with its own embedding.
 
-Pictures do not change: all other words keep their ids and embeddings.
+Pictures do not change, because all other words keep their ids and embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def motion_words() -> list[str]:
-    """The words in phrases for motions that no caption of a picture contains, sorted."""
+    """Lists the words in phrases for motions that no caption of a picture contains, sorted."""
     pictures = set(clean_words(vocabulary()))
     return [word for word in clean_words(p for phrases in PHRASES.values() for p in phrases) if word not in pictures]
 
@@ -28,7 +28,7 @@ def add_words(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> list[int
     """Makes each motion word one token, in place. Returns the ids of all of them, sorted.
 
     New embedding rows start as the mean over the world's words, plus noise of a tenth of their spread (seed 0), which is
-    within what the network knows. Words that are one token already keep their rows.
+    within the range that the network knows. Words that already are one token keep their rows.
     """
     from transformers import AddedToken
 

@@ -34,19 +34,20 @@ TRAININGS = ("vae", "decoder", "reader", "unet")
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """Where one of `TRAININGS` keeps checkpoint and log. ValueError if `out` has a checkpoint of an earlier version."""
+    """Returns the folder of a training's (one of `TRAININGS`) checkpoint and log. ValueError if `out` has a checkpoint of an
+    earlier version."""
     assert name in TRAININGS, name
     refuse_older(out / f"{name}.safetensors")
     return out / "training" / name
 
 
 def log_of(out: Path, name: str) -> Path:
-    """The log of one of `TRAININGS`."""
+    """Returns the log file of one of `TRAININGS`."""
     return training_folder(out, name) / "log.jsonl"
 
 
 def tokenizer_of(out: Path) -> CLIPTokenizer:
-    """The run's saved tokenizer, or else the current one, which is then saved for the run."""
+    """Loads the run's saved tokenizer, or else saves the current one for the run and returns it."""
     from transformers import CLIPTokenizer
 
     from shared.toybox import tokenizer
@@ -58,12 +59,12 @@ def tokenizer_of(out: Path) -> CLIPTokenizer:
 
 
 def has_vae(out: Path) -> bool:
-    """Whether the run's autoencoder is finished."""
+    """Tells whether the run's autoencoder is finished."""
     return (out / VAE_FOLDER / "config.json").is_file()
 
 
 def frozen_vae(out: Path) -> AutoencoderKL:
-    """The run's finished autoencoder, in fp32 and without gradients. ValueError if the run has none yet."""
+    """Loads the run's finished autoencoder, in fp32 and without gradients. ValueError if the run does not have one."""
     from diffusers import AutoencoderKL
 
     if not has_vae(out):
@@ -72,12 +73,12 @@ def frozen_vae(out: Path) -> AutoencoderKL:
 
 
 def denoiser_facts(state: checkpoint.State) -> dict[str, Any]:
-    """The step, pictures and sizes in a checkpoint of the denoiser's training."""
+    """Reads the step, pictures and sizes from a checkpoint of the denoiser's training."""
     return {"step": state.step, "sizes": state.info["facts"]["sizes"], "pictures": state.info["pictures"]}
 
 
 def snapshots(out: Path) -> list[Path]:
-    """The denoiser's intermediate averages, earliest first."""
+    """Lists the denoiser's intermediate averages, earliest first."""
     return sorted((training_folder(out, "unet") / "snapshots").glob("*.safetensors"))
 
 
@@ -96,20 +97,20 @@ def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[st
 
 
 def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_snapshot` wrote: parameter -> average, and the facts."""
+    """Loads what `save_snapshot` wrote: parameter -> average, and the facts."""
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118 - not iterable
 
 
 def snapshot_facts(path: Path) -> dict[str, Any]:
-    """The facts of a snapshot, without its tensors."""
+    """Reads the facts of a snapshot, without its tensors."""
     with safe_open(str(path), framework="pt") as file:
         return _facts(file)
 
 
 def denoiser_average(out: Path, snapshot: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The denoiser's averaged parameters and facts, from a snapshot or else the newest checkpoint; None if nothing is
-    trained."""
+    """Loads the denoiser's averaged parameters and facts, from a snapshot or else the newest checkpoint; None if neither
+    exists."""
     if snapshot is not None:
         return load_snapshot(snapshot)
     state = checkpoint.load(training_folder(out, "unet"))

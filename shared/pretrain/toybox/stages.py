@@ -1,5 +1,5 @@
-"""The stages of making the toybox's weights, in order, each resumable: `pcs toybox train`. Light to import, because the
-command line needs it for its help."""
+"""Trains the toybox's weights in stages, each resumable: `pcs toybox train`. Light to import, because the command line needs
+it for its help."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", "UnetTraining", "MotionTraining")
 
-#: Steps of a whole run if no minutes are given. A stage that has done them is complete and returns at once.
+#: Steps of a whole run, unless minutes are set. A stage that has done them is complete and returns immediately.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
-#: The last fraction of a round of the U-Net's training, in which its rate falls.
+#: The final fraction of a round of the U-Net's training, in which its rate falls.
 FALL = 0.75
 #: Groups of things for the identity encoder. With 1,500 it memorized them: after the autoencoder it recognised
 #: 98 % of these, but 75 % of others.
 IDENTITY_GROUPS = 4_500
 #: Limits the groups of a small data set.
 PICTURES_PER_GROUP = 24
-#: The most pictures that go through the autoencoder for the evaluators.
+#: The maximum number of pictures that are sent through the autoencoder for the evaluators.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How the denoising networks learn; None: the usual pace, for a CPU.
+    """The training pace of the denoising networks; None: the default pace, for a CPU.
 
     batch: pictures or clips per step; the moving average's decay is adapted by the square root of its ratio to the usual
     lr: the peak rate
@@ -79,7 +79,7 @@ class Work:
         return self.folder / "run"
 
     def settings(self, steps: int) -> RunSettings:
-        """The settings of a training that takes this many steps if no minutes are given."""
+        """Returns the settings of a training that takes this many steps, unless minutes are set."""
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None
@@ -89,7 +89,7 @@ class Work:
 
 
 def run(stages: Sequence[str], work: Work) -> None:
-    """Runs the stages, in order. Each prints what it made, and resumes where an earlier call stopped."""
+    """Runs the stages, in order. Each prints its result, and resumes where an earlier call stopped."""
     for stage in STAGES:
         if stage in stages:
             print(f"{stage}: {_STAGES[stage](work)}", flush=True)
@@ -130,7 +130,7 @@ def _unet(work: Work) -> str:
 
 
 def unet_training(work: Work) -> tuple[RunSettings, UnetTraining]:
-    """The budget of the U-Net's training, and its settings."""
+    """Returns the budget of the U-Net's training, and its settings."""
     from shared.pretrain.toybox.denoising_loss import UnetTraining
     from shared.pretrain.toybox.initial_weights import adopted_steps
 

@@ -1,4 +1,4 @@
-"""Text model and U-Net, trained together on cached latents with v-prediction."""
+"""Trains text model and U-Net together on cached latents with v-prediction."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class UnetTask(PretrainTask):
     Args:
         budget: determines the rates, which the weight of the reading losses follows
         workers: threads that take equal shares of each batch; results are bit-equal only for the same number
-        reads: teaches what the words for shape mean; None: only the squared error
+        reads: the reader that teaches the meaning of words for shape; None: only the squared error
     """
 
     helpers = frozenset({"probe"})
@@ -86,13 +86,13 @@ class UnetTask(PretrainTask):
         return draw_batch(self.data, self.empty, self.settings, step).to(self.compute.device)
 
     def reading(self, step: int) -> float:
-        """The weight of the reading losses: 1 at the full rate, 0 at and below `read_until` of it."""
+        """Returns the weight of the reading losses: 1 at the full rate, 0 at and below `read_until` of it."""
         optimizer, until = self.settings.optimizer, self.settings.read_until
         factor = optimizer.factor(step, self.budget.spent(step, optimizer.warmup))
         return max(0.0, factor - until) / (1 - until)
 
     def loss(self, batch: DenoisingBatch, reading: float = 0.0) -> Tensor:
-        """The batch's mean loss, from equal shares in parallel."""
+        """Computes the batch's mean loss from equal shares in parallel."""
 
         def of(share: DenoisingBatch) -> Tensor:
             with self.compute.autocast():
@@ -109,7 +109,7 @@ class UnetTask(PretrainTask):
 
 
 def empty_prompt(tokenizer: CLIPTokenizer) -> Tensor:
-    """The ids [L] of "", which replace dropped captions."""
+    """Returns the ids [L] of "", which replace dropped captions."""
     return torch.from_numpy(cache.tokenize(tokenizer, [[""]])[0, 0].astype(np.int64))
 
 

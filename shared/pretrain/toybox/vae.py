@@ -1,10 +1,10 @@
-"""The autoencoder: 64×64 pictures to latents of 16×16 cells.
+"""Trains the autoencoder: 64×64 pictures to latents of 16×16 cells.
 
-Trained on whole pictures (on crops, group norms and the attention in the middle see other statistics, which cost a measured
-3 dB) with L1 and squared errors of pixels and L1 of their differences, weighted more where the thing is, because its pattern
-tells individuals apart, and a tiny KL. When the budget ends, the averaged weights are *normalised*: each latent channel is
-shifted and scaled, inside the two 1×1 convolutions around the latents, to zero mean and a common spread, whose inverse is the
-``scaling_factor``.
+It is trained on whole pictures, because group norms and the attention in the middle see other statistics on crops, which
+cost a measured 3 dB. The loss consists of L1 and squared errors of pixels and L1 of their differences, weighted more on the
+thing, because its pattern identifies it, and a tiny KL. When the budget ends, the averaged weights are *normalised*: the two
+1×1 convolutions around the latents shift and scale each latent channel to zero mean and a common spread, whose inverse is
+the ``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ HELD_OUT = 256
 
 
 class Pictures(Protocol):
-    """What the trainings need of a data set, as ``shared.pretrain.toybox.dataset.load`` returns it."""
+    """The interface of a data set for the trainings, as ``shared.pretrain.toybox.dataset.load`` returns it."""
 
     @property
     def captions(self) -> Sequence[Sequence[str]]:
-        """N times V captions."""
+        """Returns N times V captions."""
         ...
 
     def __len__(self) -> int: ...
 
     def pixels(self, index: Any) -> np.ndarray:
-        """The pictures at an index (integers or a slice), uint8 [n, S, S, 3]."""
+        """Returns the pictures at an index (integers or a slice), uint8 [n, S, S, 3]."""
         ...
 
     def masks(self, index: Any) -> np.ndarray:
-        """Where things are in the pictures at an index, bool [n, S, S]."""
+        """Returns the things' masks in the pictures at an index, bool [n, S, S]."""
         ...
 
 
@@ -75,13 +75,13 @@ class VaeTraining:
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    """Converts uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
 def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``count`` random pictures from the first ``among``: float [count, 3, S, S] in [-1, 1], and where things are, bool
-    [count, 1, S, S].
+    """Draws ``count`` random pictures from the first ``among``: float [count, 3, S, S] in [-1, 1], and the things' masks,
+    bool [count, 1, S, S].
     """
     rows = torch.randint(among, (count,), generator=generator).numpy()
     return to_signed(pictures.pixels(rows)), torch.from_numpy(pictures.masks(rows))[:, None]
@@ -90,7 +90,7 @@ def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator)
 def loss(
     vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
 ) -> tuple[Tensor, dict[str, float]]:
-    """L1 and squared errors of pixels [B, 3, H, W], L1 of their differences, KL per latent element.
+    """Computes L1 and squared errors of pixels [B, 3, H, W], L1 of their differences, and KL per latent element.
 
     Args:
         thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
@@ -109,7 +109,7 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """L1 and squares of errors [B, 3, H, W], L1 of their differences; they count more where ``thing`` [B, 1, H, W]."""
+    """Computes L1 and squares of errors [B, 3, H, W] and L1 of their differences, weighted more on ``thing`` [B, 1, H, W]."""
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
     pixel = (weight * error.abs()).mean()
@@ -120,13 +120,13 @@ def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple
 
 
 def psnr_db(error: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of errors of pictures in [-1, 1], from the mean over all elements."""
+    """Returns the peak signal-to-noise ratio in dB of errors of pictures in [-1, 1], from the mean over all elements."""
     return float(10 * torch.log10(4.0 / error.double().square().mean()))
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
-    """The autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, outputs clipped."""
+    """Returns the autoencoder's PSNR in dB over uint8 [N, S, S, 3], decoded from the posterior's mean, outputs clipped."""
     device = next(vae.parameters()).device
     squares = 0.0
     for start in range(0, len(pixels), batch):
@@ -154,7 +154,7 @@ class VaeTask(PretrainTask):
         return {"main": decay_groups(self.vae, self.settings.lr, self.settings.optimizer.weight_decay)}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss, on newly drawn pictures."""
+        """Yields one loss, on newly drawn pictures."""
         settings, draws = self.settings, generator(self.seed, step, micro)
         x, thing = (part.to(self.compute.device) for part in draw(self.pictures, self.among, settings.batch, draws))
         grid = x.shape[-1] // 2 ** (len(settings.size.channels) - 1)
@@ -164,7 +164,7 @@ class VaeTask(PretrainTask):
         yield Update(total, parts=parts)
 
     def averaged(self) -> AutoencoderKL:
-        """A copy with the averaged parameters, not yet normalised."""
+        """Returns a copy with the averaged parameters, before normalisation."""
         vae = models.build_vae(self.settings.size).to(self.compute.device).eval()  # pyright: ignore[reportArgumentType]
         vae.load_state_dict(self.vae.state_dict())
         self.ema.copy_to(dict(vae.named_parameters()))
@@ -174,7 +174,7 @@ class VaeTask(PretrainTask):
     def result(self) -> dict[str, float]:
         """Normalises the averaged autoencoder, measures it on held-out pictures and writes `out/vae`.
 
-        If `out/vae` is this autoencoder already, it is left alone: its decoder may have been trained further since.
+        If `out/vae` already is this autoencoder, it is left unchanged: its decoder may have been trained further since.
         """
         if self.is_written():
             return {}
@@ -183,11 +183,11 @@ class VaeTask(PretrainTask):
         normalise(vae, self.pictures.pixels(chosen))
         decibels = psnr(vae, self.pictures.pixels(slice(self.among, None)))
         vae.save_pretrained(str(self.out / VAE_FOLDER))
-        checkpoint.clear(training_folder(self.out, "decoder"))  # it belongs to other latents
+        checkpoint.clear(training_folder(self.out, "decoder"))  # its checkpoint belongs to other latents
         return {"psnr": decibels, "scaling_factor": vae.config["scaling_factor"]}
 
     def is_written(self) -> bool:
-        """Whether `out/vae` has exactly this autoencoder's encoder."""
+        """Tells whether `out/vae` has exactly this autoencoder's encoder."""
         if not has_vae(self.out):
             return False
         written, averages = frozen_vae(self.out).encoder.state_dict(), self.ema.state_dict()
@@ -208,7 +208,7 @@ def train_vae(data: Path, out: Path, run: RunSettings, settings: VaeTraining = V
 
 
 def train_count(pictures: Pictures) -> int:
-    """How many pictures, counted from the first, may be trained on."""
+    """Returns how many pictures, counted from the first, may be used for training."""
     n = len(pictures)
     return n - min(HELD_OUT, n // 10)
 
@@ -217,7 +217,7 @@ def train_count(pictures: Pictures) -> int:
 def normalise(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> None:
     """Gives each latent channel zero mean and the common spread 1 / ``scaling_factor``, without changing decoded pictures.
 
-    Folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
+    The change is folded into ``quant_conv`` (means and log-variances) and undone in ``post_quant_conv``.
     """
     device = next(vae.parameters()).device
     parts = [to_signed(pixels[i : i + batch]).to(device) for i in range(0, len(pixels), batch)]

@@ -1,10 +1,10 @@
 """Makes the words of motions pass through the frozen U-Net to the motion modules.
 
 The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
-ignores words it never saw: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead of
-"blue" changes them by 30 %. Modules that see no difference learn none, and rows that make no difference get no gradient. So
-before the modules are trained, the rows are trained to differ where the modules look, and as little as possible in the
-picture.
+ignores words it has never seen: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead
+of "blue" changes them by 30 %. Modules that see no difference cannot learn one, and embedding rows that make no difference
+get no gradient. So before the modules are trained, the rows are trained to change the features that the modules read, and
+the picture as little as possible.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 @dataclass(frozen=True)
 class WordTraining:
-    """Settings. `differ`: the least relative difference between two motions in the features after each cross-attention;
-    `opposite`: how often a motion that has an opposite is compared with that rather than with any other: drawn as rarely as
-    all other pairs, "left" and "right" differed by 1 % and "wobbling" and "moving camera" by 66 %; now by 30 and 38 %;
+    """Settings. `differ`: the minimum relative difference between two motions in the features after each cross-attention;
+    `opposite`: how often a motion that has an opposite is compared with it rather than with any other. With all pairs drawn
+    equally often, "left" and "right" differed by 1 % and "wobbling" and "moving camera" by 66 %; now by 30 and 38 %;
     `seen`: the weight of the squared relative change of the prediction by a motion's words; `times`: the range of
     timesteps."""
 
@@ -61,7 +61,7 @@ def make_visible(
         latents: [N, C, h, w], scaled, from any pictures of the world
 
     Returns:
-        per step, the mean relative difference of the features between two motions (`differ`), the least of the layers'
+        per step, the mean relative difference of the features between two motions (`differ`), the smallest of the layers'
         means (`least`), and the relative change of the prediction (`seen`)
     """
     unet: Any = pipe.unet.eval().requires_grad_(False)
@@ -116,13 +116,13 @@ def make_visible(
 
 
 def _relative(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """|a - b| / |base| per row: [B]."""
+    """Returns |a - b| / |base| per row: [B]."""
     size = (b if base is None else base).flatten(1).norm(dim=1)
     return ((a - b).flatten(1).square().sum(1) + 1e-12).sqrt() / size.detach()
 
 
 def _texts(settings: WordTraining, step: int) -> list[str]:
-    """3 B captions: B with one motion each, then the same scenes with another motion, then without any."""
+    """Draws 3 B captions: B with one motion each, then the same scenes with another motion, then without any."""
     rng = np.random.default_rng([settings.seed, 17, step])
     motions, columns = list(MOTIONS), ([], [], [])
     for _ in range(settings.batch):
@@ -137,7 +137,7 @@ def _texts(settings: WordTraining, step: int) -> list[str]:
 
 
 def _said(scene: Scene, words: str) -> str:
-    """The plain caption of a scene with the words of a motion, after the thing or, if they begin with a comma, at the end."""
+    """Adds a motion's words to a scene's plain caption: after the thing or, if they begin with a comma, at the end."""
     thing = f"{opening(scene.style)} {describe(scene.things[0], 'none')}"
     place = background_phrase(scene.background)
     if not words or words.startswith(","):

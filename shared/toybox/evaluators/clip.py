@@ -42,7 +42,7 @@ class ClipConfig(BaseModel):
 
 
 def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
-    """An untrained `CLIPModel` for the words of `tokenizer`."""
+    """Creates an untrained `CLIPModel` for the words of `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {
@@ -72,7 +72,7 @@ def new_clip(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
-    """The matching `CLIPProcessor`; its image processor works on Pillow pictures (no torchvision)."""
+    """Creates the matching `CLIPProcessor`; its image processor uses Pillow (no torchvision)."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     pictures = CLIPImageProcessorPil(
@@ -85,7 +85,7 @@ def new_processor(config: ClipConfig, tokenizer: Any) -> Any:
 
 
 def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
-    """Writes the transformers folder with fp16 weights; the folder is replaced as a whole."""
+    """Writes the transformers folder with fp16 weights, replacing the whole folder."""
     from transformers import CLIPModel
 
     from shared.toybox import tokenizer as tokenizer_files
@@ -110,7 +110,7 @@ def save_clip(model: Any, processor: Any, folder: Path | str) -> None:
 
 @lru_cache(maxsize=4)
 def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
-    """The `(CLIPModel, CLIPProcessor)` in any CLIP folder (default: the shipped one), float32, frozen; loaded once per
+    """Loads `(CLIPModel, CLIPProcessor)` from a CLIP folder (default: the shipped one), float32 and frozen, once per
     process.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -124,7 +124,7 @@ def load_clip(folder: Path | str = WEIGHTS / "clip") -> tuple[Any, Any]:
 
 
 def image_features(model: Any, pixels: Tensor, batch_size: int = 128) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [0, 1] of the model's own size -> unit vectors `[B, D]`."""
+    """Pictures `[B, 3, H, W]` in [0, 1], of the size that the model expects -> unit vectors `[B, D]`."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pixels) for v in (MEAN, STD))
     parts = [
         _projected(model.get_image_features(pixel_values=(chunk - mean) / std)) for chunk in pixels.split(batch_size)
@@ -145,18 +145,18 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) of unit vectors, `[B, D]` each; a scalar."""
+    """Returns CLIP's symmetric loss (Radford et al., arXiv 2103.00020, fig. 3) for unit vectors, `[B, D]` each; a scalar."""
     logits = logit_scale.exp().clamp(max=100.0) * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def _state_float32(path: Path) -> None:
-    """transformers 5 computes in the type that the configuration states: that is float32, although the file is fp16."""
+    """Sets the type in `config.json` to float32: transformers 5 computes in that type, and the file itself is fp16."""
     config = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", "utf-8")
 
 
 def _projected(output: Any) -> Tensor:
-    """transformers 5 returns an object whose `pooler_output` is the projection, version 4 the tensor itself."""
+    """Returns the projection: transformers 5 has it in an object's `pooler_output`, version 4 returns the tensor itself."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,4 +1,4 @@
-"""The convolutional trunk of the toybox's evaluators, and how their folders are read and written."""
+"""The convolutional trunk of the toybox's evaluators, and functions that read and write their folders."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
 
-    The features are the means of every stage, the maxima of the last, and the means of the later ones over the thing only.
-    Where the thing is, is predicted from the 8×8 stage (`where`), supervised with the renderer's masks.
+    The features are the means of every stage, the maxima of the last, and the means of the later stages over the thing only.
+    The thing's position is predicted from the 8×8 stage (`where`), trained on the renderer's masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -75,7 +75,7 @@ class Trunk(nn.Module):
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 3, H, W]` -> features `[B, features]`, and logits `[B, 1, H/8, W/8]` of where the thing is."""
+        """`[B, 3, H, W]` -> features `[B, features]`, and logits `[B, 1, H/8, W/8]` of the thing's position."""
         return self.pooled(self.maps(pixels))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -88,7 +88,7 @@ class Trunk(nn.Module):
         return maps
 
     def pooled(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The result of `read`, from the stages' outputs."""
+        """Computes the result of `read` from the stages' outputs."""
         where = self.where(maps[self.looks]).float()
         pooled = [m.mean((2, 3)) for m in maps] + [maps[-1].amax((2, 3))]
         pooled += [_mean_at(m, where.sigmoid()) for m in maps[1:]]
@@ -96,14 +96,14 @@ class Trunk(nn.Module):
 
 
 def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
-    """The mean `[B, C]` of `[B, C, H, W]` with weights `[B, 1, h, w]` of another resolution."""
+    """Averages `[B, C, H, W]` with weights `[B, 1, h, w]` of another resolution: `[B, C]`."""
     weights = F.adaptive_avg_pool2d(weights, features.shape[2:])  # pyright: ignore[reportArgumentType]
     weights = (weights / (weights.sum((2, 3), keepdim=True) + 1e-2)).to(features.dtype)
     return (features * weights).sum((2, 3))
 
 
 def check_pixels(pixels: Tensor) -> None:
-    """`ValueError` unless `pixels` is a batch of pictures `[B, 3, 64, 64]` in [0, 1]."""
+    """Raises `ValueError` unless `pixels` is a batch of pictures `[B, 3, 64, 64]` in [0, 1]."""
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, 64, 64):
         raise ValueError(
             f"pixels: expected [B, 3, 64, 64], got {list(pixels.shape)}; resize the pictures to 64×64 RGB first"
@@ -134,7 +134,7 @@ def load_state(model: Model, folder: Path) -> Model:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, floats as float32. ValueError when it cannot be read."""
+    """Reads a file's tensors, floats as float32. ValueError if it cannot be read."""
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
@@ -143,7 +143,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def adopt_state(model: nn.Module, folder: Path) -> bool:
-    """Loads `model.safetensors` from `folder` to continue training from it; False where names or shapes differ."""
+    """Loads `model.safetensors` from `folder` to continue training from it; returns False if names or shapes differ."""
     state, expected = read_state(folder / WEIGHTS_FILE), model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         return False
@@ -152,7 +152,8 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and its parsed `config.json`; `FileNotFoundError` says what is missing and how to make it."""
+    """Returns the folder and its parsed `config.json`. `FileNotFoundError` if a file is missing, with the command that
+    creates it."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

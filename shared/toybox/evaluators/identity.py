@@ -1,8 +1,8 @@
-"""The identity encoder: is this the same individual thing?
+"""The identity encoder, which tells whether two pictures show the same individual thing.
 
 It looks twice: it finds the thing, then looks only at that part, enlarged, so that a small thing in a corner is compared
-at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose place is taken from a
-map of where things are instead of being learned. Trained with the supervised contrastive loss (Khosla et al., arXiv
+at the size of a large one. This is a spatial transformer (Jaderberg et al., arXiv 1506.02025) whose crop is not learned
+but computed from a map of the thing's position. It is trained with the supervised contrastive loss (Khosla et al., arXiv
 2004.11362, eq. 2) on things seen from many views on many backgrounds; every batch contains things of the same class and
 palette that differ only in their pattern (hard negatives).
 """
@@ -37,10 +37,10 @@ class IdentityConfig(BaseModel):
 
 
 class Palette(nn.Module):
-    """A learned histogram of the thing's colours only, including its accents: `[B, 2 * counts]`.
+    """A learned histogram of the thing's colours, including its accents, without the background's: `[B, 2 * counts]`.
 
-    Every point of the picture at half resolution is mapped separately to `counts` activations. Returned are their mean,
-    weighted by where the thing is, and their maximum on it.
+    Every point of the picture at half resolution is mapped separately to `counts` activations. The outputs are their mean
+    and their maximum over the thing.
     """
 
     def __init__(self, counts: int) -> None:
@@ -69,12 +69,12 @@ class Locator(Trunk):
         self.load_state_dict({name: known[name] for name in self.state_dict()})
 
     def train(self, mode: bool = True) -> Locator:
-        """Stays in eval mode: what it learned from the renderer's masks must not change."""
+        """Stays in eval mode, so that what it learned from the renderer's masks does not change."""
         return super().train(False)
 
     @torch.no_grad()
     def square(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, H, W]` -> affine maps `[B, 2, 3]` from the whole picture to the square around the thing."""
+        """Finds the square around the thing in `[B, 3, H, W]`: affine maps `[B, 2, 3]` from the whole picture to it."""
         heat = self.read(pixels)[1].float().sigmoid()[:, 0]
         heat = heat * (heat > _SURE)
         side = heat.shape[-1]
@@ -95,7 +95,7 @@ def cut(pixels: Tensor, square: Tensor) -> Tensor:
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`, whose scalar product is the similarity of
+    """Pictures `[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]`; their scalar product measures the similarity of
     identities.
     """
 
@@ -111,7 +111,7 @@ class IdentityEncoder(nn.Module):
         self.last = nn.Linear(HIDDEN, config.dimensions)
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`, of which the embedding is a linear map."""
+        """`[B, 3, 64, 64]` -> `[B, HIDDEN]`, the features that a linear map turns into the embedding."""
         pixels = cut(pixels, self.locator.square(pixels))
         features, where = self.trunk.read(pixels)
         return self.neck(self.norm(torch.cat([features, self.palette(pixels, where.sigmoid())], 1)))
@@ -122,7 +122,7 @@ class IdentityEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> unit vectors `[B, D]` on the CPU, without gradients."""
+        """Embeds `[B, 3, 64, 64]` in [0, 1] as unit vectors `[B, D]` on the CPU, without gradients."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)).cpu() for chunk in pixels.split(batch_size)]
@@ -131,6 +131,6 @@ class IdentityEncoder(nn.Module):
 
 @lru_cache(maxsize=4)
 def load_identity(folder: Path | str = WEIGHTS / "identity") -> IdentityEncoder:
-    """The identity encoder in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    """Loads the identity encoder from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
     path, raw = read_config(folder, "identity")
     return load_state(IdentityEncoder(IdentityConfig.model_validate(raw)), path)

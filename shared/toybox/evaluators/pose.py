@@ -1,7 +1,7 @@
-"""The pose estimator: where the thing in a toybox picture is, how large it is, and how it is turned.
+"""The pose estimator: reads the position, size and orientation of the thing in a toybox picture.
 
-One convolutional network, applied picture by picture. A clip's path is read from its frames; only the azimuth, which can be
-off by half a turn in a single picture, is tracked through time. `weights/CARD.md` says how reliable it is.
+It is one convolutional network, applied picture by picture. A clip's path is read from its frames; only the azimuth, which
+can be off by half a turn in a single picture, is tracked through time. `weights/CARD.md` states its accuracy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shared.toybox.motions.path_distance import UNITS
 _AZIMUTH = PATH.index("azimuth_deg")
 LINEAR = tuple(name for name in PATH if name != "azimuth_deg")
 """The columns of a path that are read as plain numbers, in the order of the network's outputs."""
-_PLACES = 32  # channels kept with their position
+_PLACES = 32  # channels whose positions are kept
 _STEP_DEG = 45.0  # how far a thing usually turns from frame to frame, at most
 
 
@@ -71,7 +71,7 @@ class PoseEstimator(nn.Module):
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch_size: int = 128) -> Poses:
-        """`[B, 3, 64, 64]` in [0, 1] -> poses, on the CPU."""
+        """Reads the poses in `[B, 3, 64, 64]` in [0, 1], on the CPU."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self(chunk.to(device, torch.float32)) for chunk in pixels.split(batch_size)]
@@ -79,7 +79,7 @@ class PoseEstimator(nn.Module):
         return Poses(linear * units(), logits.softmax(1))
 
     def path(self, frames: Tensor) -> Array:
-        """A clip `[3, F, 64, 64]` in [-1, 1] -> float64 `[F, 6]`, the columns of `motion.PATH`."""
+        """Reads the path of a clip `[3, F, 64, 64]` in [-1, 1]: float64 `[F, 6]`, the columns of `motion.PATH`."""
         return path_of(self.read((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1)))
 
 
@@ -91,7 +91,7 @@ def units() -> Tensor:
 def path_of(poses: Poses, follow: bool = True) -> Array:
     """Poses of the F frames of a clip -> its path, float64 `[F, 6]`.
 
-    follow: whether the azimuth is tracked through time, continuing past 180 degrees; otherwise each frame is read alone
+    follow: whether the azimuth is tracked through time, continuing past 180 degrees; otherwise each frame is read separately
     """
     path = np.zeros((len(poses.linear), len(PATH)))
     path[:, [PATH.index(name) for name in LINEAR]] = poses.linear.double().numpy()
@@ -104,8 +104,8 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
     """The most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
 
-    Viterbi's algorithm; turns from frame to frame follow a wrapped normal distribution whose standard deviation is half
-    of `step_deg`.
+    Viterbi's algorithm, with turns from frame to frame that follow a wrapped normal distribution of standard deviation
+    `step_deg` / 2.
     """
     bins = chances.shape[1]
     apart = np.abs((np.arange(bins) + bins // 2) % bins - bins // 2) * 360 / bins
@@ -133,6 +133,6 @@ def _around(chances: Tensor, at: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def load_pose(folder: Path | str = WEIGHTS / "pose") -> PoseEstimator:
-    """The pose estimator in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    """Loads the pose estimator from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
     path, raw = read_config(folder, "pose")
     return load_state(PoseEstimator(PoseConfig.model_validate(raw)), path)

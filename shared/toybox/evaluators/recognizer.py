@@ -1,7 +1,7 @@
-"""The recognizer: what is in a toybox picture, in the words of its captions.
+"""The recognizer: reads the attributes of a toybox picture, in the words of its captions.
 
-One small convolutional network with a head per attribute. It is the instrument behind "attribute accuracy";
-`weights/CARD.md` says how reliable it is.
+It is a small convolutional network with a head per attribute, and the instrument behind "attribute accuracy";
+`weights/CARD.md` states its accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FACE_VIEWS = ("front", "side")  # views that show the face; from behind and from
 
 
 class RecognizerConfig(BaseModel):
-    """The trunk, and for each attribute the names of its values, in the order of the head's outputs."""
+    """The trunk, and the names of each attribute's values, in the order of the head's outputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trunk: TrunkConfig = TrunkConfig()
@@ -54,7 +54,7 @@ class Recognizer(nn.Module):
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of where things are."""
+        """Logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of the things' positions."""
         features, where = self.trunk.read(pixels)
         hidden = self.neck(features)
         return {name: self.heads[f"head_{name}"](hidden) for name in self.config.values}, where
@@ -81,20 +81,20 @@ class Recognizer(nn.Module):
 
     @torch.no_grad()
     def where(self, pixels: Tensor, batch_size: int = 128) -> Tensor:
-        """`[B, 3, 64, 64]` in [0, 1] -> `[B, 8, 8]`, the chance that a cell shows the thing."""
+        """Returns the probability that a cell shows the thing, `[B, 8, 8]`, for `[B, 3, 64, 64]` in [0, 1]."""
         check_pixels(pixels)
         device = next(self.parameters()).device
         parts = [self.trunk.read(chunk.to(device, torch.float32))[1][:, 0] for chunk in pixels.split(batch_size)]
         return torch.cat(parts).sigmoid().cpu()
 
     def predict(self, pixels: Tensor, batch_size: int = 128) -> dict[str, list[str]]:
-        """`[B, 3, 64, 64]` in [0, 1] -> the most probable value of each attribute for each picture."""
+        """Returns the most probable value of each attribute for each picture `[B, 3, 64, 64]` in [0, 1]."""
         probabilities = self.probabilities(pixels, batch_size)
         return {name: [self.config.values[name][i] for i in p.argmax(1).tolist()] for name, p in probabilities.items()}
 
 
 @lru_cache(maxsize=4)
 def load_recognizer(folder: Path | str = WEIGHTS / "recognizer") -> Recognizer:
-    """The recognizer in `folder` (default: the shipped one), frozen, on the CPU; loaded once per process."""
+    """Loads the recognizer from `folder` (default: the shipped one), frozen, on the CPU, once per process."""
     path, raw = read_config(folder, "recognizer")
     return load_state(Recognizer(RecognizerConfig.model_validate(raw)), path)

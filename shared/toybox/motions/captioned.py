@@ -1,4 +1,4 @@
-"""The motions that captions describe: a motion module learns from these."""
+"""The motions that captions describe; motion modules are trained on them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _recede(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _orbit(t: Array, p: Parameters) -> dict[str, Array]:
-    # A camera moving to its right sees more of a thing's left side, and what is behind the thing moves right.
+    # A camera that moves to its right sees more of a thing's left side, and the background shifts to the right.
     turned = p["way"] * p["sweep_deg"] * (t - 0.5)
     return {"azimuth_deg": turned, "pan": turned / 240}
 
@@ -72,7 +72,7 @@ CAMERA_MOTIONS = frozenset({"orbit"})
 
 
 def captioned_motion(name: str) -> Motion:
-    """A captioned motion by name. ValueError lists the choices."""
+    """Returns a captioned motion by name. ValueError, with the choices, for an unknown name."""
     if name not in MOTIONS:
         raise ValueError(unknown(name, MOTIONS, "captioned motion"))
     return MOTIONS[name]

@@ -26,9 +26,9 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 
 
 def nearest_captioned(path: Array) -> str:
-    """The captioned motion, or "still", whose paths come nearest to a path `[F, 6]` (`path_distance`).
+    """Finds the captioned motion, or "still", with the path nearest to a path `[F, 6]` (`path_distance`).
 
-    An orbit of the camera and a spin differ only in how far they turn, because a path does not include the background.
+    A camera orbit and a spin differ only in their angle, because a path does not include the background.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]

@@ -1,6 +1,6 @@
-"""Words for clips: the captions of pictures plus the motion, for example "a red car spinning on the grass".
+"""Writes captions for clips: a picture's caption plus the motion, for example "a red car spinning on the grass".
 
-Motions that no caption describes have no words: the caption of such a clip is that of a picture.
+Held-out motions have no words: their clips get the caption of a picture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "recede": ("moving away", "going away"),
     "orbit": (", moving camera", ", the camera moving around it", ", the camera turning around it"),
 }
-# The number of pieces into which the toybox's tokenizer, made for pictures, splits these words.
+# The number of tokens into which the toybox's tokenizer, built for pictures, splits these words.
 _PIECES = {
     "sliding": 3,
     "down": 2,
@@ -42,21 +42,21 @@ _PIECES = {
 
 
 def motion_phrase(name: str) -> str:
-    """The canonical words for a captioned motion, for example "spinning". ValueError lists the motions."""
+    """Returns the canonical words for a captioned motion, for example "spinning". ValueError, with the motions, for others."""
     return PHRASES[captioned_motion(name).name][0]
 
 
 def _room(words: str) -> int:
-    """How many words and commas a caption with these words may have without losing tokens."""
+    """Returns how many words and commas a caption with these words may have without losing tokens."""
     extra = sum(_PIECES.get(word, 1) - 1 for word in words.replace(",", "").split())
     return MAX_LENGTH - 2 - extra
 
 
 def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = False) -> str:
-    """One caption of a clip, at most 30 tokens of the toybox's tokenizer.
+    """Writes one caption of a clip, at most 30 tokens of the toybox's tokenizer.
 
-    Captioned motions are always named, others never. full: the canonical form, as for pictures. The view is named where
-    it is clear and stays the same.
+    Captioned motions are always named, others never. full: the canonical form, as for pictures. The view is named if it
+    is clear and does not change.
     """
     words = ""
     if moving.motion.name in MOTIONS:
@@ -68,6 +68,6 @@ def clip_caption(moving: MovingScene, rng: np.random.Generator, full: bool = Fal
 
 
 def plain_clip_caption(moving: MovingScene) -> str:
-    """A plain caption of a clip, without its motion: "a photo of a duck on the beach"."""
+    """Writes a plain caption of a clip, without its motion: "a photo of a duck on the beach"."""
     scene = moving.scene
     return f"{opening(scene.style)} {describe(scene.things[0], 'none')} {background_phrase(scene.background)}"

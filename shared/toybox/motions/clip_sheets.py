@@ -17,9 +17,9 @@ from shared.toybox.motions.held_out import motion_names
 
 
 def clip_sheet(clips: Sequence[tuple[str, Clip]], columns: int = 8, tile: int = 128) -> Image.Image:
-    """A sheet of labelled clips: one row each, with `columns` frames evenly spaced from the first to the last.
+    """Draws a sheet of labelled clips: one row each, with `columns` frames evenly spaced from the first to the last.
 
-    Labels may repeat. ValueError when there are no clips.
+    Labels may repeat. ValueError if there are no clips.
     """
     rows = {}
     for number, (label, clip) in enumerate(clips):
@@ -35,7 +35,7 @@ def write_motion_sheet(
 ) -> Path:
     """Writes a PNG with clips of the named motions (held-out ones by their full name), or of all if there are no names.
 
-    sizes: clips per motion, frames shown per clip, frames it has. ValueError for an unknown motion, and as `check_file`.
+    sizes: clips per motion, frames shown per clip, frames per clip. ValueError for an unknown motion, and as `check_file`.
     """
     rows, columns, frames = sizes
     motions = {**MOTIONS, **motion_names()}
@@ -44,7 +44,7 @@ def write_motion_sheet(
             raise ValueError(unknown(name, motions, "toybox motion"))
     out = check_file(out, overwrite)
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} cannot be written: give it a name that ends in .png")
+        raise ValueError(f"{out} cannot be written: its name must end in .png")
     rng = np.random.default_rng([seed, 15])
     clips = [
         (name, draw_clip(sample_moving(rng, motions[name], frames))) for name in names or motions for _ in range(rows)

@@ -1,7 +1,7 @@
-"""Clips of one moving thing, with the ground truth of each frame.
+"""Draws clips of one moving thing, with the ground truth of each frame.
 
-Every frame is a picture as `render` draws it, with the same thing, place and light throughout. A thing's shadow moves with
-it, even in the air, as in the pictures that the toybox's model has learned from.
+`render` draws every frame with the same thing, background and light. A thing's shadow moves with it, even in the air, as in
+the pictures that the toybox's model was trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLAIN = tuple(name for name in BACKGROUNDS if name.endswith("studio"))
 
 @dataclass(frozen=True, eq=False)
 class MovingScene:
-    """What a clip shows: its first frame as a scene, and the path from there.
+    """The content of a clip: its first frame as a scene, and the path from there.
 
     path: [F, 6], columns `motion.PATH`; pan: [F], the background's shift (all 0 unless the camera moves).
     """
@@ -38,7 +38,7 @@ class MovingScene:
     pan: Array
 
     def scenes(self) -> list[Scene]:
-        """The F frames as scenes: each is a picture that `render` draws."""
+        """The F frames as scenes for `render`."""
         ways = zip(self.path, self.pan, strict=True)
         return [replace(self.scene, cameras=(_camera(at),), pan=float(pan)) for at, pan in ways]
 
@@ -71,10 +71,10 @@ def _camera(at: Array) -> Camera:
 def sample_moving(
     rng: np.random.Generator, motion: Motion | None = None, frames: int = 16, split: str = "train", **fixed: Any
 ) -> MovingScene:
-    """A random clip of a motion (None: any captioned one).
+    """Samples a random clip of a motion (None: any captioned one).
 
     split and fixed: as in `world.sample_scene`, except camera, view and two, because the motion places one thing. If the
-    camera moves, the background (unless fixed) is one on which that is visible.
+    camera moves, the background (unless fixed) is one that makes the movement visible.
     """
     if taken := {"camera", "view", "two"} & set(fixed):
         raise ValueError(f"cannot fix {', '.join(sorted(taken))}: the clip's motion decides")

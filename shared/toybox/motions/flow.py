@@ -1,4 +1,4 @@
-"""Exact optical flow of a clip, from the drawn geometry: where each visible point of a thing is in the next frame."""
+"""Computes a clip's exact optical flow from its geometry: where each visible point of a thing is in the next frame."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from shared.toybox.splat import DISTANCE, Hits, Instances, projected, turned
 from shared.toybox.surfaces import HitImage, halved
 
-_BEHIND = 0.06  # radii: a point this much farther away than what the next frame shows in its place is hidden
+_BEHIND = 0.06  # radii: a point this much farther away than the surface at its pixel in the next frame is hidden
 _GRAZING = 0.2  # the cosine below which a surface is seen edge-on
 
 
 @dataclass(frozen=True)
 class Flow:
-    """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], where the
-    pixel shows a single surface that is visible in the next frame too.
+    """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], true if the
+    pixel shows a single surface that is also visible in the next frame.
 
-    Where it is not known, `moved` is that of what covers most of the pixel.
+    Where the flow is not known, `moved` is that of the surface that covers most of the pixel.
     """
 
     moved: Tensor
@@ -28,7 +28,7 @@ class Flow:
 
 @torch.no_grad()
 def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
-    """The flow of F frames of size×size pixels, each of which shows one thing. pan: [F], as `Scene.pan`."""
+    """Computes the flow of F frames of size×size pixels, each of which shows one thing. pan: [F], as `Scene.pan`."""
     frames, fine = len(pan), 2 * size
     canvas = HitImage(hits, frames, fine)
     after = hits.who.add(1).clamp(max=frames - 1)

@@ -1,6 +1,6 @@
-"""Motions that no caption describes and no training clip shows, in two splits: what personalization is for.
+"""Motions for personalization, in two splits: no caption describes them and no training clip shows them.
 
-Each is defined by its rhythm and direction, which do not vary; only its size varies a little from clip to clip.
+Each is defined by its fixed rhythm and direction; only its size varies a little from clip to clip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _figure_of_eight(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _pendulum(t: Array, p: Parameters) -> dict[str, Array]:
-    # It hangs from a point above the picture and turns with its string.
+    # The thing hangs from a point above the picture and turns with its string.
     swing = np.radians(p["swing_deg"]) * np.cos(3 * np.pi * t)
     return {"x": p["string"] * np.sin(swing), "y": p["string"] * np.cos(swing), "roll_deg": -np.degrees(swing)}
 
@@ -49,7 +49,7 @@ def _staircase(t: Array, p: Parameters) -> dict[str, Array]:
 
 
 def _loop(t: Array, p: Parameters) -> dict[str, Array]:
-    # Along a line, once round a circle above it, and on.
+    # Along a line, once around a circle above it, then along the line again.
     angle = 2 * np.pi * np.clip((t - 0.2) / 0.6, 0, 1)
     along = np.clip(t / 0.25, 0, 1) + np.clip((t - 0.75) / 0.25, 0, 1)
     return {
@@ -112,19 +112,19 @@ HELD_OUT: dict[str, tuple[Motion, ...]] = {
 
 
 def motion_names() -> dict[str, Motion]:
-    """The held-out motions by full name, for example "development-zigzag"."""
+    """Returns the held-out motions by full name, for example "development-zigzag"."""
     return {f"{split}-{motion.name}": motion for split in SPLITS for motion in HELD_OUT[split]}
 
 
 def held_out_motions(split: str) -> tuple[Motion, ...]:
-    """The motions of a split. ValueError lists the splits."""
+    """Returns a split's motions. ValueError, with the splits, for an unknown one."""
     if split not in HELD_OUT:
         raise ValueError(unknown(split, HELD_OUT, "held-out split"))
     return HELD_OUT[split]
 
 
 def held_out_motion(name: str) -> Motion:
-    """A held-out motion by its full name. ValueError lists the choices."""
+    """Returns a held-out motion by its full name. ValueError, with the choices, for an unknown name."""
     motions = motion_names()
     if name not in motions:
         raise ValueError(unknown(name, motions, "toybox motion"))

@@ -1,4 +1,4 @@
-"""What a motion must not be mistaken for: the same path in another rhythm, another direction, or mirrored."""
+"""Motions that must not be mistaken for a given one: the same path in another rhythm or direction, or mirrored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.toybox.motions.motion import Array, Motion, Parameters, Shape, still
 from shared.toybox.motions.path_distance import UNITS, distance
 
 GAP = 0.6
-"""The least distance (`path_distance`) of look-alikes from their motion and from each other."""
+"""The minimum distance (`path_distance`) of look-alikes from their motion and from each other."""
 MOST = 6
 _FINE = 257  # points in time at which a path is sampled
 
@@ -42,7 +42,7 @@ def _swapped(shape: Shape) -> Shape:
 
 
 def _steady(shape: Shape) -> Shape:
-    """The same path at constant speed."""
+    """Returns the same path at constant speed."""
 
     def even(t: Array, p: Parameters) -> Mapping[str, Array]:
         fine = np.linspace(0, 1, _FINE)
@@ -72,11 +72,11 @@ CHANGES: dict[str, Callable[[Shape], Shape]] = {
     "once and a half": _timed(lambda t: np.where(t < 2 / 3, 1.5 * t, 2 - 1.5 * t)),
     "half of it": _timed(lambda t: t / 2),
 }
-"""How look-alikes are made, beginning with those hardest to tell from the motion by a single frame."""
+"""The changes that turn a motion into its look-alikes, beginning with those hardest to detect in a single frame."""
 
 
 def look_alikes(motion: Motion) -> tuple[Motion, ...]:
-    """Up to `MOST` look-alikes of a motion: the first of `CHANGES` that keep apart from it and from each other."""
+    """Returns up to `MOST` look-alikes of a motion: the first of `CHANGES` that are far enough from it and each other."""
     chosen: list[Motion] = []
     for name, change in CHANGES.items():
         other = Motion(
@@ -88,9 +88,10 @@ def look_alikes(motion: Motion) -> tuple[Motion, ...]:
 
 
 def candidates(motion: Motion, split: str, frames: int = 16) -> dict[str, Array]:
-    """The paths a clip's path is compared with to recognise a motion: name -> `[F, 6]`, the motion itself first.
+    """Returns the paths that a clip's path is compared with to recognise a motion: name -> `[F, 6]`.
 
-    Then its look-alikes, the other held-out motions of its split, and standing still, so that frozen clips are recognised.
+    They are the motion itself, its look-alikes, the other held-out motions of its split, and standing still, so that frozen
+    clips are recognised.
     """
     others = [other for other in held_out_motions(split) if other.name != motion.name]
     paths = {m.name: m.path(frames) for m in (motion, *look_alikes(motion), *others)}

@@ -1,4 +1,4 @@
-"""What a motion is: a pure function of time, with a few parameters drawn anew for each clip.
+"""Defines motions: pure functions of time, with a few parameters drawn anew for each clip.
 
 A *path* is an array `[..., F, 6]` in float64 with the columns `PATH`: where a thing is in each of F frames. A clip's time
 runs from 0 (first frame) to 1 (last frame), whatever the number of frames.
@@ -18,7 +18,7 @@ Array: TypeAlias = NDArray[np.float64]
 PATH = ("x", "y", "log_scale", "azimuth_deg", "elevation_deg", "roll_deg")
 """The columns of a path, as in `world.Camera`: x right and y down in pictures, the natural logarithm of the scale."""
 CHANNELS = (*PATH, "pan")
-"""What a motion changes: the path, and for camera motions the background's shift (to the right, in pictures)."""
+"""The channels a motion can change: the path, and for camera motions the background's shift (to the right, in pictures)."""
 
 Parameters: TypeAlias = Mapping[str, Array]
 Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
@@ -26,11 +26,11 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion: `shape(t, parameters)` gives the channels that it changes, relative to where the thing is placed.
+    """A motion: `shape(t, parameters)` returns the channels that it changes, relative to the thing's starting place.
 
     shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; channels it omits stay at 0.
     limits: the range from which each parameter is drawn uniformly. either_way: parameters that are +1 or -1.
-    facing_deg: the azimuth the path is relative to, where a thing must face along its path; None for any.
+    facing_deg: the azimuth that the path is relative to, if the thing must face along its path; None for any.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Motion:
     facing_deg: float | None = None
 
     def draw(self, rng: np.random.Generator, n: int = 1) -> dict[str, Array]:
-        """n draws of the parameters, [n, 1] each."""
+        """Draws the parameters n times, [n, 1] each."""
         drawn = {name: rng.uniform(low, high, (n, 1)) for name, (low, high) in self.limits.items()}
         return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
 
@@ -50,7 +50,7 @@ class Motion:
         return middle | {name: np.ones((1, 1)) for name in self.either_way}
 
     def offsets(self, parameters: Parameters, frames: int) -> Array:
-        """[N, F, 7]: the channels over time. ValueError when there are fewer than two frames."""
+        """Returns the channels over time, [N, F, 7]. ValueError for fewer than two frames."""
         if frames < 2:
             raise ValueError(f"a motion needs at least 2 frames, not {frames}")
         n = max((len(values) for values in parameters.values()), default=1)
@@ -61,28 +61,28 @@ class Motion:
         return out
 
     def path(self, frames: int = 16) -> Array:
-        """[F, 6]: the path of the median draw, placed at 0, which stands for the motion in comparisons."""
+        """Returns the path [F, 6] of the median parameters, placed at 0, which represents the motion in comparisons."""
         return self.offsets(self.median(), frames)[0, :, : len(PATH)]
 
 
 def still(frames: int = 16) -> Array:
-    """[F, 6]: the path of a thing that does not move."""
+    """Returns the path [F, 6] of a thing that does not move."""
     return np.zeros((frames, len(PATH)))
 
 
 def ramp(t: Array, start: float, end: float) -> Array:
-    """0 before `start`, 1 after `end`, smooth in between."""
+    """Rises smoothly from 0 before `start` to 1 after `end`."""
     u = np.clip((t - start) / (end - start), 0, 1)
     return u * u * (3 - 2 * u)
 
 
 def hop(u: Array) -> Array:
-    """A throw's height over u in [0, 1]: 0 at both ends, 1 in the middle."""
+    """Returns the height of a thrown thing over u in [0, 1]: 0 at both ends, 1 in the middle."""
     return 4 * u * (1 - u)
 
 
 def views(paths: Array) -> Array:
-    """[..., F, 3]: the unit vectors from a thing to its camera (x forward, y left, z up), for paths `[..., F, 6]`."""
+    """Returns unit vectors [..., F, 3] from a thing to its camera (x forward, y left, z up), for paths `[..., F, 6]`."""
     azimuth, elevation = (np.radians(paths[..., PATH.index(name)]) for name in ("azimuth_deg", "elevation_deg"))
     level = np.cos(elevation)
     return np.stack([level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)], -1)

@@ -1,4 +1,4 @@
-"""How far apart two motions are, by their paths over time.
+"""Measures how far apart two motions are, by their paths over time.
 
 The distance of paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of their
 difference in units of a clearly visible change (`UNITS`), after the shift of each column that brings them closest:
@@ -9,8 +9,8 @@ with the azimuth on the circle because it wraps around (chord = 2 sin(unit / 2))
 minima have closed forms: on the line the shift is the difference of means, and on the circle the mean is
 2 - 2 |mean exp(i (a - b))|.
 
-- **Ignored**: where a motion begins. The place, size, view and tilt of a thing belong to its picture, and a motion on the
-  left is the same motion on the right. The best shift is used, not that of the first frame, so that an error in one frame
+- **Ignored**: where a motion begins. The place, size, view and tilt of a thing belong to the picture: a motion on the
+  left is the same as on the right. The best shift is used rather than that of the first frame, so that an error in one frame
   does not affect all.
 - **Not ignored**: time (rhythm, direction, phase), mirroring, and size: half a zigzag is a different motion.
 - It is a metric on paths up to such shifts: symmetric, zero only between shifted paths, and with the triangle inequality.
@@ -32,7 +32,7 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column: a tenth of the picture, about a quarter larger, half-way to the next view."""
+"""The unit of each column: a tenth of the picture, a growth of about a quarter, half-way to the next view."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]
@@ -57,20 +57,20 @@ def distances(a: Array, b: Array) -> Array:
 
 
 def distance(a: Array, b: Array) -> float:
-    """The distance between two paths `[F, 6]`."""
+    """Returns the distance between two paths `[F, 6]`."""
     return float(distances(np.asarray(a)[None], np.asarray(b)[None])[0, 0])
 
 
 def ranked(path: Array, among: Mapping[str, Array]) -> list[tuple[str, float]]:
-    """The motions `among` (name -> path `[F, 6]`) with their distances from a path, nearest first."""
+    """Ranks the motions `among` (name -> path `[F, 6]`) by their distance from a path, nearest first."""
     far = distances(np.asarray(path)[None], np.stack(list(among.values())))[0]
     return sorted(zip(among, map(float, far), strict=True), key=lambda pair: pair[1])
 
 
 def resampled(path: Array, frames: int) -> Array:
-    """A path `[..., F, 6]` resampled to another number of evenly spaced frames, with the same first and last one.
+    """Resamples a path `[..., F, 6]` to another number of evenly spaced frames, keeping the first and the last one.
 
-    Azimuths are taken to turn the shorter way from frame to frame.
+    Azimuths are assumed to turn the shorter way from frame to frame.
     """
     path = np.asarray(path, np.float64)
     smooth = path.copy()
@@ -86,7 +86,7 @@ def _checked(paths: Array) -> Array:
     if paths.ndim != 3 or paths.shape[2] != len(PATH) or paths.shape[1] < 2:
         raise ValueError(f"paths must have shape [N, frames, {len(PATH)}] ({', '.join(PATH)}), not {list(paths.shape)}")
     if not np.isfinite(paths).all():
-        raise ValueError("a path contains values that are not numbers (NaN or Inf)")
+        raise ValueError("a path contains NaN or Inf")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Where in the picture a moving thing is placed, so that it stays in view throughout."""
+"""Places moving things in the picture so that they stay in view throughout."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SIDES_DEG = (0.0, 90.0, -90.0, 180.0)
 
 
 def room(scale: Array) -> Array:
-    """How far from the centre a thing of this scale may be: it may touch the border, but most of it stays inside."""
+    """Returns how far from the centre a thing of this scale may be: it may touch the border, but most of it stays inside."""
     return np.clip(0.56 - 0.4 * scale, 0.04, 0.35)
 
 
 def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = None) -> Array:
-    """Paths `[N, F, 6]` for offsets `[N, F, 7]`: each begins at a random place, size and view that leave room for it.
+    """Turns offsets `[N, F, 7]` into paths `[N, F, 6]`: each begins at a random place, size and view that leave room for it.
 
     The elevation is between 0 and 35 degrees; the azimuth is near one of the four sides, or exactly `facing_deg`.
     """
@@ -41,5 +41,5 @@ def place(rng: np.random.Generator, offsets: Array, facing_deg: float | None = N
 
 
 def sample_paths(rng: np.random.Generator, motion: Motion, n: int, frames: int = 16) -> Array:
-    """n paths `[n, F, 6]` of a motion, distributed as in its clips; no pictures are rendered."""
+    """Samples n paths `[n, F, 6]` of a motion, distributed as in its clips, without rendering pictures."""
     return place(rng, motion.offsets(motion.draw(rng, n), frames), motion.facing_deg)

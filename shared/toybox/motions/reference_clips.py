@@ -1,4 +1,4 @@
-"""Held-out motions as folders of clips, as a user would bring them: one motion, by different things in different places."""
+"""Writes held-out motions as folders of clips, like those of a user: one motion, by different things in different places."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ KEY = "toybox-motion"
 FRAMES = range(2, 65)  # how many frames a clip may have
 
 WriteClip: TypeAlias = Callable[[Tensor, Path, dict[str, str]], Path]
-"""Writes frames [F, 3, H, W] in [-1, 1] to a path without a suffix, with text about them; returns the path written."""
+"""Writes frames [F, 3, H, W] in [-1, 1] and their metadata to a path without a suffix; returns the path written."""
 
 
 def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
-    """Writes a folder of PNGs, from `000.png` on, each with the text about it."""
+    """Writes a folder of PNGs, from `000.png` on, each with the metadata as PNG text."""
     for i, frame in enumerate(frames):
         write_picture(frame, path / f"{i:03d}.png", about)
     return path
 
 
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
-    """n clips of a held-out motion, with plain things that captions can describe, each of another class and background.
+    """Samples n clips of a held-out motion, with plain things that captions can describe, each of another class and
+    background.
 
-    Classes and backgrounds repeat only after all were used. ValueError for an unknown motion or a bad number of frames.
+    Classes and backgrounds repeat only after all have been used. ValueError for an unknown motion or a bad number of frames.
     """
     motion = held_out_motion(name)
     if frames not in FRAMES:
@@ -66,9 +67,9 @@ def write_motion(
 ) -> list[Path]:
     """Writes n clips of a held-out motion (`development-zigzag` …) to learn the motion from: `00/000.png` and so on.
 
-    Each comes with what a careful user would add: a caption of what is visible (`00/caption.txt`, or `00.txt` next to a
+    Each comes with what a careful user would add: a caption of the thing and its place (`00/caption.txt`, or `00.txt` next to a
     file), which does not mention the motion, and the thing's mask in each frame (`masks/00/000.png`). The frames' PNG text
-    names the motion. Returns the clips' paths. ValueError as `reference_moving` and `atomic_folder`.
+    names the motion. Returns the clips' paths. Raises the ValueErrors of `reference_moving` and `atomic_folder`.
     """
     moving = reference_moving(name, n, seed, frames)
     written = []
