@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.cameras import Cameras, look_at_distance
+from pcs_3d.cameras import Cameras, look_at_distance, wrapped_deg
 from pcs_3d.renderers.rendering import Rendering
 
 _TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
@@ -57,14 +57,34 @@ class Estimate:
         return _cut(pictures, self.centre, self.size, side, outside)
 
 
+@dataclass(frozen=True)
+class Search:
+    """Which cameras are compared.
+
+    azimuths: how many to try, evenly spaced around the object; each is combined with every elevation
+    refinements: how often the steps between cameras are halved around the best match
+    near_deg: the rough azimuth of each picture, where it is known; at first only those within `within_deg` are tried
+    """
+
+    azimuths: int = 24
+    elevations_deg: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0)
+    refinements: int = 2
+    near_deg: tuple[float, ...] | None = None
+    within_deg: float = 45.0
+
+    def allowed(self, azimuth_deg: Tensor, picture: int) -> Tensor:
+        """Which azimuths [B] are tried for this picture: bool [B]."""
+        if self.near_deg is None:
+            return torch.ones_like(azimuth_deg, dtype=torch.bool)
+        return wrapped_deg(azimuth_deg - self.near_deg[picture]).abs() <= self.within_deg
+
+
 def from_renders(
     renders: Renders,
     framing: Framing,
     pictures: Tensor,
     masks: Tensor,
-    azimuths: int = 24,
-    elevations_deg: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0),
-    refinements: int = 2,
+    search: Search = Search(),
 ) -> Estimate:
     """Compares each picture with renders from all around, then with renders in ever smaller steps around the best match.
 
@@ -74,8 +94,6 @@ def from_renders(
     Args:
         pictures: [N, 3, H, H] in [0, 1]
         masks: [N, 1, H, H] in [0, 1]
-        azimuths: how many to try, evenly spaced around the object; each is combined with every elevation
-        refinements: how often the steps between cameras are halved around the best match
 
     Raises:
         ValueError: a mask shows nothing, or no render shows anything
@@ -85,12 +103,14 @@ def from_renders(
         raise ValueError(
             f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
         )
-    step_azimuth, step_elevation = 360 / azimuths, _steps(elevations_deg)
-    every = torch.arange(azimuths) * step_azimuth
-    grid = torch.cartesian_prod(every, torch.tensor(elevations_deg))
+    step_azimuth, step_elevation = 360 / search.azimuths, _steps(search.elevations_deg)
+    every = torch.arange(search.azimuths) * step_azimuth
+    grid = torch.cartesian_prod(every, torch.tensor(search.elevations_deg))
     seen = _Seen(renders(framing.cameras(grid[:, 0], grid[:, 1])))
-    best = [_best(seen, grid, pictures[i], masks[i], boxes[i]) for i in range(len(pictures))]
-    for _ in range(refinements):
+    best = [
+        _best(seen, grid, pictures[i], masks[i], boxes[i], search.allowed(grid[:, 0], i)) for i in range(len(pictures))
+    ]
+    for _ in range(search.refinements):
         step_azimuth, step_elevation = step_azimuth / 2, step_elevation / 2
         around = torch.cartesian_prod(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
         for i, found in enumerate(best):
@@ -100,7 +120,7 @@ def from_renders(
             best[i] = min(found, _best(seen, near, pictures[i], masks[i], boxes[i]), key=lambda b: b.error)
     directions = torch.stack([found.direction for found in best])
     return Estimate(
-        framing.cameras((directions[:, 0] + 180) % 360 - 180, directions[:, 1]),
+        framing.cameras(wrapped_deg(directions[:, 0]), directions[:, 1]),
         torch.stack([found.centre for found in best]),
         torch.stack([found.size for found in best]),
         torch.tensor([1 - found.error for found in best]),
@@ -140,8 +160,10 @@ class _Seen:
             raise ValueError("the asset is empty from every side, so no camera can be found: train it for longer first")
 
 
-def _best(seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor) -> _Found:
-    """The one of B renders that matches the picture [3, H, H] with this mask best."""
+def _best(
+    seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: Tensor, allowed: Tensor | bool = True
+) -> _Found:
+    """The one of B renders, among those allowed, that matches the picture [3, H, H] with this mask best."""
     count, side = len(directions), seen.pixels.shape[-1]
     size = box[2] / seen.boxes[:, 2].clamp_min(1e-3)
     centre = box[:2] - size[:, None] * seen.boxes[:, :2]
@@ -152,7 +174,7 @@ def _best(seen: _Seen, directions: Tensor, picture: Tensor, mask: Tensor, box: T
     apart = (pixels - seen.pixels).abs().mean(1, keepdim=True) * shown * seen.opacity
     union = (shown + seen.opacity - shown * seen.opacity).sum((1, 2, 3)).clamp_min(1e-6)
     error = (alone + apart).sum((1, 2, 3)) / union
-    error = torch.where(seen.boxes[:, 2] > 0, error, torch.full_like(error, math.inf))
+    error = torch.where((seen.boxes[:, 2] > 0) & allowed, error, torch.full_like(error, math.inf))
     at = int(error.argmin())
     return _Found(directions[at], centre[at], size[at], float(error[at]))
 

@@ -138,7 +138,7 @@ class Runner3D(Runner):
         learned = list(subjects) if any(p.task.learns_subjects for _, p in phases) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
-                check_subject(name, subjects)
+                check_subject(name, phase.task, subjects)
             if isinstance(phase.task, PseudoViewsTask):
                 _check_strength(name, phase.task.strength, phase.sampling.steps)
             if isinstance(phase.task, PseudoViewsTask | ReferenceCamerasTask):

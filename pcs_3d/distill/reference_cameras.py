@@ -37,13 +37,18 @@ def compares_with_subject(recipe: DistillRecipe) -> bool:
     return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
 
 
-def check_subject(phase: str, subjects: Mapping[str, Subject]) -> None:
-    """Raises ValueError unless there is one subject whose pictures all have masks."""
+def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str, Subject]) -> None:
+    """Raises ValueError unless there is one subject whose pictures all have masks, and `near_deg`, if set, fits them."""
     subject = only(subjects)
     if bare := [path.name for path in subject.images if path not in subject.masks]:
         raise ValueError(
             f"phases.{phase} crops the pictures to the subject by their masks, and these have none: {', '.join(bare)}; put "
             "masks/NAME.png beside them"
+        )
+    if task.near_deg is not None and len(task.near_deg) != len(subject.images):
+        raise ValueError(
+            f"phases.{phase}.task.near_deg: {len(task.near_deg)} azimuths for {len(subject.images)} pictures; give one for "
+            f"each, in this order: {', '.join(p.name for p in subject.images)}"
         )
 
 
@@ -57,7 +62,7 @@ class ReferenceCameras(ConceptTask):
         super().__init__(context)
         task: Any = recipe_of(context).task
         self.task: ReferenceCamerasTask = task
-        check_subject(context.name, context.subjects)
+        check_subject(context.name, task, context.subjects)
         self.asset = EarlierAsset(context) if task.estimator == "renders" else None
 
     def updates(self, step: int, micro: int) -> Updates:
@@ -102,4 +107,4 @@ class ReferenceCameras(ConceptTask):
         def renders(cameras: Cameras) -> Rendering:
             return asset.shown(cameras, _SIDE)
 
-        return from_renders(renders, task.framing, pixels, masks, task.azimuths, task.elevation_deg, task.refinements)
+        return from_renders(renders, task.framing, pixels, masks, task.search)

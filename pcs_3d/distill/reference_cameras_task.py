@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pcs_3d.camera_estimation import Framing
+from pcs_3d.camera_estimation import Framing, Search
 from pcs_3d.cameras import FOV_DEG
 from shared.config import Part
 
@@ -19,7 +19,9 @@ class ReferenceCamerasTask(Part):
 
     estimator: `renders` compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
     `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's pose
-    estimator, which knows only its own pictures. fill: share of the crop's side that an object of radius 1 covers.
+    estimator, which knows only its own pictures. near_deg: for `renders`, roughly the azimuth of each picture, in the order of
+    their file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks the same from the front
+    and from the back. fill: share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"
@@ -27,6 +29,7 @@ class ReferenceCamerasTask(Part):
     azimuths: Annotated[int, Field(ge=4, le=360)] = 24
     elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (0.0, 15.0, 30.0, 60.0)
     refinements: Annotated[int, Field(ge=0, le=8)] = 2
+    near_deg: tuple[Annotated[float, Field(ge=-360, le=360)], ...] | None = None
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
     off: tuple[str, ...] = ()  # adapter sets of this run that are off in this phase, which uses no adapters
@@ -45,6 +48,11 @@ class ReferenceCamerasTask(Part):
     def learns_subjects(self) -> bool:
         """False: it only reads their pictures."""
         return False
+
+    @property
+    def search(self) -> Search:
+        """Which cameras the estimator `renders` compares."""
+        return Search(self.azimuths, self.elevation_deg, self.refinements, self.near_deg)
 
     @property
     def framing(self) -> Framing:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.camera_estimation import Framing, from_renders, from_toybox_poses
+from pcs_3d.camera_estimation import Framing, Search, from_renders, from_toybox_poses
 from pcs_3d.cameras import FOV_DEG, Cameras, turntable, wrapped_deg
 from pcs_3d.distill.distill import Distill
 from pcs_3d.distill.distill_task import DistillTask
@@ -62,6 +62,15 @@ def test_cameras_are_found_wherever_the_thing_is_in_its_picture():
     back = found.cut(elsewhere(seen.coverage, place, scale), 96, "zeros")
     assert float((back - seen.coverage).abs().mean()) < 0.03
     assert found.agreement is not None and float(found.agreement.min()) > 0.8
+
+
+def test_a_rough_azimuth_narrows_the_search():
+    true = FRAMING.cameras(torch.tensor([20.0, 20.0]), torch.tensor([20.0, 20.0]))
+    seen = true_views(true, 48)
+    found = from_renders(renders, FRAMING, seen.pixels, seen.coverage, Search(near_deg=(0.0, 180.0)))
+    right, wrong = wrapped_deg(found.cameras.azimuth_deg).tolist()
+    assert abs(right - 20) <= 6 and abs(wrong) > 110
+    assert found.agreement is not None and float(found.agreement[0]) > float(found.agreement[1])
 
 
 def test_another_thing_agrees_less():
@@ -142,6 +151,10 @@ def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_pa
     bare = {"mug": replace(subject["mug"], masks={})}
     with pytest.raises(ValueError, match=r"phases\.cameras crops the pictures .* these have none: .*\.png"):
         runner.create(reconstruction(), tmp_path / "run", bare, tensorboard=False)
+    with pytest.raises(
+        ValueError, match=r"near_deg: 1 azimuths for 3 pictures; give one for each, in this order: 0\.png"
+    ):
+        runner.create(reconstruction("phases.cameras.task.near_deg=[0]"), tmp_path / "run", subject, tensorboard=False)
     assert not (tmp_path / "run").exists()
 
 
