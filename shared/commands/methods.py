@@ -57,7 +57,7 @@ def methods(
                 else:
                     table.add_row(name, title, values.get("trains", ""))
             console.print(Padding(table, (1, 0, 1, 2)))
-    more = "" if long else "pcs methods --long adds the settings that matter and each recipe's place in the taxonomy.\n"
+    more = "" if long else "pcs methods --long adds settings and each recipe's place in the taxonomy.\n"
     print(f"{more}pcs methods show NAME explains one recipe, setting by setting, with its papers.")
 
 

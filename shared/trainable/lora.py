@@ -27,7 +27,7 @@ class Lora(OnRoles):
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: float | None = None  # None: equal to rank, so that the scale is 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    min_rank: Annotated[int, Field(ge=0)] | None = None  # rank at full noise; None: the rank is the same at all times
+    min_rank: Annotated[int, Field(ge=0)] | None = None  # rank at full noise; null: the rank is the same at all times
     orthogonal: bool = False  # A starts with orthonormal rows, so that no masked direction repeats another
     dora: bool = False  # separate magnitude and direction; the norm is treated as constant in backward
 

@@ -43,6 +43,6 @@ def test_settings_are_explained_by_what_their_classes_say():
     recipe = load("t_lora", [], "image", model_of("image"))
     lines = explained(recipe, dump(recipe)).splitlines()
     (line,) = [line for line in lines if line.strip().startswith("min_rank:")]
-    assert line.endswith("# at full noise; None: the rank is the same at all times")
+    assert line.endswith("# rank at full noise; null: the rank is the same at all times")
     first = (Lora.__doc__ or "").strip().splitlines()[0]
     assert f"    # {first}" in lines
