@@ -37,14 +37,14 @@ def check(asked: Asked) -> None:
     recipe = _recipe(asked, f"<{asked.name}>")
     if recipe.export is None:
         raise ValueError("export = null: there would be no mesh to evaluate")
-    _opened(asked, recipe, [asked.concept]).check(recipe, {})
+    _opened(asked, recipe, [asked.concept]).check(recipe, _subjects(asked, recipe))
 
 
 def make(asked: Asked, bars: Bars) -> Made:
     """Makes one asset of the subject and renders it from all around, as `pcs 3d evaluate` does."""
     recipe = _recipe(asked, f"<{asked.name}>")
     runner = _opened(asked, recipe, [asked.concept])
-    subjects = {asked.name: asked.subject} if compares_with_subject(recipe) else {}
+    subjects = _subjects(asked, recipe)
     start = time.perf_counter()
     frames, turning = _asset(runner, recipe, subjects, asked.out / "asset", bars)
     seconds = time.perf_counter() - start
@@ -63,6 +63,11 @@ def make(asked: Asked, bars: Bars) -> Made:
 def _recipe(asked: Asked, thing: str) -> Recipe3D:
     own = [f"prompt=a photo of a {thing}", f"seed={asked.seeds[0]}"]
     return load(asked.asset_recipe, [*asked.asset_settings, *own], "3d", Recipe3D)
+
+
+def _subjects(asked: Asked, recipe: Recipe3D) -> dict[str, Subject]:
+    """The subject's pictures, if the recipe compares with them."""
+    return {asked.name: asked.subject} if compares_with_subject(recipe) else {}
 
 
 def _opened(asked: Asked, recipe: Recipe3D, concepts: Sequence[str]) -> Runner3D:

@@ -25,7 +25,7 @@ from pcs_3d.regions import RegionPart
 from pcs_3d.renderers.rendering import Rendering
 from shared.backbones import Backbone
 from shared.prompts import check_named, expand, names_in
-from shared.recipe.phases import expand_phases
+from shared.recipe.phases import expand_phases, learns_subjects
 from shared.runner.base import Progress, Runner, attached, own_randomness
 from shared.train.phase_context import PhaseContext
 from shared.train.training_run import TrainingRun
@@ -135,7 +135,7 @@ class Runner3D(Runner):
         phases = list(expand_phases(recipe))
         views: dict[str, bool] = {}  # phases that give pictures with cameras -> whether they also give masks
         # If no phase learns the subject, its pictures only serve for comparison, and prompts refer to a loaded concept.
-        learned = list(subjects) if any(p.task.learns_subjects for _, p in phases) else []
+        learned = list(subjects) if learns_subjects(recipe) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
                 check_subject(name, phase.task, subjects)

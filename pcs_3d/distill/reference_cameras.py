@@ -20,7 +20,7 @@ from pcs_3d.references import References, camera_entry, only
 from pcs_3d.renderers.rendering import Rendering
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import write_text
-from shared.recipe.phases import expand_phases
+from shared.recipe.phases import expand_phases, learns_subjects
 from shared.runner.judging import reference_masks, references
 from shared.sources.phase_pictures import KEPT
 from shared.toybox.reference_sets import shown_in
@@ -32,7 +32,9 @@ _SIDE = 64  # pixels of the renders that pictures are compared with
 
 
 def compares_with_subject(recipe: DistillRecipe) -> bool:
-    """Whether a phase compares the field with the subject's own pictures, which must then be given."""
+    """Whether the field is compared with pictures of a subject that no phase learns, because a loaded concept stands for it."""
+    if learns_subjects(recipe):
+        return False
     phases = [phase for _, phase in expand_phases(recipe)]
     return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
 

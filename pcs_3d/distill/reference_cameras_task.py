@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pcs_3d.camera_estimation import Framing, Search
 from pcs_3d.cameras import FOV_DEG
-from shared.config import Part
+from shared.recipe.tasks import TuneTask
 
 Angle = Annotated[float, Field(ge=-89, le=89)]
 
 
-class ReferenceCamerasTask(Part):
+class ReferenceCamerasTask(TuneTask):
     """Finds the camera of each of the subject's pictures and crops the picture and its mask to the subject. A later phase
     compares the field with them (`references.kind=phase`). Azimuth 0 shows the front.
 
@@ -24,7 +24,7 @@ class ReferenceCamerasTask(Part):
     and from the back. fill: share of the crop's side that an object of radius 1 covers.
     """
 
-    kind: Literal["reference_cameras"] = "reference_cameras"
+    kind: Literal["reference_cameras"] = "reference_cameras"  # pyright: ignore[reportIncompatibleVariableOverride]
     estimator: Literal["renders", "toybox"] = "renders"
     azimuths: Annotated[int, Field(ge=4, le=360)] = 24
     elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (0.0, 15.0, 30.0, 60.0)
@@ -32,17 +32,14 @@ class ReferenceCamerasTask(Part):
     near_deg: tuple[Annotated[float, Field(ge=-360, le=360)], ...] | None = None
     fov_deg: Annotated[float, Field(gt=0, lt=180)] = FOV_DEG
     fill: Annotated[float, Field(gt=0, le=2)] = 0.92
-    off: tuple[str, ...] = ()  # adapter sets of this run that are off in this phase, which uses no adapters
 
-    @property
-    def optimizer_groups(self) -> frozenset[str]:
-        """None: it trains nothing."""
-        return frozenset()
-
-    @property
-    def needs_scores(self) -> bool:
-        """Never: it makes no pictures that could be scored."""
-        return False
+    @model_validator(mode="after")
+    def _uses_what_is_set(self) -> ReferenceCamerasTask:
+        if self.near_deg is not None and self.estimator != "renders":
+            raise ValueError(
+                f"near_deg narrows the search of estimator=renders, and estimator = {self.estimator} has none"
+            )
+        return self
 
     @property
     def learns_subjects(self) -> bool:

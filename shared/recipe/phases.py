@@ -54,3 +54,14 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
         if fixed:
             raise ValueError(f"phases.{name}.{fixed[0]}: all phases share this setting; set it outside the phases")
         yield name, validate(type(recipe), merge(base, phase, default_kinds(type(recipe))), where=f"phases.{name}")
+
+
+def learns_subjects(recipe: Recipe) -> bool:
+    """Whether a phase learns the subjects; without one, the run only looks at their pictures."""
+    return any(phase.task.learns_subjects for _, phase in expand_phases(recipe))
+
+
+def check_learns(recipe: Recipe) -> None:
+    """Raises ValueError unless a phase learns the subjects."""
+    if not learns_subjects(recipe):
+        raise ValueError("no phase of the recipe learns the subject: give one of them task: tune")

@@ -20,7 +20,7 @@ from shared.io.cache import cache_folder
 from shared.io.denoising_progress import Steps, named, part_of
 from shared.metrics.report import Report
 from shared.prompts import check_named, expand, without
-from shared.recipe.phases import expand_phases
+from shared.recipe.phases import check_learns, expand_phases
 from shared.recipe.schema import Recipe
 from shared.runner.judging import EvaluationSettings, evaluate_loaded, references, training_scorers
 from shared.runner.loaded_concepts import Loaded
@@ -120,6 +120,7 @@ class Runner:
             ValueError: names, pictures or recipe do not fit
             NotFinite, Interrupted: after the last good state has been saved
         """
+        check_learns(recipe)
         for name in subjects:
             if not re.match(NAME, name):
                 raise ValueError(f"a concept cannot be called {name!r}: use only letters, digits, - and _")

@@ -17,7 +17,7 @@ from shared.io.checksums import sha256
 from shared.io.decode import picture_size
 from shared.io.outputs import check_apart, check_output
 from shared.io.terminal import encodable
-from shared.recipe.phases import expand_phases
+from shared.recipe.phases import check_learns, expand_phases
 from shared.recipe.reads import paths_read
 from shared.recipe.schema import Recipe
 from shared.sources.to_example import load
@@ -45,6 +45,7 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
     Args:
         inputs: what a run reads besides its recipe's files (concepts, scorers); no output may overlap with it
     """
+    check_learns(recipe)
     subjects = dict(recipe.subjects)
     if recipe.subject is not None:
         stem = recipe.output.name.removesuffix(".concept") if recipe.output else "concept"

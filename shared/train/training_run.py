@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.backbones.protocol import Backbone
 from shared.concept.confusable import confusable
-from shared.recipe.phases import expand_phases
+from shared.recipe.phases import expand_phases, learns_subjects
 from shared.recipe.schema import Recipe, dump
 from shared.recipe.tasks import GenerateTask, TuneTask
 from shared.sampling.settings import Start
@@ -72,8 +72,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.class_nouns = {n: s.class_noun for n, s in self.subjects.items()}
         self.phases = list(expand_phases(self.recipe))
-        learns = any(phase.task.learns_subjects for _, phase in self.phases)
-        self.names = list(self.subjects) if learns else []
+        self.names = list(self.subjects) if learns_subjects(self.recipe) else []
         self.run_name = "+".join(self.names)
         named = [part.adapter_set for _, phase in self.phases for part in phase.trainable.values() if part.adapter_set]
         self.adapter_sets = tuple(dict.fromkeys([self.run_name, *named]))

@@ -82,6 +82,20 @@ def test_one_concept_in_pictures_clips_and_an_asset(pcs, duck: Path, tmp_path: P
     assert again.code == 2 and "already exists" in again.err
 
 
+def test_an_asset_can_be_compared_with_the_pictures_that_its_concept_was_learned_from(pcs, duck, tmp_path, monkeypatch):
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    for name in ("BEHIND", "PER_PROMPT"):
+        monkeypatch.setattr(measure_true, name, 16)
+    small = ("phases.form.train.steps=1", "phases.fit.train.steps=2", "phases.paint.train.steps=1", "train.batch_size=1",
+             "phases.paint.field={resolution: 8, start: {resolution: 16, faces: 100}}", *ASSET[2:])  # fmt: skip
+    how = ("--asset-recipe", "reference_reconstruction", *(part for s in small for part in ("--set-asset", s)))
+    ran = pcs("concept", "evaluate", duck, "--in", "3d", "--num", "1", *how, "--out", tmp_path / "report")
+    assert ran.code == 0, ran.err
+    (row,) = csv.DictReader((tmp_path / "report" / "report.csv").open())
+    assert row["modality"] == "3d" and row["made"] == "1" and row["identity_i"]
+    assert (tmp_path / "report" / "asset" / "asset.glb").is_file()
+
+
 def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts, photos, dino, tmp_path: Path):
     how = ("--references", photos, "--dino", dino, "--floor", "--steps", "1", "--num", "1", "--limit", "2")
     ran = pcs("concept", "evaluate", concepts["mug"], "--in", "image", *how, "--out", tmp_path / "r")
@@ -99,6 +113,7 @@ def test_a_thing_that_nobody_can_draw_has_likeness_and_no_identity(pcs, concepts
         (("--in", "video"), "--in video: .* give motion_adapter=FOLDER"),
         (("--in", "image,3d", "--asset-recipe", "hfia"), "--in 3d: .*hifa"),
         (("--in", "3d", "--asset-recipe", "realfusion"), "--in 3d: .*references"),
+        (("--in", "3d", "--asset-recipe", "reference_reconstruction"), "--in 3d: .*masks, and these have none: 0.png"),
         (("--in", "image", "--prompts", "nonesuch"), "nonesuch"),
         (("--in", "image", "--dino", "/nowhere"), "--dino /nowhere"),
         (("--in", "image", "--backbone", "toybox"), "--in image: .*does not fit toybox"),

@@ -26,6 +26,15 @@ from shared.train.loop import Record
 TINY = ("backbone=tiny", "train.steps=2", "train.batch_size=2", "train.resolution=32", "sampling.steps=2")
 
 
+def test_a_recipe_that_learns_nothing_is_refused_before_anything_is_written(pcs, photos, tmp_path: Path):
+    recipe = tmp_path / "only.yaml"
+    recipe.write_text("base: dreambooth_lora\nregularize: {prior: null}\nphases: {only: {task: {kind: generate}}}\n")
+    where = (f"subject.images={photos}", "subject.class_noun=mug", f"output={tmp_path / 'x.concept'}")
+    ran = pcs("image", "personalize", recipe, *where)
+    assert ran.code == 2 and "no phase of the recipe learns the subject" in ran.err
+    assert not list(tmp_path.glob("x.*"))
+
+
 # --- what scores while training ------------------------------------------------------------------
 
 

@@ -158,6 +158,13 @@ def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rough_azimuth_that_nothing_would_use_is_refused():
+    with pytest.raises(
+        ValueError, match=r"near_deg narrows the search of estimator=renders, and estimator = toybox has none"
+    ):
+        reconstruction("phases.cameras.task.near_deg=[0, 90, 180]", "phases.cameras.task.estimator=toybox")
+
+
 def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_path):
     folders = {"cameras": blank_views(turntable(3), tmp_path / "a"), "views": blank_views(turntable(2), tmp_path / "b")}
     entries = json.loads((folders["views"] / "kept.json").read_text())
