@@ -104,7 +104,20 @@ def test_the_toyboxs_own_pictures_are_read_by_its_pose_estimator():
     assert torch.allclose(found.size, torch.tensor([camera.scale for camera in taken]), atol=0.12)
     assert torch.allclose(found.centre / 2, torch.tensor([[c.x, c.y] for c in taken]), atol=0.04)
     rolls = torch.tensor([camera.roll_deg for camera in taken])
-    assert float((found.cameras.roll_deg - rolls).abs().max()) < 4, "clockwise is positive in both"
+    assert float((found.cameras.roll_deg - rolls).abs().max()) < 4
+
+
+@pytest.mark.parametrize("roll_deg", [25.0, -25.0])
+def test_a_roll_is_clockwise_for_our_cameras_as_for_the_toyboxs(roll_deg):
+    """Otherwise the estimator's rolls would be applied the wrong way round."""
+    thing = next(s for s in subjects("development") if s.name == "development-robot").thing
+    (upright,) = reference_scenes(thing, 1, 0)
+    leaning = replace(upright, cameras=(replace(upright.cameras[0], roll_deg=roll_deg, x=0.0, y=0.0, scale=1.0),))
+    rows = render([leaning]).mask.float().reshape(64, 64)
+    head = rows[rows.sum(1) > 0][:8]
+    toybox = float((head.sum(0) * torch.linspace(-1, 1, 64)).sum() / head.sum())
+    ours, _ = Cameras.of([20.0], 15.0, roll_deg=roll_deg).project(torch.tensor([[0.0, 0.0, 0.9]]))
+    assert toybox * roll_deg > 0 and float(ours[0, 0, 0]) * roll_deg > 0
 
 
 @pytest.fixture
