@@ -22,10 +22,11 @@ from pcs_3d.extra import check_installed
 from pcs_3d.recipe import Recipe3D
 from pcs_3d.runner import Runner3D
 from shared.benchmark.modality import Asked, Made, Shot
+from shared.config import expanded
 from shared.recipe.resolve import load
 from shared.runner.bars import Bars
 from shared.runner.judging import picture_case
-from shared.runner.open_runner import open_runner
+from shared.runner.open_runner import model_asked_for, open_runner
 from shared.toybox.reference_sets import shown_in
 from shared.types import Subject
 
@@ -62,7 +63,13 @@ def make(asked: Asked, bars: Bars) -> Made:
 
 def _recipe(asked: Asked, thing: str) -> Recipe3D:
     own = [f"prompt=a photo of a {thing}", f"seed={asked.seeds[0]}"]
-    return load(asked.asset_recipe, [*asked.asset_settings, *own], "3d", Recipe3D)
+    model = model_asked_for(asked.backbone, [asked.concept])
+    recipe = load(asked.asset_recipe, [*asked.asset_settings, *own], "3d", Recipe3D, model)
+    if recipe.backbone not in (str(model), str(expanded(str(model)))):
+        raise ValueError(
+            f"--set-asset backbone={recipe.backbone}: all modalities use {model}; change it with --backbone"
+        )
+    return recipe
 
 
 def _subjects(asked: Asked, recipe: Recipe3D) -> dict[str, Subject]:

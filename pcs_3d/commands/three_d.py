@@ -48,13 +48,13 @@ def create(
     from shared.metrics.html import size
     from shared.recipe.reads import paths_read
     from shared.recipe.resolve import load
-    from shared.runner.open_runner import open_runner, read_by
+    from shared.runner.open_runner import model_asked_for, open_runner, read_by
     from shared.train import checkpoint
     from shared.train.measure_memory import parse_bytes
 
     check_installed()
     memory = None if vram is None else parse_bytes(vram, "--vram")
-    resolved = load(recipe, settings or [], "3d", Recipe3D)
+    resolved = load(recipe, settings or [], "3d", Recipe3D, model_asked_for(None, concept))
     if resolved.output is not None:
         raise ValueError(f"output = {resolved.output}: set an asset's folder with --out instead")
     check_fields(resolved)

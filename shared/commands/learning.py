@@ -45,7 +45,7 @@ def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning)
     from shared.runner.plan import plan
     from shared.train import checkpoint
 
-    resolved = load(recipe, settings, medium.modality, medium.recipe)
+    resolved = load(recipe, settings, medium.modality, medium.recipe, model_asked_for(None, asked.concepts))
     scored_with = [folder for folder in (asked.clip, asked.dino) if folder is not None]
     planned = plan(resolved, asked.overwrite, asked.resume, [*read_by(asked.concepts, None), *scored_with])
     if planned.finished:

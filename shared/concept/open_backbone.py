@@ -19,7 +19,7 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
 
     Raises ValueError, naming the concept and what to give instead, if the model is not here.
     """
-    if backbone:
+    if backbone and backbone != str(where_learned(concept)):
         model = load_backbone(backbone, **options)
         remember(model)
         return model
@@ -29,7 +29,8 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not available:
         raise ValueError(
-            f"{what}, and that model is not known here. Give its location with --backbone PATH (or a hub id)"
+            f"{what}, and that model is not known here. Give its location with --backbone PATH, or "
+            "with backbone=PATH for a command that takes a recipe (a folder or a hub id)"
         )
     try:
         return load_backbone(where, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.backbones.load import WORLDS
@@ -31,10 +32,16 @@ def model_of(modality: str) -> type[Recipe]:
     return offered[modality].load() if modality in offered else Recipe
 
 
-def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", model: type[R] = Recipe) -> R:
+def load(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    modality: str = "image",
+    model: type[R] = Recipe,
+    backbone: str | Path | None = None,
+) -> R:
     """Resolves a recipe from these layers, lowest priority first: shipped files (a `base` before the files that inherit from
     it), the toybox's overlay (only on the toybox), the user's own files, the user's `key=value`. The overlay adapts the parts
-    of the combined recipe.
+    of the combined recipe. `backbone`: the model to use if no layer names one, such as the model of the concepts in use.
 
     Raises ValueError for an unknown recipe, a broken file, or an invalid key or value.
     """
@@ -43,6 +50,8 @@ def load(recipe: str, overrides: Sequence[str] = (), modality: str = "image", mo
     files = _inherited(layers, model)
     check_phases(changes, files)
     full = _lay(files, changes, model)
+    if backbone is not None:
+        full.setdefault("backbone", str(backbone))
     world = WORLDS.get(str(full.get("backbone", model.model_fields["backbone"].default)))
     shipped = [layer.name for layer in layers if layer.shipped]
     rules = Rules.read(world and world.overlay, modality, default_kinds(model), model).of(full, shipped)

@@ -20,7 +20,7 @@ from shared.recipe.catalog import recipe_files
 from shared.recipe.resolve import load
 from shared.recipe.schema import dump
 from shared.train import checkpoint
-from tests.three_d.distilling import finish, recipe, session
+from tests.three_d.distilling import SMALL, finish, recipe, session
 from tests.three_d.picture_scenes import PictureRecipe
 
 SHIPPED = sorted(recipe_files("3d"))
@@ -154,3 +154,26 @@ def test_the_command_refuses_a_concept_s_output_and_names_its_own(tmp_path):
     ]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code and "--out" in str(result.exception) and not list(tmp_path.iterdir())
+
+
+def test_the_recipe_is_adapted_to_the_model_that_the_concept_was_learned_on(tiny_sd, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from pcs_3d.commands.three_d import app
+    from shared.backbones import load_backbone
+    from shared.concept import Provenance, capture, save
+    from shared.modifiers import LearnableToken
+
+    monkeypatch.setenv("PCS_CACHE", str(tmp_path / "cache"))
+    tiny_sd.save_pretrained(tmp_path / "sd")
+    model, modifier = load_backbone(tmp_path / "sd"), LearnableToken()
+    modifier.attach(model, "my-mug", "mug")
+    concept = capture(model, "my-mug", Provenance(class_noun="mug", modifier=modifier))
+    save(concept, tmp_path / "my-mug.concept")
+    few = [s for s in (*SMALL, *FEW) if not s.startswith(("backbone", "prompt"))] + ["export=null"]
+    asked = ["create", "dreamfusion", "prompt=a photo of a <my-mug>", *few, "--out", str(tmp_path / "asset")]
+    done = CliRunner().invoke(app, [*asked, "--concept", str(tmp_path / "my-mug.concept")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    made = json.loads((tmp_path / "asset" / ABOUT).read_text())["recipe"]
+    elsewhere, toybox = (load("dreamfusion", [*few, *m], "3d", Recipe3D) for m in (["backbone=sd"], []))
+    assert made["backbone"] == "sd" and made["guidance"] == dump(elsewhere)["guidance"] != dump(toybox)["guidance"]
