@@ -98,29 +98,59 @@ def from_renders(
     Raises:
         ValueError: a mask shows nothing, or no render shows anything
     """
-    boxes = _boxes(masks)
-    if bool((empty := boxes[:, 2] == 0).any()):
-        raise ValueError(
-            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
-        )
+    boxes = _boxes_of_pictures(masks)
     step_azimuth, step_elevation = 360 / search.azimuths, _steps(search.elevations_deg)
     every = torch.arange(search.azimuths) * step_azimuth
-    grid = torch.cartesian_prod(every, torch.tensor(search.elevations_deg))
-    seen = _Seen(renders(framing.cameras(grid[:, 0], grid[:, 1])))
+    grid = torch.cartesian_prod(every, torch.tensor(search.elevations_deg), torch.zeros(1))
+    seen = _Seen(renders(framing.cameras(*grid.unbind(1))))
     best = [
         _best(seen, grid, pictures[i], masks[i], boxes[i], search.allowed(grid[:, 0], i)) for i in range(len(pictures))
     ]
-    for _ in range(search.refinements):
-        step_azimuth, step_elevation = step_azimuth / 2, step_elevation / 2
-        around = torch.cartesian_prod(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
+    steps = [torch.tensor([step_azimuth, step_elevation, 0.0]) * 0.5 ** (i + 1) for i in range(search.refinements)]
+    return _nearest(renders, framing, pictures, masks, boxes, best, steps)
+
+
+def refined(
+    renders: Renders,
+    framing: Framing,
+    pictures: Tensor,
+    masks: Tensor,
+    start: Cameras,
+    step_deg: float,
+    refinements: int,
+) -> Estimate:
+    """Compares each picture, as `from_renders` does, with renders around a known rough camera only: azimuth, elevation and
+    roll change by `step_deg`, which is halved `refinements` times. Raises ValueError as `from_renders` does."""
+    boxes = _boxes_of_pictures(masks)
+    rough = torch.stack([start.azimuth_deg, start.elevation_deg, start.roll_deg], 1)
+    seen = _Seen(renders(framing.cameras(*rough.unbind(1))))
+    best = [
+        _best(seen, rough, pictures[i], masks[i], boxes[i], torch.arange(len(rough)) == i) for i in range(len(rough))
+    ]
+    steps = [torch.full((3,), step_deg * 0.5**i) for i in range(refinements + 1)]
+    return _nearest(renders, framing, pictures, masks, boxes, best, steps)
+
+
+def _nearest(
+    renders: Renders,
+    framing: Framing,
+    pictures: Tensor,
+    masks: Tensor,
+    boxes: Tensor,
+    best: list[_Found],
+    steps: list[Tensor],
+) -> Estimate:
+    """Moves each camera to the best of its neighbours, once per step [3] (azimuth, elevation and roll; 0 leaves it alone)."""
+    for step in steps:
+        around = torch.cartesian_prod(*(torch.tensor([-d, 0.0, d] if d else [0.0]) for d in step.tolist()))
         for i, found in enumerate(best):
-            near = found.direction + around * torch.tensor([step_azimuth, step_elevation])
+            near = found.direction + around
             near[:, 1] = near[:, 1].clamp(-89.0, 89.0)
-            seen = _Seen(renders(framing.cameras(near[:, 0], near[:, 1])))
+            seen = _Seen(renders(framing.cameras(*near.unbind(1))))
             best[i] = min(found, _best(seen, near, pictures[i], masks[i], boxes[i]), key=lambda b: b.error)
-    directions = torch.stack([found.direction for found in best])
+    azimuth, elevation, roll = torch.stack([found.direction for found in best]).unbind(1)
     return Estimate(
-        framing.cameras(wrapped_deg(directions[:, 0]), directions[:, 1]),
+        framing.cameras(wrapped_deg(azimuth), elevation, roll),
         torch.stack([found.centre for found in best]),
         torch.stack([found.size for found in best]),
         torch.tensor([1 - found.error for found in best]),
@@ -143,7 +173,7 @@ def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class _Found:
-    direction: Tensor  # [2]: azimuth and elevation
+    direction: Tensor  # [3]: azimuth, elevation and roll
     centre: Tensor
     size: Tensor
     error: float
@@ -177,6 +207,16 @@ def _best(
     error = torch.where((seen.boxes[:, 2] > 0) & allowed, error, torch.full_like(error, math.inf))
     at = int(error.argmin())
     return _Found(directions[at], centre[at], size[at], float(error[at]))
+
+
+def _boxes_of_pictures(masks: Tensor) -> Tensor:
+    """`_boxes` of the pictures' masks. Raises ValueError if one is empty."""
+    boxes = _boxes(masks)
+    if bool((empty := boxes[:, 2] == 0).any()):
+        raise ValueError(
+            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
+        )
+    return boxes
 
 
 def _boxes(opacity: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class References(KindPart):
         return Cameras.of(list(self.azimuth_deg), elevations, distance, self.fov_deg)
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError unless there is one subject with as many pictures, and if `masks`, a mask for each."""
+        """Raises ValueError unless there is one subject, with a picture for each azimuth and, if `masks`, masks for all."""
         subject = only(subjects)
         if len(subject.images) != len(self.azimuth_deg):
             raise ValueError(
@@ -70,7 +70,7 @@ class PhaseViews(KindPart):
     (`task.kind=pseudo_views`), or the subject's pictures, whose cameras and masks it found (`task.kind=reference_cameras`).
     A phase that is named twice counts twice.
 
-    foreground: for views without masks: a pixel shows the object if a channel differs from the colour of the view's border by
+    foreground: where views have no masks, a pixel shows the object if a channel differs from the colour of the view's border by
     more than this, in [0, 1], which suits prompts with a plain background. null: no masks.
     """
 
@@ -79,7 +79,7 @@ class PhaseViews(KindPart):
     foreground: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def check(self, subjects: Mapping[str, Subject], masks: bool, earlier: Mapping[str, bool]) -> None:
-        """Raises ValueError if it is not among the `earlier` phases that give views, or if `masks` are needed and there are
+        """Raises ValueError if a phase is not among the `earlier` ones that give views, or if `masks` are needed and there are
         none."""
         for name in self.phases:
             if name not in earlier:
@@ -110,7 +110,7 @@ class PhaseViews(KindPart):
     def _of(self, folder: Path, side: int) -> Pictures:
         kept = read_kept(folder)
         pixels = _stacked([folder / entry["file"] for entry in kept], side)
-        cameras = Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in vars(_ANY)))
+        cameras = cameras_of(kept)
         masks = None
         if all("mask" in entry for entry in kept):
             masks = _stacked([folder / entry["mask"] for entry in kept], side)[:, :1]
@@ -134,6 +134,11 @@ def only(subjects: Mapping[str, Subject]) -> Subject:
 def camera_entry(cameras: Cameras, i: int) -> dict[str, Any]:
     """One of the cameras, as a phase's list of pictures stores it."""
     return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}
+
+
+def cameras_of(kept: Sequence[Mapping[str, Any]]) -> Cameras:
+    """The cameras of a phase's pictures, from its list (`read_kept`)."""
+    return Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in vars(_ANY)))
 
 
 def _stacked(files: Sequence[Path], side: int) -> Tensor:
