@@ -1,4 +1,4 @@
-"""Assets in the demo: a mesh of the subject learned from pictures."""
+"""Assets in the demo: a mesh of the subject, or of an ordinary object of its class."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def check(asked: Asked) -> None:
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Makes an asset of the subject if it was learned from pictures, otherwise of its class. Recipes that compare with the
-    subject's pictures get them in either case."""
+    """Makes an asset of the subject if it was learned from pictures, otherwise of an ordinary object of its class. A recipe
+    that compares with the subject's pictures gets them in either case."""
     known = asked.concept.is_dir()
     prompt = f"a photo of a {f'<{asked.concept.stem}>' if known else asked.thing.thing.class_name}"
     recipe = load(asked.asset_recipe, [f"prompt={prompt}"], "3d", Recipe3D)

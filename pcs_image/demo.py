@@ -47,7 +47,7 @@ def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
     yield f"scenes       {sheet}"
     scores = [(score.title, score_line(score)) for score in report.scores]
     yield from (f"  {title:26} {line}" for title, line in scores)
-    text = f"Learned from the pictures above with {asked.recipe}, in scenes that none of them shows."
+    text = f"Learned with {asked.recipe} from the pictures above, none of which shows these scenes."
     made = _first(report, asked, "concept")
     yield Exhibit("New pictures", sheet, text, scores, {"the report": page}, made)
 

@@ -1,4 +1,4 @@
-"""Clips in the demo: learns a motion from a few clips of other objects, and applies it to the subject."""
+"""Clips in the demo: a motion learned from clips of other objects, shown on the subject or an ordinary object of its class."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def check(asked: Asked) -> None:
 
 
 def show(asked: Asked, bars: Bars) -> Iterator[str | Exhibit]:
-    """Learns the motion and, if the subject was learned from pictures, shows it moving that way."""
+    """Learns the motion and generates clips with it.
+
+    The clips show the subject if it was learned from pictures, otherwise an ordinary object of its class.
+    """
     start = time.perf_counter()
     clips = write_motion(asked.motion, asked.out / "clips")
     yield f"clips        {len(clips)} clips of {asked.motion} in {asked.out / 'clips'}"

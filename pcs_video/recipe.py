@@ -1,4 +1,4 @@
-"""The recipe for clips, which adds clips to learn from and parts for motion to the one for pictures."""
+"""The recipe for clips, which adds clips to learn from and parts for motion to the recipe for pictures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ClipSubject(SubjectSettings):
         return self
 
     def read(self) -> Subject:
-        """Finds its files on disk. Raises ValueError as `find_clips` and `read_subject` do."""
+        """Finds the files on disk. Raises ValueError as `find_clips` and `read_subject` do."""
         if self.clips is None:
             return super().read()
         found = find_clips(self.clips, self.masks, self.captions)

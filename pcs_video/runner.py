@@ -37,7 +37,7 @@ class VideoRunner(Runner):
     def prepared(
         cls, backbone: Backbone, motion_adapter: str | Path | None = None, fps: float | None = None
     ) -> Backbone:
-        """The backbone unchanged if it makes clips; else with a motion module: the folder's, or the toybox's own.
+        """The backbone, unchanged if it makes clips; otherwise with a motion module added: the folder's, or the toybox's own.
 
         `fps`: frames per second of the clips, for a network conditioned on it; None: its own rate.
         """
@@ -50,7 +50,7 @@ class VideoRunner(Runner):
     def check_frames(
         cls, backbone: str | Path | None, motion_adapter: str | Path | None, frames: int | None, key: str = "--frames"
     ) -> None:
-        """Raises ValueError, naming the key, for a number of frames that the model cannot make, before it is loaded."""
+        """Before the model is loaded, raises ValueError, naming the key, for a number of frames that it cannot make."""
         check = None if frames is None else frame_check(backbone, motion_adapter)
         if check is not None and frames is not None:
             try:
@@ -60,7 +60,7 @@ class VideoRunner(Runner):
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError for windows and clips of lengths that the model cannot make, before it is loaded."""
+        """Before the model is loaded, raises ValueError for windows and clips of lengths that it cannot make."""
         recipe: Any = planned.recipe
         check = frame_check(backbone, recipe.motion_adapter)
         if check is not None:
@@ -70,7 +70,7 @@ class VideoRunner(Runner):
         """Measures the loaded motion, the loaded subject, or both in clips: what `pcs video evaluate` does.
 
         Raises:
-            ValueError: no motion or subject is loaded, or its clips or pictures cannot be found
+            ValueError: neither a motion nor a subject is loaded, or its clips or pictures cannot be found
         """
         return evaluate_clips_loaded(self, settings)
 
@@ -83,7 +83,7 @@ class VideoRunner(Runner):
 
 
 def opening(motion_adapter: str | Path | None, fps: float | None) -> dict[str, Any]:
-    """Options of `open_runner` for `VideoRunner.prepared`: those that are set."""
+    """The options that are set, as `open_runner` passes them to `VideoRunner.prepared`."""
     return {k: v for k, v in {"motion_adapter": motion_adapter, "fps": fps}.items() if v is not None}
 
 

@@ -16,8 +16,8 @@ IDENTITY = "identity_relative"
 
 @dataclass(frozen=True)
 class AssetGoal:
-    """Scores that a recipe must reach, in [0, 1]; None: no requirement. Identity must also be above that of the same recipe
-    without the concept, and the overlap of silhouettes above that of a generic object of the class."""
+    """Scores that a recipe must reach, in [0, 1]; None: no requirement. Where set, identity must also beat the same
+    recipe without the concept, and the overlap of silhouettes must beat a generic object of the class."""
 
     identity: float | None = None
     view: float | None = None

@@ -32,7 +32,7 @@ def create(
         help="memory limit (8G, 512M) of the GPU or, on a CPU, of the whole process; to meet it, fewer views are processed at "
         "once, activations are recomputed, and renders get smaller unless train.resolution is set",
     ),
-    download: bool = typer.Option(False, "--download", help="download what is not in the local cache from the hub"),
+    download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),
 ) -> None:
     """Make a 3D asset from a prompt, with any number of concepts, by score distillation."""
     from pcs_3d.assets import AssetFiles

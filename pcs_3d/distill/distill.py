@@ -54,7 +54,7 @@ def backbone_scores(context: PhaseContext, prompts: ScenePrompts, concepts: Mapp
 class Distill(ConceptTask):
     """See `DistillTask`. Each step updates the field and, if there is a student, the student on the same views.
 
-    The field continues from that of an earlier phase, if any (`first_field`). The teacher uses everything learned before
+    The field continues from the field of an earlier phase, if any (`first_field`). The teacher uses everything learned before
     (loaded concepts, and those that earlier phases of this run learned); only the student uses the set `student`.
 
     Raises:

@@ -20,5 +20,5 @@ class DistillTask(TuneTask):
 
     @property
     def learns_subjects(self) -> bool:
-        """It learns a field."""
+        """False: it learns a field."""
         return False

@@ -1,4 +1,4 @@
-"""Hands one phase's field over to the next, even if that one is of a different kind."""
+"""Hands one phase's field over to the next phase, even if the field there is of a different kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pcs_3d.meshes.shape import BallShape, SampledShape
 from shared.recipe.phases import expand_phases
 from shared.recipe.schema import Recipe
 
-FIELD = "field/"  # prefix of its tensors' names in the saved state
+FIELD = "field/"  # prefix of the names of a field's tensors in the saved state
 _SAMPLES = 120_000  # points on a surface that is handed over
 
 

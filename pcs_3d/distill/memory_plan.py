@@ -144,7 +144,7 @@ def fitting(tries: Tries, budget: int, sides_fixed: bool) -> tuple[Levers, int]:
     assert least is not None
     raise ValueError(
         f"--vram {size(budget)}: this needs at least about {size(least[0])} ({least[1]}): give --vram "
-        f"{-(-least[0] // 2**20)}M or more, choose a smaller model, or a smaller field (field.resolution)"
+        f"{-(-least[0] // 2**20)}M or more, or choose a smaller model or field (field.resolution)"
     )
 
 

@@ -47,7 +47,7 @@ def regional_scores(
             if concept not in strengths:
                 raise ValueError(
                     f"guidance.regions.{name}.concepts: {unknown(concept, strengths, 'concept with adapters')} Learned words "
-                    "act where a prompt uses them."
+                    "take effect wherever a prompt uses them."
                 )
     shared = {name: strength for name, strength in strengths.items() if name not in owned}
     whole = opened(scene_prompts(recipe, class_nouns), shared)

@@ -51,8 +51,8 @@ def aligned(mesh: PaintedMesh, truth: Tensor, around: Cameras) -> PaintedMesh:
     """The mesh at the size and position at which its silhouettes overlap most with the truth's; unchanged if no
     other is better.
 
-    truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, a coordinate search refines it; one
-    size and one position apply to all views. The mesh is never rotated.
+    truth: bool [B, H, W], seen by the same cameras. Areas and centres give a first guess, which a coordinate search refines;
+    one size and one position apply to all views. The mesh is never rotated.
     """
     around, truth = around[::_EVERY], truth[::_EVERY]
     if (given := _overlap(mesh, truth, around)) == 1:

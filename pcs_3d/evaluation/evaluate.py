@@ -1,4 +1,4 @@
-"""Evaluates one asset: renders it from all around, compares them with the real object, and applies the instruments."""
+"""Evaluates one asset: renders it from all around, compares the renders with the real object, and applies the instruments."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ _RETRIEVED = (
 )
 _JANUS = (
     "Janus score: views in which the pose estimator sees the side that the camera looks at (front, side, back). "
-    "A guess that is always “front” gets 31 %, “side” 62 %."
+    "Always guessing “front” gets 31 %, “side” 62 %."
 )
 _ERROR = "Between the camera and the pose estimator's reading; 90 if it has none."
 _FRONTS = "Quarters around the object in which most views look like its front: 1 is correct."

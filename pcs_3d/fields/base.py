@@ -45,8 +45,8 @@ class FieldPart(KindPart):
         self.start.check()
 
     def build(self, channels: int = 3, seed: int = 0) -> Any:
-        """Builds the field on the CPU. channels: 3 colours, or those of latents. Raises ValueError if the file to
-        start from cannot be read."""
+        """Builds the field on the CPU. channels: 3 for colours, else the number of latent channels. Raises ValueError if the
+        file to start from cannot be read."""
         raise NotImplementedError
 
 

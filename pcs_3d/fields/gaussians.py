@@ -45,7 +45,7 @@ class GaussianField(BaseVolume):
     raw_features [N, K] before sigmoid.
 
     pull, pulled [N]: the sum of gradient norms of each position since the last split, and their number; advanced: the step of
-    the last split, so that it happens once.
+    the last split, so that it is not repeated.
     """
 
     means: nn.Parameter

@@ -71,7 +71,7 @@ def of_cells(
     """For each grid of cell values [R, R, R], the values [N, S] of the cells that rays [N, 3], [N, 3] are in at distances
     [N, S]; and bool [N, S]: whether within the bound (outside it, values are arbitrary).
 
-    One axis at a time, each contiguous, with 32-bit integers: a third of the time it takes with points [N, S, 3].
+    Works on one axis at a time, each contiguous, with 32-bit integers: points [N, S, 3] would take three times as long.
     """
     size = len(cells[0])
     scale = size / (2 * bound)

@@ -40,7 +40,7 @@ class StartPart(KindPart):
 
     def values(self, places: Tensor, channels: int) -> Tensor:
         """[N, 1 + K] at [N, 3]: the density before softplus, and `features`."""
-        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # 2 % of it at the surface
+        solid = torch.sigmoid(-4 * (self.shape().distance(places) / self.softness + 1))  # at the surface: 2 %
         raw = inverse_softplus((self.density * solid).clamp_min(1e-4))
         return torch.cat([raw[:, None], self.features(places, channels)], 1)
 

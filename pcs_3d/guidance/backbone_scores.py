@@ -109,7 +109,7 @@ class BackboneScores:
         return self.texts.mixed(rows, t)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Through the autoencoder, in its own precision; returns float32. Raises ValueError for a size that does not fit."""
+        """Encodes views in the autoencoder's own precision, as float32. Raises ValueError for a size that does not fit."""
         factor = self.resolution / min(pixels.shape[-2:])
         if factor != 1:
             size = [round(side * factor) for side in pixels.shape[-2:]]

@@ -16,8 +16,8 @@ from shared.trainable.base import TrainableGroup, TrainablePart
 
 
 class CameraEmbedding(TrainablePart):
-    """Camera-to-world matrices through two linear layers, added to the time embedding. The second layer starts at 0, so that
-    at first nothing changes."""
+    """Camera-to-world matrices, passed through two linear layers and added to the time embedding. The second layer starts at 0,
+    so that nothing changes at first."""
 
     kind: Literal["camera_embedding"] = "camera_embedding"
     adapter_set: str = STUDENT

@@ -90,7 +90,7 @@ def time_weight(settings: Guidance, scores: Scores, t: Tensor, like: Tensor) -> 
 
 def rescaled(x0: Tensor, plain: Tensor, share: float, together: int) -> Tensor:
     """x0 [B, C, h, w] rescaled by `share` towards the spread of the unguided `plain`, computed over each group of
-    `together` consecutive views. Raises ValueError unless B is a multiple of it."""
+    `together` consecutive views. Raises ValueError unless B is a multiple of `together`."""
     if len(x0) % together:
         raise ValueError(
             f"guidance.rescale_over = {together}: a step has {len(x0)} views, which is not a multiple of it"

@@ -123,8 +123,8 @@ class Interval(Part):
 
 class Inversion(Part):
     """Score distillation via inversion (https://arxiv.org/abs/2405.15891, section 4): conditional DDIM inversion of z to t
-    in `steps` equal steps. The target is the noise that it implies, (z_t - alpha z) / sigma: with the weight sigma / alpha
-    the gradient is z - x0(z_t).
+    in `steps` equal steps. The target is the noise that the result implies, (z_t - alpha z) / sigma: with the weight sigma /
+    alpha the gradient is z - x0(z_t).
 
     `scale` is guidance in this package's convention; the paper's -7.5 is for eps_c + s (eps_c - eps_u).
     """

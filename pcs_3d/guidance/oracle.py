@@ -23,7 +23,7 @@ class OracleScores:
     sigma (z_t - alpha mean) / (alpha² spread² + sigma²). Latents are pixels in [-1, 1].
 
     Args:
-        scene: mean and spread for each kind of conditioning; missing kinds are as "prompt"
+        scene: mean and spread for each kind of conditioning; missing kinds are treated as "prompt"
         student: the means that the student has learned, with the spread of "prompt"; the caller owns its parameters
     """
 

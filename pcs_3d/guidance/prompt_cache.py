@@ -91,7 +91,7 @@ class PromptCache:
 
 
 def _mixed(parts: Sequence[Conditioning], weights: Sequence[Tensor]) -> Conditioning:
-    """The weighted sum of several conditionings, row by row; names keep their positions from any of them."""
+    """The weighted sum of several conditionings, row by row; a name's positions are those it has in any of them."""
 
     def total(tensors: Sequence[Tensor]) -> Tensor:
         shaped = [w.to(v.dtype).reshape(-1, *([1] * (v.ndim - 1))) for w, v in zip(weights, tensors, strict=True)]

@@ -1,5 +1,5 @@
-"""Leaves words that imply one side of an object out of the prompts for the others (D-SDS, https://arxiv.org/abs/2303.15413,
-section 4.2)."""
+"""Leaves words that imply one side of an object out of the prompts for the other sides (D-SDS,
+https://arxiv.org/abs/2303.15413, section 4.2)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _QUESTION = "this image is depicting a {mask} view of {prompt}"
 
 class PromptDebias(Part):
     """A masked language model estimates how likely a view is given the prompt, and given the prompt without a word. For a
-    view, a word is removed if p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold` ("smiling",
-    from behind).
+    view, a word is removed if p(view | all) / mean(p(view | all), p(view | without it)) is below `threshold`: for
+    example "smiling" in a view from behind.
 
     Concepts and their class nouns always stay: the language model does not know what was learned, and reads class nouns
     instead of names.
@@ -31,7 +31,7 @@ class PromptDebias(Part):
     threshold: Annotated[float, Field(gt=0, lt=2)] = 0.95
 
     def prompts(self, prompt: str, class_nouns: Mapping[str, str]) -> dict[Direction, str]:
-        """The prompt of each direction. Raises ValueError if the folder has no such model, or it lacks words for them."""
+        """The prompt of each direction. Raises ValueError if the folder has no such model or it lacks the words needed."""
         reader = _Reader(self.model)
         kept = {*(f"<{n}>" for n in names_in(prompt)), *(w for noun in class_nouns.values() for w in noun.split())}
         words = prompt.split()

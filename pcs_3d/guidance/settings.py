@@ -57,7 +57,7 @@ class Guidance(Part):
     weighting: Weighting = "sds"
     weight: Schedule = 1.0  # factor of the whole gradient
     normalize: Literal["sum", "mean"] = "sum"  # over channels and cells of a view; mean does not depend on their number
-    clip: Schedule | None = None  # elementwise, of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
+    clip: Schedule | None = None  # limit per element of w(t) (…): score debiasing (https://arxiv.org/abs/2303.15413)
     rescale: Share = 0.0  # how far x0 is rescaled to its unguided spread (https://arxiv.org/abs/2305.08891, eq. 15)
     rescale_over: Annotated[int, Field(ge=1)] = 1  # views whose spread is computed together: those of a ring
     regions: Slot[Region] = {}  # parts of space with their own prompt or concepts

@@ -101,7 +101,7 @@ class SampledShape:
         outside = ndimage.map_coordinates(self._side, places, order=1, mode="nearest") > 0
         thin = ndimage.map_coordinates(self._thin.astype(np.float32), places, order=0, mode="nearest") > 0
         signed = np.where(outside, away, -away)
-        # Thin parts are given the thickness of a cell, otherwise nothing would be inside them.
+        # Thin parts are given the thickness of a cell; otherwise nothing would be inside them.
         signed = np.where(thin, away - 0.6 * self._cell, signed)
         if self.point_normals is not None:
             along = ((asked - self.points[nearest]) * self.point_normals[nearest]).sum(-1)
@@ -113,7 +113,7 @@ class SampledShape:
             return None
         asked = points.detach().cpu().numpy()
         away, nearest = map(np.asarray, self._tree.query(asked, distance_upper_bound=4 * self._cell))
-        far = np.isinf(away)  # like most nodes of a fine grid: for them, any point close to the nearest one will do
+        far = np.isinf(away)  # most nodes of a fine grid; for them, any point about as near as the nearest will do
         nearest[far] = self._few[self._few_tree.query(asked[far])[1]]
         return torch.from_numpy(self.point_colors[nearest]).float()
 
@@ -123,8 +123,8 @@ class SampledShape:
 
 
 def _cell_size(points: np.ndarray, tree: KDTree, reach: float) -> float:
-    """The cell size at which hardly any cell that the surface crosses has no point: 14 on average if they are random. A single
-    hole would turn the inside into outside."""
+    """The cell size at which hardly any cell that the surface crosses has no point: with randomly spread points, 14 per cell on
+    average. A single hole would turn the inside into outside."""
     some = points[:: max(1, len(points) // 2000)]
     third = np.asarray(tree.query(some, k=min(4, len(points)))[0])[:, -1]
     return float(np.clip(np.sqrt(14 * np.pi / 3 * (third**2).mean()), 2 * reach / _RESOLUTION, 2 * reach / 7))

@@ -20,8 +20,8 @@ Inside = Callable[[Tensor], Tensor]
 class RegionPart(KindPart):
     """A part of space, in radii of the object (x forward, y to its left, z up), with its own prompt or concepts.
 
-    prompt, negative: replace the recipe's; "": the recipe's. concepts: those whose adapters are on only there; null: the same
-    as in the rest. softness: width in radii over which the region fades in from its border inwards.
+    prompt, negative: replace the recipe's unless empty. concepts: those whose adapters are on only in this region; null: the
+    same as in the rest. softness: width in radii over which the region fades in from its border inwards.
     """
 
     prompt: str = ""

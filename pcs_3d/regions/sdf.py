@@ -17,8 +17,8 @@ _CELLS, _REACH = 40, 1.5  # of the grid that holds a mesh's distances, in the me
 
 
 class Sdf(RegionPart):
-    """Where a signed distance is negative: that of a mesh file, scaled to this radius around the centre, or without a file, of
-    a ball. grown: points this close to it, in radii of the object, are also inside."""
+    """The inside of a mesh file, scaled to `radius` around `center`, or without a file, of a ball: where the signed distance is
+    negative. grown: points this close to the surface, in radii of the object, are also inside."""
 
     kind: Literal["sdf"] = "sdf"
     path: PathText | None = None

@@ -84,8 +84,8 @@ class GeometryPenalty(KindPart):
 
 
 def seen_points(penalty: GeometryPenalty, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Draws points [count, 3] from what the views show, with samples of rays as probable as their weights, and the unit
-    directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
+    """Draws points [count, 3] from what the views show, choosing samples along rays in proportion to their weights; also
+    returns the unit directions [count, 3] they are seen along. No gradient. Empty views give [0, 3]."""
     rendering = seen.rendering
     if rendering.weights is None or rendering.distances is None or not isinstance(seen.field, VolumeField):
         raise penalty.missing("a field rendered by marching rays (renderer.kind=volume)")

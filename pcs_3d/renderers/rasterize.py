@@ -62,8 +62,8 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def silhouette_edges(faces: Tensor, corners: Tensor) -> Tensor:
-    """int64 [E, 2], vertices: edges where the visible side of a mesh ends: between a triangle that faces the camera and one
-    that does not, or with only one triangle. corners: [F, 3, 2] as above."""
+    """int64 [E, 2], pairs of vertices: the edges where the visible side of a mesh ends, because only one of their two triangles
+    faces the camera, or because they do not have two. corners: [F, 3, 2] as above."""
     turned = cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) > 0
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values
     side = turned.repeat(3).long()
@@ -76,9 +76,10 @@ def antialiased(values: Tensor, covered: Tensor, edges: Tensor) -> Tensor:
     """Blends neighbouring pixels where a silhouette runs between their centres: the gradient that moves silhouettes (Laine et
     al., https://arxiv.org/abs/2011.03277, section 3.6).
 
-    values: [H, W, K], with the background; covered: bool [H, W]; edges: [E, 2, 2] in pixels, of silhouettes. A pixel pair is
-    blended by where the edge nearest to the covered one crosses the line between them. Steep edges blend pixels side by side,
-    flat ones pixels above each other: with both, a moving silhouette would change its area twice.
+    values: [H, W, K], with the background; covered: bool [H, W]; edges: [E, 2, 2] in pixels, of silhouettes. Two neighbours,
+    one of them covered, are blended by where the edge nearest to the covered pixel crosses the line between their centres.
+    Steep edges blend pixels side by side, flat ones pixels above each other; if all edges did both, a moving silhouette would
+    change its area twice.
     """
     height, width, _ = values.shape
     flat = values.reshape(height * width, -1)

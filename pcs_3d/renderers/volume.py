@@ -20,10 +20,10 @@ from pcs_3d.renderers.shading import lamps, needs_normals, shaded
 
 
 class Volume(RendererPart):
-    """samples: number along each ray inside the field's bound; importance: number of additional samples, all placed where a
-    first pass finds something; hidden: samples that certainly have less weight in their pixel are skipped, gradient included,
-    because most lie in empty cells or behind the surface; rays: number drawn at a time; recompute: recomputes the samples'
-    activations in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
+    """samples: number along each ray inside the field's bound; importance: number of additional samples; with any, all
+    samples are placed where a first pass finds something; hidden: samples that certainly have less weight in their pixel are
+    skipped, gradient included, because most lie in empty cells or behind the surface; rays: number drawn at a time; recompute:
+    recomputes the samples' activations in the backward pass, chunk by chunk: less memory, more time, the same gradient."""
 
     draws: ClassVar[type] = VolumeField
     kind: Literal["volume"] = "volume"

@@ -11,7 +11,7 @@ from shared.io.outputs import atomic_write
 
 #: Written files: path in the checkout -> the file of this package that is copied there.
 WRITTEN = {"custom/pcs/__init__.py": "custom_pcs.py.txt", "configs/pcs-dreamfusion.yaml": "pcs-dreamfusion.yaml"}
-_OURS = "pcs 3d threestudio install"  # in the first lines of each
+_OURS = "pcs 3d threestudio install"  # in the first lines of each written file
 
 
 def check_checkout(folder: Path) -> Path:

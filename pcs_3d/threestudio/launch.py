@@ -1,4 +1,4 @@
-"""Starts threestudio's own `launch.py` on a machine without a GPU or some of the packages it imports."""
+"""Starts threestudio's own `launch.py` on a machine without a GPU, or without some of the packages that it imports."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from pcs_3d.renderers.sampling import by_importance, stratified, through_cube
 
 @dataclass(frozen=True)
 class March:
-    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional ones where a first pass found
-    something; hidden: samples with less weight in their pixel are skipped, gradient included; chunk: rays at a time, outside
-    training."""
+    """samples: intervals per ray in the cube [-radius, radius]³; importance: number of additional ones; with any, all are
+    placed where a first pass finds something; hidden: samples with less weight in their pixel are skipped, gradient included;
+    chunk: rays at a time, outside training."""
 
     radius: float = 1.0
     samples: int = 64

@@ -1,4 +1,4 @@
-"""`python -m pcs_3d.threestudio.probe CHECKOUT`: imports it and its extension, and prints the outcome as JSON."""
+"""`python -m pcs_3d.threestudio.probe CHECKOUT`: imports a checkout and the extension in it, and prints the outcome as JSON."""
 
 from __future__ import annotations
 

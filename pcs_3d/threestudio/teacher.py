@@ -104,8 +104,8 @@ class Prompts:
     def get_text_embeddings(
         self, elevation: Tensor, azimuth: Tensor, camera_distances: Tensor, view_dependent_prompting: bool = True
     ) -> Tensor:
-        """[2 B, L, D] for views from elevation [B] and azimuth [B] in degrees: those of the prompt, then those of the
-        negative prompt. Raises ValueError for a concept whose words differ by layer or by time."""
+        """[2 B, L, D] for views from elevation [B] and azimuth [B] in degrees: the prompt's embeddings, then the negative
+        prompt's. Raises ValueError for a concept whose words differ by layer or by time."""
         seen = Views(Cameras.of(azimuth.cpu(), elevation.cpu()), (False,) * len(azimuth))
         told = "prompt" if view_dependent_prompting else "plain_prompt"
         rows = [*self.scene.rows(told, seen), *self.scene.rows("negative", seen)]

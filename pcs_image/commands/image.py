@@ -18,8 +18,8 @@ _LORA = typer.Option(
 _TOKEN = typer.Option([], help='the words the LoRA was trained with ("sks mug"); one for each --lora')
 _SEEDS = 2**62
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
-_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
-_DOWNLOAD = typer.Option(False, "--download", help="download what is not in the local cache from the hub")
+_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
+_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
 _CLIP = typer.Option(None, help="a local CLIP folder to score with (default on the toybox: its own)", **PATH)
 _DINO = typer.Option(None, help="a local DINO or DINOv2 folder to score with", **PATH)
 
@@ -55,9 +55,9 @@ def generate(
     token: list[str] = _TOKEN,
     out: Path = typer.Option(Path("out"), help="folder for the pictures", **PATH),
     num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; each next picture adds one"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; the others count up from it"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves it out of the first fifth"
+        [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
     ),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),
@@ -117,7 +117,9 @@ def evaluate(
         Path("report"), help="folder for index.html, report.json, CSV tables and pictures", **PATH
     ),
     references: Path = typer.Option(
-        None, help="the subject's pictures; default: a folder beside the concept, named as when it was learned", **PATH
+        None,
+        help="the subject's pictures; default: a folder beside the concept with the training folder's name",
+        **PATH,
     ),
     gallery: Path = typer.Option(
         None, help="a folder of folders: other objects of the same class, for identity retrieval", **PATH
@@ -188,7 +190,7 @@ def benchmark(
         [], "--set", help="key=value applied to every recipe, for example train.steps=100"
     ),
     grid: list[str] = typer.Option(
-        [], "--grid", help="key=value,value: one row per value, and per combination where several are given"
+        [], "--grid", help="key=value,value: one row per value; repeated: one row per combination"
     ),
     control: str = typer.Option(None, help="the row to compare the others with, subject by subject"),
     device: str = _DEVICE,

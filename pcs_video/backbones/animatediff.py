@@ -34,7 +34,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     Clips [B, C, F, h, w] go through the whole network. Pictures [B, C, h, w] go only through its image layers:
     motion modules change even a single frame, but a subject should be learned and shown without them. So a concept that was
-    learned on the image U-Net loads here unchanged, and one that trains both kinds of layers is a single concept.
+    learned on the image U-Net works unchanged with this backbone, and one that trains both kinds of layers is a single concept.
 
     Args:
         pipe: the pipeline; its U-Net is a `UNetMotionModel` or becomes one, and is frozen
@@ -73,7 +73,7 @@ class AnimateDiffBackbone(FramewiseCodec, StableDiffusionBackbone):
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """The network's output, [B, C, F, h, w] for clips and [B, C, h, w] for pictures, in its own parametrisation;
-        otherwise as `StableDiffusionBackbone.predict`."""
+        otherwise as in `StableDiffusionBackbone.predict`."""
         return super().predict(x_t, t, conditioning)
 
     def _run_denoiser(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from shared.backbones.latents import LatentCodec
 
 
 class CausalCodec(LatentCodec):
-    """The autoencoder half of a family whose autoencoder maps r n + 1 frames to n + 1 latent ones.
+    """The autoencoder half of a family whose autoencoder maps r n + 1 frames to n + 1 latent frames.
 
     Pictures [B, 3, H, W] are clips of one frame, and their latents [B, C, h, w] have no frame axis. Latent units are
     (z - mean) / spread per channel, both set by the family. `frame_factor` is r.
@@ -68,7 +68,8 @@ class CausalCodec(LatentCodec):
 
 
 def check_causal_frames(family: str, frames: int, factor: int) -> int:
-    """The number of latent frames of a clip. Raises ValueError, naming the nearest, unless it has `factor` n + 1 frames."""
+    """The number of latent frames of a clip. Raises ValueError, naming the nearest valid numbers, unless `frames` is
+    `factor` n + 1."""
     more, rest = divmod(frames - 1, factor)
     if frames < 1 or rest:
         nearest = f"{more * factor + 1} and {(more + 1) * factor + 1}" if frames > 0 else "1"

@@ -22,8 +22,8 @@ def frame_check(source: str | Path | None, motion_adapter: str | Path | None = N
         source: as for `load_backbone`; None: the toybox
         motion_adapter: a folder with a diffusers `MotionAdapter`, for an image model
 
-    Returns None if the files do not say: a model that is not downloaded yet, a single file, a family of another package.
-    Opening the model then checks it.
+    Returns None if the files do not say (a model that is not downloaded yet, a single file, a family from another package).
+    The number is then checked when the model is opened.
     """
     if source is None or str(source) == TOYBOX:
         from shared.toybox.weights import backbone_path, motion_adapter_path

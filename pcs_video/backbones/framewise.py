@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.backbones.latents import LatentCodec
 
-FRAMES_AT_ONCE = 2**18  # pixels: one frame of 512x512; the autoencoder's activations are the largest of all
+FRAMES_AT_ONCE = 2**18  # pixels: one frame of 512x512; the autoencoder's activations take the most memory
 
 
 def by_frame(function: Callable[[Tensor], Tensor], clips: Tensor, at_once: int | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class FramewiseCodec(LatentCodec):
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """(C, h, w) of a picture, (C, F, h, w) of a clip. Raises ValueError if the size is not a multiple of what the model
-        needs, or there are fewer than 2 frames, or more than it was made for."""
+        needs, or there are fewer than 2 frames or more than the model was made for."""
         channels, *grid = super().latent_shape(height, width)
         if frames is None:
             return (channels, *grid)
@@ -62,7 +62,7 @@ class FramewiseCodec(LatentCodec):
 
 
 def check_framewise_frames(family: str, frames: int, most: int) -> None:
-    """Raises ValueError, naming the nearest, for a clip of fewer than 2 or more than `most` frames."""
+    """Raises ValueError, naming the nearest valid number, for a clip of fewer than 2 or more than `most` frames."""
     if not 2 <= frames <= most:
         nearest = min(max(frames, 2), most)
         raise ValueError(
@@ -71,7 +71,7 @@ def check_framewise_frames(family: str, frames: int, most: int) -> None:
 
 
 def shares(clip: Any, picture: Any, names: tuple[str, ...]) -> None:
-    """Makes `picture` share these submodules of `clip`, where it has them: the same objects, not copies."""
+    """Gives `picture` these submodules of `clip` in place of its own, where it has them: the same objects, not copies."""
     for name in names:
         if getattr(picture, name, None) is not None:
             setattr(picture, name, getattr(clip, name))

@@ -78,7 +78,7 @@ class LTXBackbone(VideoTransformerBackbone):
         return mean, std / self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Some versions are conditioned on a noise level and add noise, which here is the same every time."""
+        """Some versions are conditioned on a noise level and add noise; this noise is the same every time."""
         timed = self.vae.config.timestep_conditioning
         t = z.new_full([len(z)], self.decode_time) if timed else None
         with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):

@@ -19,8 +19,8 @@ def with_motion_adapter(backbone: Backbone, folder: str | Path | None = None) ->
         folder: of a diffusers `MotionAdapter`; None: the toybox's own on the toybox
 
     Raises:
-        ValueError: it makes pictures and no folder is given, the folder has no motion module, or one for another U-Net; or
-            a folder is given but it already makes clips
+        ValueError: the backbone makes pictures and no folder is given; the folder has no motion module, or one for another
+            U-Net; or a folder is given but the backbone already makes clips
     """
     if backbone.frames is not None:
         if folder is not None:

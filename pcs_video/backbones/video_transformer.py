@@ -89,7 +89,7 @@ class VideoTransformerBackbone(FlowMatching, CausalCodec, BaseBackbone):
             t: [B] or a scalar; [B, f] if the network takes a time for each token (`time_per_frame`)
 
         Raises:
-            ValueError: a context per site, image tokens, regions or size_ids; or shapes that do not match
+            ValueError: given a context per site, image tokens, regions or size_ids, or shapes that do not match
         """
         self._refuse_unread(conditioning, len(x_t))
         if not isinstance(conditioning.context, Tensor):

@@ -18,8 +18,8 @@ from shared.types import Conditioning
 class WanBackbone(VideoTransformerBackbone):
     """A diffusers `WanPipeline` (text to video) behind the protocol.
 
-    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. They have the
-    same layers: a role refers to those of both, and a site to the layer of whichever predicts.
+    With two experts, `transformer` predicts at times from `boundary` upwards and `transformer_2` below it. Both have
+    the same layers: a role refers to the layers of both experts, a site to the layer of the one that predicts.
 
     Args:
         pipe: the pipeline; its networks are used in place and frozen
@@ -33,7 +33,7 @@ class WanBackbone(VideoTransformerBackbone):
     family = "wan"
     default_guidance = 5.0
     default_steps = 50
-    #: Guidance while the second expert predicts, the pipeline's `guidance_scale_2`; None: the same.
+    #: Guidance while the second expert predicts (the pipeline's `guidance_scale_2`); None: the same as for the first.
     low_noise_guidance: float | None = None
 
     def __init__(self, pipe: Any, name: str = "", max_sequence_length: int | None = None) -> None:

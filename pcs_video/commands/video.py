@@ -16,8 +16,8 @@ _CONCEPT = typer.Option([], "--concept", help="a concept folder, PATH or PATH:ST
 _SEEDS = 2**62
 _FPS = "frames per second; default: the model's own if it has one (LTX: 25), else 8"
 _DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 …; default: the GPU if there is one")
-_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that computes it fast")
-_DOWNLOAD = typer.Option(False, "--download", help="download what is not in the local cache from the hub")
+_PRECISION = typer.Option("auto", help="no (float32), bf16, fp16, or auto: bf16 on a GPU that is fast at it")
+_DOWNLOAD = typer.Option(False, "--download", help="download from the hub what is not in the local cache")
 _MOTION = typer.Option(
     None, "--motion-adapter", help="a folder with a diffusers MotionAdapter; default: the backbone's own", **PATH
 )
@@ -50,7 +50,7 @@ def generate(
         Path("clip.mp4"), help="a file (.mp4, .gif, .webp), or a folder for several clips", **PATH
     ),
     num: int = typer.Option(1, min=1, max=10_000, help="clips per prompt"),
-    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; each next clip adds one"),
+    seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first clip; the others count up from it"),
     frames: int = typer.Option(None, min=1, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if `out` is a folder"),
@@ -125,7 +125,7 @@ def evaluate(
     ),
     out: Path = typer.Option(Path("report"), help="folder for index.html, report.json, CSV tables and clips", **PATH),
     references: Path = typer.Option(
-        None, help="the motion's clips; default: a folder beside the concept, named as when it was learned", **PATH
+        None, help="the motion's clips; default: a folder beside the concept with the training folder's name", **PATH
     ),
     pictures: Path = typer.Option(None, help="the subject's pictures; default: found in the same way", **PATH),
     gallery: Path = typer.Option(None, help="a folder of folders: other objects of the subject's class", **PATH),
@@ -133,9 +133,10 @@ def evaluate(
     seed: int = typer.Option(0, min=0, max=_SEEDS),
     limit: int = typer.Option(None, min=1, max=10_000, help="use only this many prompts of the set"),
     false_motion: str = typer.Option(
-        "unnamed", help="comparison clips: motion loaded but not in the prompt (unnamed), at strength 0 (off), or none"
+        "unnamed",
+        help="comparison clips: the motion loaded but not in the prompt (unnamed), or at strength 0 (off); or none",
     ),
-    compensate_camera: bool = typer.Option(False, help="motion fidelity without the camera's own movement"),
+    compensate_camera: bool = typer.Option(False, help="measure motion fidelity without the camera's own movement"),
     frames: int = typer.Option(None, min=2, max=10_000, help="frames per clip; default: the model's own"),
     fps: float = typer.Option(None, min=0.1, help=_FPS),
     steps: int = typer.Option(None, min=1, max=10_000, help="denoising steps; default: those of the motion's recipe"),

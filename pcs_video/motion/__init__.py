@@ -1,1 +1,1 @@
-"""Recipe parts for clips, which the core does not have."""
+"""Recipe parts for clips that the core does not have."""

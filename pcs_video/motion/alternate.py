@@ -15,7 +15,7 @@ from shared.train.tune import Tune
 
 class AlternateTask(TuneTask):
     """Every `every`-th step is for preservation: it learns from class examples through the penalties that need them; the other
-    steps learn from the subject with everything else. In this way, pictures of a subject and clips that preserve motion can be
+    steps learn from the subject with everything else. This way, pictures of a subject and clips that preserve motion can be
     learned in one phase, as in MotionBooth (https://arxiv.org/abs/2406.17758).
 
     `rest`: adapter sets that are off in preservation steps, such as Still-Moving's adapter for frozen clips.
@@ -30,7 +30,7 @@ class AlternateTask(TuneTask):
 
 
 class Alternate(Tune):
-    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, for unknown adapter sets and groups, and if
+    """See `AlternateTask`. Raises ValueError if no penalty needs class examples, an adapter set or a group is unknown, or
     nothing is left to learn in preservation steps."""
 
     def __init__(self, context: PhaseContext) -> None:
@@ -56,7 +56,7 @@ class Alternate(Tune):
             )
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss: on class examples, or on the subject."""
+        """Yields one loss, on class examples or on the subject."""
         preserves = step % self.task.every == self.task.every - 1
         batch = self.data.batch(step, micro, "prior" if preserves else "instance")
         if preserves:

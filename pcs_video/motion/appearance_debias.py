@@ -13,12 +13,14 @@ from shared.types import Step
 
 
 class AppearanceDebias(Penalty):
-    """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow.
+    """MotionDirector's appearance-debiased loss (https://arxiv.org/abs/2310.08465, eq. 6 and 7), for epsilon, v and flow
+    prediction.
 
     phi(z_i) = sqrt(beta^2 + 1) z_i - beta z_a for every frame i and one frame a, drawn anew in each step; the penalty is
     the mean of |phi(target) - phi(prediction)|^2. With beta = 1 and 16 frames, an error shared by all frames has 0.17 times
     its weight in the plain loss, and an error of individual frames 2.8 times: a clip's motion is learned more than its looks.
-    Weights from masks or padding apply here, too: the difference of two frames gets the lower of their weights at each place.
+    Weights from masks or padding apply here, too: the difference between two frames gets the lower of their weights at each
+    place.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"loss_weight"})

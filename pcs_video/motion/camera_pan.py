@@ -21,12 +21,12 @@ _STREAM = 2**40  # random stream for filling what comes into view, separate from
 
 
 class CameraPan(SamplingHookBase):
-    """The camera control of MotionBooth (https://arxiv.org/abs/2406.17758), without training.
+    """MotionBooth's camera control (https://arxiv.org/abs/2406.17758), which needs no training.
 
     By the last frame the camera has moved evenly by `right` of the picture's width and `down` of its height; the content
     moves the other way. Each frame's latents are shifted by whole cells, a part of the way in each of the steps between
     `start` and `end`. What comes into view is filled with values drawn from the same row (column, for a vertical shift)
-    outside the `boxes` of subjects, so that its spread matches the noise level.
+    outside the `boxes` of subjects, so that their spread matches the noise level.
     """
 
     kind: Literal["camera_pan"] = "camera_pan"
@@ -48,7 +48,7 @@ class CameraPan(SamplingHookBase):
         return self
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> CameraPan:
-        """Raises ValueError for a picture, for boxes of frames that do not exist, and for a path shorter than a latent cell."""
+        """Raises ValueError for a picture, for boxes in frames that do not exist, and for a path shorter than a latent cell."""
         *frames, height, width = output_size(backbone, settings)
         if not frames:
             raise ValueError("a camera can move only in a clip, not in a picture")
@@ -94,8 +94,8 @@ class CameraPan(SamplingHookBase):
 def shifted(plane: Tensor, cells: int, axis: int, source: Tensor, draw: torch.Generator) -> Tensor:
     """[C, h, w] as seen by a camera that moved by `cells` along an axis (1 down, 2 right).
 
-    What comes into view is drawn, for each place, from the same row (axis 2) or column (axis 1) of `plane`, where
-    `source` [h, w] allows it; from all of it if it allows none.
+    What comes into view is drawn, for each place, from the cells of the same row (axis 2) or column (axis 1) of `plane` that
+    `source` [h, w] allows, or from all of them if it allows none.
     """
     size = plane.shape[axis]
     cells = max(-size, min(size, cells))

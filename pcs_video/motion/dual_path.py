@@ -25,10 +25,10 @@ class DualPathTask(TuneTask):
     """MotionDirector's two paths (https://arxiv.org/abs/2310.08465, section 4.2); each step runs both, one after the other.
 
     The spatial path: parts of the optimizer group `spatial` learn one random frame of the clip as a picture (the first
-    frame if a latent spans several, because only the first has its own), with all other trained parts off. The temporal path:
-    parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters provide its looks and are fixed.
-    With probability `skip`, the spatial path and its adapters are off. If a penalty needs class examples (the base model's own
-    clips), the temporal path also learns from those, with no spatial adapters on.
+    frame if a latent spans several, because only the first has a latent of its own), with all other trained parts off. The
+    temporal path: parts of the group `temporal` learn the whole clip, while the clip's own spatial adapters stay fixed and
+    provide its looks. With probability `skip`, the spatial path and its adapters are off. If a penalty needs class examples
+    (the base model's own clips), the temporal path also learns from these, with no spatial adapters on.
     """
 
     kind: Literal["dual_path"] = "dual_path"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,7 +55,7 @@ class DualPath(Tune):
             raise ValueError(f"trainable.{shared}: dual_path needs a spatial part for each clip: per_source=true")
 
     def updates(self, step: int, micro: int) -> Updates:
-        """Two losses: on one frame, then on the clip; and one on class examples if a penalty needs them."""
+        """Yields a loss on one frame, one on the clip, and if a penalty needs class examples, one on these."""
         batch = self.data.batch(step, micro, "instance")
         if batch.latents.ndim != 5:
             raise ValueError("task.kind=dual_path learns from clips: give subject.clips=FOLDER")
@@ -72,7 +72,7 @@ class DualPath(Tune):
 
     @contextmanager
     def _only(self, batch: Batch) -> Iterator[None]:
-        """Within the context, of the adapters in training only this clip's are on."""
+        """Within the context, adapters in training are off unless they are this clip's."""
         with self.backbone.active(self.context.loaded_strengths), self.learning_from(batch.sources):
             yield
 

@@ -20,8 +20,8 @@ from shared.sources.generated import Generated
 class GeneratedClips(Generated):
     """`num_images` clips of `frames` frames per subject, of role "prior", generated once and cached as in `Generated`.
 
-    A model that learns a subject only from pictures forgets how things move; its own clips, learned alongside them, preserve
-    that (MotionBooth, https://arxiv.org/abs/2406.17758, uses real clips of anything).
+    A model that learns a subject only from pictures forgets how things move; learning its own clips alongside the pictures
+    prevents that (MotionBooth, https://arxiv.org/abs/2406.17758, uses real clips of anything).
     """
 
     made: ClassVar[str] = "class clips"

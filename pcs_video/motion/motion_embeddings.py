@@ -19,8 +19,8 @@ class MotionEmbeddings(TrainablePart):
     """Motion Inversion's embeddings (https://arxiv.org/abs/2403.20193) at temporal attention: one per frame for queries and
     keys, one per frame and place for values; all start at 0.
 
-    They are made for clips of `frames` frames and `resolution` pixels, and resized for others. Values' embeddings depend on
-    the place and so could store looks: outside training, they act through their differences from frame to frame.
+    They are made for clips of `frames` frames and `resolution` pixels, and resized for others. The values' embeddings depend
+    on place and could therefore store looks; outside training, only their differences from frame to frame take effect.
     """
 
     taxonomy: ClassVar[str] = "motion embeddings"
@@ -38,14 +38,14 @@ class MotionEmbeddings(TrainablePart):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Hooks the temporal attention layers and unfreezes the embeddings.
 
-        Raises ValueError if no layer attends only between frames, and for numbers of frames or sizes that do not fit.
+        Raises ValueError if no layer attends only between frames, or the number of frames or the size does not fit.
         """
         side, frames = self.resolution or backbone.resolution, self.frames or backbone.frames
         sites = [site for site in backbone.sites() if site.kind == "temporal"]
         if not sites or not frames:
             raise ValueError(
-                f"trainable.{slot}: motion embeddings need attention only between frames, and {backbone.family} has none; "
-                "learn the motion as a LoRA on queries and keys instead (motion_director_joint)"
+                f"trainable.{slot}: motion embeddings need layers that attend only between frames, and "
+                f"{backbone.family} has none; learn the motion as a LoRA on queries and keys instead (motion_director_joint)"
             )
         *_, length, height, width = backbone.latent_shape(side, side, frames)
         scales = sorted({site.scale for site in sites}, reverse=True)[: self.coarsest]

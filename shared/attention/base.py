@@ -17,6 +17,6 @@ class AttentionPart(KindPart):
         raise NotImplementedError
 
     def port(self, backbone: Backbone) -> str:
-        """What replaces it on this model, recorded in the concept; "" if it works as in its paper. ValueError if nothing
-        does."""
+        """What stands in for the part on this model, as the concept records it; "" if the part works as in its paper.
+        ValueError if nothing can stand in."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ class Watch(Where):
 
     heads: Literal["mean", "all"] = "mean"
     #: Which maps to keep when there are several predictions: a penalty's own extra predictions must not replace the maps it
-    #: reads. A forward pass recomputed for its gradient is not a new prediction, and overwrites.
+    #: reads. A forward pass recomputed for its gradient is not a new prediction, and overwrites its own maps.
     keep: Literal["first", "last"] = "last"
 
 

@@ -15,7 +15,7 @@ class Site:
 
     name: str  # dotted path in the denoiser
     kind: Kind
-    scale: int  # the latent grid's side divided by the side of its own grid
+    scale: int  # the side of the latent grid divided by the side of this layer's grid
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns rows and columns of its queries for latents of this height and width; odd sides round up."""

@@ -182,9 +182,9 @@ class BaseBackbone(TextEncoding, LatentCodec, ForwardProcess, Attending):
     def active(self, strengths: Mapping[str, float]) -> Iterator[None]:
         """Inside, exactly these adapters are on, with these strengths; all others are off.
 
-        Learned words take the strength given for their concept; those of other concepts keep theirs, because they act only
-        if the prompt contains them. Previous strengths are restored, also in nested blocks and after exceptions. Concepts that
-        learned nothing are allowed and have nothing to switch. ValueError for other names.
+        Learned words take the strength given for their concept; words of other concepts keep their strength, because they
+        act only if the prompt contains them. Previous strengths are restored, also in nested blocks and after exceptions.
+        Concepts that learned nothing are allowed and have nothing to switch. ValueError for other names.
         """
         missing = [n for n in strengths if n not in self.adapters and n not in self.placeholders]
         if missing:

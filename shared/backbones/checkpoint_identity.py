@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 2**16  # of each tensor, at most
+SAMPLES = 2**16  # the most values to sample from each tensor
 
 
 @torch.no_grad()

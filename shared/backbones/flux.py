@@ -31,7 +31,7 @@ ROLES = {
     **denoiser_roles(_NET),
     "attention": (RoleSpec(_NET, f"{_ANY}({_PICTURE}|{_TEXT})"),),
     "self_attention": _port(
-        _ANY + _PICTURE, "the picture stream of joint attention, with the single blocks' shared one"
+        _ANY + _PICTURE, "the picture stream of joint attention, and the single blocks' shared stream"
     ),
     "self_attention.kv": _port(_ANY + r"attn\.to_[kv]", "keys and values of the picture stream of joint attention"),
     "self_attention.q": _port(_ANY + r"attn\.to_q", "queries of the picture stream of joint attention"),

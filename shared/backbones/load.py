@@ -79,7 +79,7 @@ def load_backbone(
         prepare: modifies the backbone before it goes to the device (adds motion modules, for example)
 
     Raises:
-        ValueError: says what was found there and which families exist, or which file lacks which key
+        ValueError: if it cannot be loaded; says what was found and which families exist, or which file lacks which key
     """
     import torch
 
@@ -88,7 +88,7 @@ def load_backbone(
     name = TOYBOX if source is None or str(source) == TOYBOX else str(source)
     path = _toybox_path() if name == TOYBOX else expanded(name)
     if name != TOYBOX and path.exists():
-        name = str(path.resolve())  # a concept records it, and is used from other folders
+        name = str(path.resolve())  # concepts record this name, and are used from other folders
     dtype = dtype or torch.float32
     if path.is_dir():
         backbone = _from_folder(path, name, dtype)

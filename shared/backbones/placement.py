@@ -18,13 +18,13 @@ def to_evict(
     """Returns the networks that must leave the device so that `needed` fits next to the others.
 
     Args:
-        present: those on the device, least recently used first
-        sizes: bytes of each
-        budget: bytes for all of them
-        pinned: those that must stay
+        present: the networks on the device, least recently used first
+        sizes: bytes of each network
+        budget: bytes for all networks on the device
+        pinned: the networks that must stay
 
     Returns:
-        just enough of them, in that order; all that may leave if even that is not enough
+        just enough of `present`, in its order; all that may leave, if even these are not enough
     """
     total = sum(sizes[n] for n in {*present, needed})
     out = []
@@ -143,7 +143,7 @@ def place(
         free: free bytes on a device; default: as CUDA reports
 
     Raises:
-        ValueError: even the largest network does not fit into the device's free memory
+        ValueError: if even the largest network does not fit into the device's free memory
     """
     networks = {**backbone.components, "vae": backbone.vae}
     sizes = {name: size_of(network) for name, network in networks.items()}

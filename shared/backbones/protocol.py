@@ -41,7 +41,7 @@ class Adapter(Protocol):
 
     @property
     def slot(self) -> str:
-        """The recipe's trainable slot that it comes from, which tells apart several adapters under one name."""
+        """The trainable slot of the recipe that the adapter comes from; it tells apart several adapters under one name."""
         ...
 
     def train(self, mode: bool) -> None:
@@ -280,8 +280,8 @@ class Backbone(Protocol):
         Among self_attention, cross_attention, temporal_attention, feed_forward, conv and proj, no layer is in two exact groups
         or in two ports. A port may borrow layers of one exact group, and then its note names that role: attention over space
         and time at once is "self_attention", and a port for "temporal_attention".
-        "denoiser" is every linear and convolution layer of the denoiser; "denoiser.all" every module of it that directly
-        holds parameters, including norms and embeddings, for full fine-tuning.
+        "denoiser" is every linear and convolution layer of the denoiser; "denoiser.all" is every module in the denoiser that
+        directly holds parameters, including norms and embeddings, for full fine-tuning.
         """
         ...
 
@@ -337,8 +337,8 @@ class Backbone(Protocol):
     def active(self, strengths: Mapping[str, float]) -> AbstractContextManager[None]:
         """Inside, exactly these adapters are on, with these strengths; all others are off.
 
-        Learned words take the strength given for their concept; those of other concepts keep theirs, because they act only
-        if the prompt contains them.
+        Learned words take the strength given for their concept; words of other concepts keep their strength, because they
+        act only if the prompt contains them.
         """
         ...
 

@@ -45,7 +45,7 @@ class TextEncoding:
 
     def check_prompt(self, prompt: str) -> None:
         """Raises ValueError, quoting the text, when the context's text encoder would cut the prompt, or any encoder would cut
-        a concept's name. Gives a warning for other text that only a second encoder would cut."""
+        a concept's name. Warns about other text that only a second encoder would cut."""
         cut = self.tokens.overflow(self.context_component, prompt)
         if cut:
             limit = self.tokens.max_length[self.context_component]

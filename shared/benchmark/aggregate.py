@@ -119,7 +119,7 @@ def _rates(reports: Mapping[str, Report]) -> dict[str, Score]:
 
 
 def _spreads(reports: Mapping[str, Report]) -> dict[str, Score]:
-    """Averages diversity over prompts, and the scores that accompany freedom over subjects."""
+    """Averages diversity over prompts and, over subjects, the scores that accompany freedom."""
     scores: dict[str, Score] = {}
     varied = [
         (_float(p.scores.get("diversity")), _float(p.scores.get("base_diversity")))

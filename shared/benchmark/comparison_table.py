@@ -53,7 +53,7 @@ class Comparison:
         notes = ["Toy numbers: made and judged on the toybox."] if self.toybox else []
         if self.apart:
             listed = ", ".join(f"{s} ({t:.0%})" for s, t in self.apart.items())
-            notes.append(f"Shown apart, because the instruments pass fewer than half of their true pictures: {listed}.")
+            notes.append(f"Shown apart, because the instruments pass fewer than half of the true pictures: {listed}.")
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
     def csv(self) -> str:
@@ -108,7 +108,7 @@ class Comparison:
 
     @property
     def subjects(self) -> list[str]:
-        """Of all cells."""
+        """The subjects of all cells."""
         return sorted({s for _, s in [*self.reports, *self.failures]})
 
     def ahead(self, recipe: str) -> Score | None:

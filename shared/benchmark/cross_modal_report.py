@@ -95,7 +95,7 @@ class CrossModalReport(BaseModel):
         out = []
         if not any(m.score("identity") for m in self.modalities):
             out.append(
-                "There are no true pictures of this subject to verify identity with; its likeness to the references is shown."
+                "There are no true pictures of this subject to verify identity with; likeness to the references is shown."
             )
         if any(m.name == "3d" for m in self.modalities):
             out.append("An asset's prompt asks only for the subject; a single asset has no interval.")

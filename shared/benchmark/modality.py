@@ -38,7 +38,7 @@ class Asked:
     motion: str | None = None  # a motion concept for the clips, PATH or PATH:STRENGTH
     motion_adapter: Path | None = None
     asset_recipe: str = "texture_refinement"
-    asset_settings: tuple[str, ...] = ()  # key=value applied on top of it
+    asset_settings: tuple[str, ...] = ()  # key=value applied on top of `asset_recipe`
     floor: bool = False  # also generate everything without the concept
     judged: EvaluationSettings = field(default_factory=EvaluationSettings)  # references, gallery, clip, dino
     backbone: str | None = None
@@ -74,8 +74,8 @@ class Asked:
 
     @cached_property
     def standard(self) -> PromptSet:
-        """Returns the prompts of pictures and clips: by default those of the model's own set that only state where the subject
-        is. Freedom is not measured here."""
+        """Returns the prompts for pictures and clips: by default, those of the model's own set that only state where the
+        subject is. Freedom is not measured across modalities."""
         found = load_prompts(self.prompts or (self.world.prompts if self.world else REAL), self.class_noun)
         plain = [p for p in found.prompts if self.prompts or (p.free and set(p.expects) <= {"background"})]
         chosen = tuple(p.model_copy(update={"pose_open": False}) for p in plain[: self.limit])
@@ -97,9 +97,9 @@ class Shot:
 
 @dataclass(frozen=True)
 class Made:
-    """Everything that a modality generated. case: what its frames are compared with; true: renders of the real subject as
-    this modality shows it, [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it (None: pictures for the
-    shots' prompts, if a world can draw them)."""
+    """Everything that a modality generated. case: what its frames are compared with; true: renders of the real subject, shown
+    as in this modality: [N, 3, H, W] that set the bar and [M, 3, H, W] that are compared to it. None: drawn for the shots'
+    prompts instead, if a world can draw them."""
 
     case: Case
     shots: Sequence[Shot]

@@ -195,8 +195,8 @@ class Things:
     """Held-out things as concepts in a benchmark's folder, each learned once from its pictures for all recipes."""
 
     out: Path
-    recipe: str  # for pictures
-    overrides: tuple[str, ...] = ()  # key=value applied on top of it
+    recipe: str  # how things are learned from pictures
+    overrides: tuple[str, ...] = ()  # key=value applied on top of `recipe`
 
     def references(self, thing: str) -> Path:
         """Returns the folder of the thing's pictures."""

@@ -64,7 +64,9 @@ def import_(
         help="a LoRA file from diffusers, peft or kohya, or the folder it was written to", **PATH
     ),
     out: Path = typer.Option(help="the concept folder to write, which also names the concept", **PATH),
-    token: str = typer.Option("", help='words for the subject in training ("sks mug"); default: it acts unnamed'),
+    token: str = typer.Option(
+        "", help='words for the subject in training ("sks mug"); default: it takes effect without a token'
+    ),
     class_noun: str = typer.Option("", help="the subject's class; default: the token without its first word"),
     backbone: str = typer.Option(None, help="the model it was trained on: folder, file or hub id; default: the toybox"),
     download: bool = typer.Option(False, "--download", help="download from the hub what is not in the local cache"),

@@ -36,7 +36,7 @@ class Learning:
 
 
 def learn(medium: Medium, recipe: str, settings: Sequence[str], asked: Learning) -> None:
-    """Learn with progress on the terminal, and print where the concepts are saved. Raises ValueError before any heavy work."""
+    """Learns with progress on the terminal; prints where the concepts are saved. Raises ValueError before any heavy work."""
     from shared.commands.progress import Bar
     from shared.recipe.resolve import load
     from shared.runner.judging import check_folders

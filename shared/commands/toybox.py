@@ -142,7 +142,7 @@ def sheet(
 @app.command()
 def motions(
     out: Path = typer.Argument(help="PNG file to write", **PATH),
-    name: list[str] = typer.Option([], help="these motions; default: all, captioned ones first"),
+    name: list[str] = typer.Option([], help="a motion to draw, can be repeated; default: all, captioned ones first"),
     rows: int = typer.Option(1, min=1, max=10_000, help="number of clips per motion"),
     columns: int = typer.Option(8, min=2, max=10_000, help="number of frames shown per clip"),
     frames: int = typer.Option(16, min=2, max=64, help="number of frames per clip"),
@@ -158,7 +158,7 @@ def motions(
 @app.command()
 def subjects(
     name: str = typer.Argument(None, help="a subject, face, style or motion to write; omit to list them"),
-    out: Path = typer.Option(None, help="folder for the references; default: a folder of that name", **PATH),
+    out: Path = typer.Option(None, help="folder for the references; default: a folder called NAME", **PATH),
     num: int = typer.Option(None, min=1, max=10_000, help="number of references; default: 5 pictures, 4 clips"),
     seed: int = typer.Option(0, min=0, max=2**31 - 1),
     frames: int = typer.Option(None, min=2, max=10_000, help="for motions: frames of each clip; default: 16"),

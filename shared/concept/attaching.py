@@ -33,14 +33,14 @@ def attach(concept: Concept, backbone: Backbone, strength: float = 1.0, modifier
     """Register the concept's name on the backbone and inject its adapters, frozen. `backbone.remove(name)` undoes it.
 
     Args:
-        strength: of its adapters and learned words; 0 is off (words: their initial values), 1 as learned
+        strength: how strongly its adapters and learned words act: 0 is off (words take their initial values), 1 as learned
         modifiers: the union of known modifiers; a package with additional ones passes its own
 
     Raises:
         ValueError: if the model lacks layers of the concept or has them in other shapes (`fits` says which), if some or all
-            of its tensors do not fit (with the numbers), if the name is taken, if its words are confusable with those of an
-            attached concept, if the strength is not 1 and it has nothing to scale, or if it shares its adapters with a
-            concept that is attached at another strength. The backbone is then left unchanged.
+            of its tensors do not fit (the message says how many), if its name is taken, if the model cannot tell its words
+            from an attached concept's, if the strength is not 1 but there is nothing to scale, or if it shares its adapters
+            with a concept that is attached at another strength. The backbone is then left unchanged.
 
     Warns:
         UserWarning: if it was learned on another checkpoint of these layers
@@ -81,12 +81,12 @@ def _check_fit(concept: Concept, backbone: Backbone) -> None:
         raise ValueError(f"{meta.name!r} does not fit {backbone.name or backbone.family}: {reason}")
     if info.family == backbone.family:
         same = info.checkpoint == backbone.checkpoint
-    else:  # a model built from the other has more weights; those that the concept touches can be the same
+    else:  # the checkpoint of a family built on another covers more weights, so compare the layers that the concept touches
         same = info.layers == layers_identity(backbone, meta.layers, meta.embeddings)
     if not same:
         warnings.warn(
             f"{meta.name!r} was learned on another checkpoint of these layers ({info.name}; "
-            f"this is {backbone.name}): pictures of it may look different here",
+            f"this is {backbone.name}): its pictures may look different here",
             stacklevel=3,
         )
 
@@ -113,7 +113,7 @@ def _attach_placeholder(concept: Concept, backbone: Backbone, modifiers: Any) ->
 def _check_words(placeholder: Placeholder, backbone: Backbone) -> None:
     """Raises ValueError if the words of another attached concept equal, contain or are contained in these words.
 
-    Two styles may have the same ordinary words, because they act without being named.
+    Two styles may have the same ordinary words, because they take effect without being named.
     """
     for name, other in backbone.placeholders.items():
         if other is placeholder or (_acts_unnamed.get(other) and _acts_unnamed[placeholder]):

@@ -32,14 +32,14 @@ def capture(
     """Returns what is attached under `name` as a concept that can be saved.
 
     Args:
-        adapter_sets: the names under which the adapters are registered, if not only `name` (several subjects or sets in a
-            run); after loading, all of them belong to the concept and share its strength
+        adapter_sets: the names under which the adapters are registered; default: only `name`. A run with several subjects
+            or sets has more; after loading, all of them belong to the concept and share its strength
 
     Raises:
         ValueError: if nothing is attached under these names, or an adapter is of a kind that cannot be saved
 
     Warns:
-        UserWarning: if the concept's provenance is invalid; the concept is then kept without it
+        UserWarning: if the concept's provenance is invalid; the concept is then returned without it
     """
     attached = [unshared(a) for source in adapter_sets or (name,) for a in backbone.adapters.get(source, [])]
     placeholder = backbone.placeholders.get(name)
@@ -70,7 +70,7 @@ def capture(
 
 
 def _built_on(backbone: Backbone, adapters_info: dict[str, Any], encoders: Sequence[str]) -> dict[str, Any]:
-    """Returns the model, and those of its layers and embeddings that the concept needs."""
+    """Describes the model, and the layers and embeddings of it that the concept needs."""
     layers = shapes(backbone, _touched(adapters_info))
     info = {
         "family": backbone.family,

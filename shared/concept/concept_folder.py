@@ -49,8 +49,8 @@ class Concept:
 
     `tensors` may hold "adapter" (`{slot}.{component}.{path}.lora_A.weight`), "weights" (`{slot}.{component}.{path}`:
     weight deltas), "branches" (`{slot}.{component}.{first layer}.{key}`) and "embeddings" (what the modifier learned, by its
-    own keys; for learned tokens `{component}`: vectors `[n, d]`; and their initial values under `start.{key}`). Each maps
-    keys to float tensors on the CPU.
+    own keys, such as `{component}` for the vectors `[n, d]` of learned tokens; the initial values are under `start.{key}`).
+    Each maps keys to float tensors on the CPU.
     """
 
     meta: ConceptMeta
@@ -69,7 +69,7 @@ class Concept:
 
     @property
     def initial_embeddings(self) -> dict[str, Tensor]:
-        """Their initial values, by the same keys; empty in concepts saved without them."""
+        """The initial values of `learned_words`, by the same keys; empty in concepts saved without them."""
         return {key[len(START) :]: vectors for key, vectors in self.of("embeddings").items() if key.startswith(START)}
 
     def of(self, kind: str) -> Mapping[str, Tensor]:

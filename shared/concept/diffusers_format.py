@@ -174,8 +174,8 @@ def write_tokens(
 ) -> list[dict[str, Any]]:
     """Write one `{token: [n, d]}` file per text encoder; as in diffusers, the first of `tokens` names all n vectors.
 
-    "end_of_text" marks an old-style CLIP that the user has to correct: it takes its pooled output at the highest token id,
-    which would be an added token instead of the end token.
+    "end_of_text" in an entry marks a CLIP with an old configuration, which the user has to correct: it takes its pooled
+    output at the highest token id, which would be an added token instead of the end token.
 
     Args:
         strength: folded into the vectors, from their initial values (0) to what was learned (1)

@@ -44,7 +44,7 @@ def export(
         the concept's own effect and the limit.
 
     Raises:
-        ValueError: for an unknown format, anything that the format cannot store, an existing output, and if the written
+        ValueError: if the format is unknown or cannot store the concept, if the folder exists already, or if the written
             files do not give the same outputs (nothing is left behind then)
     """
     if format not in FORMATS:

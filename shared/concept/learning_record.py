@@ -39,7 +39,7 @@ class LearnedSampling(_Read):
     steps: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     guidance: Annotated[FiniteFloat, Field(strict=True)] | None = None
     scheduler: StrictStr | None = None
-    strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # of the concept, by step
+    strength: Annotated[StrictStr, AfterValidator(_points)] = ""  # the concept's strength, by step
 
 
 class LearnedSubject(_Read):

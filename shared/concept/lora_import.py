@@ -1,4 +1,4 @@
-"""Imports any trainer's LoRA file as a concept, which is attached, scored, saved and exported like one learned here."""
+"""Imports a LoRA file from any trainer as a concept, which can be attached, scored, saved and exported like any other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from shared.concept.schema import ConceptMeta
 from shared.config import NAME, validate
 from shared.io.read_subject import plain_noun
 
-_SLOT = {False: "lora", True: "dora"}  # by DoRA or not: a peft adapter is entirely one or the other
-_SOME = 8  # names in a message
+_SLOT = {False: "lora", True: "dora"}  # by whether it is a DoRA; a peft adapter cannot mix the two
+_SOME = 8  # the most names to list in a message
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ Layers = dict[tuple[str, str], LayerLora]  # by component and path
 
 
 def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str = "", name: str = "") -> Concept:
-    """Imports a LoRA file as a concept for this backbone. Its keys may be diffusers', peft's or kohya's.
+    """Imports a LoRA file as a concept for this backbone. Its keys may follow diffusers, peft or kohya.
 
     Args:
         path: a safetensors file, or the folder that diffusers or peft wrote
-        token: the subject's name in training ("sks mug"); "": the LoRA acts without being named
+        token: what captions called the subject in training ("sks mug"); "": the LoRA takes effect without a token
         class_noun: the subject's plain class; default: `token` without its first word
-        name: of the concept; default: from the file's name
+        name: the concept's name; default: taken from the file (see `concept_name`)
 
     Raises:
         ValueError: if the file is not a LoRA (see `read_lora_file`) or was made for another architecture
 
     Warns:
-        UserWarning: if keys match no layer here, listing some of them; those are left out
+        UserWarning: if some names in the file match no layer of this backbone; they are ignored, and the warning lists some
     """
     file = read_lora_file(path)
     layers, unmatched = match(file, backbone)
@@ -63,14 +63,15 @@ def import_lora(path: Path, backbone: Backbone, token: str = "", class_noun: str
     if left:
         some = ", ".join(left[:_SOME]) + (f" and {len(left) - _SOME} more" if len(left) > _SOME else "")
         warnings.warn(
-            f"{file.path}: {len(left)} of its names match no layer here and are left out: {some}", stacklevel=2
+            f"{file.path}: {len(left)} of the names in it match no layer of this model and are ignored: {some}",
+            stacklevel=2,
         )
     noun = plain_noun(class_noun or token.partition(" ")[2])
     adapters, tensors = _adapters(layers)
     touched = shapes(backbone, layers)
     meta = {
         "name": name or concept_name(file.path),
-        "kind": "subject" if token else "style",  # a style acts unnamed
+        "kind": "subject" if token else "style",  # a style takes effect without a token
         "class_noun": noun,
         "modifier": {"kind": "plain_text", "words": token, "with_class_noun": False} if token else {},
         "backbone": {
@@ -97,9 +98,9 @@ def concept_name(path: Path) -> str:
 
 
 def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
-    """Returns the backbone layers that the file changes, and the names in the file that match no layer here.
+    """Returns the backbone layers that the file changes, and the names in the file that match no layer of the backbone.
 
-    Raises ValueError if no name matches, if shapes belong to another architecture, or if two names mean the same layer.
+    Raises ValueError if no name matches, if shapes do not fit this architecture, or if two names mean the same layer.
     """
     index = layer_index(backbone, file.path.name)
     layers: Layers = {}
@@ -109,7 +110,7 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
         places = index.get(flat(name), set())
         if len(places) > 1:
             where = " and ".join(sorted(f"{p.component}.{p.paths[0]}" for p in places))
-            raise ValueError(f"{file.path}: {name!r} is ambiguous ({where}): its prefix is missing")
+            raise ValueError(f"{file.path}: {name!r} is ambiguous: it lacks the prefix that tells {where} apart")
         if not places:
             unmatched.append(name)
             continue
@@ -128,28 +129,30 @@ def match(file: LoraFile, backbone: Backbone) -> tuple[Layers, list[str]]:
 
 
 class _Misfit(ValueError):
-    """A layer of that name exists here, but with another shape."""
+    """The backbone has a layer of that name, but with another shape."""
 
 
 def _another_architecture(file: LoraFile, backbone: Backbone, unmatched: int, misfits: list[str]) -> str:
     made_for = file.base or looks_like([*file.layers])
-    counted = [f"{unmatched} of its {len(file.layers)} names match no layer"] if unmatched else []
+    counted = [f"{unmatched} of the file's {len(file.layers)} layer names match no layer"] if unmatched else []
     if misfits:
         counted.append(f"{len(misfits)} match layers of another shape, such as {misfits[0]}")
     guess = f" (apparently {made_for})" if made_for else ""
     return (
-        f"{file.path} was made for another architecture{guess}: on {backbone.name} ({backbone.family}) "
-        f"{' and '.join(counted)}. Give the model it was trained on with --backbone"
+        f"{file.path} was made for another architecture{guess}: in {backbone.name} ({backbone.family}), "
+        f"{' and '.join(counted)}. Use --backbone to give the model that the LoRA was trained on"
     )
 
 
 def _split(lora: NamedLora, place: Place, backbone: Backbone) -> Layers:
-    """Converts a file's matrices to the form of the layers: splits rows among them, and adds or removes 1x1 kernels."""
+    """Fits one of the file's LoRAs to the layers of a place: splits its rows among them, and adds or removes 1x1 kernels."""
     weights = []
     for path in place.paths:
         weight = base_weight(backbone, place.component, path)
         if weight is None:
-            raise ValueError(f"{place.component}.{path} stores its weight in a form that a LoRA cannot be put on here")
+            raise ValueError(
+                f"the weight of {place.component}.{path} is stored in a form that LoRA does not support here"
+            )
         weights.append(weight)
     rows, shape = [w.shape[0] for w in weights], weights[0].shape[1:]
     up = lora.up.flatten(1) if lora.up.numel() == lora.up.shape[0] * lora.up.shape[1] else lora.up
@@ -186,7 +189,7 @@ def _per_output(lora: NamedLora, outputs: int, inputs: int) -> Tensor:
     ):
         return size.reshape(-1)
     raise ValueError(
-        f"{lora.name!r} has a DoRA scale of shape {list(size.shape)} on a layer of {outputs} outputs and {inputs} inputs: "
+        f"{lora.name!r} has a DoRA scale of shape {list(size.shape)} on a layer with {outputs} outputs and {inputs} inputs: "
         "only one value per output ([out, 1]) is supported"
     )
 

@@ -1,8 +1,8 @@
 """Maps the spellings of layer names in trainers' LoRA files to the layers of a backbone.
 
-One index serves all of them: dots and underscores count as the same, because kohya's files have no dots. Four spellings of a
+One index serves all spellings; dots and underscores count as equal, because kohya's files have no dots. Four spellings of a
 path are known: diffusers' own (which peft and kohya keep for Stable Diffusion), Black Forest Labs' for FLUX, Wan's own, and
-that of the original (LDM) checkpoints of Stable Diffusion.
+the one in Stable Diffusion's original (LDM) checkpoints.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def layer_index(backbone: Backbone, file: str = "") -> dict[str, set[Place]]:
     """Returns every known spelling, flattened -> the places that it can mean (more than one: the spelling is ambiguous).
 
     Args:
-        file: the file's name; a file for any expert but the first contains that expert's name, and names its layers as if
-            it were the first
+        file: the file's name. If it contains the name of an expert other than the first, the file is for that expert, even
+            if the names of its layers begin with the first one's
     """
     index: dict[str, set[Place]] = {}
     first, *others = backbone.noise_ranges
@@ -64,7 +64,7 @@ _DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "model.diffu
 
 
 def _text_prefixes(component: str) -> tuple[str, ...]:
-    """Returns a text encoder's prefixes: kohya and ComfyUI count FLUX's T5 as the third encoder, others as the second."""
+    """Returns a text encoder's prefixes: kohya and ComfyUI count FLUX's T5 as encoder 3, other programs as 2."""
     if component == "text_encoder":
         return ("lora_te_", "lora_te1_")
     return ("lora_te2_", "lora_te3_") if component == "text_encoder_2" else ()
@@ -76,7 +76,7 @@ def _spellings(backbone: Backbone, component: str, path: str) -> set[str]:
 
 
 def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[tuple[str, Place]]:
-    """Yields the layer names of a family's originally published checkpoints, where those layers exist here."""
+    """Yields the layer names of a family's originally published checkpoints, where this backbone has those layers."""
     spell = next((_ORIGINAL[family] for family in sorted(backbone.reads) if family in _ORIGINAL), None)
     for name, *layers in spell(backbone.components[component]) if spell else ():
         if all(layer in paths for layer in layers):
@@ -84,7 +84,7 @@ def _original(backbone: Backbone, component: str, paths: set[str]) -> Iterator[t
 
 
 def _flux(network: Any) -> Iterator[tuple[str, ...]]:
-    """Yields (Black Forest Labs' name, diffusers' names); theirs has queries, keys and values in one matrix."""
+    """Yields (Black Forest Labs' name, diffusers' names); the former has queries, keys and values in one matrix."""
     for i in range(len(network.transformer_blocks)):
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, qkv, out, norm, ff in (

@@ -1,4 +1,4 @@
-"""Reads LoRA files of any trainer without executing anything: low-rank tensors and scales, by the file's own names."""
+"""Reads LoRA files from any trainer without executing anything: low-rank tensors and scales, by the file's own names."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ class NamedLora:
 
 @dataclass
 class LoraFile:
-    """A file's content by the file's own names."""
+    """The contents of a LoRA file, by the file's own names."""
 
     path: Path
     layers: dict[str, NamedLora] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # keys that are not part of a LoRA
-    base: str = ""  # the base model stated in its header
+    base: str = ""  # the base model stated in the file's header
 
 
 def find_file(path: Path) -> Path:
-    """Returns a LoRA file's path, given it or a folder written by diffusers or peft. ValueError if there is none."""
+    """Returns the path of a LoRA file, given that path or a folder from diffusers or peft. ValueError if there is none."""
     path = expanded(str(path))
     if path.is_dir():
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
@@ -87,10 +87,10 @@ def read_lora_file(path: Path) -> LoraFile:
     """Reads the low-rank tensors of a file, fp32, each with the scale that its trainer intended.
 
     alpha comes from the file's tensors (kohya), from `adapter_config.json` next to it (peft), or from its header (diffusers).
-    If a diffusers or kohya file has none, it is the rank, as in those programs.
+    If a diffusers or kohya file has no alpha, alpha is the rank, as in those programs.
 
-    Raises ValueError, naming file and key, for a pickle or any other kind of file, half a pair, a method other than LoRA and
-    DoRA, and a peft file whose `adapter_config.json` is missing.
+    Raises ValueError, naming file and key, for anything but a safetensors file (a pickle, say), a missing half of a pair, a
+    method other than LoRA and DoRA, and a peft file whose `adapter_config.json` is missing.
     """
     path = find_file(path)
     _refuse_pickle(path)
@@ -169,7 +169,7 @@ class _Scales:
                 raise ValueError(f"{path} is {settings['peft_type']}: only LoRA and DoRA are supported")
             if settings.get("bias", "none") != "none" or settings.get("modules_to_save"):
                 raise ValueError(
-                    f"{path}{f' ({where})' if where else ''} changes weights besides its LoRA: that is not supported"
+                    f"{path}{f' ({where})' if where else ''} changes other weights besides its LoRA, which is not supported"
                 )
 
     def alpha(self, name: str, rank: int) -> float:

@@ -28,8 +28,8 @@ from shared.trainable.delta import find_parameter
 Method = Literal["closed_form", "sum"]
 SLOT = "merged"
 _BEFORE = "a photo of a"  # what precedes the words in a sentence
-#: As a share of G's mean diagonal: a few captions do not span all features, and normalised features lie in a hyperplane. The
-#: ridge leaves undetermined directions unchanged.
+#: The ridge, as a share of G's mean diagonal. A few captions do not span all features, and normalised features lie in a
+#: hyperplane; the ridge leaves the undetermined directions unchanged.
 _RIDGE = 1e-9
 _LEAST = 1e-9  # singular values of C below this share of the largest count as zero
 
@@ -39,7 +39,7 @@ def merge(
 ) -> list[Concept]:
     """Returns the concepts with one common change of keys and values, each with its own name and words.
 
-    They share this change: loaded together, it acts once, and each concept on its own still contains the change for all.
+    The concepts share this change: if several are loaded, it acts once, and each one alone contains the change for all.
 
     Args:
         backbone: the model they were learned on, with none of them attached; it is left unchanged
@@ -177,8 +177,8 @@ def _change(concept: Concept, backbone: Backbone) -> dict[str, Tensor]:
     if adapted or other or not change:
         what = f"changes {other[0]}" if other else "has adapters" if adapted else "changes no weights"
         raise ValueError(
-            f"{concept.name!r} {what}: only changed keys and values of cross-attention can be merged, as the recipe "
-            "custom_diffusion learns them"
+            f"{concept.name!r} {what}: only changed keys and values of cross-attention can be merged, as learned by the recipe "
+            "custom_diffusion"
         )
     return change
 

@@ -1,4 +1,4 @@
-"""Remembers where models are on this machine, by their weights. Concepts do not record it, because they are meant to be shared.
+"""Remembers where models are on this machine, by their weights. Concepts are meant to be shared, so they do not record paths.
 
 One file in the user's cache, `models.json`: checkpoint -> path. It may be removed at any time.
 """
@@ -36,7 +36,7 @@ def remember(backbone: Backbone) -> None:
 
 
 def known_path(checkpoint: str) -> Path | None:
-    """Returns where a model with these weights was last seen; None if it is no longer there."""
+    """Returns where a model with these weights was last seen; None if that is unknown or no longer there."""
     folder = _read().get(checkpoint)
     return Path(folder) if folder and Path(folder).exists() else None
 

@@ -17,7 +17,7 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     A concept may come from anywhere, so the model it names is never downloaded: it is the toybox, a model with the same
     weights that this machine has seen before, a hub id in the local hub cache, or a folder of that name.
 
-    Raises ValueError, naming the concept and what to give instead, if the model is not here.
+    Raises ValueError, naming the concept and what to give instead, if the model is not on this machine.
     """
     if backbone and backbone != str(where_learned(concept)):
         model = load_backbone(backbone, **options)
@@ -29,7 +29,7 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
     available = where == TOYBOX or Path(where).exists() or _in_hub_cache(info.name) or options.get("download")
     if not available:
         raise ValueError(
-            f"{what}, and that model is not known here. Give its location with --backbone PATH, or "
+            f"{what}, and that model is not known on this machine. Give its location with --backbone PATH, or "
             "with backbone=PATH for a command that takes a recipe (a folder or a hub id)"
         )
     try:
@@ -46,7 +46,7 @@ def where_learned(concept: Concept) -> str | Path:
 
 def known_model(folder: Path) -> Path | None:
     """Returns the local path of the model that a concept was learned on, reading only its description. None if it is not known
-    here, or the folder is not a concept (which is reported when it is read)."""
+    on this machine, or if the folder is not a concept (which is reported when the concept is read)."""
     try:
         info = read_meta(folder / META).backbone
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ class Provenance:
 
     Args:
         modifier: the part that gave the concept its words; default: the recipe's
-        recipe: resolved; folders in the user's paths are removed, because a concept is meant to be shared
+        recipe: the resolved recipe; folders in the user's paths are removed, because a concept is meant to be shared
         metrics: numbers, texts, or mappings of them; numbers that are not finite become null
         references: the picture files, or {"file": name without folders, "sha256": …} for each
         seed: default: the recipe's
@@ -110,7 +110,7 @@ def portable(value: Any) -> Any:
 
 
 def public_name(backbone: str) -> str:
-    """Returns the last path component of a model that is a local folder or file; anything else (toybox, a hub id) unchanged."""
+    """Returns the last path component if the model is a local folder or file; else (toybox, a hub id) the name itself."""
     local = _ABSOLUTE.match(backbone) or backbone.startswith(".") or Path(backbone).exists()
     return _last(_text(PurePath(Path(backbone).absolute()))) if local and backbone not in WORLDS else _text(backbone)
 

@@ -81,7 +81,7 @@ class ConceptMeta(Part):
         default_factory=dict
     )  # component -> touched layer or parameter -> base shape
     embeddings: dict[Name, int] = Field(default_factory=dict)  # text encoder -> width of its token embeddings
-    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter and weight tensors
+    adapter_id: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # of adapter, weight and branch tensors
     recipe: dict[str, Any] = Field(default_factory=dict)  # resolved; other code reads only `learned_with`
     ports: tuple[str, ...] = ()  # roles that resolved to a port
     metrics: dict[str, Metric] = Field(default_factory=dict)

@@ -151,7 +151,7 @@ def _bytes(size: float) -> str:
 
 
 def _use(concept: Concept) -> str:
-    """Returns a command that uses the concept; a motion or style acts unnamed."""
+    """Returns a command that uses the concept; a motion or style takes effect without being named."""
     folder = concept.path.name if concept.path else f"{concept.meta.name}.concept"
     named = concept.meta.kind in ("subject", "identity")
     prompt = f"a photo of a <{concept.meta.name}> on the beach" if named else "a photo of a mug on the beach"

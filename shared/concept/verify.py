@@ -19,7 +19,7 @@ from shared.io.safetensors_files import safe_load_safetensors
 
 _SEED, _SIDE = 0, 256  # seed of the noise; picture side in pixels
 #: The rounding difference allowed when the same sums are computed in another order, relative to the largest value; and the
-#: difference allowed as a share of the concept's effect (root mean squares; an export that does nothing has 1).
+#: difference allowed as a share of the concept's effect (root mean squares; for an export that does nothing it is 1).
 _ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.bfloat16: 0.3}
 
@@ -28,7 +28,7 @@ _SHARE = {torch.float32: 0.02, torch.float64: 0.001, torch.float16: 0.3, torch.b
 def compare(
     backbone: Backbone, name: str, strength: float, folder: Path, written: Mapping[str, Any], words: str
 ) -> dict[str, Any]:
-    """Compares outputs with the attached concept `name` to those of diffusers' own pipeline with `folder` loaded.
+    """Compares outputs with the concept `name` attached to outputs of diffusers' own pipeline with `folder` loaded.
 
     Args:
         written: what `write_lora` and `write_tokens` returned
@@ -81,7 +81,7 @@ def check(ours: Tensor, theirs: Tensor, without: Sequence[Tensor]) -> dict[str, 
 
     Returns:
         max_abs_difference and its limit (rounding); the smallest effect of an ingredient (largest absolute change) and the
-        difference as a share of it (root mean squares; None if no ingredient affects this output); ok
+        difference as a share of that effect (root mean squares; None if no ingredient affects this output); ok
     """
     a, b = ours.float(), theirs.float().to(ours.device)
     if a.shape != b.shape:

@@ -48,7 +48,7 @@ class Shots:
     out: Path | str | None = None  # a folder; None: no report is written
     overwrite: bool = False
     chunk: int = 16  # pictures per call
-    kept: KeptPictures | None = None  # the base model's, for evaluations with the same sampler; None: keeps none
+    kept: KeptPictures | None = None  # the base model's pictures, shared by evaluations with the same sampler
 
 
 def evaluate(
@@ -62,8 +62,8 @@ def evaluate(
 ) -> Report:
     """Scores a concept on every prompt with every seed; the report is written to `settings.out`, if given.
 
-    If a world can draw the real subject, prompts that leave the pose open are generated with at least `freedom.SEEDS` seeds;
-    those beyond `settings.seeds` count only for freedom.
+    If a world can draw the real subject, prompts that leave the pose open get at least `freedom.SEEDS` seeds; those beyond
+    `settings.seeds` count only for freedom.
 
     Args:
         generate: the model with the concept; must also take prompts that do not name it (for drift)

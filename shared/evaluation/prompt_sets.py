@@ -51,7 +51,7 @@ class Prompt(Part):
 
     @property
     def free(self) -> bool:
-        """Whether freedom can be measured on its pictures: it describes a photo without giving view or placement."""
+        """Whether freedom can be measured on the pictures: the prompt describes a photo without giving view or placement."""
         return not {"view", "style"} & set(self.expects) if self.pose_open is None else self.pose_open
 
     def named(self, name: str, class_noun: str) -> str:

@@ -39,7 +39,7 @@ class Case:
     through_key: str = ""  # the autoencoder's fingerprint, if measurements through it may be cached
     true: TrueThing | None = None  # the real subject, if a world can draw it
     cache: Path | None = None  # a folder for measurements of true pictures; None: nothing is cached
-    concept: Path | None = None  # its folder, for its size on disk
+    concept: Path | None = None  # the concept's folder, for its size on disk
     recipe: str = ""
     backbone: str = ""
     kind: str = "subject"  # or "style", which has no true pictures

@@ -22,7 +22,7 @@ _KEYS = ("text", "caption", "prompt")
 
 
 def caption_files(items: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Returns picture or clip (a file or a folder of frames) -> the file in `folder` that holds its caption."""
+    """Maps each picture or clip (a file or a folder of frames) to the file in `folder` that holds its caption."""
     there: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.iterdir()):
         if looks_like_captions(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Returns the hexadecimal sha256 of a file's bytes, or for a folder (a clip's frames), of its files' names and bytes."""
+    """Returns the hexadecimal sha256 of a file's bytes or, for a folder (a clip's frames), of its files' names and bytes."""
     state = hashlib.sha256()
     if (folder := Path(path)).is_dir():
         for file in sorted(p for p in folder.iterdir() if p.is_file()):

@@ -35,7 +35,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 def write_picture(
     picture: Tensor | Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG ([3, H, W] in [-1, 1], or an image) with `metadata` as text chunks, atomically.
+    """Writes a PNG ([3, H, W] in [-1, 1], or an image) with `metadata` as text chunks, atomically.
 
     Folders are created as needed; an existing file is replaced. `read_metadata` reads the text back; characters that UTF-8
     cannot encode come back as escapes. Raises ValueError if a key is not 1 to 79 Latin-1 characters.

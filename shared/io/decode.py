@@ -71,7 +71,7 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> Picture:
-    """Decode a picture file, whatever its extension: upright, 8-bit sRGB, with transparency as a mask on a neutral ground.
+    """Decodes a picture file, whatever its extension: upright, 8-bit sRGB, with transparency as a mask on a neutral ground.
 
     For an animation, the first frame is used, with a UserWarning. Raises ValueError, naming the file, if it is missing, not a
     picture, damaged, larger than `max_pixels` (before anything is decoded), smaller than `min_side` on a side, or fully
@@ -154,7 +154,7 @@ def named_errors(path: Path) -> Iterator[None]:
         if of_the_machine(error) or (isinstance(error, ValueError) and str(path) in str(error)):
             raise
         what = f"{error}".strip() or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a picture, it is damaged or truncated: {what}") from None
+        raise ValueError(f"{path} cannot be read as a picture; it is damaged or truncated: {what}") from None
 
 
 @contextmanager

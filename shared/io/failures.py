@@ -1,5 +1,5 @@
 """Explains failures of the machine rather than of the input (memory, disk, links, recursion depth): what happened, where, and
-what to do. Libraries report them with their own exceptions, and only this module recognises those."""
+what to do. Libraries report them with exceptions of their own, which only this module recognises."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ def foreign_files(folder: Path, most: int = 4) -> list[str]:
 
 
 def mark(folder: Path) -> None:
-    """Write a list of a new folder's files into it, unless the files already show that pcs wrote them."""
+    """Writes a list of a new folder's files into it, unless the files already show that pcs wrote them."""
     if foreign_files(folder, 1):
         files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()]
         _write_mark(folder, [f for f in files if f != MARK])
 
 
 def claim(folder: Path, file: str, made: bool = False) -> None:
-    """Add a file to the list of a folder that grows while pcs works in it. Call this before writing the file.
+    """Adds a file to the list of a folder that grows while pcs works in it. Call this before writing the file.
 
     `file` is relative to the folder. Raises ValueError if a file of that name exists that pcs did not write, unless `made`
     (the caller has just created it).
@@ -68,7 +68,7 @@ def _write_mark(folder: Path, files: list[str]) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Remove the files that pcs wrote below a folder, their list, and folders that are then empty; nothing else."""
+    """Removes the files that pcs wrote below a folder, their list, and folders that are then empty; nothing else."""
     if folder.is_symlink() or not folder.is_dir():
         return
     kept = {folder / name for name in foreign_files(folder, sys.maxsize)}

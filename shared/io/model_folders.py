@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.io.failures import of_the_machine
 
-#: Expected stray keys: those of older files, and those of the unused half of a model that is used only for text.
+#: Expected stray keys: from older files, and from the other half of a model that is used only for text.
 _UNREAD = (r"position_ids$", r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^decoder\.")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PADDED = 0.9  # the smallest share of a table's rows that are tokens: tables are padded by a few rows, not by half
@@ -149,7 +149,8 @@ def load_tokenizer(kind: Any, folder: Path, embeddings: int) -> Any:
 
 def check_tokenizer(tokenizer: Any, embeddings: int, folder: Path) -> None:
     """Raises ValueError if a tokenizer does not match a text encoder with this many token `embeddings`: some of its files are
-    missing or belong to another model. Without them, transformers builds one that encodes all prompts alike."""
+    missing or belong to another model. Without them, transformers builds a tokenizer that encodes all prompts
+    alike."""
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     what = f"{folder}: the tokenizer has {size} tokens, but the text encoder has {embeddings} embeddings"

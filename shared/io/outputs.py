@@ -115,7 +115,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False, inputs: Iterable[Path
 
     With `overwrite`, the old folder stays until the new one is complete, and the two are exchanged atomically if the system
     supports it. If `path` is a link to a folder, the link stays and its target is written. Files get the modes that the umask
-    sets. Leftovers of killed processes next to it are removed. Raises ValueError as `check_output` does, before and after.
+    sets. Leftovers of killed processes next to `path` are removed. Raises ValueError as `check_output` does, before and after.
     """
     named = check_output(path, overwrite, inputs)
     path = _place(named)
@@ -182,7 +182,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> Path:
-    """Write UTF-8 text atomically; the folder must exist. Characters that UTF-8 cannot encode are escaped, as in JSON."""
+    """Writes UTF-8 text atomically; the folder must exist. Characters that UTF-8 cannot encode are escaped, as in JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8")
     return Path(path)

@@ -21,7 +21,7 @@ def resize(
     mode: ResizeMode | None = None,
     keep: tuple[int, int, int, int] | None = None,
 ) -> Picture:
-    """Resize picture and mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
+    """Resizes picture and mask to `size` (a side, or (height, width)) in pixels. Bit-for-bit deterministic.
 
     "cover" fills the frame and crops the rest, around the centre of the mask if there is one, else of the picture. A
     UserWarning names a picture that loses more than a third, unless all of its mask stays inside. None is "cover" without the

@@ -47,7 +47,7 @@ def is_temporary(name: str) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove half-written outputs directly in a folder that dead processes of this machine left behind.
+    """Removes half-written outputs directly in a folder that dead processes of this machine left behind.
 
     If a process was killed after moving the old output aside and before putting the new one in place, the old output is
     restored.

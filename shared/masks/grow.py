@@ -16,7 +16,7 @@ from shared.masks.base import MaskPart
 class Grow(MaskPart):
     """Grows the mask by a disc of radius `by` (shrinks it if negative), then blurs it with sigma `soften`.
 
-    Both in pixels of the training resolution.
+    Both are in pixels of the training resolution.
     """
 
     taxonomy: ClassVar[str] = "grown masks"

@@ -1,7 +1,7 @@
 """Detects things that were cut out of a reference and pasted into a new picture.
 
-Such a picture differs as a whole (`shared.metrics.copying` does not notice it), but its thing is the same pixel by pixel.
-So the thing is cut out of the reference and searched for in the picture, cropped to its own thing: normalised
+Such a picture differs as a whole, so `shared.metrics.copying` does not notice it, but the thing in it is the same pixel by
+pixel. So the thing is cut out of the reference and searched for in the picture, which is cropped to its own thing: normalised
 cross-correlation under the reference's mask, maximized over shifts, sizes and mirroring.
 """
 

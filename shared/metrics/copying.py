@@ -65,7 +65,7 @@ def _match(template: Tensor, whole: Tensor) -> Tensor:
     """Maximum over positions of the normalised cross-correlation: `[N, 3, s, s]` in `[R, 3, G, G]` -> `[N, R]`."""
     n, channels, s, _ = template.shape
     zero = template - template.mean((2, 3), keepdim=True)
-    cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has no mean, so the window's own drops out
+    cross = F.conv2d(whole, zero)  # [R, N, p, p]; the template has zero mean, so the window's mean drops out
     mean = F.avg_pool2d(whole, s, 1)
     spread = ((F.avg_pool2d(whole**2, s, 1) - mean**2).clamp_min(0) * s * s).sum(1, keepdim=True)
     norm = spread.sqrt() * zero.square().sum((1, 2, 3)).sqrt().view(1, n, 1, 1)
@@ -109,7 +109,7 @@ def find_copies(
     pixels: Tensor, embeddings: Tensor, references: Tensor, reference_embeddings: Tensor, limits: CopyLimits
 ) -> Copying:
     """Finds the outputs `[N, 3, H, W]` that repeat one of the references `[R, 3, H, W]`. The embeddings `[N, D]` and
-    `[R, D]` are those of whole pictures.
+    `[R, D]` are of whole pictures.
     """
     pixel, embed = aligned_similarity(pixels, references), cosine(embeddings, reference_embeddings)
     nearest = pixel.argmax(1)

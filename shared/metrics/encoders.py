@@ -155,7 +155,7 @@ def to_bytes(pixels: Tensor) -> bytes:
 
 
 def resize01(pixels: Tensor, size: int) -> Tensor:
-    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], 8 bits: by the shorter side, then a middle crop."""
+    """Resizes `[N, 3, H, W]` in [-1, 1] to `[N, 3, size, size]` in [0, 1], 8 bits: by the shorter side, then a centre crop."""
     parts = []
     for picture in to_pil(pixels):
         if picture.size != (size, size):
@@ -217,7 +217,7 @@ class DinoEncoder:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalises the projection: transformers 5 has it in an object's `pooler_output`, version 4 returns the tensor itself."""
+    """Normalises the projection: transformers 5 has it in an object's `pooler_output`; version 4 returns the tensor."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu()
 

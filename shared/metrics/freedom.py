@@ -1,7 +1,7 @@
 """Measures how much of the real object's variation in pose remains across pictures of one prompt.
 
 D is the mean distance (1 − cosine) between the crops of two verified pictures of one prompt. R is that distance for true
-pictures of the thing from random views, F for true pictures in one pose and place with everything around it redrawn.
+pictures of the thing from random views, F for true pictures in one pose and place with everything around the thing redrawn.
 Freedom 0 means one pose for every seed, and 1 means as varied as the object itself. Only the crops are compared: neither
 a shift nor another background makes a new pose.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.metrics.scores import cosine
 
 SEEDS = 4  # pictures per prompt that leaves the pose open
-ENOUGH = 0.3  # share of the pairs in which both pictures must be verified: fewer say nothing about the thing
+ENOUGH = 0.3  # share of the pairs in which both pictures must be verified; fewer say nothing about the thing
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def measure_true(
 ) -> TrueFigures:
     """Measures the bar for each style among the prompts, and the range of freedom if poses can be compared.
 
-    Two sets of pictures are drawn for every prompt: one sets the bar, the other is judged by it. The pictures of the second
+    Two sets of pictures are drawn for every prompt: one sets the bar, and the other is judged by it. The pictures of the second
     set that pass also give the freedom of random views. The verifier must have look-alikes.
     """
     sets = []

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.io.safe_paths import safe_relative
 from shared.metrics.true_thing import TrueFigures
 
-SCHEMA_VERSION = 2  # 2: identity is verification, freedom, three terms
+SCHEMA_VERSION = 2  # 2: identity means verification, and freedom is the third term
 REPORT_FILE, HTML_FILE, PICTURES = "report.json", "index.html", "pictures"
 # "freedom": with the concept, more seeds of the prompts that leave the pose open; they only count towards freedom.
 Kind = Literal["concept", "freedom", "base", "drift", "drift_base"]

@@ -52,7 +52,7 @@ class Scorer:
     """Compares pictures with a subject's references.
 
     references: `[R, 3, H, W]` in [-1, 1]. gallery: look-alikes, name -> `[n, 3, H, W]`. With a gallery, identity means
-    "recognised among them", and with `figures` of the true thing also "verified"; without, likeness to the references.
+    "recognised among them", and with `figures` of the true thing also "verified"; without one, likeness to the references.
     fresh: pictures of the subject that are not references, to calibrate what counts as a copy. expects: what a picture
     must show, by prompt (in plain words). through: the model's autoencoder, which the pictures have passed through.
     masks: `[R, H, W]`, the thing's masks in the references.

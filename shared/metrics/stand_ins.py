@@ -18,7 +18,7 @@ from shared.metrics.encoders import Instruments, SoftReader, Typical
 from shared.metrics.scores import cosine, trade_off
 from shared.metrics.verification import Look
 
-FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ in the other two
+FLOOR = 0.05  # minimum of each stand-in, so that two checkpoints without freedom still differ by the other two
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def stand_ins(made: Previewed, instruments: Instruments) -> dict[str, float]:
 
 def soft_identity(look: Look, typical: Typical | None, scores: Mapping[str, list[float]]) -> Tensor:
     """Rates identity per picture `[N]` on [0, 1]: 0 for the likeness that another thing of the same class and colours
-    typically has to the references, 1 for that of the thing itself. Without these constants, the plain likeness. 0 for
-    copies and for faces that are not visible.
+    typically has to the references, 1 for the likeness of the thing itself. Without these constants, returns the plain
+    likeness. Copies, and faces that cannot be seen, get 0.
     """
     if typical is not None and typical.same > typical.other:
         like = (look.likeness - typical.other) / (typical.same - typical.other)

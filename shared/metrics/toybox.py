@@ -151,8 +151,8 @@ def toybox_known(files: Sequence[Path]) -> Known | None:
 
 
 def toybox_accuracy(card: Path | None = None) -> dict[str, dict[str, float]]:
-    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies after a round
-    trip through the VAE are preferred where measured, since generated pictures come out of the VAE too.
+    """Reads `{instrument: {what: accuracy}}` from the toybox's `card.json`; empty without a card. Accuracies on
+    VAE reconstructions are preferred where measured, since generated pictures come out of the VAE too.
     """
     from shared.toybox.evaluators.convnet import WEIGHTS
 

@@ -21,9 +21,9 @@ class Tally:
 
     subject: str
     prompt: int
-    identity: float  # pictures that show the thing (a likeness on [0, 1] counts in part)
-    judged: int  # pictures that can be judged
-    ceiling: float  # sum, over these, of the share of true pictures that pass; `judged` if no true thing is known
+    identity: float  # number of pictures that show the thing (a likeness on [0, 1] counts in part)
+    judged: int  # number of pictures that can be judged
+    ceiling: float  # sum over the judged pictures of the share of true ones that pass; `judged` if none are known
     text: float  # sum of the pictures' scores for following the prompt
     texts: int
     pairs: Pairs | None = None  # only if the prompt leaves the pose open
@@ -98,7 +98,7 @@ def bootstrap_terms(
 
 
 def _certain(tallies: Sequence[Tally], key: str, level: float) -> tuple[float, float] | None:
-    """Wilson's interval over prompts for a term that is 0 for all or full for all; None for any other."""
+    """Wilson's interval over prompts for a term that is 0 on all of them or full on all; None for any other term."""
     sums = [(t.identity, t.judged, t.ceiling) if key == "identity" else (t.text, t.texts, t.texts) for t in tallies]
     known = [s for s in sums if s[1]]
     if not known or not (all(v == 0 for v, _, _ in known) or all(v == n for v, n, _ in known)):

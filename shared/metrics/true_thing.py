@@ -29,7 +29,7 @@ class TrueThing(Protocol):
     key: str  # which thing, and a fingerprint of the drawing code: equal keys give equal pictures
 
     def pictures(self, asked: Sequence[Mapping[str, str]], seed: int, pose: int | None = None) -> Tensor:
-        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of one pose and place for all."""
+        """Draws one picture for each of `asked`: `[N, 3, H, W]` in [-1, 1]. pose: the number of the pose and place of all."""
         ...
 
 

@@ -37,7 +37,7 @@ class Look:
     face: Tensor | None  # bool [N], where the thing is a face
     crops: Tensor | None  # [N, F] embeddings of crops aligned on the thing, which tell poses apart
     places: Tensor | None  # [N, 3] of `placements`
-    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and that in each reference
+    pasted: Tensor | None  # float64 [N, R]: pixelwise match between the thing and the thing in each reference
 
     def copied(self, limit: float | None = None) -> Tensor:
         """Bool `[N]`: whether the whole picture copies a reference, or its thing matches one with a correlation of at least
@@ -51,7 +51,8 @@ class Look:
         return int(self.copying.nearest[n]) if whole or self.pasted is None else int(self.pasted[n].argmax())
 
     def passes(self, least: Sequence[float], limit: float | None = None) -> Tensor:
-        """Bool `[N]`: recognised, not a copy, showing a face if the thing is one, and with at least its `least` likeness.
+        """Bool `[N]`: whether each picture is recognised, not a copy, shows a face if the thing is one, and reaches its `least`
+        likeness.
 
         Needs look-alikes.
         """
@@ -99,7 +100,7 @@ class Verifier:
         gallery: look-alikes, name -> `[n, 3, H, W]`; without them nothing is recognised
         fresh: pictures of the subject that are not references, to calibrate what counts as a copy
         through: the model's autoencoder, which the pictures have passed through. The pictures they are compared with are
-            sent through it too, so that its losses do not lower the scores
+            sent through it too, so that what the autoencoder loses does not lower the scores
         masks: `[R, H, W]` in [0, 1], the thing's masks in the references; None uses the locator's maps
     """
 

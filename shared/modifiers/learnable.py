@@ -156,9 +156,9 @@ def at_strength(start: Tensor, learned: Tensor, strength: float) -> Tensor:
 def _start(backbone: Backbone, component: str, init: str, vectors: int, seed: int) -> Tensor:
     """Computes initial vectors [vectors, d]: the embeddings of the words' sub-tokens in order.
 
-    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single vector as the mean of all:
-    "coffee mug"). With more, the words are repeated with a little noise so that they can diverge. "<rand>" gives noise with
-    the spread of the whole table.
+    With fewer vectors than sub-tokens, each starts as the mean of its share of them (a single vector for "coffee mug" as the
+    mean of both words). With more, the words are repeated with a little noise so that they can diverge. "<rand>" gives
+    noise with the spread of the whole table.
     """
     generator = torch.Generator().manual_seed(seed)
     words = backbone.word_embeddings(component, "a" if init == "<rand>" else init).float().cpu()

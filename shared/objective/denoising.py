@@ -16,15 +16,14 @@ class Denoising(Part):
     """Squared error between prediction and target (epsilon, v or flow velocity).
 
     `masked` restricts the loss to the subject: sum(m * e^2) / sum(m), so that a small subject counts as much as a large one;
-    by default whenever a picture has a mask. `outside` is the weight of the background (above 0, it is not learned as
-    noise), `inside` that of the subject: with inside=0 and outside=1, everything but the subject is learned, such as a
-    motion without its performer. `min_snr_gamma` is the weighting of https://arxiv.org/abs/2303.09556, eq. 4 to 6.
+    by default it is on whenever a picture has a mask. `outside` is the weight of the background (a value above 0 keeps the
+    model from turning it into noise), `inside` the weight of the subject: inside=0 with outside=1 learns everything but the
+    subject, such as a motion without its performer. `min_snr_gamma` is the weighting of
+    https://arxiv.org/abs/2303.09556, eq. 4 to 6.
     """
 
     kind: Literal["denoising"] = "denoising"
-    masked: bool | None = (
-        None  # None: if there are masks; true: the same, with a warning if there are none; false: never
-    )
+    masked: bool | None = None  # None: on if there are masks; true: the same, but warns if there are none; false: off
     outside: Annotated[float, Field(ge=0, le=1)] = 0.0
     inside: Annotated[float, Field(ge=0, le=1)] = 1.0
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
@@ -64,7 +63,7 @@ class Denoising(Part):
         return weight
 
     def time_weight(self, backbone: Backbone, t: Tensor) -> Tensor:
-        """[B]: min(SNR, gamma), converted to the model's parametrisation; 1 if it is off."""
+        """Returns [B]: min(SNR, gamma), converted to the model's parametrisation; 1 if `min_snr_gamma` is None."""
         if self.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = (x.float() for x in backbone.alpha_sigma(t))

@@ -12,10 +12,10 @@ B = TypeVar("B")
 
 
 class Prefetch(Generic[B]):
-    """Calls `draw(step)` one step ahead in a thread, as long as steps come in order; the batches do not depend on it.
+    """Calls `draw` one step ahead in a thread, as long as steps come in order. The batches are the same without it.
 
     Args:
-        draw: depends only on the step
+        draw: draws the batch of a step, which must depend only on the step
         device: on a CPU nothing is drawn ahead, because that would compete for the same cores
     """
 
@@ -25,7 +25,7 @@ class Prefetch(Generic[B]):
         self.ahead: dict[int, Future[B]] = {}
 
     def __call__(self, step: int) -> B:
-        """Returns a step's batch, and raises the errors of drawing it."""
+        """Returns a step's batch, or raises the error that drawing it raised."""
         if self.pool is None:
             return self.draw(step)
         found = self.ahead.pop(step, None)

@@ -1,4 +1,4 @@
-"""Runs a training from data on the core's loop: budget, resuming, timed checkpoints, log, interruption."""
+"""Runs a pretraining task on the core's training loop, with a budget, timed checkpoints, resuming, interruption and a log."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from shared.train.optim import NotFinite, Optimizers
 from shared.train.precision import resolve_precision
 from shared.train.signals import interruptible
 
-_SKIPPED = 20  # after so many consecutive steps without a finite gradient, the run stops
+_SKIPPED = 20  # the run stops after this many consecutive steps without a finite gradient
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A training's budget and device.
+    """The budget and device of a training run.
 
-    Either `steps` (counted from the beginning of the run) or `minutes` (of this session) ends it, and learning rates depend
-    on the fraction spent. With both, rates follow the steps, and the minutes only pause the run.
+    The budget is either `steps`, counted from the beginning of the run, or `minutes`, counted from the beginning of this
+    session. Learning rates depend on the fraction of it that is spent. If both are set, rates follow the steps, and the
+    minutes only pause the run.
     """
 
     steps: int | None = None
@@ -41,14 +42,14 @@ class RunSettings:
     resume: bool = True  # resumes from the newest checkpoint, if there is one
     threads: int | None = None  # torch's threads on a CPU
     device: str | None = None  # as torch names it; None: the GPU if there is one
-    bf16: bool | None = None  # None: if the device computes it fast; otherwise it can take ten times as long
-    compiled: bool = False  # torch.compile for U-Net blocks: takes a minute, then about twice as fast on a GPU
+    bf16: bool | None = None  # None: only if the device is fast at it; others can take ten times as long
+    compiled: bool = False  # compile U-Net blocks: costs a minute, then a GPU is about twice as fast
     log_every: int = 50  # steps
     save_minutes: float = 3.0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise ValueError("a training needs an end: set steps, minutes or both")
+            raise ValueError("a training run needs an end: set steps, minutes or both")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
@@ -57,7 +58,7 @@ class RunSettings:
         return Budget(steps=self.steps) if self.steps is not None else Budget(minutes=self.minutes)
 
     def compute(self) -> Compute:
-        """Chooses the device, and limits torch's CPU threads: more threads than cores make it ten times slower."""
+        """Chooses the device and sets the number of torch's CPU threads: more threads than cores are ten times slower."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
@@ -82,11 +83,11 @@ def run_task(
 
     Args:
         folder: for the checkpoints and `log.jsonl`
-        first: the step at which a run without a checkpoint begins: that of the weights it continues from
-        budget: pass it if the task uses it too; None: one that starts now
+        first: the step at which a run without a checkpoint begins: the step of the weights it continues from, or 0
+        budget: the budget, if the task uses it too; None: a new one that starts now
 
     Raises:
-        ValueError: the checkpoint belongs to other settings
+        ValueError: the checkpoint was made with other settings
         NotFinite: gradients or parameters are no longer finite; the last good state is saved
         KeyboardInterrupt: the run was interrupted; the state is saved
     """
@@ -161,7 +162,7 @@ class _Session:
                     self._save()
                     raise NotFinite(
                         f"{error}, like those of the {skipped - 1} steps before. The state of step {self.step} is saved in "
-                        f"{self.folder}: resume with a lower rate, or without bf16"
+                        f"{self.folder}: resume with a lower learning rate, or without bf16"
                     ) from None
                 warnings.warn(f"{error}: the step is skipped", stacklevel=2)
 
@@ -190,7 +191,7 @@ class _Session:
         print(f"{self.folder.name}: step {self.step}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
 
     def _save(self) -> None:
-        """Saves a checkpoint. Raises NotFinite and keeps the previous one if the last update spoiled the parameters."""
+        """Saves a checkpoint. If the last update left non-finite parameters, raises NotFinite and keeps the previous one."""
         self.optimizers.check_finite(self.step)
         info = checkpoint_info(self.task.facts, self.pictures)
         info |= {"trained": self.trained, "progress": self.optimizers.progress()}
@@ -212,7 +213,7 @@ class _Window:
         self.records.append(record)
 
     def mean(self) -> dict[str, float]:
-        """Averages everything logged per step, except rates, of which it returns the last value."""
+        """Returns the averages of everything logged per step, except for rates, whose last value it returns."""
         rows = [flat(record) for record in self.records]
         return {
             key: rows[-1][key] if key.startswith("lr/") else sum(row[key] for row in rows if key in row) / len(rows)
@@ -229,10 +230,10 @@ def checkpoint_info(facts: Mapping[str, Any], pictures: int) -> dict[str, Any]:
 
 
 def refuse_older(file: Path) -> None:
-    """Raises ValueError if an earlier version left its checkpoint here, which this one cannot read."""
+    """Raises ValueError if `file` exists: it is a checkpoint from an earlier version, which this version cannot read."""
     if file.is_file():
         raise ValueError(
-            f"{file} is a checkpoint of an earlier version and cannot be resumed: remove it, or use another folder"
+            f"{file} is a checkpoint from an earlier version and cannot be resumed: remove it, or use another folder"
         )
 
 
@@ -241,5 +242,5 @@ def _check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     for name in sorted(saved.keys() & given.keys()):
         if saved[name] != given[name]:
             raise ValueError(
-                f"{folder} was made with {name}={saved[name]}, not {given[name]}: use the same, or another folder"
+                f"{folder} was made with {name}={saved[name]}, not {given[name]}: use the same value, or another folder"
             )

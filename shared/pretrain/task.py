@@ -1,4 +1,4 @@
-"""The base of all trainings from data: networks, their moving averages, optimizers, and the contents of checkpoints."""
+"""The base class of tasks that train networks from data: networks, moving averages, optimizers, contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Compute:
-    """A training's device, and whether it uses bf16 and compiled blocks."""
+    """The device of a training run, and whether the run uses bf16 and compiled blocks."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
@@ -32,10 +32,10 @@ class Compute:
 
 
 class PretrainTask:
-    """A task of the loop that learns networks from data (`shared.train.task.Task` without its own number of steps).
+    """A task for the training loop that trains networks from data: a `shared.train.task.Task` without its own number of steps.
 
     A subclass builds its networks in its constructor and yields losses from `updates`; everything random in a step comes
-    from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs it.
+    from `shared.train.loop.generator(seed, step)`. `shared.pretrain.run_task` runs the task.
     """
 
     batch_size: int  # pictures per step
@@ -75,9 +75,7 @@ class PretrainTask:
         if self.averages is not None:
             self.averages.load_state_dict(_take(left, _AVERAGE))
         if left:
-            raise ValueError(
-                f"{len(left)} saved tensors match nothing in this training, for example {sorted(left)[0]!r}"
-            )
+            raise ValueError(f"{len(left)} saved tensors match nothing in this task, for example {sorted(left)[0]!r}")
 
     def after_step(self, step: int, pictures: int) -> None:
         """Called after each step with the numbers of steps done and pictures seen."""
@@ -88,7 +86,7 @@ class PretrainTask:
 
 
 def state_of(networks: Mapping[str, Mapping[str, Tensor]], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint: networks by name, and the average by parameter. Each owns its memory, as
+    """Returns the tensors of a checkpoint: networks by name, and the average by parameter. Each tensor owns its memory, as
     safetensors requires."""
     return {
         f"{name}/{key}": tensor.detach().cpu().clone().contiguous()

@@ -16,8 +16,8 @@ class Rules:
     """The rules of one overlay file, for the recipes of one modality.
 
     `common` applies to every recipe, `by_modality` to those of one modality, `by_trained` to recipes or phases that train
-    parts of a kind (the first kind in the file that is trained: `alone` for a recipe without phases, `phase` for one phase of
-    several), `by_kind` to every part of that kind (or `kind.type`), and `recipes` to the shipped recipe of that name and
+    parts of a kind (only the first such kind in the file; `alone` if the recipe has no phases, `phase` for each phase
+    otherwise), `by_kind` to every part of that kind (or `kind.type`), and `recipes` to the shipped recipe of that name and
     those that inherit from it. Rules never add parts: a rule for a part that a recipe does not have, or has with a different
     `kind`, is skipped.
     """
@@ -39,7 +39,7 @@ class Rules:
         """Returns the changes to the recipe `data`.
 
         Args:
-            methods: the shipped recipes that it is or inherits from, root first
+            methods: the shipped recipes that `data` is or inherits from, root first
         """
         phases = mapping(data.get("phases"))
         out = merge(self.file.get("common", {}), mapping(self.file.get("by_modality", {}).get(self.modality)))

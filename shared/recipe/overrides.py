@@ -17,15 +17,17 @@ _NONE = type(None)
 
 
 def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, for the fields of `model`.
+    """Parses `["train.steps=5", "subject.images=cats #1"]` into nested mappings, by the types of the fields of `model`.
 
-    If a field is a path or a string, the text after = is taken literally; every other value is read as YAML. There are
-    two exceptions for such a field:
+    For a path or a string, the text after `=` is taken literally, with two exceptions; for any other field, it is read as
+    YAML. The exceptions are:
 
-    - `[a.png, b.png]`, if it takes several: a YAML list of strings, unless a file or folder has that name.
-    - empty (`subject.masks=`) for a path and `null` for a string, if the field can be unset. A path may be called null.
+    - If the field takes several paths or strings, `[a.png, b.png]` is read as a YAML list, unless a file or folder has
+      that name.
+    - If the field can be unset, an empty text (`subject.masks=`) unsets a path, and `null` unsets a string. A path may be
+      called null.
 
-    They form one layer: if two set the same key the last one wins; otherwise their order does not matter.
+    The overrides form one layer: if two set the same key, the last one wins; otherwise their order does not matter.
     """
     out: dict[str, Any] = {}
     for item in overrides:
@@ -55,7 +57,7 @@ def _gather(into: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _value(text: str, leaves: set[Any]) -> Any:
-    """Parses the value of a field whose type is one of `leaves`; (type,) is a sequence of that type."""
+    """Parses the value of a field that may have any of the types in `leaves`; (type,) stands for a sequence of that type."""
     path = Path in leaves
     if not path and (str not in leaves or leaves - {str, _NONE, (str,)}):
         return parse_yaml(text)
@@ -81,7 +83,7 @@ def _strings(text: str) -> list[str] | None:
 
 
 def _leaves(annotation: Any, names: Sequence[str], root: type[BaseModel]) -> Iterator[Any]:
-    """Yields the types allowed at a dotted key below an annotation, through models, unions, slots and the phases' overlays."""
+    """Yields the types allowed at the key `names` below `annotation`, through models, unions, slots and phases' overlays."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(arguments[0], names, root)

@@ -23,12 +23,12 @@ _ONCE = frozenset(
 
 
 def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str = "") -> None:
-    """Checks the phases in `layer` against those of `below`, which it is applied to.
+    """Checks the phases in `layer` against those in `below`, the settings that the layer is applied to.
 
     A variant's file may add a phase that sets its `trainable` or its `task`; the command line (no `file`) may not.
 
     Raises:
-        ValueError: names the phase and the existing ones
+        ValueError: for an unknown phase; lists the existing ones
     """
     known = mapping(below.get("phases"))
     for name, phase in mapping(layer.get("phases")).items():
@@ -40,7 +40,7 @@ def check_phases(layer: Mapping[str, Any], below: Mapping[str, Any], file: str =
 
 
 def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
-    """Yields (name, recipe) per phase: the recipe with the phase's overlay applied; one phase if there are none.
+    """Yields (name, recipe) per phase: the recipe with the phase's overlay applied; just the recipe if it has no phases.
 
     A phase drops a part of the recipe by setting it to null.
     """
@@ -57,7 +57,7 @@ def expand_phases(recipe: R) -> Iterator[tuple[str, R]]:
 
 
 def learns_subjects(recipe: Recipe) -> bool:
-    """Whether a phase learns the subjects; without one, the run only looks at their pictures."""
+    """Whether a phase learns the subjects; without such a phase, the run only looks at their pictures."""
     return any(phase.task.learns_subjects for _, phase in expand_phases(recipe))
 
 

@@ -81,8 +81,8 @@ def _inherited(layers: Sequence[Layer], model: type[Recipe]) -> dict[str, Any]:
 
 
 def _blamed(message: str, layers: Sequence[Layer], model: type[Recipe]) -> str:
-    """Prefixes each line of a message with the first file of the chain that has this error. Lines without one come from the
-    command line and stay unchanged.
+    """Prefixes each line of a message with the first file of the chain that has this error. Lines that fit no file come from
+    the command line and stay unchanged.
     """
     heads: dict[str, str] = {}
     for i, layer in enumerate(layers):

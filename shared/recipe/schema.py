@@ -73,7 +73,7 @@ class Train(Part):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     gradient_accumulation: Many = 1
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device computes it fast
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 if the device is fast at it
     resolution: Side | None = None  # pixels; null: the backbone's own
     cache: bool = True  # cache latents and text that do not vary
     variants: Annotated[int, Field(ge=0, le=10_000)] = (

@@ -20,17 +20,17 @@ class TuneTask(Part):
 
     @property
     def optimizer_groups(self) -> frozenset[str]:
-        """The optimizer groups of what it trains besides the recipe's trainable parts."""
+        """The optimizer groups of anything that the task trains besides the recipe's trainable parts."""
         return frozenset()
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it needs scores of its pictures."""
+        """Whether the task needs scores of the pictures that it generates."""
         return False
 
     @property
     def learns_subjects(self) -> bool:
-        """Whether it learns the subjects. Recipes without such a task only compare with the subjects' pictures."""
+        """Whether the task learns the subjects. Recipes without such a task only compare with the subjects' pictures."""
         return True
 
     def count(self, steps: int, subjects: int) -> int:

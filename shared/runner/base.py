@@ -1,5 +1,5 @@
-"""The base of every package's runner, which loads concepts on one backbone, learns, generates and evaluates. A package defines
-how expanded prompts become its output (`make`)."""
+"""The base class of every package's runner: it loads concepts on one backbone, learns, generates and evaluates. A package
+defines how expanded prompts become its output (`make`)."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Runner:
 
     @classmethod
     def prepared(cls, backbone: Backbone) -> Backbone:
-        """Turns a loaded backbone into what this runner works with. ValueError when it cannot."""
+        """Turns a loaded backbone into what this runner works with. ValueError if that is impossible."""
         return backbone
 
     @classmethod
     def check_plan(cls, planned: Plan, backbone: str | Path | None) -> None:
-        """Raises ValueError before a model is loaded if its files show that it cannot do what the plan needs."""
+        """Raises ValueError, before the model is loaded, if its files show that it cannot do what the plan needs."""
 
     def make(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, progress: Steps | None = None
@@ -113,7 +113,7 @@ class Runner:
             workdir: for training state, logs and sample pictures
             resume: resume from the newest checkpoint in `workdir`
             scorers: by subject, (pixels [N, 3, H, W] in [-1, 1], expanded prompts) -> scores with the key "score"
-            progress: called after every training step, and every denoising step of class pictures and previews
+            progress: called after every training step, and after every denoising step of class pictures and previews
             tensorboard: whether to also write the log as TensorBoard events
 
         Raises:
@@ -221,7 +221,7 @@ class Runner:
     def _training(
         self, recipe: Recipe, subjects: Mapping[str, Subject], workdir: Path, progress: Progress | None, **more: Any
     ) -> TrainingRun:
-        """Returns a run of the recipe with the loaded concepts, not yet started."""
+        """Returns a training run of the recipe with the loaded concepts, not yet started."""
         known: dict[str, Any] = {
             "class_pictures": self._class_pictures,
             "make": self._made_now(progress),
@@ -240,7 +240,7 @@ class Runner:
         return made
 
     def _as_trained(self, recipe: Recipe) -> SamplingSettings:
-        """Returns a recipe's settings for pictures during training, at its training resolution."""
+        """Returns a recipe's settings for pictures generated during training, at its training resolution."""
         how, side = recipe.sampling, recipe.train.resolution or self.backbone.resolution
         in_training = [n for n in self.backbone.adapters if n not in self.loaded] if how.strength else []
         hooks = tuple(StrengthSchedule.parse(f"{n}={how.strength}") for n in in_training)
@@ -297,7 +297,7 @@ class Runner:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Restores the caller's global random state afterwards, of the CPU and of every GPU in use."""
+    """Restores the caller's global random state afterwards, on the CPU and on every GPU in use."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):
         yield

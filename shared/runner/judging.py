@@ -44,7 +44,7 @@ def check_folders(clip: Path | None, dino: Path | None) -> None:
 def training_scorers(
     planned: Plan, backbone: Backbone, clip: Path | None, dino: Path | None
 ) -> dict[str, Scorer] | None:
-    """Returns one scorer per subject for pictures generated during training; None if there are none, or nothing scores them.
+    """Returns one scorer per subject for pictures generated during training; None if there are no pictures or no instruments.
 
     They use only the references, never the look-alikes that the finished concept is judged against: the best checkpoint must
     not be chosen by the scores that judge the concept.
@@ -78,8 +78,8 @@ def training_scorers(
 
 
 def makes_previews(planned: Plan, clip: Path | None, dino: Path | None) -> bool:
-    """Whether anything is generated during training that could be scored. Gives a UserWarning if not, although a folder to
-    score with is given. ValueError when that folder does not exist."""
+    """Whether anything is generated during training that could be scored. If not, warns if a folder to score with is
+    given. ValueError when that folder does not exist."""
     check_folders(clip, dino)
     phases = [p for _, p in expand_phases(planned.recipe)]
     if any(p.train.validation.every or p.task.needs_scores for p in phases):
@@ -110,9 +110,9 @@ class EvaluationSettings:
     prompts: str = ""  # a prompt set ("toybox", "dreambench") or a file; "": the backbone's own set
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the concept's recipe
-    references: Path | None = None  # a folder; default: the pictures it was learned from, or those next to its folder
-    gallery: Path | None = None  # a folder of folders with pictures of other objects of the class
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the concept's recipe
+    references: Path | None = None  # a folder; default: what the concept was learned from, found next to its folder
+    gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the same class
     clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
     path: Path | None = None  # the concept's folder, for its size; default: where it was read from
@@ -210,7 +210,7 @@ def find_references(concept: Concept, path: Path | None, folder: Path | None) ->
 
 
 def beside(folder: Path, name: str) -> Path:
-    """Returns the entry of a folder with a recorded name, plain or escaped."""
+    """Returns the entry of a folder that has a recorded name, plain or escaped."""
     matching = (p for p in sorted(folder.iterdir()) if encodable(p.name) == name)
     return folder / name if (folder / name).exists() else next(matching, folder / name)
 

@@ -48,16 +48,17 @@ class ClipEvaluationSettings:
     prompts: str = DEFAULT  # a prompt set for clips, or a file
     seeds: tuple[int, ...] = (0, 1)
     limit: int | None = None  # only the first prompts of the set
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None: as in the motion's recipe
-    references: Path | None = None  # the motion's clips; default: those that it was learned from, next to its folder
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)  # None in a field: as in the motion's recipe
+    references: Path | None = None  # the motion's clips; default: those it was learned from, found next to its folder
     pictures: Path | None = None  # the subject's pictures; default: those that it was learned from
-    gallery: Path | None = None  # a folder of folders with pictures of other objects of the subject's class
+    gallery: Path | None = None  # a folder with one folder of pictures per look-alike of the subject's class
     clip: Path | None = None  # folders of the models to measure with
     dino: Path | None = None
-    reader: PathReader | None = None  # reads the paths of subjects; None: that of the model's world, if any
-    # Clips with the motion loaded but not requested: its name left out ("unnamed"), or named at strength 0 ("off"); or none.
+    reader: PathReader | None = None  # reads the paths of subjects; None: the reader of the model's world, if any
+    # How to generate clips without the motion while it is loaded: leave out its name ("unnamed"), or name it at strength 0
+    # ("off"). "none" generates no such clips.
     false_motion: FalseMotion = "unnamed"
-    compensate_camera: bool = False  # when motion fidelity is measured
+    compensate_camera: bool = False  # subtract the camera's motion when motion fidelity is measured
     out: Path | None = None  # a folder for the report; None: no report
     overwrite: bool = False
     fps: float = 8.0  # of the clips in the report

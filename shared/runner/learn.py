@@ -76,7 +76,7 @@ def preview_resolution(runner: Runner, recipe: Recipe) -> int:
 
 
 def preview(runner: Runner, name: str, subject: Subject, recipe: Recipe, progress: Progress | None = None) -> Any:
-    """Generates the concept's `preview.png`: references | new pictures."""
+    """Generates the concept's `preview.png`: a row of references and a row of new pictures."""
     *_, (_, last) = expand_phases(recipe)
     side, num, how = preview_resolution(runner, recipe), recipe.preview.num, last.sampling
     settings = replace(how.settings(), steps=recipe.preview.steps or how.steps, height=side, width=side)

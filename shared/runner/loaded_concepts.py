@@ -20,7 +20,7 @@ class Loaded:
     """A concept attached to a backbone, which manages its strength."""
 
     concept: Concept
-    subject: Subject | None = None  # its pictures, if it was learned here
+    subject: Subject | None = None  # its pictures, if this runner learned it
 
 
 class Painter(Protocol):

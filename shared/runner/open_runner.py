@@ -22,7 +22,7 @@ from shared.train.precision import DTYPES, resolve_precision
 
 @dataclass(frozen=True)
 class AskedLora:
-    """A LoRA file of another program, as given on the command line."""
+    """A LoRA file from another program, as given on the command line."""
 
     path: Path
     strength: float = 1.0
@@ -87,11 +87,11 @@ def open_runner(
     **how: Any,
 ) -> R:
     """Opens a runner of this kind with these concepts (`PATH[:STRENGTH]`) loaded on `backbone`, or on the model that the first
-    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: files of other programs to load as
-    well; `how`: arguments of the runner's `prepared`."""
+    concept was learned on. `download`: whether to fetch the model from the hub; `loras`: LoRA files from other programs to
+    load as well; `how`: arguments of the runner's `prepared`."""
     opened = [(read(p), s) for p, s in (parse_concept(c) for c in concepts)]
     where = pick_device(device)
-    if precision == "auto":  # in main memory the weights stay fp32, and only computations are rounded
+    if precision == "auto":  # on a CPU the weights stay fp32, and only computations are rounded
         precision = resolve_precision(precision, where) if where.type == "cuda" else "no"
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"device": where, "dtype": dtype, "download": download}
@@ -106,7 +106,7 @@ def open_runner(
 
 
 def model_asked_for(backbone: str | None, concepts: Sequence[str]) -> str | Path | None:
-    """Returns the model that `open_runner` opens: `backbone`, else that of the first concept, else None (the toybox)."""
+    """Returns the model that `open_runner` opens: `backbone`, else the first concept's, else None (the toybox)."""
     if backbone or not concepts:
         return backbone
     return where_learned(read(parse_concept(concepts[0])[0]))

@@ -67,9 +67,9 @@ def plan(recipe: Recipe, overwrite: bool = False, resume: bool = False, inputs: 
     subjects = {n: s.read() for n, s in subjects.items()}
     for subject in subjects.values():
         for path in (*outputs.values(), workdir):
-            check_apart(path, [*subject.files, *subject.masks.values()])  # the targets of links in a folder
+            check_apart(path, [*subject.files, *subject.masks.values()])  # also follows links inside a folder
         for path in subject.images:
-            load(path, subject.masks.get(path))  # report an unreadable one now, not after the model is loaded
+            load(path, subject.masks.get(path))  # report an unreadable picture now, not after the model is loaded
     check_sources(list(expand_phases(recipe)), subjects)
     finished = resume and not begun and not overwrite and _all_there(outputs)
     if finished:
@@ -106,7 +106,7 @@ def _all_there(outputs: Mapping[str, Path]) -> bool:
 def _check_learned_so(recipe: Recipe, concept: Concept, subject: Subject) -> None:
     """Raises ValueError when a finished concept was learned with another recipe, or from other pictures."""
     same_recipe(concept.meta.recipe, portable(plain(recipe)), finished=True)
-    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # one moved in the meantime has none
+    hashes = [r.sha256 for r in concept.meta.references if r.sha256]  # a file that has been moved has none
     if len(hashes) == len(concept.meta.references) and sorted(hashes) != sorted(map(sha256, subject.files)):
         raise ValueError(
             f"{concept.path} is finished, but was learned from other pictures: choose another output, or start over with "

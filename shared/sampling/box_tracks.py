@@ -81,7 +81,7 @@ def at(track: Track, frame: float) -> Box:
 
 
 def latent_frame_times(latents: int, factor: int) -> list[float]:
-    """Returns the middle of the frames that each latent frame covers: only the first frame, then groups of `factor`."""
+    """Returns the middle of the frames that each latent frame covers: the first covers one, the others `factor` each."""
     return [0.0 if i == 0 else factor * (i - 1) + (factor + 1) / 2 for i in range(latents)]
 
 

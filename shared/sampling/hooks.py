@@ -28,8 +28,8 @@ class DenoisingStep:
     backbone: Backbone
     prompts: Sequence[str]  # B, expanded; inside `during`, as changed by hooks
     seeds: Sequence[int]  # B
-    noise: Tensor  # [B, C, (f), h, w], of unit variance: where sampling started
-    scale: Tensor | float = 1.0  # the network's input is latents times this; not 1 for schedulers of Karras et al.
+    noise: Tensor  # [B, C, (f), h, w]: the initial noise, of unit variance
+    scale: Tensor | float = 1.0  # factor from the latents to the network's input; not 1 for schedulers of Karras et al.
 
     @property
     def fraction(self) -> float:

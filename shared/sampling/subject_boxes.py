@@ -26,8 +26,8 @@ _NEVER = -1e4  # when added to a score, removes the attention, even in half prec
 class SubjectBoxes(SamplingHookBase):
     """The training-free subject motion control of MotionBooth (https://arxiv.org/abs/2406.17758).
 
-    In the first steps, which decide the layout, cross-attention scores from positions inside a subject's box (of their
-    frame) to its words are raised before the softmax by `strength` times the share of the picture outside the box; from
+    In the first steps, which decide the layout, cross-attention scores from positions inside a subject's box (in the
+    same frame) to its words are raised before the softmax by `strength` times the share of the picture outside the box; from
     positions outside, the words are masked out. Rows of the negative prompt are unchanged.
     """
 

@@ -1,4 +1,4 @@
-"""The colors of a shape's parts: the thing's own two, and those of small details."""
+"""The colors of a shape's parts: the thing's own two, and the colors of small details."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Cloud:
-    """A shape inside the unit sphere: points [N, 3], normals [N, 3], slots [N] (indices into parts.DETAILS).
+    """A shape inside the unit sphere: points [N, 3], normals [N, 3], slots [N] (indices into part_colors.DETAILS).
 
     bottom: the z of the ground under it; foot: half its length and width (x, y) there, for the contact shadow.
     """

@@ -38,8 +38,8 @@ class Data:
     """Draws batches. Latents are cached once per picture if no augmentation is random, otherwise in `train.variants` versions
     of each picture; pixels are dropped as soon as they are encoded.
 
-    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same number of those
-    follows.
+    The first `batch_size` rows of a batch have the role "instance"; if a penalty needs class pictures, the same
+    number of class examples follows.
 
     Args:
         examples: consumed once, in order

@@ -68,7 +68,7 @@ class Generate(ConceptTask):
         return self.context.make(self.texts(shots), [s.seed for s in shots], self.context.recipe)
 
     def texts(self, shots: Sequence[Shot]) -> list[str]:
-        """Returns their prompts, expanded."""
+        """Returns the expanded prompts of these pictures."""
         placeholders = self.context.backbone.placeholders
         return [expand(s.prompt.replace("{concept}", f"<{s.owner}>"), placeholders) for s in shots]
 

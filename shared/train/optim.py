@@ -69,8 +69,8 @@ class Optimizers:
         accelerator: Accelerator,
         came_from: Mapping[nn.Parameter, tuple[nn.Parameter, Tensor]] | None = None,
     ) -> None:
-        """Trains these groups from now on. Parameters that stay keep their optimizer state, those that replace others take it
-        over row by row (`shared.train.task.Regrouped`), and the rest start with none."""
+        """Trains these groups from now on. Parameters that stay keep their optimizer state, those that replace others take
+        over theirs row by row (`shared.train.task.Regrouped`), and the rest start with none."""
         known = came_from or {}
         progress = self.progress()
         before = {id(parameter): (parameter, dict(state)) for parameter, state in self.states()}
@@ -155,13 +155,15 @@ class Optimizers:
         whose gradient overflows and halves its scale; only a long run of such steps raises NotFinite.
         """
         limit = self.settings[group].max_grad_norm
-        accelerator.unscale_gradients(self.prepared[group])  # fp16; not the others': phases share parameters
+        accelerator.unscale_gradients(
+            self.prepared[group]
+        )  # fp16; only this group's gradients, because phases share parameters
         parameters = self.parameters([group])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped > (0 if self._scaler is None else _SKIPPED - 1):
             self.zero_grad()
-            many = f", and those of the {self.skipped - 1} steps before" if self.skipped > 1 else ""
+            many = f", nor were those of the {self.skipped - 1} steps before" if self.skipped > 1 else ""
             raise NotFinite(f"the gradient of step {index + 1} is not finite{many}")
         if before and not self.skipped:
             before()

@@ -81,7 +81,7 @@ class ConceptTask:
 
     @property
     def networks_in_steps(self) -> frozenset[str]:
-        """Returns all of them, unless a task overrides this."""
+        """Returns the autoencoder and all text encoders, unless a task overrides this."""
         return frozenset({"vae", *(c for c in self.context.backbone.components if c.startswith("text_encoder"))})
 
     def state_dict(self) -> dict[str, Tensor]:

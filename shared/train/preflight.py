@@ -69,7 +69,7 @@ def check_sources(phases: Sequence[tuple[str, Recipe]], subjects: Mapping[str, S
         for key, source in phase.sources.items():
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # they are shown when the pictures are read for training
+                    warnings.simplefilter("ignore")  # warnings are shown when the pictures are read for training
                     pictures |= source.check(subjects, earlier)
             except ValueError as error:
                 raise ValueError(f"sources.{key}: {error}") from None

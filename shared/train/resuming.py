@@ -33,8 +33,8 @@ _CURE = re.compile(
 def same_recipe(
     old: Mapping[str, Any], new: Mapping[str, Any], after_not_finite: bool = False, finished: bool = False
 ) -> None:
-    """Raises ValueError naming the first key in which the recipe differs from that of a checkpoint or a finished run. Keys
-    that cannot matter may differ: output, name, preview, when checkpoints are written, and the locations of pictures and model.
+    """Raises ValueError naming the first key that differs from the recipe of a checkpoint or of a finished run. Keys that
+    cannot matter may differ: output, name, preview, the checkpoint interval, and the locations of pictures and model.
 
     After a non-finite loss, rates, precision and optimizer may differ too.
     """

@@ -259,7 +259,7 @@ class TrainingRun:
         """Yields every example of the phase's sources, source by source."""
         context = SourceContext(
             subjects=self.subjects,
-            resolution=phase.train.resolution or self.backbone.resolution,  # class pictures have it too
+            resolution=phase.train.resolution or self.backbone.resolution,  # class pictures have this resolution too
             seed=phase.seed,
             cache_dir=self.cache_dir,
             generate=self._plain_class_pictures if self.class_pictures else None,

@@ -46,8 +46,8 @@ class PeftAdapter:
     ) -> PeftAdapter:
         """Wraps the target modules of `component` and registers the adapter under `name`; it starts frozen and active at 1.
 
-        Raises ValueError if nothing matches or this type of adapter cannot wrap a layer. Also for settings that cannot be
-        saved in a concept, which would otherwise fail only after training.
+        Raises ValueError if nothing matches, if this type of adapter cannot wrap a layer, or if the settings cannot be
+        saved in a concept (which would otherwise fail only after training).
         """
         check_adapter(recordable(config_to_dict(config), [], seed), f"{slot}.{component}")
         model = backbone.components[component]
@@ -119,7 +119,7 @@ class PeftAdapter:
             for table in layer._modules.values():
                 if isinstance(table, nn.ModuleDict) and self.peft_name in table:
                     table[self.peft_name].train(mode)
-        for (layer, key), chance in self._chances.items():  # LoHa and LoKr keep it as a plain number
+        for (layer, key), chance in self._chances.items():  # LoHa and LoKr keep their dropout as a plain number
             getattr(layer, key)[self.peft_name] = chance if mode else 0.0
 
     def set_strength(self, strength: float) -> None:
@@ -127,7 +127,7 @@ class PeftAdapter:
             if scaling is None and strength not in (0.0, 1.0):
                 raise ValueError(f"{self.config.peft_type} can only be off (0) or on (1), not at strength {strength}")
             on = {n for n in layer.active_adapters if n != self.peft_name} | ({self.peft_name} if strength else set())
-            layer._active_adapter = [n for n in _names(layer) if n in on]  # they are summed in this order
+            layer._active_adapter = [n for n in _names(layer) if n in on]  # adapters are summed in this order
             if scaling is not None and strength:
                 layer.scaling[self.peft_name] = scaling * strength
 

@@ -24,13 +24,13 @@ class TrainablePart(KindPart):
     """Base of every part that injects or unfreezes parameters."""
 
     lr: Rate = 1e-4
-    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains it: train.optimizers.GROUP
+    group: Annotated[str, Field(pattern=NAME)] = MAIN  # the optimizer that trains the part: train.optimizers.GROUP
     adapter_set: Annotated[str, Field(pattern=f"({NAME})|^$")] = (
-        ""  # the name that switches its adapters; "": the concept's
+        ""  # the name under which its adapters are switched on and off; "": the concept's name
     )
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's
     per_source: bool = False  # one adapter per picture or clip, active only for that one; not saved in the concept
-    temporary: bool = False  # active only in training steps, of this phase and later ones; not saved in the concept
+    temporary: bool = False  # active only in training steps (of this and later phases); not saved in the concept
 
     @model_validator(mode="after")
     def _one_name(self) -> TrainablePart:
@@ -42,12 +42,12 @@ class TrainablePart(KindPart):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The roles that it trains; empty for parts that do not select modules by role."""
+        """The roles that the part trains; empty for parts that do not select modules by role."""
         return ()
 
 
 class OnRoles(TrainablePart):
-    """Base of the parts that act on the modules of some roles: all of them, or those that the other fields select.
+    """Base of the parts that act on the modules of `roles`, or only on those that the other fields select from them.
 
     In models that attend over space and time jointly, no role is specific to motion. There, selecting projections separates
     motion from appearance: queries and keys determine where to look, values and outputs what is seen there (TAP+AH,
@@ -55,9 +55,9 @@ class OnRoles(TrainablePart):
     """
 
     roles: Annotated[tuple[str, ...], Field(min_length=1)]
-    projections: tuple[Projection, ...] = ()  # only these projections of attention; (): all modules
+    projections: tuple[Projection, ...] = ()  # only these attention projections; (): all modules
     blocks: str = ""  # "0-9,12": modules inside these blocks of each network, counted from 0; "": everywhere
-    networks: tuple[str, ...] = ()  # components ("transformer_2", an expert for low noise); (): all
+    networks: tuple[str, ...] = ()  # only these networks, such as "transformer_2" (Wan 2.2's low-noise expert); (): all
 
     @field_validator("blocks")
     @classmethod

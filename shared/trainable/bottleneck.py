@@ -1,4 +1,4 @@
-"""Trains small networks in parallel to attention and feed-forward layers."""
+"""Trains small networks alongside attention layers and feed-forward networks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shared.trainable.branch import BranchAdapter, place_of, places_among
 
 
 class Bottleneck(OnRoles):
-    """out + up(gelu(down(input))) at the attention layers and feed-forward networks of `roles` (Houlsby et al.,
+    """Adds up(gelu(down(input))) to the output of the attention layers and feed-forward networks of `roles` (Houlsby et al.,
     https://arxiv.org/abs/1902.00751; DreamVideo, https://arxiv.org/abs/2312.04433, section 3.2). `up` starts at 0, so the
-    adapter starts as the identity.
+    outputs are unchanged at first.
 
-    A role selects the whole attention layers and feed-forward networks that its layers belong to: `cross_attention` and
-    `cross_attention.q` select the same ones.
+    A bottleneck spans a whole attention layer or feed-forward network. A role selects those whose first layer (`to_q` or
+    `net.0.proj`) it contains, so `cross_attention` and `cross_attention.q` select the same ones.
     """
 
     taxonomy: ClassVar[str] = "bottleneck adapters"
@@ -32,7 +32,7 @@ class Bottleneck(OnRoles):
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
         """Adds a bottleneck at every attention layer and feed-forward network of the roles; the new weights are trainable.
 
-        Raises ValueError for roles that have neither.
+        Raises ValueError if the roles contain no such first layer in one of their components.
         """
         targets, ports = self.modules(backbone, slot)
         adapters = []
@@ -41,7 +41,7 @@ class Bottleneck(OnRoles):
             places = places_among(layers)
             if not places:
                 asked = f"roles={list(self.roles)}"
-                raise ValueError(f"trainable.{slot}: {asked} has no attention or feed-forward layers in {component}")
+                raise ValueError(f"trainable.{slot}: {asked} selects no to_q or net.0.proj layer in {component}")
             network = backbone.components[component]
             tensors = {first: self._start(place_of(network, first)[1].in_features, draw) for first in places}
             adapters.append(BranchAdapter.inject(backbone, name, slot, component, BottleneckForm(), tensors))

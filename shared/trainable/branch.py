@@ -1,4 +1,4 @@
-"""Branches: small trainable functions in parallel to a network's layers, which can be removed without a trace."""
+"""Branches: small trainable functions alongside a network's layers, which can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.backbones.protocol import Backbone
 from shared.io.branch_settings import BottleneckForm, BranchForm, BranchSettings
 from shared.trainable.branch_forms import Bottleneck, Branch, FrameEmbeddings, Grid
 
-#: How the name of a place's first layer ends, in attention and in a feed-forward network.
+#: How the name of a place's first layer ends: in an attention layer, and in a feed-forward network.
 FIRST = (".to_q", ".net.0.proj")
 
 
@@ -71,7 +71,7 @@ class BranchAdapter:
 
     @property
     def settings(self) -> BranchSettings:
-        """Returns what is saved besides its tensors."""
+        """Returns what is saved besides the tensors."""
         return BranchSettings(form=self.form, layers=tuple(self.branches))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -138,7 +138,7 @@ def unwrapped(layer: Any) -> Any:
 
 
 def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
-    """Returns (name of the place, its first layer) if `first` is the name of such a layer, else ("", None)."""
+    """Returns (name of the place, its first layer) if `first` names the first layer of a place, else ("", None)."""
     end = next((end for end in FIRST if first.endswith(end)), None)
     if end is None:
         return "", None
@@ -150,5 +150,5 @@ def place_of(model: nn.Module, first: str) -> tuple[str, Any]:
 
 
 def places_among(layers: Sequence[str]) -> list[str]:
-    """Filters a role's layers for those that are the first layer of a place."""
+    """Returns those of a role's layers that are the first layer of a place."""
     return [name for name in layers if name.endswith(FIRST)]

@@ -1,4 +1,4 @@
-"""The forms of branches: a bottleneck in parallel to a layer, or frame embeddings added to its input."""
+"""The forms of branches: a bottleneck in parallel with a layer, or frame embeddings added to its input."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ class FrameEmbeddings(Branch):
     """Vectors added to the inputs of temporal attention (Motion Inversion, https://arxiv.org/abs/2403.20193, section 3.2):
     `qk` [F, C] to queries and keys, the same at every spatial position, and `v` [rows, columns, F, C] to values.
 
-    They are interpolated linearly to other frame counts and grids. Outside training, each frame's value embedding is
-    replaced by its difference from the previous frame's, except the first, unless the form says otherwise (the authors do
-    this to keep appearance out).
+    They are interpolated linearly to other frame counts and grids. Outside training, unless the form says
+    otherwise, every frame's value embedding but the first is replaced by its difference from the previous frame's (the
+    authors do this to keep appearance out).
     """
 
     keys: ClassVar[Mapping[str, int]] = {"qk": 2, "v": 4}

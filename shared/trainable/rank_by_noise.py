@@ -20,8 +20,8 @@ def rank_at(t: Tensor, rank: int, min_rank: int) -> Tensor:
 class RankByNoise:
     """Hook on a LoRA's first matrix: passes on only the first r(t) values of its output.
 
-    Each picture of a batch has its own time, that of the current prediction; in layers with several rows per picture
-    (frames, positions) it is repeated. The hook adds no parameters, and nothing to repr or the state dict.
+    Each picture of a batch has its own time in the current prediction; in layers with several rows per picture (frames,
+    positions), the time is repeated. The hook adds no parameters, and nothing to repr or the state dict.
     """
 
     def __init__(self, backbone: Backbone, min_rank: int) -> None:

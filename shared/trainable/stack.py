@@ -64,8 +64,8 @@ class Stack:
 class Training:
     """Values of one parameter in training: fp32, updated by the optimizer, W_0 + other changes + delta.
 
-    They are the only copy besides the original: delta is their difference, and `settle` rounds them to the sum of the
-    original and that difference, so that the saved values equal the trained ones bit for bit. The parameter holds them at
+    They are the only copy besides the original: delta is the difference between the two, and `settle` rounds the values to
+    the sum of the original and delta, so that the saved values equal the trained ones bit for bit. The parameter holds them at
     strength 1 on top of the changes that they were trained on; in any other state it holds a sum and has no gradient.
     (`settle` is idempotent in fp32, as measured over all exponents that weights have.)
     """
@@ -91,7 +91,7 @@ class Training:
     @torch.no_grad()
     def settle(self, again: bool = True) -> None:
         """Rounds to values that an fp32 difference from the original can represent. Repeating it changes nothing; without
-        `again` it only runs if the parameter has been written to since."""
+        `again` it runs only if the parameter was written to since the last time."""
         version = self.stack.parameter._version
         if version == self._settled and not again:
             return

@@ -20,7 +20,7 @@ class Tokens(TrainablePart):
     weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
 
     def inject(self, backbone: Backbone, name: str, slot: str, seed: int) -> TrainableGroup:
-        """Trains the tokens of every attached concept that is not frozen; loaded concepts are. `name` is ignored.
+        """Trains the tokens of every attached concept that is not frozen (loaded concepts are). `name` is ignored.
 
         Raises ValueError if no concept in training has learnable tokens.
         """

@@ -19,8 +19,8 @@ from shared.trainable.stack import Training, stack_of
 class Weights(OnRoles):
     """Trains the weights (and biases) of `roles` themselves, in fp32, and saves them as differences from the originals.
 
-    Memory: besides gradients and optimizer state, one more copy (the originals), in the precision and on the device that the
-    network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a strength between 0
+    Memory holds one more copy (the originals) besides gradients and optimizer state, in the precision and on the device that
+    the network was loaded with. Switching the part off (for a penalty's base prediction) copies nothing; a strength between 0
     and 1 needs one sum per weight.
     """
 

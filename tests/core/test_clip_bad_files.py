@@ -90,7 +90,7 @@ def test_a_video_that_is_damaged_inside(tmp_path: Path) -> None:
     middle = len(data) // 2
     data[middle : middle + 400] = bytes(400)
     (tmp_path / "b.mp4").write_bytes(data)
-    refused(tmp_path / "b.mp4", "cannot be read as a video, it is damaged")
+    refused(tmp_path / "b.mp4", "cannot be read as a video; it is damaged")
 
 
 # --- folders of frames ----------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_what_is_skipped_is_said_with_the_reason(tmp_path: Path, mp4: bytes) -> 
     assert note.startswith(f"{tmp_path}: skipped files that are not clips: ")
     for words in (
         ".hidden (hidden)",
-        "b.mp4 (cannot be read as a video, it is damaged or truncated",
+        "b.mp4 (cannot be read as a video; it is damaged or truncated",
         "empty.mov (empty, 0 bytes)",
         "notes.md (not a video)",
         "lost-mask.png (a mask without a clip)",

@@ -50,9 +50,7 @@ def test_a_model_that_has_moved_is_asked_for_once(
     tiny_sd.save_pretrained(tmp_path / "sd")
     concept = save(learned(load_backbone(tmp_path / "sd")), tmp_path / "x.concept")
     shutil.move(tmp_path / "sd", tmp_path / "moved")
-    asked = (
-        r"the concept 'x' was learned on sd \(stable_diffusion\), and that model is not known here\..*--backbone PATH"
-    )
+    asked = r"the concept 'x' was learned on sd \(stable_diffusion\), and that model is not known on this machine\..*--backbone"
     with pytest.raises(ValueError, match=asked):
         load_backbone_of(concept)
     arguments = ["concept", "export", str(tmp_path / "x.concept"), "--out", str(tmp_path / "out")]
@@ -75,7 +73,7 @@ def test_an_index_that_is_damaged_or_cannot_be_written_is_no_error(
     file.write_text("where the cache is to be")
     monkeypatch.setenv("PCS_CACHE", str(file / "cache"))
     concept = learned(load_backbone(tmp_path / "sd"))
-    with pytest.raises(ValueError, match="not known here"):
+    with pytest.raises(ValueError, match="not known on this machine"):
         load_backbone_of(concept)
 
 
@@ -92,7 +90,7 @@ def test_what_a_concept_names_is_never_downloaded(
         backbone.name = name
         concept = learned(backbone)
         backbone.remove("x")
-        with pytest.raises(ValueError, match=rf"learned on {name} .*not known here.*--backbone PATH"):
+        with pytest.raises(ValueError, match=rf"learned on {name} .*not known on this machine.*--backbone PATH"):
             load_backbone_of(concept)
 
 

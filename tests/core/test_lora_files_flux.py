@@ -177,6 +177,6 @@ def test_dora_of_each_input_is_said(sd: Any, tmp_path: Path) -> None:
     for shape in ([1, 32], [32]):
         save_file(tensors | {f"{name}.dora_scale": torch.ones(shape)}, tmp_path / "x.safetensors")
         with pytest.raises(
-            ValueError, match=r"DoRA scale of shape \[(1, )?32\] on a layer of 32 outputs and 32 inputs"
+            ValueError, match=r"DoRA scale of shape \[(1, )?32\] on a layer with 32 outputs and 32 inputs"
         ):
             import_lora(tmp_path / "x.safetensors", sd, "sks mug")

@@ -102,7 +102,9 @@ def test_every_name_without_a_layer_is_named(sd: Any, tmp_path: Path) -> None:
         "bundle_emb.sks.string_to_param.*": torch.ones(1, 16),
     }
     save_file(tensors | extra, tmp_path / "sks.safetensors")
-    with pytest.warns(UserWarning, match="3 of its names match no layer here and are left out: ") as caught:
+    with pytest.warns(
+        UserWarning, match="3 of the names in it match no layer of this model and are ignored: "
+    ) as caught:
         concept = import_lora(tmp_path / "sks.safetensors", sd, "sks mug")
     text = str(caught[0].message)
     assert all(
@@ -133,11 +135,11 @@ def _flux(sd: Any) -> dict[str, Tensor]:
     [
         (
             _flux,
-            r"another architecture \(apparently FLUX\): on tiny \(stable_diffusion\) 1 of its 1 names match no layer",
+            r"another architecture \(apparently FLUX\): in tiny \(stable_diffusion\), 1 of the file's 1 layer names match",
         ),
         (
             _sdxl,
-            r"\(apparently Stable Diffusion XL\): on tiny .* of another shape, such as lora_unet_\w+ \(\[1280, 640\] in",
+            r"\(apparently Stable Diffusion XL\): in tiny .* of another shape, such as lora_unet_\w+ \(\[1280, 640\] in",
         ),
     ],
 )

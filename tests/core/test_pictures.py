@@ -312,7 +312,7 @@ def test_truncated_files_are_refused(tmp_path: Path, ending: str, share: float) 
     options = {"progressive": True} if ending.startswith("progressive") else {}
     path = save(tmp_path / f"cut.{ending}", noise, **options)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=rf"cut\.{ending} cannot be read as a picture, it is damaged or truncated"):
+    with pytest.raises(ValueError, match=rf"cut\.{ending} cannot be read as a picture; it is damaged or truncated"):
         read_picture(path)
 
 

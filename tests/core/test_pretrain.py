@@ -125,7 +125,7 @@ def test_other_settings_and_older_checkpoints_are_refused(tmp_path: Path) -> Non
         train(LayerTask(seed=1), tmp_path, 4)
     assert train(LayerTask(seed=1), tmp_path, 4, resume=False).taken == 4
     (tmp_path / "unet.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unet\.safetensors is a checkpoint of an earlier version"):
+    with pytest.raises(ValueError, match=r"unet\.safetensors is a checkpoint from an earlier version"):
         refuse_older(tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="set steps, minutes or both"):
         RunSettings()

@@ -236,7 +236,7 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
         with pytest.raises(ValueError, match=message):
             attach(type(concept)(concept.meta, tensors), clips)
         assert "m" not in clips.adapters
-    with pytest.raises(ValueError, match=r"roles=\['conv'\] has no attention or feed-forward layers"):
+    with pytest.raises(ValueError, match=r"roles=\['conv'\] selects no to_q or net\.0\.proj layer"):
         Bottleneck(roles=("conv",)).inject(clips, "m", "part", 0)
 
 

@@ -83,6 +83,7 @@ def test_whose_expert_a_file_is_for_must_be_known(tmp_path: Path) -> None:
     state = spelled(pairs, {"transformer": "diffusion_model."}, ("lora_A", "lora_B"), flat=False, alphas=False)
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(
-        ValueError, match=r"is ambiguous \(transformer\.blocks.* and transformer_2\.blocks.*its prefix is missing"
+        ValueError,
+        match=r"is ambiguous: it lacks the prefix that tells transformer\.blocks.* and transformer_2\.blocks.* apart",
     ):
         import_lora(tmp_path / "a.safetensors", two, "")

@@ -48,7 +48,8 @@ def clip_rows(made: Made, measured: MeasuredClips, limit: float | None) -> list[
 
 
 def leak_limit(scorer: ClipScorer) -> float | None:
-    """Returns the midpoint of 1 (the same clip) and the likeness of the motion's two most similar clips; None below two."""
+    """Returns the midpoint of 1 (the same clip) and the likeness of the motion's two most similar clips. None for fewer than
+    two clips."""
     among = scorer.unrelated_looks
     return (max(among) + 1) / 2 if among else None
 

@@ -19,7 +19,7 @@ _MILLI = Fraction(1, 1000)
 class Animation(FrameSource):
     """An animated GIF, WebP or PNG. A GIF's delays below 20 ms count as 100 ms, as in every browser.
 
-    Raises ValueError, naming the file, if it cannot be read, is damaged or truncated.
+    Raises ValueError, naming the file, if it cannot be read, or is damaged or truncated.
     """
 
     may_be_transparent = True

@@ -27,7 +27,7 @@ class ClipListing:
 
     clips: tuple[Path, ...]
     captions: Mapping[Path, str]  # clip -> one line
-    masks: Mapping[Path, Path]  # clip -> for `read_windows`
+    masks: Mapping[Path, Path]  # clip -> its masks, as `read_windows` takes them
     warnings: tuple[str, ...] = ()
 
 

@@ -33,7 +33,7 @@ def to_image(frame: Any) -> Image.Image:
     ).to_ndarray()
     if values.dtype == np.uint8:
         return Image.fromarray(values)
-    one = 65535 if frame.format.is_rgb else 255 << 8  # swscale's YCbCr to RGB reaches no further
+    one = 65535 if frame.format.is_rgb else 255 << 8  # the largest value that swscale's conversion from YCbCr gives
     out = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), _ROWS):
         rows = np.minimum(values[top : top + _ROWS].astype(np.float32) / one, 1)

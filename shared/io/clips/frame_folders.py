@@ -22,7 +22,7 @@ class FrameFolder(FrameSource):
     """The pictures of a folder in natural order (frame2 before frame10), each one frame.
 
     They have a rate only if pcs wrote them; without one, every frame is used, whatever rate is requested. Raises
-    ValueError, naming folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
+    ValueError, naming the folder or file, if there are none, their sizes differ, numbers are missing or repeated, or the
     folder holds two series. A constant step other than 1 is not a gap.
     """
 

@@ -59,7 +59,7 @@ class VideoFile(FrameSource):
         first = next((frame for _, frame in self._decoded(0)), None)
         if first is None:
             raise ValueError(f"{path} has a video stream in which no frame can be decoded")
-        # read once, from the first frame: in PyAV a frame and its side data refer to each other, and stay until collected
+        # read once, from the first frame: in PyAV a frame and its side data refer to each other and stay alive until collected
         matrices = (bytes(data) for data in first.side_data if data.type == Type.DISPLAYMATRIX)
         self._matrix = next((np.frombuffer(matrix, dtype=np.int32) for matrix in matrices), None)
         self.size = self._upright(first).size
@@ -85,7 +85,7 @@ class VideoFile(FrameSource):
         return self.same_size(as_picture(self._upright(frame), self.path), index)
 
     def _upright(self, frame: Any) -> Image.Image:
-        """Returns the picture as a player shows it: with square pixels, then turned by the display matrix (of a phone, say)."""
+        """Returns the picture as a player shows it: with square pixels, then turned by the display matrix, which phones set."""
         image = to_image(frame)
         if self._aspect != 1:
             image = image.resize((max(1, round(image.width * self._aspect)), image.height), Image.Resampling.LANCZOS)
@@ -148,7 +148,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with path.open("rb") as data, av.open(data, format=kind) as file:
             streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
             if not len(file.streams):
-                raise ValueError(f"{path} cannot be read as a video, it is damaged or truncated: it holds nothing")
+                raise ValueError(f"{path} cannot be read as a video; it is damaged or truncated: it holds nothing")
             if not streams:
                 holds = ", ".join(sorted({s.type for s in file.streams if s.type != "video"}))
                 raise ValueError(f"{path} has no video stream" + (f", only {holds}" if holds else ""))
@@ -157,7 +157,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             yield file, streams[0]
     except (FFmpegError, OSError) as error:
         what = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read as a video, it is damaged or truncated: {what}") from None
+        raise ValueError(f"{path} cannot be read as a video; it is damaged or truncated: {what}") from None
 
 
 def why_not(path: Path) -> str:

@@ -37,10 +37,10 @@ def write_clip(
     metadata: Mapping[str, str] | None = None,
     enlarge: int | None = None,
 ) -> Path:
-    """Write [3, F, H, W] (or [F, 3, H, W]; if ambiguous, the former) in [-1, 1], clamped, at `fps`.
+    """Writes [3, F, H, W] (or [F, 3, H, W]; if ambiguous, the former) in [-1, 1], clamped, at `fps`.
 
     The extension of `path` sets the format: `.mp4` (H.264, yuv420p, BT.709, CRF 12), `.gif` (one palette for the clip,
-    endless), `.webp` (lossless, endless); without an extension, a folder of PNG frames `frame_0000.png`, `frame_0001.png`, …
+    looping), `.webp` (lossless, looping); without an extension, a folder of PNG frames `frame_0000.png`, `frame_0001.png`, …
     An existing file is replaced; an existing folder only if pcs wrote everything in it. `metadata` is stored as JSON (mp4:
     comment; GIF: comment extension; WebP: EXIF), in frames as text; `read_clip_metadata` reads it back.
 

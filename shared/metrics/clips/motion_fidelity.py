@@ -23,16 +23,16 @@ MOST = 256  # tracks compared per clip, evenly chosen
 
 
 def motion_fidelity(a: Tracks, b: Tracks, compensate_camera: bool = False) -> float:
-    """Returns the mean best match of the tracks of `a` in `b`, averaged with that of `b` in `a`; in [-1, 1].
+    """Returns the mean best match of the tracks of `a` in `b`, averaged with the same from `b` to `a`; in [-1, 1].
 
     Displacements v and w match by (v·w + e²) / (sqrt(v² + e²) sqrt(w² + e²)), e = `STILL`: their cosine where both are
-    fast, 1 where both rest, about 0 where only one does. Averaged over the frames in which both are visible.
+    fast, 1 where both rest, about 0 where only one does. The match is averaged over the frames in which both are visible.
 
     1 for a clip with itself and for two clips in which nothing moves, 0 where only one moves, about -1 for opposite
     directions. Clips with different numbers of frames are compared at the smaller number.
 
     Args:
-        compensate_camera: subtract the median displacement of all visible tracks from each frame. It is the camera's motion
+        compensate_camera: subtract the median displacement of all visible tracks from each frame, which is the camera's motion
             as long as the thing covers less than half of the tracks
 
     Raises:

@@ -94,7 +94,7 @@ class KnownMotion:
         return 1 / len(self.candidates(2))
 
     def is_shown(self, path: Array) -> tuple[bool, Recognition]:
-        """Returns whether this motion is the one nearest to a path `[F, 6]`, and which one is."""
+        """Returns whether this motion is the one nearest to a path `[F, 6]`, and what it was recognised as."""
         found = recognised(path, self.candidates(len(path)))
         return found.name == self.motion.name, found
 

@@ -1,7 +1,7 @@
 """Augments rendered pictures for training evaluators: shifts, blur and noise, as batched tensor operations.
 
-They imitate a VAE's round trip and a diffusion model's small errors, so that the evaluators stay accurate on such pictures.
-A batch is split into groups; each group shares one draw, so that every operation is a plain batched one.
+These imitate the small errors of a VAE and a diffusion model, so that the evaluators stay accurate on generated pictures.
+A batch is split into groups, each of which shares one shift and one blur, so that these are plain batched operations.
 """
 
 from __future__ import annotations

@@ -35,7 +35,11 @@ VIEWS = 6  # pictures per prompt
 
 @dataclass(frozen=True)
 class _Sets:
-    """Pictures of one thing, `[N, 3, 64, 64]` in [-1, 1] after the autoencoder, each with its prompt."""
+    """Sets of pictures of one thing, by name.
+
+    pictures: `[N, 3, 64, 64]` in [-1, 1], encoded and decoded by the autoencoder; where: the probability that a cell shows
+    the thing, `[N, 8, 8]`; prompts: one per picture
+    """
 
     pictures: dict[str, Tensor]
     where: dict[str, Tensor]
@@ -43,9 +47,9 @@ class _Sets:
 
 
 def calibrate(things: int = 12, seed: int = 0, out: Path = WEIGHTS / CALIBRATION) -> Iterator[str]:
-    """Tries every encoder on every kind of crop and writes the best, with the typical readings, to `out`.
+    """Tries every encoder on every kind of crop and writes the best pair, with the typical readings, to `out`.
 
-    The best has the smallest error on pictures of known freedom, on the range of each thing: 1 for other true pictures, 0
+    The best pair measures freedoms with the smallest error on pictures whose freedom is known: 1 for other true pictures, 0
     for one pose in different places and for shifted copies of one picture. Yields lines to print.
     """
     instruments, vae = load_toybox(), load_vae(WEIGHTS / "backbone" / "vae")
@@ -145,8 +149,8 @@ def _tried(encoder: ImageEncoder, crops: CropSettings, sets: Sequence[_Sets]) ->
 
 
 def _likeness(things: Sequence[world.Thing], seed: int, through: Any, instruments: Instruments) -> tuple[float, float]:
-    """Returns the mean likeness to five references of new pictures of the thing, and of another thing of its class and
-    colours."""
+    """Returns two mean likenesses to five references of a thing: of new pictures of it, and of pictures of another thing of
+    its class and colours."""
     assert instruments.identity is not None
     same, other = [], []
     for number, thing in enumerate(things):

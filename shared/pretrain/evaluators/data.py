@@ -1,4 +1,4 @@
-"""The evaluators' training pictures: the backbone's dataset, and things from many views for the identity encoder."""
+"""Training pictures for the evaluators: the backbone's dataset and, for the identity encoder, things seen from many views."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.toybox.evaluators.convnet import write_json
 from shared.toybox.render import render
 
 RECONSTRUCTED = 0.7  # probability that a picture is replaced by its reconstruction, if it has one
-VIEWS_PER_THING = 4  # per batch
+VIEWS_PER_THING = 4  # in a batch, at most
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Pictures:
 
     @classmethod
     def load(cls, folder: Path, reconstructions: Path | None = None) -> Pictures:
-        """Reads the finished part of a `shared.pretrain.toybox.dataset` folder; `reconstructions`: an .npy of its first
-        pictures after the VAE.
+        """Reads the finished part of a `shared.pretrain.toybox.dataset` folder.
+
+        reconstructions: an .npy file of its first pictures, encoded and decoded by the VAE
         """
         stems = [path.name.removesuffix(".captions.jsonl") for path in sorted(folder.glob("chunk-*.captions.jsonl"))]
         if not stems:
@@ -79,11 +80,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class IdentityPictures:
-    """Pixels uint8 `[groups, things, views, 64, 64, 3]`: the things of a group share class and palette, but not the
-    pattern.
+    """Groups of things that share a class and palette but differ in pattern or, if they are faces, in identity.
 
-    kinds: int64 `[groups * things]`, the kind of the pattern, -1 for faces; numbers: float32 `[groups * things, K]`, the
-    other parameters of the pattern or the face, NaN where they do not apply (`individual`).
+    pixels: uint8 `[groups, things, views, 64, 64, 3]`
+    kinds: int64 `[groups * things]`, the kind of each thing's pattern, -1 for faces
+    numbers: float32 `[groups * things, K]`, the remaining parameters of the pattern or face, as returned by `individual`
     """
 
     pixels: np.ndarray
@@ -107,7 +108,7 @@ class IdentityPictures:
         return cls(pixels, np.array(kinds), np.array(numbers, np.float32), _open(reconstructions))
 
     def draw(self, generator: Generator, count: int) -> Drawn:
-        """Draws about `count` pictures, group by group; `vary` changes each group as a whole."""
+        """Draws about `count` pictures in whole groups, each of which `vary` changes as a whole."""
         total, things, views = self.pixels.shape[:3]
         shown = min(VIEWS_PER_THING, views)
         groups = max(1, count // (things * shown))
@@ -125,8 +126,12 @@ class IdentityPictures:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch for the identity encoder: the thing in each row `[B]`, the number of `groups` (equal runs of rows), pictures
-    `[B, 3, 64, 64]` in [0, 1], and the original channel of each channel `[B, 3]`.
+    """A batch for the identity encoder.
+
+    labels: `[B]`, the index of the thing in each picture
+    groups: the number of groups; each is a run of equally many rows
+    pixels: `[B, 3, 64, 64]` in [0, 1]
+    channels: `[B, 3]`, the rendered channel that each colour channel was taken from
     """
 
     labels: Tensor
@@ -136,15 +141,17 @@ class Drawn:
 
 
 def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Makes different things out of the same pictures: mirrors all pictures of a group or permutes their colour channels.
+    """Makes new things out of rendered ones: randomly mirrors each group of pictures, and permutes its colour channels.
 
-    The differences between the group's things remain. This keeps a few thousand rendered things from being memorized. Faces
-    keep their colours, which belong to their identity.
+    The things within a group still differ as before. Without this variation, the encoder would memorize the few thousand
+    rendered things. Faces keep their colours, which are part of their identity.
 
     Args:
-        pixels: `[groups * n, 3, H, W]`; faces: `[groups]`, bool
+        pixels: `[groups * n, 3, H, W]`
+        faces: bool `[groups]`, whether a group shows faces
+
     Returns:
-        the pictures, and the original channel of each channel, `[groups, 3]`
+        the pictures, and the rendered channel that each colour channel was taken from, `[groups, 3]`
     """
     kept = torch.arange(3).expand(groups, 3)
     mixed = torch.rand(groups, 3, generator=generator).argsort(1)
@@ -159,10 +166,11 @@ def vary(pixels: Tensor, groups: int, faces: Tensor, generator: Generator) -> tu
 
 
 def individual(thing: world.Thing) -> tuple[int, list[float]]:
-    """Describes what distinguishes a thing from others of its class and palette: the kind of its pattern (-1 for a face),
-    and numbers.
+    """Describes what distinguishes a thing from others of its class and palette.
 
-    The numbers are the two accent colours, coverage (centred) and proportions of the pattern, then a face's identity vector.
+    Returns:
+        the kind of its pattern (-1 for a face), and 27 numbers: the pattern's two accent colours, coverage (centred) and
+        proportions, then a face's identity vector; those that do not apply are NaN
     """
     if thing.identity is not None:
         return -1, [float("nan")] * 11 + list(thing.identity)
@@ -174,13 +182,13 @@ def individual(thing: world.Thing) -> tuple[int, list[float]]:
 
 
 def accents_as_shown(numbers: Tensor, channels: Tensor) -> Tensor:
-    """Permutes the accent colours in `individual`'s numbers `[B, K]` like the pictures' channels (`channels` `[B, 3]`)."""
+    """Permutes the accent colours in `individual`'s `numbers` `[B, K]` as `vary` permuted the `channels` `[B, 3]`."""
     first, second = numbers[:, :3].gather(1, channels), numbers[:, 3:6].gather(1, channels)
     return torch.cat([first, second, numbers[:, 6:]], 1)
 
 
 def attribute_values() -> dict[str, tuple[str, ...]]:
-    """Returns the names of every attribute's values, in the order of the labels."""
+    """Returns the names of each attribute's values; labels are indices into them."""
     return {
         "class": world.CLASSES,
         "main": world.COLORS,
@@ -195,7 +203,7 @@ def attribute_values() -> dict[str, tuple[str, ...]]:
 def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Makes targets `[N]` from the dataset's label columns.
 
-    Undefined (-1) are views without a clear name, and, if two things are shown, everything except background and style.
+    Views without a clear name are undefined (-1). So is everything except background and style in pictures of two things.
     """
     labels = {name: columns[name].astype(np.int64).copy() for name in attribute_values()}
     for name, values in labels.items():
@@ -206,8 +214,8 @@ def labels_of(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int = 8, seed: int = 0) -> None:
-    """Renders the identity encoder's training pictures into `folder`. It resumes where it stopped, and the folder can be
-    read while it grows.
+    """Renders the identity encoder's training pictures into `folder`, which can be read while it grows. If interrupted, the
+    next call resumes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts_path, path = folder / "identity.json", folder / "pixels.npy"
@@ -215,7 +223,9 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
     done = json.loads(facts_path.read_text("utf-8"))["done"] if facts_path.is_file() else 0
     pixels = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
     if pixels.shape != shape:
-        raise ValueError(f"{path} has shape {pixels.shape}, not {shape}: keep its sizes or use another folder")
+        raise ValueError(
+            f"{path} has shape {pixels.shape}, not {shape}: use the same sizes as before, or another folder"
+        )
     for group in range(done, groups):
         scenes = [
             scene for thing in sample_group(np.random.default_rng([seed, 11, group]), things, views) for scene in thing
@@ -229,7 +239,7 @@ def build_identity(folder: Path, groups: int = 1500, things: int = 4, views: int
 
 
 def sample_group(rng: np.random.Generator, things: int, views: int, split: str = "train") -> list[list[world.Scene]]:
-    """Samples scenes `[things][views]` of things of one class and palette with different patterns (for faces, identities)."""
+    """Samples scenes `[things][views]`. The things share a class and palette but differ in pattern (faces: in identity)."""
     first = world.sample_thing(rng, split, pattern=True, accessory="none")
     fixed = {"class_name": first.class_name, "main": first.main, "second": first.second, "pattern": True}
     scenes = []
@@ -245,14 +255,14 @@ def _open(path: Path | None) -> np.ndarray | None:
 
 
 def _often_reconstructed(rows: Tensor, reconstructions: np.ndarray | None, size: int) -> Tensor:
-    """Maps every second draw to rows (of `size` pictures each) that have reconstructions, since these may be few."""
+    """Replaces every second row by one with reconstructions, since these may be few. Each row is `size` pictures."""
     if reconstructions is None:
         return rows
     return torch.where(torch.arange(len(rows)) % 2 == 0, rows, rows % max(1, len(reconstructions) // size))
 
 
 def _read(pixels: np.ndarray, reconstructions: np.ndarray | None, rows: np.ndarray, generator: Generator) -> Tensor:
-    """Reads the pictures of `rows`, some of them after the VAE."""
+    """Reads the pictures of `rows`, replacing some of them with their VAE reconstructions."""
     found = pixels[rows]
     through = torch.rand(len(rows), generator=generator).numpy() < RECONSTRUCTED
     if reconstructions is not None:
@@ -262,7 +272,7 @@ def _read(pixels: np.ndarray, reconstructions: np.ndarray | None, rows: np.ndarr
 
 
 def main() -> None:
-    """Renders the identity set into a folder."""
+    """Renders the identity encoder's training pictures into a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--groups", type=int, default=1500)

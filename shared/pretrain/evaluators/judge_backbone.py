@@ -44,9 +44,9 @@ def judge_backbone(
     an accessory, and `n // 4` more a style. One picture per caption, without selection.
 
     Returns:
-        settings, `scores` (fractions; PSNR in dB; KID of generated pictures to fresh renders, and of renders to renders as
-        its floor), `instrument` (the same accuracies on renders of the same scenes: the ceiling), `bars` (value, bar, met),
-        `met` (whether all are), `seconds`
+        settings, `scores` (fractions; PSNR in dB; KID between generated pictures and fresh renders, and between two sets of
+        renders as its floor), `instrument` (the same fractions on renders of the same scenes: the ceiling), `bars` (value,
+        bar, met), `met` (whether all are met), `seconds`
     """
     if n < 8:
         raise ValueError(f"n: {n} captions are too few: give at least 8")
@@ -130,8 +130,8 @@ def truth(scene: world.Scene) -> dict[str, str]:
 def attribute_scores(
     recognizer: Recognizer, scenes: Sequence[world.Scene], n: int, pictures: Tensor
 ) -> dict[str, float]:
-    """Returns the fractions recognised correctly: the first five over the first `n` scenes, accessory and style over scenes
-    that have one.
+    """Returns the fractions recognised correctly: accessory and style over the scenes that have one, the others over the
+    first `n` scenes.
     """
     found, truths = recognizer.predict(pictures), [truth(scene) for scene in scenes]
     right = {name: np.array([a == b[name] for a, b in zip(found[name], truths, strict=True)]) for name in found}
@@ -146,8 +146,8 @@ def attribute_scores(
 
 @torch.no_grad()
 def distances(recognizer: Recognizer, pictures: Tensor, fresh: Tensor, others: Tensor) -> dict[str, float]:
-    """Computes the KID of `pictures` to `fresh` renders, with the features of recognizer and CLIP; `_floor`: the KID of
-    `others`, which are renders too.
+    """Computes the KID between `pictures` and `fresh` renders, with the features of recognizer and CLIP; `_floor`: the same
+    for `others`, which are renders too.
     """
     clip, _ = load_clip()
     result = {}

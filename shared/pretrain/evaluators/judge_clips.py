@@ -28,15 +28,15 @@ _ALIKE = 0.05  # share of true clips whose first and last frame are less similar
 def judge_clips(
     pipe: Any, n: int = 128, guidance: float = 4.0, steps: int = 25, seed: int = 0, batch_size: int = 4
 ) -> dict[str, Any]:
-    """Measures a toybox `AnimateDiffPipeline` against the bars: `n` random captions of clips, one clip each of 16 frames.
+    """Measures a toybox `AnimateDiffPipeline` against the bars, with one clip of 16 frames for each of `n` random captions.
 
-    Motions take turns; class and background are read from the mean over the frames, the motion from the path. First and
-    last frame agree if the identity encoder finds them at least as similar as in 95 % of true clips of the same scenes after
-    the autoencoder. `still` is the share of clips in which nothing moves.
+    Motions take turns; class and background are read from the mean over the frames, the motion from the path. The true
+    clips are renders of the same scenes, encoded and decoded by the autoencoder. First and last frame agree if the identity
+    encoder finds them at least as similar as in 95 % of the true clips. `still` is the share of clips in which nothing moves.
 
     Returns:
-        settings, `scores`, `instrument` (the same for true clips after the autoencoder: the ceiling), `bars`, `met`,
-        `confusions` of motions, `seconds`
+        settings, `scores`, `instrument` (the scores of the true clips: the ceiling), `bars`, `met`, `confusions` of motions,
+        `seconds`
     """
     if n < len(MOTIONS):
         raise ValueError(f"n: {n} captions are too few: give at least {len(MOTIONS)}, one for each motion")

@@ -1,4 +1,4 @@
-"""Measures the evaluators' accuracies on fresh renders, before and after the VAE's round trip."""
+"""Measures the evaluators' accuracies on fresh renders and on VAE reconstructions of them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _rendered(scenes: tuple[world.Scene, ...]) -> Tensor:
 
 
 def render_all(scenes: Sequence[world.Scene]) -> Tensor:
-    """Renders `[n, 3, 64, 64]` in [0, 1], cached: everything is measured twice, before and after the VAE."""
+    """Renders `[n, 3, 64, 64]` in [0, 1], cached because the same renders are measured both clean and reconstructed."""
     return _rendered(tuple(scenes))
 
 
 def fresh_scenes(n: int, seed: int, **fixed: Any) -> list[world.Scene]:
     """Samples `n` scenes of one thing, with views far enough from the boundaries between views to have a name.
 
-    Their random numbers are independent of the training pictures', and no training picture has their patterns and
+    Their random numbers are independent of the training pictures', and no training picture has one of their patterns or
     identities (`reporting` seeds).
     """
     rng = np.random.default_rng([seed, 77])
@@ -95,8 +95,8 @@ def measure_identity(
     """Measures the retrieval of held-out subjects (or faces) among their distractors of the same class and palette, from
     pictures that are not in the gallery.
 
-    Every gallery entry (subject and distractors) has `references` reference pictures; the queries are other pictures of
-    it, photos from random views; both are `degrade`d. `subject`: only the subjects' own queries.
+    Every gallery entry (subject and distractors) has `references` reference pictures and `queries` other photos, from random
+    views; `degrade` is applied to both. The score `subject` counts only the queries that show the subjects themselves.
     With `faces`, queries in which the recognizer sees no face (only hair, from behind or from above) are not judged, as
     is usual in face recognition, but counted as `no_face`.
     """

@@ -24,7 +24,7 @@ SPLITS = ("development", "reporting")
 
 
 def measure_all(vae: torch.nn.Module | None, n: int = 600, seed: int = 0) -> dict[str, Any]:
-    """Measures accuracies on clean renders and, with a `vae`, after its round trip: `{evaluator: {"clean": …, "vae": …}}`."""
+    """Measures accuracies on clean renders and, given a `vae`, on reconstructions: `{evaluator: {"clean": …, "vae": …}}`."""
 
     def through(pixels: Tensor) -> Tensor:
         assert vae is not None
@@ -66,7 +66,7 @@ def write_card(
     path, backbone = weights / "card.json", weights / "backbone" / "vae"
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if keep and not before:
-        raise ValueError(f"keep: {path} does not exist, so it has no accuracies to keep: measure them")
+        raise ValueError(f"keep: {path} does not exist, so there are no accuracies to keep: measure them")
     if keep:
         n, seed, accuracies = before["fresh_renders"], before["seed"], before["accuracies"]
     else:

@@ -22,21 +22,22 @@ is a toybox number. Licence: that of this repository.
 """
 HOW = """
 DATA is a folder written by `shared.pretrain.toybox.dataset`; for `identity`, by
-`python -m shared.pretrain.evaluators.data FOLDER`. The pictures after the VAE for `--reconstructions FILE` are made by
+`python -m shared.pretrain.evaluators.data FOLDER`. The VAE reconstructions for `--reconstructions FILE` are made by
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE FILE ROWS`.
 """
 SWAPS = """`swap`: the picture is closer to its caption than to the same caption with another value (chance 50 %);
-`binding`: with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
+`binding`: than to its caption with the two colours exchanged; `caption of 64`: its caption is the closest of 64 (chance 1.6 %).
 """
 POSE = {
     "azimuth_near": ("azimuth within 30°", ""),
-    "captioned": ("captioned motions recognised", "95.0 % clean, 90.0 % after the VAE"),
+    "captioned": ("captioned motions recognised", "95.0 % clean, 90.0 % reconstructed"),
     "held_out_development": ("held-out motions recognised, development", ""),
     "held_out_reporting": ("held-out motions recognised, reporting", ""),
 }
-MOTIONS = """Place, size, azimuth (0 is the front; judged at elevations below 50°), elevation and tilt, picture by picture;
-for clips the path, with the azimuth tracked through time. Captioned motions: the nearest of 64 paths of each.
-Held-out ones: the nearest among their look-alikes, the other motions of their split and standing still.
+MOTIONS = """Place, size, azimuth (0 is the front; judged at elevations below 50°), elevation and tilt are read picture by
+picture; a clip's path is read from its frames, with the azimuth tracked through time. The motion recognised is the one with
+the nearest path: of 64 paths of each captioned motion, or, for a held-out motion, among the paths of its look-alikes, the
+other motions of its split and standing still.
 """
 
 
@@ -73,7 +74,7 @@ def _percent(value: float | None) -> str:
 
 
 def _ways(found: dict[str, Any]) -> list[str]:
-    return ["clean" if way == "clean" else "after the VAE" for way in found]
+    return ["clean" if way == "clean" else "VAE reconstructions" for way in found]
 
 
 def _row(label: str, name: str, found: dict[str, dict[str, float]]) -> list[str]:
@@ -96,9 +97,9 @@ def _backbone(judge: dict[str, Any] | None) -> str:
     return (
         f"{judge['n']} random full captions, guidance {judge['guidance']}, {judge['steps']} steps, "
         f"seed {judge['seed']}, one picture each, without selection.\n"
-        "The last column: the recognizer on renders of the same scenes.\n\n"
+        "The last column is the recognizer's accuracy on renders of the same scenes.\n\n"
         + _table(["", "value", "bar", "met", "on renders"], rows)
-        + f"\nKID to fresh renders (scaled features; in brackets: renders to renders): {kid}.\n"
+        + f"\nKID between pictures and fresh renders (scaled features; in brackets: between two sets of renders): {kid}.\n"
     )
 
 

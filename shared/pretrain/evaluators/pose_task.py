@@ -1,4 +1,4 @@
-"""Trains the pose estimator: the true poses of things in pictures, and the loss over one batch."""
+"""The task that trains the pose estimator: the true poses of things in pictures, and the loss over one batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SMALL = 0.3  # errors below this, in units, count quadratically
 
 
 def poses_of(folder: Path, count: int) -> np.ndarray:
-    """Returns the poses in a data set's first pictures, float32 `[count, 6]`, the columns of `motion.PATH`; NaN for pictures
+    """Returns the poses in a data set's first pictures: float32 `[count, 6]` with the columns `motion.PATH`, NaN for pictures
     of two things.
 
     The scenes are sampled again from the data set's seed, without rendering.
@@ -51,7 +51,7 @@ def pose_of(camera: Camera) -> np.ndarray:
 class PoseTask(EvaluatorTask):
     """Minimises absolute errors of place, size, elevation and tilt, and the cross-entropy of the azimuth.
 
-    `poses`: float32 `[N, 6]`, as from `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
+    `poses`: float32 `[N, 6]`, as returned by `poses_of`. `start`: a recognizer, whose trunk initialises the network's.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reconstructs pictures with the autoencoder: the evaluators also learn from these, because they judge decoded pictures.
+"""Reconstructs pictures with the autoencoder. The evaluators also learn from these, because they judge decoded pictures.
 
 `python -m shared.pretrain.evaluators.reconstructions DATA VAE TARGET ROWS`
 """
@@ -19,8 +19,8 @@ from shared.train.precision import resolve_precision
 
 
 def reconstruct(folder: Path, vae_folder: Path, target: Path, rows: int, batch_size: int = 64) -> None:
-    """Sends the first `rows` pictures of a dataset or identity folder through a VAE; `target`: an .npy file, uint8
-    `[rows, 64, 64, 3]`.
+    """Reconstructs the first `rows` pictures of a dataset or identity folder with a VAE and writes them to `target`, an .npy
+    file: uint8 `[rows, 64, 64, 3]`.
     """
     vae = load_vae(vae_folder).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     whole = IdentityPictures if (folder / "identity.json").is_file() else Pictures
@@ -50,7 +50,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Encodes pictures `[B, 3, H, W]` in [0, 1] (mean of the latent) and decodes them again, clamped to [0, 1]."""
+    """Encodes pictures `[B, 3, H, W]` in [0, 1] to the means of their latents, and decodes these, clamped to [0, 1]."""
     parts = []
     for chunk in pixels.split(batch_size):
         latent = vae.encode(chunk * 2 - 1).latent_dist.mean  # pyright: ignore[reportCallIssue]
@@ -59,7 +59,7 @@ def round_trip(vae: torch.nn.Module, pixels: Tensor, batch_size: int = 64) -> Te
 
 
 def main() -> None:
-    """Sends the first ROWS pictures of a dataset or identity folder through a VAE and writes an .npy file."""
+    """Reconstructs the first ROWS pictures of a dataset or identity folder with a VAE and writes an .npy file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("folder", "vae", "target"):
         parser.add_argument(name, type=Path)

@@ -1,4 +1,4 @@
-"""Trains the recognizer, identity encoder and CLIP as tasks of the loop: networks, and losses over one batch."""
+"""The tasks that train the recognizer, the identity encoder and CLIP: their networks, and their losses over one batch."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class EvaluatorTraining:
 
 
 class EvaluatorTask(PretrainTask):
-    """An evaluator's training."""
+    """A task that trains an evaluator."""
 
-    flags: tuple[str, ...]  # its command's flags other than the settings, for the card
+    flags: tuple[str, ...]  # flags of the training command besides the settings, for the card
 
     def _set_up(self, module: nn.Module, settings: EvaluatorTraining, compute: Compute) -> None:
         self.module, self.settings, self.compute = module.to(compute.device).train(), settings, compute
@@ -71,7 +71,7 @@ class EvaluatorTask(PretrainTask):
 
 
 def flags_of(data: Pictures | IdentityPictures) -> tuple[str, ...]:
-    """Returns the command's flags for these pictures, for the card."""
+    """Returns the flags that these pictures add to the training command, for the card."""
     return () if data.reconstructions is None else ("--reconstructions FILE",)
 
 
@@ -113,8 +113,8 @@ class RecognizerTask(EvaluatorTask):
 
 
 class IdentityTask(EvaluatorTask):
-    """Minimises the supervised contrastive loss; a batch has groups of one class and palette, each with several things in
-    several views.
+    """Minimises the supervised contrastive loss; a batch consists of groups, each of several things of one class and palette
+    in several views.
 
     During training, the layer before the embedding must also predict the parameters from which the renderer drew the
     individual (these heads are not kept). `start`: a recognizer whose trunk the encoder takes over unchanged, so that only
@@ -144,7 +144,7 @@ class IdentityTask(EvaluatorTask):
         self._set_up(nn.ModuleList([self.encoder, self.kinds, self.numbers]), settings, compute)
 
     def terms(self, draws: Generator) -> dict[str, Tensor]:
-        """Returns the contrastive losses over the batch and within groups of hard negatives, and that of the parameters."""
+        """Returns the contrastive losses over the batch and within groups of hard negatives, and the parameters' losses."""
         self.encoder.trunk.train(not self.frozen)
         device = self.compute.device
         drawn = self.data.draw(draws, self.batch_size)
@@ -174,7 +174,10 @@ class IdentityTask(EvaluatorTask):
 
 
 class ClipTask(EvaluatorTask):
-    """Minimises CLIP's loss and, only in training, that of predicting every attribute linearly from the picture's embedding."""
+    """Minimises CLIP's loss, and the loss of linear heads that predict every attribute from the picture's embedding.
+
+    The heads are not kept.
+    """
 
     def __init__(
         self,

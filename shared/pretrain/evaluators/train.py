@@ -1,4 +1,4 @@
-"""Trains an evaluator: seeded, resumable, about an hour on a CPU for all of them.
+"""Trains an evaluator, seeded and resumable. All of them together take about an hour on a CPU.
 
 `python -m shared.pretrain.evaluators.train recognizer --data FOLDER --work FOLDER` (see `--help`) leaves a checkpoint and a
 log in `work` and, at the end of a session, fp16 weights in `out`.
@@ -32,12 +32,12 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders that a training reads and writes.
+    """The folders that a training run reads and writes.
 
     data: the dataset; for the identity encoder, a folder written by `data.build_identity`
     out: for the weights; the identity encoder and the pose estimator start from the trunk of the `recognizer` next to it
     work: for checkpoint and log
-    reconstructions: an .npy of the data's first pictures after the autoencoder
+    reconstructions: an .npy file of the data's first pictures, encoded and decoded by the autoencoder
     """
 
     data: Path
@@ -68,7 +68,7 @@ def fit(task: EvaluatorTask, run: RunSettings, folders: Folders) -> int:
 
 
 def facts(settings: EvaluatorTraining, run: RunSettings, outcome: Outcome) -> dict[str, Any]:
-    """Returns the card's facts about a training: its numbers so far and its last losses."""
+    """Returns the card's facts about a training run: its settings, its counts so far and its last losses."""
     return {
         "done": outcome.step,
         "pictures": outcome.pictures,
@@ -118,7 +118,7 @@ def _pose(folders: Folders, settings: EvaluatorTraining, compute: Compute) -> Ev
 
 @dataclass(frozen=True)
 class Training:
-    """The default training of an evaluator."""
+    """How an evaluator is trained by default."""
 
     build: Callable[[Folders, EvaluatorTraining, Compute], EvaluatorTask]
     steps: int

@@ -1,4 +1,4 @@
-"""Measures the curve over training: judges a run's snapshots like the shipped backbone, but on fewer captions."""
+"""Measures how the scores develop over a training run: judges its snapshots like the shipped backbone, on fewer captions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     """Judges the snapshots and the checkpoint of `work/run` that `weights/curve.json` lacks, and adds them to it.
 
     Args:
-        n: number of random captions, which equal those of `judge_backbone` with this seed
-        guidance: for every point
+        n: number of random captions, the same ones as in `judge_backbone` with this seed
+        guidance: the guidance for every point
     Yields:
         each new point: step, pictures, n, guidance and `SCORES`
     Raises:
@@ -37,7 +37,9 @@ def extend(work: Path, n: int, guidance: float, seed: int = 0, weights: Path = W
     settings = {"n": n, "guidance": guidance, "seed": seed}
     curve = read(weights) or {**settings, "points": []}
     if {k: curve[k] for k in settings} != settings:
-        raise ValueError(f"{weights / CURVE} was measured with other settings: remove it, or use those ({curve})")
+        raise ValueError(
+            f"{weights / CURVE} was measured with other settings: remove it, or use its settings ({curve})"
+        )
     known = {point["step"] for point in curve["points"]}
     for snapshot, facts in points:
         if facts["step"] in known:

@@ -36,7 +36,7 @@ def pipeline(out: Path, snapshot: Path | None = None) -> StableDiffusionPipeline
 
     Args:
         out: the run's folder
-        snapshot: one of ``out``'s snapshots instead of its checkpoint
+        snapshot: one of ``out``'s snapshots, to use instead of its checkpoint
     """
     from diffusers import StableDiffusionPipeline
 
@@ -98,7 +98,7 @@ def assemble(out: Path, target: Path | None = None) -> Path:
 
 
 def training_facts(out: Path) -> dict[str, Any]:
-    """Returns the run's progress: step, pictures and sizes of the denoiser, and the last log lines of all trainings."""
+    """Returns the run's progress: step, pictures and sizes of the denoiser, and the last line of each network's log."""
     state = checkpoint.load(training_folder(out, "unet"))
     facts = denoiser_facts(state) if state else {"step": 0, "pictures": 0, "sizes": None}
     return {**facts, "last": {name: _last_line(log_of(out, name)) for name in ("vae", "decoder", "unet")}}

@@ -21,7 +21,7 @@ def assemble_motion(work: Path, backbone: Path | None = None, target: Path | Non
     backbone's tokenizer and text encoder. Each folder is replaced in one rename.
 
     Args:
-        backbone: the pipeline folder it was trained on; None: the shipped one
+        backbone: the pipeline folder that the module was trained on; None: the shipped one
         target: the motion module's folder; None: the shipped one (``shared/toybox/weights/motion_adapter``)
     """
     backbone, target = backbone or WEIGHTS / "backbone", target or WEIGHTS / "motion_adapter"

@@ -1,6 +1,6 @@
 """Stores training clips on disk: rendered once in chunks, read as memory maps.
 
-    FOLDER/recipe.json                      the settings; others in the same folder are refused
+    FOLDER/recipe.json                      the settings; a build with other settings is refused
     FOLDER/clips-00000.{frames,masks,paths,labels}.npy, .captions.jsonl     one chunk, complete if its captions exist
 
 Clip i depends only on the data set's seed and on i.
@@ -31,8 +31,8 @@ VERSION = 1
 class Clips:
     """N clips of 16 frames.
 
-    captions: N lists of 4; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, as
-    `dataset.LABELS`; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
+    captions: N lists of 4; motions: int64 [N], indices into `MOTIONS`; labels: int64 [N, …] of the first frame, in the
+    order of `dataset.LABELS`; paths: float64 [N, 16, 6], columns `motions.motion.PATH`.
     """
 
     folder: Path
@@ -47,17 +47,17 @@ class Clips:
         return len(self.captions)
 
     def frames(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 [n, 16, 64, 64, 3]."""
+        """Returns the clips at an index, uint8 [n, 16, 64, 64, 3]."""
         return np.stack([self.frame_chunks[i // CHUNK][i % CHUNK] for i in index])
 
     def masks(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Masks of the thing: bool [n, 16, 64, 64]."""
+        """Returns the thing's masks in the clips at an index, bool [n, 16, 64, 64]."""
         packed = np.stack([self.mask_chunks[i // CHUNK][i % CHUNK] for i in index])
         return np.unpackbits(packed, axis=-1).astype(bool)
 
 
 def clip_of(seed: int, index: int) -> tuple[MovingScene, np.random.Generator]:
-    """Samples clip `index` of the data set with this seed; also returns the generator that draws its captions next.
+    """Samples clip `index` of the data set with this seed; also returns the generator for its captions.
 
     Motions take turns, so that all are equally frequent.
     """

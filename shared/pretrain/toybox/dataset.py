@@ -1,6 +1,6 @@
 """Stores training pictures on disk: rendered once in chunks, read as memory maps.
 
-    FOLDER/recipe.json                      the settings; others in the same folder are refused
+    FOLDER/recipe.json                      the settings; a build with other settings is refused
     FOLDER/chunk-00000.{pixels,masks,labels}.npy, .captions.jsonl     one chunk, written under another name and renamed
 
 Picture i depends only on the data set's seed and on i, so that an interrupted build can resume, and the number of workers
@@ -59,9 +59,10 @@ LABELS = (
 class Dataset:
     """N pictures.
 
-    captions: N lists of 4; labels: name -> int64 [N], indices into the
-    vocabularies of `world` (pattern_seed: -1 for none; other_*: of the second thing, -1 for none);
-    identity: float32 [N, IDENTITY_SIZE], NaN for all but faces.
+    captions: N lists of 4
+    labels: name -> int64 [N], indices into the vocabularies of `world` (pattern_seed: a seed, -1 if there is no pattern;
+        other_*: labels of the second thing, -1 if there is none)
+    identity: float32 [N, IDENTITY_SIZE], NaN for all but faces
     """
 
     folder: Path
@@ -114,7 +115,7 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def scene_of(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
-    """Samples picture `index` of the data set with this seed; also returns the generator that draws its captions next."""
+    """Samples the scene of picture `index` in the data set with this seed; also returns the generator for its captions."""
     rng = np.random.default_rng([seed, index])
     return sample_scene(rng), rng
 

@@ -1,9 +1,9 @@
 """Continues to train only the decoder, against a discriminator, for sharper pictures from the same latents.
 
-Squared and absolute errors are minimised by averaging all pictures that a latent may stand for, and an average has no edges.
-So once the latents are final, the decoder is trained further with the same losses plus an adversarial one, against a network
-that distinguishes its pictures from the renderer's, with feature matching and the adaptive weight of arXiv 2012.09841, eq. 7.
-The encoder is frozen, so that everything learned on its latents stays valid.
+Squared and absolute errors are smallest for an average of all pictures that a latent may stand for, and an average has no
+edges. So once the latents are final, the decoder is trained further with the same losses plus an adversarial one, against a
+network that distinguishes its pictures from the renderer's, with feature matching and the adaptive weight of arXiv
+2012.09841, eq. 7. The encoder is frozen, so that everything learned on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ _UNCLIPPED = _ADAM.model_copy(update={"max_grad_norm": None})
 
 @dataclass(frozen=True)
 class DecoderTraining:
-    """Settings; ``lr`` is the peak rate of the decoder. ``adversarial`` is the norm of the discriminator's gradient at the last
-    layer relative to the rest, ``matching`` the weight of feature matching; both rise over the first ``alone`` steps, in
-    which the discriminator learns what to look for.
+    """Settings; ``lr`` is the peak rate of the decoder.
+
+    adversarial: the norm of the adversarial loss's gradient at the last layer, relative to that of the other losses
+    matching: the loss weight of feature matching
+    alone: the number of steps over which these two rise, while the discriminator learns what to look for
     """
 
     batch: int = 8
@@ -53,10 +55,10 @@ class DecoderTraining:
 
 
 class DecoderTask(PretrainTask):
-    """The decoder's training: each step has first the discriminator's loss, then the decoder's.
+    """The task that trains the decoder: each step has first the discriminator's loss, then the decoder's.
 
     Networks are in channels_last, which makes convolutions on a CPU faster. After resuming, the optimizer's moments are not;
-    torch's plain Adam kernels accept that, but the fused one misreads them.
+    torch's plain Adam kernels accept that, but the fused one misreads such moments.
     """
 
     def __init__(
@@ -109,10 +111,11 @@ class DecoderTask(PretrainTask):
         yield Update(total, ("decoder",), parts)
 
     def loss(self, decoded: Tensor, real: Tensor, thing: Tensor, trust: float) -> tuple[Tensor, dict[str, float]]:
-        """The decoder's loss and its parts.
+        """Computes the decoder's loss and its parts.
 
         Args:
-            decoded: [B, 3, H, W] in [-1, 1], with its graph; `real`: the target
+            decoded: [B, 3, H, W] in [-1, 1], with its graph
+            real: the target
             thing: bool [B, 1, H, W], where errors count more
             trust: in [0, 1], the current fraction of the discriminator's full weight
         """

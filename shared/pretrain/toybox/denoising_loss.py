@@ -1,4 +1,6 @@
-"""The denoiser's batches and loss: v-prediction on cached latents, plus the losses of reading attributes from predictions."""
+"""The denoiser's training batches and loss: v-prediction on cached latents, plus losses for how well a caption's attributes
+can be read from the prediction and the U-Net.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-2, warmup=200)
 
 @dataclass(frozen=True)
 class UnetTraining:
-    """Settings of the denoiser's training; ``lr`` is the peak rate; for ``t_uniform`` and ``t_mean`` see ``draw_times``;
-    ``thing_weight``: how much more the loss counts on things, which cover a fifth of a picture but are the hard part.
-    ``reading``, ``probing``: the weights, at the full learning rate, of class, view and accessory as read from the predicted
-    x0 and from the middle of the U-Net (`reader`); they fall with the rate and reach 0 at ``read_until`` of its peak.
+    """Settings for training the denoiser.
+
+    lr: the peak rate
+    t_uniform, t_mean: see `draw_times`
+    thing_weight: the loss weight of things relative to the background; they cover a fifth of a picture but are the hard part
+    reading, probing: the loss weights, at the full learning rate, of class, view and accessory as read from the predicted
+        x0 (`reader.Reader`) and from the middle of the U-Net (`reader.Probe`)
+    read_until: the fraction of the peak rate at which these weights, which fall with the rate, reach 0
     """
 
     unet: models.UnetSize = field(default_factory=models.UnetSize)
@@ -58,7 +64,7 @@ class DenoisingBatch:
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B] in [0, 1000), stratified over the batch
     weight: Tensor  # [B, H, W] loss weights, 1 on average
-    caption_attributes: Tensor  # [B, 3] as `captions.caption_attributes`, -1 for attributes that are not named
+    caption_attributes: Tensor  # [B, 3] as returned by `captions.caption_attributes`; -1: not named
     again: Tensor  # [B, C, H, W] noise added to the predicted x0 before it is read
     level: Tensor  # [B] the level of that noise, as timesteps
 
@@ -67,7 +73,7 @@ class DenoisingBatch:
         return self._of(lambda x: x.to(device))
 
     def split(self, count: int) -> list[DenoisingBatch]:
-        """Splits into ``count`` equal shares, each with every ``count``-th row (so that each has the full range of t)."""
+        """Splits the batch into ``count`` equal shares of every ``count``-th row, so that each covers the full range of t."""
         return [self._of(lambda x, i=i: x[i::count]) for i in range(count)]
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> DenoisingBatch:
@@ -75,7 +81,7 @@ class DenoisingBatch:
 
 
 def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: int) -> DenoisingBatch:
-    """Draws the batch of a step; depends only on seed and step (and the cache's content)."""
+    """Draws the batch of a step, which depends only on the seed, the step and the cache's content."""
     g, b = generator(settings.seed, step), settings.batch
     index = torch.randint(len(data), (b,), generator=g).numpy()
     variant = torch.randint(data.tokens.shape[1], (b,), generator=g).numpy()
@@ -91,10 +97,11 @@ def draw_batch(data: cache.Cache, empty: Tensor, settings: UnetTraining, step: i
 
 
 def draw_times(count: int, uniform: float, mean: float, generator: torch.Generator) -> Tensor:
-    """Draws timesteps [count] in [0, 1000): logit-normal (arXiv 2403.03206, section 3.1), except for a ``uniform`` fraction.
+    """Draws timesteps [count] in [0, 1000), stratified over the batch: uniformly with probability ``uniform``, otherwise from
+    a logit-normal distribution (arXiv 2403.03206, section 3.1).
 
-    Most of what a caption determines is decided at medium noise, where more timesteps are drawn; ``mean`` > 0 shifts them
-    to more noise. Stratified over the batch.
+    The logit-normal favours medium noise, where most of what a caption determines is decided. ``mean`` > 0 shifts it towards
+    more noise.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     plain = torch.rand(count, generator=generator) < uniform
@@ -111,8 +118,8 @@ def v_loss(
     probe: reader.Probe | None = None,
     reading: float = 0.0,
 ) -> Tensor:
-    """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted more on things, plus
-    ``reading`` times the losses of ``reads`` on the predicted x0 and of ``probe``, weighted as in the settings.
+    """Returns the mean squared error of v = alpha * noise - sigma * x (arXiv 2202.00512), weighted by ``inputs.weight``, plus
+    ``reading`` times two losses: that of ``reads`` on the predicted x0, and that of ``probe``.
     """
     bar = bars[inputs.t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()

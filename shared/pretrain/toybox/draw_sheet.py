@@ -45,11 +45,11 @@ class SheetSettings:
         given = {"--prompt": bool(self.prompts), "--guidance": self.guidance is not None}
         unheeded = " and ".join(name for name, is_given in given.items() if is_given)
         if self.source != "model" and unheeded:
-            raise ValueError(f"{unheeded} with --source {self.source}: only the model uses it, add --source model")
+            raise ValueError(f"{unheeded} with --source {self.source}: only the model uses it; add --source model")
 
 
 def draw_sheet(out: Path, settings: SheetSettings, overwrite: bool = False) -> Path:
-    """Writes a captioned sheet. ValueError if `out` is a folder, not a PNG, or exists already, unless `overwrite`."""
+    """Writes a captioned sheet. ValueError if `out` is a folder, is not a PNG, or exists although `overwrite` is not set."""
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise ValueError(f"{out}: a sheet is a PNG, so its name must end in .png")
     check_file(out, overwrite)

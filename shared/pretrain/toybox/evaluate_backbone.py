@@ -52,8 +52,8 @@ class JudgeSettings:
 def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: bool = False) -> Iterator[str]:
     """Judges the model on random captions and, with `card`, the evaluators on fresh renders. Yields lines to print.
 
-    ValueError when `out` exists, unless `overwrite`, when `backbone` is not a Stable Diffusion pipeline's folder, and for an
-    unknown scheduler.
+    Raises ValueError if `out` exists, unless `overwrite` is set, if `backbone` is not the folder of a Stable Diffusion
+    pipeline, or if the scheduler is unknown.
     """
     from shared.pretrain.evaluators.judge_backbone import judge_backbone
     from shared.pretrain.evaluators.model_card import write_card
@@ -80,9 +80,9 @@ def evaluate(settings: JudgeSettings, out: Path | None, card: bool, overwrite: b
 def evaluate_clips(
     settings: JudgeSettings, work: Path | None, out: Path | None, overwrite: bool = False
 ) -> Iterator[str]:
-    """Judges the shipped motion module, or that of a training in `work`, on random captions of clips. Yields lines to print.
+    """Judges the shipped motion module, or the one trained in `work`, on random captions of clips. Yields lines to print.
 
-    ValueError when `out` exists, unless `overwrite`, and when there is no motion module.
+    Raises ValueError if `out` exists, unless `overwrite` is set, or if there is no motion module.
     """
     from shared.pretrain.evaluators.judge_clips import judge_clips
 
@@ -101,7 +101,7 @@ def evaluate_clips(
 
 
 def open_moving(backbone: str | None, work: Path | None) -> Any:
-    """Loads the toybox's `AnimateDiffPipeline` with the shipped motion module, or that of a training run in `work`."""
+    """Loads the toybox's `AnimateDiffPipeline` with the shipped motion module, or the one trained in `work`."""
     from diffusers import AnimateDiffPipeline, MotionAdapter  # pyright: ignore[reportPrivateImportUsage]
 
     from shared.pretrain.toybox.motion_module import averaged

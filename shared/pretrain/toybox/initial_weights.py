@@ -30,8 +30,8 @@ from shared.train import checkpoint
 def adopt_vae(out: Path) -> bool:
     """Puts the shipped autoencoder into a run's folder, unless the run trains its own or already has one.
 
-    Returns whether the run's autoencoder is (except for its decoder) the shipped one, which must not change because U-Net
-    and motion module were trained on its latents.
+    Returns whether the run's autoencoder is, except for its decoder, the shipped one. That one must not change, because the
+    U-Net and the motion module were trained on its latents.
     """
     from diffusers import AutoencoderKL
 
@@ -64,7 +64,7 @@ def adopt_backbone(out: Path, size: models.UnetSize = models.UnetSize()) -> bool
     shutil.copytree(source / "tokenizer", out / TOKENIZER_FOLDER, dirs_exist_ok=True)
     if not has_vae(out):
         pipe.vae.float().save_pretrained(str(out / VAE_FOLDER))
-    for name, line in facts.get("last", {}).items():  # what the card says about trainings that are not repeated here
+    for name, line in facts.get("last", {}).items():  # what the card says about networks that are not trained again
         if line and not (log := log_of(out, name)).exists():
             claim(log.parent, log.name)
             log.write_text(json.dumps(line) + "\n", encoding="utf-8")
@@ -85,13 +85,13 @@ def _check_fits(shipped: models.UnetSize, size: models.UnetSize, out: Path) -> N
 
 
 def adopted_steps() -> int:
-    """Returns the step at which a training that continues from the shipped backbone starts; 0 without weights."""
+    """Returns the step at which a run that continues from the shipped backbone starts; 0 if there is none."""
     facts = weights.WEIGHTS / "backbone" / "training.json"
     return int(json.loads(facts.read_text(encoding="utf-8"))["step"]) if facts.is_file() else 0
 
 
 def _write(folder: Path, networks: Mapping[str, nn.Module], info: dict[str, Any], step: int) -> None:
-    """Writes a checkpoint without optimizer from modules by name prefix; they serve as both weights and average."""
+    """Writes a checkpoint without an optimizer from modules by name prefix, which give both the weights and the average."""
     model = {f"{prefix}{k}": v.float() for prefix, m in networks.items() for k, v in m.state_dict().items()}
     average = {f"{p}{k}": v.detach().float().cpu() for p, m in networks.items() for k, v in m.named_parameters()}
     checkpoint.save(folder, checkpoint.State(0, step, state_of({"model": model}, average), info=info))

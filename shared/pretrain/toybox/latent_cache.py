@@ -32,14 +32,14 @@ class Cache:
     latents: np.ndarray  # float16 [N, C, H, W], posterior means times the scaling factor: unit spread
     tokens: np.ndarray  # int16 [N, V, 32], V caption variants
     covered: np.ndarray  # uint8 [N, H, W], how much of each latent's patch a thing covers, out of 255
-    caption_attributes: np.ndarray  # int8 [N, V, 3], as `shared.toybox.captions.caption_attributes`
+    caption_attributes: np.ndarray  # int8 [N, V, 3], as returned by `shared.toybox.captions.caption_attributes`
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
 def fingerprint(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> str:
-    """Returns a hash of everything that the cached values depend on, except the pictures; they do not depend on the decoder."""
+    """Returns a hash of everything that the cached values depend on except the pictures; the decoder is not part of it."""
     known = [_VERSION, vae.config["scaling_factor"], sorted(tokenizer.get_vocab().items())]
     digest = hashlib.sha256(json.dumps(known).encode())
     parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}

@@ -3,7 +3,7 @@
 The denoiser's squared error rewards the word for a view so little that half a million pictures were not enough to learn it.
 So during training, the caption's attributes must be readable from the predicted clean latents, noised again (a loss on what
 a network sees in a prediction, as in arXiv 2401.00110 and 2411.04873), and from the middle of the U-Net (deep supervision,
-arXiv 1409.5185). The weights of both fall to 0 before the end, so that only the squared error drives the final steps.
+arXiv 1409.5185). The weights of both losses fall to 0 before the end, so that only the squared error drives the final steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Reader(nn.Module):
 
         Args:
             clean: latents [B, C, H, W], or a prediction of them
-            attributes: [B, 3] as `captions.caption_attributes`, -1 for attributes that are not named
+            attributes: [B, 3] as returned by `captions.caption_attributes`, -1 for attributes that are not named
             noise: [B, C, H, W]
             t: the level of the noise, timesteps [B] in [0, 1000)
             bars: the schedule's cumulative products
@@ -81,7 +81,7 @@ class Reader(nn.Module):
 class Probe(nn.Module):
     """Reads a caption's attributes from the middle of a U-Net, during training.
 
-    The words' meaning must get there before the later layers can draw it. The U-Net may run in several threads, so each
+    The words' meaning must arrive there before the later layers can draw it. The U-Net may run in several threads, so each
     thread keeps its own activations.
     """
 
@@ -143,7 +143,7 @@ class ReaderTraining:
 
 
 class ReaderTask(PretrainTask):
-    """The reader's training on latents that are noised, and half of them blurred first."""
+    """The task that trains the reader on noised latents, half of which are blurred first."""
 
     def __init__(self, settings: ReaderTraining, data: cache.Cache, compute: Compute) -> None:
         self.settings, self.data, self.compute = settings, data, compute

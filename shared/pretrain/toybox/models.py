@@ -140,7 +140,7 @@ def build_scheduler() -> DDIMScheduler:
     """Builds the scheduler: cosine noise, v-prediction, sampling from pure noise ("trailing").
 
     The cosine schedule (Nichol and Dhariwal, arXiv 2102.09672) suits small latents and ends without signal, so that the
-    last timestep does not leak a picture's overall tone; v: Salimans and Ho, arXiv 2202.00512.
+    last timestep does not leak a picture's overall tone. For v-prediction, see Salimans and Ho, arXiv 2202.00512.
     """
     from diffusers import DDIMScheduler
 
@@ -158,7 +158,7 @@ def build_scheduler() -> DDIMScheduler:
 class PlainAttention:
     """Attention as two batched products and a softmax, for diffusers' ``set_attn_processor``.
 
-    It computes the same as the fused kernel, whose backward pass on a CPU takes a fifth of a training step here.
+    It computes the same as the fused kernel, whose backward pass would take a fifth of the toybox's training step on a CPU.
     """
 
     def __call__(

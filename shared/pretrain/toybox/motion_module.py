@@ -1,5 +1,5 @@
-"""Trains the toybox's motion module on captioned clips: temporal layers between those of the frozen U-Net, and the words for
-motions (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
+"""Trains the toybox's motion module on captioned clips: temporal layers between the layers of the frozen U-Net, and the
+embeddings of words for motions (AnimateDiff, https://arxiv.org/abs/2307.04725, section 4.2)."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ _WORDS = WordTraining()
 
 @dataclass(frozen=True)
 class MotionTraining:
-    """Settings. ``lr`` is the peak rate of the motion modules, ``word_lr`` that of the words' embeddings.
+    """Settings.
 
-    ``words``: settings for preparing the words first. Their own rate is low: at ten times this rate, words that do not help
-    early drift to values that the network ignores.
-    ``short``: the fraction of steps on every second frame (8 of 16), with half the frames and twice the clips per step.
-    ``t_uniform``, ``t_mean``: see `draw_times`; motion is decided at higher noise than appearance.
-    ``moving_weight``: how much more the loss counts deviations from a clip's mean over time.
+    lr: the peak rate of the motion modules
+    word_lr: the peak rate of the words' embeddings. It is low: at ten times this rate, words that do not help early drift to
+        values that the network ignores.
+    words: settings for preparing the words before that
+    short: the fraction of steps, at the beginning, on every second frame (8 of 16) of twice as many clips
+    t_uniform, t_mean: see `draw_times`; motion is decided at higher noise than appearance
+    moving_weight: the loss weight of the part of the error that varies over time, relative to its mean over time
     """
 
     batch: int = 4  # clips of 16 frames; with 8 frames, twice as many
@@ -82,7 +84,7 @@ class MovingDenoiser(nn.Module):
 
     Args:
         pipe: the pipeline for pictures; the words of motions are added to its tokenizer and text model
-        settings: those of the motion module
+        settings: the settings for training the motion module
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, settings: MotionTraining) -> None:
@@ -125,7 +127,7 @@ class MovingDenoiser(nn.Module):
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Makes a group norm's input contiguous: in channels-last, PyTorch crashes if the parameters need a gradient but the
-    input does not, as in the first motion module, after frozen layers."""
+    input does not, as in the first motion module, which follows frozen layers."""
     return (args[0].contiguous(), *args[1:])
 
 
@@ -147,10 +149,10 @@ def build_adapter(unet: Any, settings: MotionTraining = MotionTraining()) -> Any
 
 
 class MotionTask(PretrainTask):
-    """The motion module's training on cached latents of clips.
+    """The task that trains the motion module on cached latents of clips.
 
     Args:
-        steps: number of steps of the whole run; the first `settings.short` of them use 8 frames
+        steps: number of steps of the whole run; the first fraction `settings.short` of them uses 8 frames
         workers: threads that take equal shares of each batch; results are bit-equal only for the same number
     """
 
@@ -192,12 +194,12 @@ class MotionTask(PretrainTask):
         return {"main": [*decay_groups(modules, self.settings.lr, self.settings.optimizer.weight_decay or 0.0), words]}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss."""
+        """Yields one loss."""
         batch = self.drawn(step)
         yield Update(self.shares.mean_loss(self._loss, batch.split(self.shares.workers), list(self.trained.values())))
 
     def draw(self, step: int) -> ClipBatch:
-        """Draws the batch of a step; depends only on seed and step (and the data)."""
+        """Draws the batch of a step, which depends only on the seed, the step and the data."""
         settings, g = self.settings, generator(self.seed, step)
         short = step < settings.short * self.steps
         b, stride = (2 * settings.batch, 2) if short else (settings.batch, 1)
@@ -248,12 +250,12 @@ class _Named(nn.Module):
             raise RuntimeError(f"{len(state_dict)} tensors for {len(self.names)} parameters")
         for name, parameter in zip(self.names, self.list, strict=True):
             if state_dict[name].shape != parameter.shape:
-                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, but here {list(parameter.shape)}")
+                raise RuntimeError(f"{name} is {list(state_dict[name].shape)}, but here it is {list(parameter.shape)}")
             parameter.copy_(state_dict[name])
 
 
 def motion_folder(work: Path) -> Path:
-    """Returns the folder of the training's checkpoint and log."""
+    """Returns the folder of the motion module's checkpoint and log."""
     return work / "training" / "motion"
 
 
@@ -267,7 +269,7 @@ def train_motion(work: Path, backbone: Path, run: RunSettings, settings: MotionT
     from shared.train import checkpoint
 
     if run.steps is None:
-        raise ValueError("the motion module's training needs a number of steps, which splits it into 8 and 16 frames")
+        raise ValueError("training the motion module needs a number of steps, which is split between 8 and 16 frames")
     pipe = StableDiffusionPipeline.from_pretrained(str(backbone), torch_dtype=torch.float32)
     folder, workers = motion_folder(work), run.threads or torch.get_num_threads()
     compute = run.compute()

@@ -1,9 +1,9 @@
 """The layout of a training run's folder, and how to read it.
 
-tokenizer/                              the one that the run uses
+tokenizer/                              the tokenizer that the run uses
 vae/                                    the finished autoencoder: frozen, normalised, fp32
 latents/                                the U-Net's training data (`latent_cache`)
-training/{vae,decoder,reader,unet}/     checkpoint and log.jsonl of each training
+training/{vae,decoder,reader,unet}/     checkpoint and log.jsonl of each network
 training/unet/snapshots/                intermediate averages
 """
 
@@ -34,8 +34,8 @@ TRAININGS = ("vae", "decoder", "reader", "unet")
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """Returns the folder of a training's (one of `TRAININGS`) checkpoint and log. ValueError if `out` has a checkpoint of an
-    earlier version."""
+    """Returns the folder with the checkpoint and log of `name`, one of `TRAININGS`. ValueError if `out` has a checkpoint from
+    an earlier version."""
     assert name in TRAININGS, name
     refuse_older(out / f"{name}.safetensors")
     return out / "training" / name
@@ -83,7 +83,7 @@ def snapshots(out: Path) -> list[Path]:
 
 
 def save_snapshot(folder: Path, average: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Saves an average of the denoiser in fp16, whole or not at all; `facts` as `denoiser_facts`."""
+    """Saves an average of the denoiser in fp16, whole or not at all; `facts` as returned by `denoiser_facts`."""
     path = folder / "snapshots" / f"step-{facts['step']:07d}.safetensors"
     claim(folder, f"snapshots/{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,14 +17,14 @@ T = TypeVar("T", "UnetTraining", "MotionTraining")
 
 #: Steps of a whole run, unless minutes are set. A stage that has done them is complete and returns immediately.
 VAE_STEPS, DECODER_STEPS, UNET_STEPS, MOTION_STEPS = 12_000, 10_000, 16_000, 12_000
-#: The final fraction of a round of the U-Net's training, in which its rate falls.
+#: The final fraction of a round of U-Net training, over which the learning rate falls.
 FALL = 0.75
-#: Groups of things for the identity encoder. With 1,500 it memorized them: after the autoencoder it recognised
-#: 98 % of these, but 75 % of others.
+#: Groups of things for the identity encoder. It memorized 1,500: in pictures decoded by the autoencoder, it recognised 98 % of
+#: these things, but 75 % of others.
 IDENTITY_GROUPS = 4_500
-#: Limits the groups of a small data set.
+#: For a small data set, there is one group per this many pictures.
 PICTURES_PER_GROUP = 24
-#: The maximum number of pictures that are sent through the autoencoder for the evaluators.
+#: The maximum number of pictures that the autoencoder reconstructs for each evaluator.
 RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 
 
@@ -32,9 +32,9 @@ RECONSTRUCTED = {"recognizer": 48_000, "identity": 144_000}
 class Pace:
     """The training pace of the denoising networks; None: the default pace, for a CPU.
 
-    batch: pictures or clips per step; the moving average's decay is adapted by the square root of its ratio to the usual
+    batch: pictures or clips per step; the moving average's decay is raised to the square root of batch / usual batch
     lr: the peak rate
-    steps: those of the motion module
+    steps: the number of steps for the motion module
     compiled: whether blocks are compiled (`RunSettings.compiled`)
     """
 
@@ -44,7 +44,7 @@ class Pace:
     compiled: bool = False
 
     def of(self, usual: T) -> T:
-        """A training's usual settings, changed to this pace."""
+        """Returns the usual settings, changed to this pace."""
         lr = usual.lr if self.lr is None else self.lr
         if self.batch is None:
             return replace(usual, lr=lr)
@@ -55,8 +55,8 @@ class Pace:
 class Work:
     """One run: its folder and its budget.
 
-    more: pictures that the U-Net sees beyond those behind its starting weights; over the last `FALL` of them the rate falls
-        to 0
+    more: how many pictures the U-Net sees in addition to those that its starting weights have seen; over the last `FALL` of
+        them, the rate falls to 0
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Work:
         return self.folder / "run"
 
     def settings(self, steps: int) -> RunSettings:
-        """Returns the settings of a training that takes this many steps, unless minutes are set."""
+        """Returns the settings of a training run that takes this many steps, unless minutes are set."""
         from shared.pretrain.run_task import RunSettings
 
         own = steps if self.minutes is None else None

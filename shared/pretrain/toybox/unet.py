@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class UnetTask(PretrainTask):
-    """The denoiser's training.
+    """The task that trains the denoiser.
 
     Args:
         budget: determines the rates, which the weight of the reading losses follows
         workers: threads that take equal shares of each batch; results are bit-equal only for the same number
-        reads: the reader that teaches the meaning of words for shape; None: only the squared error
+        reads: the reader that teaches the meaning of words for shape; None: the squared error is the only loss
     """
 
     helpers = frozenset({"probe"})
@@ -79,7 +79,7 @@ class UnetTask(PretrainTask):
         return {"probe": [TrainableGroup("probe", list(self.probe.parameters()), settings.lr, 0.0)], **main}
 
     def updates(self, step: int, micro: int) -> Updates:
-        """One loss."""
+        """Yields one loss."""
         yield Update(self.loss(self.drawn(step), self.reading(step)))
 
     def _draw(self, step: int) -> DenoisingBatch:

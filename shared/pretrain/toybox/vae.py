@@ -1,10 +1,10 @@
 """Trains the autoencoder: 64×64 pictures to latents of 16×16 cells.
 
-It is trained on whole pictures, because group norms and the attention in the middle see other statistics on crops, which
-cost a measured 3 dB. The loss consists of L1 and squared errors of pixels and L1 of their differences, weighted more on the
-thing, because its pattern identifies it, and a tiny KL. When the budget ends, the averaged weights are *normalised*: the two
-1×1 convolutions around the latents shift and scale each latent channel to zero mean and a common spread, whose inverse is
-the ``scaling_factor``.
+It is trained on whole pictures: on crops, group norms and the attention in the middle see other statistics, which cost 3 dB
+when measured. The loss consists of the L1 and squared errors of pixels, the L1 error of differences between neighbours, all
+weighted more on the thing, because its pattern identifies it, and a tiny KL. When the budget ends, the averaged weights are
+*normalised*: the two 1×1 convolutions around the latents shift and scale each latent channel to zero mean and a common
+spread, whose inverse is the ``scaling_factor``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELD_OUT = 256
 
 
 class Pictures(Protocol):
-    """The interface of a data set for the trainings, as ``shared.pretrain.toybox.dataset.load`` returns it."""
+    """The interface of a data set for training, as returned by ``shared.pretrain.toybox.dataset.load``."""
 
     @property
     def captions(self) -> Sequence[Sequence[str]]:
@@ -60,7 +60,7 @@ _ADAMW = AdamW(betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, schedule="linea
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings of the autoencoder's training; ``lr`` is the peak rate."""
+    """Settings for training the autoencoder; ``lr`` is the peak rate."""
 
     size: models.VaeSize = field(default_factory=models.VaeSize)
     batch: int = 6
@@ -90,7 +90,7 @@ def draw(pictures: Pictures, among: int, count: int, generator: torch.Generator)
 def loss(
     vae: AutoencoderKL, x: Tensor, thing: Tensor, noise: Tensor, settings: VaeTraining
 ) -> tuple[Tensor, dict[str, float]]:
-    """Computes L1 and squared errors of pixels [B, 3, H, W], L1 of their differences, and KL per latent element.
+    """Computes `reconstruction`'s loss of pixels [B, 3, H, W], plus the KL per latent element.
 
     Args:
         thing: bool [B, 1, H, W], where errors count ``thing_weight`` times
@@ -109,7 +109,9 @@ def loss(
 
 
 def reconstruction(error: Tensor, thing: Tensor, settings: VaeTraining) -> tuple[Tensor, dict[str, float]]:
-    """Computes L1 and squares of errors [B, 3, H, W] and L1 of their differences, weighted more on ``thing`` [B, 1, H, W]."""
+    """Computes the L1 and the square of errors [B, 3, H, W], and the L1 of differences between neighbouring errors, weighted
+    more on ``thing`` [B, 1, H, W].
+    """
     weight = torch.where(thing, settings.thing_weight, 1.0)
     weight = weight / weight.mean()
     pixel = (weight * error.abs()).mean()
@@ -138,7 +140,7 @@ def psnr(vae: AutoencoderKL, pixels: np.ndarray, batch: int = 64) -> float:
 
 
 class VaeTask(PretrainTask):
-    """The autoencoder's training."""
+    """The task that trains the autoencoder."""
 
     def __init__(self, settings: VaeTraining, pictures: Pictures, out: Path, compute: Compute) -> None:
         self.settings, self.pictures, self.out, self.compute = settings, pictures, out, compute

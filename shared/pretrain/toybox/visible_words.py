@@ -3,7 +3,7 @@
 The modules read a caption only through the cross-attention of the layers before them, which was trained on pictures and
 ignores words it has never seen: "to the left" instead of "to the right" changes its features by 1 %, whereas "red" instead
 of "blue" changes them by 30 %. Modules that see no difference cannot learn one, and embedding rows that make no difference
-get no gradient. So before the modules are trained, the rows are trained to change the features that the modules read, and
+get no gradient. So before the modules are trained, the rows are trained to change the features that the modules read, but
 the picture as little as possible.
 """
 
@@ -36,12 +36,15 @@ OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 @dataclass(frozen=True)
 class WordTraining:
-    """Settings. `differ`: the minimum relative difference between two motions in the features after each cross-attention;
-    `opposite`: how often a motion that has an opposite is compared with that rather than with any other. At timestep 600 the
-    shipped words, whose training drew all pairs alike, differ by 1 % for "left" and "right" and by 45 % for "wobbling" and
-    "moving camera"; after this training, by 30 and 38 %;
-    `seen`: the weight of the squared relative change of the prediction by a motion's words; `times`: the range of
-    timesteps."""
+    """Settings.
+
+    differ: the minimum relative difference between two motions in the features after each cross-attention
+    opposite: how often a motion that has an opposite is compared with its opposite rather than with any other motion. The
+        shipped words were trained on random pairs only; at timestep 600, their features differ by 1 % between "left" and
+        "right", and by 45 % between "wobbling" and "moving camera". With these settings, they differ by 30 and 38 %.
+    seen: the loss weight of the squared relative change that a motion's words make to the prediction
+    times: the range of timesteps
+    """
 
     steps: int = 240
     batch: int = 6

@@ -158,5 +158,5 @@ def _state_float32(path: Path) -> None:
 
 
 def _projected(output: Any) -> Tensor:
-    """Returns the projection: transformers 5 has it in an object's `pooler_output`, version 4 returns the tensor itself."""
+    """Returns the projection: transformers 5 puts it into an object's `pooler_output`; version 4 returns the tensor itself."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -31,8 +31,9 @@ class TrunkConfig(BaseModel):
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions with batch normalisation and a skip (He et al., arXiv 1512.03385): `[B, C, H, W]` in and
-    out.
+    """A residual block (He et al., arXiv 1512.03385): two 3×3 convolutions with batch normalisation, and a skip connection.
+
+    Maps `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -52,8 +53,9 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Pictures `[B, 3, H, W]` in [0, 1] -> features `[B, features]`.
 
-    The features are the means of every stage, the maxima of the last, and the means of the later stages over the thing only.
-    The thing's position is predicted from the 8×8 stage (`where`), trained on the renderer's masks.
+    The features join, per channel, the mean of every stage's output, the maximum of the last stage's, and the mean over the
+    thing alone of every stage's but the first. `where` predicts the thing's position from the output of the third stage
+    (8×8 for a picture of 64×64); it is trained on the renderer's masks.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -103,7 +105,7 @@ def _mean_at(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_pixels(pixels: Tensor) -> None:
-    """Raises `ValueError` unless `pixels` is a batch of pictures `[B, 3, 64, 64]` in [0, 1]."""
+    """Raises `ValueError` unless `pixels` is a batch of float pictures `[B, 3, 64, 64]`. Their range is not checked."""
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, 64, 64):
         raise ValueError(
             f"pixels: expected [B, 3, 64, 64], got {list(pixels.shape)}; resize the pictures to 64×64 RGB first"
@@ -152,8 +154,8 @@ def adopt_state(model: nn.Module, folder: Path) -> bool:
 
 
 def read_config(folder: Path | str, name: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and its parsed `config.json`. `FileNotFoundError` if a file is missing, with the command that
-    creates it."""
+    """Returns the folder and its parsed `config.json`. If that or the weights are missing, raises `FileNotFoundError` with
+    the command that creates them."""
     folder = Path(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -24,7 +24,7 @@ _WIDE, _LEAST = (
     2.2,
     0.28,
 )  # half the side of the second look, in standard deviations of the thing's map; its minimum, in half-pictures
-_SURE = 0.15  # places below this do not count as part of the thing
+_SURE = 0.15  # cells with a lower probability do not count as part of the thing
 
 
 class IdentityConfig(BaseModel):

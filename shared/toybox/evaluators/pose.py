@@ -62,7 +62,7 @@ class PoseEstimator(nn.Module):
         self.azimuth = nn.Linear(hidden, config.bins)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 5]`, the columns `LINEAR` in the units of `path_distance.UNITS`, and logits `[B, bins]` of the azimuth."""
+        """Returns `[B, 5]`, the columns `LINEAR` in the units `path_distance.UNITS`, and logits `[B, bins]` of the azimuth."""
         maps = self.trunk.maps(pixels)
         pooled, _ = self.trunk.pooled(maps)
         places = torch.relu(self.places(maps[self.trunk.looks])).float().flatten(1)
@@ -84,12 +84,12 @@ class PoseEstimator(nn.Module):
 
 
 def units() -> Tensor:
-    """`[5]`: the unit of each column of `LINEAR`."""
+    """Returns the units `[5]` of the columns `LINEAR`."""
     return torch.tensor([UNITS[name] for name in LINEAR])
 
 
 def path_of(poses: Poses, follow: bool = True) -> Array:
-    """Poses of the F frames of a clip -> its path, float64 `[F, 6]`.
+    """Converts the poses in the F frames of a clip to its path, float64 `[F, 6]`.
 
     follow: whether the azimuth is tracked through time, continuing past 180 degrees; otherwise each frame is read separately
     """
@@ -102,7 +102,7 @@ def path_of(poses: Poses, follow: bool = True) -> Array:
 
 
 def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
-    """The most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
+    """Finds the most probable sequence of azimuth bins: probabilities `[F, bins]` -> int64 `[F]`.
 
     Viterbi's algorithm, with turns from frame to frame that follow a wrapped normal distribution of standard deviation
     `step_deg` / 2.
@@ -123,7 +123,7 @@ def followed(chances: Array, step_deg: float = _STEP_DEG) -> np.ndarray:
 
 
 def _around(chances: Tensor, at: Tensor) -> Tensor:
-    """`[B]` degrees: the mean direction of probabilities `[B, bins]` over the bins around those `at` `[B]`."""
+    """Averages directions by their probabilities `[B, bins]`, over the bins `at` `[B]` and their neighbours: `[B]` degrees."""
     bins = chances.shape[1]
     near = (at[:, None] + torch.arange(-2, 3)) % bins
     weight = chances.gather(1, near) + 1e-9

@@ -50,11 +50,11 @@ class Recognizer(nn.Module):
         return self.neck(self.trunk(pixels))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits `[B, values]` per attribute."""
+        """Returns logits `[B, values]` per attribute."""
         return self.read(pixels)[0]
 
     def read(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of the things' positions."""
+        """Returns logits `[B, values]` per attribute, and logits `[B, 1, 8, 8]` of the things' positions."""
         features, where = self.trunk.read(pixels)
         hidden = self.neck(features)
         return {name: self.heads[f"head_{name}"](hidden) for name in self.config.values}, where

@@ -28,7 +28,7 @@ def _known(frames: int) -> tuple[tuple[str, ...], Array]:
 def nearest_captioned(path: Array) -> str:
     """Finds the captioned motion, or "still", with the path nearest to a path `[F, 6]` (`path_distance`).
 
-    A camera orbit and a spin differ only in their angle, because a path does not include the background.
+    A path does not include the background, so an orbit of the camera and a spin differ only in the angle turned.
     """
     names, known = _known(len(path))
     return names[int(distances(np.asarray(path, np.float64)[None], known)[0].argmin())]

@@ -38,7 +38,7 @@ class MovingScene:
     pan: Array
 
     def scenes(self) -> list[Scene]:
-        """The F frames as scenes for `render`."""
+        """Returns the F frames as scenes for `render`."""
         ways = zip(self.path, self.pan, strict=True)
         return [replace(self.scene, cameras=(_camera(at),), pan=float(pan)) for at, pan in ways]
 
@@ -48,7 +48,7 @@ class Clip:
     """F frames of H×W pixels with their ground truth.
 
     frames: [F, H, W, 3] in [0, 1]; mask: [F, H, W], the share of each pixel that the thing covers (in the photo style);
-    path: float64 [F, 6], columns `motion.PATH`; flow: [F-1, H, W, 2] and flow_known: bool [F-1, H, W], as `flow.Flow`.
+    path: float64 [F, 6], columns `motion.PATH`; flow: [F-1, H, W, 2] and flow_known: bool [F-1, H, W], as in `flow.Flow`.
     """
 
     frames: Tensor

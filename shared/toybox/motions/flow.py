@@ -19,7 +19,7 @@ class Flow:
     """moved: [F-1, H, W, 2], pixels to the right and down from a frame to the next; known: bool [F-1, H, W], true if the
     pixel shows a single surface that is also visible in the next frame.
 
-    Where the flow is not known, `moved` is that of the surface that covers most of the pixel.
+    Where the flow is not known, `moved` is the flow of the surface that covers most of the pixel.
     """
 
     moved: Tensor
@@ -51,7 +51,7 @@ def flow(things: Instances, hits: Hits, pan: Tensor, size: int) -> Flow:
 
 
 def _open(cover: Tensor, by: Tensor) -> Tensor:
-    """bool [F-1, H, W]: where the background is visible, and again in the next frame, `by` [F-1] pixels to the right."""
+    """Finds where the background is visible, and again in the next frame, `by` [F-1] pixels to the right: bool [F-1, H, W]."""
     size = cover.shape[-1]
     at = torch.arange(size, device=cover.device) + by[:, None]
     inside = (at >= 0) & (at <= size - 1)

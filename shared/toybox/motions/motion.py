@@ -28,9 +28,9 @@ Shape: TypeAlias = Callable[[Array, Parameters], Mapping[str, Array]]
 class Motion:
     """A motion: `shape(t, parameters)` returns the channels that it changes, relative to the thing's starting place.
 
-    shape: t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all; channels it omits stay at 0.
+    shape: maps t [F] in [0, 1] and parameters [N, 1] to channels [N, F], or [F] for all N; channels it omits stay at 0.
     limits: the range from which each parameter is drawn uniformly. either_way: parameters that are +1 or -1.
-    facing_deg: the azimuth that the path is relative to, if the thing must face along its path; None for any.
+    facing_deg: the azimuth that the path's is relative to, for a thing that must face along its path; None: any azimuth.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Motion:
         return drawn | {name: rng.choice((-1.0, 1.0), (n, 1)) for name in self.either_way}
 
     def median(self) -> dict[str, Array]:
-        """The midpoints of the parameters' limits, [1, 1] each."""
+        """Returns the midpoints of the parameters' limits, and +1 for those of `either_way`, [1, 1] each."""
         middle = {name: np.full((1, 1), (low + high) / 2) for name, (low, high) in self.limits.items()}
         return middle | {name: np.ones((1, 1)) for name in self.either_way}
 

@@ -1,19 +1,20 @@
 """Measures how far apart two motions are, by their paths over time.
 
-The distance of paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of their
-difference in units of a clearly visible change (`UNITS`), after the shift of each column that brings them closest:
+The distance between two paths a and b, `[F, 6]` with the columns `motion.PATH`, is the root mean square over the F frames of
+their difference in units of a clearly visible change (`UNITS`), after each column is shifted to bring them closest:
 
     d² = min over shifts s of 1/F Σ_t ( Σ_linear ((a_t - b_t - s) / unit)² + |exp(i a_t) - exp(i (b_t + s))|² / chord² )
 
-with the azimuth on the circle because it wraps around (chord = 2 sin(unit / 2)), and the other columns on the line. Both
-minima have closed forms: on the line the shift is the difference of means, and on the circle the mean is
-2 - 2 |mean exp(i (a - b))|.
+The azimuth a, which wraps around, is compared on the unit circle, where one unit is a chord of 2 sin(unit / 2). The other
+columns are linear. Both minima have closed forms: for a linear column, the best shift is the difference between the means;
+for the azimuth, the smallest mean of |…|² is 2 - 2 |mean exp(i (a - b))|.
 
-- **Ignored**: where a motion begins. The place, size, view and tilt of a thing belong to the picture: a motion on the
-  left is the same as on the right. The best shift is used rather than that of the first frame, so that an error in one frame
-  does not affect all.
-- **Not ignored**: time (rhythm, direction, phase), mirroring, and size: half a zigzag is a different motion.
-- It is a metric on paths up to such shifts: symmetric, zero only between shifted paths, and with the triangle inequality.
+- **Ignored**: where a motion begins. A thing's first place, size, view and tilt belong to the picture, so the same motion
+  further to the left has distance 0. The shift is fitted to all frames rather than taken from the first, so that an error in
+  one frame does not affect the others.
+- **Not ignored**: timing (rhythm, direction, phase), mirroring and size. A zigzag half as large is a different motion.
+- The distance is a metric on paths up to shifts of each column: it is symmetric, zero only if such shifts make the paths
+  equal, and satisfies the triangle inequality.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ UNITS: dict[str, float] = {
     "elevation_deg": 30.0,
     "roll_deg": 15.0,
 }
-"""The unit of each column: a tenth of the picture, a growth of about a quarter, half-way to the next view."""
+"""The unit of each column: a tenth of the picture for the position, a growth of about a quarter for the scale, half the way
+to the next view for the azimuth, and 30 and 15 degrees for the elevation and the roll."""
 
 _TURN = PATH.index("azimuth_deg")
 _LINES = [i for i in range(len(PATH)) if i != _TURN]
@@ -41,7 +43,7 @@ _CHORD = 2 * np.sin(np.radians(UNITS["azimuth_deg"]) / 2)
 
 
 def distances(a: Array, b: Array) -> Array:
-    """Distances `[N, M]` of paths a `[N, F, 6]` from paths b `[M, F, 6]`.
+    """Returns the distances `[N, M]` between paths a `[N, F, 6]` and paths b `[M, F, 6]`.
 
     Raises:
         ValueError: wrong shapes, different numbers of frames (see `resampled`), or values that are not finite
@@ -91,11 +93,11 @@ def _checked(paths: Array) -> Array:
 
 
 def _lines(paths: Array) -> Array:
-    """[N, 5 F]: the columns on the line, centred over time and in their units."""
+    """Returns the linear columns [N, 5 F] in their units, each centred over time."""
     values = paths[..., _LINES] / _SCALES
     return (values - values.mean(1, keepdims=True)).reshape(len(paths), -1)
 
 
 def _circle(paths: Array) -> np.ndarray:
-    """[N, F]: the azimuths as complex numbers on the unit circle."""
+    """Returns the azimuths [N, F] as complex numbers on the unit circle."""
     return np.exp(1j * np.radians(paths[..., _TURN]))

@@ -31,7 +31,7 @@ def write_frames(frames: Tensor, path: Path, about: dict[str, str]) -> Path:
 
 
 def reference_moving(name: str, n: int, seed: int, frames: int = 16) -> list[MovingScene]:
-    """Samples n clips of a held-out motion, with plain things that captions can describe, each of another class and
+    """Samples n clips of a held-out motion, each of a plain thing, which captions can describe, of another class on another
     background.
 
     Classes and backgrounds repeat only after all have been used. ValueError for an unknown motion or a bad number of frames.
