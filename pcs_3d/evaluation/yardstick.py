@@ -1,4 +1,4 @@
-"""The ground truth, evaluators and baselines that assets of one object are measured with, computed once."""
+"""The ground truth, evaluators and baselines that assets of one object are measured against, computed once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.metrics.scorer import fill
 from shared.runner.judging import references
 from shared.toybox.reference_sets import shown_in
 
-_SIDE = 64  # pixels of the references, as for the toybox's own instruments
+_SIDE = 64  # side of the references in pixels, as for the toybox's own instruments
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Yardstick:
 
 
 def with_shape(looks: Looks, iou: list[float], psnr: list[float]) -> Looks:
-    """Adds the scores of shape to `looks`."""
+    """Adds the shape scores to `looks`."""
     return replace(looks, scores={"iou": iou, "psnr": psnr, **looks.scores})
 
 

@@ -76,7 +76,7 @@ class RandomNoise(Part):
 
 
 class FixedNoise(Part):
-    """The same noise in every step, one for each index in the batch."""
+    """The same noise at every step, with a separate sample for each batch index."""
 
     kind: Literal["fixed"] = "fixed"
     seed: int = 0
@@ -90,7 +90,7 @@ class FixedNoise(Part):
 
 
 class Interval(Part):
-    """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eq. 14 to 17): z is noised a little, follows
+    """Interval score matching (LucidDreamer, https://arxiv.org/abs/2311.11284, eqs. 14 to 17): z is noised a little, follows
     the model's unconditional DDIM inversion to s = t - delta, and takes one more step to t. The target is the prediction at
     (z_s, s), used for that last step."""
 
@@ -132,7 +132,7 @@ class Inversion(Part):
     kind: Literal["inversion"] = "inversion"
     steps: Annotated[int, Field(ge=1)] = 10
     scale: float = -6.5
-    jitter: Share = 1.0  # t is moved later by a random part of one step, at most this share
+    jitter: Share = 1.0  # t is shifted later by a random fraction of one step, up to this value
     eta: Annotated[float, Field(ge=0)] = 0.3  # fresh noise, relative to that of one ancestral step
 
     def __call__(

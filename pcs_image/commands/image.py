@@ -57,7 +57,7 @@ def generate(
     num: int = typer.Option(1, min=1, max=10_000, help="pictures per prompt"),
     seed: int = typer.Option(0, min=0, max=_SEEDS, help="seed of the first picture; the others count up from it"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength by step: my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
+        [], help="a concept's strength schedule: my-mug=0@0,1@0.2 leaves my-mug out of the first fifth of the steps"
     ),
     invert: Path = typer.Option(None, help=steering.INVERT, **PATH),
     invert_share: float = typer.Option(0.3, min=0, max=1, help=steering.SHARE),

@@ -56,7 +56,7 @@ def generate(
     kind: str = typer.Option("mp4", "--format", help="mp4, gif, webp or frames, if `out` is a folder"),
     sheet: bool = typer.Option(False, help="also write a contact sheet: a row of frames for each clip"),
     strength: list[str] = typer.Option(
-        [], help="a concept's strength by step: my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
+        [], help="a concept's strength schedule: my-mug=0.4@0,0.8@0.1 lets the motion form before the subject"
     ),
     first_frame: Path = typer.Option(None, help="a picture that the clip begins with", **PATH),
     prefix: Path = typer.Option(None, help="a clip that the new one begins with and continues", **PATH),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shared.masks.base import MaskPart
 from shared.types import Example
 
-_SIDE = 256  # pixels: the minimum size, approximately, at which flow is estimated
+_SIDE = 256  # approximate minimum size, in pixels, at which flow is estimated
 
 
 class Track(MaskPart):
@@ -73,7 +73,7 @@ class Track(MaskPart):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """Converts frames to uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for flow's patches."""
+    """Converts frames to uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for the flow algorithm's patches."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:
@@ -91,7 +91,7 @@ def flow_between(kind: str, before: np.ndarray, after: np.ndarray) -> np.ndarray
 
 
 def _of_the_thing(flow: np.ndarray, mask: np.ndarray) -> Tensor:
-    """Extrapolates the flow [h, w, 2] inside the mask [h, w] smoothly everywhere: [1, 2, h, w]. 0 for an empty mask."""
+    """Smoothly extrapolates the flow [h, w, 2] inside the mask [h, w] to the whole frame: [1, 2, h, w]. 0 for an empty mask."""
     import cv2
 
     reach = max(mask.shape) // 40

@@ -42,7 +42,7 @@ def made_csv(made: Sequence[PictureRow] | Sequence[ClipRow], last: str) -> str:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes a report's files below its folder, by name. ValueError for a name that points outside it."""
+    """Writes a report's files into its folder, by name. ValueError for a name that points outside it."""
     for name, data in files.items():
         path = safe_relative(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

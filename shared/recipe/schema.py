@@ -93,7 +93,7 @@ class Sampling(Part):
     strength: Annotated[str, AfterValidator(check_points)] = ""  # by step: "0@0,1@0.2"; "": constant
 
     def settings(self) -> SamplingSettings:
-        """Returns the sampler's settings, without the strength by step, which needs the concept's name."""
+        """Returns the sampler's settings, without the strength schedule, which needs the concept's name."""
         return SamplingSettings("", self.guidance, self.steps, self.scheduler)
 
 

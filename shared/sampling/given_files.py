@@ -18,7 +18,7 @@ from shared.sources.to_example import load
 
 
 def is_clip(path: Path) -> bool:
-    """Tells whether a file or folder is a clip and not a picture. ValueError, with its path, if it is neither."""
+    """Returns whether a file or folder is a clip rather than a picture. ValueError, with its path, if it is neither."""
     if path.is_file() and path.stat().st_size and clip_kind(path) == "picture":
         return False
     open_frames(path)
@@ -35,7 +35,7 @@ def picture_latents(backbone: Backbone, path: Path, size: tuple[int, int]) -> Te
 
 
 def masked_picture(path: Path, mask: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Reads a picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped alike. ValueError if their sizes
+    """Reads a picture [3, H, W] in [-1, 1] and its mask [1, H, W] in [0, 1], cropped the same way. ValueError if their sizes
     differ."""
     fitted = resize(load(path, mask), size, "cover")
     assert fitted.mask is not None

@@ -29,7 +29,7 @@ class DenoisingStep:
     prompts: Sequence[str]  # B, expanded; inside `during`, as changed by hooks
     seeds: Sequence[int]  # B
     noise: Tensor  # [B, C, (f), h, w]: the initial noise, of unit variance
-    scale: Tensor | float = 1.0  # factor from the latents to the network's input; not 1 for schedulers of Karras et al.
+    scale: Tensor | float = 1.0  # multiplies the latents into the network's input; not 1 for Karras et al. schedulers
 
     @property
     def fraction(self) -> float:
@@ -48,7 +48,7 @@ class DenoisingStep:
 
 @runtime_checkable
 class SamplingHook(Protocol):
-    """Acts between denoising steps. The base class `SamplingHookBase` implements it without any effect."""
+    """Acts between denoising steps. The base class `SamplingHookBase` implements every method as a no-op."""
 
     def ready(self, backbone: Backbone, settings: SamplingSettings) -> SamplingHook:
         """Returns the hook for one call of the sampler: itself, or a copy that has read its files. ValueError if they do not
@@ -106,12 +106,12 @@ class SamplingHookBase(Part):
 
 
 def check_points(text: str) -> str:
-    """Returns `text` if it is a valid strength by step without a name ("0@0,1@0.2", or ""). ValueError otherwise."""
+    """Returns `text` if it is a valid strength schedule without a name ("0@0,1@0.2", or ""). ValueError otherwise."""
     try:
         StrengthSchedule.parse(f"concept={text or '1@0'}")
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a strength by step; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
+            f"{text!r} is not a strength schedule; write STRENGTH@FRACTION,… with fractions of the steps in [0, 1]: 0@0,1@0.2"
         ) from None
     return text
 
@@ -148,10 +148,10 @@ class StrengthSchedule(SamplingHookBase):
             pairs = [point.split("@") for point in points.split(",")]
             schedule = {float(fraction): float(strength) for strength, fraction in pairs}
             if len(schedule) < len(pairs):
-                raise ValueError("one fraction twice")
+                raise ValueError("duplicate fraction")
         except ValueError:
             usage = "write NAME=STRENGTH@FRACTION,…: my-mug=0@0,1@0.2"
-            raise ValueError(f"{text!r} is not a strength by step; {usage}") from None
+            raise ValueError(f"{text!r} is not a strength schedule; {usage}") from None
         return validate(cls, {"strengths": {name: schedule}})
 
     def times(self, factor: float) -> StrengthSchedule:
@@ -160,7 +160,7 @@ class StrengthSchedule(SamplingHookBase):
         return self.model_copy(update={"strengths": scaled})
 
     def at(self, name: str, fraction: float) -> float:
-        """Returns a concept's strength when `fraction` of the steps is done; before the first point, that point's strength."""
+        """Returns a concept's strength once `fraction` of the steps are done; before the first point, that point's strength."""
         points = sorted(self.strengths[name].items())
         before = [p for p in points if p[0] <= fraction] or points[:1]
         after = [p for p in points if p[0] > fraction]

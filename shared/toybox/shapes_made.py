@@ -13,7 +13,7 @@ from shared.toybox.primitives import Surface, ball, box, curve, extrude, lathe, 
 
 
 def car(h: float) -> tuple[Parts, Anchors]:
-    """A car: hood and lamps in front, red lamps behind, the cabin's roof in the second color."""
+    """A car: hood and headlights in front, red taillights at the back, the cabin's roof in the second color."""
     body = [(-1, -0.22), (0.98, -0.22), (1.05, -0.1), (1.02, 0.12), (0.5, 0.2), (-0.95, 0.22), (-1.05, 0.1)]
     cabin = [(-0.8, 0.2), (0.48, 0.2), (0.16, 0.52), (-0.66, 0.52)]
     roof = [(-0.75, 0.48), (0.27, 0.48), (0.1, 0.64), (-0.6, 0.64)]
@@ -59,7 +59,7 @@ def mug(h: float) -> tuple[Parts, Anchors]:
 
 
 def rocket(h: float) -> tuple[Parts, Anchors]:
-    """A rocket: portholes and a hatch in front, a ladder behind, nose and fins in the second color."""
+    """A rocket: portholes and a hatch in front, a ladder at the back, nose and fins in the second color."""
     hull = curve([(0, -0.74), (0.26, -0.72), (0.4, -0.3), (0.41, 0.1), (0.32, 0.5), (0.22, 0.68)])
     nose = curve([(0.26, 0.58), (0.2, 0.78), (0.1, 1.0), (0.0, 1.16)])
     fin = [(0.24, -0.3), (0.24, -0.72), (0.44, -0.74), (0.74, -1.0), (0.74, -0.72), (0.46, -0.26)]
@@ -83,7 +83,7 @@ def rocket(h: float) -> tuple[Parts, Anchors]:
 
 
 def house(h: float) -> tuple[Parts, Anchors]:
-    """A house: door and two windows in front, a small round window behind, the roof in the second color."""
+    """A house: door and two windows in front, a small round window at the back, the roof in the second color."""
     gable = [(-0.62, 0.14), (0.62, 0.14), (0.0, 0.66)]
     slope = [(0.0, 0.64), (0.78, -0.02), (0.8, 0.1), (0.0, 0.78)]
     other = np.asarray(slope)[::-1] * [-1, 1]
@@ -111,7 +111,7 @@ def house(h: float) -> tuple[Parts, Anchors]:
 
 
 def teapot(h: float) -> tuple[Parts, Anchors]:
-    """A teapot: the spout in front, the handle behind; lid, handle and foot in the second color."""
+    """A teapot: the spout in front, the handle at the back; lid, handle and foot in the second color."""
     body = curve([(0, -0.5), (0.4, -0.5), (0.64, -0.24), (0.66, 0.0), (0.5, 0.3), (0.3, 0.42), (0, 0.44)])
     lid = curve([(0.0, 0.3), (0.4, 0.34), (0.42, 0.42), (0.3, 0.54), (0, 0.6)])
     spout = [(0.5, 0, -0.18), (0.8, 0, -0.08), (0.94, 0, 0.2), (1.12, 0, 0.42)]
@@ -129,7 +129,7 @@ def teapot(h: float) -> tuple[Parts, Anchors]:
 
 
 def boot(h: float) -> tuple[Parts, Anchors]:
-    """A boot: the toe and white laces in front, a pull loop behind; sole, cuff and heel in the second color."""
+    """A boot: the toe and white laces in front, a pull loop at the back; sole, cuff and heel in the second color."""
     sole = curve([(0.92, 0.0), (0.78, 0.26), (0.4, 0.3), (0, 0.23), (-0.36, 0.26), (-0.52, 0.0)], 40)
     outline = np.concatenate([sole, sole[-2:0:-1] * [1, -1]])
     # An (x, y) outline extruded along z: extrude works in (x, z), so rotate it about the x axis.
@@ -177,7 +177,7 @@ _TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def boat(h: float) -> tuple[Parts, Anchors]:
-    """A tugboat: pointed bow, windows and a lamp in front, the funnel behind, the cabin in the second color."""
+    """A tugboat: pointed bow, windows and a lamp in front, the funnel at the back, the cabin in the second color."""
     parts: Parts = [
         ("main", _hull(h)),
         ("second", box(0.36, 0.3, 0.28, h, 0.02).move(-0.08, 0, 0.26)),

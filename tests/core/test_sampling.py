@@ -273,7 +273,7 @@ def test_strengths_as_they_are_written() -> None:
     held = StrengthSchedule.parse("my-mug=0@0,1@0.2")
     assert held == StrengthSchedule(strengths={"my-mug": {0.0: 0.0, 0.2: 1.0}})
     for text in ("my-mug", "my-mug=", "my-mug=1", "my-mug=a@0", "my-mug=1@0@1", "my-mug=0@0,1@0"):
-        with pytest.raises(ValueError, match=r"is not a strength by step; write NAME=STRENGTH@FRACTION"):
+        with pytest.raises(ValueError, match=r"is not a strength schedule; write NAME=STRENGTH@FRACTION"):
             StrengthSchedule.parse(text)
     for text in ("my-mug=1@2", "my-mug=nan@0"):
         with pytest.raises(ValueError, match="fractions of the steps") as refused:

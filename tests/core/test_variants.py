@@ -1,4 +1,4 @@
-"""Grids of settings, and the paired difference to a control."""
+"""Grids of settings, and the paired difference from a control."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_difference_to_the_control_is_paired_by_subject():
     table = compare(reports, control="c")
     ahead = table.ahead("o")
     assert ahead is not None and ahead.value == pytest.approx(0.1)
-    # Each subject gains 0.1: the spread between subjects is not in a paired interval.
+    # Each subject gains 0.1: the spread between subjects does not widen a paired interval.
     assert (ahead.low, ahead.high) == (pytest.approx(0.1), pytest.approx(0.1))
     assert table.ahead("c") is None and compare(reports).ahead("o") is None
     assert "ahead of c" in table.markdown() and "Ahead of c" in table.html()

@@ -1,4 +1,4 @@
-"""A recipe's default strength by step: kept in the concept, used in generation, and overridable."""
+"""A recipe's default strength schedule: kept in the concept, used in generation, and overridable."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_pictures_of_a_training_are_made_with_it(tiny_folder, photos, tmp_path, 
 
 
 def test_what_is_no_strength_by_step_is_said(late, tmp_path):
-    with pytest.raises(ValueError, match=r"sampling\.strength.*'1@2' is not a strength by step; write"):
+    with pytest.raises(ValueError, match=r"sampling\.strength.*'1@2' is not a strength schedule; write"):
         load("dreambooth_lora", ["sampling.strength=1@2"])
     import shutil
 

@@ -326,7 +326,7 @@ def test_a_strength_by_step_from_the_command_line(pcs, concepts, tmp_path):
     (change,) = json.loads(read_metadata(late)["pcs"])["hooks"]
     assert change["kind"] == "strength_schedule" and change["strengths"] == {"rex": {"0.0": 0.0, "0.5": 1.0}}
     messages = {
-        ("rex",): "--strength: 'rex' is not a strength by step",
+        ("rex",): "--strength: 'rex' is not a strength schedule",
         ("cup=1@0",): "'cup'",
         ("rex=0@0", "rex=1@0.5"): "--strength: 'rex' is given twice",
     }

@@ -1,4 +1,4 @@
-"""Reads animated GIF, WebP and PNG through Pillow, which composes frames that store only what changed."""
+"""Reads animated GIF, WebP and PNG files through Pillow, which composites frames that store only what changed."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ def _check_trailer(path: Path) -> None:
     with named_errors(path), path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 256))
         if not stream.read().rstrip(b"\0").endswith(b";"):
-            raise ValueError(f"{path} is truncated: the GIF has no end marker. Copy it again, or save it anew")
+            raise ValueError(f"{path} is truncated: the GIF has no end marker. Copy it again, or re-save it")
