@@ -73,7 +73,7 @@ class Track(MaskPart):
 
 
 def grey_levels(frames: Tensor) -> np.ndarray:
-    """Converts frames to uint8 [F, h, w]; small clips are enlarged, because 64 pixels are too few for the flow algorithm's patches."""
+    """Converts frames to uint8 [F, h, w]; enlarges small clips: 64 pixels are too few for the patches of the flow."""
     factor = max(1, -(-_SIDE // min(frames.shape[2:])))
     luma = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(0)
     if factor > 1:
