@@ -20,6 +20,7 @@ from pcs_3d.cameras import Cameras, look_at_distance, wrapped_deg
 from pcs_3d.renderers.rendering import Rendering
 
 _TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
+_STEP_DEG = 8.0  # of a search around rough cameras: pose estimates are off by up to 11 degrees
 _SOLID = 0.5  # pixels of at least this opacity belong to the silhouette
 
 #: Cameras -> renders on white, pixels [B, 3, H, W] in [0, 1], on the CPU.
@@ -116,18 +117,17 @@ def refined(
     pictures: Tensor,
     masks: Tensor,
     start: Cameras,
-    step_deg: float,
     refinements: int,
 ) -> Estimate:
     """Compares each picture, as `from_renders` does, with renders around a known rough camera only: azimuth, elevation and
-    roll change by `step_deg`, which is halved `refinements` times. Raises ValueError as `from_renders` does."""
+    roll change in steps of 8 degrees, which are halved `refinements` times. Raises ValueError as `from_renders` does."""
     boxes = _boxes_of_pictures(masks)
     rough = torch.stack([start.azimuth_deg, start.elevation_deg, start.roll_deg], 1)
     seen = _Seen(renders(framing.cameras(*rough.unbind(1))))
     best = [
         _best(seen, rough, pictures[i], masks[i], boxes[i], torch.arange(len(rough)) == i) for i in range(len(rough))
     ]
-    steps = [torch.full((3,), step_deg * 0.5**i) for i in range(refinements + 1)]
+    steps = [torch.full((3,), _STEP_DEG * 0.5**i) for i in range(refinements + 1)]
     return _nearest(renders, framing, pictures, masks, boxes, best, steps)
 
 

@@ -119,5 +119,5 @@ class ReferenceCameras(ConceptTask):
 
         if task.refines is not None:
             start = cameras_of(read_kept(self.context.phase_folders[task.refines]))
-            return refined(renders, task.framing, pixels, masks, start, task.step_deg, task.refinements)
+            return refined(renders, task.framing, pixels, masks, start, task.refinements)
         return from_renders(renders, task.framing, pixels, masks, task.search)

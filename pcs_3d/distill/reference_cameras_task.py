@@ -22,14 +22,13 @@ class ReferenceCamerasTask(TuneTask):
     estimator, which knows only its own pictures. near_deg: for `renders`, roughly the azimuth of each picture, in the order
     of their file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks the same from the
     front and from the back. refines: for `renders`, an earlier phase that found cameras; only directions around these are
-    compared, in steps of `step_deg` (of roll, too) that are halved `refinements` times. fill: share of the crop's side that
-    an object of radius 1 covers.
+    compared, rolls included, in steps that are halved `refinements` times; `azimuths` and `elevation_deg` are for a search
+    from all around. fill: share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"  # pyright: ignore[reportIncompatibleVariableOverride]
     estimator: Literal["renders", "toybox"] = "renders"
     refines: str | None = None
-    step_deg: Annotated[float, Field(gt=0, le=45)] = 8.0
     azimuths: Annotated[int, Field(ge=4, le=360)] = 24
     elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (0.0, 15.0, 30.0, 60.0)
     refinements: Annotated[int, Field(ge=0, le=8)] = 2

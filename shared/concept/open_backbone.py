@@ -33,9 +33,12 @@ def load_backbone_of(concept: Concept, backbone: str | None = None, **options: A
             "with backbone=PATH for a command that takes a recipe (a folder or a hub id)"
         )
     try:
-        return load_backbone(where, **options)
+        model = load_backbone(where, **options)
     except ValueError as error:
         raise ValueError(f"{what}: {error} Give the model's current location with --backbone PATH") from error
+    if backbone:
+        remember(model)
+    return model
 
 
 def where_learned(concept: Concept) -> str | Path:

@@ -205,13 +205,13 @@ def test_rough_cameras_are_refined_nearby():
     true = FRAMING.cameras(torch.tensor([20.0, -62.0]), torch.tensor([20.0, 45.0]), torch.tensor([7.0, -5.0]))
     seen = true_views(true, 64)
     rough = FRAMING.cameras(true.azimuth_deg + 9, true.elevation_deg - 7)
-    found = refined(renders, FRAMING, seen.pixels, seen.coverage, rough, 8.0, 3).cameras
+    found = refined(renders, FRAMING, seen.pixels, seen.coverage, rough, 3).cameras
     for name in ("azimuth_deg", "elevation_deg", "roll_deg"):
         apart = wrapped_deg(getattr(found, name) - getattr(true, name)).abs().max()
         before = wrapped_deg(getattr(rough, name) - getattr(true, name)).abs().max()
         assert float(apart) <= 5 < float(before), name
     with pytest.raises(ValueError, match="picture 1: its mask shows nothing"):
-        refined(renders, FRAMING, seen.pixels, 0 * seen.coverage, rough, 8.0, 3)
+        refined(renders, FRAMING, seen.pixels, 0 * seen.coverage, rough, 3)
 
 
 def test_only_an_earlier_phase_with_cameras_can_be_refined(sd, subject, tmp_path):

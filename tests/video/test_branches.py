@@ -241,7 +241,9 @@ def test_branches_that_do_not_fit_are_refused(clips: AnimateDiffBackbone, make_t
 
 
 def test_where_no_layer_is_for_frames_alone_motion_embeddings_say_so() -> None:
-    with pytest.raises(ValueError, match=r"layers that attend only between frames, and wan has none; .*motion_director_joint"):
+    with pytest.raises(
+        ValueError, match=r"layers that attend only between frames, and wan has none; .*motion_director_joint"
+    ):
         MotionEmbeddings().inject(FAMILIES["wan"](), "m", "part", 0)
 
 
