@@ -20,7 +20,6 @@ from pcs_3d.cameras import Cameras, look_at_distance, wrapped_deg
 from pcs_3d.renderers.rendering import Rendering
 
 _TOYBOX_FILL = 0.92  # share of a picture's side that an object of radius 1 covers at the toybox's scale 1
-_STEP_DEG = 8.0  # of a search around rough cameras: pose estimates are off by up to 11 degrees
 _SOLID = 0.5  # pixels of at least this opacity belong to the silhouette
 
 #: Cameras -> renders on white, pixels [B, 3, H, W] in [0, 1], on the CPU.
@@ -99,58 +98,29 @@ def from_renders(
     Raises:
         ValueError: a mask shows nothing, or no render shows anything
     """
-    boxes = _boxes_of_pictures(masks)
+    boxes = _boxes(masks)
+    if bool((empty := boxes[:, 2] == 0).any()):
+        raise ValueError(
+            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
+        )
     step_azimuth, step_elevation = 360 / search.azimuths, _steps(search.elevations_deg)
     every = torch.arange(search.azimuths) * step_azimuth
-    grid = torch.cartesian_prod(every, torch.tensor(search.elevations_deg), torch.zeros(1))
-    seen = _Seen(renders(framing.cameras(*grid.unbind(1))))
+    grid = torch.cartesian_prod(every, torch.tensor(search.elevations_deg))
+    seen = _Seen(renders(framing.cameras(grid[:, 0], grid[:, 1])))
     best = [
         _best(seen, grid, pictures[i], masks[i], boxes[i], search.allowed(grid[:, 0], i)) for i in range(len(pictures))
     ]
-    steps = [torch.tensor([step_azimuth, step_elevation, 0.0]) * 0.5 ** (i + 1) for i in range(search.refinements)]
-    return _nearest(renders, framing, pictures, masks, boxes, best, steps)
-
-
-def refined(
-    renders: Renders,
-    framing: Framing,
-    pictures: Tensor,
-    masks: Tensor,
-    start: Cameras,
-    refinements: int,
-) -> Estimate:
-    """Compares each picture, as `from_renders` does, with renders around a known rough camera only: azimuth, elevation and
-    roll change in steps of 8 degrees, which are halved `refinements` times. Raises ValueError as `from_renders` does."""
-    boxes = _boxes_of_pictures(masks)
-    rough = torch.stack([start.azimuth_deg, start.elevation_deg, start.roll_deg], 1)
-    seen = _Seen(renders(framing.cameras(*rough.unbind(1))))
-    best = [
-        _best(seen, rough, pictures[i], masks[i], boxes[i], torch.arange(len(rough)) == i) for i in range(len(rough))
-    ]
-    steps = [torch.full((3,), _STEP_DEG * 0.5**i) for i in range(refinements + 1)]
-    return _nearest(renders, framing, pictures, masks, boxes, best, steps)
-
-
-def _nearest(
-    renders: Renders,
-    framing: Framing,
-    pictures: Tensor,
-    masks: Tensor,
-    boxes: Tensor,
-    best: list[_Found],
-    steps: list[Tensor],
-) -> Estimate:
-    """Moves each camera to the best of its neighbours, once per step [3] (azimuth, elevation and roll; 0 leaves it alone)."""
-    for step in steps:
-        around = torch.cartesian_prod(*(torch.tensor([-d, 0.0, d] if d else [0.0]) for d in step.tolist()))
+    for _ in range(search.refinements):
+        step_azimuth, step_elevation = step_azimuth / 2, step_elevation / 2
+        around = torch.cartesian_prod(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
         for i, found in enumerate(best):
-            near = found.direction + around
+            near = found.direction + around * torch.tensor([step_azimuth, step_elevation])
             near[:, 1] = near[:, 1].clamp(-89.0, 89.0)
-            seen = _Seen(renders(framing.cameras(*near.unbind(1))))
+            seen = _Seen(renders(framing.cameras(near[:, 0], near[:, 1])))
             best[i] = min(found, _best(seen, near, pictures[i], masks[i], boxes[i]), key=lambda b: b.error)
-    azimuth, elevation, roll = torch.stack([found.direction for found in best]).unbind(1)
+    directions = torch.stack([found.direction for found in best])
     return Estimate(
-        framing.cameras(wrapped_deg(azimuth), elevation, roll),
+        framing.cameras(wrapped_deg(directions[:, 0]), directions[:, 1]),
         torch.stack([found.centre for found in best]),
         torch.stack([found.size for found in best]),
         torch.tensor([1 - found.error for found in best]),
@@ -173,7 +143,7 @@ def from_toybox_poses(framing: Framing, pictures: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class _Found:
-    direction: Tensor  # [3]: azimuth, elevation and roll
+    direction: Tensor  # [2]: azimuth and elevation
     centre: Tensor
     size: Tensor
     error: float
@@ -207,16 +177,6 @@ def _best(
     error = torch.where((seen.boxes[:, 2] > 0) & allowed, error, torch.full_like(error, math.inf))
     at = int(error.argmin())
     return _Found(directions[at], centre[at], size[at], float(error[at]))
-
-
-def _boxes_of_pictures(masks: Tensor) -> Tensor:
-    """`_boxes` of the pictures' masks. Raises ValueError if one is empty."""
-    boxes = _boxes(masks)
-    if bool((empty := boxes[:, 2] == 0).any()):
-        raise ValueError(
-            f"picture {int(empty.nonzero()[0, 0]) + 1}: its mask shows nothing, so its camera cannot be found"
-        )
-    return boxes
 
 
 def _boxes(opacity: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class PhaseViews(KindPart):
     def _of(self, folder: Path, side: int) -> Pictures:
         kept = read_kept(folder)
         pixels = _stacked([folder / entry["file"] for entry in kept], side)
-        cameras = cameras_of(kept)
+        cameras = Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in vars(_ANY)))
         masks = None
         if all("mask" in entry for entry in kept):
             masks = _stacked([folder / entry["mask"] for entry in kept], side)[:, :1]
@@ -134,11 +134,6 @@ def only(subjects: Mapping[str, Subject]) -> Subject:
 def camera_entry(cameras: Cameras, i: int) -> dict[str, Any]:
     """One of the cameras, as a phase's list of pictures stores it."""
     return {name: value.tolist()[0] for name, value in vars(cameras[i : i + 1]).items()}
-
-
-def cameras_of(kept: Sequence[Mapping[str, Any]]) -> Cameras:
-    """The cameras of a phase's pictures, from its list (`read_kept`)."""
-    return Cameras(*(torch.tensor([entry[name] for entry in kept]) for name in vars(_ANY)))
 
 
 def _stacked(files: Sequence[Path], side: int) -> Tensor:

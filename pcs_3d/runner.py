@@ -138,7 +138,7 @@ class Runner3D(Runner):
         learned = list(subjects) if learns_subjects(recipe) else []
         for name, phase in phases:
             if isinstance(phase.task, ReferenceCamerasTask):
-                check_subject(name, phase.task, subjects, [n for n, masks in views.items() if masks])
+                check_subject(name, phase.task, subjects)
             if isinstance(phase.task, PseudoViewsTask):
                 _check_strength(name, phase.task.strength, phase.sampling.steps)
             if isinstance(phase.task, PseudoViewsTask | ReferenceCamerasTask):

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcs_3d.camera_estimation import Estimate, from_renders, from_toybox_poses, refined
+from pcs_3d.camera_estimation import Estimate, from_renders, from_toybox_poses
 from pcs_3d.cameras import Cameras
 from pcs_3d.distill.distill import recipe_of
 from pcs_3d.distill.distill_recipe import DistillRecipe
 from pcs_3d.distill.earlier_asset import EarlierAsset
 from pcs_3d.distill.reference_cameras_task import ReferenceCamerasTask
-from pcs_3d.references import References, camera_entry, cameras_of, only
+from pcs_3d.references import References, camera_entry, only
 from pcs_3d.renderers.rendering import Rendering
-from shared.config import unknown
 from shared.io.contact_sheets import write_picture
 from shared.io.outputs import write_text
 from shared.recipe.phases import expand_phases, learns_subjects
 from shared.runner.judging import reference_masks, references
-from shared.sources.phase_pictures import KEPT, read_kept
+from shared.sources.phase_pictures import KEPT
 from shared.toybox.reference_sets import shown_in
 from shared.train.phase_context import ConceptTask, PhaseContext
 from shared.train.task import Updates
@@ -40,15 +39,8 @@ def compares_with_subject(recipe: DistillRecipe) -> bool:
     return any(isinstance(p.task, ReferenceCamerasTask) or isinstance(p.references, References) for p in phases)
 
 
-def check_subject(
-    phase: str, task: ReferenceCamerasTask, subjects: Mapping[str, Subject], earlier: Sequence[str] = ()
-) -> None:
-    """Raises ValueError unless there is one subject whose pictures all have masks, and `near_deg`, if set, fits them; `refines`
-    must be among the `earlier` phases of this kind."""
-    if task.refines is not None and task.refines not in earlier:
-        raise ValueError(
-            f"phases.{phase}.task.refines: {unknown(task.refines, earlier, 'earlier phase that finds cameras')}"
-        )
+def check_subject(phase: str, task: ReferenceCamerasTask, subjects: Mapping[str, Subject]) -> None:
+    """Raises ValueError unless there is one subject whose pictures all have masks, and `near_deg`, if set, fits them."""
     subject = only(subjects)
     if bare := [path.name for path in subject.images if path not in subject.masks]:
         raise ValueError(
@@ -72,7 +64,7 @@ class ReferenceCameras(ConceptTask):
         super().__init__(context)
         task: Any = recipe_of(context).task
         self.task: ReferenceCamerasTask = task
-        check_subject(context.name, task, context.subjects, list(context.phase_folders))
+        check_subject(context.name, task, context.subjects)
         self.asset = EarlierAsset(context) if task.estimator == "renders" else None
 
     def updates(self, step: int, micro: int) -> Updates:
@@ -117,7 +109,4 @@ class ReferenceCameras(ConceptTask):
         def renders(cameras: Cameras) -> Rendering:
             return asset.shown(cameras, _SIDE)
 
-        if task.refines is not None:
-            start = cameras_of(read_kept(self.context.phase_folders[task.refines]))
-            return refined(renders, task.framing, pixels, masks, start, task.refinements)
         return from_renders(renders, task.framing, pixels, masks, task.search)

@@ -19,16 +19,13 @@ class ReferenceCamerasTask(TuneTask):
 
     estimator: `renders` compares with renders of the earlier phase's asset, from `azimuths` directions around it at each of
     `elevation_deg`, then halves the steps around the best match `refinements` times; `toybox` uses the toybox's pose
-    estimator, which knows only its own pictures. near_deg: for `renders`, roughly the azimuth of each picture, in the order
-    of their file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks the same from the
-    front and from the back. refines: for `renders`, an earlier phase that found cameras; only directions around these are
-    compared, rolls included, in steps that are halved `refinements` times; `azimuths` and `elevation_deg` are for a search
-    from all around. fill: share of the crop's side that an object of radius 1 covers.
+    estimator, which knows only its own pictures. near_deg: for `renders`, roughly the azimuth of each picture, in the order of
+    their file names (0 front, 90 the object's left, 180 back, -90 its right): a first asset often looks the same from the front
+    and from the back. fill: share of the crop's side that an object of radius 1 covers.
     """
 
     kind: Literal["reference_cameras"] = "reference_cameras"  # pyright: ignore[reportIncompatibleVariableOverride]
     estimator: Literal["renders", "toybox"] = "renders"
-    refines: str | None = None
     azimuths: Annotated[int, Field(ge=4, le=360)] = 24
     elevation_deg: Annotated[tuple[Angle, ...], Field(min_length=1)] = (0.0, 15.0, 30.0, 60.0)
     refinements: Annotated[int, Field(ge=0, le=8)] = 2
@@ -41,10 +38,6 @@ class ReferenceCamerasTask(TuneTask):
         if self.near_deg is not None and self.estimator != "renders":
             raise ValueError(
                 f"near_deg narrows the search of estimator=renders, and estimator = {self.estimator} has none"
-            )
-        if self.refines is not None and (self.estimator != "renders" or self.near_deg is not None):
-            raise ValueError(
-                "refines compares with renders around known cameras: it needs estimator=renders and no near_deg"
             )
         return self
 

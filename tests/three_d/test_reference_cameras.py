@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcs_3d.camera_estimation import Framing, Search, from_renders, from_toybox_poses, refined
+from pcs_3d.camera_estimation import Framing, Search, from_renders, from_toybox_poses
 from pcs_3d.cameras import FOV_DEG, Cameras, turntable, wrapped_deg
 from pcs_3d.distill.distill import Distill
 from pcs_3d.distill.distill_task import DistillTask
@@ -32,12 +32,10 @@ from tests.three_d.solid_scenes import true_views
 FRAMING = Framing(FOV_DEG, 0.6)
 SMALL = ("backbone=tiny", "prompt=a photo of a mug", "setting=", "train.mixed_precision=no", "train.checkpoint_every=0",
          "field.resolution=12", "renderer={kind: volume, samples: 16}", "guidance.resolution=32", "sampling.steps=4",
-         "phases.cameras.task={azimuths: 4, elevation_deg: [15.0], refinements: 1}", "phases.closer.task.refinements=0",
-         *(f"phases.{p}.train.resolution=16" for p in ("cameras", "closer")),
+         "phases.cameras.task={azimuths: 4, elevation_deg: [15.0], refinements: 1}", "phases.cameras.train.resolution=16",
          "phases.paint.field.resolution=8",
          "phases.paint.field.start={resolution: 16, faces: 100}", "phases.paint.renderer={kind: mesh}",
-         *(f"phases.{p}.train={{steps: 2, batch_size: 1, resolution: 16}}"
-           for p in ("form", "fit", "refit", "paint")))  # fmt: skip
+         *(f"phases.{p}.train={{steps: 2, batch_size: 1, resolution: 16}}" for p in ("form", "fit", "paint")))  # fmt: skip
 
 
 def renders(cameras: Cameras) -> Rendering:
@@ -149,14 +147,14 @@ def test_the_field_is_fitted_to_pictures_whose_cameras_were_found(sd, subject, t
     kept = read_kept(tmp_path / "run" / "phases" / "cameras")
     assert [entry["picture"] for entry in kept] == [p.name for p in pictures]
     assert all(entry["agreement"] is not None for entry in kept)
-    assert compared == dict.fromkeys(("fit", "refit", "paint"), len(pictures))
+    assert compared == {"fit": len(pictures), "paint": len(pictures)}
     assert not sd.placeholders and not sd.adapters
     assert asset.recipe.field.kind == "textured_mesh"
 
 
 def test_what_compares_with_pictures_to_come_can_be_fitted_into_memory(sd, subject, tmp_path):
     plan = Runner3D(sd).fit(reconstruction(), tmp_path / "run", subject, memory=2**36)
-    assert set(plan.how) == {"form", "fit", "refit", "paint"} and plan.estimate > 0
+    assert set(plan.how) == {"form", "fit", "paint"} and plan.estimate > 0
 
 
 def test_a_subject_with_masks_is_needed_before_anything_runs(sd, subject, tmp_path):
@@ -198,26 +196,3 @@ def test_pictures_of_several_phases_are_compared_together_if_all_have_masks(tmp_
         PhaseViews(phase="views").check({}, True, {"views": False})
     with pytest.raises(ValueError, match="unknown earlier phase that gives views 'view'"):
         PhaseViews(phase=("cameras", "view")).check({}, False, {"cameras": True, "views": True})
-
-
-def test_rough_cameras_are_refined_nearby():
-    """Also their rolls, which a search from all around leaves at 0."""
-    true = FRAMING.cameras(torch.tensor([20.0, -62.0]), torch.tensor([20.0, 45.0]), torch.tensor([7.0, -5.0]))
-    seen = true_views(true, 64)
-    rough = FRAMING.cameras(true.azimuth_deg + 9, true.elevation_deg - 7)
-    found = refined(renders, FRAMING, seen.pixels, seen.coverage, rough, 3).cameras
-    for name in ("azimuth_deg", "elevation_deg", "roll_deg"):
-        apart = wrapped_deg(getattr(found, name) - getattr(true, name)).abs().max()
-        before = wrapped_deg(getattr(rough, name) - getattr(true, name)).abs().max()
-        assert float(apart) <= 5 < float(before), name
-    with pytest.raises(ValueError, match="picture 1: its mask shows nothing"):
-        refined(renders, FRAMING, seen.pixels, 0 * seen.coverage, rough, 3)
-
-
-def test_only_an_earlier_phase_with_cameras_can_be_refined(sd, subject, tmp_path):
-    where = r"phases\.closer\.task\.refines: unknown earlier phase that finds cameras 'fit'.*cameras"
-    with pytest.raises(ValueError, match=where):
-        Runner3D(sd).create(reconstruction("phases.closer.task.refines=fit"), tmp_path / "run", subject)
-    with pytest.raises(ValueError, match="refines compares with renders"):
-        reconstruction("phases.closer.task.estimator=toybox")
-    assert not (tmp_path / "run").exists()
